@@ -1,0 +1,112 @@
+"""The scalars of one step: in float64 on the host, or on the device without reading any value.
+
+Both moments are known; the parameter then takes
+    theta = decay * theta - step_size * m / (sqrt(v + inner) + outer)     rectified, eq. 19
+    theta = decay * theta - step_size * m                                 not rectified, eq. 20
+with the bias corrections of eq. 8 and 9 folded into step_size, inner and outer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robust_dist.optim.reference import one_minus_power, rectification, tensor_rectification
+from robust_dist.optim.settings import INSIDE, OUTSIDE, Hyper
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The scalars that tensors of one step count share; floats, or tensors where lr is one.
+
+    Attributes:
+        decay: Factor on theta, 1 - lr * weight_decay.
+        step_size: Factor on the update.
+        rectified: Whether eq. 19 holds; else eq. 20, and `inner` and `outer` mean nothing.
+        inner: Added under the root.
+        outer: Added to the root.
+    """
+
+    decay: float | Tensor
+    step_size: float | Tensor
+    rectified: bool
+    inner: float = 0.0
+    outer: float = 0.0
+
+
+def host_coefficients(step: float, h: Hyper, lr: float | Tensor, weight_decay: float | Tensor) -> Coefficients:
+    """The scalars of step t = `step`, in float64."""
+    bias1 = one_minus_power(h.beta1, step)
+    decay = 1.0 - lr * weight_decay
+    gamma = rectification(step, h.beta2, h.rectify_threshold)
+    if gamma is None:
+        return Coefficients(decay, lr / bias1, rectified=False)
+    bias2 = one_minus_power(h.beta2, step)
+    root = math.sqrt(bias2)
+    inner = h.eps * bias2 if h.eps_placement == INSIDE else 0.0
+    outer = 0.0 if h.eps_placement == INSIDE else h.eps * (root if h.eps_placement == OUTSIDE else 1.0)
+    return Coefficients(decay, lr * (gamma * root / bias1), True, inner, outer)
+
+
+@dataclass(frozen=True)
+class DeviceCoefficients:
+    """The scalars of n tensors, each with its own step count, as tensors.
+
+    theta = decay * theta + m / (slope * sqrt(v + inner) + offset), in both cases of the module's head.
+
+    Attributes:
+        decay: 0-d; 1 - lr * weight_decay.
+        inner: n 0-d tensors, added under the root.
+        slope: n 0-d tensors; -1 / step_size where rectified, else 0.
+        offset: n 0-d tensors; -outer / step_size where rectified, else -1 / step_size.
+        idle: 0-d bool; lr is 0, so that theta must keep its bits. None where lr is a float other than 0.
+    """
+
+    decay: Tensor
+    inner: tuple[Tensor, ...]
+    slope: tuple[Tensor, ...]
+    offset: tuple[Tensor, ...]
+    idle: Tensor | None
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device=like.device, dtype=like.dtype)
+    return torch.full((), float(value), device=like.device, dtype=like.dtype)
+
+
+def _one_minus_power(beta: float, step: Tensor) -> Tensor:
+    return -torch.expm1(step * math.log(beta)) if beta > 0.0 else torch.ones_like(step)
+
+
+def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> DeviceCoefficients:
+    """The scalars of n tensors from their step tensors, computed in float64 where the device has it.
+
+    Args:
+        steps: n 0-d float32 tensors of one device, t = 1, 2, ...
+        h: The settings; lr and weight_decay tensors should live on that device.
+        dtype: The dtype of the result.
+    """
+    accurate = torch.float32 if steps[0].device.type == "mps" else torch.float64
+    t = torch.stack(steps).to(accurate)
+    lr, weight_decay = _scalar(h.lr, t), _scalar(h.weight_decay, t)
+    gamma, rectified = tensor_rectification(t, h.beta2, h.rectify_threshold)
+    bias1, bias2 = _one_minus_power(h.beta1, t), _one_minus_power(h.beta2, t)
+    root = bias2.sqrt()
+    inner = h.eps * bias2 if h.eps_placement == INSIDE else torch.zeros_like(t)
+    outer = torch.zeros_like(t) if h.eps_placement == INSIDE else torch.full_like(t, h.eps)
+    outer = outer * root if h.eps_placement == OUTSIDE else outer
+    inverse = -bias1 / (lr * torch.where(rectified, gamma * root, 1.0))
+    slope = torch.where(rectified, inverse, 0.0)
+    offset = torch.where(rectified, outer * inverse, inverse)
+    idle = lr == 0.0 if isinstance(h.lr, Tensor) or h.lr == 0.0 else None
+    inners, slopes, offsets = (vector.to(dtype).unbind() for vector in (inner, slope, offset))
+    return DeviceCoefficients((1.0 - lr * weight_decay).to(dtype), inners, slopes, offsets, idle)
+
+
+def either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The logical or of two conditions that may be absent."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second

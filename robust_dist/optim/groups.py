@@ -1,0 +1,102 @@
+"""Parameter groups: weight decay for weights, none for biases and normalisation layers."""
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+from robust_dist.optim.settings import check_not_negative
+
+# what DDP, FSDP1, torch.compile and activation checkpointing put into parameter names
+_WRAPPERS = frozenset({"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+_NORM_CLASS = re.compile(r"Norm(?![a-z])|norm$")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the components that wrappers add ("module.", "_fsdp_wrapped_module.", ...)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _is_bias(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias") or last.startswith("bias_")
+
+
+def _norm_parameter_ids(model: nn.Module) -> set[int]:
+    norms = (m for m in model.modules() if _NORM_CLASS.search(type(m).__name__))
+    return {id(p) for m in norms for p in m.parameters(recurse=False)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    for name, param in model.named_parameters():
+        if name.rpartition(".")[2].startswith("_flat_param") or getattr(param, "_is_flat_param", False):
+            raise ValueError(
+                f"parameter {name!r} is a flat parameter of FSDP with use_orig_params=False, where weights and biases"
+                " are mixed: call param_groups on the model before wrapping it, or wrap with use_orig_params=True"
+            )
+        if param.requires_grad:
+            yield clean_name(name), param
+
+
+def _check_patterns(no_decay: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(no_decay, str) or not all(isinstance(p, str) for p in no_decay):
+        raise TypeError(f'no_decay must be a sequence of strings such as ("bias", "norm"), got {no_decay!r}')
+    return tuple(no_decay)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, *, no_decay: Sequence[str] = ("bias", "norm")
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters into one group with weight decay and one without.
+
+    Parameters are told apart by name and by the module that owns them, never by their number of dimensions,
+    so the split is the same before and after wrapping (DDP, FSDP1 with use_orig_params=True, FSDP2,
+    torch.compile) and under DeepSpeed's ZeRO-3, where parameters are flat. A shared parameter counts once,
+    under its first name; frozen ones are left out.
+
+    Args:
+        model: The model, wrapped or not.
+        weight_decay: The decay of the first group; a finite number of at least 0.
+        no_decay: What has none. "bias": parameters named `bias`, `*_bias` or `bias_*`. "norm": parameters of
+            normalisation modules, which are those with `Norm` in their class name (all of torch's, and
+            others' such as RMSNorm). Anything else: a parameter whose full name, or a component of whose
+            name, is that string; `*` and `?` are wildcards ("pos_embed", "*_token", "head.*").
+
+    Returns:
+        One or two dicts with "params" and "weight_decay", the decaying group first; never an empty group.
+
+    Raises:
+        ValueError: No trainable parameter; a string other than "bias" and "norm" that matches no trainable
+            parameter; a flat parameter of FSDP1; a weight_decay out of range.
+        TypeError: `model` is no module, or `no_decay` no sequence of strings.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_not_negative("weight_decay", weight_decay)
+    patterns = _check_patterns(no_decay)
+    own = [p for p in patterns if p not in ("bias", "norm")]
+    norms = _norm_parameter_ids(model) if "norm" in patterns else set()
+    named = list(_trainable(model))
+    if not named:
+        raise ValueError("model has no trainable parameter: every one has requires_grad=False, or there is none")
+    for pattern in own:
+        if not any(_matches(name, pattern) for name, _ in named):
+            raise ValueError(
+                f"no_decay names {pattern!r}, which matches no trainable parameter; one is {named[0][0]!r}"
+            )
+
+    def decays(name: str, param: Parameter) -> bool:
+        by_name = ("bias" in patterns and _is_bias(name)) or any(_matches(name, pattern) for pattern in own)
+        return not (by_name or id(param) in norms)
+
+    decaying = [p for n, p in named if decays(n, p)]
+    others = [p for n, p in named if not decays(n, p)]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

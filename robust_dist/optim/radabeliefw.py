@@ -1,0 +1,296 @@
+"""RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from robust_dist.optim.backend import Backend, Batch, batches
+from robust_dist.optim.foreach import foreach as foreach_backend
+from robust_dist.optim.settings import DEFAULTS, check_group, hyper
+from robust_dist.optim.single import differentiable_step
+from robust_dist.optim.single import single as single_backend
+from robust_dist.optim.state import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    STEP,
+    complete,
+    is_dtensor,
+    load_exactly,
+    local,
+    own_steps,
+)
+
+
+def _on_host(group: Mapping[str, Any]) -> bool:
+    """Whether the step's scalars are computed on the host; else its values are never read."""
+    if torch.compiler.is_compiling():
+        return False
+    return group["differentiable"] or not group["capturable"]
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_group_can_step(group: Mapping[str, Any]) -> None:
+    for param in group["params"]:
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"RAdaBeliefW does not support sparse gradients, got one of layout {param.grad.layout};"
+                " use sparse=False in the layer that makes it"
+            )
+    if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
+        raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
+
+
+def _supports_foreach(params: Iterable[Tensor]) -> bool:
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(p) in plain or is_dtensor(p) for p in params)
+
+
+def _choose(group: Mapping[str, Any], params: list[Tensor]) -> Backend:
+    wanted = group["foreach"]
+    if wanted is None:
+        wanted = _supports_foreach(params)
+    return foreach_backend if wanted else single_backend
+
+
+@dataclass
+class _Gathered:
+    """The parameters of a group that have gradients, with their state; the lists are parallel."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+
+    def batches(self, steps: list[Tensor], counts: Iterable[float | None]) -> list[Batch]:
+        """Batches of local tensors; `counts` are the step counts where the host may know them."""
+        rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, strict=True)
+        slots = (
+            (local(p, p), local(g, p), local(m, p), local(v, p), step) if is_dtensor(p) else (p, g, m, v, step)
+            for p, g, m, v, step in rows
+        )
+        return batches(slots, counts)
+
+
+class RAdaBeliefW(Optimizer):
+    r"""AdamW's decay, RAdam's rectification and AdaBelief's second moment in one optimizer.
+
+    Source: Noguchi and Yamauchi, "Proposal of a robust and accurate deep learning method for
+    hyperparameters". Per element, for step t = 1, 2, ... with gradient g, learning rate eta (after the
+    schedule) and decay lambda::
+
+        m_t   = b1 m_{t-1} + (1 - b1) g_t                                          (6)
+        v_t   = b2 v_{t-1} + (1 - b2) (g_t - m_t)^2 + eps                          (16)
+        m^    = m_t / (1 - b1^t),   v^ = v_t / (1 - b2^t)                          (8, 9)
+        rho_t = rho_inf - 2 t b2^t / (1 - b2^t),   rho_inf = 2 / (1 - b2) - 1      (11, 12)
+        gamma = sqrt((rho_t-4) (rho_t-2) rho_inf / ((rho_inf-4) (rho_inf-2) rho_t))    (13)
+        theta -= eta (gamma m^ / sqrt(v^ + eps) + lambda theta)   if rho_t > 4     (19)
+        theta -= eta (m^ + lambda theta)                          otherwise        (20)
+
+    The paper prints the condition as "gamma_t > 4"; gamma never exceeds 1, and eq. 13 is real only for
+    rho_t > 4, so that is how it is read. With b2 = 0.999 it first holds at t = 5; with b2 <= 0.6 never.
+
+    eps is added at every step, so v^ carries eps / (1 - b2): at the defaults sqrt(v^) is never below
+    3.16e-3. Where g - m is much smaller than that, the method is momentum SGD with the learning rate
+    lr / 3.16e-3. That is AdaBelief's most disputed point; `accumulate_eps=False` turns it off.
+
+    State of a parameter: `step` (0-d float32, on the CPU unless capturable), `exp_avg` (m) and `exp_avg_sq`
+    (v, eps included, as in eq. 16), in float32 for bfloat16 and float16 parameters, which are computed in
+    float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
+    torch.compile, where a captured graph owns its memory. With lr = 0 parameters keep their bits.
+
+    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement.
+
+    Args:
+        params: Parameters, named parameters, or param groups; any setting can be given per group.
+        lr: Learning rate eta, a finite number of at least 0, or a tensor of 1 element.
+        betas: (b1, b2), each in [0, 1).
+        eps: A finite number of at least 0.
+        weight_decay: lambda, decoupled and multiplied by lr; like lr, perhaps a tensor.
+        foreach: True demands torch's foreach operations, False one tensor at a time, None the fastest there is.
+        fused: This version has no fused backend: True raises; None (or False) takes the fastest there is.
+        maximize: Ascend instead of descend; gradients are not written to.
+        capturable: Keep `step` on the parameter's device and read lr and weight_decay, where they are 0-d
+            tensors on it, at every step without synchronising, for CUDA graphs and torch.compile.
+        differentiable: Let autograd run through the step.
+        rectify_threshold: The update is rectified where rho_t is greater; 4 is the paper's, 5 that of RAdam's
+            and AdaBelief's code.
+        eps_placement: "inside" the root as in eq. 19; "outside", sqrt(v^) + eps, as AdaBelief's paper;
+            "outside_uncorrected", (sqrt(v) + eps) / sqrt(1 - b2^t), as timm and adabelief-pytorch when rectified.
+        accumulate_eps: Whether eq. 16 adds eps at every step.
+
+    Raises:
+        ValueError: A setting is out of range, two of them exclude each other, or fused=True.
+        TypeError: A setting has the wrong type.
+        RuntimeError: In step(): a sparse gradient, or a CUDA graph capture without capturable=True.
+    """
+
+    # GradScaler hands over grad_scale and found_inf instead of unscaling; on the class, as pickle drops attributes
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        rectify_threshold: float = 4.0,
+        eps_placement: str = "inside",
+        accumulate_eps: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rectify_threshold": rectify_threshold,
+            "eps_placement": eps_placement,
+            "accumulate_eps": accumulate_eps,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, default in DEFAULTS.items():
+                group.setdefault(key, default)
+            group["betas"] = tuple(group["betas"])
+            own_steps(self.state, group["params"], group["capturable"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; its settings are checked as the constructor's are, before anything is added."""
+        if isinstance(param_group, dict):
+            check_group({**self.defaults, **param_group})
+            if "betas" in param_group:
+                param_group["betas"] = tuple(param_group["betas"])
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
+        load_exactly(self, state_dict, super().load_state_dict)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one optimization step; returns the closure's loss, if there is one.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check_group_can_step(group)
+        overflow = self._overflow_on_host()
+        for group in self.param_groups:
+            if not (overflow and _on_host(group)):
+                with torch.set_grad_enabled(group["differentiable"]):
+                    self._step_group(group)
+        return loss
+
+    def _overflow_on_host(self) -> bool:
+        # one synchronisation, and only where the host must decide; GradScaler does the same for other optimizers
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or not any(_on_host(group) for group in self.param_groups):
+            return False
+        return float(found_inf) != 0.0
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        g = _Gathered()
+        self._init_group(group, g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.steps)
+        if not g.params:
+            return
+        if group["differentiable"]:
+            self._step_differentiably(group, g)
+        elif _on_host(group):
+            counts = [step.item() + 1.0 for step in g.steps]
+            steps = list(torch._foreach_add(g.steps, 1.0))
+            self._replace_steps(g.params, steps)
+            self._run(group, g.params, g.batches(steps, counts), None)
+        else:
+            found_inf = getattr(self, "found_inf", None)
+            steps = self._advance_on_device(g, found_inf)
+            self._run(group, g.params, g.batches(steps, [None] * len(steps)), found_inf)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        # the name is torch's: torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            state = self.state[param]
+            complete(state, param, group["capturable"])
+            params.append(param)
+            grads.append(grad)
+            exp_avgs.append(state[EXP_AVG])
+            exp_avg_sqs.append(state[EXP_AVG_SQ])
+            steps.append(state[STEP])
+
+    def _inverse_scale(self) -> Tensor | None:
+        scale = getattr(self, "grad_scale", None)
+        return None if scale is None else scale.reshape(()).double().reciprocal().float()
+
+    def _run(self, group: dict[str, Any], params: list[Tensor], found: list[Batch], found_inf: Tensor | None) -> None:
+        backend, h, inverse_scale = _choose(group, params), hyper(group), self._inverse_scale()
+        for batch in found:
+            device = batch.params[0].device
+            batch.inverse_scale = None if inverse_scale is None else inverse_scale.to(device)
+            batch.found_inf = None if found_inf is None else found_inf.reshape(()).to(device)
+            backend(batch, h)
+
+    def _replace_steps(self, params: Iterable[Tensor], steps: Iterable[Tensor]) -> None:
+        for param, step in zip(params, steps, strict=True):
+            self.state[param][STEP] = step
+
+    def _advance_on_device(self, g: _Gathered, found_inf: Tensor | None) -> list[Tensor]:
+        ones = [torch.ones((), device=step.device) for step in g.steps]
+        if found_inf is not None:
+            ones = [(found_inf.reshape(()) == 0).to(one) for one in ones]
+        if torch.compiler.is_compiling() or g.steps[0].device.type != "cpu":
+            torch._foreach_add_(g.steps, ones)
+            return g.steps
+        steps = list(torch._foreach_add(g.steps, ones))
+        self._replace_steps(g.params, steps)
+        return steps
+
+    def _step_differentiably(self, group: dict[str, Any], g: _Gathered) -> None:
+        h, inverse_scale = hyper(group), self._inverse_scale()
+        for param, grad in zip(g.params, g.grads, strict=True):
+            state = self.state[param]
+            state[STEP] = state[STEP] + 1.0
+            state[EXP_AVG], state[EXP_AVG_SQ] = differentiable_step(
+                param,
+                grad if inverse_scale is None else grad * inverse_scale.to(grad.device),
+                state[EXP_AVG],
+                state[EXP_AVG_SQ],
+                state[STEP].item(),
+                h,
+            )

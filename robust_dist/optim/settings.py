@@ -1,0 +1,153 @@
+"""The optimizer's settings: their names in a param group, their defaults, and what they may be."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from robust_dist.optim.reference import PAPER_THRESHOLD
+
+INSIDE = "inside"
+OUTSIDE = "outside"
+OUTSIDE_UNCORRECTED = "outside_uncorrected"
+EPS_PLACEMENTS = (INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED)
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "rectify_threshold": PAPER_THRESHOLD,
+    "eps_placement": INSIDE,
+    "accumulate_eps": True,
+    "foreach": None,
+    "fused": None,
+    "maximize": False,
+    "capturable": False,
+    "differentiable": False,
+}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one param group that the arithmetic needs.
+
+    Attributes:
+        lr: Learning rate after the schedule; a tensor is read where the step runs.
+        weight_decay: Decoupled weight decay, multiplied by `lr`.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: The paper's eps.
+        rectify_threshold: Rectified where rho_t is greater than this.
+        eps_placement: One of `EPS_PLACEMENTS`.
+        accumulate_eps: Whether eps is added to the second moment at every step, as in eq. 16.
+        maximize: Whether the gradient's sign is turned.
+    """
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    rectify_threshold: float
+    eps_placement: str
+    accumulate_eps: bool
+    maximize: bool
+
+    @property
+    def added_eps(self) -> float:
+        """What eq. 16 adds to the second moment at every step."""
+        return self.eps if self.accumulate_eps else 0.0
+
+
+def hyper(group: Mapping[str, Any]) -> Hyper:
+    """The arithmetic's settings of a param group."""
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        rectify_threshold=group["rectify_threshold"],
+        eps_placement=group["eps_placement"],
+        accumulate_eps=group["accumulate_eps"],
+        maximize=group["maximize"],
+    )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number of at least 0."""
+    if not (0.0 <= _number(name, value) < math.inf):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _check_number_or_tensor(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} as a tensor must have 1 element, got shape {tuple(value.shape)}")
+        value = value.item()
+    check_not_negative(name, value)
+
+
+def _check_betas(betas: object) -> None:
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair (beta1, beta2), got {len(betas)} values: {betas!r}")
+    for index, beta in enumerate(betas):
+        if not (0.0 <= _number(f"betas[{index}]", beta) < 1.0):
+            raise ValueError(f"betas[{index}] must be at least 0 and less than 1, got {beta!r}")
+
+
+def _check_flags(group: Mapping[str, Any]) -> None:
+    for name in ("maximize", "capturable", "differentiable", "accumulate_eps"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    for name in ("foreach", "fused"):
+        if group[name] is not None and not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True, False or None, got {group[name]!r}")
+
+
+def _check_backend(group: Mapping[str, Any]) -> None:
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach=True and fused=True exclude each other; leave one of them None")
+    if group["fused"]:
+        raise ValueError(
+            "fused=True: this version has no fused backend; use foreach=True, or fused=None for the fastest there is"
+        )
+    if group["foreach"] and group["differentiable"]:
+        raise ValueError("foreach=True does not support differentiable=True; leave foreach None")
+    if group["foreach"] and not group["capturable"]:
+        for name in ("lr", "weight_decay"):
+            if isinstance(group[name], Tensor):
+                raise ValueError(f"{name} as a tensor with foreach=True needs capturable=True; or leave foreach None")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check a param group's settings before anything is done with them.
+
+    Raises:
+        ValueError: A setting is out of its range, or two settings exclude each other.
+        TypeError: A setting has the wrong type.
+    """
+    _check_number_or_tensor("lr", group["lr"])
+    _check_number_or_tensor("weight_decay", group["weight_decay"])
+    check_not_negative("eps", group["eps"])
+    _check_betas(group["betas"])
+    threshold = _number("rectify_threshold", group["rectify_threshold"])
+    if not (PAPER_THRESHOLD <= threshold < math.inf):
+        raise ValueError(f"rectify_threshold must be a finite number of at least 4, got {threshold!r}")
+    if group["eps_placement"] not in EPS_PLACEMENTS:
+        raise ValueError(f"eps_placement must be one of {EPS_PLACEMENTS}, got {group['eps_placement']!r}")
+    _check_flags(group)
+    _check_backend(group)

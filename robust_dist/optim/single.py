@@ -1,0 +1,81 @@
+"""One tensor at a time, out of place: the backend of differentiable steps and of foreach=False."""
+
+import torch
+from torch import Tensor
+
+from robust_dist.optim.backend import Batch
+from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
+from robust_dist.optim.settings import Hyper
+
+
+def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
+    """Eq. 6 and 16; g_t - m_t is computed as beta1 (g_t - m_{t-1}), the same without cancellation."""
+    belief = grad - exp_avg
+    m = torch.lerp(exp_avg, grad, 1.0 - h.beta1)
+    v = h.beta2 * exp_avg_sq + ((1.0 - h.beta2) * h.beta1 * h.beta1) * belief * belief + h.added_eps
+    return m, v
+
+
+def moved(param: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 19 or 20 with the bias corrections folded into the coefficients."""
+    if not c.rectified:
+        return param * c.decay - c.step_size * m
+    return param * c.decay - c.step_size * (m / (torch.sqrt(v + c.inner) + c.outer))
+
+
+def true_grad(batch: Batch, index: int, h: Hyper) -> Tensor:
+    """The gradient in the state's dtype, unscaled and of the right sign."""
+    grad = batch.grads[index].to(batch.exp_avgs[index].dtype)
+    if batch.inverse_scale is not None:
+        grad = grad * batch.inverse_scale.to(grad.device)
+    return -grad if h.maximize else grad
+
+
+def differentiable_step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, h: Hyper
+) -> tuple[Tensor, Tensor]:
+    """Step `param` in place on autograd's tape, gradients flowing to lr and weight_decay tensors too.
+
+    Returns:
+        The new moments; the old ones are left alone, since the backward pass may need them.
+    """
+    grad = -grad if h.maximize else grad
+    m, v = moments(grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, h)
+    old = param.clone().to(m.dtype)
+    param.copy_(moved(old, m, v, host_coefficients(step, h, h.lr, h.weight_decay)))
+    return m, v
+
+
+def _host_step(batch: Batch, h: Hyper, step: float) -> None:
+    lr, weight_decay = float(h.lr), float(h.weight_decay)
+    c = host_coefficients(step, h, lr, weight_decay)
+    for i, param in enumerate(batch.params):
+        m, v = moments(true_grad(batch, i, h), batch.exp_avgs[i], batch.exp_avg_sqs[i], h)
+        batch.exp_avgs[i].copy_(m)
+        batch.exp_avg_sqs[i].copy_(v)
+        if lr != 0.0:
+            param.copy_(moved(param.to(m.dtype), m, v, c))
+
+
+def _keep(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
+    old.copy_(new if keep is None else torch.where(keep, old, new.to(old.dtype)))
+
+
+def _device_step(batch: Batch, h: Hyper) -> None:
+    c = device_coefficients(batch.steps, h, batch.exp_avgs[0].dtype)
+    skipped = None if batch.found_inf is None else batch.found_inf != 0
+    idle = either(c.idle, skipped)
+    for i, param in enumerate(batch.params):
+        m, v = moments(true_grad(batch, i, h), batch.exp_avgs[i], batch.exp_avg_sqs[i], h)
+        new = param.to(m.dtype) * c.decay + m / (torch.sqrt(v + c.inner[i]) * c.slope[i] + c.offset[i])
+        _keep(batch.exp_avgs[i], m, skipped)
+        _keep(batch.exp_avg_sqs[i], v, skipped)
+        _keep(param, new, idle)
+
+
+def single(batch: Batch, h: Hyper) -> None:
+    """Step every tensor of the batch by itself."""
+    if batch.step is None:
+        _device_step(batch, h)
+    else:
+        _host_step(batch, h, batch.step)

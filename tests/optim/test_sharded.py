@@ -1,0 +1,155 @@
+"""FSDP2 and other DTensor parameters on two gloo ranks give the trajectory of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.torch_version import TorchVersion
+
+from robust_dist.optim import RAdaBeliefW, param_groups
+from tests.ranks import run_ranks
+
+STEPS, WORLD = 12, 2
+
+
+class Net(nn.Module):
+    """Rows of 5, 3, 1 and 1 over two ranks: uneven shards and, on the second rank, empty ones."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Linear(4, 5, dtype=dtype), nn.LayerNorm(5, dtype=dtype), nn.Linear(5, 3, dtype=dtype), nn.Tanh()
+        )
+        self.out = nn.Linear(3, 1, dtype=dtype)
+        self.late = nn.Parameter(torch.full((1, 2), 0.3, dtype=dtype))
+
+    def forward(self, x, use_late):
+        y = self.out(self.layers(x))
+        return y + self.late.sum() if use_late else y
+
+
+def _batches():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 4, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
+
+
+def _optimizer(model, **kwargs):
+    return RAdaBeliefW(param_groups(model, 0.3), lr=0.05, **kwargs)
+
+
+def _train(model, optimizer, batches, rank=0, world=1, first=0):
+    for t, batch in enumerate(batches, first):
+        x = batch.chunk(world)[rank].to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x, t >= 4).square().mean().backward()
+        optimizer.step()
+
+
+def _expected(dtype=torch.float64):
+    model = Net(dtype)
+    optimizer = _optimizer(model)
+    _train(model, optimizer, _batches())
+    return {n: (p.detach(), optimizer.state[p]) for n, p in model.named_parameters()}
+
+
+def _check(model, optimizer, expected, tolerance):
+    for name, param in model.named_parameters():
+        value, state = expected[name]
+        own = optimizer.state[param]
+        torch.testing.assert_close(param.detach().full_tensor(), value, rtol=tolerance, atol=tolerance)
+        assert own["step"].item() == state["step"].item()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert own[key].placements == param.placements
+            assert own[key].shape == param.shape
+            assert own[key].stride() == param.stride()
+            assert own[key].to_local().shape == param.to_local().shape
+            torch.testing.assert_close(own[key].full_tensor(), state[key], rtol=tolerance, atol=tolerance)
+
+
+def _sharded(mesh, **kwargs):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Net()
+    fully_shard(model.layers, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, _optimizer(model, **kwargs)
+
+
+def _fsdp2_equals_one_process(mesh):
+    for kwargs in ({}, {"foreach": False}, {"capturable": True}):
+        model, optimizer = _sharded(mesh, **kwargs)
+        _train(model, optimizer, _batches(), dist.get_rank(), WORLD)
+        _check(model, optimizer, _expected(), 1e-6)
+        empty = [p for p in model.parameters() if p.to_local().numel() == 0]
+        assert bool(empty) == (dist.get_rank() == 1)
+        assert all(optimizer.state[p]["step"].item() > 0 for p in empty)
+
+
+def _dcp_resumes(mesh):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+    model, optimizer = _sharded(mesh)
+    _train(model, optimizer, _batches()[:6], dist.get_rank(), WORLD)
+    saved = get_state_dict(model, optimizer, options=options)
+    twin, other = _sharded(mesh)
+    set_state_dict(twin, other, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+    _train(twin, other, _batches()[6:], dist.get_rank(), WORLD, first=6)
+    _check(twin, other, _expected(), 1e-6)
+
+
+def _bfloat16_keeps_float32_state(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(Net(torch.bfloat16), mesh=mesh)
+    optimizer = _optimizer(model)
+    _train(model, optimizer, _batches(), dist.get_rank(), WORLD)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    for param in model.parameters():
+        state = optimizer.state[param]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+        assert state["exp_avg_sq"].placements == param.placements
+
+
+def _mixed_and_partial(mesh):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    plain, value = torch.arange(6.0), torch.arange(10.0).view(5, 2)
+    params = [
+        nn.Parameter(plain.clone()),
+        nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])),
+        nn.Parameter(distribute_tensor(value, mesh, [Replicate()])),
+    ]
+    optimizer = RAdaBeliefW(params, lr=0.1)
+    single = [nn.Parameter(plain.clone()), nn.Parameter(value.clone()), nn.Parameter(value.clone())]
+    reference = RAdaBeliefW(single, lr=0.1)
+    for t in range(8):
+        grads = [torch.sin(p.detach() + t) for p in single]
+        params[0].grad = grads[0].clone()
+        params[1].grad = distribute_tensor(grads[1], mesh, [Replicate()])
+        params[2].grad = DTensor.from_local(grads[2] / WORLD, mesh, [Partial()])
+        for param, grad in zip(single, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        reference.step()
+    found = [params[0].detach(), *(p.detach().full_tensor() for p in params[1:])]
+    torch.testing.assert_close(found, [p.detach() for p in single])
+
+
+def _all_scenarios():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    _mixed_and_partial(mesh)
+    # torch 2.6 has no fully_shard on CPUs: it asks the CPU's stream for an event.
+    if TorchVersion(torch.__version__) >= "2.7":
+        _fsdp2_equals_one_process(mesh)
+        _dcp_resumes(mesh)
+        _bfloat16_keeps_float32_state(mesh)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
+def test_dtensor_parameters_on_two_ranks_equal_one_process():
+    run_ranks(_all_scenarios, WORLD)

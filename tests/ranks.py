@@ -1,0 +1,55 @@
+"""Real gloo ranks for tests: `run_ranks(function, world_size, *args)`."""
+
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _rank_main(
+    rank: int, function: Callable[..., Any], world_size: int, port: int, timeout: float, out: str, args: tuple
+) -> None:
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({k: str(v) for k, v in env.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        result: tuple[bool, Any] = (True, function(*args))
+    except Exception:
+        result = (False, traceback.format_exc())
+    Path(out, f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    # torch 2.6 destroys a gloo group with the GIL held, and its worker may still need the GIL to drop a tensor.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call a module-level `function(*args)` on every rank of a gloo group; returns its values in rank order.
+
+    A rank's exception fails the caller with every failed rank's traceback. Many scenarios belong in one
+    call: a launch costs seconds, a scenario inside it milliseconds.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        mp.spawn(_rank_main, (function, world_size, free_port(), timeout, out, args), nprocs=world_size)
+        results = [pickle.loads(Path(out, f"{r}.pkl").read_bytes()) for r in range(world_size)]
+    failed = [f"rank {r}:\n{value}" for r, (ok, value) in enumerate(results) if not ok]
+    if failed:
+        raise AssertionError("\n".join(failed))
+    return [value for _, value in results]
