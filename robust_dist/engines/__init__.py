@@ -1,0 +1,1 @@
+"""One file per engine: what it does to optimizers, schedules and checkpoints."""

@@ -1,0 +1,172 @@
+"""Accelerate: every set-up that runs without an error, but not as asked, is an error here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
+
+__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
+
+
+class EngineError(RuntimeError):
+    """The engine runs something else than was asked for; the message says which line to change."""
+
+
+def check(
+    accelerator: Any,
+    optimizer: Any,
+    *,
+    num_processes: int | None = None,
+    schedule: Any = None,
+    total_steps: int | None = None,
+) -> None:
+    """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
+
+    Args:
+        accelerator: The `Accelerator`.
+        optimizer: What `prepare` returned for the optimizer.
+        num_processes: How many processes were asked for, where the program knows.
+        schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch; None: it is not checked.
+        total_steps: Optimizer steps that the run will make, for the schedule.
+
+    Raises:
+        EngineError: The engine runs other processes, or another engine, or another optimizer than asked; the
+            message says which line to change.
+        ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
+    """
+    _check_processes(accelerator, num_processes)
+    _check_engine(accelerator)
+    _check_optimizer(accelerator, optimizer)
+    if schedule is not None:
+        check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
+
+
+def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_steps: int | None = None) -> None:
+    """Check that the switch will fall on the right step: of this optimizer, at this run's steps.
+
+    Args:
+        accelerator: The `Accelerator`.
+        optimizer: What `prepare` returned for the optimizer.
+        schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch.
+        total_steps: Optimizer steps that the run will make; None: the schedule's own number is taken as right.
+
+    Raises:
+        ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
+    """
+    switch = _switch_of(schedule)
+    if switch.optimizer is not base_optimizer(optimizer):
+        raise ValueError(
+            f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; make it with the "
+            "optimizer that is handed to accelerator.prepare, and prepare both in one call"
+        )
+    if total_steps is not None and switch.total_steps != total_steps:
+        raise ValueError(
+            f"the schedule has total_steps={switch.total_steps}, the run makes {total_steps} optimizer steps on its "
+            f"{accelerator.num_processes} processes; give RobustSchedule total_steps={total_steps} (optimizer steps, "
+            "not batches of all processes)"
+        )
+
+
+def _switch_of(schedule: Any) -> WeightDecaySwitch:
+    inner = getattr(schedule, "scheduler", schedule)
+    switch = inner.weight_decay_switch if isinstance(inner, RobustSchedule) else inner
+    if not isinstance(switch, WeightDecaySwitch):
+        raise ValueError(
+            f"the schedule is a {type(inner).__name__} without a weight-decay switch; use RobustSchedule, or check "
+            "the WeightDecaySwitch itself"
+        )
+    return switch
+
+
+def _check_processes(accelerator: Any, asked: int | None) -> None:
+    runs = int(accelerator.num_processes)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if runs < max(launched, world):
+        raise EngineError(
+            f"the launcher started {max(launched, world)} processes, but Accelerate trains in {runs}, so that each "
+            f"would train alone; {_how_to_join()}"
+        )
+    if runs == 1 and _launcher_wanted_more():
+        raise EngineError(
+            "accelerate launch was asked for several processes and started ONE (its --cpu does that); take "
+            "--multi_gpu in place of --cpu, which starts a process a rank on CPUs, too, or ask for --num_processes 1"
+        )
+    if asked is not None and runs != asked:
+        raise EngineError(
+            f"num_processes={asked} were asked for, but {runs} run; on CPUs start them with ACCELERATE_USE_CPU=true "
+            f"torchrun --nproc_per_node {asked} SCRIPT (accelerate launch --cpu starts one), on GPUs with accelerate "
+            f"launch --num_processes {asked} SCRIPT"
+        )
+
+
+def _launcher_wanted_more() -> bool:
+    """Accelerate's launcher of one process sets MASTER_ADDR where it was asked for more; a user may have, too."""
+    if "MASTER_ADDR" not in os.environ or "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    try:
+        inherited = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(entry.startswith(b"MASTER_ADDR=") for entry in inherited)
+
+
+def _how_to_join() -> str:
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return 'on CPUs pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator'
+    return "on CPUs set ACCELERATE_USE_CPU=true, or make the Accelerator with cpu=True"
+
+
+def _check_engine(accelerator: Any) -> None:
+    engine = accelerator.distributed_type.value
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and engine != "DEEPSPEED":
+        raise EngineError(
+            f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED=true), but the engine is {engine}; leave "
+            "ACCELERATE_USE_CPU and Accelerator(cpu=True) out: DeepSpeed finds the CPU by itself"
+        )
+    if _is_set("ACCELERATE_USE_FSDP") and engine != "FSDP" and accelerator.num_processes > 1:
+        raise EngineError(
+            f"FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is {engine}: Accelerate has no FSDP on "
+            "CPUs; leave --use_fsdp out, or run on GPUs"
+        )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def _check_optimizer(accelerator: Any, optimizer: Any) -> None:
+    base = _base_or_error(optimizer)
+    if not isinstance(base, RAdaBeliefW):
+        raise EngineError(
+            f"the optimizer that trains is {type(base).__module__}.{type(base).__name__}, not RAdaBeliefW{_why(base)}"
+        )
+    prepared = [base_optimizer(one) for one in getattr(accelerator, "_optimizers", [])]
+    if not any(one is base for one in prepared):
+        raise EngineError(
+            "accelerator.prepare has not been given this optimizer, so that nothing synchronises its steps; check the "
+            "optimizer that prepare returned"
+        )
+
+
+def _base_or_error(optimizer: Any) -> Optimizer:
+    try:
+        return base_optimizer(optimizer)
+    except TypeError as error:
+        raise EngineError(
+            f"{error}; a DummyOptim must be prepared under DeepSpeed, with the optimizer's name in its JSON"
+        ) from error
+
+
+def _why(base: Optimizer) -> str:
+    if type(base).__module__.startswith("deepspeed"):
+        return (
+            ': DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and '
+            '"type": "RAdaBeliefW" where the JSON has an optimizer'
+        )
+    return "; hand RAdaBeliefW to accelerator.prepare"

@@ -1,0 +1,51 @@
+"""A vote between ranks that no step waits for."""
+
+import torch
+import torch.distributed as dist
+
+from robust_dist.schedule.agreement import device_of, taking_part
+
+
+class Ballot:
+    """One vote: one asynchronous one-element sum, counted later.
+
+    On an accelerator the sum is started from a stream of its own and copied to pinned memory, so that counting waits
+    for the reduction alone and never for the kernels that were queued since.
+
+    Args:
+        vote: This rank's.
+        group: The ranks that vote; None is the default group.
+    """
+
+    def __init__(self, vote: bool, group: dist.ProcessGroup | None) -> None:
+        self._work: dist.Work | None = None
+        self._event: torch.cuda.Event | None = None
+        self.num_voters = dist.get_world_size(group) if taking_part(group) else 1
+        self._votes = torch.tensor([int(vote)], dtype=torch.int32)
+        if self.num_voters > 1:
+            device = device_of(group)
+            if device.type == "cuda":
+                self._start_on_cuda(device, group)
+            else:
+                self._votes = self._votes.to(device)
+                self._work = dist.all_reduce(self._votes, group=group, async_op=True)
+
+    def _start_on_cuda(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self._votes = self._votes.pin_memory()
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            self._on_device = self._votes.to(device, non_blocking=True)
+            work = dist.all_reduce(self._on_device, group=group, async_op=True)
+            assert work is not None
+            # Makes the side stream wait, not the host.
+            work.wait()
+            self._votes.copy_(self._on_device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def count(self) -> int:
+        """How many ranks voted yes."""
+        if self._work is not None:
+            self._work.wait()
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._votes[0])

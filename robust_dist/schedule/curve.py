@@ -1,0 +1,58 @@
+"""The learning rate as a pure function of the optimizer step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+WarmupKind = Literal["linear", "deepspeed_linear", "deepspeed_log"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Warm-up, then half a cosine (eq. 17), per optimizer step.
+
+    With T = total_steps, W = warmup_steps, r = min_lr_ratio and the base learning rate eta, step s (from 0) has
+
+    - s < W: eta (s + 1)/(W + 1), a line that is never zero and reaches eta at s = W;
+    - s >= W: eta (r + (1 - r)(1 + cos(pi p))/2) with p = min(1, (s - W)/(T - W)), hence r eta from T on.
+
+    The paper's t and T are in epochs; here they are steps, so that the rate falls within an epoch, too, and
+    agrees with the paper's at the first step of each.
+
+    Attributes:
+        total_steps: T.
+        warmup_steps: W.
+        min_lr_ratio: r.
+        warmup: "linear" is the line above. "deepspeed_log" and "deepspeed_linear" are DeepSpeed's warm-up from a
+            start to eta, whose step s uses its iteration s - 1: the share log(s)/log(W) or (s - 1)/W for s <= W.
+        start_ratio: Where DeepSpeed's warm-up starts, in units of eta.
+        start_lr: The same as a learning rate; added to `start_ratio`'s.
+    """
+
+    total_steps: int
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    warmup: WarmupKind = "linear"
+    start_ratio: float = 0.0
+    start_lr: float = 0.0
+
+    def lr(self, step: int, base_lr: float) -> float:
+        """Learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
+        if self.warmup == "linear":
+            if step < self.warmup_steps:
+                return base_lr * ((step + 1) / (self.warmup_steps + 1))
+        elif self.warmup_steps and step <= self.warmup_steps:
+            start = self.start_ratio * base_lr + self.start_lr
+            return start + (base_lr - start) * self._deepspeed_share(step)
+        return base_lr * self._cosine(step)
+
+    def _cosine(self, step: int) -> float:
+        length = max(1, self.total_steps - self.warmup_steps)
+        progress = 1.0 if step >= self.total_steps else (step - self.warmup_steps) / length
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine
+
+    def _deepspeed_share(self, step: int) -> float:
+        if self.warmup == "deepspeed_log":
+            return math.log(max(1, step)) / math.log(self.warmup_steps)
+        return max(0, step - 1) / self.warmup_steps

@@ -1,0 +1,94 @@
+"""Calls from an optimizer to what schedules it, without keeping that alive."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Scheduled(Protocol):
+    """What `attach` calls."""
+
+    def _before_step(self) -> None: ...
+
+    def _after_load(self) -> None: ...
+
+
+_in_charge: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+
+
+def in_charge(optimizer: Optimizer) -> Any:
+    """The last one that took charge of this optimizer's weight decay, or None."""
+    reference = _in_charge.get(optimizer)
+    return None if reference is None else reference()
+
+
+def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
+    """`attach`, and be the one that sets the weight decay from now on."""
+    _in_charge[optimizer] = weakref.ref(owner)
+    attach(optimizer, owner)
+
+
+def attach(optimizer: Optimizer, owner: Scheduled) -> None:
+    """Call `owner._before_step()` before each `optimizer.step()` and `owner._after_load()` after each load.
+
+    A compiled step does not call `_before_step`: it would be traced into the graph.
+    """
+    reference = weakref.ref(owner)
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        alive = reference()
+        if alive is not None:
+            alive._before_step()
+
+    def after_load(optimizer: Optimizer) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._after_load()
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_load_state_dict_post_hook(after_load)
+
+
+class StepSignal:
+    """Set by every step of an optimizer; a compiled step sets it, too.
+
+    Attributes:
+        ever: Whether the optimizer has stepped since the last `reset`.
+        fresh: Whether it has stepped since the last `take`.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.reset()
+        optimizer.register_step_post_hook(self._hook())
+
+    def _hook(self) -> Callable[..., None]:
+        signal = self
+
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            signal.ever = True
+            signal.fresh = True
+
+        return stepped
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        self.ever = self.fresh = False
+
+    def take(self) -> None:
+        """Note that the steps so far were counted."""
+        self.fresh = False
+
+
+def is_dry(optimizer: Optimizer) -> bool:
+    """Whether the step about to be made is one that engines make with lr = 0 to get state, not to train."""
+    return all(_is_zero(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    return float(lr) == 0.0

@@ -1,0 +1,197 @@
+"""The paper's schedule: warm-up, cosine, and weight decay off for the last quarter."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from robust_dist.schedule import deepspeed_params
+from robust_dist.schedule.group_values import LearningRates
+from robust_dist.schedule.hooks import StepSignal, attach, is_dry
+from robust_dist.schedule.switch import WeightDecaySwitch
+from robust_dist.schedule.ticks import accelerate_processes
+from robust_dist.schedule.unwrap import base_optimizer
+from robust_dist.schedule.validate import whole_number
+
+_STATE_KEYS = ("last_epoch", "_step_count", "base_lrs", "weight_decay_switch")
+
+
+class RobustSchedule(LRScheduler):
+    """Linear warm-up and half a cosine for the learning rate, and the weight-decay switch, per optimizer step.
+
+    With T = total_steps, W = warmup_steps, r = min_lr_ratio and a group's initial learning rate eta, optimizer step s
+    (from 0) has the rate eta (s + 1)/(W + 1) for s < W, then eta (r + (1 - r)(1 + cos(pi (s - W)/(T - W)))/2): with
+    W = r = 0 the paper's eq. 17, eta (1 + cos(pi s/T))/2. From T on it stays at r eta. The paper's t and T are in
+    epochs; here they are steps. The weight decay is off for every s >= weight_decay_off_at * T; see
+    `WeightDecaySwitch`, which also says what the ranks compare and when.
+
+    Call `step()` after each `optimizer.step()`. Calls are counted, with one exception: Accelerate's wrapper calls
+    `step()` once per process for one optimizer step, so where Accelerate runs several processes, a call counts only if
+    the optimizer has stepped since the one before. `total_steps` is therefore the number of optimizer steps
+    that the run makes, under every engine.
+
+    After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
+    settings; the state holds the step and the base values. A rate that is a tensor is filled in place.
+
+    A DeepSpeed JSON may name the settings as DeepSpeed's schedulers do (total_num_steps, warmup_num_steps,
+    warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type, cos_min_ratio, last_batch_iteration). Then the warm-up
+    is DeepSpeed's, step by step ("log" unless warmup_type is "linear"); without warmup_num_steps there is none, and
+    without warmup_max_lr the groups' own rates are the peak.
+
+    Args:
+        optimizer: Any torch optimizer, or an engine's wrapper of one.
+        total_steps: Optimizer steps of the whole run.
+        warmup_steps: How many of them warm up, in [0, total_steps].
+        weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]. None: this object leaves the
+            decay to a WeightDecaySwitch of your own.
+        min_lr_ratio: Where the cosine ends, in units of eta, in [0, 1].
+        process_group: The ranks that must agree; None is the default group.
+        last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
+        **deepspeed: DeepSpeed's names.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An unknown name or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        total_steps: int | None = None,
+        *,
+        warmup_steps: int = 0,
+        weight_decay_off_at: float | None = 0.75,
+        min_lr_ratio: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+        last_epoch: int = -1,
+        **deepspeed: Any,
+    ) -> None:
+        settings = deepspeed_params.settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, deepspeed)
+        self.optimizer = base_optimizer(optimizer)
+        self.curve = settings.curve
+        self.weight_decay_switch: WeightDecaySwitch | None = None
+        if weight_decay_off_at is not None:
+            self.weight_decay_switch = WeightDecaySwitch(
+                self.optimizer, self.curve.total_steps, off_at=weight_decay_off_at, process_group=process_group
+            )
+        self._set_peak(settings.peak_lr)
+        self._rates = LearningRates(self.optimizer)
+        self._signal = StepSignal(self.optimizer)
+        self._restored = False
+        attach(self.optimizer, self)
+        super().__init__(self.optimizer, settings.last_epoch)
+        # One list: groups that are added later join it.
+        self.base_lrs = self._rates.base  # type: ignore[assignment]
+
+    def step(self, epoch: int | None = None, **ignored: Any) -> None:
+        """Note that an optimizer step was made; set rate and decay of the next one.
+
+        Args:
+            epoch: Go to this step instead, as torch's schedulers do.
+            **ignored: DeepSpeed passes on its caller's.
+
+        Raises:
+            RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
+            ValueError: `epoch` is no whole number.
+        """
+        if self._is_copy():
+            return
+        first = self._step_count == 0
+        self._step_count += 1
+        self._restored = False
+        self._signal.take()
+        if epoch is not None or first:
+            self._go_to(self.last_epoch + 1 if epoch is None else _step_number(epoch))
+            return
+        self.last_epoch += 1
+        self._write()
+        if self.weight_decay_switch is not None:
+            self.weight_decay_switch.step()
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Each group's learning rate at the present step."""
+        return [self.curve.lr(self.last_epoch, base) for base in self._rates.base]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the groups' base values and the switch's state; plain numbers and lists alone."""
+        self._rates.follow()
+        switch = self.weight_decay_switch
+        return {
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "base_lrs": list(self._rates.base),
+            "weight_decay_switch": None if switch is None else switch.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved step, and set the rate and the decay that it has.
+
+        Args:
+            state_dict: What `state_dict()` gave.
+
+        Raises:
+            ValueError: It is no state of a RobustSchedule, or one of an optimizer with another number of groups.
+        """
+        missing = [key for key in _STATE_KEYS if key not in state_dict]
+        if missing:
+            raise ValueError(f"this is no state of a RobustSchedule: it has no {', '.join(missing)}")
+        self._rates.restore(state_dict["base_lrs"])
+        switch = state_dict["weight_decay_switch"]
+        if self.weight_decay_switch is not None and switch is not None:
+            self.weight_decay_switch.load_state_dict(switch)
+        self._step_count = state_dict["_step_count"]
+        self._signal.reset()
+        self._restored = True
+        self._go_to(state_dict["last_epoch"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_signal"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._signal = StepSignal(self.optimizer)
+        attach(self.optimizer, self)
+
+    def _is_copy(self) -> bool:
+        return self._signal.ever and not self._signal.fresh and accelerate_processes() > 1
+
+    def _go_to(self, step: int) -> None:
+        self.last_epoch = step
+        self._write()
+        if self.weight_decay_switch is not None:
+            self.weight_decay_switch._seek(step)
+
+    def _write(self) -> None:
+        self._rates.write(lambda base: self.curve.lr(self.last_epoch, base))
+        groups = self.optimizer.param_groups
+        self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+
+    def _before_step(self) -> None:
+        # DeepSpeed's universal load writes rates without a load hook; dry steps need their lr = 0.
+        if self._restored and not is_dry(self.optimizer):
+            self._rates.write(lambda base: self.curve.lr(self.last_epoch, base))
+
+    def _after_load(self) -> None:
+        self._rates.follow()
+        self._write()
+
+    def _set_peak(self, peak: float | list[float] | None) -> None:
+        groups = self.optimizer.param_groups
+        if peak is None:
+            return
+        peaks = peak if isinstance(peak, list) else [peak] * len(groups)
+        if len(peaks) != len(groups):
+            raise ValueError(
+                f"warmup_max_lr={peak} has {len(peaks)} values for {len(groups)} param groups; give one each"
+            )
+        for group, lr in zip(groups, peaks, strict=True):
+            group["initial_lr"] = lr
+
+
+def _step_number(epoch: Any) -> int:
+    try:
+        return whole_number("epoch", epoch, 0)
+    except TypeError as error:
+        # DeepSpeed swallows a TypeError and calls step(train_batch_size).
+        raise ValueError(str(error)) from error

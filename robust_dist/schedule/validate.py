@@ -1,0 +1,49 @@
+"""Checks of settings: a ValueError or TypeError names the setting, its value and what would be right."""
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high].
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is outside the range.
+    """
+    wanted = f"a whole number >= {low}" + ("" if high is None else f" and <= {high}")
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}={number} is out of range; it must be {wanted}")
+    return number
+
+
+def real_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """`value` as a finite float in [low, high].
+
+    Raises:
+        TypeError: It is no real number.
+        ValueError: It is outside the range, infinite or not a number.
+    """
+    wanted = f"a finite number >= {low}" + ("" if high == math.inf else f" and <= {high}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name}={number} is out of range; it must be {wanted}")
+    return number
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value`, which must be among `choices`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, choices))}")
+    return str(value)

@@ -1,0 +1,283 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from robust_dist.engines.accelerate import base_optimizer, check
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.schedule import RobustSchedule, WeightDecaySwitch
+from tests.engines.toys import DECAY, LR, batch, build_model, groups_of, same, used, wanted
+from tests.ranks import free_port, run_ranks
+
+pytest.importorskip("accelerate")
+TOTAL = 8
+ROOT = Path(__file__).parents[2]
+
+
+def make_accelerator(split_batches=False, accumulation=1, adjust_scheduler=True):
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+
+    return Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation, adjust_scheduler=adjust_scheduler
+        ),
+    )
+
+
+def prepared(accelerator, total=TOTAL, cls=RAdaBeliefW):
+    model = build_model()
+    optimizer = cls(groups_of(model), lr=LR)
+    return accelerator.prepare(model, optimizer, RobustSchedule(optimizer, total))
+
+
+def run_steps(accelerator, model, optimizer, schedule, first, last, accumulation=1):
+    """Train; what every optimizer step used must be what its number says."""
+    for step in range(first, last):
+        images, labels = batch(step)
+        before = used(optimizer)
+        assert same(before, wanted(step, TOTAL)), (step, before)
+        for part in range(accumulation):
+            with accelerator.accumulate(model):
+                loss = nn.functional.cross_entropy(model(images[part::accumulation]), labels[part::accumulation])
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+
+
+def check_every_way_of_batching():
+    for split_batches in (False, True):
+        for accumulation in (1, 3):
+            for adjust_scheduler in (False, True):
+                accelerator = make_accelerator(split_batches, accumulation, adjust_scheduler)
+                model, optimizer, schedule = prepared(accelerator)
+                check(accelerator, optimizer, num_processes=dist.get_world_size(), schedule=schedule, total_steps=TOTAL)
+                run_steps(accelerator, model, optimizer, schedule, 0, TOTAL + 2, accumulation)
+                assert schedule.scheduler.last_epoch == TOTAL + 2
+
+
+def check_other_optimizers():
+    accelerator = make_accelerator()
+    model, optimizer, schedule = prepared(accelerator, cls=torch.optim.AdamW)
+    run_steps(accelerator, model, optimizer, schedule, 0, TOTAL)
+
+
+def check_a_schedule_that_is_not_prepared():
+    accelerator = make_accelerator()
+    model = build_model()
+    optimizer = RAdaBeliefW(groups_of(model), lr=LR)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Made after prepare, with the wrapper, and stepped by hand once a step.
+    schedule = RobustSchedule(optimizer, TOTAL)
+    assert schedule.optimizer is base_optimizer(optimizer)
+    run_steps(accelerator, model, optimizer, schedule, 0, TOTAL)
+
+
+def check_a_switch_of_its_own():
+    accelerator = make_accelerator()
+    model = build_model()
+    optimizer = RAdaBeliefW(groups_of(model), lr=LR)
+    switch = WeightDecaySwitch(optimizer, TOTAL)
+    model, optimizer, switch = accelerator.prepare(model, optimizer, switch)
+    accelerator.register_for_checkpointing(switch)
+    check(accelerator, optimizer, schedule=switch, total_steps=TOTAL)
+    for step in range(TOTAL):
+        assert used(optimizer)[0] == wanted(step, TOTAL)[0]
+        accelerator.backward(model(batch(step)[0]).square().mean())
+        optimizer.step()
+        switch.step()
+
+
+def check_skipped_steps():
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    make_accelerator()
+    # Its step is skipped on overflow by the scaler, as SGD's is; a fused one is called and skips by itself.
+    parameter = nn.Parameter(torch.ones(2))
+    base = torch.optim.SGD([{"params": [parameter], "weight_decay": DECAY}], lr=LR)
+    inner = RobustSchedule(base, TOTAL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = AcceleratedOptimizer(base, scaler=scaler)
+    schedule = AcceleratedScheduler(inner, optimizer)
+    done = 0
+    for attempt in range(14):
+        assert used(optimizer)[0] == wanted(done, TOTAL)[0][:1]
+        scaler.scale(torch.ones(()))
+        parameter.grad = torch.full((2,), float("inf") if attempt in (0, 3, 4, 9) else 1.0)
+        optimizer.step()
+        schedule.step()
+        done += attempt not in (0, 3, 4, 9)
+        assert inner.last_epoch == done == inner.weight_decay_switch.num_steps
+
+
+def check_saving_and_loading(folder):
+    for saved_at in (3, 7):
+        path = f"{folder}/{saved_at}"
+        accelerator = make_accelerator()
+        model, optimizer, schedule = prepared(accelerator)
+        run_steps(accelerator, model, optimizer, schedule, 0, saved_at)
+        accelerator.save_state(path)
+        accelerator.wait_for_everyone()
+        run_steps(accelerator, model, optimizer, schedule, saved_at, TOTAL)
+        want = [p.detach().clone() for p in model.parameters()]
+        for loaded_at in (0, 7):
+            accelerator = make_accelerator()
+            model, optimizer, schedule = prepared(accelerator)
+            run_steps(accelerator, model, optimizer, schedule, 0, loaded_at)
+            accelerator.load_state(path)
+            run_steps(accelerator, model, optimizer, schedule, saved_at, TOTAL)
+            assert all(map(torch.equal, model.parameters(), want))
+
+
+def message(error, *args, **kwargs):
+    try:
+        check(*args, **kwargs)
+    except error as raised:
+        return str(raised)
+    raise AssertionError("check() saw nothing wrong")
+
+
+def check_what_check_refuses():
+    world = dist.get_world_size()
+    accelerator = make_accelerator()
+    model, optimizer, schedule = prepared(accelerator)
+    text = message(RuntimeError, accelerator, optimizer, num_processes=world + 1)
+    assert f"num_processes={world + 1} were asked for, but {world} run" in text
+    assert "ACCELERATE_USE_CPU=true torchrun" in text
+    text = message(ValueError, accelerator, optimizer, schedule=schedule, total_steps=TOTAL * world + 1)
+    assert f"total_steps={TOTAL}, the run makes {TOTAL * world + 1}" in text
+    assert "prepare has not been given" in message(RuntimeError, accelerator, RAdaBeliefW(model.parameters()))
+    other = RobustSchedule(RAdaBeliefW(model.parameters()), TOTAL)
+    assert "drives another RAdaBeliefW" in message(ValueError, accelerator, optimizer, schedule=other)
+    plain = torch.optim.lr_scheduler.ConstantLR(base_optimizer(optimizer))
+    assert "ConstantLR without" in message(ValueError, accelerator, optimizer, schedule=plain)
+    without = RobustSchedule(optimizer, TOTAL, weight_decay_off_at=None)
+    assert "without a weight-decay switch" in message(ValueError, accelerator, optimizer, schedule=without)
+    accelerator = make_accelerator()
+    _, optimizer, _ = prepared(accelerator, cls=torch.optim.AdamW)
+    assert "AdamW, not RAdaBeliefW" in message(RuntimeError, accelerator, optimizer)
+    from accelerate.utils import DummyOptim
+
+    assert "DummyOptim" in message(RuntimeError, accelerator, DummyOptim([]))
+
+
+def every_scenario(folder):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    check_every_way_of_batching()
+    check_other_optimizers()
+    check_a_schedule_that_is_not_prepared()
+    check_a_switch_of_its_own()
+    check_skipped_steps()
+    check_saving_and_loading(folder)
+    check_what_check_refuses()
+    return make_accelerator().num_processes
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_under_accelerate_every_optimizer_step_has_its_own_rate_and_decay(world, tmp_path):
+    assert run_ranks(every_scenario, world, str(tmp_path)) == [world] * world
+
+
+def on_four_ranks():
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    for split_batches in (False, True):
+        accelerator = make_accelerator(split_batches, 2)
+        model, optimizer, schedule = prepared(accelerator)
+        run_steps(accelerator, model, optimizer, schedule, 0, TOTAL, 2)
+    return schedule.scheduler.last_epoch
+
+
+def test_on_four_ranks_a_step_counts_once_too():
+    assert run_ranks(on_four_ranks, 4) == [TOTAL] * 4
+
+
+SCRIPT = """
+import json, sys
+from accelerate import Accelerator
+from robust_dist.engines.accelerate import check
+from robust_dist.optim import RAdaBeliefW
+import torch
+accelerator = Accelerator()
+model = torch.nn.Linear(2, 2)
+model, optimizer = accelerator.prepare(model, RAdaBeliefW(model.parameters()))
+try:
+    check(accelerator, optimizer, num_processes=json.loads(sys.argv[2]))
+    text = "nothing wrong"
+except RuntimeError as error:
+    text = str(error)
+with open(sys.argv[1], "a") as file:
+    file.write(text + chr(10))
+"""
+
+
+def _launches(script, folder):
+    """name -> (command, environment): set-ups that Accelerate starts without a word, but not as asked."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return {
+        "launch --cpu": ([*launch, "--cpu", "--num_processes", "2", script, f"{folder}/launch --cpu", "null"], {}),
+        "torchrun": ([*torchrun, "--master_port", str(free_port()), script, f"{folder}/torchrun", "null"], {}),
+        "deepspeed on cpu": (
+            [sys.executable, script, f"{folder}/deepspeed on cpu", "null"],
+            {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"},
+        ),
+        "fsdp": (
+            [*torchrun, "--master_port", str(free_port()), script, f"{folder}/fsdp", "null"],
+            {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"},
+        ),
+    }
+
+
+def _log(run):
+    """What a launch printed; one that hangs is ended with all that it started."""
+    try:
+        return run.communicate(timeout=120)[0].decode()
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        return run.communicate()[0].decode() + "\ntimed out"
+
+
+@pytest.fixture(scope="module")
+def launched():
+    """What `check` says in each of them; all at once, for most of their time is start-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(SCRIPT)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"PYTHONPATH": str(ROOT)}
+        runs = {
+            name: subprocess.Popen(
+                command, env=env | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            for name, (command, extra) in _launches(str(script), folder).items()
+        }
+        logs = {name: _log(run) for name, run in runs.items()}
+        files = {name: Path(folder, name) for name in runs}
+        yield {name: file.read_text() if file.exists() else logs[name] for name, file in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("launch --cpu", "asked for several processes and started ONE"),
+        ("torchrun", "started 2 processes, but Accelerate trains in 1"),
+        ("torchrun", "set ACCELERATE_USE_CPU=true"),
+        ("deepspeed on cpu", "DeepSpeed was asked for"),
+        ("deepspeed on cpu", "leave ACCELERATE_USE_CPU"),
+        ("fsdp", "FSDP was asked for"),
+    ],
+)
+def test_a_set_up_that_silently_runs_otherwise_is_an_error(launched, name, said):
+    assert said in launched[name], json.dumps(launched[name][-2000:])
