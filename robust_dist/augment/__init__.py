@@ -1,0 +1,26 @@
+"""TrivialAugment, CutMix, crop and flip in batch, with a keyed draw for every sample."""
+
+from robust_dist.augment.checks import validate_labels
+from robust_dist.augment.crop_flip import CropPlan, FlipPlan, RandomCrop, RandomHorizontalFlip
+from robust_dist.augment.cutmix import CutMix, CutMixPlan, soft_targets
+from robust_dist.augment.keys import Stream, permutation, random_keys, sample_keys
+from robust_dist.augment.pipeline import RobustAugment
+from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
+
+__all__ = [
+    "CropPlan",
+    "CutMix",
+    "CutMixPlan",
+    "FlipPlan",
+    "RandomCrop",
+    "RandomHorizontalFlip",
+    "RobustAugment",
+    "Stream",
+    "TrivialAugment",
+    "TrivialAugmentPlan",
+    "permutation",
+    "random_keys",
+    "sample_keys",
+    "soft_targets",
+    "validate_labels",
+]

@@ -1,0 +1,88 @@
+"""What every augmentation asks of its inputs, and what it may look at without waiting for a device."""
+
+import torch
+from torch import Tensor
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be read without a device's sync or a graph break: on the CPU, not compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_images(images: Tensor) -> None:
+    """Raise unless images are uint8 or floating NCHW."""
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be NCHW, got shape {list(images.shape)}")
+
+
+def check_vector(name: str, tensor: Tensor, images: Tensor, dtype: torch.dtype = torch.int64) -> None:
+    """Raise unless a tensor holds one `dtype` value per image, on the images' device."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] != images.shape[0]:
+        raise ValueError(f"{name} must have shape [{images.shape[0]}] as the images, got {list(tensor.shape)}")
+    if tensor.device != images.device:
+        raise ValueError(f"{name} are on {tensor.device}, the images on {images.device}: move one to the other")
+
+
+def _extremes(tensor: Tensor) -> tuple[int, int]:
+    lowest, highest = tensor.aminmax()
+    return int(lowest), int(highest)
+
+
+def check_range(name: str, tensor: Tensor, high: int) -> None:
+    """Raise if a readable integer tensor leaves [0, high)."""
+    if not readable(tensor) or tensor.numel() == 0:
+        return
+    lowest, highest = _extremes(tensor)
+    if lowest < 0 or highest >= high:
+        raise ValueError(f"{name} must lie in [0, {high}), got {lowest} to {highest}")
+
+
+def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
+    """Raise unless labels are one integer per image, and, where readable, classes."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer class numbers, got {labels.dtype}")
+    check_vector("labels", labels, images, labels.dtype)
+    if readable(labels):
+        validate_labels(labels, num_classes)
+
+
+def validate_labels(labels: Tensor, num_classes: int) -> None:
+    """Check a whole data set's labels once, as training on a device never does (it would have to wait).
+
+    Args:
+        labels: Integers of any shape, on any device; reads them, so it waits for a device.
+        num_classes: Number of classes C.
+
+    Raises:
+        ValueError: If a label lies outside [0, C); names the first one and where it stands.
+    """
+    lowest, highest = _extremes(labels) if labels.numel() else (0, 0)
+    if lowest < 0 or highest >= num_classes:
+        place = ((labels < 0) | (labels >= num_classes)).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels must lie in [0, num_classes) = [0, {num_classes}), got {int(labels[tuple(place)])} at position "
+            f"{place[0] if len(place) == 1 else place}"
+        )
+
+
+def check_share(name: str, value: float, *, positive: bool = False) -> float:
+    """A finite number in [0, 1], or any above 0 where `positive`; raises otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    good = 0 < value < float("inf") if positive else 0 <= value <= 1
+    if not good:
+        raise ValueError(f"{name} must be {'finite and above 0' if positive else 'in [0, 1]'}, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, low: int) -> int:
+    """An int of at least `low`; raises otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value

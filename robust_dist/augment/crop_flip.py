@@ -1,0 +1,135 @@
+"""Random crops of padded images and mirror images, in batch, with a draw for every sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from robust_dist.augment.checks import check_count, check_images, check_share, check_vector
+from robust_dist.augment.keys import Stream, randint, random_keys, uniform
+from robust_dist.augment.layout import Stage, choose, memory_format
+
+
+@dataclass(frozen=True, eq=False)
+class CropPlan:
+    """Where each sample's window stands in the padded image, on the images' device.
+
+    Attributes:
+        top: First row, int64 [B], 0 to 2 padding; `padding` leaves the image in its place.
+        left: First column, int64 [B].
+    """
+
+    top: Tensor
+    left: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FlipPlan:
+    """Which samples are mirrored.
+
+    Attributes:
+        flip: bool [B], on the images' device.
+    """
+
+    flip: Tensor
+
+
+class RandomCrop(Stage):
+    """Pad each image on all sides and cut a window of its own size, at a place of its own.
+
+    Args:
+        padding: Pixels on each side, at least 0.
+        fill: Value of the padding, in the images' own units.
+
+    Raises:
+        TypeError: For a padding that is not an int.
+        ValueError: For a negative padding.
+    """
+
+    def __init__(self, padding: int = 4, *, fill: float = 0) -> None:
+        super().__init__()
+        self.padding = check_count("padding", padding, 0)
+        if isinstance(fill, (bool, str, Sequence)):
+            raise TypeError(f"fill must be one number, got {fill!r}")
+        self.fill = fill
+
+    def plan(self, keys: Tensor) -> CropPlan:
+        """Draw a place for each key, int64 [B]."""
+        places = 2 * self.padding + 1
+        return CropPlan(top=randint(keys, Stream.CROP_TOP, places), left=randint(keys, Stream.CROP_LEFT, places))
+
+    def apply(self, images: Tensor, plan: CropPlan | None = None) -> Tensor:  # type: ignore[override]
+        """Cut the windows.
+
+        Args:
+            images: uint8 or floating, [B, C, H, W].
+            plan: For B samples.
+
+        Returns:
+            New images of the same shape, dtype and memory format.
+        """
+        if plan is None:
+            return self._visit(images)
+        check_images(images)
+        check_vector("plan.top", plan.top, images)
+        check_vector("plan.left", plan.left, images)
+        channels, height, width = images.shape[1:]
+        row = torch.arange(height, device=images.device) + plan.top.unsqueeze(1)
+        column = torch.arange(width, device=images.device) + plan.left.unsqueeze(1)
+        index = (row * (width + 2 * self.padding)).unsqueeze(2) + column.unsqueeze(1)
+        padded = pad(images.contiguous(), (self.padding,) * 4, value=self.fill).flatten(2)
+        out = padded.gather(2, index.flatten(1).unsqueeze(1).expand(-1, channels, -1))
+        return out.view(images.shape).contiguous(memory_format=memory_format(images))
+
+    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
+        check_images(images)
+        keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
+        check_vector("keys", keys, images)
+        return self.apply(images, self.plan(keys))
+
+
+class RandomHorizontalFlip(Stage):
+    """Mirror each image left to right with probability p.
+
+    Args:
+        p: In [0, 1].
+
+    Raises:
+        TypeError: For a p that is not a number.
+        ValueError: For a p outside [0, 1].
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = check_share("p", p)
+
+    def plan(self, keys: Tensor) -> FlipPlan:
+        """Draw for each key, int64 [B]."""
+        return FlipPlan(flip=uniform(keys, Stream.FLIP) < self.p)
+
+    def apply(self, images: Tensor, plan: FlipPlan | None = None) -> Tensor:  # type: ignore[override]
+        """Mirror the chosen ones.
+
+        Args:
+            images: uint8 or floating, [B, C, H, W].
+            plan: For B samples.
+
+        Returns:
+            New images of the same shape, dtype and memory format.
+        """
+        if plan is None:
+            return self._visit(images)
+        check_images(images)
+        check_vector("plan.flip", plan.flip, images, torch.bool)
+        out = choose((plan.flip.view(-1, 1, 1, 1),), images.flip(3), images)
+        return out.contiguous(memory_format=memory_format(images))
+
+    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
+        check_images(images)
+        keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
+        check_vector("keys", keys, images)
+        return self.apply(images, self.plan(keys))

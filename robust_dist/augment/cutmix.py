@@ -1,0 +1,200 @@
+"""CutMix (Yun et al. 2019) on batches: a box per batch as its authors have it, or a box and a partner per sample."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robust_dist.augment.beta import beta_share, beta_table
+from robust_dist.augment.checks import (
+    check_count,
+    check_images,
+    check_labels,
+    check_range,
+    check_share,
+    check_vector,
+    readable,
+)
+from robust_dist.augment.keys import Stream, bits, bits_of_each, random_keys, to_int, to_uniform
+from robust_dist.augment.layout import Stage, bits_of, choose, keep_bits, memory_format
+
+
+@dataclass(frozen=True, eq=False)
+class CutMixPlan:
+    """Which box of which other sample covers each sample of a batch, on the images' device.
+
+    Attributes:
+        partner: Position in the batch of the sample that the box is cut from, int64 [B].
+        box: Columns and rows [x1, x2) x [y1, y2) as (x1, y1, x2, y2), clipped to the image, int64 [B, 4].
+        lam: The share of the image's own label: its pixels outside the box, exactly; float32 [B].
+    """
+
+    partner: Tensor
+    box: Tensor
+    lam: Tensor
+
+
+def soft_targets(
+    labels: Tensor, num_classes: int, partner_labels: Tensor | None = None, lam: Tensor | None = None
+) -> Tensor:
+    """Shares of the classes, float32 [B, C]: lam of the first label, the rest of the second; rows sum to 1.
+
+    Args:
+        labels: int64 [B].
+        num_classes: C.
+        partner_labels: int64 [B]; without them, rows are one-hot.
+        lam: float32 [B], given with `partner_labels`.
+    """
+    own = labels.long().unsqueeze(1)
+    targets = torch.zeros(labels.shape[0], num_classes, device=labels.device)
+    if partner_labels is None or lam is None:
+        return targets.scatter_(1, own, 1.0)
+    other, share = partner_labels.long().unsqueeze(1), lam.unsqueeze(1)
+    rest = torch.where(own == other, 1.0, 1 - share)
+    return targets.scatter_(1, own, share).scatter_(1, other, rest)
+
+
+class CutMix(Stage):
+    """Paste a box of another sample into each sample and share the label by the pixels.
+
+    The box has the share 1 - lam of the image, lam ~ Beta(alpha, alpha), and a uniform centre; it is clipped at the
+    image's edge and lam corrected to the pixels that remain, as the authors' code does. Nothing waits for a device,
+    shapes are static, and `torch.compile(fullgraph=True)` captures it.
+
+    Args:
+        num_classes: Number of classes C, at least 1.
+        alpha: Of the Beta distribution, above 0; 1.0 is uniform.
+        p: Probability of mixing, of the batch or, in mode "elem", of each sample.
+        mode: "batch": one box, drawn by the first sample's key, and a random permutation as partners, so that both
+            depend on the batch and so on the world size. "elem": each sample draws its own box and a partner in its
+            own block, so that pairs do not depend on how whole blocks are spread over ranks.
+        block: In mode "elem", the number of consecutive positions that mix with each other, at least 1. A sample is
+            never its own partner where its block has two or more; in mode "batch" it may be.
+
+    Raises:
+        TypeError: For arguments of a wrong type.
+        ValueError: For arguments out of range.
+    """
+
+    def __init__(
+        self, num_classes: int, *, alpha: float = 1.0, p: float = 1.0, mode: str = "batch", block: int = 8
+    ) -> None:
+        super().__init__()
+        self.num_classes = check_count("num_classes", num_classes, 1)
+        self.alpha = check_share("alpha", alpha, positive=True)
+        self.p = check_share("p", p)
+        if mode not in ("batch", "elem"):
+            raise ValueError(f'mode must be "batch" or "elem", got {mode!r}')
+        self.mode = mode
+        self.block = check_count("block", block, 1)
+        if self.alpha != 1:
+            keep_bits(self, "_beta", beta_table(self.alpha))
+
+    def plan(self, keys: Tensor, height: int, width: int) -> CutMixPlan:
+        """Draw partners and boxes for keys int64 [B] and images of one size in pixels."""
+        drawing = keys if self.mode == "elem" else keys[:1]
+        drawn = bits_of_each(drawing, Stream.CUTMIX_APPLY, Stream.CUTMIX_PARTNER)
+        box = self._boxes(drawn[1], drawn[2:4].t(), height, width)
+        partner = self._partners(keys, drawn[4])
+        if self.p < 1:
+            mixed = to_uniform(drawn[0]) < self.p
+            box = torch.where(mixed.unsqueeze(1), box, 0)
+            partner = torch.where(mixed, partner, torch.arange(keys.shape[0], device=keys.device))
+        x1, y1, x2, y2 = box.unbind(1)
+        own = height * width - (x2 - x1) * (y2 - y1)
+        lam = (own / max(height * width, 1)).float()
+        if self.mode == "batch":
+            box, lam = box.expand(keys.shape[0], 4).contiguous(), lam.expand(keys.shape[0]).contiguous()
+        return CutMixPlan(partner=partner, box=box, lam=lam)
+
+    def mix(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Paste the boxes; the labels as a triple.
+
+        Args:
+            images: uint8 or floating, [B, C, H, W].
+            labels: Class numbers, integers [B] on the images' device.
+            plan: For B samples of that size.
+
+        Returns:
+            New images of the same shape, dtype and memory format, and (labels, partners' labels, lam), each [B].
+
+        Raises:
+            TypeError: For wrong dtypes.
+            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C) and
+                partners outside the batch. On a device that would wait: see `validate_labels`.
+        """
+        check_images(images)
+        check_labels(labels, images, self.num_classes)
+        check_vector("plan.partner", plan.partner, images)
+        check_range("plan.partner", plan.partner, images.shape[0])
+        if plan.box.shape != (images.shape[0], 4):
+            raise ValueError(f"plan.box must have shape [{images.shape[0]}, 4], got {list(plan.box.shape)}")
+        return self._paste(images, labels, plan)
+
+    def apply(  # type: ignore[override]
+        self, images: Tensor, labels: Tensor | None = None, plan: CutMixPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `mix`, with soft targets, float32 [B, num_classes], instead of the triple."""
+        if labels is None or plan is None:
+            return self._visit(images)
+        mixed, (own, other, lam) = self.mix(images, labels, plan)
+        return mixed, soft_targets(own, self.num_classes, other, lam)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`apply` with a plan drawn by the keys, which come from the generator where none are given.
+
+        A batch of one is its own partner and stays as it is; of an empty one the targets are [0, C].
+        """
+        check_images(images)
+        check_labels(labels, images, self.num_classes)
+        if keys is None:
+            keys = random_keys(images.shape[0], generator, images.device)
+        check_vector("keys", keys, images)
+        plan = self.plan(keys, images.shape[2], images.shape[3])
+        mixed, (own, other, lam) = self._paste(images, labels, plan)
+        return mixed, soft_targets(own, self.num_classes, other, lam)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"{self.num_classes}, alpha={self.alpha}, p={self.p}, mode={self.mode!r}, block={self.block}"
+
+    def _partners(self, keys: Tensor, drawn: Tensor) -> Tensor:
+        if self.mode == "batch":
+            return torch.argsort(bits(keys, Stream.CUTMIX_PARTNER), stable=True)
+        here = torch.arange(keys.shape[0], device=keys.device)
+        place = here % self.block
+        start = here - place
+        if readable(keys) and keys.shape[0] % self.block == 0:
+            return (place + 1 + to_int(drawn, max(1, self.block - 1))) % self.block + start
+        size = (keys.shape[0] - start).clamp(max=self.block)
+        return (place + 1 + to_int(drawn, (size - 1).clamp(min=1))) % size + start
+
+    def _boxes(self, share: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
+        """The authors' boxes, with sides of even length before clipping, from bits [B] and [B, 2]: int64 [B, 4]."""
+        cut = to_uniform(share)
+        if self.alpha != 1:
+            cut = beta_share(cut, bits_of(self, "_beta", torch.float64, cut.device))
+        size = width + (height - width) * torch.arange(2, device=cut.device)
+        half = (cut.sqrt().unsqueeze(1) * size).long() >> 1
+        middle = to_int(centre, size)
+        corners = torch.stack([middle - half, middle + half], 1)
+        return corners.clamp(min=0).minimum(size).flatten(1)
+
+    def _paste(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        height, width = images.shape[2:]
+        side = max(height, width)
+        place = torch.arange(side + 1, device=images.device)
+        # Row k marks the places before k: looking four of them up costs less than comparing for every sample.
+        before = place[:side] < place.unsqueeze(1)
+        edges = before.index_select(0, plan.box.clamp(0, side).flatten()).view(-1, 4, side)
+        columns, rows = (edges[:, 2:] > edges[:, :2]).unbind(1)
+        inside = (rows[:, None, :height, None], columns[:, None, None, :width])
+        mixed = choose(inside, images.index_select(0, plan.partner), images)
+        partner_labels = labels.index_select(0, plan.partner)
+        return mixed.contiguous(memory_format=memory_format(images)), (labels, partner_labels, plan.lam)

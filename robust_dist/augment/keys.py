@@ -1,0 +1,159 @@
+"""Keyed draws: every random number is a pure function of (seed, epoch, sample index, purpose).
+
+A key is splitmix64's output at a counter, computed with wrapping int64 operations alone, so that processors,
+devices, eager and compiled code agree bit for bit, and there is no generator state to save or to share.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from robust_dist.augment.checks import readable
+
+
+class Stream(IntEnum):
+    """What a draw is for; two purposes never share a stream. Renumbering changes every run."""
+
+    ORDER = 0
+    OPERATION = 1
+    MAGNITUDE = 2
+    SIGN = 3
+    CROP_TOP = 4
+    CROP_LEFT = 5
+    FLIP = 6
+    CUTMIX_APPLY = 7
+    CUTMIX_SHARE = 8
+    CUTMIX_X = 9
+    CUTMIX_Y = 10
+    CUTMIX_PARTNER = 11
+
+
+def _signed(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, places: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> places) & (2 ** (64 - places) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _counting(numbers: range, device: torch.device | str | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Inductor folds what is computed from an arange into indices, whose integers do not wrap at 64 bits.
+        return torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    return torch.arange(numbers.start, numbers.stop, numbers.step, dtype=torch.int64, device=device)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _counter(name: str, value: int | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not _is_integer(value):
+            raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {value.dtype} {list(value.shape)}")
+        return value.long()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {type(value).__name__}")
+    return torch.tensor(value if -(2**63) <= value < 2**63 else _signed(value), dtype=torch.int64)
+
+
+def _indices(indices: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(indices, range):
+        return _counting(indices)
+    tensor = indices if isinstance(indices, Tensor) else torch.as_tensor(indices)
+    if tensor.dim() != 1:
+        raise ValueError(f"indices must have one dimension, got shape {list(tensor.shape)}")
+    if tensor.numel() and not _is_integer(tensor):
+        raise TypeError(f"indices must be integers, got {tensor.dtype}")
+    return tensor.long()
+
+
+def sample_keys(seed: int | Tensor, epoch: int | Tensor, indices: Tensor | Sequence[int]) -> Tensor:
+    """One key per sample, the same on every rank, device and world size.
+
+    Args:
+        seed: Of the run. Python ints of any size and sign count modulo 2**64.
+        epoch: As `seed`. A 0-d int64 tensor does not recompile compiled code when it changes.
+        indices: The samples' indices in the data set, [B] integers on any device, or a sequence, or a range.
+
+    Returns:
+        int64 [B] on the device of `indices`.
+
+    Raises:
+        TypeError: For a seed, epoch or indices that are not integers.
+        ValueError: For indices of more or less than one dimension.
+    """
+    counters = _indices(indices)
+    run = _mix(_counter("seed", seed) + _GOLDEN)
+    turn = _mix(run + _counter("epoch", epoch) * _GOLDEN)
+    return _mix(turn + counters * _GOLDEN)
+
+
+def bits(keys: Tensor, stream: Stream) -> Tensor:
+    """64 random bits per key, int64 like `keys`, independent between streams."""
+    return _mix(keys + _signed((int(stream) + 1) * _GOLDEN))
+
+
+def bits_of_each(keys: Tensor, first: Stream, last: Stream) -> Tensor:
+    """`bits` of all streams from the first to the last, in one go: int64 [streams, B] for keys [B]."""
+    offsets = [_signed((stream + 1) * _GOLDEN) for stream in range(int(first), int(last) + 1)]
+    if readable(keys):
+        return _mix(keys + torch.tensor(offsets).unsqueeze(1))
+    # On a device a tensor of constants would be a copy that waits.
+    return _mix(torch.stack([keys + offset for offset in offsets]))
+
+
+def to_uniform(drawn: Tensor) -> Tensor:
+    """64 bits to float64, uniform over the multiples of 2**-53 in [0, 1)."""
+    return _shift(drawn, 11).double() * 2.0**-53
+
+
+def to_int(drawn: Tensor, high: int | Tensor) -> Tensor:
+    """64 bits to int64, uniform in [0, high) for 1 <= high < 2**31, with a bias below high * 2**-32."""
+    return (_shift(drawn, 32) * high) >> 32
+
+
+def uniform(keys: Tensor, stream: Stream) -> Tensor:
+    """float64 like `keys`, uniform in [0, 1)."""
+    return to_uniform(bits(keys, stream))
+
+
+def randint(keys: Tensor, stream: Stream, high: int | Tensor) -> Tensor:
+    """int64 like `keys`, uniform in [0, high) for 1 <= high < 2**31."""
+    return to_int(bits(keys, stream), high)
+
+
+def random_keys(
+    batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Keys without a sample's name: int64 [batch] from a generator, or from torch's default one.
+
+    Compiled code cannot take a generator, and its default stream differs from eager's: pass keys there.
+    """
+    low, high = -(2**63), 2**63 - 1
+    if generator is None:
+        return torch.randint(low, high, (batch,), dtype=torch.int64, device=device)
+    drawn = torch.randint(low, high, (batch,), dtype=torch.int64, generator=generator, device=generator.device)
+    return drawn.to(device, non_blocking=True)
+
+
+def permutation(seed: int | Tensor, epoch: int | Tensor, n: int, device: torch.device | str | None = None) -> Tensor:
+    """The order of an epoch: int64 [n] permutation of range(n), a function of (seed, epoch, n) alone."""
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    keys = sample_keys(seed, epoch, _counting(range(n), device))
+    return torch.argsort(bits(keys, Stream.ORDER), stable=True)

@@ -1,0 +1,83 @@
+"""Memory formats, choosing between images, the uint8 grid, and constants that no `.to(dtype)` may round."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from robust_dist.augment.checks import readable
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def memory_format(images: Tensor) -> torch.memory_format:
+    """channels_last for images that lie so and not the ordinary way, else contiguous_format."""
+    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
+    """`on` where all masks are true, else `off`, for masks that broadcast to one [B, 1, H, W]; may overwrite `on`.
+
+    On the CPU it selects by bits: `torch.where` on uint8 takes a hundred times as long.
+    """
+    if not readable(on) or on.requires_grad:
+        return torch.where(reduce(torch.bitwise_and, masks), on, off)
+    own = _BITS[on.element_size()]
+    lane = torch.int64 if _has_lanes(on) and _has_lanes(off) else own
+    mask = reduce(torch.bitwise_and, (_stretched(m, own, lane) for m in masks))
+    chosen, other = on.view(lane), off.view(lane)
+    return chosen.bitwise_xor_(other).bitwise_and_(mask).bitwise_xor_(other).view(on.dtype)
+
+
+def _has_lanes(images: Tensor) -> bool:
+    """Whether every row is a whole number of 8-byte words."""
+    row, start = images.shape[-1] * images.element_size(), images.storage_offset() * images.element_size()
+    return bool(images.is_contiguous() and row % 8 == 0 and start % 8 == 0)
+
+
+def _stretched(mask: Tensor, own: torch.dtype, lane: torch.dtype) -> Tensor:
+    """A boolean mask to words of equal bits, as many in a row as the images' rows have."""
+    if mask.shape[-1] == 1:
+        return mask.to(lane).neg_()
+    return mask.to(own).neg_().view(lane)
+
+
+def to_grid(images: Tensor) -> Tensor:
+    """Floating images in [0, 1] to the nearest of 256 levels, uint8; uint8 as it is.
+
+    Raises:
+        ValueError: On the CPU, uncompiled, for values outside [0, 1] or not finite. Elsewhere looking would
+            wait for the device: there values are clamped, and nan becomes 0.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if readable(images) and images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+        low, high = float(images.min()), float(images.max())
+        raise ValueError(f"floating images must be finite and in [0, 1], got {low} to {high}; uint8 takes 0 to 255")
+    return images.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def from_grid(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """256 levels to floating images in [0, 1], or uint8 as it is."""
+    return levels if dtype == torch.uint8 else (levels.float() / 255).to(dtype)
+
+
+def keep_bits(module: nn.Module, name: str, table: Tensor) -> None:
+    """Register a floating table as integer bits, which move with the module but never change precision."""
+    module.register_buffer(name, table.contiguous().view(_BITS[table.element_size()]), persistent=False)
+
+
+def bits_of(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The table of `keep_bits`; it is copied where the module was not moved to `device` before."""
+    return module.get_buffer(name).to(device).view(dtype)
+
+
+class Stage(nn.Module):
+    """A module whose `apply` carries out a plan; called with a function, it still is `nn.Module.apply`."""
+
+    def _visit(self, function: object) -> Any:
+        return nn.Module.apply(self, cast(Callable[[nn.Module], None], function))

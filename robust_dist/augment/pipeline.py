@@ -1,0 +1,170 @@
+"""The paper's whole training augmentation as one module: crop, flip, TrivialAugment, CutMix, normalise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robust_dist.augment.checks import check_count, check_images, check_labels, check_vector
+from robust_dist.augment.crop_flip import RandomCrop, RandomHorizontalFlip
+from robust_dist.augment.cutmix import CutMix, soft_targets
+from robust_dist.augment.keys import random_keys
+from robust_dist.augment.layout import bits_of, keep_bits, to_grid
+from robust_dist.augment.trivial import TrivialAugment
+
+
+def _size(size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"size must be an int or (height, width), got {size!r}")
+    return check_count("size", sides[0], 1), check_count("size", sides[1], 1)
+
+
+def _channel_values(name: str, values: Sequence[float]) -> Tensor:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) not in (1, 3):
+        raise ValueError(f"{name} must hold one number for each of 1 or 3 channels, got {values!r}")
+    tensor = torch.tensor([float(v) for v in values])
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {values!r}")
+    return tensor.view(1, -1, 1, 1)
+
+
+class RobustAugment(nn.Module):
+    """uint8 images and labels in, normalised images and soft targets out.
+
+    In training: crop, flip, TrivialAugment, CutMix, then (x / 255 - mean) / std and the cast. In `eval()`: the last
+    step alone, with one-hot targets. The stages are the attributes `crop`, `flip`, `trivial`, `cutmix`; None where off.
+    The module holds nothing in its state_dict.
+
+    Args:
+        num_classes: Number of classes C.
+        size: Side, or (height, width), in pixels that images must have.
+        mean: Of each channel on the scale 0 to 1; its length is the number of channels, 1 or 3.
+        std: As `mean`, above 0.
+        crop: Padding of the random crop in pixels; None or 0 for no crop.
+        flip: Whether images are mirrored with probability 0.5.
+        trivial: Whether TrivialAugment is applied.
+        cutmix: Whether CutMix is applied; targets are soft in any case.
+        dtype: Floating dtype of the images given out.
+        cutmix_mode: "elem" or "batch", see `CutMix`.
+        cutmix_alpha: See `CutMix`.
+        cutmix_p: See `CutMix`.
+        block: See `CutMix`.
+        num_bins: See `TrivialAugment`.
+        interpolation: See `TrivialAugment`.
+        fill: Level outside the image, 0 to 255, for the crop and TrivialAugment; per channel only without a crop.
+        channels_last: Whether images given out are channels_last; otherwise they are as they came.
+
+    Raises:
+        TypeError: For arguments of a wrong type.
+        ValueError: For arguments out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        size: int | Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        crop: int | None = 4,
+        flip: bool = True,
+        trivial: bool = True,
+        cutmix: bool = True,
+        dtype: torch.dtype = torch.float32,
+        cutmix_mode: str = "elem",
+        cutmix_alpha: float = 1.0,
+        cutmix_p: float = 1.0,
+        block: int = 8,
+        num_bins: int = 31,
+        interpolation: str = "nearest",
+        fill: float | Sequence[float] = 0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = check_count("num_classes", num_classes, 1)
+        self.size = _size(size)
+        self._set_scale(mean, std, dtype)
+        self.channels_last = channels_last
+        mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block)
+        operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill)
+        if crop and isinstance(fill, Sequence):
+            raise ValueError(f"fill must be one level where crop is on, got {fill!r}: set crop=None")
+        self.crop = RandomCrop(crop, fill=fill) if crop and not isinstance(fill, Sequence) else None
+        self.flip = RandomHorizontalFlip() if flip else None
+        self.trivial = operations if trivial else None
+        self.cutmix = mixing if cutmix else None
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Augment a batch.
+
+        Args:
+            images: uint8 [B, C, H, W] of the module's size, or floating in [0, 1], which is rounded to 256 levels.
+            labels: Class numbers, integers [B] on the images' device.
+            keys: From `sample_keys`, int64 [B] on the images' device; drawn where none are given.
+            generator: Where keys are drawn from; None is torch's default generator.
+
+        Returns:
+            Images [B, C, H, W] in the module's dtype, and targets, float32 [B, num_classes].
+
+        Raises:
+            TypeError: For wrong dtypes.
+            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C) and
+                floating images outside [0, 1].
+        """
+        self._check(images)
+        check_labels(labels, images, self.num_classes)
+        if not self.training:
+            return self.normalize(images), soft_targets(labels, self.num_classes)
+        if keys is None:
+            keys = random_keys(images.shape[0], generator, images.device)
+        check_vector("keys", keys, images)
+        levels = self._transform(to_grid(images), keys)
+        if self.cutmix is None:
+            return self._scale(levels), soft_targets(labels, self.num_classes)
+        levels, targets = self.cutmix(levels, labels, keys)
+        return self._scale(levels), targets
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / std and the cast, for evaluation; images as in `forward`."""
+        self._check(images)
+        return self._scale(to_grid(images))
+
+    def extra_repr(self) -> str:
+        """The settings that no stage shows."""
+        return f"num_classes={self.num_classes}, size={self.size}, dtype={self.dtype}"
+
+    def _set_scale(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
+        centre, spread = _channel_values("mean", mean), _channel_values("std", std)
+        if centre.shape != spread.shape:
+            raise ValueError(f"mean and std must have one length, got {len(mean)} and {len(std)}")
+        if not bool((spread > 0).all()):
+            raise ValueError(f"std must be above 0, got {std!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating torch dtype, got {dtype!r}")
+        self.dtype = dtype
+        keep_bits(self, "_mean", centre)
+        keep_bits(self, "_std", spread)
+
+    def _check(self, images: Tensor) -> None:
+        check_images(images)
+        wanted = (self.get_buffer("_mean").shape[1], *self.size)
+        if tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"images must have shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
+
+    def _transform(self, images: Tensor, keys: Tensor) -> Tensor:
+        for stage in (self.crop, self.flip, self.trivial):
+            if stage is not None:
+                images = stage(images, keys)
+        return images
+
+    def _scale(self, levels: Tensor) -> Tensor:
+        mean, std = (bits_of(self, name, torch.float32, levels.device) for name in ("_mean", "_std"))
+        images = levels.float().div_(255).sub_(mean).div_(std).to(self.dtype)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images

@@ -1,0 +1,111 @@
+"""Shear, translation and rotation: torchvision's sampling coordinates, bit for bit, without its matrix product.
+
+torchvision works in float32, from left to right, without fused products. float64 holds a product of two float32 values
+exactly, so a cast after it is that one float32 rounding, on any device, compiled or not.
+
+Suffixes: B samples, C channels, H and W pixels. A pair holds what belongs to x and to y.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from robust_dist.augment.checks import readable
+
+
+class Terms(NamedTuple):
+    """Grid values of a pixel are across + down + offset, float32.
+
+    Attributes:
+        across: What the column adds, [B, 2, W].
+        down: What the row adds, [B, 2, H].
+        offset: What every pixel gets, [B, 2].
+    """
+
+    across: Tensor
+    down: Tensor
+    offset: Tensor
+
+
+def _halved(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
+    """Pixels to half images, float32 [B, 2]."""
+    in_x, in_y = x.float().double() / (width / 2), y.float().double() / (height / 2)
+    return torch.stack([in_x, in_y], 1).float()
+
+
+def _scaled(slopes: Tensor, size: int) -> Tensor:
+    """Slopes [B, 2] times the pixels' distances from the centre, float32 [B, 2, size]."""
+    ramp = torch.arange(size, dtype=torch.float64, device=slopes.device) - (size - 1) / 2
+    return (slopes.double().unsqueeze(2) * ramp).float()
+
+
+def grid_terms(matrix: Tensor, height: int, width: int) -> Terms:
+    """The parts of torchvision's sampling grid for rows of `matrix_table`, float64 [B, 8]."""
+    a, b, c, d, p, q, u, v = matrix.unbind(1)
+    across = _scaled(_halved(a, c, height, width), width)
+    down = _scaled(_halved(b, d, height, width), height)
+    offset = _halved(p * (height / 2) - u, q * (width / 2) - v, height, width)
+    return Terms(across, down, offset)
+
+
+def _to_pixels(grid: Tensor, size: int) -> Tensor:
+    if readable(grid):
+        return grid.mul_(size / 2).sub_(0.5)
+    return (grid.double() * (size / 2)).float() - 0.5  # a compiler must not fuse product and difference
+
+
+def coordinates(terms: Terms) -> tuple[Tensor, Tensor]:
+    """Where each output pixel is read: x and y, in pixels, float32 [B, H, W]."""
+    grid = terms.across.unsqueeze(2) + terms.down.unsqueeze(3)
+    x, y = grid.add_(terms.offset.unsqueeze(2).unsqueeze(3)).add_(1).unbind(1)
+    return _to_pixels(x, terms.across.shape[2]), _to_pixels(y, terms.down.shape[2])
+
+
+def _index(x: Tensor, y: Tensor) -> Tensor:
+    """Whole coordinates to places in flat images with a border of one pixel, int64 [B, H W]; changes x and y."""
+    height, width = x.shape[1:]
+    flat = x.clamp_(-1, width).add_(y.clamp_(-1, height), alpha=width + 2).add_(width + 3)
+    return flat.flatten(1).long()
+
+
+def nearest_index(across: Tensor, down: Tensor, offset: Tensor) -> Tensor:
+    """Where each pixel's nearest one lies in flat images with a border of one pixel, int64 [B, H W]."""
+    x, y = coordinates(Terms(across, down, offset))
+    return _index(x.round_(), y.round_())
+
+
+def _bordered(images: Tensor, fill: Tensor) -> Tensor:
+    """Images with one pixel of fill around them, flat: [B, C, (H + 2)(W + 2)]."""
+    inside = torch.ones_like(images[:1, :1])
+    border = pad(inside, (1, 1, 1, 1)).eq(0).to(images.dtype) * fill.view(1, -1, 1, 1)
+    return (pad(images, (1, 1, 1, 1)) + border).flatten(2)
+
+
+def _read(bordered: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    return bordered.gather(2, index.unsqueeze(1).expand(-1, bordered.shape[1], -1)).view(shape)
+
+
+def read_nearest(images: Tensor, index: Tensor, fill: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] read at `nearest_index`, with fill, uint8 [C] or [1], outside."""
+    return _read(_bordered(images, fill), index, images.shape)
+
+
+def read_bilinear(images: Tensor, across: Tensor, down: Tensor, offset: Tensor, fill: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] read between pixels on a plane of `fill`, rounded half to even.
+
+    torchvision multiplies its mask in twice, so that its borders are too dark with a light fill; here a fill equal to
+    the image leaves the image as it is.
+    """
+    bordered = _bordered(images, fill)
+    x, y = coordinates(Terms(across, down, offset))
+    left, top = x.floor(), y.floor()
+    right, low = (x - left).double().unsqueeze(1), (y - top).double().unsqueeze(1)
+
+    def level(dx: int, dy: int) -> Tensor:
+        return _read(bordered, _index(left + dx, top + dy), images.shape).double()
+
+    upper = level(0, 0) + (level(1, 0) - level(0, 0)) * right
+    lower = level(0, 1) + (level(1, 1) - level(0, 1)) * right
+    return (upper + (lower - upper) * low).round().to(images.dtype)
