@@ -1,0 +1,119 @@
+"""ImageSet: a labelled set of small images, whole, as uint8 on one device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robust_dist.data.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A labelled image set that lies whole on one device.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], each in [0, len(classes)).
+        classes: the name of each class, in the labels' order.
+        name: what error messages call the set.
+
+    Raises:
+        TypeError: images or labels of another dtype.
+        ValueError: wrong shapes, different counts, no image at all, different devices, or a label outside the
+            classes (named with its index).
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        _check_dtypes(self)
+        _check_shapes(self)
+        _check_labels(self)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each of them occurs."""
+        return len(self.classes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that images and labels take on their device."""
+        return self.images.nbytes + self.labels.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of images and labels."""
+        return self.images.device
+
+    def fits_on(self, device: torch.device | str) -> None:
+        """Check that the set fits into the device's free memory (CUDA; other devices are not asked).
+
+        Raises:
+            DataError: it does not; names the bytes needed and the bytes free.
+        """
+        free = free_bytes(torch.device(device))
+        if free is not None and self.nbytes > free:
+            raise DataError(
+                f"{self.name}: {self.nbytes:,} bytes are needed on {device}, where {free:,} are free. "
+                "Free that device's memory, take another device, or keep the set on the CPU."
+            )
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on `device`; itself where it lies there already.
+
+        Raises:
+            DataError: the set does not fit (see `fits_on`).
+        """
+        target = _with_index(torch.device(device))
+        if self.device == target:
+            return self
+        self.fits_on(target)
+        return replace(self, images=self.images.to(target), labels=self.labels.to(target))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a CUDA device in bytes; None for a device that cannot be asked."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_dtypes(image_set: ImageSet) -> None:
+    wanted = {"images": torch.uint8, "labels": torch.int64}
+    for field, dtype in wanted.items():
+        found = getattr(image_set, field).dtype
+        if found != dtype:
+            raise TypeError(f"{image_set.name}: {field} must be {dtype}, not {found}")
+
+
+def _check_shapes(image_set: ImageSet) -> None:
+    images, labels, name = image_set.images, image_set.labels, image_set.name
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{name}: images must be [N, C, H, W] with no empty side, not {list(images.shape)}")
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise ValueError(f"{name}: labels must be [{len(images)}], one an image, not {list(labels.shape)}")
+    if labels.device != images.device:
+        raise ValueError(f"{name}: images lie on {images.device} but labels on {labels.device}")
+
+
+def _check_labels(image_set: ImageSet) -> None:
+    outside = (image_set.labels < 0) | (image_set.labels >= image_set.num_classes)
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{image_set.name}: image {index} has label {int(image_set.labels[index])}, "
+            f"outside the {image_set.num_classes} classes (0 to {image_set.num_classes - 1})"
+        )

@@ -1,0 +1,120 @@
+"""The data sets by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from robust_dist.data.cifar import load_cifar10, load_cifar100
+from robust_dist.data.digits import load_digits
+from robust_dist.data.fashion_mnist import load_fashion_mnist
+from robust_dist.data.image_set import ImageSet
+
+Loader = Callable[[Path, bool, bool], ImageSet]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the pipeline must know of a data set before it is loaded.
+
+    Attributes:
+        num_classes: the number of classes.
+        channels: channels of the loaded images.
+        size: height and width of the loaded images in pixels.
+        mean: per channel, of the training images scaled to [0, 1].
+        std: per channel, likewise.
+        crop_padding: pixels of padding for the random crop.
+        flip: whether a mirrored image keeps its meaning.
+        description: what the set is, in a sentence, with its source.
+        loader: called as loader(root, train, download).
+    """
+
+    num_classes: int
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+    description: str
+    loader: Loader
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "cifar10": DatasetInfo(
+        num_classes=10,
+        channels=3,
+        size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        crop_padding=4,
+        flip=True,
+        description="CIFAR-10: 50,000 + 10,000 natural images, 32x32 RGB (Krizhevsky 2009; 170 MB download)",
+        loader=load_cifar10,
+    ),
+    "cifar100": DatasetInfo(
+        num_classes=100,
+        channels=3,
+        size=32,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        crop_padding=4,
+        flip=True,
+        description="CIFAR-100: 50,000 + 10,000 natural images, 32x32 RGB, 100 fine classes (169 MB download)",
+        loader=load_cifar100,
+    ),
+    "fashion_mnist": DatasetInfo(
+        num_classes=10,
+        channels=3,
+        size=32,
+        mean=(0.2190,) * 3,
+        std=(0.3318,) * 3,
+        crop_padding=4,
+        flip=True,
+        description="Fashion-MNIST: 60,000 + 10,000 grey photographs of clothes, 28x28 padded to 32x32 RGB (MIT)",
+        loader=load_fashion_mnist,
+    ),
+    "digits": DatasetInfo(
+        num_classes=10,
+        channels=3,
+        size=32,
+        mean=(0.3051,) * 3,
+        std=(0.3237,) * 3,
+        crop_padding=4,
+        flip=False,
+        description=(
+            "scikit-learn's handwritten digits: 1,438 + 359 grey scans, 8x8 enlarged to 32x32 RGB. Needs no network. "
+            "Not CIFAR, not natural images, not hard: it shows that a recipe runs and learns, it ranks nothing"
+        ),
+        loader=load_digits,
+    ),
+}
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """The record of a data set.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+    """
+    if name not in DATASETS:
+        close = get_close_matches(name, DATASETS, n=1)
+        guess = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}.{guess}")
+    return DATASETS[name]
+
+
+def load_dataset(name: str, root: str | Path, *, train: bool, download: bool = True) -> ImageSet:
+    """Load one split of a data set, on the CPU.
+
+    Args:
+        name: a key of `DATASETS`.
+        root: the folder that holds, or shall hold, the sets' own folders.
+        train: the training split, else the test split.
+        download: fetch what is missing. With False nothing is written anywhere.
+
+    Raises:
+        ValueError: unknown name, or (DataError) a file that is missing or torn.
+        ImportError: a package that the set needs is not installed.
+    """
+    return dataset_info(name).loader(Path(root).expanduser(), train, download)

@@ -1,0 +1,249 @@
+"""`robust-dist doctor`: what is here, what would go wrong, and the command that mends it."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Literal
+
+import torch
+
+from robust_dist import surroundings
+from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version_tuple
+
+Status = Literal["ok", "warn", "fail"]
+VERSIONED = ("torchvision", "accelerate", "deepspeed", "transformers", "timm", "numpy", "triton")
+LOWEST_TORCH, LOWEST_PYTHON = (2, 6), (3, 10)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok"; "warn": something would go wrong, or a part cannot be used; "fail": neither `import robust_dist`
+            nor training can work.
+        detail: what was found.
+        remedy: the command that mends it, or None.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str | None = None
+
+
+def report() -> list[Check]:
+    """Every finding, in the order in which a reader wants them; needs torch alone and changes nothing."""
+    return [check for group in GROUPS for check in _guarded(group)]
+
+
+def format_report(checks: Iterable[Check]) -> str:
+    """The findings as text, one a line, each remedy on a line of its own below, and a line of sums."""
+    checks = list(checks)
+    width = max((len(check.name) for check in checks), default=0)
+    lines = [line for check in checks for line in _lines(check, width)]
+    counts = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
+    return "\n".join([*lines, "", ", ".join(f"{count} {status}" for status, count in counts.items())])
+
+
+def exit_code(checks: Iterable[Check]) -> int:
+    """1 where a check failed, else 0."""
+    return int(any(check.status == "fail" for check in checks))
+
+
+def _lines(check: Check, width: int) -> Iterator[str]:
+    yield f"{check.status:<4}  {check.name:<{width}}  {check.detail}"
+    if check.remedy:
+        yield f"{'':<4}  {'':<{width}}  -> {check.remedy}"
+
+
+def _guarded(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """A group's checks; one that breaks is itself a finding and stops no other."""
+    try:
+        yield from group()
+    except Exception as error:
+        yield Check(group.__name__.lstrip("_"), "warn", f"this check broke: {type(error).__name__}: {error}")
+
+
+def _versions() -> Iterator[Check]:
+    yield _at_least("python", platform.python_version(), LOWEST_PYTHON, None)
+    yield _at_least("torch", torch.__version__, LOWEST_TORCH, "pip install -U torch torchvision")
+    found = {name: _installed(name) for name in VERSIONED}
+    text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    yield Check("packages", "ok", text or "none of the optional ones")
+
+
+def _at_least(name: str, version: str, lowest: tuple[int, ...], remedy: str | None) -> Check:
+    if version_tuple(version) >= lowest:
+        return Check(name, "ok", version)
+    wanted = ".".join(map(str, lowest))
+    return Check(name, "fail", f"{version}, but {wanted} or later is needed", remedy)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torchvision() -> Iterator[Check]:
+    """Torchvision's compiled part works only with the torch that it was built for."""
+    if _installed("torchvision") is None:
+        return
+    remedy = "pip install --force-reinstall torch torchvision"
+    try:
+        import_module("torchvision")
+        nms = torch.ops.torchvision.nms
+    except Exception as error:
+        detail = f"does not load beside torch {torch.__version__}: {error}"
+        yield Check("torchvision", "warn", detail, remedy)
+    else:
+        yield Check("torchvision", "ok", f"loads beside torch {torch.__version__}, {nms} is there")
+
+
+def _numpy() -> Iterator[Check]:
+    """A torch built for NumPy 1 cannot use NumPy 2, which shows only when data are read."""
+    if _installed("numpy") is None:
+        return
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        yield Check("numpy", "warn", f"torch cannot use it: {error}", "pip install 'numpy<2'")
+
+
+def _cpu() -> Iterator[Check]:
+    cores, threads = surroundings.usable_cores(), torch.get_num_threads()
+    detail = f"{cores:g} usable cores, {threads} threads of torch, {torch.backends.cpu.get_cpu_capability()}"
+    if threads <= max(1, cores):
+        yield Check("cpu", "ok", detail)
+    else:
+        remedy = f"export OMP_NUM_THREADS={max(1, int(cores))}"
+        yield Check("cpu", "warn", f"{detail}: more threads than cores slow each other down", remedy)
+
+
+def _devices() -> Iterator[Check]:
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield _cuda_device(index)
+    elif torch.version.cuda is None and torch.version.hip is None:
+        yield _cpu_only()
+    else:
+        yield _no_driver()
+
+
+def _cpu_only() -> Check:
+    if surroundings.has_nvidia_device():
+        detail = "torch is built without CUDA, but this machine has an NVIDIA device: training runs on the CPU"
+        return Check("gpu", "warn", detail, "pip install --force-reinstall torch torchvision")
+    return Check("gpu", "ok", "none: training runs on the CPU")
+
+
+def _no_driver() -> Check:
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if surroundings.has_nvidia_device():
+        detail = f"torch is built for {built} and there is an NVIDIA device, but no driver that it can use"
+        return Check("gpu", "warn", f"{detail}: training runs on the CPU", "nvidia-smi")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    because = f"CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else "no device or driver"
+    return Check("gpu", "ok", f"none (torch is built for {built}; {because}): training runs on the CPU")
+
+
+def _cuda_device(index: int) -> Check:
+    name = f"cuda:{index}"
+    properties = torch.cuda.get_device_properties(index)
+    detail = f"{properties.name}, capability {properties.major}.{properties.minor}"
+    try:
+        torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        detail = f"{detail}: cannot compute ({_first_line(error)}); torch has kernels for {torch.cuda.get_arch_list()}"
+        return Check(name, "fail", detail, f"nvidia-smi -i {index}")
+    return Check(name, "ok", f"{detail}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+
+
+def _optimizer_backends() -> Iterator[Check]:
+    """Each backend is asked from the optimizer itself, so that the answer cannot go stale."""
+    from robust_dist.optim import RAdaBeliefW
+
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        for option in ("foreach", "fused"):
+            parameter = torch.nn.Parameter(torch.ones(4, device=device))
+            parameter.grad = torch.ones_like(parameter)
+            name = f"{option} ({device})"
+            try:
+                RAdaBeliefW([parameter], foreach=option == "foreach" or None, fused=option == "fused" or None).step()
+            except (RuntimeError, ValueError, TypeError, ImportError) as error:
+                yield _unavailable(name, error, needed=option == "foreach")
+            else:
+                yield Check(name, "ok", "available")
+
+
+def _unavailable(name: str, error: Exception, *, needed: bool) -> Check:
+    detail = f"not available: {_first_line(error)}"
+    return Check(name, "warn", detail, "pip install -U torch") if needed else Check(name, "ok", detail)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _extras() -> Iterator[Check]:
+    try:
+        names = extra_names()
+    except metadata.PackageNotFoundError:
+        detail = f"{PACKAGE} runs from its folder and is not installed, so its extras are unknown"
+        yield Check("extras", "warn", detail, "pip install -e '.[train]'")
+        return
+    for name in names:
+        yield _extra(name)
+
+
+def _extra(name: str) -> Check:
+    requirements = extra_requirements(name)
+    problems = [problem for requirement in requirements if (problem := requirement.problem())]
+    if not problems:
+        return Check(f"[{name}]", "ok", f"complete, {len(requirements)} packages")
+    return Check(f"[{name}]", "warn", "; ".join(problems), f"pip install '{PACKAGE}[{name}]'")
+
+
+def _embedded_data() -> Iterator[Check]:
+    from robust_dist.data import load_dataset
+
+    try:
+        sizes = [len(load_dataset("digits", ".", train=train, download=False)) for train in (True, False)]
+    except ImportError as error:
+        yield Check("digits", "warn", str(error), f"pip install '{PACKAGE}[train]'")
+    else:
+        yield Check("digits", "ok", f"the embedded data set loads, {sizes[0]} + {sizes[1]} images")
+
+
+def _surroundings() -> Iterator[Check]:
+    problems = surroundings.problems(has_gpu=torch.cuda.is_available())
+    for problem in problems:
+        yield Check(problem.name, "warn", problem.detail, problem.remedy)
+    if not problems:
+        looked = "shared memory, open files, temporary folder, port, host name, environment variables, build locks"
+        yield Check("surroundings", "ok", f"nothing in the way ({looked})")
+
+
+GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
+    _versions,
+    _torchvision,
+    _numpy,
+    _cpu,
+    _devices,
+    _optimizer_backends,
+    _extras,
+    _embedded_data,
+    _surroundings,
+)
+
+if __name__ == "__main__":
+    findings = report()
+    print(format_report(findings))
+    sys.exit(exit_code(findings))

@@ -1,0 +1,78 @@
+"""The small ResNets of He et al. 2016 (section 4.2) for 32x32 images: 6n+2 layers, 16, 32 and 64 channels."""
+
+from torch import Tensor, nn
+from torch.nn.functional import pad, relu
+
+WIDTHS = (16, 32, 64)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut without parameters (option A).
+
+    Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of
+    zeros; elsewhere it is the identity.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, 1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        out = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(out)) + self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
+
+
+class CifarResNet(nn.Module):
+    """ResNet of 6 * num_blocks + 2 layers: three stages of `num_blocks` blocks, then mean pooling and a linear layer.
+
+    With 10 classes and 3 channels: ResNet-8 75,290 parameters, ResNet-20 269,722, ResNet-56 853,018. Weights are drawn
+    as He et al. 2015 propose (normal, fan-out) for the convolutions; the linear layer keeps torch's own draw.
+
+    Args:
+        num_blocks: n of 6n+2.
+        num_classes: outputs.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, num_blocks: int, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, WIDTHS[0], 1)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], num_blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], num_blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], num_blocks, stride=2)
+        self.fc = nn.Linear(WIDTHS[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init_conv(module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to logits [B, num_classes]."""
+        x = relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def init_conv(conv: nn.Conv2d) -> None:
+    """Draw a convolution's weights from the normal distribution that keeps a ReLU network's gradients even."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))

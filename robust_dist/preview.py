@@ -1,0 +1,183 @@
+"""`robust-dist preview`: a PNG of what the augmentation does to the user's own data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
+from robust_dist.augment.keys import permutation, sample_keys
+from robust_dist.data.image_set import ImageSet
+from robust_dist.extras import require
+
+CELL_INCHES = 1.55
+DPI = 150
+ENHANCERS = {"Brightness", "Color", "Contrast", "Sharpness"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stage's result for every sample shown.
+
+    Attributes:
+        title: the stage's name.
+        images: uint8 [rows, C, H, W].
+        captions: what happened to each sample, one a row.
+        boxes: per row (x1, y1, x2, y2) in pixels of what was pasted, or None.
+    """
+
+    title: str
+    images: Tensor
+    captions: Sequence[str]
+    boxes: Sequence[tuple[int, ...]] | None = None
+
+
+def preview(
+    image_set: ImageSet,
+    augment: RobustAugment,
+    path: str | Path,
+    *,
+    rows: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    batch_size: int = 128,
+) -> None:
+    """Write a PNG with one row a sample and one column a stage: stored, crop and flip, TrivialAugment, CutMix.
+
+    The samples are the first of the epoch's first global batch, with the keys that training gives them, so what is
+    seen is what training sees (before normalisation). Stages that `augment` leaves out have no column.
+
+    Args:
+        image_set: the user's data.
+        augment: the pipeline of the recipe.
+        path: the PNG to write; its folder is made.
+        rows: samples shown.
+        seed: of the order and of the keys.
+        epoch: the epoch shown.
+        batch_size: samples of a batch, among which CutMix finds its partners.
+
+    Raises:
+        ValueError: rows below 1, or more than the batch or the set holds.
+        ImportError: matplotlib is not installed.
+    """
+    size = min(batch_size, len(image_set))
+    if not 1 <= rows <= size:
+        raise ValueError(f"rows must lie in 1 to {size} (the samples of the first batch), not {rows}")
+    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size), Path(path))
+
+
+def columns(
+    image_set: ImageSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
+) -> list[Column]:
+    """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
+    indices = permutation(seed, epoch, len(image_set), image_set.device)[:size]
+    keys = sample_keys(seed, epoch, indices)
+    images, labels = image_set.images[indices], image_set.labels[indices]
+    names = [image_set.classes[label] for label in labels.tolist()]
+    found = [Column("as stored", images[:rows], names[:rows])]
+    if augment.crop is not None or augment.flip is not None:
+        images, captions = _crop_and_flip(augment, images, keys)
+        title = " and ".join(name for name in ("crop", "flip") if getattr(augment, name) is not None)
+        found.append(Column(title, images[:rows], captions[:rows]))
+    if augment.trivial is not None:
+        plan = augment.trivial.plan(keys)
+        images = augment.trivial.apply(images, plan)
+        captions = [operation(augment.trivial, plan, row) for row in range(rows)]
+        found.append(Column("TrivialAugment", images[:rows], captions))
+    if augment.cutmix is not None:
+        found.append(_cutmix_column(augment.cutmix, images, labels, keys, names, rows))
+    return found
+
+
+def _crop_and_flip(augment: RobustAugment, images: Tensor, keys: Tensor) -> tuple[Tensor, list[str]]:
+    """The images after both stages, and how each was moved (right, down) and whether it was mirrored."""
+    moved = mirrored = [""] * len(images)
+    if augment.crop is not None:
+        crop = augment.crop.plan(keys)
+        images = augment.crop.apply(images, crop)
+        right, down = ((augment.crop.padding - start).tolist() for start in (crop.left, crop.top))
+        moved = [f"moved {x:+d}, {y:+d} px" for x, y in zip(right, down, strict=True)]
+    if augment.flip is not None:
+        flip = augment.flip.plan(keys)
+        images = augment.flip.apply(images, flip)
+        mirrored = ["mirrored" if mirror else "" for mirror in flip.flip.tolist()]
+    return images, [", ".join(filter(None, pair)) for pair in zip(moved, mirrored, strict=True)]
+
+
+def operation(trivial: TrivialAugment, plan: Any, row: int) -> str:
+    """The operation drawn for a sample with its signed magnitude in its own unit, such as "Rotate -40.5°"."""
+    name = trivial.OPS[int(plan.op[row])]
+    amount = _amount(name, int(plan.magnitude_bin[row]), bool(plan.negative[row]), trivial.num_bins)
+    return f"{name} {amount}" if amount else name
+
+
+def _amount(name: str, magnitude_bin: int, negative: bool, num_bins: int) -> str:
+    sign = -1 if negative else 1
+    if name.startswith("Shear"):
+        return f"{sign * tables.wide_magnitudes(num_bins)[magnitude_bin]:+.2f}"
+    if name.startswith("Translate"):
+        return f"{sign * tables.translations(num_bins)[magnitude_bin]:+d} px"
+    if name == "Rotate":
+        return f"{sign * tables.rotations(num_bins)[magnitude_bin]:+.1f}°"
+    if name == "Posterize":
+        return f"{tables.posterize_bits(num_bins)[magnitude_bin]} bits"
+    if name == "Solarize":
+        return f"from {tables.solarize_thresholds(num_bins)[magnitude_bin]}"
+    if name in ENHANCERS:
+        return f"x {1 + sign * tables.wide_magnitudes(num_bins)[magnitude_bin]:.2f}"
+    return ""
+
+
+def _cutmix_column(
+    cutmix: CutMix, images: Tensor, labels: Tensor, keys: Tensor, names: Sequence[str], rows: int
+) -> Column:
+    plan = cutmix.plan(keys, *images.shape[-2:])
+    mixed, _ = cutmix.apply(images, labels, plan)
+    partners = [names[partner] for partner in plan.partner[:rows].tolist()]
+    shares = plan.lam[:rows].tolist()
+    captions = [mixture(*triple) for triple in zip(names, partners, shares, strict=False)]
+    boxes = [tuple(box) for box in plan.box[:rows].tolist()]
+    return Column("CutMix", mixed[:rows], captions, boxes)
+
+
+def mixture(own: str, partner: str, lam: float) -> str:
+    """The soft label in words: "0.62 ship + 0.38 cat"; one name where there is one class, numbers in quotes."""
+    first, second = (f"'{name}'" if name[:1].isdigit() else name for name in (own, partner))
+    if own == partner or lam == 1:
+        return f"1.00 {first}"
+    return f"{lam:.2f} {first} + {1 - lam:.2f} {second}"
+
+
+def draw(shown: Sequence[Column], path: Path) -> None:
+    """Write the columns as a PNG, each image with its caption below it and the box of what was pasted outlined."""
+    figure_class = require("matplotlib.figure", extra="train", purpose="preview").Figure
+    rows = len(shown[0].captions)
+    figure = figure_class(figsize=(CELL_INCHES * 1.25 * len(shown), CELL_INCHES * 1.17 * rows + 0.35), dpi=DPI)
+    axes = figure.subplots(rows, len(shown), squeeze=False)
+    for column, places in zip(shown, axes.T, strict=True):
+        for row, place in enumerate(places):
+            _draw_cell(place, column, row)
+        places[0].set_title(column.title, fontsize=10, fontweight="bold")
+    figure.tight_layout(pad=0.6, h_pad=0.8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _draw_cell(place: Any, column: Column, row: int) -> None:
+    image = column.images[row].permute(1, 2, 0).cpu()
+    place.imshow(image.expand(-1, -1, 3).numpy(), interpolation="nearest", vmin=0, vmax=255)
+    place.set_xlabel(column.captions[row], fontsize=8)
+    place.set(xticks=[], yticks=[])
+    if column.boxes is not None:
+        _outline(place, column.boxes[row])
+
+
+def _outline(place: Any, box: tuple[int, ...]) -> None:
+    """A dashed rectangle around the box, whose pixels' centres lie on whole numbers."""
+    x1, y1, x2, y2 = box
+    if x2 > x1 and y2 > y1:
+        xs, ys = (x1 - 0.5, x2 - 0.5, x2 - 0.5, x1 - 0.5, x1 - 0.5), (y1 - 0.5, y1 - 0.5, y2 - 0.5, y2 - 0.5, y1 - 0.5)
+        place.plot(xs, ys, color="white", linewidth=2, clip_on=False)
+        place.plot(xs, ys, color="tab:red", linewidth=1.2, linestyle="--", clip_on=False)

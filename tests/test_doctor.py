@@ -1,0 +1,145 @@
+"""doctor: every finding has a name, a status and, where something is wrong, a command."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robust_dist import doctor, extras
+from robust_dist.doctor import Check, exit_code, format_report, report
+
+METADATA = """Metadata-Version: 2.4
+Name: robust_dist
+Version: 9.9
+Provides-Extra: train
+Provides-Extra: all
+Requires-Dist: torch>=2.6
+Requires-Dist: pytest[x]>=1.0; extra == "train"
+Requires-Dist: no-such-package-here>=1; extra == "train"
+Requires-Dist: ruff<9999,>=9998.1 ; python_version >= "3" and extra == 'all'
+Requires-Dist: robust-dist[train]; extra == "all"
+"""
+
+BLOCKED = """
+import sys
+missing = ("torchvision", "sklearn", "matplotlib", "accelerate", "deepspeed", "timm", "PIL", "numpy")
+sys.modules.update(dict.fromkeys(missing))
+from robust_dist.doctor import exit_code, format_report, report
+checks = report()
+print(format_report(checks))
+sys.exit(exit_code(checks))
+"""
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return report()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A real installed record of the package, with extras that cannot be complete."""
+    folder = tmp_path / "robust_dist-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(METADATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def by_name(checks, name):
+    return next(check for check in checks if check.name == name)
+
+
+def test_nothing_fails_where_the_tests_run(checks):
+    assert exit_code(checks) == 0
+    assert not [check for check in checks if "this check broke" in check.detail]
+
+
+def test_versions_devices_backends_and_data_are_all_reported(checks):
+    names = {check.name for check in checks}
+    assert {"python", "torch", "packages", "cpu", "foreach (cpu)", "fused (cpu)", "digits"} <= names
+    assert names & {"gpu", "cuda:0"}
+    assert torch.__version__ in by_name(checks, "torch").detail
+
+
+def test_everything_that_is_wrong_has_a_remedy(checks):
+    assert all(check.remedy for check in checks if check.status != "ok")
+
+
+def test_foreach_is_available_on_the_cpu(checks):
+    assert by_name(checks, "foreach (cpu)") == Check("foreach (cpu)", "ok", "available")
+
+
+def test_with_torch_alone_it_runs_and_names_the_extra():
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "needs sklearn: pip install 'robust_dist[train]'" in done.stdout
+    assert "this check broke" not in done.stdout
+
+
+def test_an_incomplete_extra_names_each_package_and_the_command(installed):
+    found = {check.name: check for check in doctor._extras()}
+    assert found["[train]"].status == "warn"
+    assert found["[train]"].detail == "no-such-package-here is missing"
+    assert found["[train]"].remedy == "pip install 'robust_dist[train]'"
+    assert "9998.1 or later is needed; no-such-package-here is missing" in found["[all]"].detail
+
+
+def test_an_extra_within_an_extra_is_resolved(installed):
+    names = [requirement.name for requirement in extras.extra_requirements("all")]
+    assert names == ["ruff", "pytest", "no-such-package-here"]
+
+
+def test_a_package_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(extras, "PACKAGE", "robust_dist_not_installed")
+    (check,) = doctor._extras()
+    assert (check.status, check.remedy) == ("warn", "pip install -e '.[train]'")
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"), [("2.10.0+cu130", (2, 10)), ("0.21", (0, 21)), ("2.6.0rc1", (2, 6)), ("", ())]
+)
+def test_versions_are_compared_by_their_numbers(version, numbers):
+    assert extras.version_tuple(version) == numbers
+
+
+def test_a_torch_that_is_too_old_fails():
+    check = doctor._at_least("torch", "2.5.1", doctor.LOWEST_TORCH, "pip install -U torch")
+    assert (check.status, check.detail) == ("fail", "2.5.1, but 2.6 or later is needed")
+    assert exit_code([check]) == 1
+
+
+def test_too_many_threads_are_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor.surroundings, "usable_cores", lambda: 0.5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    (check,) = doctor._cpu()
+    torch.set_num_threads(before)
+    assert (check.status, check.remedy) == ("warn", "export OMP_NUM_THREADS=1")
+
+
+def test_a_check_that_breaks_stops_no_other():
+    def _broken():
+        yield Check("first", "ok", "fine")
+        raise OSError("no such thing")
+
+    first, broken = doctor._guarded(_broken)
+    assert first.name == "first"
+    assert broken == Check("broken", "warn", "this check broke: OSError: no such thing")
+
+
+def test_the_text_has_a_line_a_check_and_one_a_remedy():
+    text = format_report([Check("a", "ok", "good"), Check("longer", "warn", "bad", "mend it"), Check("c", "fail", "x")])
+    assert text.splitlines() == [
+        "ok    a       good",
+        "warn  longer  bad",
+        "              -> mend it",
+        "fail  c       x",
+        "",
+        "1 ok, 1 warn, 1 fail",
+    ]
+
+
+def test_warnings_alone_exit_with_zero():
+    assert exit_code([Check("a", "warn", "bad")]) == 0
+    assert exit_code([]) == 0

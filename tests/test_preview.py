@@ -1,0 +1,157 @@
+"""The preview shows what training does: the same samples, keys, stages and shares."""
+
+import pytest
+import torch
+
+from robust_dist.augment import RobustAugment, TrivialAugment, tables
+from robust_dist.augment.keys import permutation, sample_keys
+from robust_dist.data import DeviceLoader, ImageSet
+from robust_dist.preview import columns, mixture, operation, preview
+
+pytest.importorskip("matplotlib")
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+N, SIZE, BATCH = 40, 16, 16
+
+
+@pytest.fixture(scope="module")
+def pets():
+    images = torch.randint(0, 256, (N, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageSet(images, torch.arange(N) % 3, ("cat", "dog", "ship"), "pets")
+
+
+def pipeline(**options):
+    return RobustAugment(3, SIZE, MEAN, STD, **({"crop": 2} | options))
+
+
+def shown(pets, augment, rows=BATCH, seed=3, epoch=2):
+    return columns(pets, augment, rows=rows, seed=seed, epoch=epoch, size=BATCH)
+
+
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+def test_the_last_column_is_what_the_model_gets_in_training(pets, mode):
+    augment = pipeline(cutmix_mode=mode)
+    ((batch,), *_) = DeviceLoader(pets, batch_size=BATCH, seed=3).epoch(2)
+    trained, targets = augment(batch.images, batch.labels, batch.keys)
+    last = shown(pets, augment)[-1]
+    torch.testing.assert_close(augment.normalize(last.images), trained)
+    assert [targets_of(caption) for caption in last.captions] == [
+        pytest.approx(row, abs=0.0051) for row in targets.tolist()
+    ]
+
+
+def targets_of(caption):
+    """The soft label that a caption such as "0.62 ship + 0.38 cat" tells."""
+    shares = dict.fromkeys(("cat", "dog", "ship"), 0.0)
+    for part in caption.split(" + "):
+        share, name = part.split()
+        shares[name] += float(share)
+    return list(shares.values())
+
+
+def test_the_first_column_is_the_epochs_first_samples_as_stored(pets):
+    first = shown(pets, pipeline(), rows=5)[0]
+    indices = permutation(3, 2, N)[:5]
+    assert torch.equal(first.images, pets.images[indices])
+    assert first.captions == [pets.classes[label] for label in pets.labels[indices]]
+
+
+def test_the_operation_named_is_the_one_applied(pets):
+    augment = pipeline(crop=None, flip=False, cutmix=False)
+    stored, trivial = shown(pets, augment)
+    plan = augment.trivial.plan(sample_keys(3, 2, permutation(3, 2, N)[:BATCH]))
+    assert torch.equal(trivial.images, augment.trivial.apply(stored.images, plan))
+    assert [caption.split()[0] for caption in trivial.captions] == [augment.trivial.OPS[op] for op in plan.op]
+
+
+@pytest.mark.parametrize(
+    ("options", "titles"),
+    [
+        ({}, ["as stored", "crop and flip", "TrivialAugment", "CutMix"]),
+        ({"crop": None}, ["as stored", "flip", "TrivialAugment", "CutMix"]),
+        ({"flip": False}, ["as stored", "crop", "TrivialAugment", "CutMix"]),
+        ({"crop": None, "flip": False}, ["as stored", "TrivialAugment", "CutMix"]),
+        ({"trivial": False}, ["as stored", "crop and flip", "CutMix"]),
+        ({"crop": None, "flip": False, "trivial": False, "cutmix": False}, ["as stored"]),
+    ],
+)
+def test_a_stage_that_is_off_has_no_column(pets, options, titles):
+    assert [column.title for column in shown(pets, pipeline(**options))] == titles
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitude_bin", "negative", "caption"),
+    [
+        ("Identity", 7, False, "Identity"),
+        ("ShearX", 10, True, "ShearX -0.33"),
+        ("TranslateY", 30, False, "TranslateY +32 px"),
+        ("Rotate", 9, True, "Rotate -40.5°"),
+        ("Brightness", 30, False, "Brightness x 1.99"),
+        ("Sharpness", 10, True, "Sharpness x 0.67"),
+        ("Posterize", 30, False, "Posterize 2 bits"),
+        ("Solarize", 0, False, "Solarize from 255"),
+        ("Equalize", 3, True, "Equalize"),
+    ],
+)
+def test_the_magnitude_stands_in_the_operations_own_unit(name, magnitude_bin, negative, caption):
+    trivial = TrivialAugment()
+    plan = trivial.plan(torch.zeros(1, dtype=torch.int64))
+    plan.op.fill_(tables.OP[name])
+    plan.magnitude_bin.fill_(magnitude_bin)
+    plan.negative.fill_(negative)
+    assert operation(trivial, plan, 0) == caption
+
+
+@pytest.mark.parametrize(
+    ("own", "partner", "lam", "text"),
+    [
+        ("ship", "cat", 0.62, "0.62 ship + 0.38 cat"),
+        ("1", "8", 0.51, "0.51 '1' + 0.49 '8'"),
+        ("cat", "cat", 0.5, "1.00 cat"),
+        ("cat", "dog", 1.0, "1.00 cat"),
+        ("cat", "dog", 0.0, "0.00 cat + 1.00 dog"),
+    ],
+)
+def test_a_mixture_names_its_shares(own, partner, lam, text):
+    assert mixture(own, partner, lam) == text
+
+
+def test_a_png_is_written_into_a_new_folder_and_the_data_stay_as_they_are(pets, tmp_path):
+    before = pets.images.clone()
+    path = tmp_path / "new" / "preview.png"
+    preview(pets, pipeline(), path, rows=3)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert torch.equal(pets.images, before)
+
+
+def test_the_same_call_draws_the_same_picture_and_another_epoch_another(pets, tmp_path):
+    pictures = []
+    for number, epoch in enumerate((0, 0, 1)):
+        preview(pets, pipeline(), tmp_path / f"{number}.png", rows=2, epoch=epoch)
+        pictures.append((tmp_path / f"{number}.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != pictures[2]
+
+
+def test_grey_images_are_drawn(tmp_path):
+    grey = ImageSet(torch.arange(64, dtype=torch.uint8).view(4, 1, 4, 4), torch.zeros(4).long(), ("a",), "grey")
+    augment = RobustAugment(1, 4, (0.5,), (0.5,), crop=None, flip=True, trivial=False, cutmix=True)
+    preview(grey, augment, tmp_path / "grey.png", rows=2)
+    assert (tmp_path / "grey.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("rows", [0, 41])
+def test_rows_outside_the_batch_are_refused_before_anything_is_written(pets, tmp_path, rows):
+    with pytest.raises(ValueError, match=rf"rows must lie in 1 to {N} .* not {rows}"):
+        preview(pets, pipeline(), tmp_path / "none.png", rows=rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_crop_and_the_flip_are_told_as_they_happened(pets):
+    stored, moved = shown(pets, pipeline(trivial=False, cutmix=False))
+    for before, after, caption in zip(stored.images, moved.images, moved.captions, strict=True):
+        right, down = (int(word) for word in caption.removeprefix("moved ").split(" px")[0].split(", "))
+        unmirrored = after.flip(2) if caption.endswith(", mirrored") else after
+        padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
+        top, left = 2 - down, 2 - right
+        assert torch.equal(unmirrored, padded[:, top : top + SIZE, left : left + SIZE])
+    assert 0 < sum("mirrored" in caption for caption in moved.captions) < BATCH
