@@ -1,0 +1,68 @@
+"""Errors and decisions that every rank shares, so that no rank waits for one that has given up."""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from robust_dist.train.recipe import Recipe, flatten, recipe_dict
+
+T = TypeVar("T")
+
+
+def raise_everywhere(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raise on every rank what any rank brought; the lowest rank's error where several did."""
+    errors = [error] if accelerator.num_processes == 1 else gather_object([error])
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first
+
+
+def attempt(accelerator: Accelerator, action: Callable[[], T], *, here: bool = True) -> T | None:
+    """Call `action` on the ranks where `here` is true; if it fails on one of them, every rank raises its error.
+
+    Args:
+        accelerator: The run's accelerator.
+        action: The call that may fail.
+        here: Whether this rank makes it.
+
+    Returns:
+        The action's value, or None where it was not called.
+    """
+    value: T | None = None
+    error: Exception | None = None
+    if here:
+        try:
+            value = action()
+        except Exception as caught:
+            error = caught
+    raise_everywhere(accelerator, error)
+    return value
+
+
+def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Call `action` on the main process and give its value, or its error, to every rank."""
+    box = [attempt(accelerator, action, here=accelerator.is_main_process)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box)
+    return cast(T, box[0])
+
+
+def check_ranks_agree(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Compare the recipe between the ranks.
+
+    Raises:
+        ValueError: On every rank, with each differing setting and its value on each rank.
+    """
+    recipes = [recipe_dict(recipe)] if accelerator.num_processes == 1 else gather_object([recipe_dict(recipe)])
+    flat = [flatten(one) for one in recipes]
+    keys = sorted(set().union(*flat))
+    differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
+    if differing:
+        lines = [
+            f"{key}: " + ", ".join(f"rank {r}: {one.get(key)!r}" for r, one in enumerate(flat)) for key in differing
+        ]
+        raise ValueError(
+            "the ranks were started with different settings; start all with the same:\n  " + "\n  ".join(lines)
+        )

@@ -1,0 +1,135 @@
+"""From a recipe to the things that a run needs."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+from torch import nn
+
+from robust_dist.augment import RobustAugment
+from robust_dist.data import DATASETS, DeviceLoader, ImageSet, load_dataset
+from robust_dist.models import build_model
+from robust_dist.optim import RAdaBeliefW, param_groups
+from robust_dist.train.agree import attempt
+from robust_dist.train.recipe import Recipe
+
+
+def _on_cpu() -> bool:
+    # Accelerator(cpu=True) makes gloo ranks of torchrun's processes, but turns DeepSpeed off.
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The engine of the run: ranks, devices, autocast, accumulation, trackers."""
+    torch.backends.cudnn.deterministic = recipe.precision.deterministic
+    torch.backends.cudnn.benchmark = not recipe.precision.deterministic
+    return Accelerator(
+        cpu=_on_cpu(),
+        mixed_precision=recipe.precision.mixed,
+        gradient_accumulation_steps=recipe.accumulation,
+        log_with=recipe.tracking.trackers or None,
+        project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.timeout_seconds)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse the engines that this loop cannot drive; the parts of the package can be used under them.
+
+    Raises:
+        ValueError: The launch asks for FSDP or DeepSpeed.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"launch/train.py was started under {accelerator.distributed_type.value}; this version's training loop "
+            "runs under DDP or in one process: use configs/accelerate/gpu.yaml or cpu.yaml"
+        )
+
+
+def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation images on this rank's device; one process a host fetches, the others wait.
+
+    Raises:
+        ValueError: On every rank, where the files are missing, torn or too large for the device.
+    """
+    first = accelerator.is_local_main_process
+
+    def load(download: bool) -> tuple[ImageSet, ImageSet]:
+        root = Path(recipe.data.root)
+        train, test = (load_dataset(recipe.data.name, root, train=part, download=download) for part in (True, False))
+        return train.to(accelerator.device), test.to(accelerator.device)
+
+    sets = attempt(accelerator, lambda: load(recipe.data.download), here=first)
+    others = attempt(accelerator, lambda: load(False), here=not first)
+    loaded = sets or others
+    assert loaded is not None
+    return loaded
+
+
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: ImageSet) -> DeviceLoader:
+    """The order of the training images and this rank's part of each global batch."""
+    return DeviceLoader(
+        train_set,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=recipe.accumulation,
+        block=recipe.data.block,
+        drop_last=recipe.data.drop_last,
+    )
+
+
+def build_augment(recipe: Recipe, num_classes: int) -> RobustAugment:
+    """The training pipeline, with the data set's own crop and flip where the recipe leaves them open."""
+    info, ours = DATASETS[recipe.data.name], recipe.augment
+    return RobustAugment(
+        num_classes,
+        info.size,
+        info.mean,
+        info.std,
+        crop=info.crop_padding if ours.crop is None else ours.crop,
+        flip=info.flip if ours.flip is None else ours.flip,
+        trivial=ours.trivial,
+        num_bins=ours.num_bins,
+        interpolation=ours.interpolation,
+        cutmix=ours.cutmix,
+        cutmix_mode=ours.cutmix_mode,
+        cutmix_alpha=ours.cutmix_alpha,
+        cutmix_p=ours.cutmix_p,
+        block=recipe.data.block,
+        channels_last=recipe.model.channels_last,
+    )
+
+
+def build_classifier(recipe: Recipe, num_classes: int, channels: int) -> nn.Module:
+    """The model of the recipe, with the same initial weights on every rank.
+
+    Raises:
+        ValueError: An unknown model, or batch normalisation over ranks on a CPU.
+    """
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model.name, num_classes, in_channels=channels, **recipe.model.options)
+    if recipe.model.sync_batchnorm:
+        if not torch.cuda.is_available():
+            raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(memory_format=torch.channels_last) if recipe.model.channels_last else model
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> RAdaBeliefW:
+    """RAdaBeliefW over the model's parameters, in one group where everything is decayed."""
+    ours = recipe.optimizer
+    groups = param_groups(model, ours.weight_decay, no_decay=tuple(ours.no_decay))
+    return RAdaBeliefW(groups, lr=ours.lr, betas=ours.betas, eps=ours.eps, weight_decay=ours.weight_decay)

@@ -1,0 +1,181 @@
+"""The folder of a run: its lock, its recipe, its environment, its metrics."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from robust_dist.checkpoint import write_atomically
+from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+
+
+class RunFolderError(ValueError):
+    """A run folder that this start must not touch, with the reason."""
+
+
+class RunFolder:
+    """What one run writes: `recipe.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
+
+    Args:
+        path: The folder; made by `claim`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per epoch and line."""
+        return self.path / "metrics.jsonl"
+
+    def claim(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+        """Take the folder for this process, or say why not; nothing is written unless all is well.
+
+        Args:
+            recipe: The recipe that is to run here.
+            environment: What `environment.json` notes about this start.
+
+        Raises:
+            RunFolderError: Another live run holds the folder, it holds a run with other settings, or it
+                holds files that are no run's.
+        """
+        self._check_is_run_or_empty()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        recipe_path = self.path / "recipe.yaml"
+        if recipe_path.exists():
+            self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
+        write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
+        self._note_start(environment)
+
+    def release(self) -> None:
+        """Let another run take the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs recorded so far, oldest first."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if _is_whole(line)]
+
+    def rewind(self, step: int) -> None:
+        """Forget the epochs that ended after optimizer step `step`: they are trained again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one epoch's object and bring it to the disk."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _check_is_run_or_empty(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"run_dir={str(self.path)!r} is a file; name a folder")
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        if names - {".lock"} and "recipe.yaml" not in names:
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} holds files but no recipe.yaml, so it is no run's folder; "
+                "choose an empty or a new one"
+            )
+
+    def _take_lock(self) -> None:
+        """An advisory lock that the system lets go of when the process ends, however it ends."""
+        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self.release()
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} is in use by a live run ({holder}); wait for it, stop it, "
+                "or choose another run_dir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def _check_same(self, recipe: Recipe, there: dict[str, Any]) -> None:
+        differing = conflicts(recipe_dict(recipe), there)
+        if differing:
+            self.release()
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} holds a run with other settings; give the same ones, or another "
+                "run_dir:\n  " + "\n  ".join(differing)
+            )
+
+    def _note_start(self, environment: dict[str, Any]) -> None:
+        path = self.path / "environment.json"
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (OSError, ValueError, KeyError):
+            starts = []
+        write_atomically(path, json.dumps({"starts": [*starts, environment]}, indent=1) + "\n")
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit of this package's checkout, where it is one."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(num_processes: int, device: torch.device, engine: str) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: versions, devices, ranks, command, revision.
+
+    Args:
+        num_processes: Ranks of the run.
+        device: Rank 0's device.
+        engine: Accelerate's distributed type.
+    """
+    packages = ["robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy"]
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_processes": num_processes,
+        "threads_per_process": torch.get_num_threads(),
+        "engine": engine,
+    }

@@ -1,0 +1,259 @@
+"""The training loop: small enough to read in one sitting."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from robust_dist.data import Batch, ImageSet
+from robust_dist.engines.accelerate import check
+from robust_dist.schedule import RobustSchedule
+from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
+from robust_dist.train.display import Display
+from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer finite; nothing was saved after it."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        loss_sum: 0-d float64: this rank's summed loss since the epoch began.
+        lr: Learning rate of the last step.
+        weight_decay: Weight decay of the last step.
+    """
+
+    step: int
+    loss_sum: Tensor
+    lr: float = 0.0
+    weight_decay: float = 0.0
+
+
+class Trainer:
+    """One run of a recipe on this rank.
+
+    Args:
+        recipe: All settings.
+        accelerator: The engine.
+        folder: The run's folder, claimed by the main process.
+        train_set: Training images on the device.
+        test_set: Evaluation images on the device.
+
+    Raises:
+        ValueError: A setting that cannot work, before the first step.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: ImageSet, test_set: ImageSet
+    ) -> None:
+        self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
+        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
+        self.loader = build_loader(recipe, accelerator, train_set)
+        self.total_steps = recipe.epochs * self.loader.steps_per_epoch
+        whole = self.loader.steps_per_epoch * recipe.batch_size
+        self.samples_per_epoch = min(whole, len(train_set.labels))
+        self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
+        self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
+        model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
+        optimizer = build_optimizer(recipe, model)
+        schedule = RobustSchedule(
+            optimizer,
+            self.total_steps,
+            warmup_steps=recipe.schedule.warmup_steps,
+            weight_decay_off_at=recipe.schedule.weight_decay_off_at,
+            min_lr_ratio=recipe.schedule.min_lr_ratio,
+        )
+        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        check(
+            accelerator,
+            self.optimizer,
+            num_processes=recipe.num_processes,
+            schedule=self.schedule,
+            total_steps=self.total_steps,
+        )
+        self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
+        # Equal weights on all ranks, but dropout masks of each rank's own.
+        set_seed(recipe.seed % 2**31, device_specific=True)
+        self.ema = self._build_ema()
+        self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train from where the folder's newest checkpoint stands to the last epoch.
+
+        Returns:
+            The rows of `metrics.jsonl`, oldest first.
+
+        Raises:
+            CheckpointError: Checkpoints are there, but none can be used.
+            DivergedError: The loss is no longer finite.
+        """
+        self._resume()
+        steps_per_epoch = self.loader.steps_per_epoch
+        with Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display:
+            while self.progress.step < self.total_steps:
+                epoch, start = divmod(self.progress.step, steps_per_epoch)
+                seconds, images = self._train_epoch(epoch, start, display)
+                row = self._finish_epoch(epoch, images / seconds)
+                display.epoch(row)
+        return self.folder.metrics()
+
+    def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
+        """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
+        began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
+        self.model.train()
+        for parts in self.loader.epoch(epoch, start):
+            self._train_step(parts)
+            images += parts[0].global_size
+            display.step()
+            at_end = self.progress.step % self.loader.steps_per_epoch == 0
+            if every and self.progress.step % every == 0 and not at_end:
+                self._save()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, images
+
+    def _train_step(self, parts: list[Batch]) -> None:
+        """One optimizer step: the mean loss over the global batch, however it is cut up."""
+        group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
+        self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
+        for batch in parts:
+            with self.accelerator.accumulate(self.model):
+                images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
+                loss = self._loss(self.model(images), targets)
+                # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
+                parts_in_all = self.accelerator.num_processes * len(parts)
+                self.accelerator.backward(loss * (parts_in_all / batch.global_size))
+                self.progress.loss_sum += loss.detach().double()
+                if self.accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.bare_model)
+        self.progress.step += 1
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+
+    def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
+        """Evaluate, record, save."""
+        average_buffers(self.bare_model)
+        total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
+        train_loss = total_loss / self.samples_per_epoch
+        self._check_finite(train_loss)
+        score = evaluate(
+            self.ema.module if self.ema is not None else self.bare_model,
+            self.test_set,
+            self.augment,
+            batch_size=self.recipe.data.eval_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        row = {
+            "epoch": epoch + 1,
+            "step": self.progress.step,
+            "train_loss": train_loss,
+            "eval_accuracy": score.accuracy,
+            "eval_loss": score.loss,
+            "eval_samples": score.samples,
+            "lr": self.progress.lr,
+            "weight_decay": self.progress.weight_decay,
+            "images_per_second": images_per_second,
+        }
+        attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
+        self.progress.loss_sum.zero_()
+        if (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs:
+            self._save()
+        return row
+
+    def _check_finite(self, loss: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            ours = self.recipe.optimizer
+            raise DivergedError(
+                f"the training loss is {loss} by step {self.progress.step} (optimizer.lr={ours.lr}, "
+                f"optimizer.weight_decay={ours.weight_decay}, optimizer.clip_norm={ours.clip_norm}); nothing was "
+                "saved after it went bad: try a smaller optimizer.lr or an optimizer.clip_norm"
+            )
+
+    def _build_ema(self) -> AveragedModel | None:
+        if self.recipe.ema_decay is None:
+            return None
+        average = get_ema_multi_avg_fn(self.recipe.ema_decay)
+        ema = AveragedModel(self.bare_model, multi_avg_fn=average, use_buffers=True)
+        self.accelerator.register_for_checkpointing(ema)
+        return ema
+
+    def _save(self) -> None:
+        """Write a checkpoint beside the others; it counts once it is whole."""
+        losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
+        self._check_finite(sum(losses))
+        step, main = self.progress.step, self.accelerator.is_main_process
+        partial = from_main(self.accelerator, lambda: self.store.begin(step))
+        attempt(self.accelerator, lambda: self.accelerator.save_state(str(partial)))
+        metadata = {
+            "recipe": recipe_dict(self.recipe),
+            "num_processes": self.accelerator.num_processes,
+            "loss_sums": losses,
+        }
+        attempt(self.accelerator, lambda: self.store.commit(step, metadata), here=main)
+
+    def _resume(self) -> None:
+        """Take up the newest usable checkpoint, or start at step 0 where there is none."""
+        found = from_main(self.accelerator, self._find)
+        if found is not None:
+            error: Exception | None = None
+            try:
+                self.accelerator.load_state(str(found.path))
+            except Exception as caught:
+                error = CheckpointError(f"{found.path} could not be loaded: {caught}")
+            raise_everywhere(self.accelerator, error)
+            self._restore_progress(found)
+        step = self.progress.step
+        attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
+
+    def _find(self) -> Checkpoint | None:
+        ours = recipe_dict(self.recipe)
+
+        def refuse(checkpoint: Checkpoint) -> str | None:
+            differing = conflicts(ours, checkpoint.metadata["recipe"])
+            return "of another recipe (" + "; ".join(differing) + ")" if differing else None
+
+        found, rejected = self.store.newest(refuse)
+        for reason in rejected:
+            self.accelerator.print(f"checkpoint passed over: {reason}")
+        if found is None and rejected:
+            raise CheckpointError(
+                "no checkpoint of this run can be used, and starting again would write over them; move "
+                f"{self.store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
+            )
+        return found
+
+    def _restore_progress(self, found: Checkpoint) -> None:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
+        self.progress.step = found.step
+        # At another world size only the sum over the ranks matters; the first one carries it.
+        mine = losses[rank] if before == world else sum(losses) * (rank == 0)
+        self.progress.loss_sum.fill_(mine)
+        self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
+        if before != world:
+            self.accelerator.print(
+                f"the run had {before} ranks and has {world}: equal within rounding, not bit for bit"
+            )

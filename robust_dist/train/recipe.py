@@ -1,0 +1,309 @@
+"""The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+
+def _require(ok: bool, setting: str, value: object, wanted: str) -> None:
+    """Raise a ValueError that names the setting, its value and what would be right."""
+    if not ok:
+        raise ValueError(f"{setting}={value!r} is not valid: it must be {wanted}")
+
+
+def _require_number(setting: str, value: float, low: float, high: float = math.inf) -> None:
+    bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    _require(math.isfinite(value) and low <= value <= high, setting, value, f"a finite number, {bound}")
+
+
+@dataclass
+class DataConfig:
+    """Which images are trained on, and how they reach the ranks.
+
+    Attributes:
+        name: A data set by name: digits, cifar10, cifar100 or fashion_mnist.
+        root: The folder of the data files; files that are there already are used.
+        download: Fetch missing files (one process a host does it, the others wait).
+        block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
+        drop_last: Leave out the last global batch of an epoch where it is short.
+        eval_batch_size: Images that one rank evaluates at a time.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    download: bool = True
+    block: int = 8
+    drop_last: bool = False
+    eval_batch_size: int = 500
+
+    def __post_init__(self) -> None:
+        _require_number("data.block", self.block, 1)
+        _require_number("data.eval_batch_size", self.eval_batch_size, 1)
+
+
+@dataclass
+class ModelConfig:
+    """Which classifier is trained.
+
+    Attributes:
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
+        options: Further keyword arguments of the model's constructor.
+        channels_last: Keep weights and images in torch.channels_last.
+        sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
+    """
+
+    name: str = "resnet20"
+    options: dict[str, Any] = field(default_factory=dict)
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+
+
+@dataclass
+class OptimizerConfig:
+    """RAdaBeliefW's settings (PAPER: betas, eps and weight decay are its defaults).
+
+    Attributes:
+        lr: Learning rate before the schedule.
+        betas: Decay rates of the two moments.
+        eps: Added to the variance every step, and under the root.
+        weight_decay: Decoupled decay, until the switch.
+        no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
+        clip_norm: Largest norm of the whole gradient; none clips nothing.
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    no_decay: list[str] = field(default_factory=list)
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_number("optimizer.lr", self.lr, 0)
+        _require_number("optimizer.eps", self.eps, 0)
+        _require_number("optimizer.weight_decay", self.weight_decay, 0)
+        for beta in self.betas:
+            _require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        if self.clip_norm is not None:
+            _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
+
+
+@dataclass
+class ScheduleConfig:
+    """Cosine decay and the weight-decay switch.
+
+    Attributes:
+        warmup_steps: Optimizer steps of linear warm-up.
+        weight_decay_off_at: Share of all steps after which weight decay is 0 (paper: 0.75).
+        min_lr_ratio: Where the cosine ends, as a share of the learning rate.
+    """
+
+    warmup_steps: int = 0
+    weight_decay_off_at: float = 0.75
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_number("schedule.warmup_steps", self.warmup_steps, 0)
+        _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
+        _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
+
+
+@dataclass
+class AugmentConfig:
+    """The training pipeline: crop, flip, TrivialAugment, CutMix, in this order.
+
+    Attributes:
+        crop: Pixels of padding before the random crop; null takes the data set's own, 0 crops nothing.
+        flip: Mirror half of the images; null takes the data set's own (never for digits).
+        trivial: TrivialAugment, a draw per sample.
+        num_bins: Strengths of TrivialAugment.
+        interpolation: nearest or bilinear, for TrivialAugment's warps.
+        cutmix: CutMix.
+        cutmix_mode: elem (a box and a partner per sample, independent of the world size) or batch (one box).
+        cutmix_alpha: Parameter of Beta(alpha, alpha), from which the share is drawn.
+        cutmix_p: Probability of CutMix.
+        compile: Run the pipeline through torch.compile.
+    """
+
+    crop: int | None = None
+    flip: bool | None = None
+    trivial: bool = True
+    num_bins: int = 31
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    cutmix: bool = True
+    cutmix_mode: Literal["elem", "batch"] = "elem"
+    cutmix_alpha: float = 1.0
+    cutmix_p: float = 1.0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop is not None:
+            _require_number("augment.crop", self.crop, 0)
+        _require_number("augment.num_bins", self.num_bins, 2)
+        _require(self.cutmix_alpha > 0, "augment.cutmix_alpha", self.cutmix_alpha, "above 0")
+        _require_number("augment.cutmix_p", self.cutmix_p, 0, 1)
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats.
+
+    Attributes:
+        mixed: Autocast of the forward pass: no, bf16 or fp16 (fp16 scales the loss; GPUs only).
+        deterministic: Choose kernels that give the same bits every time, so that a resumed run is the same run.
+    """
+
+    mixed: Literal["no", "bf16", "fp16"] = "no"
+    deterministic: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved.
+
+    Attributes:
+        every_epochs: Save at the end of every so many epochs; the last epoch is always saved.
+        every_steps: Also save every so many optimizer steps, in mid-epoch.
+        keep: How many checkpoints stay.
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require_number("checkpoint.every_epochs", self.every_epochs, 1)
+        _require_number("checkpoint.keep", self.keep, 1)
+        if self.every_steps is not None:
+            _require_number("checkpoint.every_steps", self.every_steps, 1)
+
+
+@dataclass
+class TrackingConfig:
+    """What is shown and recorded beside `metrics.jsonl`.
+
+    Attributes:
+        trackers: Accelerate's trackers: tensorboard, wandb, mlflow, ...
+        progress: A progress bar on the main process.
+    """
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    progress: bool = True
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        data: The images.
+        model: The classifier.
+        optimizer: RAdaBeliefW.
+        schedule: Learning rate and decay over the run.
+        augment: What is done to training images.
+        precision: Number formats.
+        checkpoint: When the run is saved.
+        tracking: What is shown.
+        epochs: Passes over the training images.
+        batch_size: Global batch: images per optimizer step over all ranks and accumulated parts.
+        accumulation: Parts into which a rank cuts its share of a batch.
+        label_smoothing: Share of the target spread over all classes (paper: 0).
+        ema_decay: Evaluate an exponential moving average of the weights; null (paper) evaluates the weights.
+        seed: Seed of the initial weights, the order and every draw.
+        run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
+        num_processes: Ranks that must be there; any number where null.
+        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    epochs: int = 300
+    batch_size: int = 128
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    seed: int = 0
+    run_dir: str = "runs/run"
+    num_processes: int | None = None
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require_number("epochs", self.epochs, 1)
+        _require_number("batch_size", self.batch_size, 1)
+        _require_number("accumulation", self.accumulation, 1)
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        if self.ema_decay is not None:
+            _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
+        _require_number("seed", self.seed, 0, 2**63 - 1)
+        _require_number("timeout_seconds", self.timeout_seconds, 1)
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts of plain YAML values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return {key: plain(value) for key, value in asdict(recipe).items()}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; an empty dict leaves no key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# Settings that may change between two starts of one run: they move no weight.
+_FREE = ("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download")
+
+
+def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Settings that differ between two recipes and change the result, one line each.
+
+    Args:
+        ours: `recipe_dict` of the run that starts.
+        theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
+            count as their defaults.
+    """
+    defaults = flatten(recipe_dict(Recipe()))
+    here, there = flatten(ours), defaults | flatten(theirs)
+    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(_FREE))
+    missing = "(not set)"
+    return [
+        f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in the folder"
+        for key in keys
+        if here.get(key, missing) != there.get(key, missing)
+    ]
+
+
+def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
+    """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
+
+    Args:
+        args: Command-line words; `sys.argv` where None.
+
+    Raises:
+        SystemExit: An unknown key or a wrong type; the message names the key.
+        ValueError: A value out of its range.
+    """
+    from jsonargparse import auto_cli
+
+    usage = "train.py --config FILE.yaml [--run_dir DIR] [--optimizer.lr 0.05 ...]   (--help lists every key)"
+    return cast(Recipe, auto_cli(Recipe, as_positional=False, args=None if args is None else list(args), usage=usage))
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe of a YAML file, with the defaults for what it leaves out."""
+    return parse_recipe(["--config", str(path)])

@@ -1,0 +1,73 @@
+"""The two commands of the README, without their installation."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The scripts and configs of the repository, with a .venv that is this interpreter's and counts as installed."""
+    for name in ("launch", "configs", "pyproject.toml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    bin_folder = tmp_path / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    python = bin_folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(tmp_path / "pyproject.toml", tmp_path / ".venv" / ".installed-train")
+    return tmp_path
+
+
+def quickstart(checkout, *words):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(checkout / "launch" / "quickstart.sh"), *words]
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=300)
+
+
+def test_quickstart_trains_on_two_ranks_and_shows_the_result_and_again_at_once(checkout):
+    words = ["--epochs", "1", "--batch_size", "128", "--tracking.trackers", "[]"]
+    first = quickstart(checkout, *words)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "on 359 held-out images of digits" in first.stdout
+    assert "runs/quickstart/curves.png" in first.stdout
+    assert (checkout / "runs" / "quickstart" / "curves.png").exists()
+    assert '"num_processes": 2' in (checkout / "runs" / "quickstart" / "environment.json").read_text()
+    again = quickstart(checkout, *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming" in again.stdout
+    assert "epoch   1/1" not in again.stdout
+
+
+def test_quickstart_passes_a_mistake_on(checkout):
+    result = quickstart(checkout, "--epochs", "0")
+    assert result.returncode != 0
+    assert "epochs=0" in result.stderr
+
+
+def test_setup_installs_again_when_the_requirements_have_changed(checkout):
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    probe = checkout / ".venv" / "bin" / "python"
+    probe.write_text('#!/bin/sh\n[ "$1" = -m ] && echo "called $*"\nexit 0\n')
+    command = f"source '{checkout}/launch/setup.sh' train"
+    for expected in (True, False):
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert ("called -m pip install" in result.stdout) is expected
+
+
+def test_one_process_where_two_were_asked_for_is_refused():
+    # Accelerate's own launcher starts one process here, and says nothing.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "launch" / "train.py"), "--epochs", "1", "--tracking.trackers", "[]"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "error:" in result.stderr
+    assert not (ROOT / "runs" / "run" / "metrics.jsonl").exists()

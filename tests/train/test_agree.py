@@ -1,0 +1,107 @@
+"""Ranks share errors and decisions."""
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from robust_dist.augment import RobustAugment
+from robust_dist.data import DATASETS, load_dataset
+from robust_dist.train.agree import attempt, check_ranks_agree, from_main
+from robust_dist.train.build import load_sets
+from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.recipe import DataConfig, Recipe
+from tests.ranks import run_ranks
+
+
+def message(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def fail():
+    raise ValueError("the file is torn")
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 10)).eval()
+
+
+def digits():
+    images = load_dataset("digits", "data", train=False)
+    return images, RobustAugment(10, 32, (0.3,) * 3, (0.3,) * 3)
+
+
+def score(rank, world_size):
+    images, augment = digits()
+    return evaluate(net(), images, augment, batch_size=50, rank=rank, world_size=world_size)
+
+
+def fetched(accelerator):
+    """Which rank was told to download, and whether the files were there when the others looked."""
+    calls = []
+
+    def loader(root, train, download):
+        calls.append(download)
+        if download:
+            time.sleep(0.3)
+            (root / "file").touch()
+        assert (root / "file").exists()
+        return load_dataset("digits", root, train=train)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = from_main(accelerator, lambda: folder)
+        DATASETS["slow"] = replace(DATASETS["digits"], loader=loader)
+        load_sets(Recipe(data=DataConfig(name="slow", root=root)), accelerator)
+        accelerator.wait_for_everyone()
+    return calls
+
+
+def scenarios():
+    accelerator = Accelerator(cpu=True)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(float(rank))
+    average_buffers(norm)
+    return {
+        "seeds": message(lambda: check_ranks_agree(accelerator, Recipe(seed=rank))),
+        "same": message(lambda: check_ranks_agree(accelerator, Recipe())),
+        "one fails": message(lambda: attempt(accelerator, fail, here=rank == world - 1)),
+        "main fails": message(lambda: from_main(accelerator, fail)),
+        "main": from_main(accelerator, lambda: os.getpid()),
+        "buffers": norm.running_mean.tolist(),
+        "score": score(rank, world),
+        "fetched": fetched(accelerator),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_errors_decisions_buffers_and_scores_are_the_same_on_every_rank(world_size):
+    results = run_ranks(scenarios, world_size)
+    for result in results:
+        assert "seed: rank 0: 0, rank 1: 1" in result["seeds"]
+        assert result["same"] is None
+        assert result["one fails"] == result["main fails"] == "the file is torn"
+        assert result["buffers"] == [(world_size - 1) / 2] * 3
+        assert result["score"].samples == 359
+    assert [result["fetched"] for result in results] == [[True] * 2] + [[False] * 2] * (world_size - 1)
+    assert len({result["main"] for result in results}) == 1
+    alone = score(0, 1)
+    assert all(result["score"].accuracy == alone.accuracy for result in results)
+    assert all(result["score"].loss == pytest.approx(alone.loss, rel=1e-6) for result in results)
+
+
+def test_evaluation_leaves_the_model_in_the_mode_it_was_in():
+    images, augment = digits()
+    model = net().train()
+    evaluate(model, images, augment, batch_size=400)
+    assert model.training

@@ -1,0 +1,91 @@
+"""What a user can get wrong is one clear message, on every rank, before the first step."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.launching import train
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.name", "imagenet22k"], "imagenet22k"),
+        (["--model.name", "resnet57"], "resnet57"),
+        (["--num_processes", "2"], "2"),
+        (["--data.block", "64", "--accumulation", "4"], "block"),
+        (["--schedule.warmup_steps", "100000"], "warmup_steps"),
+        (["--data.name", "cifar10", "--data.download", "false", "--data.root", "nowhere"], "nowhere"),
+        (["--model.sync_batchnorm", "true"], "model.sync_batchnorm"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(tmp_path, words, message):
+    code, output = train(1, *words, "--run_dir", str(tmp_path / "run"))
+    assert code == 2, output
+    assert message in output[output.index("error:") :]
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+SAVING = ["--epochs", "1", "--checkpoint.every_steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with checkpoints at its steps 6 and 12."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    code, output = train(1, *SAVING, "--run_dir", str(folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def contents(run):
+    """All files but the lock, which names the last process that looked."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_checkpoints_that_cannot_be_used_are_named_and_left_alone(run):
+    for path in (run / "checkpoints").glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"torn")
+    before = names(run)
+    code, output = train(1, *SAVING, "--run_dir", str(run))
+    assert code == 2
+    assert "model.safetensors" in output
+    assert "move" in output
+    assert names(run) == before
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(run):
+    (run / "checkpoints" / "step-00000012" / "optimizer.bin").write_bytes(b"torn")
+    code, output = train(1, *SAVING, "--run_dir", str(run))
+    assert code == 0, output
+    assert "checkpoint passed over" in output
+    assert "step 6 of 12" in output
+
+
+def test_a_checkpoint_of_another_recipe_is_named_and_not_used(run):
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 5"))
+    before = names(run)
+    code, output = train(1, *SAVING, "--seed", "5", "--run_dir", str(run))
+    assert code == 2
+    assert "of another recipe (seed: 5 here, 0 in the folder)" in output
+    assert names(run) == before
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_written(run):
+    before = contents(run)
+    code, output = train(1, *SAVING, "--optimizer.lr", "0.3", "--run_dir", str(run))
+    assert code == 2
+    assert "optimizer.lr: 0.3 here, 0.05 in the folder" in output
+    assert contents(run) == before

@@ -1,0 +1,56 @@
+"""What the options that are off in the paper's recipe do."""
+
+import pytest
+
+from robust_dist.train.main import train
+from robust_dist.train.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TrackingConfig,
+)
+
+
+def run(folder, **changes):
+    """The rows of one epoch of 12 steps, in this process."""
+    settings = {
+        "data": DataConfig(name="digits"),
+        "model": ModelConfig("resnet8"),
+        "optimizer": OptimizerConfig(lr=0.05),
+        "tracking": TrackingConfig(trackers=[], progress=False),
+        "epochs": 1,
+        "batch_size": 128,
+        "run_dir": str(folder),
+    }
+    return train(Recipe(**settings | changes))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain") / "run")[0]
+
+
+def test_the_moving_average_changes_what_is_evaluated_and_not_what_is_trained(plain, tmp_path):
+    row = run(tmp_path, ema_decay=0.9)[0]
+    assert row["train_loss"] == plain["train_loss"]
+    assert row["eval_loss"] != plain["eval_loss"]
+
+
+def test_label_smoothing_clipping_and_warm_up_change_training(plain, tmp_path):
+    changes = {
+        "smoothing": {"label_smoothing": 0.2},
+        "clipping": {"optimizer": OptimizerConfig(lr=0.05, clip_norm=1e-3)},
+        "warm-up": {"schedule": ScheduleConfig(warmup_steps=6)},
+        "decay": {"optimizer": OptimizerConfig(lr=0.05, weight_decay=1.0)},
+    }
+    losses = {name: run(tmp_path / name, **change)[0]["train_loss"] for name, change in changes.items()}
+    assert len({plain["train_loss"], *losses.values()}) == 5
+
+
+def test_checkpoints_are_written_when_the_recipe_says(tmp_path):
+    run(tmp_path, epochs=3, checkpoint=CheckpointConfig(every_epochs=2, every_steps=10, keep=9))
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [10, 20, 24, 30, 36]
