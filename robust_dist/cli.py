@@ -1,0 +1,92 @@
+"""`robust-dist doctor | preview | bench`: what a person runs beside training."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from robust_dist.doctor import exit_code, format_report, report
+
+    checks = report()
+    print(format_report(checks))
+    return exit_code(checks)
+
+
+def _preview(words: argparse.Namespace) -> int:
+    from robust_dist.data import load_dataset
+    from robust_dist.preview import preview
+    from robust_dist.train.build import build_augment
+    from robust_dist.train.recipe import parse_recipe
+
+    recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
+    images = load_dataset(recipe.data.name, Path(recipe.data.root), train=True, download=recipe.data.download)
+    augment = build_augment(recipe, images.num_classes)
+    preview(
+        images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
+    )
+    print(f"wrote {words.out}")
+    return 0
+
+
+def _bench(words: argparse.Namespace) -> int:
+    import torch
+
+    if words.threads is not None:
+        torch.set_num_threads(words.threads)
+    if words.what == "optimizer":
+        from robust_dist.bench.optimizer import bench_optimizer
+
+        print(bench_optimizer(rounds=words.rounds))
+    else:
+        from robust_dist.bench.augment import bench_augment
+
+        print(bench_augment(rounds=words.rounds))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="robust-dist", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, what would go wrong and how to mend it")
+    doctor.set_defaults(run=_doctor, extra="train")
+
+    preview = commands.add_parser("preview", help="a PNG of what the augmentation does to your own data")
+    preview.add_argument("--config", help="a recipe in YAML")
+    preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
+    preview.add_argument("--rows", type=int, default=8, help="samples to show (default: %(default)s)")
+    preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
+    preview.set_defaults(run=_preview, extra="train")
+
+    bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
+    bench.add_argument("what", choices=["optimizer", "augment"])
+    bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
+    bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
+    bench.set_defaults(run=_bench, extra="bench")
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status (2 where the user has to change something)."""
+    parser = _parser()
+    words, overrides = parser.parse_known_args(args)
+    if overrides and words.run is not _preview:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    words.overrides = overrides
+    run: Callable[[argparse.Namespace], int] = words.run
+    try:
+        return run(words)
+    except ModuleNotFoundError as error:
+        hint = "" if "pip install" in str(error) else f"; {EXTRA_HINT.format(extra=words.extra)}"
+        print(f"error: {error}{hint}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
