@@ -254,6 +254,4 @@ class Trainer:
         self.progress.loss_sum.fill_(mine)
         self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
         if before != world:
-            self.accelerator.print(
-                f"the run had {before} ranks and has {world}: equal within rounding, not bit for bit"
-            )
+            self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")
