@@ -47,7 +47,7 @@ def problems(*, has_gpu: bool) -> list[Problem]:
         rank_variables(os.environ),
         forced_cpu(os.environ, has_gpu=has_gpu, has_deepspeed=has_module("deepspeed")),
         compiler(has_deepspeed=has_module("deepspeed")),
-        *stale_locks(extension_folder(os.environ)),
+        *(stale_locks(extension_folder(os.environ)) if locks_outlive_builds(extension_source()) else ()),
     )
     return [problem for problem in found if problem is not None]
 
@@ -174,6 +174,17 @@ def extension_folder(environ: Mapping[str, str]) -> Path:
         return Path(environ["TORCH_EXTENSIONS_DIR"])
     cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "torch_extensions")
+
+
+def extension_source() -> str:
+    """The source of torch's extension builder; empty where it cannot be read."""
+    spec = find_spec("torch.utils.cpp_extension")
+    return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+
+
+def locks_outlive_builds(source: str) -> bool:
+    """Whether torch locks a build by a file's being there; newer ones hold a lock that ends with the process."""
+    return "FileBaton(" in source
 
 
 def stale_locks(folder: Path) -> Iterator[Problem]:

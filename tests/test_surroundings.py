@@ -34,6 +34,15 @@ def test_without_proc_a_locks_age_tells(tmp_path, monkeypatch, minutes, count):
     assert len(list(surroundings.stale_locks(tmp_path))) == count
 
 
+@pytest.mark.parametrize(("source", "outlives"), [("baton = FileBaton(path)", True), ("with FileLock(path):", False)])
+def test_a_lock_is_looked_for_only_where_torch_leaves_it_behind(source, outlives):
+    assert surroundings.locks_outlive_builds(source) is outlives
+
+
+def test_the_source_of_torch_s_builder_is_found():
+    assert "def load(" in surroundings.extension_source()
+
+
 def test_no_folder_has_no_lock(tmp_path):
     assert surroundings.is_open(tmp_path, processes=tmp_path) is None
     assert list(surroundings.stale_locks(tmp_path / "absent")) == []
