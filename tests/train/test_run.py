@@ -112,7 +112,7 @@ def test_a_live_run_s_folder_is_refused_on_every_rank_and_nothing_is_touched(tmp
         finish(process)
 
 
-def test_a_diverged_run_stops_with_its_settings_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_diverged_run_stops_and_names_its_settings(tmp_path):
     words = ["--optimizer.lr", "1e30", "--checkpoint.every_steps", "1", "--run_dir", str(tmp_path)]
     code, output = train(1, *words)
     assert code == 2
