@@ -8,7 +8,7 @@ source launch/setup.sh train
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
   ranks=$((gpus < 8 ? gpus : 8))
-  launch=(--config_file configs/accelerate/gpu.yaml --num_processes "$ranks")
+  launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$ranks")
   extra=(--model.sync_batchnorm true)
 else
   ranks=2

@@ -1,4 +1,4 @@
-"""`robust-dist doctor | preview | bench`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
@@ -41,11 +41,35 @@ def _bench(words: argparse.Namespace) -> int:
         from robust_dist.bench.optimizer import bench_optimizer
 
         print(bench_optimizer(rounds=words.rounds))
+    elif words.what == "scale":
+        from robust_dist.bench.scale import bench_scale
+
+        print(bench_scale())
     else:
         from robust_dist.bench.augment import bench_augment
 
         print(bench_augment(rounds=words.rounds))
     return 0
+
+
+def _convert(words: argparse.Namespace) -> int:
+    from robust_dist.checkpoint import convert
+
+    if words.to.startswith("zero"):
+        words.extra = "deepspeed"
+    notes = convert(words.src, words.dst, words.to, words.world_size, full_state_dict=words.full_state_dict)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {words.dst}")
+    return 0
+
+
+def _inspect(words: argparse.Namespace) -> int:
+    from robust_dist.checkpoint.inspection import examine
+
+    report = examine(words.src)
+    print(report.text)
+    return 0 if report.whole else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +87,30 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview, extra="train")
 
     bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
-    bench.add_argument("what", choices=["optimizer", "augment"])
+    bench.add_argument("what", choices=["optimizer", "augment", "scale"])
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
     bench.set_defaults(run=_bench, extra="bench")
+    _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = commands.add_parser("convert", help="write a checkpoint again for another engine or number of ranks")
+    convert.add_argument("src", metavar="SRC", help="a checkpoint of Accelerate, DeepSpeed, FSDP (DCP) or torch.save")
+    convert.add_argument("dst", metavar="DST", help="the folder to write, for accelerator.load_state; must not exist")
+    convert.add_argument("--to", required=True, choices=["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
+    convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
+    convert.add_argument(
+        "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
+    )
+    convert.set_defaults(run=_convert, extra="train")
+
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint holds, and whether it is whole (status 1: it is not)"
+    )
+    inspect.add_argument("src", metavar="SRC", help="a checkpoint of any of these engines")
+    inspect.set_defaults(run=_inspect, extra="train")
 
 
 def main(args: Sequence[str] | None = None) -> int:

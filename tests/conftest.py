@@ -1,12 +1,24 @@
-"""Markers that need asking for, and threads that suit two cores."""
+"""Markers that need asking for, threads that suit two cores, and the matrix of engines."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.engines import matrix
+
+CELLS = pytest.StashKey[matrix.Cells]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--multinode", action="store_true", help="also run the tests marked multinode")
+    parser.addoption("--matrix", metavar="FILE", help="write the table of engines between the marks of this file")
+
+
+def pytest_configure(config):
+    config.stash[CELLS] = {}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -19,3 +31,21 @@ def pytest_collection_modifyitems(config, items):
         for marker, run in wanted.items():
             if marker in item.keywords and not run:
                 item.add_marker(pytest.mark.skip(reason=f"marked {marker}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    # A test counts by its call; set-up counts where it never came to one.
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+        for marker in item.iter_markers("cell"):
+            engine, column, *world = marker.args
+            outcomes = item.config.stash[CELLS].setdefault((engine, column), [])
+            outcomes.append((str(world[0]) if world else "", report.outcome))
+    return report
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--matrix")
+    if path and not os.environ.get("PYTEST_XDIST_WORKER"):
+        matrix.write_into(Path(path), session.config.stash[CELLS])

@@ -1,5 +1,46 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and their conversion between engines."""
+
+from typing import TYPE_CHECKING, Any
 
 from robust_dist.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, verify, write_atomically
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "verify", "write_atomically"]
+if TYPE_CHECKING:
+    from robust_dist.checkpoint.conversion import convert, read
+    from robust_dist.checkpoint.fsdp1 import load_state, make_state
+    from robust_dist.checkpoint.inspection import inspect
+    from robust_dist.checkpoint.names import note_parameters
+    from robust_dist.checkpoint.training_state import TrainingState
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointStore",
+    "TrainingState",
+    "convert",
+    "inspect",
+    "load_state",
+    "make_state",
+    "note_parameters",
+    "read",
+    "verify",
+    "write_atomically",
+]
+_HOMES = {
+    "TrainingState": "training_state",
+    "convert": "conversion",
+    "inspect": "inspection",
+    "load_state": "fsdp1",
+    "make_state": "fsdp1",
+    "note_parameters": "names",
+    "read": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

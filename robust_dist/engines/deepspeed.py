@@ -1,66 +1,37 @@
-"""DeepSpeed: RAdaBeliefW and RobustSchedule as names for a JSON's "type"."""
-
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+"""DeepSpeed: RAdaBeliefW and RobustSchedule as names for a JSON's "type", and what keeps them right there."""
 
 import torch
 
+from robust_dist.engines import deepspeed_mends as mends
+from robust_dist.engines.deepspeed_checkpoint import check_checkpoint
+from robust_dist.engines.deepspeed_config import check_config
+from robust_dist.engines.deepspeed_imports import when_imported
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 
-_GATE = "deepspeed.runtime.zero.utils"
+__all__ = ["check_checkpoint", "check_config", "register"]
 
 
 def register() -> None:
-    """Let a DeepSpeed JSON name RAdaBeliefW and RobustSchedule in "type".
+    """Let a DeepSpeed JSON name RAdaBeliefW and RobustSchedule in "type", and keep DeepSpeed from harming them.
 
     DeepSpeed looks an unknown optimizer up on `torch.optim` and an unknown scheduler up on `torch.optim.lr_scheduler`,
-    and ZeRO refuses optimizers that are not on its list. Call this on every rank before `deepspeed.initialize` or
-    `Accelerator.prepare`. It may be called again, and before or after `import deepspeed`, which it does not import.
+    and ZeRO refuses optimizers that are not on its list. Besides, some methods of DeepSpeed are wrapped, and do what
+    they did for other optimizers: its engine begins with `check_config`'s checks of the two, and loads what
+    `check_checkpoint` has passed; ZeRO-0's wrapper for bfloat16 and float16 leaves no trace of the step that it makes
+    at its start; a universal checkpoint gives each param group its own settings and each parameter its own step count.
+
+    Call this on every rank before `deepspeed.initialize` or `Accelerator.prepare`. It may be called again, and before
+    or after `import deepspeed`, which it does not import.
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
     torch.optim.lr_scheduler.RobustSchedule = RobustSchedule  # type: ignore[attr-defined]
-    module = sys.modules.get(_GATE)
-    if module is not None:
-        _pass_gate(module)
-    elif not any(isinstance(finder, _GateFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _GateFinder())
-
-
-def _pass_gate(module: ModuleType) -> None:
-    supported: list[type] = module.ZERO_SUPPORTED_OPTIMIZERS
-    if RAdaBeliefW not in supported:
-        supported.append(RAdaBeliefW)
-
-
-class _GateFinder(MetaPathFinder):
-    """Adds RAdaBeliefW to ZeRO's list when DeepSpeed is imported, which takes seconds that others need not spend."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _GATE:
-            return None
-        spec = self._spec_of_others(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            self._add_to(spec.loader)
-        return spec
-
-    def _spec_of_others(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-    ) -> ModuleSpec | None:
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        return next((spec for spec in found if spec is not None), None)
-
-    def _add_to(self, loader: Any) -> None:
-        execute = loader.exec_module
-
-        def execute_and_pass(module: ModuleType) -> None:
-            execute(module)
-            _pass_gate(module)
-
-        loader.exec_module = execute_and_pass
+    when_imported(
+        {
+            "deepspeed.runtime.zero.utils": mends.pass_gate,
+            "deepspeed.runtime.engine": mends.mend_engine,
+            "deepspeed.runtime.fp16.fused_optimizer": mends.mend_dry_step,
+            "deepspeed.runtime.fp16.unfused_optimizer": mends.mend_dry_step,
+            "deepspeed.runtime.zero.stage3": mends.mend_universal_load,
+        }
+    )

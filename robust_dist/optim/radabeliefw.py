@@ -20,7 +20,7 @@ from robust_dist.optim.state import (
     complete,
     is_dtensor,
     load_exactly,
-    local,
+    local_slot,
     own_steps,
 )
 
@@ -38,9 +38,10 @@ def _is_capturing() -> bool:
 
 def _check_group_can_step(group: Mapping[str, Any]) -> None:
     for param in group["params"]:
-        if param.grad is not None and param.grad.layout != torch.strided:
+        grad = param.grad
+        if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(
-                f"RAdaBeliefW does not support sparse gradients, got one of layout {param.grad.layout};"
+                f"RAdaBeliefW does not support sparse gradients, got one of layout {grad.layout};"
                 " use sparse=False in the layer that makes it"
             )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
@@ -48,8 +49,8 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
 
 
 def _supports_foreach(params: Iterable[Tensor]) -> bool:
-    plain = (Tensor, torch.nn.Parameter)
-    return all(type(p) in plain or is_dtensor(p) for p in params)
+    one_of_each = {type(p): p for p in params}
+    return all(kind in (Tensor, torch.nn.Parameter) or is_dtensor(p) for kind, p in one_of_each.items())
 
 
 def _choose(group: Mapping[str, Any], params: list[Tensor]) -> Backend:
@@ -72,10 +73,8 @@ class _Gathered:
     def batches(self, steps: list[Tensor], counts: Iterable[float | None]) -> list[Batch]:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""
         rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, strict=True)
-        slots = (
-            (local(p, p), local(g, p), local(m, p), local(v, p), step) if is_dtensor(p) else (p, g, m, v, step)
-            for p, g, m, v, step in rows
-        )
+        sharded = {type(p): is_dtensor(p) for p in self.params}
+        slots = (local_slot(*row) if sharded[type(row[0])] else row for row in rows)
         return batches(slots, counts)
 
 

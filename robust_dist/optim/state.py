@@ -26,8 +26,15 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _same_layout(tensor: Any, like: Any) -> bool:
-    return tensor.device_mesh == like.device_mesh and tuple(tensor.placements) == tuple(like.placements)
+def _is_placed(tensor: Any, param: Any) -> bool:
+    """Whether a tensor is a DTensor in the layout of this DTensor parameter."""
+    if type(tensor) is not type(param) and not is_dtensor(tensor):
+        return False
+    # The public properties cost more than the comparison itself.
+    found, wanted = tensor._spec, param._spec
+    if found is wanted:
+        return True
+    return (found.mesh is wanted.mesh or found.mesh == wanted.mesh) and found.placements == wanted.placements
 
 
 def _placed_like(tensor: Any, param: Any) -> Any:
@@ -36,13 +43,32 @@ def _placed_like(tensor: Any, param: Any) -> Any:
     raise TypeError("a DTensor parameter has a gradient or state that is a plain tensor; wrap it as the parameter is")
 
 
-def local(tensor: Any, param: Tensor) -> Tensor:
-    """The plain tensor that this rank computes on; a gradient sharded otherwise than `param` is redistributed."""
-    if not is_dtensor(param):
+def _sharing_placements(tensor: Any, param: Any) -> Any:
+    """The same tensor with the parameter's own placements: a comparison is fast only where they are the same."""
+    if not (is_dtensor(param) and _is_placed(tensor, param)):
         return tensor
-    if tensor is not param and not (is_dtensor(tensor) and _same_layout(tensor, param)):
-        tensor = _placed_like(tensor, param)
-    return tensor.to_local()
+    return type(param).from_local(
+        tensor._local_tensor,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=tensor.stride(),
+    )
+
+
+def local_slot(
+    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What this rank computes on, of a DTensor parameter whose state is `complete`.
+
+    A gradient sharded otherwise than `param` is redistributed. Without autograd the local tensors are what
+    `to_local()` returns, at a hundredth of its price.
+    """
+    # fully_shard gives a parameter and its gradient one and the same layout
+    if type(grad) is not type(param) or (grad._spec is not param._spec and not _is_placed(grad, param)):
+        grad = _placed_like(grad, param)
+    return param._local_tensor, grad._local_tensor, exp_avg._local_tensor, exp_avg_sq._local_tensor, step
 
 
 def as_step(value: Any, param: Tensor, capturable: bool) -> Tensor:
@@ -65,11 +91,14 @@ def complete(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
     _repair_step(state, param, capturable)
     for key in MOMENTS:
         if key not in state:
-            state[key] = torch.zeros_like(
+            zeros = torch.zeros_like(
                 param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
             )
-        elif is_dtensor(param) and not (is_dtensor(state[key]) and _same_layout(state[key], param)):
-            state[key] = _placed_like(state[key], param)
+            state[key] = _sharing_placements(zeros, param)
+    if is_dtensor(param):
+        for key in MOMENTS:
+            if not _is_placed(state[key], param):
+                state[key] = _placed_like(state[key], param)
 
 
 def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable: bool) -> None:
@@ -100,6 +129,8 @@ def load_exactly(
 ) -> None:
     """Run `load(state_dict)` so that the state of bfloat16 and float16 parameters comes back in float32.
 
+    Moments of sharded parameters come back with the parameters' own placements.
+
     The two hooks live for this call only: hooks do not survive deepcopy or pickle. The first runs after
     the user's own pre-hooks and so sees what is really loaded; the second before their post-hooks.
     """
@@ -118,3 +149,7 @@ def load_exactly(
     finally:
         before.remove()
         after.remove()
+    for param, state in optimizer.state.items():
+        for key in MOMENTS:
+            if key in state:
+                state[key] = _sharing_placements(state[key], param)

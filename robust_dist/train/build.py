@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
@@ -22,39 +21,29 @@ from robust_dist.train.agree import attempt
 from robust_dist.train.recipe import Recipe
 
 
-def _on_cpu() -> bool:
-    # Accelerator(cpu=True) makes gloo ranks of torchrun's processes, but turns DeepSpeed off.
-    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+def _asked_for(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """The engine of the run: ranks, devices, autocast, accumulation, trackers."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
+    on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
     return Accelerator(
-        cpu=_on_cpu(),
+        # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
+        cpu=on_cpu and not sharded,
         mixed_precision=recipe.precision.mixed,
         gradient_accumulation_steps=recipe.accumulation,
         log_with=recipe.tracking.trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.timeout_seconds)),
+            InitProcessGroupKwargs(
+                backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
+            ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Refuse the engines that this loop cannot drive; the parts of the package can be used under them.
-
-    Raises:
-        ValueError: The launch asks for FSDP or DeepSpeed.
-    """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"launch/train.py was started under {accelerator.distributed_type.value}; this version's training loop "
-            "runs under DDP or in one process: use configs/accelerate/gpu.yaml or cpu.yaml"
-        )
 
 
 def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:

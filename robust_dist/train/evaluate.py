@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet, evaluation_batches
+from robust_dist.data.cuts import even_cuts
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,32 @@ def average_buffers(model: nn.Module) -> None:
     """Give every rank the mean of the floating-point buffers (BatchNorm's statistics), in one collective a dtype."""
     if _world_size() == 1:
         return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
-        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+    for same in _buffers_by_dtype(model):
         flat = torch.cat([buffer.reshape(-1) for buffer in same])
         dist.all_reduce(flat)
-        flat /= _world_size()
-        for buffer, mean in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        _copy_back(flat / _world_size(), same)
+
+
+def _buffers_by_dtype(model: nn.Module) -> list[list[Tensor]]:
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    dtypes = sorted({buffer.dtype for buffer in buffers}, key=str)
+    return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
+
+
+def _copy_back(flat: Tensor, buffers: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+@torch.no_grad()
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the first rank's floating-point buffers, as DDP does, in one collective a dtype."""
+    if _world_size() == 1:
+        return
+    for same in _buffers_by_dtype(model):
+        flat = torch.cat([buffer.reshape(-1) for buffer in same])
+        dist.broadcast(flat, src=0)
+        _copy_back(flat, same)
 
 
 @torch.no_grad()
@@ -53,11 +72,12 @@ def evaluate(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Score:
     """Score `model` on a whole data set, shared between the ranks.
 
-    The model is left in the mode it was in. No rank makes a forward pass more than it has batches for, so
-    `model` must be one whose forward needs no other rank (an unwrapped module).
+    The model is left in the mode it was in. Every rank makes the same number of forward passes, because a sharded
+    model's need the other ranks; a rank that has run out repeats an image and does not count it.
 
     Args:
         model: Classifier that takes normalised images [B, C, H, W] and gives logits [B, num_classes].
@@ -66,12 +86,18 @@ def evaluate(
         batch_size: Images at a time and rank.
         rank: This rank.
         world_size: How many ranks share the work.
+        dtype: Cast the images to it; None leaves them as `augment` makes them.
     """
     training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=image_set.images.device)
-    for images, labels in evaluation_batches(image_set, batch_size, rank, world_size):
-        totals += _count(model(augment.normalize(images)), labels)
+    longest = max(stop - start for start, stop in even_cuts(len(image_set), world_size))
+    batches = evaluation_batches(image_set, batch_size, rank, world_size)
+    nothing = image_set.images[:1], image_set.labels[:0]
+    for _ in range(-(-longest // batch_size)):
+        images, labels = next(batches, nothing)
+        logits = model(augment.normalize(images).to(dtype))
+        totals += _count(logits[: len(labels)], labels)
     model.train(training)
     if world_size > 1:
         dist.all_reduce(totals)

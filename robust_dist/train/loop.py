@@ -1,23 +1,27 @@
 """The training loop: small enough to read in one sitting."""
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, make_state, note_parameters
 from robust_dist.data import Batch, ImageSet
 from robust_dist.engines.accelerate import check
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
 from robust_dist.train.display import Display
-from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
+from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
@@ -86,6 +90,9 @@ class Trainer:
             total_steps=self.total_steps,
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
+        self.input_dtype = input_dtype(accelerator, self.bare_model)
+        # DDP gives every rank the first one's buffers before a step; other engines leave each rank its own.
+        self.broadcasts = not isinstance(self.model, DistributedDataParallel)
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
@@ -130,10 +137,12 @@ class Trainer:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
         group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
+        if self.broadcasts:
+            broadcast_buffers(self.bare_model)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images), targets)
+                loss = self._loss(self.model(images.to(self.input_dtype)), targets)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -157,13 +166,15 @@ class Trainer:
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / self.samples_per_epoch
         self._check_finite(train_loss)
+        whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
-            self.ema.module if self.ema is not None else self.bare_model,
+            self.model if forward_is_collective(self.accelerator) else whole,
             self.test_set,
             self.augment,
             batch_size=self.recipe.data.eval_batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            dtype=self.input_dtype,
         )
         row = {
             "epoch": epoch + 1,
@@ -209,21 +220,33 @@ class Trainer:
         attempt(self.accelerator, lambda: self.accelerator.save_state(str(partial)))
         metadata = {
             "recipe": recipe_dict(self.recipe),
+            "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
         }
-        attempt(self.accelerator, lambda: self.store.commit(step, metadata), here=main)
+        attempt(self.accelerator, lambda: self._commit(step, partial, metadata), here=main)
+
+    def _commit(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
+        if metadata["engine"] == "ddp":
+            # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
+            note_parameters(partial, self.model, self.optimizer)
+        self.store.commit(step, metadata)
 
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         found = from_main(self.accelerator, self._find)
         if found is not None:
+            path = from_main(self.accelerator, lambda: self._fitting(found))
             error: Exception | None = None
             try:
-                self.accelerator.load_state(str(found.path))
+                if engine_kind(self.accelerator) == "fsdp":
+                    make_state(self.optimizer)
+                self.accelerator.load_state(str(path))
             except Exception as caught:
                 error = CheckpointError(f"{found.path} could not be loaded: {caught}")
             raise_everywhere(self.accelerator, error)
+            if path != found.path and self.accelerator.is_main_process:
+                shutil.rmtree(path)
             self._restore_progress(found)
         step = self.progress.step
         attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
@@ -245,9 +268,21 @@ class Trainer:
             )
         return found
 
+    def _fitting(self, found: Checkpoint) -> Path:
+        """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
+        here = engine_kind(self.accelerator), self.accelerator.num_processes
+        there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
+        if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
+            return found.path
+        converted = self.folder.checkpoints / ".converted"
+        shutil.rmtree(converted, ignore_errors=True)
+        convert(found.path, converted, to=here[0], world_size=here[1])
+        return converted
+
     def _restore_progress(self, found: Checkpoint) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
+        engine, was = engine_kind(self.accelerator), found.metadata.get("engine", "ddp")
         self.progress.step = found.step
         # At another world size only the sum over the ranks matters; the first one carries it.
         mine = losses[rank] if before == world else sum(losses) * (rank == 0)
@@ -255,3 +290,5 @@ class Trainer:
         self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
         if before != world:
             self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")
+        if was != engine:
+            self.accelerator.print(f"the run was under {was} and is under {engine}: it goes on, but not bit for bit")

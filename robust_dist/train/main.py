@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree
-from robust_dist.train.build import build_accelerator, check_engine, load_sets
+from robust_dist.train.build import build_accelerator, load_sets
 from robust_dist.train.curves import plot_curves
+from robust_dist.train.engine import fit_engine
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import DivergedError, Trainer
 from robust_dist.train.recipe import Recipe, parse_recipe
@@ -34,8 +35,8 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[s
         DivergedError: The loss is no longer finite.
     """
     accelerator = accelerator or build_accelerator(recipe)
-    check_engine(accelerator)
     check_ranks_agree(accelerator, recipe)
+    fit_engine(accelerator, recipe)
     folder = RunFolder(recipe.run_dir)
     sets = load_sets(recipe, accelerator)
     trainer = Trainer(recipe, accelerator, folder, *sets)

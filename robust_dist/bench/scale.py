@@ -1,0 +1,312 @@
+"""What one rank of thousands holds and sends: `robust-dist bench scale`, with torch's fake process group."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.schedule import RobustSchedule
+
+MIB = 2**20
+BYTES_PER_PARAMETER = 12  # float32: the parameter and the optimizer's two moments
+HSDP_SHARDS = 8
+LAYOUTS = ("FSDP2", "HSDP")
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+_SENDING_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
+_SWITCH_RUN = 8  # optimizer steps of the run in which the switch's collectives are counted
+
+Shape = tuple[int, ...]
+
+
+def _conv_and_norm(c_in: int, c_out: int, kernel: int) -> list[Shape]:
+    return [(c_out, c_in, kernel, kernel), (c_out,), (c_out,)]
+
+
+def resnet50() -> list[Shape]:
+    """Shapes of ResNet-50's 161 parameters, 25.6 million elements."""
+    shapes = _conv_and_norm(3, 64, 7)
+    c_in = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += _conv_and_norm(c_in, width, 1) + _conv_and_norm(width, width, 3)
+            shapes += _conv_and_norm(width, 4 * width, 1)
+            shapes += _conv_and_norm(c_in, 4 * width, 1) if block == 0 else []
+            c_in = 4 * width
+    return [*shapes, (1000, c_in), (1000,)]
+
+
+def vit_large() -> list[Shape]:
+    """Shapes of ViT-L/16's 296 parameters, 304 million elements."""
+    width, hidden = 1024, 4096
+    shapes: list[Shape] = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    for _ in range(24):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)]
+    return [*shapes, (width,), (width,), (1000, width), (1000,)]
+
+
+SETS = {"ResNet-50": resnet50, "ViT-L/16": vit_large}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that are called while it is active.
+
+    Attributes:
+        names: The operators called, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note `func` if it is a collective, and run it."""
+        name = func.name()
+        if func.namespace in _NAMESPACES and not name.endswith(_SENDING_NOTHING):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds after an optimizer step, and what the step sent.
+
+    Attributes:
+        shapes: The rank's shard of each parameter.
+        bytes: Of the shards, FSDP2's padding included, and of the optimizer's state, `step` included.
+        misplaced: Moments whose mesh or placements are not their parameter's.
+        collectives: Of one `RAdaBeliefW.step()`.
+    """
+
+    shapes: list[Shape]
+    bytes: int
+    misplaced: int
+    collectives: int
+
+    @property
+    def empty(self) -> int:
+        """How many of the shards have no element."""
+        return sum(0 in shape for shape in self.shapes)
+
+
+@contextmanager
+def fake_rank(world_size: int, rank: int) -> Iterator[None]:
+    """Be `rank` of `world_size` ranks whose collectives return at once.
+
+    Raises:
+        RuntimeError: This process is in a process group already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already; run it without a launcher"
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(layout: str, world_size: int) -> Any:
+    """The DeviceMesh of a layout: one dimension for FSDP2, (world_size / 8, 8) for HSDP.
+
+    Raises:
+        ValueError: An unknown layout, or a world size that is no multiple of 8.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; it must be one of {', '.join(map(repr, LAYOUTS))}")
+    if world_size < HSDP_SHARDS or world_size % HSDP_SHARDS:
+        raise ValueError(f"world_size={world_size} must be a multiple of {HSDP_SHARDS}: HSDP shards over that many")
+    if layout == "FSDP2":
+        return init_device_mesh("cpu", (world_size,))
+    return init_device_mesh("cpu", (world_size // HSDP_SHARDS, HSDP_SHARDS), mesh_dim_names=("replicate", "shard"))
+
+
+def sharded(shapes: Sequence[Shape], mesh: Any) -> list[nn.Parameter]:
+    """This rank's parameters and gradients under `fully_shard`, which shards one parameter of each shape.
+
+    The others are its likeness, padding included: at 16,384 ranks `fully_shard` needs 30 ms for each.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    unique = list(dict.fromkeys(shapes))
+    module = nn.Module()
+    module.weights = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in unique)
+    fully_shard(module, mesh=mesh)
+    found = dict(zip(unique, module.parameters(), strict=True))
+    params = [_like(found[shape]) for shape in shapes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def _like(param: Any) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor
+
+    local = _local(param)
+    stored = torch.zeros(local.untyped_storage().nbytes() // local.element_size())
+    twin = DTensor.from_local(
+        stored[: local.numel()].view(local.shape),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+    return nn.Parameter(twin)
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def step_once(params: Sequence[nn.Parameter]) -> Held:
+    """Make one optimizer step on sharded parameters and look at what is there afterwards."""
+    optimizer = RAdaBeliefW(params)
+    with CollectiveCounter() as counter:
+        optimizer.step()
+    states = [optimizer.state[param] for param in params]
+    tensors = [*params, *(value for state in states for value in state.values())]
+    return Held(
+        shapes=[tuple(_local(param).shape) for param in params],
+        bytes=sum(_local(tensor).untyped_storage().nbytes() for tensor in tensors),
+        misplaced=sum(
+            _layout(state[name]) != _layout(param)
+            for param, state in zip(params, states, strict=True)
+            for name in ("exp_avg", "exp_avg_sq")
+        ),
+        collectives=len(counter.names),
+    )
+
+
+def _layout(tensor: Any) -> tuple[Any, ...]:
+    return tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape), tuple(_local(tensor).shape)
+
+
+def switch_collectives(mesh: Any) -> list[str]:
+    """The collectives of a whole run of RAdaBeliefW and RobustSchedule, the switch on its way included."""
+    optimizer = RAdaBeliefW(sharded([(64, 4), (64,)], mesh))
+    schedule = RobustSchedule(optimizer, _SWITCH_RUN)
+    with CollectiveCounter() as counter:
+        for _ in range(_SWITCH_RUN):
+            optimizer.step()
+            schedule.step()
+    if schedule.weight_decay_switch is None or not schedule.weight_decay_switch.is_off:
+        raise AssertionError("the run ended with its decay on")
+    return counter.names
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        name: Of the set of parameters.
+        layout: "FSDP2" or "HSDP".
+        world_size: Number of ranks.
+        first: What rank 0 holds.
+        last: What the last rank holds.
+        switch: Collectives of the switch in a whole run.
+        mesh_seconds: Time to build the mesh.
+    """
+
+    name: str
+    layout: str
+    world_size: int
+    first: Held
+    last: Held
+    switch: int
+    mesh_seconds: float
+
+    @property
+    def ideal_bytes(self) -> float:
+        """12 bytes a parameter, in equal shares."""
+        elements = sum(torch.Size(shape).numel() for shape in SETS[self.name]())
+        return BYTES_PER_PARAMETER * elements / (self.world_size if self.layout == "FSDP2" else HSDP_SHARDS)
+
+
+def measure(layout: str, world_size: int, names: Sequence[str] | None = None) -> list[Case]:
+    """Be the first rank and the last one, and step every set of parameters on each.
+
+    Args:
+        layout: "FSDP2" or "HSDP".
+        world_size: Number of ranks, a multiple of 8.
+        names: Which sets; None is all of `SETS`.
+
+    Raises:
+        ValueError: A layout or a world size that there is not.
+        RuntimeError: This process is in a process group already.
+    """
+    names = tuple(SETS) if names is None else names
+    held: list[list[Held]] = []
+    seconds, switch = 0.0, 0
+    for rank in (0, world_size - 1):
+        with fake_rank(world_size, rank):
+            start = time.perf_counter()
+            mesh = build_mesh(layout, world_size)
+            seconds = max(seconds, time.perf_counter() - start)
+            held.append([step_once(sharded(SETS[name](), mesh)) for name in names])
+            switch = max(switch, len(switch_collectives(mesh)))
+    return [
+        Case(name, layout, world_size, first, last, switch, seconds)
+        for name, first, last in zip(names, *held, strict=True)
+    ]
+
+
+def bench_scale(world_sizes: Sequence[int] = (8, 64, 1024, 16384)) -> str:
+    """What a rank holds and sends at these numbers of ranks, as a Markdown table.
+
+    Every number comes from a real `RAdaBeliefW.step()` on `fully_shard`'s DTensors, in the first and in the last rank
+    of a fake process group; nothing is sent, and no other rank is needed.
+
+    Args:
+        world_sizes: Numbers of ranks, multiples of 8.
+
+    Returns:
+        The table and a line about it. MiB are of parameters and optimizer state on one rank.
+
+    Raises:
+        ValueError: A world size that is no multiple of 8.
+        RuntimeError: This process is in a process group already.
+    """
+    lines = [
+        "| parameters | layout | ranks | largest parameter's shard, first / last rank | empty shards | "
+        "MiB | MiB if shared equally | state placed otherwise | collectives: a step | the switch, a run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases = [case for size in world_sizes for layout in LAYOUTS for case in measure(layout, size)]
+    cases.sort(key=lambda case: list(SETS).index(case.name))
+    slowest = max((case.mesh_seconds for case in cases), default=0.0)
+    note = f"Building a mesh took at most {1000 * slowest:.0f} ms."
+    return "\n".join([*lines, *map(_line, cases), "", note])
+
+
+def _line(case: Case) -> str:
+    shapes = SETS[case.name]()
+    largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
+    both = (case.first, case.last)
+    cells = [
+        case.name,
+        case.layout,
+        f"{case.world_size:,}",
+        " / ".join("x".join(map(str, held.shapes[largest])) for held in both),
+        " / ".join(str(held.empty) for held in both) + f" of {len(shapes)}",
+        " / ".join(f"{held.bytes / MIB:.2f}" for held in both),
+        f"{case.ideal_bytes / MIB:.2f}",
+        str(case.first.misplaced + case.last.misplaced),
+        str(max(held.collectives for held in both)),
+        str(case.switch),
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,233 @@
+"""A checkpoint of any engine and world size, written again for another."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robust_dist.checkpoint import layout as layouts
+from robust_dist.checkpoint.layout import Layout, find_layout
+from robust_dist.checkpoint.names import Names, read_names, write_names
+from robust_dist.checkpoint.plain import (
+    SCHEDULE_FILE,
+    check_keys,
+    load_file,
+    read_file,
+    read_folder,
+    write_ddp,
+    write_full,
+)
+from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore, verify
+from robust_dist.checkpoint.training_state import TrainingState
+
+ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+_CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
+_ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
+
+
+def read(src: str | Path, *, number: bool = False) -> TrainingState:
+    """The training state in a checkpoint of any engine, whole and on the CPU.
+
+    Args:
+        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, DeepSpeed) with or without our manifest, a
+            DeepSpeed folder, a `torch.distributed.checkpoint` folder, or a `torch.save` file with "model" and
+            "optimizer".
+        number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
+
+    Raises:
+        CheckpointError: It is no checkpoint, torn, of another optimizer, or its parameters have no names.
+    """
+    path = Path(src)
+    found = verify(path) if (path / MANIFEST).is_file() else None
+    place = find_layout(path)
+    state = _read(place, number)
+    if place.kind in _ACCELERATE:
+        _read_beside(state, path)
+    if found is not None:
+        state.extra |= {"step": found.step, "metadata": found.metadata}
+        state.world_size = found.metadata.get("num_processes", state.world_size)
+    _check(state, path)
+    return state
+
+
+def _read(place: Layout, number: bool) -> TrainingState:
+    if place.kind == layouts.FILE:
+        return read_file(place.path, number=number)
+    if place.kind in (layouts.DDP, layouts.FSDP_FULL):
+        return read_folder(place.path, number=number)
+    if place.kind == layouts.DEEPSPEED:
+        from robust_dist.checkpoint.zero import read_zero
+
+        return read_zero(place.path)
+    from robust_dist.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
+
+    if place.kind == layouts.FSDP_SHARDED:
+        return read_dcp(place.path / MODEL_FOLDER, place.path / OPTIMIZER_FOLDER)
+    return read_dcp(place.path)
+
+
+def _read_beside(state: TrainingState, folder: Path) -> None:
+    """The schedule, the ranks and the note of names that lie beside an Accelerate folder's model and optimizer."""
+    if (folder / SCHEDULE_FILE).is_file():
+        state.schedule = load_file(folder / SCHEDULE_FILE)
+    noted, ranks = read_names(folder), len(list(folder.glob("random_states_*.pkl")))
+    if noted is not None:
+        state.extra = noted.extra() | state.extra
+    if state.engine in ("ddp", "fsdp"):
+        state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
+
+
+def _check(state: TrainingState, where: Path) -> None:
+    check_keys(state.optimizer, where)
+    listed = [name for group in state.groups for name in group["params"]]
+    twice = sorted({name for name in listed if listed.count(name) > 1}) if len(set(listed)) < len(listed) else []
+    if twice:
+        raise CheckpointError(f"{where}: {twice[:5]} are in several param groups")
+    unknown = [name for name in listed if name not in state.model and not name.startswith("#")]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: the optimizer has {unknown[:5]}, which the model does not have; it has {list(state.model)[:5]}"
+        )
+    for name, entry in state.optimizer.items():
+        shape = state.model[name].shape if name in state.model else entry["exp_avg"].shape
+        if not entry["exp_avg"].shape == entry["exp_avg_sq"].shape == shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(shape)}, but its state {tuple(entry['exp_avg'].shape)}: the model's "
+                "and the optimizer's files are not of one run, or a note of names is wrong"
+            )
+
+
+def convert(src: str | Path, dst: str | Path, to: str, world_size: int, *, full_state_dict: bool = False) -> list[str]:
+    """Write a checkpoint again as the Accelerate folder of another engine, whole or not at all.
+
+    `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
+    `torch.distributed.checkpoint`. (For FSDP1 with sharded state dicts take `robust_dist.checkpoint.load_state`, which
+    mends faults of that load.) Parameters, optimizer state, groups and schedule keep their bits.
+
+    Args:
+        src: As `read`.
+        dst: The folder to write; there must be none.
+        to: "ddp", "fsdp", "zero0", "zero1", "zero2" or "zero3".
+        world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
+        full_state_dict: With "fsdp", write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
+
+    Returns:
+        Notes for the person: what could not be carried over as it was.
+
+    Raises:
+        CheckpointError: As `read`; or `dst` is there, `to` is no engine, `world_size` is below 1.
+    """
+    src, dst = Path(src), Path(dst)
+    if to not in ENGINES:
+        raise CheckpointError(f"to={to!r} is none of {', '.join(ENGINES)}")
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise CheckpointError(f"world_size={world_size!r} must be a whole number of at least 1")
+    if full_state_dict and to != "fsdp":
+        raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
+    if dst.exists():
+        raise CheckpointError(f"{dst}: is there already; name a folder that is not")
+    state = read(src)
+    notes = fill_missing_state(state) if to == "fsdp" else []
+    building = dst.absolute().parent / f".{dst.name}.partial"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        _write(state, src, dst, building, to, world_size, full_state_dict)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return notes + _notes_on_ranks(src, state, world_size)
+
+
+def _write(
+    state: TrainingState, src: Path, dst: Path, building: Path, to: str, world_size: int, full_state_dict: bool
+) -> None:
+    """Everything below `building`, then one rename; the store syncs the files to the disk."""
+    store, step = CheckpointStore(building, keep=1), int(state.extra.get("step", 0))
+    folder = store.begin(step)
+    _write_engine(state, folder, to, world_size, full_state_dict)
+    _write_common(state, src, folder, world_size)
+    metadata = _metadata(state, to, world_size)
+    done = store.commit(step, metadata or {}).path
+    if metadata is None:
+        (done / MANIFEST).unlink()
+    os.rename(done, dst)
+
+
+def _write_engine(state: TrainingState, folder: Path, to: str, world_size: int, full_state_dict: bool) -> None:
+    if to == "ddp":
+        write_ddp(state, folder)
+    elif full_state_dict:
+        write_full(with_schedule_keys(state), folder)
+    elif to == "fsdp":
+        from robust_dist.checkpoint.dcp import write_dcp
+
+        write_dcp(with_schedule_keys(state), folder)
+    else:
+        from robust_dist.checkpoint.zero import write_zero
+
+        write_zero(state, folder, stage=int(to[-1]), world_size=world_size)
+
+
+def _write_common(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
+    if state.schedule is not None:
+        torch.save(state.schedule, folder / SCHEDULE_FILE)
+    known = {key: state.extra[key] for key in ("shared", "buffers", "frozen") if key in state.extra}
+    write_names(folder, Names([group["params"] for group in state.groups], **known, world_size=world_size))
+    if src.is_dir():
+        ranks = (f"random_states_{rank}.pkl" for rank in range(world_size))
+        for pattern in (*ranks, *_CARRIED):
+            for path in src.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _metadata(state: TrainingState, to: str, world_size: int) -> dict[str, Any] | None:
+    """The run's metadata for the new ranks; None where the source had none."""
+    before: dict[str, Any] | None = state.extra.get("metadata")
+    if before is None:
+        return None
+    after = json.loads(json.dumps(before)) | {"engine": to, "num_processes": world_size}
+    losses = before.get("loss_sums")
+    if losses is not None and len(losses) != world_size:
+        # Only the sum over the ranks matters; the first one carries it.
+        after["loss_sums"] = [sum(losses)] + [0.0] * (world_size - 1)
+    return after
+
+
+def fill_missing_state(state: TrainingState) -> list[str]:
+    """Give parameters without state the one that their first step would start from; returns a note for each case.
+
+    FSDP2 loads a state for every parameter that is trained, or fails.
+    """
+    held = {*state.optimizer, *state.extra.get("frozen", ())}
+    missing = [name for group in state.groups for name in group["params"] if name not in held]
+    for name in missing:
+        param = state.model[name]
+        zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        step = torch.zeros((), dtype=torch.float32)
+        state.optimizer[name] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    return [f"no state was saved for {missing[:5]} ({len(missing)} in all): written as before a first step"] * bool(
+        missing
+    )
+
+
+def with_schedule_keys(state: TrainingState) -> TrainingState:
+    """The state with the groups' base values that a RobustSchedule keeps there; FSDP2 asks the file for them."""
+    schedule = state.schedule or {}
+    switch = schedule.get("weight_decay_switch") or {}
+    bases = {"initial_lr": schedule.get("base_lrs"), "initial_weight_decay": switch.get("base_weight_decay")}
+    groups = [dict(group) for group in state.groups]
+    for key, values in bases.items():
+        if isinstance(values, list) and len(values) == len(groups):
+            for group, value in zip(groups, values, strict=True):
+                group.setdefault(key, value)
+    kept = {key: value for key, value in vars(state).items() if key != "groups"}
+    return TrainingState(groups=groups, **kept)
+
+
+def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[str]:
+    before = state.world_size
+    if before is None or before == world_size:
+        return []
+    return [f"{src} is of {before} ranks, {world_size} were asked for: the run goes on, but its random states differ"]

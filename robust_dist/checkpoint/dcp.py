@@ -1,0 +1,193 @@
+"""Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from robust_dist.checkpoint.names import bare
+from robust_dist.checkpoint.plain import check_keys
+from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.checkpoint.training_state import TrainingState
+
+METADATA = ".metadata"
+MODEL_FOLDER = "pytorch_model_fsdp_0"
+OPTIMIZER_FOLDER = "optimizer_0"
+_OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
+_GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
+_SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """Reads values that are no tensors without running code of the file, which torch's own planner would run."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        key = read_item.dest_index.fqn
+        self.state_dict[key] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a DCP folder says it holds, after every file that it names was found there in full.
+
+    Raises:
+        CheckpointError: No `.metadata`, an unreadable one, or a file that is missing or short.
+    """
+    if not (folder / METADATA).is_file():
+        raise CheckpointError(f"{folder / METADATA}: is missing: the folder was not written to its end")
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except Exception as error:
+        raise CheckpointError(f"{folder / METADATA}: torn ({error!r})") from None
+    ends: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < end:
+            raise CheckpointError(f"{path}: missing or short (wanted {end} bytes)")
+    return metadata
+
+
+def load_flat(folder: Path) -> dict[str, Any]:
+    """Every value of a DCP folder by its flat key, whole and on the CPU.
+
+    Raises:
+        CheckpointError: As `read_metadata`, or a file whose content is damaged.
+    """
+    flat: dict[str, Any] = {}
+    for key, entry in read_metadata(folder).state_dict_metadata.items():
+        flat[key] = None
+        if isinstance(entry, TensorStorageMetadata):
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    planner = _PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        _alone(load, flat, storage_reader=FileSystemReader(folder), planner=planner)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: could not be read: torn, or not of plain values ({error})") from None
+    return flat
+
+
+def _alone(function: Callable[..., Any], content: dict[str, Any], **how: Any) -> None:
+    """Call DCP's `load` or `save` for this process alone, whatever ranks there are."""
+    # torch 2.6 has no such keyword, and no need of it where there is no process group
+    how |= {"no_dist": True} if "no_dist" in inspect.signature(function).parameters else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        function(content, **how)
+
+
+def ranks_of(folder: Path) -> int:
+    """How many ranks wrote a DCP folder; its files are named after them."""
+    return len({path.name.split("_")[2] for path in folder.glob("__*_*.distcp")})
+
+
+def read_dcp(*folders: Path) -> TrainingState:
+    """The training state in one DCP folder, or in a model's and an optimizer's.
+
+    Raises:
+        CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
+    """
+    flat: dict[str, Any] = {}
+    for folder in folders:
+        flat.update(load_flat(folder))
+    where = folders[-1]
+    found = next((match for match in map(_OPTIMIZER.match, flat) if match), None)
+    if found is None:
+        raise CheckpointError(
+            f"{where}: no key begins with optimizer.state or optimizer.param_groups, as torch's get_state_dict makes "
+            f"them; there are {list(flat)[:3]}"
+        )
+    before, root = found["before"], f"{found['before']}{found['name']}."
+    model = bare({name: value for name, value in _model(flat, before, root).items() if isinstance(value, Tensor)})
+    if not model:
+        raise CheckpointError(f"{where}: holds an optimizer, but no model under {before + 'model.'!r}")
+    state = _state(_below(flat, root + "state."))
+    check_keys(state, where)
+    groups = _groups(_below(flat, root + "param_groups."), list(state))
+    renamed = dict(zip(state, bare(dict.fromkeys(state, torch.empty(0))), strict=True))
+    optimizer = {renamed[name]: entry for name, entry in state.items()}
+    groups = [{**group, "params": [renamed.get(name, name) for name in group["params"]]} for group in groups]
+    return TrainingState(
+        model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks_of(folders[0]) or None
+    )
+
+
+def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+
+
+def _model(flat: Mapping[str, Any], before: str, optimizer: str) -> dict[str, Any]:
+    """The model's entries: under "model.", or (torchtitan's newer files) beside the optimizer without a prefix."""
+    nested = _below(flat, before + "model.")
+    if nested:
+        return nested
+    others = (optimizer, *(f"{before}{name}." for name in (*_SCHEDULES, "dataloader", "train_state")))
+    return {key.removeprefix(before): value for key, value in flat.items() if not key.startswith(others)}
+
+
+def _state(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        name, _, entry = key.rpartition(".")
+        state.setdefault(name, {})[entry] = value
+    return state
+
+
+def _groups(flat: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """Groups by number; where keys carry names instead (flattened), those with equal settings are one group."""
+    if "0.params" in flat:
+        numbered: dict[int, dict[str, Any]] = {}
+        for key, value in flat.items():
+            match = _GROUP_KEY.fullmatch(key)
+            if match is not None:
+                numbered.setdefault(int(match[1]), {})[match[2]] = value
+        return [numbered[number] for number in sorted(numbered)]
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in flat.items():
+        name, _, setting = key.rpartition(".")
+        settings.setdefault(name, {})[setting] = value
+    groups: list[dict[str, Any]] = []
+    for name, mine in settings.items():
+        same = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == mine), None)
+        if same is None:
+            groups.append({**mine, "params": [name]})
+        else:
+            same["params"].append(name)
+    return groups
+
+
+def _schedule(flat: Mapping[str, Any], before: str) -> dict[str, Any] | None:
+    for name in _SCHEDULES:
+        found = _below(flat, f"{before}{name}.")
+        if found:
+            return _nested(found)
+    return None
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        at = nested
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return nested
+
+
+def write_dcp(state: TrainingState, folder: Path) -> None:
+    """Write the folders `pytorch_model_fsdp_0` and `optimizer_0`, which FSDP1 and FSDP2 load at any world size."""
+    optimizer = {"state": state.optimizer, "param_groups": state.groups}
+    for name, content in ((MODEL_FOLDER, {"model": state.model}), (OPTIMIZER_FOLDER, {"optimizer": optimizer})):
+        (folder / name).mkdir()
+        _alone(save, content, storage_writer=FileSystemWriter(folder / name))

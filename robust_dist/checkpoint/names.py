@@ -1,0 +1,256 @@
+"""Names for the optimizer's parameters: DDP's files number them, every other engine's name them.
+
+`note_parameters` writes the names beside a checkpoint; without that note they are told from torch's `param_names`, or
+from order and shapes where these allow one answer alone.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from robust_dist.checkpoint.store import CheckpointError, write_atomically
+
+SIDECAR = "parameters.json"
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_MOST_PATHS = 10_000
+
+Shape = tuple[int, ...] | None
+
+
+class UnnamedError(CheckpointError):
+    """A checkpoint whose parameters have numbers only, which order and shapes do not tell apart."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What `parameters.json` holds.
+
+    Attributes:
+        groups: For each of the optimizer's groups the names of its parameters, in its order.
+        shared: For each further name of a shared parameter (which safetensors files leave out) its first name.
+        buffers: The model's buffers; None where it is not known.
+        frozen: Parameters that need no gradient; None where it is not known.
+        world_size: The ranks that the checkpoint is for; None where it is not known.
+    """
+
+    groups: list[list[str]]
+    shared: dict[str, str] = field(default_factory=dict)
+    buffers: list[str] | None = None
+    frozen: list[str] | None = None
+    world_size: int | None = None
+
+    def extra(self) -> dict[str, Any]:
+        """What a `TrainingState` carries of it."""
+        known = {"shared": self.shared or None, "buffers": self.buffers, "frozen": self.frozen}
+        return {key: value for key, value in known.items() if value is not None}
+
+
+def bare_names(names: Iterable[str]) -> list[str]:
+    """The names without what wrappers add; "module." in front goes where every name has it, as under DDP."""
+    bare = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    if bare and all(name.startswith("module.") for name in bare):
+        return [name.removeprefix("module.") for name in bare]
+    return bare
+
+
+def bare(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state with `bare_names`."""
+    return dict(zip(bare_names(model), model.values(), strict=True))
+
+
+def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
+    """Write `parameters.json`, which names the optimizer's parameters, into a checkpoint's folder.
+
+    DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
+    written later, too, by a script that builds the same model and optimizer. FSDP's and DeepSpeed's files carry the
+    names themselves. Every rank may call this; rank 0 writes.
+
+    Args:
+        folder: The checkpoint's folder.
+        model: The model that the optimizer steps, wrapped by DDP or FSDP, or not.
+        optimizer: The optimizer, or Accelerate's wrapper of it.
+
+    Raises:
+        CheckpointError: The optimizer has a parameter that the model does not have.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    named = dict(zip(bare_names(name for name, _ in pairs), (tensor for _, tensor in pairs), strict=True))
+    for name, tensor in named.items():
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            shared[name] = known
+    groups = [[_name_of(param, first) for param in group["params"]] for group in optimizer.param_groups]
+    own = {name: tensor for name, tensor in named.items() if name not in shared}
+    buffers = [name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)]
+    frozen = [name for name, tensor in own.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
+    write_names(Path(folder), Names(groups, shared, buffers, frozen))
+
+
+def _name_of(param: Tensor, names: Mapping[int, str]) -> str:
+    if id(param) not in names:
+        raise CheckpointError(
+            f"the optimizer has a parameter of shape {tuple(param.shape)} that is none of the model's: give "
+            "note_parameters the model whose parameters the optimizer steps (under DeepSpeed no note is needed)"
+        )
+    return names[id(param)]
+
+
+def write_names(folder: Path, names: Names) -> None:
+    """Write the note into `folder`."""
+    write_atomically(folder / SIDECAR, json.dumps(asdict(names), indent=1))
+
+
+def read_names(folder: Path) -> Names | None:
+    """The note in `folder`, or None where there is none.
+
+    Raises:
+        CheckpointError: It is not of the form {"groups": [[name, ...], ...]}.
+    """
+    path = folder / SIDECAR
+    if not path.is_file():
+        return None
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        groups = [[str(name) for name in group] for group in noted["groups"]]
+        rest = {key: noted.get(key) for key in ("buffers", "frozen", "world_size")}
+        return Names(groups, dict(noted.get("shared") or {}), **rest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{path}: is not of the form {{"groups": [[name, ...], ...]}} ({error!r})') from None
+
+
+def name_groups(
+    groups: list[dict[str, Any]],
+    shapes: Mapping[Any, Shape],
+    model: Mapping[str, Tensor],
+    noted: Names | None,
+    *,
+    ordered: bool,
+    where: Path,
+) -> list[list[str]]:
+    """The names of a numbered optimizer state's parameters.
+
+    Args:
+        groups: Its param groups, with numbers in "params".
+        shapes: The shape of each number's state.
+        model: The model's state, with bare names.
+        noted: The note beside the checkpoint.
+        ordered: Whether `model` is in the model's own order.
+        where: The file, for messages.
+
+    Raises:
+        UnnamedError: Nothing names them, and order and shapes allow several answers or none.
+        CheckpointError: The note, or `param_names`, does not fit the groups.
+    """
+    names = [group.get("param_names") for group in groups]
+    sizes = [len(group["params"]) for group in groups]
+    if noted is not None:
+        found: list[list[str]] | None = noted.groups
+    elif all(isinstance(given, (list, tuple)) for given in names):
+        found = _split(bare_names(str(name) for given in names if given for name in given), sizes)
+    else:
+        wanted = [[shapes.get(number) for number in group["params"]] for group in groups]
+        found = _tell(wanted, model, ordered)
+    if found is None:
+        raise UnnamedError(
+            f"{where}: numbers its parameters, and order and shapes do not tell their names beyond doubt; build the "
+            f"model and the optimizer as in training and call robust_dist.checkpoint.note_parameters("
+            f"{str(where.parent)!r}, model, optimizer), which writes {SIDECAR} beside it"
+        )
+    if [len(group) for group in found] != sizes:
+        raise CheckpointError(
+            f"{where}: its groups have {sizes} parameters, but {where.parent / SIDECAR} names "
+            f"{[len(group) for group in found]}; write that note again with the model and optimizer of this checkpoint"
+        )
+    return found
+
+
+def _split(names: list[str], sizes: list[int]) -> list[list[str]]:
+    rest = iter(names)
+    return [[name for name, _ in zip(rest, range(size), strict=False)] for size in sizes]
+
+
+def _candidates(model: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    """What may be a parameter: no integers, no batch statistics, each shared tensor once."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = []
+    for name, tensor in model.items():
+        key = (tensor.data_ptr() or id(tensor), tuple(tensor.shape))
+        floating = torch.is_floating_point(tensor) or torch.is_complex(tensor)
+        if floating and name.rpartition(".")[2] not in _STATISTICS and key not in seen:
+            seen.add(key)
+            found.append((name, tuple(tensor.shape)))
+    return found
+
+
+def _tell(wanted: list[list[Shape]], model: Mapping[str, Tensor], ordered: bool) -> list[list[str]] | None:
+    candidates = _candidates(model)
+    by_shape = _by_shape(wanted, candidates)
+    return by_shape if by_shape is not None or not ordered else _by_order(wanted, candidates)
+
+
+def _by_shape(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, ...]]]) -> list[list[str]] | None:
+    """The names where every shape occurs once."""
+    names = {shape: name for name, shape in candidates}
+    asked = Counter(shape for group in wanted for shape in group)
+    there = Counter(shape for _, shape in candidates)
+    if any(shape is None or asked[shape] != 1 or there[shape] != 1 for shape in asked):
+        return None
+    return [[names[shape] for shape in group if shape is not None] for group in wanted]
+
+
+def _by_order(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, ...]]]) -> list[list[str]] | None:
+    """The names where one merge of the groups alone gives the model's own order.
+
+    A state is how far each group is used up; `ways` counts, up to 2, how one comes there.
+    """
+    total = sum(len(group) for group in wanted)
+    ways: dict[tuple[int, ...], int] = {(0,) * len(wanted): 1}
+    came: list[dict[tuple[int, ...], int | None]] = []
+    for _, shape in candidates:
+        layer: dict[tuple[int, ...], int] = {}
+        choice: dict[tuple[int, ...], int | None] = {}
+        for used, count in ways.items():
+            for group in _next_groups(wanted, used, shape, may_skip=len(candidates) > total):
+                after = used if group is None else tuple(n + (i == group) for i, n in enumerate(used))
+                layer[after] = min(2, layer.get(after, 0) + count)
+                choice[after] = group
+        ways = layer
+        came.append(choice)
+        if len(ways) > _MOST_PATHS:
+            return None
+    end = tuple(len(group) for group in wanted)
+    return _walk_back(end, came, candidates) if ways.get(end) == 1 else None
+
+
+def _next_groups(
+    wanted: list[list[Shape]], used: tuple[int, ...], shape: tuple[int, ...], *, may_skip: bool
+) -> list[int | None]:
+    fitting: list[int | None] = [
+        i for i, group in enumerate(wanted) if used[i] < len(group) and group[used[i]] in (None, shape)
+    ]
+    return [*fitting, None] if may_skip else fitting
+
+
+def _walk_back(
+    end: tuple[int, ...], came: list[dict[tuple[int, ...], int | None]], candidates: list[tuple[str, tuple[int, ...]]]
+) -> list[list[str]]:
+    found: list[list[str]] = [[] for _ in end]
+    at = end
+    for choice, (name, _) in zip(reversed(came), reversed(candidates), strict=True):
+        group = choice[at]
+        if group is not None:
+            found[group].append(name)
+            at = tuple(n - (i == group) for i, n in enumerate(at))
+    return [group[::-1] for group in found]

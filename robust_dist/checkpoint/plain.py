@@ -1,0 +1,219 @@
+"""Checkpoints of whole tensors: Accelerate's folder under DDP, FSDP's full state dict, a file of `torch.save`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_dist.checkpoint.names import Names, UnnamedError, bare, bare_names, name_groups, read_names
+from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.checkpoint.training_state import TrainingState
+
+OPTIMIZER_FILE = "optimizer.bin"
+SCHEDULE_FILE = "scheduler.bin"
+FULL_MODEL_FILE = "pytorch_model_fsdp.bin"
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_MODEL_KEYS = ("model", "model_state_dict", "state_dict")
+_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
+_SCHEDULE_KEYS = ("schedule", "scheduler", "lr_scheduler", "scheduler_state_dict", "lr_scheduler_state_dict")
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def load_file(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU; no code of the file is run.
+
+    Raises:
+        CheckpointError: The file is torn, no file of `torch.save`, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: torn, or not a file of tensors and plain values ({reason})") from None
+
+
+def read_folder(folder: Path, *, number: bool = False) -> TrainingState:
+    """The training state in an Accelerate folder of DDP, or of FSDP with a full state dict.
+
+    Args:
+        folder: The folder.
+        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+
+    Raises:
+        CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another one.
+    """
+    full = (folder / FULL_MODEL_FILE).is_file()
+    file = folder / FULL_MODEL_FILE if full else _model_file(folder)
+    model, noted = bare(_load_model(file)), read_names(folder)
+    shared = {} if noted is None else noted.shared
+    model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
+    path = folder / OPTIMIZER_FILE
+    ordered = "safetensors" not in file.name
+    optimizer, groups = named_optimizer(load_file(path), model, noted, ordered=ordered, where=path, number=number)
+    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp")
+
+
+def read_file(path: Path, *, number: bool = False) -> TrainingState:
+    """The training state in a `torch.save` file of {"model": ..., "optimizer": ..., "scheduler": ...}.
+
+    Args:
+        path: The file.
+        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+
+    Raises:
+        CheckpointError: It is torn or holds no model and optimizer, or as `read_folder`.
+    """
+    content = load_file(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict with 'model' and 'optimizer'")
+    model, optimizer = _first(content, _MODEL_KEYS), _first(content, _OPTIMIZER_KEYS)
+    if not isinstance(model, Mapping) or not isinstance(optimizer, Mapping):
+        raise CheckpointError(
+            f"{path}: has the keys {sorted(map(str, content))}, and no state_dict under one of {list(_MODEL_KEYS)} and "
+            f"one of {list(_OPTIMIZER_KEYS)}"
+        )
+    weights = bare(model)
+    state, groups = named_optimizer(
+        optimizer, weights, read_names(path.parent), ordered=True, where=path, number=number
+    )
+    schedule = _first(content, _SCHEDULE_KEYS)
+    return TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
+
+
+def _first(content: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    return next((content[key] for key in keys if key in content), None)
+
+
+def _model_file(folder: Path) -> Path:
+    found = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder}: holds {[path.name for path in found] or 'no model file'}; wanted is one of {list(MODEL_FILES)}"
+        )
+    return found[0]
+
+
+def _load_model(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".json":
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path}: is not the state_dict of a model (a name and a tensor each)")
+        return dict(content)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: torn, or no index of weights ({error!r})") from None
+    model: dict[str, Tensor] = {}
+    for name in dict.fromkeys(names):
+        model.update(_load_model(path.parent / name))
+    return model
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load_safetensors
+
+    try:
+        return load_safetensors(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing or torn ({error})") from None
+
+
+def named_optimizer(
+    saved: Any, model: Mapping[str, Tensor], noted: Names | None, *, ordered: bool, where: Path, number: bool = False
+) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+    """An optimizer's `state_dict` with names: (state by name, groups with names in "params").
+
+    Args:
+        saved: The `state_dict`, with numbers or (of FSDP) with names.
+        model: The model's state, with bare names.
+        noted: The note beside the checkpoint.
+        ordered: Whether `model` is in the model's own order.
+        where: The file, for messages.
+        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+
+    Raises:
+        CheckpointError: It is no state_dict of an optimizer with step, exp_avg and exp_avg_sq, or nothing names its
+            parameters.
+    """
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("param_groups"), list) or "state" not in saved:
+        raise CheckpointError(f"{where}: holds no state_dict of an optimizer ('state' and 'param_groups')")
+    state, groups = saved["state"], saved["param_groups"]
+    check_keys(state, where)
+    names = _names_by_key(state, groups, model, noted, ordered=ordered, where=where, number=number)
+    unknown = [key for key in state if key not in names]
+    if unknown:
+        raise CheckpointError(f"{where}: has state of {unknown[:5]}, which no param group has")
+    named = [{**group, "params": [names[key] for key in group["params"]]} for group in groups]
+    return {names[key]: _tensors(entry) for key, entry in state.items()}, named
+
+
+def _names_by_key(
+    state: Mapping[Any, Any],
+    groups: list[dict[str, Any]],
+    model: Mapping[str, Tensor],
+    noted: Names | None,
+    *,
+    ordered: bool,
+    where: Path,
+    number: bool,
+) -> dict[Any, str]:
+    keys = [key for group in groups for key in group["params"]]
+    if all(isinstance(key, str) for key in keys):
+        return dict(zip(keys, bare_names(keys), strict=True))
+    shapes = {key: tuple(entry["exp_avg"].shape) for key, entry in state.items()}
+    try:
+        found = name_groups(groups, shapes, model, noted, ordered=ordered, where=where)
+    except UnnamedError:
+        if not number:
+            raise
+        return {key: f"#{key}" for key in keys}
+    return dict(zip(keys, (name for group in found for name in group), strict=True))
+
+
+def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {k: v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float32) for k, v in entry.items()}
+
+
+def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
+    """Refuse the state of an optimizer that keeps other things than RAdaBeliefW (and AdamW) does.
+
+    Raises:
+        CheckpointError: Naming the parameter and its keys.
+    """
+    for name, entry in state.items():
+        if set(entry) != set(STATE_KEYS):
+            hint = "; robust_dist.optim.convert takes timm's and adabelief-pytorch's" if "exp_avg_var" in entry else ""
+            raise CheckpointError(
+                f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: it is "
+                f"of another optimizer{hint}"
+            )
+
+
+def write_ddp(state: TrainingState, folder: Path) -> None:
+    """Write `pytorch_model.bin` and `optimizer.bin` as Accelerate does under DDP."""
+    # Not safetensors: Accelerate refuses such a file where it holds both names of a shared parameter.
+    torch.save(state.model, folder / "pytorch_model.bin")
+    numbers: dict[str, int] = {}
+    for group in state.groups:
+        for name in group["params"]:
+            numbers[name] = len(numbers)
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state.groups]
+    saved = {"state": {numbers[name]: entry for name, entry in state.optimizer.items()}, "param_groups": groups}
+    torch.save(saved, folder / OPTIMIZER_FILE)
+
+
+def write_full(state: TrainingState, folder: Path) -> None:
+    """Write `pytorch_model_fsdp.bin` and `optimizer.bin` as Accelerate does under FSDP with FULL_STATE_DICT."""
+    torch.save(state.model, folder / FULL_MODEL_FILE)
+    torch.save({"state": state.optimizer, "param_groups": state.groups}, folder / OPTIMIZER_FILE)

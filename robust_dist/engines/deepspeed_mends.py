@@ -1,0 +1,142 @@
+"""What DeepSpeed does wrong to RAdaBeliefW, mended where it happens; other optimizers are left alone.
+
+Each mend is given a module of DeepSpeed and looks for what it changes: a version without it needs no mend.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from robust_dist.engines.deepspeed_checkpoint import LATEST, can_check, check_checkpoint
+from robust_dist.engines.deepspeed_config import check_sections
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.state import own_steps
+
+UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+DRY_STEP = "initialize_optimizer_states"
+
+
+def pass_gate(module: ModuleType) -> None:
+    """ZeRO refuses optimizers that are not on its list."""
+    supported: list[type] = module.ZERO_SUPPORTED_OPTIMIZERS
+    if RAdaBeliefW not in supported:
+        supported.append(RAdaBeliefW)
+
+
+def mend_dry_step(module: ModuleType) -> None:
+    """ZeRO-0's wrapper for bfloat16 and float16 steps once to get state, which decays the masters and counts."""
+    _wrap(getattr(module, "FP16_UnfusedOptimizer", None), DRY_STEP, _without_a_trace)
+    _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
+
+
+def mend_universal_load(module: ModuleType) -> None:
+    """ZeRO-3's universal load gives all groups the first one's settings, and all parameters one step tensor."""
+    _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
+
+
+def mend_engine(module: ModuleType) -> None:
+    """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
+    # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
+    _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _after_a_check)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _after_a_look)
+
+
+def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(cls, name, None)
+    if original is None or getattr(original, "mended_by_robust_dist", False):
+        return
+    mended = functools.wraps(original)(wrapper(original))
+    mended.mended_by_robust_dist = True  # type: ignore[attr-defined]
+    setattr(cls, name, mended)
+
+
+def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    def do_sanity_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = getattr(getattr(self, "_config", None), "_param_dict", None)
+        if isinstance(config, dict):
+            check_sections(config)
+        return original(self, *args, **kwargs)
+
+    return do_sanity_check
+
+
+def _after_a_look(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if _goes_on(given.arguments) and can_check(self):
+            check_checkpoint(self, given.arguments["load_dir"], given.arguments["tag"])
+        return original(self, *args, **kwargs)
+
+    return load_checkpoint
+
+
+def _goes_on(arguments: dict[str, Any]) -> bool:
+    """Whether the run is to go on with everything that it had; a start without a checkpoint is DeepSpeed's to allow."""
+    folder, tag = arguments.get("load_dir"), arguments.get("tag")
+    if folder is None or "tag" not in arguments or arguments.get("custom_load_fn") is not None:
+        return False
+    whole = ("load_module_strict", "load_optimizer_states")
+    if arguments.get("load_module_only") or not all(arguments.get(name, True) for name in whole):
+        return False
+    return tag is not None or any(os.path.isfile(os.path.join(folder, name)) for name in LATEST)
+
+
+def _without_a_trace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_optimizer_states(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.optimizer
+        if not isinstance(optimizer, RAdaBeliefW) or optimizer.state:
+            return original(self, *args, **kwargs)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+            # State is made lazily: the first true step starts from nothing.
+            optimizer.state.clear()
+
+    return initialize_optimizer_states
+
+
+def _with_own_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.optimizer
+        if not isinstance(optimizer, RAdaBeliefW):
+            return original(self, checkpoint_dir, *args, **kwargs)
+        saved = _saved_groups(checkpoint_dir, optimizer)
+        result = original(self, checkpoint_dir, *args, **kwargs)
+        for group, settings in zip(optimizer.param_groups, saved, strict=True):
+            group.update({key: value for key, value in settings.items() if key != "params"})
+        capturable = any(group["capturable"] for group in optimizer.param_groups)
+        own_steps(optimizer.state, list(optimizer.state), capturable)
+        return result
+
+    return load
+
+
+def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, Any]]:
+    path = os.path.join(checkpoint_dir, "zero", "optimizer_state.pt")
+    # DeepSpeed pickles objects of its own into this file, and has no other way to read it.
+    saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"rank {_rank()}: the universal checkpoint {checkpoint_dir} has {len(saved)} param groups, the optimizer "
+            f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
+        )
+    return saved
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,286 @@
+"""FSDP1, FSDP2, HSDP (and DDP, and one process): a check before the first step, and whole checkpoints on DCP."""
+
+import os
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.engines.accelerate import EngineError
+from robust_dist.engines.fsdp_record import describe, gathered, listed, misfits, raise_together, read, sign
+from robust_dist.optim.groups import clean_name
+from robust_dist.optim.state import STEP
+from robust_dist.schedule import RankDisagreementError, base_optimizer
+from robust_dist.schedule.agreement import taking_part
+
+__all__ = ["check", "load", "save"]
+
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+
+
+def check(model: nn.Module, optimizer: Any) -> None:
+    """Check, after wrapping and before the first step, that the optimizer trains this model's parameters.
+
+    Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
+    FSDP1's flat parameters put new ones in the place of those that an optimizer was made with, and such an optimizer
+    steps without an error and trains nothing. Call it on every rank: where one fails, all raise.
+
+    Args:
+        model: The model as it is trained.
+        optimizer: The optimizer, or an engine's wrapper of it.
+
+    Raises:
+        EngineError: A stale optimizer, a parameter in no group, or several groups over flat parameters.
+    """
+    raise_together(EngineError, _problem(model, base_optimizer(optimizer)))
+
+
+def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
+    held = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    trained = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
+    lost = [name for name, param in trained.items() if id(param) not in set(held)]
+    known = {id(param) for param in model.parameters()}
+    stale = sum(one not in known for one in held)
+    if stale:
+        return (
+            f"the optimizer holds {stale} parameters that are not the model's, and lacks {listed(lost) or 'none'}: "
+            "fully_shard and FSDP put new parameters in the place of the old ones, so make the optimizer (and its "
+            "param_groups) after wrapping, from the wrapped model; accelerator.prepare(model, optimizer) does so itself"
+        )
+    if lost:
+        return (
+            f"parameters in no param group, which would never be trained: {listed(lost)}; give them to the optimizer, "
+            "or set requires_grad=False on them"
+        )
+    flat = [name for name in trained if name.rpartition(".")[2].startswith("_flat_param")]
+    if flat and len(optimizer.param_groups) > 1:
+        return (
+            f"{len(optimizer.param_groups)} param groups over flat parameters ({listed(flat)}), which mix weights and "
+            "biases; wrap with FSDP(use_orig_params=True) to have groups"
+        )
+    return None
+
+
+def save(
+    folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = None, *, async_: bool = False
+) -> "Future[None] | None":
+    """Write model, optimizer and schedule with torch's distributed checkpoint (DCP), whole or not at all.
+
+    The files are written beside, into `.NAME.partial`; one rename by rank 0 makes them `folder`, in place of an older
+    one. Any number of ranks under any of these engines can load them. Call it on every rank.
+
+    Args:
+        folder: Where the checkpoint will be; a file system that all ranks see.
+        model: The model as it is trained.
+        optimizer: The optimizer, or an engine's wrapper of it. One that has not stepped is saved as that: step 0.
+        schedule: RobustSchedule, WeightDecaySwitch, or anything with a `state_dict()` of plain values; or None.
+        async_: Copy the state, return at once, and write from a thread, with a process group of its own: on the
+            training's, its collectives would run into those of the training.
+
+    Returns:
+        With `async_`, a future: its `result()` waits, and raises what went wrong. Wait for it before the next save.
+
+    Raises:
+        EngineError: As `check`.
+        RankDisagreementError: The ranks are at different steps, or have different groups.
+    """
+    path, inner = Path(folder), base_optimizer(optimizer)
+    check(model, inner)
+    step = _agreed_step(inner, schedule)
+    with _filled(inner) as empty:
+        state = _state(model, inner, schedule)
+        if empty:
+            _forget_the_dry_step(state["optimizer"])
+    metadata = {**describe(state, inner), "world_size": _world_size()}
+    if not async_:
+        _write(path, state, step, metadata, None)
+        return None
+    group, staged = _own_group(), _copied(state)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="robust_dist.save")
+    writing = executor.submit(_write, path, staged, step, metadata, group)
+    executor.shutdown(wait=False)
+    return writing
+
+
+def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = None) -> None:
+    """Load what `save` wrote, at any number of ranks; afterwards rate and decay are those of the saved step.
+
+    What the folder says of itself is compared first: nothing is changed where it does not fit. Call it on every
+    rank: where one fails, all raise.
+
+    Args:
+        folder: The checkpoint.
+        model: The model, wrapped as it will be trained.
+        optimizer: The optimizer, or an engine's wrapper of it; with the same groups as then.
+        schedule: What was saved as `schedule`, made on this optimizer; or None.
+
+    Raises:
+        EngineError: As `check`.
+        CheckpointError: The folder is torn, or of another model, optimizer, or groups; what differs is listed.
+    """
+    path, inner = Path(folder), base_optimizer(optimizer)
+    check(model, inner)
+    saved = read(path)
+    with _filled(inner):
+        state = _state(model, inner, schedule)
+        found = misfits(saved, describe(state, inner))
+        raise_together(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
+    _read_into(path, state)
+    _set(model, inner, state)
+    if schedule is not None:
+        schedule.load_state_dict(state["schedule"])
+
+
+def _state(model: nn.Module, optimizer: Optimizer, schedule: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    parameters, moments = get_state_dict(model, optimizer)
+    state = {"model": parameters, "optimizer": moments}
+    return state if schedule is None else {**state, "schedule": schedule.state_dict()}
+
+
+def _set(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+@contextmanager
+def _filled(optimizer: Optimizer) -> Iterator[bool]:
+    """Whether no rank's optimizer has state; torch then fills it with a step at lr = 0, which is taken back."""
+    empty_here = not optimizer.state
+    # Under FSDP1 a rank that holds no element has none after any number of steps.
+    empty = all(gathered(empty_here))
+    try:
+        yield empty
+    finally:
+        if empty_here:
+            optimizer.state.clear()
+
+
+def _locals(value: Any) -> list[Tensor]:
+    """The plain tensors that a Tensor, DTensor or ShardedTensor holds on this rank."""
+    if hasattr(value, "local_shards"):
+        return [shard.tensor for shard in value.local_shards()]
+    if hasattr(value, "to_local"):
+        return [value.to_local()]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _forget_the_dry_step(moments: dict[str, Any]) -> None:
+    for state in moments["state"].values():
+        for key, value in state.items():
+            if key == STEP and not isinstance(value, Tensor):
+                state[key] = 0
+            for local in _locals(value):
+                local.detach().zero_()
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    # FSDP1 gathers and cuts anew for its ShardedTensors, which are therefore copies already.
+    if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
+        return value.detach().cpu() if value.device.type != "cpu" else value.detach().clone()
+    return value
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if taking_part(None) else 1
+
+
+def _own_group() -> dist.ProcessGroup | None:
+    if not taking_part(None):
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _groups:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _groups[world] = group
+    return _groups[world]
+
+
+def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
+    """The step that all ranks are at, as the schedule counts, or else the optimizer's state."""
+    counted = getattr(schedule, "last_epoch", getattr(schedule, "num_steps", None))
+    if counted is None:
+        counted = max((int(state[STEP]) for state in optimizer.state.values() if STEP in state), default=0)
+    settings = [float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
+    reports = gathered((int(counted), settings))
+    if any(report != reports[0] for report in reports):
+        lines = [f"rank {r}: step {one[0]}, weight decay of its groups {one[1]}" for r, one in enumerate(reports)]
+        raise RankDisagreementError(
+            "the ranks are not at the same step with the same groups, so that nothing was saved; call save on every "
+            "rank after the same optimizer step:\n  " + "\n  ".join(lines)
+        )
+    return int(counted)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        yield
+
+
+def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Rank 0 acts, the others wait; its failure is everyone's."""
+    problem = None
+    if not taking_part(group) or dist.get_rank(group) == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = f"rank 0 could not write the checkpoint: {error}"
+    raise_together(OSError, problem, group)
+
+
+def _write(
+    folder: Path, state: dict[str, Any], step: int, metadata: dict[str, Any], group: dist.ProcessGroup | None
+) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    _on_rank_0(begin, group)
+    with _without_advice():
+        save_state(state, checkpoint_id=partial, process_group=group, no_dist=not taking_part(group))
+    sign(partial, step, metadata, group)
+    _on_rank_0(lambda: _publish(partial, folder), group)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """An older checkpoint of that name goes in two moves, so that a half-removed one never bears it."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    if folder.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+    os.replace(partial, folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _read_into(folder: Path, state: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import load as load_state
+
+    # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
+    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+    with torch.no_grad(), _without_advice():
+        load_state(state, checkpoint_id=folder, planner=planner, no_dist=not taking_part(None))

@@ -1,0 +1,178 @@
+"""What a sharded checkpoint says of itself, so that a load can tell what does not fit before anything is changed."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from robust_dist.checkpoint.store import MANIFEST, CheckpointError, write_atomically
+from robust_dist.schedule.agreement import taking_part
+
+FORMAT = 1
+_CHUNK = 1 << 22
+_NAMES_SHOWN = 6
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in rank order; one process has its own alone."""
+    if not taking_part(group):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def raise_together(error: type[Exception], message: str | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank where any rank has a message: no rank is left waiting in the next collective."""
+    messages = gathered(message, group)
+    found = sorted({text for text in messages if text is not None})
+    if not found:
+        return
+    if len(found) == 1 and messages.count(found[0]) == len(messages):
+        raise error(found[0])
+    lines = [f"{_ranks_with(text, messages)}: {text}" for text in found]
+    raise error("\n".join(lines))
+
+
+def _ranks_with(text: str, messages: list[str | None]) -> str:
+    ranks = [str(rank) for rank, other in enumerate(messages) if other == text]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some of the names, and how many more there are."""
+    found = sorted(names)
+    more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+    return ", ".join(found[:_NAMES_SHOWN]) + more
+
+
+def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Names, shapes, state keys and groups of a state_dict, in JSON's types.
+
+    Args:
+        state: "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
+        optimizer: Whose state it is.
+    """
+    keys = {key for one in state["optimizer"]["state"].values() for key in one}
+    groups = state["optimizer"]["param_groups"]
+    return {
+        "model": {name: list(value.size()) for name, value in state["model"].items() if hasattr(value, "size")},
+        "optimizer": type(optimizer).__name__,
+        "state": sorted(keys),
+        "groups": [sorted(group["params"]) for group in groups],
+        # A scheduler writes its base values into the groups; they belong to it.
+        "settings": [sorted(k for k in group if k != "params" and not k.startswith("initial_")) for group in groups],
+        "schedule": "schedule" in state,
+    }
+
+
+def misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Why a checkpoint that describes itself as `saved` is not one of `present`; empty where it is."""
+    return [*_model_misfits(saved["model"], present["model"]), *_optimizer_misfits(saved, present)]
+
+
+def _model_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if missing := present.keys() - saved.keys():
+        lines.append(f"the checkpoint is of another model: it lacks {listed(missing)}")
+    if unexpected := saved.keys() - present.keys():
+        lines.append(f"the checkpoint is of another model: this one lacks {listed(unexpected)}")
+    common = sorted(saved.keys() & present.keys())
+    other = [f"{n} {saved[n]} there, {present[n]} here" for n in common if saved[n] != present[n]]
+    if other:
+        lines.append(f"the checkpoint is of another model, with other shapes: {listed(other)}")
+    return lines
+
+
+def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if saved["optimizer"] != present["optimizer"] or saved["state"] != present["state"]:
+        lines.append(
+            f"the checkpoint is of another optimizer: {saved['optimizer']} with state {saved['state']}, "
+            f"this is {present['optimizer']} with {present['state']}"
+        )
+    if len(saved["groups"]) != len(present["groups"]):
+        lines.append(
+            f"the checkpoint has {len(saved['groups'])} param groups, this optimizer has {len(present['groups'])}; "
+            "build the optimizer with the same groups as then"
+        )
+        return lines
+    for index, (there, here) in enumerate(zip(saved["groups"], present["groups"], strict=True)):
+        if moved := set(there) ^ set(here):
+            lines.append(f"param group {index} holds other parameters than in the checkpoint: {listed(moved)}")
+    for index, (there, here) in enumerate(zip(saved["settings"], present["settings"], strict=True)):
+        if other := set(there) ^ set(here):
+            lines.append(f"param group {index} has other settings than in the checkpoint: {listed(other)}")
+    if present["schedule"] and not saved["schedule"]:
+        lines.append("the checkpoint has no schedule: it was saved with schedule=None")
+    return lines
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
+    """This rank's part of the files, so that no rank reads them all."""
+    if not taking_part(group):
+        return sorted(names)
+    return sorted(names)[dist.get_rank(group) :: dist.get_world_size(group)]
+
+
+def _synchronised(path: Path) -> list[int]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return [path.stat().st_size, _crc32(path)]
+
+
+def sign(folder: Path, step: int, metadata: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Write the manifest of a folder whose files are complete; each rank reads its share of them."""
+    names = [path.name for path in folder.iterdir() if path.name != MANIFEST]
+    parts = gathered({name: _synchronised(folder / name) for name in _share(names, group)}, group)
+    if not taking_part(group) or dist.get_rank(group) == 0:
+        files = {name: entry for part in parts for name, entry in part.items()}
+        manifest = {"format": FORMAT, "step": step, "files": files, "metadata": dict(metadata)}
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The metadata of a whole checkpoint.
+
+    Raises:
+        CheckpointError: On every rank, where any finds the folder torn; the message names the file.
+    """
+    manifest, problem = _manifest(folder)
+    if problem is None:
+        problem = next(
+            (text for name in _share(manifest["files"], None) if (text := _torn(folder, name, manifest))), None
+        )
+    raise_together(CheckpointError, problem)
+    metadata: dict[str, Any] = manifest["metadata"]
+    return metadata
+
+
+def _torn(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
+    path, (size, crc) = folder / name, manifest["files"][name]
+    if path.is_file() and path.stat().st_size == size and _crc32(path) == crc:
+        return None
+    return f"{path}: missing, short or changed since it was written; take the checkpoint before it"
+
+
+def _manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = f"{folder}: no readable {MANIFEST} ({error}); it is no checkpoint of robust_dist.engines.fsdp.save"
+        return {"files": {}}, f"{reason}, or was not written to its end"
+    if manifest.get("format") != FORMAT or "groups" not in manifest.get("metadata", {}):
+        return {"files": {}}, f"{folder}: {MANIFEST} is not one of robust_dist.engines.fsdp.save in format {FORMAT}"
+    return manifest, None

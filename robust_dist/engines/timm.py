@@ -1,0 +1,35 @@
+"""timm: RAdaBeliefW as a name for `timm.optim.create_optimizer_v2`."""
+
+from typing import Any
+
+# timm exports the class of its registry, but not the registry.
+from timm.optim._optim_factory import OptimInfo, default_registry
+
+from robust_dist.optim import RAdaBeliefW
+
+__all__ = ["NAME", "register"]
+
+NAME = "radabeliefw"
+
+
+def register() -> None:
+    """Let `timm.optim.create_optimizer_v2(model, "radabeliefw", ...)` and timm's `--opt radabeliefw` make ours.
+
+    timm's param groups come with it: no decay on biases and norms (`filter_bias_and_bn`), and `layer_decay`. The latter
+    writes an `lr_scale` into the groups, which timm's schedulers alone apply; here each group's `lr` is scaled when the
+    optimizer is made, and `lr_scale` is taken out, so that RobustSchedule, torch's schedulers and a loop without any
+    have the layers' rates, too. (timm's schedulers then do not scale their `lr_min` and `warmup_lr_init`.) timm's
+    `weight_decay` is 0 unless given. It may be called again.
+    """
+    # timm's annotation asks for a class, where its registry takes anything that it can call.
+    make: Any = _scaled
+    if NAME not in default_registry.list_optimizers(NAME):
+        default_registry.register(OptimInfo(NAME, make, "AdamW + RAdam + AdaBelief", has_betas=True))
+
+
+def _scaled(params: Any, **settings: Any) -> RAdaBeliefW:
+    optimizer = RAdaBeliefW(params, **settings)
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            group["lr"] = group["lr"] * group.pop("lr_scale")
+    return optimizer

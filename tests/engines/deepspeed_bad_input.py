@@ -1,0 +1,144 @@
+"""Wrong JSONs and wrong checkpoints: an error on every rank, in seconds, that says what to change."""
+
+import contextlib
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from robust_dist.engines.deepspeed import check_checkpoint
+from robust_dist.engines.deepspeed_checkpoint import CheckpointMismatchError
+from robust_dist.optim import RAdaBeliefW
+from tests.engines import course
+from tests.engines import deepspeed_course as ds
+from tests.engines import deepspeed_scenarios as scenarios
+from tests.engines.course import DECAY, LR, TOTAL
+
+SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def error(kind, *texts):
+    """The block raises `kind` on this rank, soon, and the message has every text."""
+    begin = time.monotonic()
+    with pytest.raises(kind) as caught:
+        yield
+    assert time.monotonic() - begin < SECONDS
+    message = str(caught.value)
+    for text in texts:
+        assert re.search(text, message), f"{text!r} is not in {message!r}"
+
+
+def forgotten_registration():
+    with error((AssertionError, AttributeError), "RAdaBeliefW"):
+        ds.from_json(ds.named_config(2))
+
+
+def optimizer(**params):
+    return {"optimizer": {"type": "RAdaBeliefW", "params": params}}
+
+
+def scheduler(**params):
+    return {"scheduler": {"type": "RobustSchedule", "params": {"total_num_steps": TOTAL, **params}}}
+
+
+WRONG = [
+    ({"optimizer": {"type": "RAdaBelifW"}}, "optimizer.type='RAdaBelifW'", "'RAdaBeliefW'"),
+    ({"optimizer": {"type": "Radabeliefw"}}, "optimizer.type='Radabeliefw'", "'RAdaBeliefW'"),
+    ({"scheduler": {"type": "RobustScheduler"}}, "scheduler.type='RobustScheduler'", "'RobustSchedule'"),
+    (optimizer(weight_decy=0.1), "optimizer.params.weight_decy=0.1", "'weight_decay'"),
+    (optimizer(lr="auto"), "optimizer.params.lr='auto'", "give the value"),
+    (optimizer(lr="0.1"), "lr must be a number, got '0.1'"),
+    (optimizer(betas=0.9), "betas must be a pair of numbers, got 0.9"),
+    (optimizer(torch_adam=True), "no parameter 'torch_adam'"),
+    (scheduler(warmup_num_step=3), "no parameter 'warmup_num_step'", "'warmup_num_steps'"),
+    (scheduler(warmup_num_steps="3"), "warmup_num_steps='3' is a str"),
+    (scheduler(warmup_num_steps=99), "warmup_num_steps=99 is out of range"),
+    (scheduler(total_num_steps="auto"), "scheduler.params.total_num_steps='auto'", "give the value"),
+]
+
+
+def wrong_jsons():
+    for wrong, *texts in WRONG:
+        with error(ValueError, f"rank {dist.get_rank()}: ", *texts):
+            ds.from_json({**ds.named_config(2), **wrong})
+
+
+class Wide(course.Net):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(3, 3)
+
+
+def adamw(model):
+    return torch.optim.AdamW(course.groups_of(model), lr=LR)
+
+
+def one_group(model):
+    return RAdaBeliefW(model.parameters(), lr=LR, weight_decay=DECAY)
+
+
+def refused(engine, folder, tag, *texts):
+    """By the check, and by the engine's own load."""
+    with error(CheckpointMismatchError, *texts):
+        check_checkpoint(engine, folder, tag)
+    with error(CheckpointMismatchError, *texts):
+        engine.load_checkpoint(folder, tag=tag)
+
+
+def wrong_checkpoints(folder):
+    for stage in range(4):
+        kind, path = f"ZeRO {stage}", f"{folder}/ZeRO {stage}"
+        engine = scenarios.client(kind)
+        check_checkpoint(engine, path, "step4")
+        refused(engine, path, "step5", "rank 0: there is no checkpoint .*step5", "rank 1: ")
+        with error(CheckpointMismatchError, "there is no .*latest: give the tag"):
+            check_checkpoint(engine, f"{folder}/nothing", None)
+        assert engine.load_checkpoint(f"{folder}/nothing") == (None, None)
+        refused(scenarios.client(kind, model=Wide()), path, "step4", "of another model.*gate.bias")
+        refused(scenarios.client(kind, one_group), path, "step4", "has 2 param groups, the optimizer has 1")
+        other = ds.from_client(ds.config(stage, zero_allow_untested_optimizer=True), adamw)
+        other.save_checkpoint(path, tag="adamw")
+        refused(engine, path, "adamw", "of another optimizer than RAdaBeliefW", "no .*rectify_threshold")
+        torn_checkpoints(engine, stage, path)
+    refused(scenarios.client("ZeRO 1"), f"{folder}/ZeRO 3", "step4", "mp_rank_00_model_states.pt is missing")
+
+
+def torn_checkpoints(engine, stage, path):
+    """Only rank 1's file is torn; both ranks raise, and say whose it is."""
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt" if stage else "mp_rank_00_model_states.pt"
+    if dist.get_rank() == 0:
+        shutil.copytree(f"{path}/step4", f"{path}/torn")
+        with open(f"{path}/torn/{name}", "r+b") as file:
+            file.truncate(Path(file.name).stat().st_size // 2)
+    dist.barrier()
+    refused(engine, path, "torn", f"rank 1: .*{name} is torn", "take the one before")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        Path(f"{path}/torn/{name}").unlink()
+    dist.barrier()
+    refused(engine, path, "torn", f"rank 1: .*{name} is missing")
+
+
+def plain_checkpoints_of_another_world(folder):
+    """DeepSpeed refuses them, too; ours says what to run."""
+    for stage in scenarios.UNIVERSAL_STAGES:
+        refused(scenarios.unequal(stage), f"{folder}/{stage}", "step4", "written by . ranks, . run", "ds_to_universal")
+
+
+def wrong_universal_checkpoints(folder):
+    universal = {"checkpoint": {"load_universal": True}}
+    for stage in scenarios.UNIVERSAL_STAGES:
+        path = f"{folder}/{stage}"
+        check_checkpoint(scenarios.unequal(stage, **universal), path, "step4u")
+        single = ds.from_client(ds.config(stage, **universal), one_group)
+        refused(single, path, "step4u", "has 2 param groups, the optimizer has 1")
+        wide = scenarios.unequal(stage, Wide(), **universal)
+        refused(wide, path, "step4u", "of another model.*gate.bias")
+        # What the converter wrote last is found by the file that it leaves.
+        refused(wide, path, None, "step8u is of another model")

@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust_dist.engines.deepspeed import check_config, register
+
+AUTO = {
+    "optimizer": {"type": "RAdaBeliefW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "RobustSchedule", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    "train_batch_size": "auto",
+}
+GIVEN = {
+    "optimizer": {"type": "RAdaBeliefW", "params": {"lr": 0.1, "betas": [0.9, 0.99], "weight_decay": 0.01}},
+    "scheduler": {"type": "RobustSchedule", "params": {"total_num_steps": 9, "warmup_num_steps": 2}},
+    "zero_optimization": {"stage": 2},
+    "train_batch_size": 8,
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.fixture(autouse=True)
+def names_for_this_test(monkeypatch):
+    # Undone afterwards: registration belongs to a process that uses DeepSpeed.
+    monkeypatch.setattr(torch.optim, "RAdaBeliefW", None, raising=False)
+    monkeypatch.setattr(torch.optim.lr_scheduler, "RobustSchedule", None, raising=False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    register()
+
+
+def params(section, **more):
+    return {section: {**GIVEN[section], "params": {**GIVEN[section]["params"], **more}}}
+
+
+def test_a_right_json_passes_as_a_dict_and_as_a_file_and_full_of_auto_where_somebody_fills_it_in(tmp_path):
+    check_config(GIVEN)
+    check_config(AUTO, auto=True)
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps(GIVEN))
+    check_config(path)
+    check_config(str(path))
+    check_config({"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "train_batch_size": 8})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_json_of_this_repository_passes(path):
+    check_config(path, auto=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"optimizer": {"type": "RAdaBelifW"}}, r"optimizer.type='RAdaBelifW'; there is no .* mean 'RAdaBeliefW'"),
+        ({"optimizer": {"type": "radabeliefw"}}, r"optimizer.type='radabeliefw'; .* mean 'RAdaBeliefW'"),
+        ({"optimizer": {"type": "AdaBelief"}}, r"optimizer.type='AdaBelief'; .* mean 'RAdaBeliefW'"),
+        ({"optimizer": {"type": "RobustSchedule"}}, r"optimizer.type='RobustSchedule'; .* mean 'RAdaBeliefW'"),
+        ({"optimizer": {"type": 3}}, r"optimizer.type=3; give a name"),
+        ({"optimizer": "RAdaBeliefW"}, r"optimizer='RAdaBeliefW'; write \{"),
+        ({"optimizer": {"type": "RAdaBeliefW", "params": [0.1]}}, r"optimizer.params=\[0.1\]; write an object"),
+        ({"scheduler": {"type": "RobustScheduler"}}, r"scheduler.type='RobustScheduler'; .* mean 'RobustSchedule'"),
+        ({"scheduler": {"type": "WeightDecaySwitch"}}, r"scheduler.type='WeightDecaySwitch'; .* 'RobustSchedule'"),
+        (params("optimizer", weight_decy=0.1), r"params.weight_decy=0.1; .* did you mean 'weight_decay'"),
+        (params("optimizer", adam_w_mode=True), r"no parameter 'adam_w_mode': drop it; there are lr, betas"),
+        (params("optimizer", lr="auto"), r"optimizer.params.lr='auto'; .* give the value"),
+        (params("optimizer", lr="0.1"), r"lr must be a number, got '0.1'"),
+        (params("optimizer", lr=-1), r"lr must be a finite number of at least 0, got -1"),
+        (params("optimizer", betas=[0.9]), r"betas must be a pair"),
+        (params("scheduler", warmup_step=1), r"params.warmup_step=1; .* did you mean 'warmup_steps'"),
+        (params("scheduler", decay_fraction=1), r"no parameter 'decay_fraction': drop it; there are total_steps"),
+        (params("scheduler", warmup_num_steps="2"), r"warmup_num_steps='2' is a str"),
+        (params("scheduler", warmup_num_steps=10), r"warmup_num_steps=10 is out of range"),
+        (params("scheduler", weight_decay_off_at=2), r"weight_decay_off_at=2.0 is out of range"),
+        (params("scheduler", warmup_type="cosine"), r"warmup_type='cosine' is unknown"),
+        (params("scheduler", total_steps=9), r"total_steps=9 and total_num_steps=9 are the same setting"),
+        ({"scheduler": {"type": "RobustSchedule", "params": {}}}, r"total_steps is missing"),
+        ({"train_batch_size": "auto"}, r"train_batch_size='auto'; .* give the value"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"zero_optimization.reduce_bucket_size='auto'"),
+        ({"zero_optimization": {**OFFLOAD, "zenflow": {"topk_ratio": 0.1}}}, r"zero_optimization.zenflow=.* own Adam"),
+    ],
+)
+def test_a_wrong_json_is_an_error_that_names_setting_value_and_what_to_change(more, message):
+    with pytest.raises(ValueError, match=f"^rank 0: the DeepSpeed JSON has .*{message}"):
+        check_config({**GIVEN, **more})
+
+
+@pytest.mark.parametrize(("name", "near"), [("optimzer", "optimizer"), ("Optimizer", "optimizer"), ("schedule", None)])
+def test_a_misspelt_section_which_deepspeed_ignores_is_an_error(name, near):
+    config = {name: GIVEN["optimizer"], "train_batch_size": 8}
+    with pytest.raises(ValueError, match=rf"has {name}=.* it is called '{near or 'scheduler'}'"):
+        check_config(config)
+
+
+def test_an_offload_that_would_step_with_another_optimizer_is_an_error():
+    client = {"zero_optimization": OFFLOAD, "train_batch_size": 8}
+    with pytest.raises(ValueError, match=r"zero_force_ds_cpu_optimizer=True; .* set it to false, or name"):
+        check_config(client)
+    check_config(client | {"zero_force_ds_cpu_optimizer": False})
+    check_config(GIVEN | {"zero_optimization": OFFLOAD})
+    for wrong in ({"ratio": 0.5}, {"super_offload": True}):
+        offload = {"stage": 3, "offload_optimizer": {"device": "cpu", **wrong}}
+        with pytest.raises(ValueError, match=f"offload_optimizer.{next(iter(wrong))}="):
+            check_config(GIVEN | {"zero_optimization": offload})
+
+
+def test_a_forgotten_registration_is_an_error(monkeypatch):
+    monkeypatch.delattr(torch.optim, "RAdaBeliefW")
+    with pytest.raises(ValueError, match=r"type='RAdaBeliefW'; call robust_dist.register"):
+        check_config(GIVEN)
+
+
+def test_a_file_that_is_no_json_object_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "config.json"
+    for text, message in (("{", "config.json is no JSON"), ("[1]", "config.json holds a list")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            check_config(path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        check_config(tmp_path / "nothing.json")
+
+
+def printed(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_registering_is_asked_for_cheap_and_may_be_repeated_in_any_order_with_the_import():
+    pytest.importorskip("deepspeed")
+    code = """
+import sys, torch
+import robust_dist.engines, robust_dist.engines.deepspeed
+print(hasattr(torch.optim, "RAdaBeliefW"), hasattr(torch.optim.lr_scheduler, "RobustSchedule"))
+import robust_dist.autoregister
+from robust_dist.engines.deepspeed import register
+register()
+print(torch.optim.RAdaBeliefW.__name__, torch.optim.lr_scheduler.RobustSchedule.__name__, "deepspeed" in sys.modules)
+print(len([finder for finder in sys.meta_path if type(finder).__module__.startswith("robust_dist")]))
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as supported
+register()
+print(supported.count(torch.optim.RAdaBeliefW))
+"""
+    lines = [line for line in printed(code) if not line.startswith("[")]
+    words = ["False", "False", "RAdaBeliefW", "RobustSchedule", "False", "1", "1"]
+    assert [word for word in lines if word in {*words, "0", "2", "True"}] == words
+
+
+def test_everything_that_is_wrapped_is_still_there_in_this_deepspeed_and_wrapped_once():
+    pytest.importorskip("deepspeed")
+    code = """
+from robust_dist import register
+import deepspeed
+for _ in range(2):
+    register()
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+for method in (
+    DeepSpeedEngine._do_sanity_check,
+    DeepSpeedEngine.load_checkpoint,
+    FP16_UnfusedOptimizer.initialize_optimizer_states,
+    DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3,
+):
+    print("wrapped", method.mended_by_robust_dist, hasattr(method.__wrapped__, "__wrapped__"))
+"""
+    words = " ".join(printed(code))
+    assert words.count("wrapped True False") == 4, words

@@ -1,0 +1,177 @@
+"""Every file of configs/accelerate trains a recipe, goes on bit for bit, and takes up another engine's run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.engines.matrix import assert_passed, run_scenarios
+from tests.ranks import run_ranks
+from tests.train.under_engines import ROOT, train_under
+
+pytest.importorskip("deepspeed")
+# ZeRO last: DeepSpeed changes functions of torch when it is first used.
+ON_TWO = ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
+HANDED_ON = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "fsdp1"), ("fsdp1", "zero1"), ("zero1", "ddp")]
+STEP, TOTAL = 10, 12
+
+
+def rows(folder):
+    """What a run recorded, without the one figure that measures time."""
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in lines]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in Path(folder, "checkpoints").iterdir())
+
+
+def on_first_rank(action):
+    """Let one rank change files while the others wait."""
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def cut_back(folder):
+    """Make the run one that was killed between step 10 and its end."""
+    shutil.rmtree(Path(folder, "checkpoints", f"step-{TOTAL:08d}"))
+    Path(folder, "metrics.jsonl").unlink()
+
+
+def close(mine, theirs):
+    assert len(mine) == len(theirs) == 1
+    assert mine[0] == pytest.approx(theirs[0], rel=2e-4), (mine, theirs)
+
+
+def trains(name, folder):
+    out = train_under(name, f"{folder}/{name}")
+    assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
+    assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
+    close(rows(f"{folder}/{name}"), rows(f"{folder}/ddp"))
+
+
+def goes_on(name, folder):
+    whole = rows(f"{folder}/{name}")
+    on_first_rank(lambda: cut_back(f"{folder}/{name}"))
+    out = train_under(name, f"{folder}/{name}")
+    assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
+    assert rows(f"{folder}/{name}") == whole
+
+
+def takes_up(source, target, folder, copy, words=()):
+    def prepare():
+        shutil.copytree(f"{folder}/{source}", copy)
+        cut_back(copy)
+
+    on_first_rank(prepare)
+    out = train_under(target, copy, *words)
+    assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
+    assert dist.get_rank() or "it goes on, but not bit for bit" in out
+    close(rows(copy), rows(f"{folder}/{source}"))
+    assert checkpoints(copy) == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"]
+
+
+def refuses(name, folder, words, *said, json_values=None):
+    changed = None
+    if json_values is not None:
+        config = json.loads((ROOT / "configs" / "deepspeed" / f"{name}.json").read_text()) | json_values
+        changed = Path(folder, f"changed{dist.get_rank()}.json")
+        changed.write_text(json.dumps(config))
+    out = train_under(name, f"{folder}/refused", *words, deepspeed_json=changed)
+    assert dist.get_rank() or all(word in out for word in said), out
+    assert not Path(folder, "refused").exists()
+
+
+def refusals(folder):
+    adamw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    rate = {"optimizer": {"type": "RAdaBeliefW", "params": {"lr": 0.3}}}
+    misspelt = {"scheduler": {"type": "RobustScheduler", "params": {}}}
+    clipping, batch = {"gradient_clipping": 0.5}, {"train_batch_size": 96}
+    return {
+        "ema under fsdp": lambda: refuses("fsdp2", folder, ["--ema_decay", "0.9"], "ema_decay=0.9", "null"),
+        "ema under zero3": lambda: refuses("zero3", folder, ["--ema_decay", "0.9"], "ema_decay=0.9", "zero3"),
+        "another optimizer": lambda: refuses("zero2", folder, [], "AdamW", "RAdaBeliefW", json_values=adamw),
+        "another rate": lambda: refuses("zero2", folder, [], "optimizer.params.lr=0.3", "0.05", json_values=rate),
+        "a misspelt scheduler": lambda: refuses("zero2", folder, [], "RobustScheduler", json_values=misspelt),
+        "another clipping": lambda: refuses("zero2", folder, [], "gradient_clipping=0.5", json_values=clipping),
+        "another batch": lambda: refuses("zero2", folder, [], "train_batch_size=96", json_values=batch),
+    }
+
+
+REFUSALS = list(refusals(""))
+
+
+def everything_on_two(folder):
+    scenarios = {f"trains {name}": lambda name=name: trains(name, folder) for name in ON_TWO}
+    scenarios |= {f"goes on {name}": lambda name=name: goes_on(name, folder) for name in ON_TWO}
+    for source, target in HANDED_ON:
+        copy = f"{folder}/{source}-{target}"
+        scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
+    return run_scenarios(scenarios | refusals(folder))
+
+
+def everything_on_four(folder, two):
+    def hsdp_takes_up():
+        takes_up("fsdp2", "hsdp", two, f"{folder}/fsdp2-hsdp")
+
+    def zero2_takes_up():
+        takes_up("zero2", "zero2", two, f"{folder}/zero2-4", ["--num_processes", "4"])
+
+    return run_scenarios(
+        {
+            "trains hsdp": lambda: train_under("hsdp", f"{folder}/hsdp"),
+            "goes on hsdp": lambda: goes_on("hsdp", folder),
+            "fsdp2 hsdp": hsdp_takes_up,
+            "zero2 zero2": zero2_takes_up,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("two")), str(tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    return run_ranks(everything_on_two, 2, folders[0], timeout=120.0)
+
+
+@pytest.fixture(scope="module")
+def four(folders, two):
+    return run_ranks(everything_on_four, 4, folders[1], folders[0], timeout=120.0)
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_a_recipe_trains_under_every_config_as_under_ddp(two, name):
+    assert_passed(two, f"trains {name}")
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_a_killed_run_goes_on_bit_for_bit_under_every_config(two, name):
+    assert_passed(two, f"goes on {name}")
+
+
+@pytest.mark.parametrize(("source", "target"), HANDED_ON)
+def test_a_run_is_taken_up_by_another_engine(two, source, target):
+    assert_passed(two, f"{source} {target}")
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_engine_cannot_do_is_refused_before_anything_is_written(two, name):
+    assert_passed(two, name)
+
+
+@pytest.mark.parametrize("name", ["trains hsdp", "goes on hsdp", "fsdp2 hsdp", "zero2 zero2"])
+def test_four_ranks_train_and_take_up_the_run_of_two(four, name):
+    assert_passed(four, name)
+
+
+def test_every_config_is_started_by_a_test():
+    names = {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
+    assert names == {*ON_TWO, "hsdp", "cpu"}
+    used = {path.stem for path in (ROOT / "configs" / "deepspeed").glob("*.json")}
+    assert used <= set(ON_TWO)
