@@ -177,10 +177,11 @@ class WeightDecaySwitch:
     def _before_step(self) -> None:
         if in_charge(self.optimizer) is not self:
             return
+        # It also notices groups that were added since.
+        self._write()
         # A rank may make a dry step alone, to save.
         if not self._agreed and not is_dry(self.optimizer):
             self._agree_at_start()
-        self._write()
 
     def _after_load(self) -> None:
         if in_charge(self.optimizer) is not self:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, make_state, note_parameters
+from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state, note_parameters
 from robust_dist.data import Batch, ImageSet
 from robust_dist.engines.accelerate import check
 from robust_dist.schedule import RobustSchedule
@@ -217,6 +217,9 @@ class Trainer:
         self._check_finite(sum(losses))
         step, main = self.progress.step, self.accelerator.is_main_process
         partial = from_main(self.accelerator, lambda: self.store.begin(step))
+        if self.broadcasts:
+            # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
+            broadcast_buffers(self.bare_model)
         attempt(self.accelerator, lambda: self.accelerator.save_state(str(partial)))
         metadata = {
             "recipe": recipe_dict(self.recipe),
@@ -239,9 +242,7 @@ class Trainer:
             path = from_main(self.accelerator, lambda: self._fitting(found))
             error: Exception | None = None
             try:
-                if engine_kind(self.accelerator) == "fsdp":
-                    make_state(self.optimizer)
-                self.accelerator.load_state(str(path))
+                load_state(self.accelerator, path)
             except Exception as caught:
                 error = CheckpointError(f"{found.path} could not be loaded: {caught}")
             raise_everywhere(self.accelerator, error)
@@ -276,7 +277,9 @@ class Trainer:
             return found.path
         converted = self.folder.checkpoints / ".converted"
         shutil.rmtree(converted, ignore_errors=True)
-        convert(found.path, converted, to=here[0], world_size=here[1])
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        full = here[0] == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=full)
         return converted
 
     def _restore_progress(self, found: Checkpoint) -> None:

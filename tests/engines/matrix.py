@@ -23,6 +23,7 @@ ENGINES = (
     "ZeRO 1",
     "ZeRO 2",
     "ZeRO 3",
+    "ZeRO 0, bf16",
     "ZeRO 1, bf16",
     "ZeRO 2, bf16",
     "ZeRO 3, bf16",
