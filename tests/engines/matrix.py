@@ -1,7 +1,7 @@
 """The table engine x property: which test holds which cell, and what the README shows of it.
 
 A test takes its place with `@pytest.mark.cell(engine, column, world)` (or `marks=` of a parameter). A run with
-`--matrix README.md` writes the table between the file's two marks from the outcomes of that run.
+`--matrix=README.md` writes the table between the file's two marks from the outcomes of that run.
 """
 
 import traceback
@@ -33,7 +33,7 @@ ENGINES = (
     "ZeRO 3, parameter offload",
 )
 COLUMNS = ("trajectory", "resume", "other world size", "switch", "groups", "convert in", "convert out")
-BEGIN, END = "<!-- matrix: written by `bash tests/run.sh --matrix README.md` -->", "<!-- end of matrix -->"
+BEGIN, END = "<!-- matrix: written by `bash tests/run.sh --matrix=README.md` -->", "<!-- end of matrix -->"
 
 Cells = dict[tuple[str, str], list[tuple[str, str]]]
 
