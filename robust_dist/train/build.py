@@ -39,7 +39,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
+                backend="gloo" if on_cpu and sharded else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
             ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
