@@ -14,7 +14,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """As `accelerator.load_state`, and right under FSDP1 with SHARDED_STATE_DICT, too.
 
     Accelerate 1.15 loads there what state the optimizer has, and without a word nothing where it has none yet, as
-    before a first step. And torch 2.15's planner fails ("Missing key ... optimizer.param_groups") where a parameter
+    before a first step. And torch 2.14's planner fails ("Missing key ... optimizer.param_groups") where a parameter
     has fewer rows than there are ranks. Under every other engine this is `accelerator.load_state`.
 
     Args:

@@ -38,7 +38,8 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-def _crc32(path: Path) -> int:
+def file_crc32(path: Path) -> int:
+    """The CRC-32 of a file's bytes."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -46,7 +47,8 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +64,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -83,7 +85,7 @@ def verify(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not {FORMAT}, which this version reads")
     for name, (size, crc) in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or _crc32(path) != crc:
+        if not path.is_file() or path.stat().st_size != size or file_crc32(path) != crc:
             raise CheckpointError(f"{path}: missing, short or changed since it was written")
     return Checkpoint(folder, manifest["step"], manifest["metadata"])
 
@@ -115,14 +117,14 @@ class CheckpointStore:
             metadata: JSON values to note beside the files.
         """
         partial, final = self._partial(step), self.folder / f"{_PREFIX}{step:08d}"
-        files = {str(path.relative_to(partial)): [path.stat().st_size, _crc32(path)] for path in _files(partial)}
+        files = {str(path.relative_to(partial)): [path.stat().st_size, file_crc32(path)] for path in _files(partial)}
         for path in _files(partial):
-            _fsync(path)
+            fsync(path)
         manifest = {"format": FORMAT, "step": step, "files": files, "metadata": metadata}
         write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
         self._discard(final)
         os.replace(partial, final)
-        _fsync(self.folder)
+        fsync(self.folder)
         # A torn folder of a later step must not push out what was just written.
         for old in [name for name in self._names() if name.name <= final.name][self.keep :]:
             self._discard(old)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.fsdp_record import describe, gathered, listed, misfits, raise_together, read, sign
 from robust_dist.optim.groups import clean_name
@@ -130,6 +130,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
     """
     path, inner = Path(folder), base_optimizer(optimizer)
     check(model, inner)
+    _on_rank_0(lambda: _recover(path), None)
     saved = read(path)
     with _filled(inner):
         state = _state(model, inner, schedule)
@@ -244,7 +245,7 @@ def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> N
         try:
             action()
         except OSError as error:
-            problem = f"rank 0 could not write the checkpoint: {error}"
+            problem = f"rank 0 could not write or rename the checkpoint: {error}"
     raise_together(OSError, problem, group)
 
 
@@ -253,9 +254,10 @@ def _write(
 ) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
 
     def begin() -> None:
+        _recover(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
@@ -264,6 +266,17 @@ def _write(
         save_state(state, checkpoint_id=partial, process_group=group, no_dist=not taking_part(group))
     sign(partial, step, metadata, group)
     _on_rank_0(lambda: _publish(partial, folder), group)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _recover(folder: Path) -> None:
+    """Finish a save that was cut off between taking the older checkpoint away and putting the newer in its place."""
+    partial = _partial(folder)
+    if not folder.exists() and (partial / MANIFEST).is_file():
+        os.replace(partial, folder)
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -1,8 +1,6 @@
 """What a sharded checkpoint says of itself, so that a load can tell what does not fit before anything is changed."""
 
 import json
-import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.store import MANIFEST, CheckpointError, write_atomically
+from robust_dist.checkpoint.store import MANIFEST, CheckpointError, file_crc32, fsync, write_atomically
 from robust_dist.schedule.agreement import taking_part
 
 FORMAT = 1
-_CHUNK = 1 << 22
 _NAMES_SHOWN = 6
 
 
@@ -113,14 +110,6 @@ def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> 
     return lines
 
 
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
 def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
     """This rank's part of the files, so that no rank reads them all."""
     if not taking_part(group):
@@ -129,9 +118,8 @@ def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
 
 
 def _synchronised(path: Path) -> list[int]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return [path.stat().st_size, _crc32(path)]
+    fsync(path)
+    return [path.stat().st_size, file_crc32(path)]
 
 
 def sign(folder: Path, step: int, metadata: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -162,7 +150,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def _torn(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
     path, (size, crc) = folder / name, manifest["files"][name]
-    if path.is_file() and path.stat().st_size == size and _crc32(path) == crc:
+    if path.is_file() and path.stat().st_size == size and file_crc32(path) == crc:
         return None
     return f"{path}: missing, short or changed since it was written; take the checkpoint before it"
 

@@ -64,18 +64,28 @@ def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Rec
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     check_config(config, auto=True)
     _drop_named(config, "optimizer", "RAdaBeliefW", _optimizer_params(recipe))
-    _drop_named(config, "scheduler", "RobustSchedule", {})
+    _drop_named(config, "scheduler", "RobustSchedule", _schedule_params(recipe))
     ranks = accelerator.num_processes
     micro = max(1, recipe.batch_size // (ranks * recipe.accumulation))
     _fill(config, "gradient_accumulation_steps", recipe.accumulation, "accumulation")
     _fill(config, "gradient_clipping", recipe.optimizer.clip_norm or 0.0, "optimizer.clip_norm")
-    _fill(config, "train_micro_batch_size_per_gpu", micro, f"batch_size={recipe.batch_size} on {ranks} ranks:")
-    _fill(config, "train_batch_size", micro * ranks * recipe.accumulation, f"batch_size={recipe.batch_size}:")
+    _fill(config, "train_micro_batch_size_per_gpu", micro, f"batch_size={recipe.batch_size} on {ranks} ranks")
+    _fill(config, "train_batch_size", micro * ranks * recipe.accumulation, f"batch_size={recipe.batch_size}")
 
 
 def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
     ours = recipe.optimizer
     return {"lr": ours.lr, "betas": list(ours.betas), "eps": ours.eps, "weight_decay": ours.weight_decay}
+
+
+def _schedule_params(recipe: Recipe) -> dict[str, Any]:
+    ours = recipe.schedule
+    return {
+        "warmup_steps": ours.warmup_steps,
+        "weight_decay_off_at": ours.weight_decay_off_at,
+        "min_lr_ratio": ours.min_lr_ratio,
+        "cos_min_ratio": ours.min_lr_ratio,
+    }
 
 
 def _drop_named(config: dict[str, Any], section: str, name: str, params: dict[str, Any]) -> None:
@@ -90,10 +100,11 @@ def _drop_named(config: dict[str, Any], section: str, name: str, params: dict[st
         )
     for key, value in named.get("params", {}).items():
         value = list(value) if isinstance(value, tuple) else value
-        if value != "auto" and key in params and value != params[key]:
+        if value != "auto" and (key not in params or value != params[key]):
+            ours = f"{key}={params[key]!r}" if key in params else f"{section}, which alone decides here"
             raise ValueError(
-                f"the DeepSpeed JSON's {section}.params.{key}={value!r} contradicts the recipe's "
-                f'{section}.{key}={params[key]!r}; write "auto" in the JSON'
+                f"the DeepSpeed JSON's {section}.params.{key}={value!r} contradicts the recipe's {ours}; write "
+                '"auto" in the JSON, or leave it out, and set what you want in the recipe'
             )
 
 

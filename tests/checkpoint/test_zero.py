@@ -67,6 +67,16 @@ def targets_at(world):
     return [(number, target) for number, target in enumerate(TARGETS) if parity in (None, number % 2)]
 
 
+def row_of(stage, more):
+    """The README's row of a source or target."""
+    return f"ZeRO {stage}, bf16" if "bf16" in more else f"ZeRO {stage}"
+
+
+def marks_of(world):
+    rows = sorted({row_of(stage, more) for _, (_, _, stage, more) in targets_at(world) if "bf16" not in more})
+    return [pytest.mark.cell(row, "convert in", world) for row in rows]
+
+
 class Odd(nn.Module):
     """Sizes that no number of ranks divides, a parameter of one element, a tied, a frozen one, and buffers."""
 
@@ -336,7 +346,9 @@ def compare(state, truth, rest):
 
 @needs_deepspeed
 @quiet
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.cell(row_of(*SOURCES[name]), "convert out", 2)) for name in SOURCES]
+)
 def test_what_is_read_is_what_the_engine_had_bit_for_bit(sources, name):
     for tag, step in (("before", 3), ("after", 7)):
         path = sources / f"{name}_{tag}"
@@ -364,7 +376,7 @@ def names_of_groups():
 
 @needs_deepspeed
 @quiet
-@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("world", [pytest.param(world, marks=marks_of(world)) for world in (1, 3, 4)])
 def test_a_converted_checkpoint_goes_on_as_one_process_would_at_another_stage_and_world(sources, tmp_path, world):
     for number, (source, tag, stage, _) in targets_at(world):
         folder = tmp_path / str(number)

@@ -345,3 +345,21 @@ def test_one_process_without_a_group_saves_and_loads(tmp_path):
     course.assert_settings(optimizer.param_groups, 8)
     assert same_bits(course.named(model), end)
     assert {state["step"].item() for state in optimizer.state.values()} == {8.0}
+
+
+def test_a_save_that_was_killed_between_its_two_renames_is_finished_by_the_next_load_or_save(tmp_path):
+    model = course.Net()
+    optimizer = course.optimizer_of(model)
+    whole, cut_off = tmp_path / "here", tmp_path / ".here.partial"
+    fsdp.save(whole, model, optimizer)
+    whole.rename(cut_off)
+    fsdp.load(whole, model, optimizer)
+    assert whole.is_dir()
+    assert not cut_off.exists()
+    whole.rename(cut_off)
+    fsdp.save(whole, model, optimizer)
+    fsdp.load(whole, model, optimizer)
+    (whole / "manifest.json").unlink()
+    whole.rename(cut_off)
+    with pytest.raises(CheckpointError, match="no readable"):
+        fsdp.load(whole, model, optimizer)

@@ -67,7 +67,7 @@ def _reshardings():
     found = []
     for engine, writers, reader, readers in scenarios.RESHARDED:
         name = scenarios.resharding_name(engine, writers, reader, readers)
-        column, ways = "other world size", f"{writers} to {readers}"
+        column, ways = "other world size", f"{writers}->{readers}"
         marks = [pytest.mark.cell(row, column, ways) for row in sorted({engine, reader} - {"one process"})]
         found.append(pytest.param(readers, name, marks=marks, id=f"{engine}-{column}-{name}"))
     return found

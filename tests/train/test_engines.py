@@ -88,6 +88,8 @@ def refuses(name, folder, words, *said, json_values=None):
 def refusals(folder):
     adamw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
     rate = {"optimizer": {"type": "RAdaBeliefW", "params": {"lr": 0.3}}}
+    option = {"optimizer": {"type": "RAdaBeliefW", "params": {"lr": "auto", "rectify_threshold": 5.0}}}
+    warmup = {"scheduler": {"type": "RobustSchedule", "params": {"total_num_steps": "auto", "warmup_num_steps": 7}}}
     misspelt = {"scheduler": {"type": "RobustScheduler", "params": {}}}
     clipping, batch = {"gradient_clipping": 0.5}, {"train_batch_size": 96}
     return {
@@ -95,6 +97,8 @@ def refusals(folder):
         "ema under zero3": lambda: refuses("zero3", folder, ["--ema_decay", "0.9"], "ema_decay=0.9", "zero3"),
         "another optimizer": lambda: refuses("zero2", folder, [], "AdamW", "RAdaBeliefW", json_values=adamw),
         "another rate": lambda: refuses("zero2", folder, [], "optimizer.params.lr=0.3", "0.05", json_values=rate),
+        "another option": lambda: refuses("zero2", folder, [], "rectify_threshold=5.0", json_values=option),
+        "another warm-up": lambda: refuses("zero2", folder, [], "warmup_num_steps=7", json_values=warmup),
         "a misspelt scheduler": lambda: refuses("zero2", folder, [], "RobustScheduler", json_values=misspelt),
         "another clipping": lambda: refuses("zero2", folder, [], "gradient_clipping=0.5", json_values=clipping),
         "another batch": lambda: refuses("zero2", folder, [], "train_batch_size=96", json_values=batch),
@@ -151,7 +155,7 @@ def test_a_recipe_trains_under_every_config_as_under_ddp(two, name):
 
 
 @pytest.mark.parametrize("name", ON_TWO)
-def test_a_killed_run_goes_on_bit_for_bit_under_every_config(two, name):
+def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config(two, name):
     assert_passed(two, f"goes on {name}")
 
 
