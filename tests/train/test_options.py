@@ -1,13 +1,20 @@
 """What the options that are off in the paper's recipe do."""
 
-import pytest
+import json
+import shutil
 
+import pytest
+from accelerate.state import AcceleratorState
+
+from robust_dist.train import main
+from robust_dist.train.build import load_sets
 from robust_dist.train.main import train
 from robust_dist.train.recipe import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PrecisionConfig,
     Recipe,
     ScheduleConfig,
     TrackingConfig,
@@ -16,6 +23,8 @@ from robust_dist.train.recipe import (
 
 def run(folder, **changes):
     """The rows of one epoch of 12 steps, in this process."""
+    # Accelerate keeps the precision of the process's first run.
+    AcceleratorState._reset_state(True)
     settings = {
         "data": DataConfig(name="digits"),
         "model": ModelConfig("resnet8"),
@@ -54,3 +63,27 @@ def test_checkpoints_are_written_when_the_recipe_says(tmp_path):
     run(tmp_path, epochs=3, checkpoint=CheckpointConfig(every_epochs=2, every_steps=10, keep=9))
     steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [10, 20, 24, 30, 36]
+
+
+def few_images(recipe, accelerator):
+    """The digits, but only some: a processor without bfloat16 arithmetic takes twelve times as long over each."""
+    train_set, test_set = load_sets(recipe, accelerator)
+    return tuple(
+        type(one)(one.images[:count], one.labels[:count], one.classes, one.name)
+        for one, count in ((train_set, 64), (test_set, 32))
+    )
+
+
+def test_bfloat16_trains_close_to_float32_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "load_sets", few_images)
+    settings = {"batch_size": 32, "epochs": 2, "checkpoint": CheckpointConfig(every_steps=1, keep=9)}
+    single = run(tmp_path / "float32", **settings)
+    half = {**settings, "precision": PrecisionConfig(mixed="bf16")}
+    rows = run(tmp_path / "bf16", **half)
+    assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in single], rel=0.02)
+    assert [row["train_loss"] for row in rows] != [row["train_loss"] for row in single]
+    shutil.rmtree(tmp_path / "bf16" / "checkpoints" / "step-00000004")
+    again = run(tmp_path / "bf16", **half)
+    AcceleratorState._reset_state(True)
+    assert [{**row, "images_per_second": 0} for row in again] == [{**row, "images_per_second": 0} for row in rows]
+    assert json.loads((tmp_path / "bf16" / "metrics.jsonl").read_text().splitlines()[-1]) == again[-1]

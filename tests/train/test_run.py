@@ -62,28 +62,19 @@ def test_ranks_and_accumulation_do_not_change_the_run(tmp_path):
 
 
 def test_options_of_the_recipe_run_together(tmp_path):
-    words = [
-        "--ema_decay",
-        "0.9",
-        "--label_smoothing",
-        "0.1",
-        "--optimizer.clip_norm",
-        "1",
-        "--precision.mixed",
-        "bf16",
-    ]
+    words = ["--ema_decay", "0.9", "--label_smoothing", "0.1", "--optimizer.clip_norm", "1", "--epochs", "2"]
     words += ["--model.channels_last", "true", "--optimizer.no_decay", "[bias, norm]", "--schedule.warmup_steps", "5"]
     words += ["--augment.cutmix_mode", "batch", "--tracking.trackers", "[tensorboard]", "--data.drop_last", "true"]
     words += ["--checkpoint.every_steps", "3", "--accumulation", "2", "--run_dir", str(tmp_path / "a")]
     code, output = train(1, *words)
     assert code == 0, output
     rows = metrics(tmp_path / "a")
-    assert [row["step"] for row in rows] == [11, 22, 33]
+    assert [row["step"] for row in rows] == [11, 22]
     assert list((tmp_path / "a" / "trackers").rglob("events.out*"))
 
     words[-1] = str(tmp_path / "b")
     process = start(1, *words)
-    kill_after(process, tmp_path / "b", 15)
+    kill_after(process, tmp_path / "b", 12)
     assert train(1, *words)[0] == 0
     assert metrics(tmp_path / "b") == rows
 
