@@ -1,0 +1,36 @@
+"""What a loader asks of images that do not fit on a device: random access to encoded files and their labels."""
+
+from typing import Protocol
+
+
+class ImageSource(Protocol):
+    """A labelled set of encoded images (JPEG, PNG, ...) that can be read in any order.
+
+    A source is picklable and holds no open file when it is: each worker of a loader opens what it reads.
+
+    Attributes:
+        name: what error messages call the set.
+        classes: the name of each class, in the labels' order.
+        group_sizes: samples in each stretch of consecutive indices that lies together on the disk (a tar shard, a
+            row group of a parquet file); they add up to `len(source)`. A folder of files is one group.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    group_sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """How many samples there are; the same on every rank."""
+        ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded image and the label of one sample.
+
+        Raises:
+            BadImageError: this sample cannot be read (the file is gone, its entry is torn); others may be.
+        """
+        ...
+
+    def where(self, index: int) -> str:
+        """What a person looks for to find the sample: a file's path, or a shard's and the name in it."""
+        ...
