@@ -87,6 +87,7 @@ def _timm(params: list[Tensor], *, rectify: bool) -> Optimizer:
 def _makers() -> dict[str, Maker]:
     return {
         "RAdaBeliefW": RAdaBeliefW,
+        "RAdaBeliefW foreach": lambda p: RAdaBeliefW(p, foreach=True),
         "RAdaBeliefW foreach=False": lambda p: RAdaBeliefW(p, foreach=False),
         "torch AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
         ADAMW_FUSED: lambda p: torch.optim.AdamW(p, fused=True),
