@@ -1,6 +1,6 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from robust_dist.optim.backend import Backend, Batch, batches
+from robust_dist.optim.backend import Backend, Batch, batches, one_batch
 from robust_dist.optim.foreach import foreach as foreach_backend
 from robust_dist.optim.fused_cpu import fused_cpu, library
 from robust_dist.optim.settings import DEFAULTS, check_group, hyper
@@ -74,10 +74,14 @@ class _Gathered:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
 
-    def batches(self, steps: list[Tensor], counts: Iterable[float | None]) -> list[Batch]:
+    def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""
         rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, strict=True)
-        sharded = {type(p): is_dtensor(p) for p in self.params}
+        one_of_each = {type(p): p for p in self.params}
+        sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
+        if not any(sharded.values()):
+            alike = one_batch(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, counts)
+            return batches(rows, counts) if alike is None else [alike]
         slots = (local_slot(*row) if sharded[type(row[0])] else row for row in rows)
         return batches(slots, counts)
 
@@ -238,7 +242,8 @@ class RAdaBeliefW(Optimizer):
             self._step_differentiably(group, g)
         elif _on_host(group):
             counts = [step.item() + 1.0 for step in g.steps]
-            steps = list(torch._foreach_add(g.steps, 1.0))
+            # Half the time of foreach's addition, which has no fast path for 0-d tensors on the CPU.
+            steps = [torch.scalar_tensor(count, dtype=torch.float32) for count in counts]
             self._replace_steps(g.params, steps)
             self._run(group, g.params, g.batches(steps, counts), None)
         else:

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from array import array
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_dist.optim import RAdaBeliefW, fused_cpu
-from robust_dist.optim.fused_cpu import _KINDS, _call, _Scalars, library
+from robust_dist.optim.backend import Batch
+from robust_dist.optim.fused_cpu import _KINDS, _Scalars, call, library
 from tests.optim.helpers import bits, gradients, reference, start, step, train
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,8 @@ COPY = {"rate": 1.0, "beta2": 0.9, "grad_scale": 1.0, "decay": 1.0, "kind": 1, "
 def moved(param, grad, widest=None, **scalars):
     """`param` after one raw call of the C pass with zero moments."""
     m, v = (torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32)) for _ in range(2))
-    kinds = _KINDS[param.dtype] | _KINDS[grad.dtype] << 32
-    table = array("q", [*(t.data_ptr() for t in (param, grad, m, v)), param.numel(), kinds])
-    _call(table, 1, _Scalars(**{**COPY, **scalars}), widest)
+    kinds = _KINDS[param.dtype], _KINDS[grad.dtype]
+    call(Batch([param], [grad], [m], [v]), kinds, _Scalars(**{**COPY, **scalars}), widest)
     return param
 
 
@@ -230,7 +229,7 @@ def test_the_process_is_left_as_it_was(script):
 @built
 def test_the_compiled_backend_is_taken_unless_it_is_declined(monkeypatch):
     calls = []
-    monkeypatch.setattr(fused_cpu, "_call", lambda *words: calls.append(words))
+    monkeypatch.setattr(fused_cpu, "call", lambda *words: calls.append(words))
     for options, taken in (({}, 1), ({"fused": True}, 1), ({"fused": False}, 0), ({"foreach": True}, 0)):
         calls.clear()
         param = start((4,)).requires_grad_()

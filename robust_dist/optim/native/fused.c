@@ -28,10 +28,12 @@ typedef struct {
 } scalars;
 
 typedef struct {
-    void *param;
-    const void *grad;
-    void *exp_avg, *exp_avg_sq;
-    int64_t numel;
+    void *const *params;
+    void *const *grads;
+    void *const *exp_avgs;
+    void *const *exp_avg_sqs;
+    const int64_t *numels;
+    int64_t count;
     int32_t param_kind, grad_kind;
 } tensors;
 
@@ -99,7 +101,7 @@ static inline uint16_t to_half(float value)
 #undef ISA
 #endif
 
-typedef void (*runner)(const tensors *, int64_t, int64_t, const scalars *);
+typedef void (*runner)(const tensors *, int64_t, int64_t, int64_t, const scalars *);
 
 /* 0: portable C, 1: AVX2, 2: AVX-512. */
 int robust_dist_widest(void)
@@ -133,19 +135,22 @@ __attribute__((constructor)) static void note_process(void)
     loaded_by = getpid();
 }
 
-/* Step `count` tensors; `isa` must not be above robust_dist_widest(). */
-void robust_dist_step(const tensors *all, int64_t count, const scalars *c, int isa)
+static int64_t chunks_of(int64_t numel)
+{
+    return (numel + CHUNK - 1) / CHUNK;
+}
+
+/* Step all tensors; `isa` must not be above robust_dist_widest(). */
+void robust_dist_step(const tensors *t, const scalars *c, int isa)
 {
     const runner run = choose(isa);
-    int64_t chunks = 0;
-    for (int64_t i = 0; i < count; i++)
-        chunks += (all[i].numel + CHUNK - 1) / CHUNK;
-    int64_t elements = 0;
-    for (int64_t i = 0; i < count; i++)
-        elements += all[i].numel;
+    int64_t chunks = 0, elements = 0, next = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        chunks += chunks_of(t->numels[i]);
+        elements += t->numels[i];
+    }
     /* A forked child has none of its parent's OpenMP threads and would wait for them. */
     const int alone = getpid() != loaded_by || elements <= CHUNK || c->threads < 2;
-    int64_t next = 0;
 #pragma omp parallel num_threads(c->threads) if (!alone)
     {
         int64_t tensor = 0, before = 0; /* chunks of the tensors before this one */
@@ -155,10 +160,10 @@ void robust_dist_step(const tensors *all, int64_t count, const scalars *c, int i
             mine = next++;
             if (mine >= chunks)
                 break;
-            while (mine - before >= (all[tensor].numel + CHUNK - 1) / CHUNK)
-                before += (all[tensor++].numel + CHUNK - 1) / CHUNK;
-            const int64_t first = (mine - before) * CHUNK, left = all[tensor].numel - first;
-            run(&all[tensor], first, left < CHUNK ? left : CHUNK, c);
+            while (mine - before >= chunks_of(t->numels[tensor]))
+                before += chunks_of(t->numels[tensor++]);
+            const int64_t first = (mine - before) * CHUNK, left = t->numels[tensor] - first;
+            run(t, tensor, first, left < CHUNK ? left : CHUNK, c);
         }
     }
 }
