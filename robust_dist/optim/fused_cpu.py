@@ -7,6 +7,7 @@ depends neither on Python's nor on torch's binary interface, and it releases the
 import ctypes
 import functools
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _parted(batch: Batch) -> tuple[Batch, Batch | None]:
     return _of_rows(batch, flat), _of_rows(batch, rest) if rest else None
 
 
-def _of_rows(batch: Batch, rows: list[tuple[Tensor, ...]]) -> Batch:
+def _of_rows(batch: Batch, rows: Sequence[tuple[Tensor, ...]]) -> Batch:
     return batch.like(*map(list, zip(*rows, strict=True))) if rows else batch.like([], [], [], [])
 
 
