@@ -70,7 +70,7 @@ def test_a_step_on_dtensors_is_nearly_as_fast_as_on_their_local_tensors(ranks):
         # Of the fastest rounds: others' work on the machine is in the slower ones.
         ratios = {name: row.dtensor.low / row.plain.low for name, row in rows.items()}
         assert ratios["RAdaBeliefW"] <= 1.5
-        assert ratios["RAdaBeliefW"] < ratios["torch AdamW foreach"] < ratios["torch AdamW fused"]
+        assert ratios["RAdaBeliefW"] < ratios["torch AdamW foreach"]
 
 
 def test_the_table_has_a_line_for_each_optimizer(capsys):
