@@ -1,0 +1,167 @@
+"""The peak of a rank's memory: what it holds (exact), and what passes and steps need besides (estimated)."""
+
+from dataclasses import dataclass
+
+from robust_dist.optim.foreach import CPU_BLOCK
+from robust_dist.plan.engines import Engine
+from robust_dist.plan.held import MOMENTS, SINGLE, Held, held, persistent
+from robust_dist.plan.profile import Profile
+from robust_dist.plan.question import DTYPES, Question
+from robust_dist.plan.shapes import Shapes
+
+# CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
+ALLOWANCE = int(1.5 * 2**30)
+# Units of FSDP2 in flight: gathered and used, gathered ahead, its gradient, the gradient before it being scattered.
+UNITS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU.
+
+    Attributes:
+        held: Parameters, masters, gradients and state.
+        buffers: Of the model (BatchNorm's statistics).
+        activations: Most that forward and backward pass need for one micro batch.
+        in_flight: Gathered parameters and buckets that exist at that moment.
+        gradients_then: Gradients that exist at that moment.
+        step: Gradients and temporaries of the optimizer's step.
+        allowance: For what is not the model's.
+        host: Bytes of the host's memory, for this rank.
+    """
+
+    held: Held
+    buffers: int
+    activations: float
+    in_flight: float
+    gradients_then: float
+    step: float
+    allowance: int
+    host: int
+
+    @property
+    def resident(self) -> float:
+        """What stays from step to step."""
+        own = self.held
+        return own.parameters + self.buffers + (0 if own.on_host else own.masters + own.state)
+
+    @property
+    def passes(self) -> float:
+        """The highest moment of forward and backward pass."""
+        return self.resident + self.activations + self.in_flight + self.gradients_then
+
+    @property
+    def peak(self) -> float:
+        """The highest moment, allowance included."""
+        return max(self.passes, self.resident + self.step) + self.allowance
+
+
+def memory(
+    engine: Engine,
+    shapes: Shapes,
+    profile: Profile,
+    question: Question,
+    micro_batch: int,
+    *,
+    on_cpu: bool = False,
+) -> Memory:
+    """One rank's memory at this micro batch.
+
+    Args:
+        engine: Whose rules hold.
+        shapes: Of the model.
+        profile: Of the model in the engine's dtypes.
+        question: The job.
+        micro_batch: Images at a time.
+        on_cpu: Of a rank on a processor: no CUDA, and an optimizer that works in pieces.
+    """
+    own = held(engine, shapes, question)
+    accumulates = question.accumulation(micro_batch) > 1
+    passes = {"ddp": _ddp, "fsdp2": _fsdp2, "zero3": _zero3}.get(engine.kind, _zero12)
+    activations, in_flight, gradients = passes(engine, shapes, profile, question, micro_batch, accumulates)
+    return Memory(
+        own,
+        shapes.buffer_bytes,
+        activations,
+        in_flight,
+        gradients,
+        _step(engine, own, question, on_cpu),
+        0 if on_cpu else ALLOWANCE,
+        own.masters + own.gradients + own.state + DTYPES[question.precision].itemsize * own.elements
+        if own.on_host
+        else 0,
+    )
+
+
+def step_temporaries(elements: int, *, on_cpu: bool = False) -> int:
+    """Bytes that RAdaBeliefW's foreach step needs beside gradients: two float32 lists; on a processor of a piece."""
+    return MOMENTS * (min(elements, CPU_BLOCK) if on_cpu else elements)
+
+
+def _step(engine: Engine, own: Held, question: Question, on_cpu: bool) -> float:
+    if own.on_host:
+        return 0.0
+    temporaries = step_temporaries(own.elements, on_cpu=on_cpu)
+    if engine.kind in ("zero1", "zero2"):
+        # Averaged gradients are flattened, then made float32; both are gone before the optimizer runs.
+        size = DTYPES[question.precision].itemsize
+        making = own.gradients + size * own.elements + (SINGLE * own.elements if size != SINGLE else 0)
+        return max(making, SINGLE * own.elements + temporaries)
+    if engine.kind == "zero3":
+        return own.gradients + SINGLE * own.elements + temporaries
+    return own.gradients + temporaries
+
+
+_Passes = tuple[float, float, float]
+
+
+def _split(profile: Profile, batch: int, bytes_per_born: float) -> tuple[float, float]:
+    """Activations, and the gradients that exist beside them at the highest moment."""
+    both, alone = profile.live(batch, bytes_per_born), profile.live(batch)
+    return min(alone, both), max(both - alone, 0.0)
+
+
+def _ddp(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
+    if question.world_size == 1:
+        if more:
+            return profile.live(batch), 0.0, SINGLE * shapes.numel
+        activations, gradients = _split(profile, batch, SINGLE)
+        return activations, 0.0, gradients
+    # The buckets, of which gradients are views, are there all the time.
+    return profile.live(batch), 0.0, SINGLE * shapes.numel
+
+
+def _fsdp2(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
+    size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
+    stays = sum(unit.numel for unit in shapes.units if unit.stays or not engine.reshard)
+    largest = max(unit.numel for unit in shapes.units)
+    activations, gradients = _split(profile, batch, SINGLE / shards)
+    if more:
+        # Without synchronisation FSDP2 adds whole gradients up until the last micro batch.
+        gradients += size * shapes.numel
+    return activations, size * (stays + UNITS_IN_FLIGHT * largest), gradients
+
+
+def _zero12(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
+    size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
+    bucket = engine.settings.reduce_bucket
+    # communication_data_type is fp32 in our JSONs: a bucket is flattened, and converted, before it is sent.
+    sending = bucket * (size + (SINGLE if size != SINGLE else 0))
+    if engine.kind == "zero2":
+        activations, gradients = _split(profile, batch, size / shards)
+        gradients += size * shapes.numel / shards if more else 0
+        return activations, bucket * size * (2 if engine.settings.overlap else 1) + sending, gradients
+    if more:
+        return profile.live(batch), bucket * size, size * shapes.numel
+    activations, gradients = _split(profile, batch, size)
+    sent = size * shapes.numel + sending
+    return (activations, bucket * size, gradients) if activations + gradients > sent else (0.0, bucket * size, sent)
+
+
+def _zero3(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
+    size, settings = DTYPES[question.precision].itemsize, engine.settings
+    shared = shapes.numel - persistent(shapes, engine)
+    gathered = min(shared, settings.max_live) + min(shared, settings.prefetch)
+    own = held(engine, shapes, question)
+    gradients = 0 if own.on_host else own.gradients
+    return profile.live(batch), size * gathered + 2 * SINGLE * settings.reduce_bucket, gradients
