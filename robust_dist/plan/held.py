@@ -45,14 +45,14 @@ class Held:
 
 
 def held(engine: Engine, shapes: Shapes, question: Question, rank: int = 0) -> Held:
-    """What `rank` holds; rank 0 holds most under every engine."""
+    """What `rank` holds."""
     shards = engine.shards(question)
     if engine.kind == "ddp":
         return _whole(shapes)
     if engine.kind == "fsdp2":
         return _by_rows(shapes, shards, rank % shards)
     size = DTYPES[question.precision].itemsize
-    return _by_element(shapes, shards, size, engine) if engine.kind == "zero3" else _flat(shapes, shards, size)
+    return _by_element(shapes, shards, size, engine) if engine.kind == "zero3" else _flat(shapes, shards, size, rank)
 
 
 def _whole(shapes: Shapes) -> Held:
@@ -73,9 +73,27 @@ def partition(numel: int, shards: int) -> int:
     return -(-numel // alignment) * ZERO_ALIGNMENT
 
 
-def _flat(shapes: Shapes, shards: int, size: int) -> Held:
+def _flat(shapes: Shapes, shards: int, size: int, rank: int) -> Held:
     own = partition(shapes.numel, shards)
-    return Held(size * own * shards, SINGLE * own, size * own, MOMENTS * own + STEP, own)
+    gradients = size * _touched(shapes, own, rank)
+    return Held(size * own * shards, SINGLE * own, gradients, MOMENTS * own + STEP, own)
+
+
+def _touched(shapes: Shapes, own: int, rank: int) -> int:
+    """Elements of the gradients that a part begins, holds or ends in: a view of a piece keeps the whole alive."""
+    begin, end, start, elements = rank * own, (rank + 1) * own, 0, 0
+    for parameter in shapes.parameters:
+        stop = start + parameter.numel
+        elements += parameter.numel if start < end and stop > begin else 0
+        start = stop
+    return elements + max(0, end - max(start, begin))
+
+
+def worst_rank(engine: Engine, shapes: Shapes, question: Question) -> int:
+    """The rank that holds most: the first, but under ZeRO-1 and 2 the one whose part touches the largest gradients."""
+    if engine.kind not in ("zero1", "zero2"):
+        return 0
+    return max(range(question.world_size), key=lambda rank: held(engine, shapes, question, rank).total)
 
 
 def _by_element(shapes: Shapes, shards: int, size: int, engine: Engine) -> Held:

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from robust_dist.optim.foreach import CPU_BLOCK
 from robust_dist.plan.engines import Engine
-from robust_dist.plan.held import MOMENTS, SINGLE, Held, held, persistent
+from robust_dist.plan.held import MOMENTS, SINGLE, Held, held, persistent, worst_rank
 from robust_dist.plan.profile import Profile
 from robust_dist.plan.question import DTYPES, Question
 from robust_dist.plan.shapes import Shapes
 
 # CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
 ALLOWANCE = int(1.5 * 2**30)
-# Units of FSDP2 in flight: gathered and used, gathered ahead, its gradient, the gradient before it being scattered.
-UNITS_IN_FLIGHT = 4
+# Units of FSDP2 in flight: its gradient and the gradient before it being scattered; if parameters were given back after
+# the forward pass, also the unit that is used and the one that is gathered ahead.
+UNITS_OF_GRADIENTS, UNITS_OF_PARAMETERS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def memory(
     question: Question,
     micro_batch: int,
     *,
+    rank: int | None = None,
     on_cpu: bool = False,
 ) -> Memory:
     """One rank's memory at this micro batch.
@@ -73,9 +75,10 @@ def memory(
         profile: Of the model in the engine's dtypes.
         question: The job.
         micro_batch: Images at a time.
+        rank: Whose; None: that of the rank that holds most.
         on_cpu: Of a rank on a processor: no CUDA, and an optimizer that works in pieces.
     """
-    own = held(engine, shapes, question)
+    own = held(engine, shapes, question, worst_rank(engine, shapes, question) if rank is None else rank)
     accumulates = question.accumulation(micro_batch) > 1
     passes = {"ddp": _ddp, "fsdp2": _fsdp2, "zero3": _zero3}.get(engine.kind, _zero12)
     activations, in_flight, gradients = passes(engine, shapes, profile, question, micro_batch, accumulates)
@@ -108,7 +111,7 @@ def _step(engine: Engine, own: Held, question: Question, on_cpu: bool) -> float:
         making = own.gradients + size * own.elements + (SINGLE * own.elements if size != SINGLE else 0)
         return max(making, SINGLE * own.elements + temporaries)
     if engine.kind == "zero3":
-        return own.gradients + SINGLE * own.elements + temporaries
+        return own.gradients + SINGLE * (own.elements + engine.settings.reduce_bucket) + temporaries
     return own.gradients + temporaries
 
 
@@ -135,18 +138,20 @@ def _fsdp2(engine: Engine, shapes: Shapes, profile: Profile, question: Question,
     size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
     stays = sum(unit.numel for unit in shapes.units if unit.stays or not engine.reshard)
     largest = max(unit.numel for unit in shapes.units)
-    activations, gradients = _split(profile, batch, SINGLE / shards)
+    # What was kept gathered is given back unit by unit as the gradients come.
+    activations, gradients = _split(profile, batch, SINGLE / shards - (0 if engine.reshard else size))
     if more:
         # Without synchronisation FSDP2 adds whole gradients up until the last micro batch.
         gradients += size * shapes.numel
-    return activations, size * (stays + UNITS_IN_FLIGHT * largest), gradients
+    units = UNITS_OF_GRADIENTS + (UNITS_OF_PARAMETERS if engine.reshard else 0)
+    return activations, size * (stays + units * largest), gradients
 
 
 def _zero12(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
     size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
     bucket = engine.settings.reduce_bucket
     # communication_data_type is fp32 in our JSONs: a bucket is flattened, and converted, before it is sent.
-    sending = bucket * (size + (SINGLE if size != SINGLE else 0))
+    sending = min(bucket, shapes.numel) * (size + (SINGLE if size != SINGLE else 0))
     if engine.kind == "zero2":
         activations, gradients = _split(profile, batch, size / shards)
         gradients += size * shapes.numel / shards if more else 0
@@ -164,4 +169,8 @@ def _zero3(engine: Engine, shapes: Shapes, profile: Profile, question: Question,
     gathered = min(shared, settings.max_live) + min(shared, settings.prefetch)
     own = held(engine, shapes, question)
     gradients = 0 if own.on_host else own.gradients
-    return profile.live(batch), size * gathered + 2 * SINGLE * settings.reduce_bucket, gradients
+    return (
+        profile.live(batch),
+        size * gathered + SINGLE * (settings.reduce_bucket + min(settings.reduce_bucket, shapes.numel)),
+        gradients,
+    )

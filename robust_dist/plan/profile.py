@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from robust_dist.plan.allocations import LiveBytes
+from robust_dist.plan.engines import Engine
+from robust_dist.plan.question import DTYPES, Question
 from robust_dist.plan.shapes import build_on_meta
 
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
@@ -95,6 +98,44 @@ def profile(
                 "--image-size and --in-channels must be what it takes"
             ) from error
     return Profile(*passes)
+
+
+def profile_for(engine: Engine, question: Question) -> Profile:
+    """The profile in the dtypes that an engine computes in; asked for again, it is not measured again."""
+    low, half = question.precision != "no", DTYPES[question.precision]
+    # DDP's autocast keeps float32 weights; FSDP2 gathers them in half precision; DeepSpeed has no autocast.
+    weights = torch.float32 if engine.kind == "ddp" else half
+    autocast = half if low and not engine.kind.startswith("zero") else None
+    return _profile_once(
+        question.model,
+        question.num_classes,
+        question.image_size,
+        question.in_channels,
+        weights,
+        autocast,
+        tuple(question.options.items()),
+    )
+
+
+@lru_cache
+def _profile_once(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    in_channels: int,
+    weights: torch.dtype,
+    autocast: torch.dtype | None,
+    options: tuple[tuple[str, Any], ...],
+) -> Profile:
+    return profile(
+        name,
+        num_classes,
+        image_size,
+        in_channels=in_channels,
+        weights=weights,
+        autocast=autocast,
+        options=dict(options),
+    )
 
 
 def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocast: torch.dtype | None) -> Pass:

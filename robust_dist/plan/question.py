@@ -71,7 +71,12 @@ class Question:
             f"at least {world}: each of the {world} GPUs needs an image at every step",
         )
         wanted = f"between 1 and {self.rank_batch}, a GPU's share of batch_size={self.batch_size}"
-        _need(self.micro_batch is None or 1 <= self.micro_batch <= self.rank_batch, "micro_batch", self.micro_batch, wanted)
+        _need(
+            self.micro_batch is None or 1 <= self.micro_batch <= self.rank_batch,
+            "micro_batch",
+            self.micro_batch,
+            wanted,
+        )
         if self.precision == "bf16" and not self.hardware.bf16:
             raise ValueError(f"--precision=bf16 is not what {self.gpu} calculates in; take fp16 or no")
 
@@ -102,4 +107,6 @@ class Question:
 
 def _need(ok: bool, setting: str, value: object, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"--{setting.replace('_', '-').replace('gib', 'gb')}={value!r} is not valid: it must be {wanted}")
+        raise ValueError(
+            f"--{setting.replace('_', '-').replace('gib', 'gb')}={value!r} is not valid: it must be {wanted}"
+        )

@@ -85,7 +85,9 @@ def build_on_meta(name: str, num_classes: int, *, in_channels: int = 3, **option
         with torch.device("meta"):
             return build_model(name, num_classes, in_channels=in_channels, **options)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"--model={name!r} cannot be built without its memory (torch's meta device): {error}") from error
+        raise ValueError(
+            f"--model={name!r} cannot be built without its memory (torch's meta device): {error}"
+        ) from error
 
 
 def read_shapes(model: nn.Module) -> Shapes:
