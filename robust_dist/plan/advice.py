@@ -20,8 +20,8 @@ def reason(plan: Plan) -> str:
     room = (1 - question.margin) * question.memory_bytes / GIB
     parts = "in one part" if best.accumulation == 1 else f"in {best.accumulation} parts"
     memory = (
-        f"It needs {best.memory.peak / GIB:.1f} of the {room:.1f} GiB that a margin of {question.margin:.0%} leaves, with "
-        f"each GPU's {question.rank_batch} images {parts}."
+        f"It needs {best.memory.peak / GIB:.1f} of the {room:.1f} GiB that a margin of {question.margin:.0%} leaves, "
+        f"with each GPU's {question.rank_batch} images {parts}."
     )
     if question.world_size == 1:
         return f"One GPU trains alone. {memory}"
@@ -62,8 +62,8 @@ def remedies(plan: Plan) -> list[str]:
     least = min(plan.estimates, key=lambda one: one.memory.peak)
     activations = least.memory.activations / GIB
     found = [
-        f"The least is {least.engine.name} with {least.memory.peak / GIB:.1f} GiB at {least.micro_batch} images, of which "
-        f"{activations:.1f} GiB are activations."
+        f"The least is {least.engine.name} with {least.memory.peak / GIB:.1f} GiB at {least.micro_batch} images, of "
+        f"which {activations:.1f} GiB are activations."
     ]
     if question.micro_batch and question.micro_batch > 1:
         found.append("Leave --micro-batch out, or give a smaller one.")
@@ -71,9 +71,8 @@ def remedies(plan: Plan) -> list[str]:
         found.append("--precision bf16 halves most activations, and what ZeRO and FSDP2 gather.")
     nodes = _enough_nodes(plan)
     if nodes is not None:
-        found.append(
-            f"{nodes} nodes of {question.gpus_per_node} GPUs would do with {nodes * question.gpus_per_node} images."
-        )
+        images = max(question.batch_size, nodes * question.gpus_per_node)
+        found.append(f"{nodes} nodes of {question.gpus_per_node} GPUs would do, with {images} images a step.")
     if activations > least.memory.resident / GIB:
         found.append(
             "Activation checkpointing (fsdp_activation_checkpointing: true in the FSDP files) trades them for a second "

@@ -70,7 +70,7 @@ def compare(question: Question, micro_batch: int, engines: Sequence[Engine] | No
     )
     found = measure(small, question, micro_batch)
     predicted = [memory(e, shapes, profile_for(e, question), question, micro_batch, rank=0, on_cpu=True) for e in small]
-    return [Compared(*row, ranks[0]) for *row, ranks in zip(small, predicted, found, strict=True)]
+    return [Compared(e, ours, ranks[0]) for e, ours, ranks in zip(small, predicted, found, strict=True)]
 
 
 def show(rows: Sequence[Compared]) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
@@ -69,7 +69,7 @@ def measure(engines: Sequence[Engine], question: Question, micro_batch: int) -> 
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
         free.close()
-        mp.spawn(_rank, (tuple(engines), question, micro_batch, port, out), nprocs=question.world_size)
+        spawn(_rank, (tuple(engines), question, micro_batch, port, out), nprocs=question.world_size)
         found = [json.loads(Path(out, f"{r}.json").read_text()) for r in range(question.world_size)]
     return [[Measured(**ranks[i]) for ranks in found] for i in range(len(engines))]
 
@@ -117,9 +117,8 @@ def _train(engine: Engine, question: Question, batch: int) -> Measured:
     before = _resident()
     torch.manual_seed(0)
     model = build_model(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
-    run: _Run = (
-        _Zero(engine, question, batch, model) if engine.kind.startswith("zero") else _Torch(engine, question, model)
-    )
+    kind = _Zero if engine.kind.startswith("zero") else _Torch
+    run: _Run = kind(engine, question, batch, model)
     shape = (batch, question.in_channels, question.image_size, question.image_size)
     labels = torch.zeros(batch, dtype=torch.long)
     for _ in range(_STEPS):
@@ -175,7 +174,7 @@ class _Run:
 class _Torch(_Run):
     """DDP, FSDP2 and HSDP."""
 
-    def __init__(self, engine: Engine, question: Question, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, question: Question, batch: int, model: nn.Module) -> None:
         self.precision = question.precision
         if engine.kind == "ddp":
             self.model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -208,8 +207,9 @@ def shard(model: nn.Module, mesh: Any, reshard: bool, precision: str) -> nn.Modu
     dtype = DTYPES[precision]
     policy = MixedPrecisionPolicy(dtype, dtype, dtype) if precision != "no" else MixedPrecisionPolicy()
     for module, reshards in unit_modules(model):
-        after = {} if module is model else {"reshard_after_forward": reshards and reshard}
-        fully_shard(module, mesh=mesh, mp_policy=policy, **after)
+        # The root is left to torch, as Accelerate does, which keeps it gathered.
+        after = None if module is model else reshards and reshard
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=after)
     return model
 
 

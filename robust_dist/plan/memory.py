@@ -169,8 +169,5 @@ def _zero3(engine: Engine, shapes: Shapes, profile: Profile, question: Question,
     gathered = min(shared, settings.max_live) + min(shared, settings.prefetch)
     own = held(engine, shapes, question)
     gradients = 0 if own.on_host else own.gradients
-    return (
-        profile.live(batch),
-        size * gathered + SINGLE * (settings.reduce_bucket + min(settings.reduce_bucket, shapes.numel)),
-        gradients,
-    )
+    buckets = settings.reduce_bucket + min(settings.reduce_bucket, shapes.numel)
+    return profile.live(batch), size * gathered + SINGLE * buckets, gradients

@@ -77,7 +77,7 @@ class Question:
             self.micro_batch,
             wanted,
         )
-        if self.precision == "bf16" and not self.hardware.bf16:
+        if not self.hardware.bf16 and self.precision == "bf16":
             raise ValueError(f"--precision=bf16 is not what {self.gpu} calculates in; take fp16 or no")
 
     @property

@@ -45,7 +45,7 @@ def _memory_row(one: Estimate) -> list[str]:
     memory = one.memory
     own = memory.held
     on_device = 0 if own.on_host else 1
-    values = [own.parameters + on_device * own.masters, on_device * own.gradients, on_device * own.state]
+    values: list[float] = [own.parameters + on_device * own.masters, on_device * own.gradients, on_device * own.state]
     values += [memory.activations, memory.in_flight, memory.step, memory.peak]
     batch = f"{one.micro_batch}" if one.accumulation == 1 else f"{one.micro_batch} x {one.accumulation}"
     cells = [f"{value / GIB:.2f}" for value in values]
@@ -93,10 +93,10 @@ def _notes(plan: Plan) -> str:
     intra = question.intra_gbps or question.hardware.intra_gbps
     inter = question.inter_gbps or question.hardware.inter_gbps
     return (
-        "Parameters, masters, gradients, state, payloads are exact; activations are measured on fake tensors; the rest is "
-        f"estimated, with these assumptions: {question.mfu:.0%} of the peak rate, links of {intra:g} Gbit/s in a node and "
+        "Parameters, masters, gradients, state and payloads are exact; activations are measured on fake tensors; the "
+        f"rest is estimated. Assumed: {question.mfu:.0%} of the peak rate, links of {intra:g} Gbit/s in a node and "
         f"{inter:g} between nodes a GPU and direction at {LINK_SHARE:.0%}, {1e6 * START:.0f} us a collective and "
-        f"{1e6 * HOP:.0f} more for each doubling of its ranks, {ALLOWANCE / GIB:g} GiB a GPU for CUDA, NCCL and workspaces. "
+        f"{1e6 * HOP:.0f} more for each doubling of its ranks, {ALLOWANCE / GIB:g} GiB a GPU for CUDA and NCCL. "
         "The optimizer's own arithmetic and the data are not counted. The switch of weight decay adds "
         f"{SWITCH_COLLECTIVES} small collectives to the whole run."
     )
