@@ -14,7 +14,7 @@ MIB = 2**20
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15
 # A process's pages count once they are written, so ZeRO's buckets must be small enough to be filled.
-_BUCKET = 4_000_000
+_BUCKET = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ from robust_dist.plan.shapes import Shapes
 
 # CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
 ALLOWANCE = int(1.5 * 2**30)
-# Units of FSDP2 in flight: its gradient and the gradient before it being scattered; if parameters were given back after
-# the forward pass, also the unit that is used and the one that is gathered ahead.
-UNITS_OF_GRADIENTS, UNITS_OF_PARAMETERS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -136,22 +133,59 @@ def _ddp(engine: Engine, shapes: Shapes, profile: Profile, question: Question, b
 
 def _fsdp2(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
     size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
-    stays = sum(unit.numel for unit in shapes.units if unit.stays or not engine.reshard)
-    largest = max(unit.numel for unit in shapes.units)
-    # What was kept gathered is given back unit by unit as the gradients come.
-    activations, gradients = _split(profile, batch, SINGLE / shards - (0 if engine.reshard else size))
-    if more:
-        # Without synchronisation FSDP2 adds whole gradients up until the last micro batch.
-        gradients += size * shapes.numel
-    units = UNITS_OF_GRADIENTS + (UNITS_OF_PARAMETERS if engine.reshard else 0)
-    return activations, size * (stays + units * largest), gradients
+    # Without synchronisation FSDP2 adds whole gradients up until the last micro batch.
+    whole = size * shapes.numel if more else 0
+    moments = []
+    for moment in _backward_moments(shapes, engine.reshard):
+        activations = profile.live_between(batch, moment.born, moment.born_after)
+        moments.append((activations, size * moment.in_flight, whole + SINGLE * moment.born / shards))
+    return max(moments, key=sum)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """The backward pass of one unit, elements.
+
+    Attributes:
+        born: Of the gradients that are finished before it.
+        born_after: And after it.
+        in_flight: Gathered parameters, this unit's gradients, and those before it, which are being scattered.
+    """
+
+    born: int
+    born_after: int
+    in_flight: int
+
+
+def _backward_moments(shapes: Shapes, reshard: bool) -> list[_Moment]:
+    """Gradients are taken to be finished in the reverse of the parameters' order, units as their first parameter."""
+    place = {parameter: index for index, parameter in enumerate(shapes.parameters)}
+    behind = [0]
+    for parameter in reversed(shapes.parameters):
+        behind.append(behind[-1] + parameter.numel)
+    behind.reverse()
+    units = sorted(shapes.units, key=lambda unit: place[unit.parameters[0]], reverse=True)
+    stays = sum(unit.numel for unit in units if unit.stays)
+    moments, before = [], 0
+    for unit, ahead in zip(units, [*units[1:], None], strict=True):
+        first, last = (place[unit.parameters[end]] for end in (0, -1))
+        if reshard:
+            gathered = sum(one.numel for one in (unit, ahead) if one is not None and not one.stays) + stays
+        else:
+            gathered = shapes.numel - behind[last + 1]
+        moments.append(_Moment(behind[last + 1], behind[first], gathered + unit.numel + before))
+        before = unit.numel
+    return moments
 
 
 def _zero12(engine: Engine, shapes: Shapes, profile: Profile, question: Question, batch: int, more: bool) -> _Passes:
     size, shards = DTYPES[question.precision].itemsize, engine.shards(question)
     bucket = engine.settings.reduce_bucket
     # communication_data_type is fp32 in our JSONs: a bucket is flattened, and converted, before it is sent.
-    sending = min(bucket, shapes.numel) * (size + (SINGLE if size != SINGLE else 0))
+    # A gradient that is larger than a bucket is sent alone.
+    sending = min(max(bucket, max(p.numel for p in shapes.parameters)), shapes.numel) * (
+        size + (SINGLE if size != SINGLE else 0)
+    )
     if engine.kind == "zero2":
         activations, gradients = _split(profile, batch, size / shards)
         gradients += size * shapes.numel / shards if more else 0

@@ -53,6 +53,11 @@ class Profile:
         rows = zip(self.small.live, self.large.live, self.small.born, strict=True)
         return max(_line(a, b, batch) + bytes_per_born * born for a, b, born in rows)
 
+    def live_between(self, batch: int, born: int, born_after: int) -> float:
+        """Most bytes alive while the finished gradients grow from `born` to `born_after` elements."""
+        rows = zip(self.small.live, self.large.live, self.small.born, strict=True)
+        return max((_line(a, b, batch) for a, b, done in rows if born <= done < born_after), default=0.0)
+
     def flops(self, batch: int) -> float:
         """Operations of one forward and backward pass."""
         return _line(self.small.flops, self.large.flops, batch)
