@@ -17,17 +17,18 @@ from tests.ranks import run_ranks
 # 45 MB of weights, so that a process's own ups and downs are small beside it.
 JOB = Question("resnet18", image_size=64, num_classes=10, batch_size=16, gpus_per_node=2)
 MICRO_BATCH = 8
-TORCH = tuple(engine for engine in ENGINES if engine.kind in ("ddp", "fsdp2"))
+TORCH = tuple(engine for engine in ENGINES if engine.name in ("DDP", "HSDP", "FSDP2"))
+REST = tuple(engine for engine in ENGINES if engine.name == "FSDP2, no reshard")
 ZERO = tuple(with_small_buckets(engine) for engine in ENGINES if engine.kind.startswith("zero") and not engine.offload)
 
 
 @pytest.fixture(scope="module")
 def launched():
-    """(engine, precision) -> the job and what its ranks measured; each group of engines is launched once, when asked."""
+    """(engine, precision) -> the job and what its ranks measured; a group of engines is launched once, when asked."""
     launches = {}
 
     def launch(engine, precision):
-        group = TORCH if engine in TORCH else ZERO
+        group = next(group for group in (TORCH, REST + ZERO) if engine in group)
         key = group, precision
         if key not in launches:
             nodes = 2 if group is TORCH else 1
@@ -45,11 +46,13 @@ def shapes():
     return read_shapes(build_on_meta(JOB.model, JOB.num_classes))
 
 
-PRECISIONS = ["no", pytest.param("bf16", marks=pytest.mark.slow)]
+slow = pytest.mark.slow
+CELLS = [pytest.param(engine, "no", id=engine.name) for engine in TORCH]
+CELLS += [pytest.param(engine, "no", marks=slow, id=engine.name) for engine in REST + ZERO]
+CELLS += [pytest.param(engine, "bf16", marks=slow, id=f"{engine.name}, bf16") for engine in TORCH + REST + ZERO]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("engine", TORCH + ZERO, ids=lambda engine: engine.name)
+@pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_every_rank_holds_the_planned_bytes(launched, shapes, engine, precision):
     job, measured = launched(engine, precision)
     for rank, one in enumerate(measured):
@@ -58,8 +61,7 @@ def test_every_rank_holds_the_planned_bytes(launched, shapes, engine, precision)
         assert astuple(one)[:4] == ours, f"rank {rank}"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("engine", TORCH + ZERO, ids=lambda engine: engine.name)
+@pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_the_planned_peak_is_within_15_percent_of_the_process_s(launched, shapes, engine, precision):
     job, measured = launched(engine, precision)
     planned = memory(engine, shapes, profile_for(engine, job), job, MICRO_BATCH, rank=0, on_cpu=True).peak
