@@ -1,4 +1,4 @@
-"""`robust-dist doctor | preview | bench | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | plan | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
@@ -56,6 +56,12 @@ def _bench(words: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(words: argparse.Namespace) -> int:
+    from robust_dist.plan.command import run
+
+    return run(words)
+
+
 def _convert(words: argparse.Namespace) -> int:
     from robust_dist.checkpoint import convert
 
@@ -95,8 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
     bench.set_defaults(run=_bench, extra="bench")
+    _add_plan_command(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.plan.command import add_arguments
+
+    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which one to take")
+    add_arguments(plan)
+    plan.set_defaults(run=_plan, extra="train")
 
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
