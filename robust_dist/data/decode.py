@@ -8,7 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from robust_dist.augment.keys import Stream, uniforms
@@ -59,7 +59,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """torchvision's RandomResizedCrop of a PIL image, with draws that are a pure function of `key`.
+    """RandomResizedCrop of torchvision for a PIL image, with draws that are a pure function of `key`.
 
     Args:
         image: RGB.
@@ -93,7 +93,7 @@ def crop_box(width: int, height: int, key: int, *, scale: tuple[float, float], r
 
 
 def resize_center_crop(image: Image.Image, size: int, resize: int) -> Tensor:
-    """torchvision's Resize(resize) and CenterCrop(size) of a PIL image, for evaluation.
+    """Resize(resize) and CenterCrop(size) of torchvision for a PIL image, for evaluation.
 
     Args:
         image: RGB.
@@ -186,7 +186,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image, or cut off in its header"
     return str(error) or type(error).__name__
 

@@ -5,6 +5,7 @@ the same images. Class c of a set is called `CLASSES[c]`.
 """
 
 import io
+import itertools
 import json
 import struct
 import tarfile
@@ -63,7 +64,7 @@ def write_parquet(folder, labels, split="train", *, files=2, group=4, classes=CL
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     bounds = [round(k * len(labels) / files) for k in range(files + 1)]
-    for number, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
         part = Dataset.from_dict({names[0]: rows[low:high], names[1]: list(labels[low:high])}, features=features)
         write_arrow(part, folder / "data" / f"{split}-{number:05d}-of-{files:05d}.parquet", group)
     return folder
