@@ -6,7 +6,7 @@ A scheduler may signal every process of a job, this one too, and its end would b
 import os
 import signal
 
-from robust_dist.data import reading  # noqa: F401
+from robust_dist.data import reading
 
 
 def _ignore() -> dict[signal.Signals, object]:
