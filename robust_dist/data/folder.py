@@ -10,6 +10,7 @@ import numpy as np
 from robust_dist.data.classes import check_same_classes, some
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.packed import PackedStrings
+from robust_dist.data.source import check_index
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
@@ -26,16 +27,17 @@ class ImageFolderSource:
         self.name = name
         self.classes = classes
         self._folder = folder
-        self._files = PackedStrings(file for of_class in files for file in of_class)
+        self._files = PackedStrings.of(file for of_class in files for file in of_class)
         counts = [len(of_class) for of_class in files]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-        self.group_sizes = (len(self._files),)
+        self.group_sizes: tuple[int, ...] = (len(self._files),)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, index: int) -> tuple[bytes, int]:
         """See `ImageSource.read`."""
+        check_index(index, self)
         try:
             with open(self.where(index), "rb") as file:
                 return file.read(), int(self._labels[index])

@@ -76,7 +76,7 @@ def test_a_source_is_pickled_without_an_object_a_sample_and_reads_the_same_after
 
 @pytest.mark.parametrize("strings", [[], [""], ["a", "", "bc"], ["ü", os.fsdecode(b"\xff\xfe"), "x" * 3000]])
 def test_packed_strings_are_the_strings(strings):
-    packed = pickle.loads(pickle.dumps(PackedStrings(strings)))
+    packed = pickle.loads(pickle.dumps(PackedStrings.of(strings)))
     assert list(packed) == strings
     assert len(packed) == len(strings)
     with pytest.raises(IndexError):
