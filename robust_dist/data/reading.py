@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
@@ -147,6 +147,7 @@ class Workers:
             generator=torch.Generator(),
             **options,
         )
+        self._reading: Generator[tuple[Request, Pack], None, None] = _nothing()
 
     def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
         """Each request with its pack, in order. A new call ends the one before it.
@@ -154,16 +155,22 @@ class Workers:
         Raises:
             WorkersLostError: a worker was killed, or ended by itself.
         """
+        self._reading.close()
+        self._reading = self._read(requests)
+        return self._reading
+
+    def close(self) -> None:
+        """End the workers."""
+        self._reading.close()
+        self._loader = None
+
+    def _read(self, requests: Iterator[Request]) -> Generator[tuple[Request, Pack], None, None]:
         assert self._loader is not None, "the workers were closed"
         asked: deque[Request] = deque()
         self.requests.source = requests, asked
         with _worker_errors():
             for pack in self._loader:
                 yield asked.popleft(), pack
-
-    def close(self) -> None:
-        """End the workers."""
-        self._loader = None
 
 
 class _Requests(Sampler[tuple[list[int], list[int]]]):
@@ -193,6 +200,10 @@ def _worker_errors() -> Iterator[None]:
         ) from error
 
 
+def _nothing() -> Generator[tuple[Request, Pack], None, None]:
+    yield from ()
+
+
 def _unchanged(pack: Pack) -> Pack:
     return pack
 
@@ -205,14 +216,26 @@ def _server() -> BaseContext:
 
 def shield(worker: int = 0) -> None:
     """Make this process a worker: deaf to signals that are meant for ranks, and gone when its rank is."""
+    rank = multiprocessing.parent_process()
+    if rank is None or rank.pid is None:
+        return
     for number in SHIELDED:
         signal.signal(number, signal.SIG_IGN)
-    rank = multiprocessing.parent_process()
-    if rank is not None:
-        threading.Thread(target=_end_with, args=(rank.sentinel,), daemon=True, name="rank-watch").start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # For `_until_told` to take it; threads that are made later have it blocked, too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_until_told, args=(rank.pid,), daemon=True, name="told-to-end").start()
+    threading.Thread(target=_until_alone, args=(rank.sentinel,), daemon=True, name="left-alone").start()
 
 
-def _end_with(sentinel: int) -> None:
-    # torch's own watchdog looks at the parent process, which here is the server and lives on.
-    wait([sentinel])
+def _until_told(rank: int) -> None:
+    """End this process when its rank, and nobody else, terminates it."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
+        pass
+    os._exit(0)
+
+
+def _until_alone(rank_ended: int) -> None:
+    """End this process with its rank: torch's own watchdog looks at the parent process, the server, which lives on."""
+    wait([rank_ended])
     os._exit(1)
