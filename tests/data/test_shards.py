@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import subprocess
 import tarfile
 import threading
 
@@ -73,6 +74,22 @@ def test_the_samples_are_those_of_the_webdataset_package(tmp_path):
     expected = [(image, int(label)) for image, label in theirs]
     assert len(expected) == 4
     assert rows(open_webdataset(path)) == expected
+
+
+@pytest.mark.parametrize("writer", ["webdataset", "tar", "tar --format=pax", "tar --format=gnu", "tar --format=v7"])
+def test_shards_that_others_write_are_whole(tmp_path, writer):
+    contents = {f"{index:03d}.{ending}": encoded(index, 1) for index in range(3) for ending in ["jpg", "cls"]}
+    contents = {name: b"1" if name.endswith("cls") else content for name, content in contents.items()}
+    path = str(tmp_path / "a.tar")
+    if writer == "webdataset":
+        with pytest.importorskip("webdataset").TarWriter(path) as tar:
+            for index in range(3):
+                tar.write({"__key__": f"{index:03d}", "jpg": encoded(index, 1), "cls": 1})
+    else:
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        subprocess.run([*writer.split(), "-cf", path, "-C", str(tmp_path), *contents], check=True)
+    assert rows(open_webdataset(path, num_classes=2)) == [(encoded(index, 1), 1) for index in range(3)]
 
 
 def test_the_index_is_made_once_and_again_for_a_changed_shard_only(tmp_path, monkeypatch):
