@@ -57,13 +57,13 @@ def open_hub(
     cache_dir: str | None = None,
     download: bool = True,
     classes: tuple[str, ...] | None = None,
+    spool_dir: str | Path | None = None,
 ) -> ImageSource:
     """One split of an image set that `datasets` can load: from the Hub, or from files on a disk.
 
     Images stay encoded as they are. Without streaming, `datasets` puts a set into its cache first (for local parquet
-    files a second copy, as one Arrow file), but takes a `save_to_disk` folder where it lies. With streaming nothing is
-    copied: only parquet files' footers are read, and row groups when their samples come; give that the loader's order
-    by groups.
+    files a second copy, as one Arrow file), but takes a `save_to_disk` folder where it lies. With streaming, only the
+    footers of parquet files are read, and a row group when its samples come: once a node, to a temporary file.
 
     Args:
         path: a set's name on the Hub, a folder of parquet or other files that `datasets` knows, a `save_to_disk`
@@ -79,6 +79,7 @@ def open_hub(
         cache_dir: see `datasets.load_dataset`.
         download: with False nothing is fetched from the Hub: what is not in the cache is an error.
         classes: of the training split, which this one must fit.
+        spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
 
     Raises:
         DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
@@ -99,6 +100,7 @@ def open_hub(
                 label_column=label_column,
                 classes=classes,
                 features=features,
+                spool_dir=spool_dir,
             )
         table = _saved(path, split) if _is_saved(path) else _datasets().load_dataset(path, split=split, **words)
         return _from_table(table, image_column, label_column, classes, name)

@@ -1,11 +1,14 @@
 """Parquet files wherever they lie: row groups are fetched when a sample of theirs is read, nothing before."""
 
+import hashlib
 import os
+import pickle
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +16,18 @@ import numpy as np
 from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.source import check_index
+from robust_dist.data.spool import Spool
 from robust_dist.extras import require
 
 READERS = 16
-CACHED_GROUPS = 4
+MAPPED_GROUPS = 8
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file's path or address, its number in the file, its rows."""
+    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows."""
 
     url: str
+    digest: str
     number: int
     rows: int
 
@@ -30,7 +35,7 @@ class RowGroup(NamedTuple):
 class ParquetSource:
     """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
 
-    Each process keeps the last `CACHED_GROUPS` row groups, so reading group by group fetches each once.
+    A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class ParquetSource:
         labels: np.ndarray | None,
         label_of: np.ndarray | None,
         name: str,
+        spool: Spool,
     ) -> None:
         self.name = name
         self.classes = classes
@@ -51,6 +57,7 @@ class ParquetSource:
         self._columns = columns
         self._labels = labels
         self._label_of = label_of
+        self._spool = spool
         self._cache: tuple[int, Callable[[int], Any]] | None = None
 
     def __len__(self) -> int:
@@ -78,17 +85,21 @@ class ParquetSource:
     def _table(self, group: int) -> Any:
         if self._cache is None or self._cache[0] != os.getpid():
             # Neither an open file nor a connection may be shared with the process that this one was forked from.
-            self._cache = os.getpid(), lru_cache(CACHED_GROUPS)(self._fetch)
+            self._cache = os.getpid(), lru_cache(MAPPED_GROUPS)(self._load)
         return self._cache[1](group)
 
-    def _fetch(self, group: int) -> Any:
-        url, number, _ = self._groups[group]
+    def _load(self, number: int) -> Any:
+        group = self._groups[number]
+        stated = "\n".join([group.url, group.digest, str(group.number), *self._columns])
+        return self._spool.table(hashlib.sha256(stated.encode()).hexdigest()[:32], lambda: self._fetch(group))
+
+    def _fetch(self, group: RowGroup) -> Any:
         try:
-            return read_columns(url, list(self._columns), number)
+            return read_columns(group.url, list(self._columns), group.number)
         except (_pyarrow().ArrowInvalid, OSError) as error:
-            if is_remote(url) and isinstance(error, OSError):
+            if is_remote(group.url) and isinstance(error, OSError):
                 raise
-            raise BadImageError(f"row group {number} of {url} cannot be read: {error}") from error
+            raise BadImageError(f"row group {group.number} of {group.url} cannot be read: {error}") from error
 
     def _label(self, index: int, table: Any, row: int) -> int:
         if self._labels is not None:
@@ -108,6 +119,7 @@ def open_parquet(
     label_column: str | None = None,
     classes: tuple[str, ...] | None = None,
     features: Any = None,
+    spool_dir: str | Path | None = None,
 ) -> ParquetSource:
     """Samples of parquet files in the order given, of which only the footers are read now.
 
@@ -121,6 +133,7 @@ def open_parquet(
         label_column: see `find_columns`.
         classes: of the training split, where this is another one.
         features: `datasets.Features`, where known from elsewhere than the files.
+        spool_dir: a folder on this node's own disk for the row groups under way; see `Spool`.
 
     Raises:
         DataError: no row, a file that is no parquet file or has other columns than the first; or see `find_columns`,
@@ -130,7 +143,10 @@ def open_parquet(
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(_footer, urls))
         groups = [
-            RowGroup(u, k, rows) for u, footer in zip(urls, footers, strict=True) for k, rows in footer.groups if rows
+            RowGroup(u, footer.digest, k, rows)
+            for u, footer in zip(urls, footers, strict=True)
+            for k, rows in footer.groups
+            if rows
         ]
         if not groups:
             raise DataError(f"{name} has no rows in its {len(urls)} parquet files")
@@ -139,18 +155,20 @@ def open_parquet(
         _check_schemas(urls, footers, columns)
         if is_class_label(features[columns[1]]):
             label_of, classes = class_labels(features[columns[1]], classes, name)
-            return ParquetSource(groups, columns, classes, labels=None, label_of=label_of, name=name)
+            return ParquetSource(
+                groups, columns, classes, labels=None, label_of=label_of, name=name, spool=Spool(spool_dir)
+            )
         parts = list(pool.map(lambda group: read_columns(group.url, [columns[1]], group.number)[0], groups))
     column = _pyarrow().chunked_array([chunk for part in parts for chunk in part.chunks])
     labels, classes = plain_labels(column, classes, name)
-    return ParquetSource(groups, columns, classes, labels=labels, label_of=None, name=name)
+    return ParquetSource(groups, columns, classes, labels=labels, label_of=None, name=name, spool=Spool(spool_dir))
 
 
 def read_columns(url: str, columns: list[str], group: int) -> Any:
     """Some columns of one row group, as a `pyarrow.Table`; its file is opened for that and closed again."""
-    with _opened(url) as file:
+    with _opened(url) as source:
         # One thread: a worker is one of many already, and Arrow's threads do not survive a fork.
-        return file.read_row_group(group, columns=columns, use_threads=False)
+        return _parquet(source).read_row_group(group, columns=columns, use_threads=False)
 
 
 def is_remote(url: str) -> bool:
@@ -159,28 +177,41 @@ def is_remote(url: str) -> bool:
 
 
 class _Footer(NamedTuple):
+    digest: str
     groups: list[tuple[int, int]]
     schema: Any
 
 
 def _footer(url: str) -> _Footer:
     try:
-        with _opened(url) as file:
+        with _opened(url) as source:
+            file = _parquet(source)
             metadata = file.metadata
-            return _Footer(
-                [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)], file.schema_arrow
-            )
+            digest = hashlib.sha256(pickle.dumps(metadata) + _identity(url, source).encode()).hexdigest()
+            groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
+            return _Footer(digest, groups, file.schema_arrow)
     except _pyarrow().ArrowInvalid as error:
         raise DataError(f"{url} is no parquet file, or is cut off: {error}") from error
 
 
 def _opened(url: str) -> Any:
-    parquet = require("pyarrow.parquet", extra="data", purpose="parquet files")
     if not is_remote(url):
-        return parquet.ParquetFile(url.removeprefix("file://"))
+        return open(url.removeprefix("file://"), "rb")
     # With the retries, and for the Hub the credentials, of `datasets`' own streaming.
-    opener = require("datasets.utils.file_utils", extra="data", purpose="remote parquet files").xopen
-    return parquet.ParquetFile(opener(url, "rb"), pre_buffer=True)
+    return require("datasets.utils.file_utils", extra="data", purpose="remote parquet files").xopen(url, "rb")
+
+
+def _parquet(source: Any) -> Any:
+    parquet = require("pyarrow.parquet", extra="data", purpose="parquet files")
+    return parquet.ParquetFile(source, pre_buffer=True)
+
+
+def _identity(url: str, source: Any) -> str:
+    """What tells a file from a later one of its name: size and time, or what the remote file system says of it."""
+    if is_remote(url):
+        return repr(getattr(source, "details", None))
+    stat = os.fstat(source.fileno())
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _features(schema: Any) -> Any:

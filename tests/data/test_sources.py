@@ -33,7 +33,9 @@ def open_source(kind, root, labels=LABELS):
         table = datasets.load_dataset(str(root / "files"), cache_dir=str(root / "cache"))
         table.save_to_disk(root / "saved")
         return open_hub(str(root / "saved"), "train")
-    return open_hub(str(root / "files"), "train", streaming=kind == "parquet", cache_dir=str(root / "cache"))
+    if kind == "parquet":
+        return open_hub(str(root / "files"), "train", streaming=True, spool_dir=root / "spool")
+    return open_hub(str(root / "files"), "train", cache_dir=str(root / "cache"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
