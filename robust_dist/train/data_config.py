@@ -14,7 +14,7 @@ _OF_ALL = (
 )
 STREAMED = {
     "imagefolder": (),
-    "hub": ("path", "config", "revision", "data_files", "image_column", "label_column", "streaming"),
+    "hub": ("path", "config", "revision", "data_files", "image_column", "label_column", "streaming", "spool_dir"),
     "webdataset": ("label_key", "num_classes", "allow_torn", "index_dir"),
 }
 
@@ -44,6 +44,8 @@ class DataConfig:
         image_column: hub: the column of images; found by its type where null.
         label_column: hub: the column of labels; found by its type where null.
         streaming: hub: read parquet row groups when they are needed, and copy nothing before.
+        spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
+            ranks; null takes the system's temporary one.
         label_key: webdataset: extension of the member that holds the label, or json.KEY.
         num_classes: webdataset: how many classes there are, where labels are numbers.
         allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
@@ -77,6 +79,7 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     streaming: bool = False
+    spool_dir: str | None = None
     label_key: str = "cls"
     num_classes: int | None = None
     allow_torn: bool = False

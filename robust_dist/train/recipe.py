@@ -235,7 +235,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # Settings that may change between two starts of one run: they move no weight.
 _FREE = (
     *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download"),
-    *("data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir"),
+    *("data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
 )
 
 
