@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -17,14 +16,15 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _preview(words: argparse.Namespace) -> int:
-    from robust_dist.data import load_dataset
+    import torch
+
     from robust_dist.preview import preview
-    from robust_dist.train.build import build_augment
+    from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
-    images = load_dataset(recipe.data.name, Path(recipe.data.root), train=True, download=recipe.data.download)
-    augment = build_augment(recipe, images.num_classes)
+    images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
+    augment = build_augment(recipe, len(images.classes))
     preview(
         images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
     )

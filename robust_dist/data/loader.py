@@ -120,5 +120,4 @@ def evaluation_batches(
     check_counts(batch_size=batch_size, world_size=world_size)
     check_rank(rank, world_size)
     start, stop = even_cuts(len(image_set), world_size)[rank]
-    bounds = ((low, min(low + batch_size, stop)) for low in range(start, stop, batch_size))
-    return ((image_set.images[low:high], image_set.labels[low:high]) for low, high in bounds)
+    return ((batch.images, batch.labels) for batch in image_set.eval_batches(start, stop, batch_size))

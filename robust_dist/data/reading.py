@@ -128,9 +128,9 @@ class Workers:
 
     def __init__(self, reader: ImageReader, *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
         self.requests = _Requests()
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"collate_fn": _unchanged}
         if workers:
-            options = {
+            options |= {
                 "multiprocessing_context": _server(),
                 "prefetch_factor": prefetch,
                 "persistent_workers": True,
@@ -141,7 +141,6 @@ class Workers:
             batch_size=None,
             sampler=self.requests,
             num_workers=workers,
-            collate_fn=_unchanged,
             pin_memory=pin,
             # A generator of its own, lest starting workers takes a number from the one that dropout draws from.
             generator=torch.Generator(),

@@ -158,5 +158,6 @@ class StreamLoader:
                 yield Request(indices[low:high], sample_keys(self.seed, epoch, indices[low:high]))
 
     def _arrive(self, part: Moving, global_size: int) -> Batch:
-        images, labels, indices, keys, weights = self.mover.finish(part)
-        return Batch(*cast(tuple[Tensor, ...], (images, labels, indices, keys)), global_size, weights)
+        *fields, weights = self.mover.finish(part)
+        images, labels, indices, keys = cast(list[Tensor], fields)
+        return Batch(images, labels, indices, keys, global_size, weights)
