@@ -1,7 +1,6 @@
 """WebDataset shards on a disk: tar files whose samples are read in any order, by an index made once."""
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -125,7 +124,8 @@ def open_webdataset(
     name = name or (urls if isinstance(urls, str) else ", ".join(urls))
     shards = expand(urls, name)
     keys = Keys(tuple(key.lower() for key in image_keys), _label_key(label_key))
-    index = _index(shards, keys, index_dir)
+    folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
+    index = index_of(shards, keys, folder)
     torn = [f"{shard} (at byte {at:,})" for shard, at in zip(shards, index.torn_at.tolist(), strict=True) if at >= 0]
     if torn and not allow_torn:
         raise DataError(
@@ -190,12 +190,6 @@ def _label_key(key: str) -> str:
     if key == "json":
         raise DataError("label_key='json' must name a key of the .json member: 'json.label'")
     return key
-
-
-def _index(shards: list[str], keys: Keys, index_dir: str | Path | None) -> ShardIndex:
-    folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
-    stated = "\n".join(["/".join(Path(shard).parts[-2:]) for shard in shards] + [*keys.image, keys.label])
-    return index_of(shards, keys, folder / f".index-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.npz")
 
 
 def _check_members(index: ShardIndex, keys: Keys, name: str) -> None:

@@ -249,6 +249,7 @@ def test_a_torn_or_foreign_parquet_file_is_named(tmp_path, load):
 def test_a_corrupt_row_group_makes_its_samples_bad_and_no_others(tmp_path, load):
     root = write_parquet(tmp_path / "set", LABELS, files=2, group=2)
     first, _ = sorted((root / "data").iterdir())
+    assert rows(load(root, streaming=True)) == right(LABELS)
     content = bytearray(first.read_bytes())
     offset = pq.ParquetFile(first).metadata.row_group(1).column(0).data_page_offset
     content[offset : offset + 40] = b"\xff" * 40

@@ -176,6 +176,17 @@ def test_a_torn_shard_is_an_error_and_allowed_it_gives_what_is_before_the_tear_a
     assert count == sum(1 for end in _sample_ends(shards[0], whole) if end <= len(cut))
 
 
+def test_an_image_that_is_torn_after_its_label_is_no_sample(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.cls", b"0"), ("0.jpg", b"x"), ("1.cls", b"0"), ("1.jpg", b"y" * 2_000)])
+    with open(path, "r+b") as file:
+        file.truncate(4_000)
+    source = open_webdataset(path, allow_torn=True)
+    assert source.group_sizes == (2,)
+    assert source.read(0) == (b"x", 0)
+    with pytest.raises(BadImageError, match=r"torn at byte 3,072"):
+        source.read(1)
+
+
 def _sample_ends(path, whole):
     copy = path.with_suffix(".whole")
     copy.write_bytes(whole)

@@ -152,12 +152,12 @@ def odd_images():
 
 def bad_images():
     """Name to bytes that no loader may take for an image."""
-    jpeg, png = encoded(0, 0), encoded(0, 0, "PNG")
+    jpeg, png = encode(picture(0, 0, 200, 160)), encoded(0, 0, "PNG")
     broken = bytearray(png)
     broken[len(png) // 2] ^= 0xFF
     return {
         "zero_bytes.jpg": b"",
-        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.jpg": jpeg[: len(jpeg) * 2 // 3],
         "truncated.png": png[: len(png) // 2],
         "truncated.gif": encoded(0, 0, "GIF")[:2000],
         "truncated.webp": encoded(0, 0, "WEBP")[:-100],
