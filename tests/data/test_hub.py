@@ -223,7 +223,7 @@ def test_an_image_folder_is_read_through_datasets_but_not_streamed(tmp_path, loa
     ("path", "settings", "words"),
     [
         ("/absent/set", {}, r"/absent/set \(train\): Couldn't find"),
-        ("nobody/nothing", {"download": False}, r"nobody/nothing \(train\): .*download=False"),
+        ("nobody/nothing", {"download": False}, r"nobody/nothing \(train\): .*OfflineModeIsEnabled.*download=False"),
         (None, {"config_name": "odd"}, r"\(odd, train\): .*'odd' not found. Available: \['default'\]"),
     ],
 )
