@@ -208,11 +208,13 @@ def _labels(
     codes: dict[str, int] = {}
     coded = np.fromiter((codes.setdefault(text, len(codes)) for text in texts), dtype=np.int64, count=len(texts))
     distinct = [text for text in codes if text]
-    if all(re.fullmatch(r"-?\d+", text) for text in distinct) and not set(distinct) <= set(classes or ()):
+    if all(re.fullmatch(r"-?\d{1,18}", text) for text in distinct) and not set(distinct) <= set(classes or ()):
         values = np.array([int(text) for text in distinct], dtype=np.int64)
         classes, of_distinct = number_classes(values, classes, name, num_classes), values
     else:
         of_distinct, classes = text_classes(distinct, classes, name)
+    if num_classes not in (None, len(classes)):
+        raise DataError(f"{name}: num_classes={num_classes}, but its labels are of {len(classes)} classes")
     label_of = np.full(len(codes), UNLABELLED, dtype=np.int32)
     label_of[[codes[text] for text in distinct]] = of_distinct
     return label_of[coded], classes

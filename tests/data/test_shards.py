@@ -261,6 +261,8 @@ def test_labels_are_numbers_or_names(tmp_path, texts, settings, labels, classes)
         (["0", "4"], {"num_classes": 3}, "has the label 4, outside of its 3 classes"),
         (["0", "4"], {"classes": ("ant", "bee")}, "has the label 4, outside of its 2 classes"),
         (["ant", "cat"], {"classes": ("ant", "bee")}, "has 'cat' beyond them"),
+        (["ant", "cat"], {"num_classes": 3}, "num_classes=3, but its labels are of 2 classes"),
+        (["0", "1"], {"classes": ("ant", "bee"), "num_classes": 3}, "num_classes=3, but its labels are of 2 classes"),
     ],
 )
 def test_labels_outside_of_the_classes_are_an_error(tmp_path, texts, settings, words):
