@@ -1,4 +1,4 @@
-"""What the ranks of test_streamed.py run: every recipe for streamed sets, on tiny sets, with its training reads logged."""
+"""What the ranks of test_streamed.py run: recipes for streamed sets, on tiny sets, with training reads logged."""
 
 import json
 import shutil
@@ -122,7 +122,9 @@ def cut_back(run_dir, step):
     for later in steps(run_dir):
         if later > step:
             shutil.rmtree(Path(run_dir, "checkpoints", f"step-{later:08d}"))
-    kept = [line for line in Path(run_dir, "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+    kept = [
+        line for line in Path(run_dir, "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step
+    ]
     Path(run_dir, "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
 
 
