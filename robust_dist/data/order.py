@@ -19,7 +19,7 @@ class EpochOrder:
     sorted by their group, so that ranks, which take contiguous parts of it, read different groups, and the same ones
     at the next step.
 
-    It holds one window's indices at a time (4 or 8 bytes a sample, and up to 32 for a moment while it is drawn), and
+    It holds one window's indices at a time (4 or 8 bytes a sample, and some 50 for a moment while it is drawn), and
     a number for each group.
 
     Args:

@@ -1,6 +1,5 @@
 """Worker processes: the same batches as without, and their ends: killed, signalled, or left alone by their rank."""
 
-import os
 import subprocess
 import sys
 import time
@@ -12,8 +11,9 @@ import torch
 
 from robust_dist.data.errors import WorkersLostError
 from robust_dist.data.stream import StreamLoader
-from tests.data.coloured import Coloured, Deadly, Mislabelled, Telling, processes
+from tests.data.coloured import Coloured, Deadly, Mislabelled, processes
 from tests.data.test_stream import same_batches
+from tests.forked import ensure_server
 
 GROUPS = (11, 30, 2, 20, 12)
 OPTIONS = {"size": 4, "batch_size": 8, "seed": 5, "block": 2, "shuffle_window": 24}
@@ -22,6 +22,7 @@ OPTIONS = {"size": 4, "batch_size": 8, "seed": 5, "block": 2, "shuffle_window": 
 @pytest.fixture
 def loader():
     """Makes loaders with two workers, which end with the test."""
+    ensure_server()
     made = []
 
     def make(source, **options):
@@ -57,37 +58,35 @@ def test_an_error_in_a_worker_keeps_its_type_and_text(loader):
         next(loader(Mislabelled(*GROUPS)).epoch(0))
 
 
-def test_signals_that_are_meant_for_ranks_leave_workers_and_their_server_alone(loader, tmp_path):
-    source = Telling(*GROUPS, log=tmp_path / "log")
-    epoch = loader(source, prefetch=1).epoch(0)
-    first = next(epoch)
-    workers, servers = processes(source.log)
-    assert os.getpid() not in workers | servers
-    for name in ("INT", "TERM", "HUP", "USR1", "USR2"):
-        # From a process that is not their rank.
-        subprocess.run(["kill", "-s", name, *map(str, workers | servers)], check=True)
-    rest = list(epoch)
-    assert len(first + rest) == 10
-    assert processes(source.log)[0] == workers
-
-
+# A server of its own, which no other test's processes come from.
 RANK = """
+import sys, time
 from robust_dist.data.stream import StreamLoader
 from tests.data.coloured import Telling
 from tests.data.test_workers import GROUPS, OPTIONS
-import sys, time
-loader = StreamLoader(Telling(*GROUPS, log=sys.argv[1]), workers=2, **OPTIONS)
-next(loader.epoch(0))
+epoch = StreamLoader(Telling(*GROUPS, log=sys.argv[1]), workers=2, prefetch=1, **OPTIONS).epoch(0)
+next(epoch)
 print("reading", flush=True)
+sys.stdin.readline()
+print(len(list(epoch)), "more", flush=True)
 time.sleep(600)
 """
 
 
-def test_workers_end_with_a_rank_that_is_killed(tmp_path):
+def test_workers_ignore_signals_that_are_meant_for_ranks_and_end_with_a_rank_that_is_killed(tmp_path):
     command = [sys.executable, "-c", RANK, str(tmp_path / "log")]
-    rank = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rank = subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes)
     assert rank.stdout.readline() == "reading\n"
     workers, servers = processes(tmp_path / "log")
+    assert rank.pid not in workers | servers
+    for name in ("INT", "TERM", "HUP", "USR1", "USR2"):
+        # From a process that is not their rank.
+        subprocess.run(["kill", "-s", name, *map(str, workers | servers)], check=True)
+    rank.stdin.write("go on\n")
+    rank.stdin.flush()
+    assert rank.stdout.readline() == "9 more\n"
+    assert processes(tmp_path / "log") == (workers, servers)
     rank.kill()
     rank.communicate()
     deadline = time.monotonic() + 60
