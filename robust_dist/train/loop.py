@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state, note_parameters
-from robust_dist.data import Batch, ImageSet
+from robust_dist.data import Batch
+from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.bad_images import BadImages, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
 from robust_dist.train.display import Display
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
@@ -39,12 +41,14 @@ class Progress:
         loss_sum: 0-d float64: this rank's summed loss since the epoch began.
         lr: Learning rate of the last step.
         weight_decay: Weight decay of the last step.
+        bad_images: This rank's images since the epoch began that could not be read.
     """
 
     step: int
     loss_sum: Tensor
     lr: float = 0.0
     weight_decay: float = 0.0
+    bad_images: int = 0
 
 
 class Trainer:
@@ -54,25 +58,28 @@ class Trainer:
         recipe: All settings.
         accelerator: The engine.
         folder: The run's folder, claimed by the main process.
-        train_set: Training images on the device.
-        test_set: Evaluation images on the device.
+        train_set: Training images.
+        test_set: Evaluation images.
 
     Raises:
         ValueError: A setting that cannot work, before the first step.
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: ImageSet, test_set: ImageSet
+        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
         self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
-        whole = self.loader.steps_per_epoch * recipe.batch_size
-        self.samples_per_epoch = min(whole, len(train_set.labels))
-        self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
+        self.train_name = train_set.name
+        bad_images = folder.path / "bad_images.txt"
+        self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
+        classes = len(train_set.classes)
+        self.augment = build_augment(recipe, classes).to(accelerator.device)
+        self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
-        model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
+        model = build_classifier(recipe, classes, train_set.channels)
         optimizer = build_optimizer(recipe, model)
         schedule = RobustSchedule(
             optimizer,
@@ -124,6 +131,7 @@ class Trainer:
         self.model.train()
         for parts in self.loader.epoch(epoch, start):
             self._train_step(parts)
+            self._note_bad_images()
             images += parts[0].global_size
             display.step()
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
@@ -142,7 +150,7 @@ class Trainer:
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images.to(self.input_dtype)), targets)
+                loss = self._loss(self.model(images.to(self.input_dtype)), targets, batch.weights)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -156,21 +164,40 @@ class Trainer:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         smoothing = self.recipe.label_smoothing
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        if weights is None:
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        each = nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return (each * weights).sum()
+
+    def _note_bad_images(self) -> None:
+        """Count the last step's bad images; now and then the ranks tell each other."""
+        if self.bad is not None:
+            found = self.loader.take_bad()
+            self.progress.bad_images += len(found)
+            self.bad.note(found)
+            if is_time_to_settle((self.progress.step - 1) % self.loader.steps_per_epoch + 1):
+                self._settle_bad_images()
+
+    def _settle_bad_images(self) -> int:
+        """The epoch's bad images so far, on all ranks; too many are an error on each."""
+        if self.bad is None:
+            return 0
+        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_name)
 
     def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
         """Evaluate, record, save."""
         average_buffers(self.bare_model)
+        bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
-        train_loss = total_loss / self.samples_per_epoch
+        train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
         self._check_finite(train_loss)
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
             self.model if forward_is_collective(self.accelerator) else whole,
             self.test_set,
-            self.augment,
+            self.eval_augment,
             batch_size=self.recipe.data.eval_batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -187,12 +214,22 @@ class Trainer:
             "weight_decay": self.progress.weight_decay,
             "images_per_second": images_per_second,
         }
+        if self.bad is not None:
+            row["bad_images"] = bad_images
+            row["eval_bad_images"] = self._settle_bad_eval()
         attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         self.progress.loss_sum.zero_()
+        self.progress.bad_images = 0
         if (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs:
             self._save()
         return row
+
+    def _settle_bad_eval(self) -> int:
+        assert self.bad is not None
+        found = self.test_set.take_bad()
+        self.bad.note(found)
+        return self.bad.settle(len(found), len(self.test_set), self.test_set.name)
 
     def _check_finite(self, loss: float) -> None:
         if not torch.isfinite(torch.tensor(loss)):
@@ -215,6 +252,7 @@ class Trainer:
         """Write a checkpoint beside the others; it counts once it is whole."""
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         self._check_finite(sum(losses))
+        bad_images = self._settle_bad_images()
         step, main = self.progress.step, self.accelerator.is_main_process
         partial = from_main(self.accelerator, lambda: self.store.begin(step))
         if self.broadcasts:
@@ -226,6 +264,7 @@ class Trainer:
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
+            "bad_images": bad_images,
         }
         attempt(self.accelerator, lambda: self._commit(step, partial, metadata), here=main)
 
@@ -290,6 +329,7 @@ class Trainer:
         # At another world size only the sum over the ranks matters; the first one carries it.
         mine = losses[rank] if before == world else sum(losses) * (rank == 0)
         self.progress.loss_sum.fill_(mine)
+        self.progress.bad_images = found.metadata.get("bad_images", 0) * (rank == 0)
         self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
         if before != world:
             self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")

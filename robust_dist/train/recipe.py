@@ -1,46 +1,13 @@
 """The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-
-def _require(ok: bool, setting: str, value: object, wanted: str) -> None:
-    """Raise a ValueError that names the setting, its value and what would be right."""
-    if not ok:
-        raise ValueError(f"{setting}={value!r} is not valid: it must be {wanted}")
-
-
-def _require_number(setting: str, value: float, low: float, high: float = math.inf) -> None:
-    bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    _require(math.isfinite(value) and low <= value <= high, setting, value, f"a finite number, {bound}")
-
-
-@dataclass
-class DataConfig:
-    """Which images are trained on, and how they reach the ranks.
-
-    Attributes:
-        name: A data set by name: digits, cifar10, cifar100 or fashion_mnist.
-        root: The folder of the data files; files that are there already are used.
-        download: Fetch missing files (one process a host does it, the others wait).
-        block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
-        drop_last: Leave out the last global batch of an epoch where it is short.
-        eval_batch_size: Images that one rank evaluates at a time.
-    """
-
-    name: str = "digits"
-    root: str = "data"
-    download: bool = True
-    block: int = 8
-    drop_last: bool = False
-    eval_batch_size: int = 500
-
-    def __post_init__(self) -> None:
-        _require_number("data.block", self.block, 1)
-        _require_number("data.eval_batch_size", self.eval_batch_size, 1)
+from robust_dist.train.data_config import DataConfig
+from robust_dist.train.settings import require as _require
+from robust_dist.train.settings import require_number as _require_number
 
 
 @dataclass
@@ -266,7 +233,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Settings that may change between two starts of one run: they move no weight.
-_FREE = ("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download")
+_FREE = (
+    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download"),
+    *("data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
+)
 
 
 def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
