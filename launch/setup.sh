@@ -19,6 +19,6 @@ fi
 # The stamp holds the requirements that were installed, and is written last.
 if ! cmp -s "$stamp" "$root/pyproject.toml"; then
   echo "installing robust_dist[$extras] into .venv (torch alone is some GB; minutes on a fresh machine)"
-  "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
+  "$python" -m pip install --quiet --disable-pip-version-check -e "${root}[$extras]"
   cp "$root/pyproject.toml" "$stamp"
 fi

@@ -97,7 +97,7 @@ def launch_words(machine: int, machines: int, ranks: int, address: str, config: 
     """`accelerate launch` for one of the machines."""
     words = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / config)]
     words += ["--num_machines", str(machines), "--machine_rank", str(machine), "--num_processes", str(ranks)]
-    words += ["--main_process_ip", address, "--main_process_port", str(PORT), "--same_network"]
+    words += ["--main_process_ip", address, "--main_process_port", str(PORT)]
     return [sys.executable, *words, *options]
 
 
