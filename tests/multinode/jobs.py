@@ -132,6 +132,7 @@ class Cluster:
     def __init__(self, hosts: tuple[Host, Host], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
         self.jobs: list[Job] = []
+        self.starts = 0
 
     def launch(
         self,
@@ -161,7 +162,8 @@ class Cluster:
             env: Further environment of all hosts.
         """
         run_dir = self.folder / run
-        mark = self.folder / f"output-{len(self.jobs)}-{run_dir.name}"
+        self.starts += 1
+        mark = self.folder / f"output-{self.starts}-{run_dir.name}"
         job = Job(run_dir, mark.with_name(mark.name + "-steps"))
         self.jobs.append(job)
         address = self.hosts[places[0]].address
