@@ -1,8 +1,8 @@
 """`launch/train.py` that notes every optimizer step, for tests: `-m tests.multinode.counted SCRIPT ARGS...`.
 
 Each rank appends "pid steps monotonic-seconds" to $COUNT_TO.RANK. So that a fault comes in the middle of a short run,
-it rests $PACE seconds after each step, and while the file $REST_WHILE is there. With PRETEND_FSDP set, Accelerate's FSDP
-runs on CPUs.
+it rests $PACE seconds after each step, and while the file $REST_WHILE is there. With PRETEND_FSDP set, Accelerate's
+FSDP runs on CPUs.
 """
 
 import os

@@ -34,8 +34,8 @@ def test_the_documentation_has_the_tables_marks():
 
 def test_the_table_replaces_what_stands_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nof the last run\n{END}\nafter\n")
     write_into(page, {FAULTS[0]: Row.of("passed", NOTED)})
-    assert "old" not in page.read_text()
+    assert "of the last run" not in page.read_text()
     assert page.read_text().startswith(f"before\n{BEGIN}\n| fault | outcome |")
     assert page.read_text().endswith(f"{END}\nafter\n")
