@@ -14,6 +14,9 @@ if ! ((BASH_VERSINFO[0] > 5 || (BASH_VERSINFO[0] == 5 && BASH_VERSINFO[1] >= 1))
   echo "error: bash $BASH_VERSION is too old: hosts.sh needs 5.1" >&2; exit 2
 fi
 IFS=, read -r -a hosts <<<"$1"
+for host in "${hosts[@]}"; do
+  [ -n "$host" ] || { echo "error: an empty name among the hosts $1" >&2; exit 2; }
+done
 shift
 folder="${REMOTE_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 python="${REMOTE_PYTHON:-$folder/.venv/bin/python}"

@@ -60,7 +60,7 @@ def _first(environ: Mapping[str, str], setting: str, default: str | None = None)
         if environ.get(name):
             return environ[name]
     if default is None:
-        raise PlaceError(f"none of {', '.join(SOURCES[setting])} is set: say how this host stands in the job")
+        raise PlaceError(f"none of {', '.join(SOURCES[setting])} is set: say where this host stands in the job")
     return default
 
 
@@ -81,7 +81,8 @@ def place(environ: Mapping[str, str]) -> Place:
     rank = _number(environ, "rank", 0, "0" if nodes == 1 else None)
     if rank >= nodes:
         raise PlaceError(f"NODE_RANK={rank} is not valid: a job of {nodes} hosts has 0 to {nodes - 1}")
-    gpus = _number(environ, "gpus", 1, str(count_gpus()))
+    found = 0 if any(environ.get(name) for name in SOURCES["gpus"]) else count_gpus()
+    gpus = _number(environ, "gpus", 1, str(found) if found else None)
     address = _first(environ, "address", "127.0.0.1" if nodes == 1 else None)
     return Place(nodes, rank, gpus, address, _number(environ, "port", 1, "29500"))
 

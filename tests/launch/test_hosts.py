@@ -97,6 +97,12 @@ def test_a_failure_that_is_no_mistake_is_retried_as_often_as_asked(stage, first,
     assert len(stage.read("starts")) == starts
 
 
+def test_an_empty_name_among_the_hosts_is_refused(stage):
+    status, output = stage.run("hosts.sh", "a,,b", "--epochs", "1")
+    assert status == 2
+    assert "an empty name among the hosts a,,b" in output
+
+
 @pytest.mark.parametrize("words", [[], ["a,b"], ["--config", "x"]])
 def test_without_hosts_or_words_the_use_is_shown(stage, words):
     status, output = stage.run("hosts.sh", *words)

@@ -33,11 +33,13 @@ def test_a_hosts_place_is_read_from_each_scheduler(environ, place):
         ({"NODE_RANK": "2"}, "NODE_RANK=2"),
         ({"NODE_RANK": ""}, "NODE_RANK, SLURM_NODEID, RANK"),
         ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE='0'"),
+        ({"GPUS_PER_NODE": ""}, "GPUS_PER_NODE, SLURM_GPUS_ON_NODE"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
     ],
 )
-def test_a_place_that_makes_no_sense_is_named(change, said):
+def test_a_place_that_makes_no_sense_is_named(change, said, monkeypatch):
+    monkeypatch.setattr(node, "count_gpus", lambda: 0)
     with pytest.raises(node.PlaceError, match=said):
         node.place(HOSTS | change)
 
@@ -56,6 +58,11 @@ def test_accelerate_reads_the_options_of_every_engine(engine, monkeypatch):
         assert (args.parallelism_config_dp_replicate_size, args.parallelism_config_dp_shard_size) == (2, 4)
     if engine.startswith("zero"):
         assert args.deepspeed_multinode_launcher == "standard"
+
+
+def test_a_hosts_gpus_are_counted_where_nothing_names_them(monkeypatch):
+    monkeypatch.setattr(node, "count_gpus", lambda: 6)
+    assert node.place(HOSTS | {"GPUS_PER_NODE": ""}).gpus == 6
 
 
 def test_an_unknown_engine_is_named_with_the_known_ones(monkeypatch):

@@ -55,9 +55,10 @@ class Scripts:
         }
 
     def start(self, script, *words, **env):
-        run_dir = self.cluster.folder / "script"
+        run_dir = self.cluster.folder / f"run-of-{self.folder.name}"
         output = self.folder / f"output-{len(self.processes)}.txt"
-        words = [*words, *TINY, *WORDS, "--run_dir", str(run_dir)]
+        hosts = ["node-a,node-b"] if script == "hosts.sh" else []
+        words = [*hosts, *TINY, *WORDS, "--run_dir", str(run_dir), *words]
         with output.open("w") as file:
             process = subprocess.Popen(
                 ["bash", str(ROOT / "launch" / script), *words],
@@ -89,7 +90,7 @@ def scripts(cluster, tmp_path):
 
 
 def test_ssh_hosts_train_together_and_start_again_after_a_lost_rank(scripts, reference):
-    job, parts = scripts.start("hosts.sh", "node-a,node-b", RETRIES="1")
+    job, parts = scripts.start("hosts.sh", RETRIES="1")
     job.wait_for_checkpoint(8)
     os.kill(Job(job.run_dir, job.counts, parts).ranks(1)[0], signal.SIGKILL)
     assert job.statuses() == [0], job.output()
@@ -104,14 +105,14 @@ def test_ssh_hosts_train_together_and_start_again_after_a_lost_rank(scripts, ref
 
 
 def test_a_users_mistake_on_ssh_hosts_ends_with_its_status_and_no_second_start(scripts):
-    job, _ = scripts.start("hosts.sh", "node-a,node-b", "--optimizer.lr", "-1", RETRIES="3")
+    job, _ = scripts.start("hosts.sh", "--optimizer.lr", "-1", RETRIES="3")
     assert job.statuses() == [2], job.output()
     assert "optimizer.lr" in job.output()
     assert "starting all hosts again" not in job.output()
 
 
 def test_the_end_of_the_script_ends_the_ranks_of_all_hosts(scripts):
-    job, parts = scripts.start("hosts.sh", "node-a,node-b", "--epochs", "400", GRACE_SECONDS="20")
+    job, parts = scripts.start("hosts.sh", "--epochs", "400", GRACE_SECONDS="20")
     job.wait_for_checkpoint(4)
     scripts.processes[0].send_signal(signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE
