@@ -9,35 +9,19 @@ import time
 from types import TracebackType
 from typing import Any
 
-from robust_dist.schedule.ballot import Ballot
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-# EX_TEMPFAIL of sysexits.h: not done; the same command goes on.
-STATUS = 75
+from robust_dist.schedule.ballot import Ballot
+from robust_dist.train.agree import attempt
+from robust_dist.train.elastic import Stopped, launchers
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.saving import Saver
+
 # What SLURM's --signal, Kubernetes, spot notices and launchers send.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
 _ECHO_SECONDS = 10.0
-
-
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop and has saved.
-
-    Args:
-        name: The signal's name.
-        step: Optimizer steps done.
-        total_steps: Optimizer steps of the whole run.
-        checkpoint: Where it was saved.
-    """
-
-    def __init__(self, name: str, step: int, total_steps: int, checkpoint: str) -> None:
-        super().__init__(name, step, total_steps, checkpoint)
-        self.name, self.step, self.total_steps, self.checkpoint = name, step, total_steps, checkpoint
-
-    def __str__(self) -> str:
-        return (
-            f"stopped by {self.name} at step {self.step} of {self.total_steps}; saved in {self.checkpoint}; "
-            "the same command goes on from there"
-        )
 
 
 class StopSignals:
@@ -134,3 +118,62 @@ class Lookout:
         """Take in the vote that is still out; says whether any rank wished."""
         ballot, self._ballot = self._ballot, None
         return ballot is not None and ballot.count() > 0
+
+
+class Stopper:
+    """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
+
+    Args:
+        accelerator: The engine.
+        saver: The run's.
+
+    Attributes:
+        stop: The signal's name once the ranks agree that the run is to stop.
+    """
+
+    def __init__(self, accelerator: Accelerator, saver: Saver) -> None:
+        self.accelerator, self.saver = accelerator, saver
+        self.stop: str | None = None
+        self._signals, self._lookout = StopSignals(), Lookout()
+
+    def __enter__(self) -> "Stopper":
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._lookout.close()
+        self._signals.__exit__(kind, error, traceback)
+
+    def ask(self) -> bool:
+        """After each step: whether the run is to stop; the same on every rank.
+
+        Raises:
+            CheckpointError: On every rank: the last checkpoint could not be written on one of them.
+        """
+        signalled = self._signals.received is not None and self.stop is None
+        if self._lookout.ask(signalled or self.saver.troubled()):
+            self._confer()
+        return self.stop is not None
+
+    def _confer(self) -> None:
+        mine = (self._signals.received.name if self._signals.received is not None else None, self.saver.troubled())
+        found = [mine] if self.accelerator.num_processes == 1 else gather_object([mine])
+        self.stop = next((name for name, _ in found if name is not None), None)
+        if any(troubled for _, troubled in found):
+            self.saver.settle()
+
+    def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
+        """Note the stop in the run's folder.
+
+        Raises:
+            Stopped: Always.
+        """
+        assert self.stop is not None
+        checkpoint = str(self.saver.store.path_of(step))
+        note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}
+        note["launchers"] = launchers(self.accelerator)
+        attempt(self.accelerator, lambda: folder.note_stop(note), here=self.accelerator.is_main_process)
+        raise Stopped(self.stop, step, total_steps, checkpoint)
