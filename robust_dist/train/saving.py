@@ -76,8 +76,8 @@ class Saver:
         Raises:
             CheckpointError: On every rank: this checkpoint or the one before could not be written.
         """
-        began = time.perf_counter()
         self.settle()
+        began = time.perf_counter()
         if not (self.background and self._stage(step, write, metadata)):
             self._write_now(step, write, metadata)
         self.saved, self.count = step, self.count + 1
@@ -103,7 +103,8 @@ class Saver:
         except Exception:
             pending.abandon()
             raise
-        self.waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self.waited, self.seconds = self.waited + waited, self.seconds + waited
         self.written += pending.seconds
 
     def take_seconds(self) -> float:

@@ -53,6 +53,6 @@ def kill_after(process: subprocess.Popen, run_dir: Path, step: int, timeout: flo
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the one figure that measures time."""
+    """The run's rows without the figures that measure time."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith(("_per_second", "_seconds"))} for row in rows]
