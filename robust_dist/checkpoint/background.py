@@ -82,33 +82,33 @@ def sweep(root: Path) -> list[Path]:
 
 
 def copy_synced(source: Path, target: Path) -> list[int]:
-    """Copy a file and bring it to the disk; returns [size, CRC-32].
-
-    Raises:
-        CheckpointError: It could not be written; the message names the file and what is free.
-    """
+    """Copy a file and bring it to the disk; returns [size, CRC-32]."""
     size = crc = 0
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            while chunk := reader.read(_CHUNK):
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-                writer.write(chunk)
-            writer.flush()
-            os.fsync(writer.fileno())
-    except OSError as error:
-        raise write_failure(target, error) from None
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
     return [size, crc]
 
 
 def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
-    """Copy all files below `source` into the folder `target`, which must be there; name -> [size, CRC-32]."""
+    """Copy all files below `source` into the folder `target`, which must be there; name -> [size, CRC-32].
+
+    Raises:
+        CheckpointError: One could not be written; the message names it and what is free.
+    """
     files = {}
     for path in files_in(source):
         name = path.relative_to(source)
-        # `target` itself is never made here: a process that lost its run must not bring it back.
-        for parent in [*name.parents][-2::-1]:
-            (target / parent).mkdir(exist_ok=True)
-        files[str(name)] = copy_synced(path, target / name)
+        try:
+            # `target` itself is never made here: a process that lost its run must not bring it back.
+            for parent in [*name.parents][-2::-1]:
+                (target / parent).mkdir(exist_ok=True)
+            files[str(name)] = copy_synced(path, target / name)
+        except OSError as error:
+            raise write_failure(target / name, error) from None
     for folder in {(target / name).parent for name in files}:
         fsync(folder)
     return files

@@ -10,7 +10,7 @@ from robust_dist.checkpoint.store import CheckpointError
 
 SHARED_MEMORY = Path("/dev/shm")
 # Headers, random states, the schedule, names.
-_SMALL = 4 << 20
+_SMALL = 1 << 20
 _MOMENTS = 2 * 4
 
 
@@ -66,7 +66,8 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
     """What to say of a file that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     try:
-        free = f"{text_of(free_bytes(path.parent))} ({free_bytes(path.parent)} bytes) are free there"
+        count = free_bytes(path.parent)
+        free = f"{text_of(count)} ({count} bytes) are free there"
     except OSError as second:
         free = f"its file system cannot be asked what is free ({second.strerror})"
     return CheckpointError(

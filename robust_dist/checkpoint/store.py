@@ -118,7 +118,7 @@ class CheckpointStore:
         keep_best: How many of the highest `metadata["eval_accuracy"]` stay beside these.
         token: Marks the unfinished folders of this start, so that a process of an earlier one that is still alive
             somewhere can never write into them.
-        guard: Called before a checkpoint gets its name; raises where the folder is another run's by now.
+        guard: Called before a checkpoint becomes whole; raises where the folder is another run's by now.
     """
 
     def __init__(
@@ -164,6 +164,8 @@ class CheckpointStore:
         if files is None:
             files = _sync(partial)
         _check_sizes(partial, files)
+        # From its manifest on a reader takes it for whole, wherever the rename was cut off.
+        self.guard()
         for note in partial.glob(f"{PART}*"):
             note.unlink()
         manifest = {"format": FORMAT, "step": step, "files": files, "metadata": metadata}

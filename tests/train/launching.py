@@ -38,16 +38,30 @@ def train(world_size: int, *words: str) -> tuple[int, str]:
     return finish(start(world_size, *words))
 
 
-def kill_after(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
-    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
+    """Wait until the checkpoint of `step`, or a later one, is there."""
     deadline = time.monotonic() + timeout
-    newest = 0
-    while newest < step:
+    while newest_step(run_dir) < step:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"no checkpoint of step {step} within {timeout} s"
         time.sleep(0.005)
-        names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-        newest = max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The pids of the run's ranks: the launcher's children, or the process where it is the only rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children] or [process.pid]
+
+
+def kill_after(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
+    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
+    wait_for_step(process, run_dir, step, timeout)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 

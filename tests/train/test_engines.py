@@ -21,7 +21,10 @@ STEP, TOTAL = 10, 12
 def rows(folder):
     """What a run recorded, without the figures that measure time."""
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.endswith(("_per_second", "_seconds"))} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.endswith(("_per_second", "_seconds"))}
+        for line in lines
+    ]
 
 
 def checkpoints(folder):
