@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
+from tests.train.launching import metrics
 from tests.train.under_engines import ROOT, train_under
 
 pytest.importorskip("deepspeed")
@@ -20,11 +21,7 @@ STEP, TOTAL = 10, 12
 
 def rows(folder):
     """What a run recorded, without the figures that measure time."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.endswith(("_per_second", "_seconds"))}
-        for line in lines
-    ]
+    return metrics(Path(folder))
 
 
 def checkpoints(folder):
