@@ -19,6 +19,7 @@ from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.train.agree import attempt
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.rendezvous import init_method
 
 
 def _asked_for(engine: str) -> bool:
@@ -39,7 +40,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                backend="gloo" if on_cpu and sharded else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
+                backend="gloo" if on_cpu and sharded else "nccl",
+                init_method=init_method(),
+                timeout=timedelta(seconds=recipe.timeout_seconds),
             ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],

@@ -1,7 +1,11 @@
 """Every file of configs/accelerate trains a recipe, goes on bit for bit, and takes up another engine's run."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ pytest.importorskip("deepspeed")
 # ZeRO last: DeepSpeed changes functions of torch when it is first used.
 ON_TWO = ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
 HANDED_ON = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "fsdp1"), ("fsdp1", "zero1"), ("zero1", "ddp")]
+STOPPED = ["fsdp2", "zero2"]
 STEP, TOTAL = 10, 12
 
 
@@ -51,6 +56,7 @@ def trains(name, folder):
     out = train_under(name, f"{folder}/{name}")
     assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
     assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
+    assert dist.get_rank() or "checkpoints: 3 in the background" in out, out
     close(rows(f"{folder}/{name}"), rows(f"{folder}/ddp"))
 
 
@@ -60,6 +66,27 @@ def goes_on(name, folder):
     out = train_under(name, f"{folder}/{name}")
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
     assert rows(f"{folder}/{name}") == whole
+
+
+def stops(name, folder):
+    """Rank 1 alone is signalled; all stop at one step, staged checkpoints arrive, and the run goes on bit for bit."""
+    run, words = f"{folder}/{name}-stopped", ("--checkpoint.every_steps", "2")
+    if dist.get_rank() == 1:
+        threading.Thread(target=signal_after, args=(run, 2), daemon=True).start()
+    out = train_under(name, run, *words)
+    note = json.loads(Path(run, "stopped.json").read_text())
+    assert dist.get_rank() or f"stopped by SIGUSR1 at step {note['step']} of {TOTAL}" in out, out
+    assert 2 < note["step"] < TOTAL
+    assert checkpoints(run)[-1] == Path(note["checkpoint"]).name == f"step-{note['step']:08d}"
+    out = train_under(name, run, *words)
+    assert dist.get_rank() or f"at step {note['step']} of {TOTAL}" in out, out
+    assert rows(run) == rows(f"{folder}/{name}")
+
+
+def signal_after(run, step):
+    while not Path(run, "checkpoints", f"step-{step:08d}").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def takes_up(source, target, folder, copy, words=()):
@@ -112,6 +139,7 @@ REFUSALS = list(refusals(""))
 def everything_on_two(folder):
     scenarios = {f"trains {name}": lambda name=name: trains(name, folder) for name in ON_TWO}
     scenarios |= {f"goes on {name}": lambda name=name: goes_on(name, folder) for name in ON_TWO}
+    scenarios |= {f"stops {name}": lambda name=name: stops(name, folder) for name in STOPPED}
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
@@ -158,6 +186,11 @@ def test_a_recipe_trains_under_every_config_as_under_ddp(two, name):
 @pytest.mark.parametrize("name", ON_TWO)
 def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config(two, name):
     assert_passed(two, f"goes on {name}")
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_at_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(two, name):
+    assert_passed(two, f"stops {name}")
 
 
 @pytest.mark.parametrize(("source", "target"), HANDED_ON)
