@@ -71,8 +71,8 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
     except OSError as second:
         free = f"its file system cannot be asked what is free ({second.strerror})"
     return CheckpointError(
-        f"{path} could not be written: {reason}; {free}. The half-written checkpoint was removed, older ones are as "
-        "they were: make room or mend the disk, and start the same command again"
+        f"{path} could not be written: {reason}; {free}. What was half-written is not used, whole checkpoints are "
+        "as they were: make room or mend the disk, and start the same command again"
     )
 
 

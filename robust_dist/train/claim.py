@@ -104,7 +104,9 @@ class Claim:
             self._thread.join()
             self._thread = None
         if self._mine is not None and self._is_mine(self._mine):
-            self._mine.unlink(missing_ok=True)
+            # On a disk that takes no change any more the lock and the silence have to do.
+            with contextlib.suppress(OSError):
+                self._mine.unlink(missing_ok=True)
         self._mine = None
         self._unlock()
 

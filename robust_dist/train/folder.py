@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.checkpoint.space import write_failure
 from robust_dist.train.claim import Claim, FolderInUseError
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
@@ -115,11 +116,20 @@ class RunFolder:
         write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one epoch's object and bring it to the disk."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add one epoch's object and bring it to the disk.
+
+        Raises:
+            CheckpointError: The disk does not take it.
+            FolderLostError: The folder is another run's by now.
+        """
+        self.check()
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_failure(self.metrics_path, error) from None
 
     def _check_is_run_or_empty(self) -> None:
         if self.path.exists() and not self.path.is_dir():

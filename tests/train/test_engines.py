@@ -1,5 +1,6 @@
 """Every file of configs/accelerate trains a recipe, goes on bit for bit, and takes up another engine's run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from robust_dist.train import loop
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.train.launching import metrics
@@ -27,6 +29,24 @@ STEP, TOTAL = 10, 12
 def rows(folder):
     """What a run recorded, without the figures that measure time."""
     return metrics(Path(folder))
+
+
+@contextlib.contextmanager
+def expecting():
+    """The bytes that all ranks expected to write into a checkpoint."""
+    real, needs = loop.checkpoint_bytes, []
+
+    def noted(*args, **options):
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, real(*args, **options))
+        needs.extend(gathered)
+        return gathered[dist.get_rank()]
+
+    loop.checkpoint_bytes = noted
+    try:
+        yield needs
+    finally:
+        loop.checkpoint_bytes = real
 
 
 def checkpoints(folder):
@@ -53,7 +73,13 @@ def close(mine, theirs):
 
 
 def trains(name, folder):
-    out = train_under(name, f"{folder}/{name}")
+    with expecting() as needs:
+        out = train_under(name, f"{folder}/{name}")
+    files = (path for path in Path(f"{folder}/{name}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    # What was set aside holds it, and beside what each rank gets for small files it is not far too much.
+    assert size <= sum(needs), needs
+    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
     assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
     assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
     assert dist.get_rank() or "checkpoints: 3 in the background" in out, out
