@@ -3,13 +3,14 @@
 import json
 import os
 import subprocess
-import sys
+import time
 
 import pytest
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore, verify
 from robust_dist.checkpoint.background import Pending, Staging, copy_tree, sweep
 from robust_dist.checkpoint.store import part_path
+from tests.forked import CONTEXT, ensure_server
 
 
 def staged_files(staging, step, rank):
@@ -105,22 +106,23 @@ def test_a_run_that_lost_its_folder_completes_nothing(tmp_path, staging):
     assert store.newest() == (None, [])
 
 
+def stage_and_wait(root, ready):
+    staging = Staging(root)
+    (staging.folder(3) / "model.bin").write_bytes(b"x" * 100_000)
+    ready.send(staging.path.name)
+    time.sleep(120)
+
+
 def test_what_a_killed_process_staged_is_removed_by_the_next_and_a_live_one_s_is_not(tmp_path, staging):
     memory = tmp_path / "memory"
-    code = f"""
-import time
-from pathlib import Path
-from robust_dist.checkpoint.background import Staging
-staging = Staging(Path({str(memory)!r}))
-(staging.folder(3) / "model.bin").write_bytes(b"x" * 100000)
-print(staging.path.name, flush=True)
-time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        name = process.stdout.readline().strip()
-        assert sweep(memory) == []
-        process.kill()
-        process.wait()
+    ensure_server()
+    answer, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=stage_and_wait, args=(memory, theirs))
+    process.start()
+    name = answer.recv()
+    assert sweep(memory) == []
+    process.kill()
+    process.join()
     assert (memory / name / "00000003" / "model.bin").exists()
     assert sweep(memory) == [memory / name]
     assert [path.name for path in memory.iterdir()] == [staging.path.name]

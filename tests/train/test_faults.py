@@ -3,11 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
+import threading
+import time
 
 import pytest
 
 from robust_dist.checkpoint import verify
+from robust_dist.train.stop import StopSignals
+from tests.forked import CONTEXT, ensure_server
 from tests.train.launching import command, finish, metrics, ranks_of, train, wait_for_step
 
 
@@ -99,22 +102,44 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert "run_dir='/proc/nowhere/run' cannot be written" in output
 
 
-@pytest.mark.parametrize("seconds", [0.0, 11.0])
-def test_a_second_signal_is_an_echo_at_first_and_then_ends_a_rank_at_once(seconds):
-    """The handler alone, in a process whose main thread hangs in C code as in a collective."""
-    code = f"""
-import os, signal, threading, time
-from robust_dist.train import stop
-with stop.StopSignals() as signals:
-    os.kill(os.getpid(), signal.SIGTERM)
-    while signals.received is None:
-        pass
-    signals._at -= {seconds}
-    threading.Thread(target=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), os._exit(3))).start()
-    lock = threading.Lock()
-    with lock:
-        lock.acquire()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == (3 if seconds == 0.0 else 143), done.stderr
-    assert ("a second SIGTERM: leaving at once" in done.stderr) == (seconds > 10)
+def hang(seconds_ago):
+    """Be signalled twice while the main thread hangs in C code, as in a collective."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signals.received is None:
+            time.sleep(0.01)
+        signals._at -= seconds_ago
+        threading.Thread(target=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), os._exit(3))).start()
+        lock = threading.Lock()
+        with lock:
+            lock.acquire()
+
+
+def fork():
+    """Have a child, as a loader has workers, and be told nothing when it is signalled."""
+    with StopSignals() as signals:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            os._exit(3)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.2)
+        os._exit(0 if ended == -signal.SIGTERM and signals.received is None else 4)
+
+
+def status_of(function, *args):
+    ensure_server()
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.mark.parametrize(("seconds_ago", "status"), [(0.0, 3), (11.0, 143)])
+def test_a_second_signal_is_an_echo_at_first_and_then_ends_a_rank_at_once(seconds_ago, status):
+    assert status_of(hang, seconds_ago) == status
+
+
+def test_a_forked_child_ends_by_the_signal_and_does_not_speak_for_its_parent():
+    assert status_of(fork) == 0
