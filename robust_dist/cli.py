@@ -53,6 +53,10 @@ def _bench(words: argparse.Namespace) -> int:
         from robust_dist.bench.dtensor import bench_dtensor
 
         print(bench_dtensor(rounds=words.rounds))
+    elif words.what == "checkpoint":
+        from robust_dist.bench.checkpoint import bench_checkpoint
+
+        print(bench_checkpoint(rounds=words.rounds))
     else:
         from robust_dist.bench.augment import bench_augment
 
@@ -101,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview, extra="train")
 
     bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
-    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data"])
+    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data", "checkpoint"])
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
     bench.add_argument("--images", type=int, default=2_000, help="data: images that are made (default: %(default)s)")

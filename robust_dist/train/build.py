@@ -23,6 +23,7 @@ from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.rendezvous import init_method
 from robust_dist.train.sources import check_ranks_see_the_same, open_streams
 
 
@@ -44,7 +45,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                backend="gloo" if on_cpu and sharded else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
+                backend="gloo" if on_cpu and sharded else "nccl",
+                init_method=init_method(),
+                timeout=timedelta(seconds=recipe.timeout_seconds),
             ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],

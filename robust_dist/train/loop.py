@@ -1,6 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
-import shutil
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state, note_parameters
+from robust_dist.checkpoint import CheckpointStore, note_parameters
+from robust_dist.checkpoint.space import checkpoint_bytes
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.schedule import RobustSchedule
-from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.agree import attempt
 from robust_dist.train.bad_images import BadImages, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
 from robust_dist.train.display import Display
+from robust_dist.train.elastic import changes
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.train.resume import load_newest, loss_of, saves_whole
+from robust_dist.train.saving import Saver
+from robust_dist.train.stop import Stopper
 
 
 class DivergedError(RuntimeError):
@@ -69,7 +74,11 @@ class Trainer:
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
         self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
-        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
+        kept = recipe.checkpoint
+        token = secrets.token_hex(4)
+        self.store = CheckpointStore(
+            folder.checkpoints, kept.keep, keep_best=kept.keep_best, token=token, guard=folder.check
+        )
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
         self.train_name = train_set.name
@@ -112,17 +121,26 @@ class Trainer:
             The rows of `metrics.jsonl`, oldest first.
 
         Raises:
-            CheckpointError: Checkpoints are there, but none can be used.
+            CheckpointError: Checkpoints are there, but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
+            Stopped: A signal asked for it; all is saved.
         """
         self._resume()
         steps_per_epoch = self.loader.steps_per_epoch
-        with Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display:
+        with (
+            self._saver() as self.saver,
+            Stopper(self.accelerator, self.saver) as self.stopper,
+            Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display,
+        ):
             while self.progress.step < self.total_steps:
                 epoch, start = divmod(self.progress.step, steps_per_epoch)
                 seconds, images = self._train_epoch(epoch, start, display)
                 row = self._finish_epoch(epoch, images / seconds)
                 display.epoch(row)
+                if self.stopper.stop and self.progress.step < self.total_steps:
+                    self._leave()
+            self.saver.settle()
+        self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
     def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
@@ -137,6 +155,8 @@ class Trainer:
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
             if every and self.progress.step % every == 0 and not at_end:
                 self._save()
+            if self.stopper.ask() and not at_end:
+                self._leave()
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began, images
@@ -213,6 +233,7 @@ class Trainer:
             "lr": self.progress.lr,
             "weight_decay": self.progress.weight_decay,
             "images_per_second": images_per_second,
+            "checkpoint_seconds": self.saver.take_seconds(),
         }
         if self.bad is not None:
             row["bad_images"] = bad_images
@@ -221,8 +242,9 @@ class Trainer:
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         self.progress.loss_sum.zero_()
         self.progress.bad_images = 0
-        if (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs:
-            self._save()
+        due = (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs
+        if due or self.stopper.stop:
+            self._save(score.accuracy)
         return row
 
     def _settle_bad_eval(self) -> int:
@@ -248,90 +270,58 @@ class Trainer:
         self.accelerator.register_for_checkpointing(ema)
         return ema
 
-    def _save(self) -> None:
-        """Write a checkpoint beside the others; it counts once it is whole."""
+    def _saver(self) -> Saver:
+        need = checkpoint_bytes(
+            engine_kind(self.accelerator),
+            self.bare_model,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            full_state_dict=saves_whole(self.accelerator),
+            averaged=self.ema is not None,
+        )
+        timeout = self.recipe.timeout_seconds
+        return Saver(self.accelerator, self.store, self.recipe.checkpoint, need=need, timeout=timeout)
+
+    def _save(self, accuracy: float | None = None) -> None:
+        """Save; the checkpoint counts once it is whole."""
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         self._check_finite(sum(losses))
         bad_images = self._settle_bad_images()
-        step, main = self.progress.step, self.accelerator.is_main_process
-        partial = from_main(self.accelerator, lambda: self.store.begin(step))
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
-        attempt(self.accelerator, lambda: self.accelerator.save_state(str(partial)))
         metadata = {
             "recipe": recipe_dict(self.recipe),
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
             "bad_images": bad_images,
+            "eval_accuracy": accuracy,
         }
-        attempt(self.accelerator, lambda: self._commit(step, partial, metadata), here=main)
+        self.saver.save(self.progress.step, self._write_state, metadata)
 
-    def _commit(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
-        if metadata["engine"] == "ddp":
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if engine_kind(self.accelerator) == "ddp":
             # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
-            note_parameters(partial, self.model, self.optimizer)
-        self.store.commit(step, metadata)
+            note_parameters(folder, self.model, self.optimizer)
+
+    def _leave(self) -> None:
+        if self.saver.saved != self.progress.step:
+            self._save()
+        self.saver.settle()
+        self.stopper.leave(self.folder, self.progress.step, self.total_steps)
 
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
-        found = from_main(self.accelerator, self._find)
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        found = load_newest(accelerator, self.recipe, self.store)
         if found is not None:
-            path = from_main(self.accelerator, lambda: self._fitting(found))
-            error: Exception | None = None
-            try:
-                load_state(self.accelerator, path)
-            except Exception as caught:
-                error = CheckpointError(f"{found.path} could not be loaded: {caught}")
-            raise_everywhere(self.accelerator, error)
-            if path != found.path and self.accelerator.is_main_process:
-                shutil.rmtree(path)
-            self._restore_progress(found)
+            self.progress.step = found.step
+            self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
+            self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
+            accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
+            for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
+                accelerator.print(line)
         step = self.progress.step
-        attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
-
-    def _find(self) -> Checkpoint | None:
-        ours = recipe_dict(self.recipe)
-
-        def refuse(checkpoint: Checkpoint) -> str | None:
-            differing = conflicts(ours, checkpoint.metadata["recipe"])
-            return "of another recipe (" + "; ".join(differing) + ")" if differing else None
-
-        found, rejected = self.store.newest(refuse)
-        for reason in rejected:
-            self.accelerator.print(f"checkpoint passed over: {reason}")
-        if found is None and rejected:
-            raise CheckpointError(
-                "no checkpoint of this run can be used, and starting again would write over them; move "
-                f"{self.store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
-            )
-        return found
-
-    def _fitting(self, found: Checkpoint) -> Path:
-        """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
-        here = engine_kind(self.accelerator), self.accelerator.num_processes
-        there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
-        if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
-            return found.path
-        converted = self.folder.checkpoints / ".converted"
-        shutil.rmtree(converted, ignore_errors=True)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        full = here[0] == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=full)
-        return converted
-
-    def _restore_progress(self, found: Checkpoint) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
-        engine, was = engine_kind(self.accelerator), found.metadata.get("engine", "ddp")
-        self.progress.step = found.step
-        # At another world size only the sum over the ranks matters; the first one carries it.
-        mine = losses[rank] if before == world else sum(losses) * (rank == 0)
-        self.progress.loss_sum.fill_(mine)
-        self.progress.bad_images = found.metadata.get("bad_images", 0) * (rank == 0)
-        self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
-        if before != world:
-            self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")
-        if was != engine:
-            self.accelerator.print(f"the run was under {was} and is under {engine}: it goes on, but not bit for bit")
+        attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)

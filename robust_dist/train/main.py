@@ -11,9 +11,11 @@ from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
-from robust_dist.train.agree import attempt, check_ranks_agree
+from robust_dist.train.agree import attempt, check_ranks_agree, from_main
 from robust_dist.train.build import build_accelerator, load_sets
+from robust_dist.train.claim import FolderLostError
 from robust_dist.train.curves import plot_curves
+from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
 from robust_dist.train.engine import fit_engine
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import DivergedError, Trainer
@@ -33,16 +35,20 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[s
     Raises:
         ValueError: A setting, a file or a folder that cannot be used; on every rank, before the first step.
         DivergedError: The loss is no longer finite.
+        Stopped: A signal asked for it; all is saved.
     """
     accelerator = accelerator or build_accelerator(recipe)
     check_ranks_agree(accelerator, recipe)
+    folder, asked = RunFolder(recipe.run_dir), recipe
+    stopped = from_main(accelerator, folder.stop_note)
+    attempt(accelerator, lambda: check_not_stopped(stopped))
+    recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
-    folder = RunFolder(recipe.run_dir)
     sets = load_sets(recipe, accelerator)
     trainer = Trainer(recipe, accelerator, folder, *sets)
     main = accelerator.is_main_process
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
-    attempt(accelerator, lambda: folder.claim(recipe, note), here=main)
+    attempt(accelerator, lambda: folder.claim(asked, note), here=main)
     try:
         rows = trainer.fit()
         attempt(accelerator, lambda: plot_curves(rows, folder.path / "curves.png"), here=main)
@@ -61,12 +67,19 @@ def _parse(args: Sequence[str] | None) -> Recipe:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Train from the command line; a user's error ends with one message and exit status 2."""
+    """Train from the command line.
+
+    A user's error ends with one message and exit status 2, a run that a signal stopped with 75.
+    """
     first = os.environ.get("RANK", "0") == "0"
     try:
         recipe = _parse(args)
         rows = train(recipe)
-    except (ValueError, DivergedError, EngineError, RankDisagreementError) as error:
+    except Stopped as stopped:
+        if first:
+            print(f"\n{stopped}", flush=True)
+        sys.exit(STOPPED_STATUS)
+    except (ValueError, DivergedError, EngineError, FolderLostError, RankDisagreementError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

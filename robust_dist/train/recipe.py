@@ -133,16 +133,24 @@ class CheckpointConfig:
     Attributes:
         every_epochs: Save at the end of every so many epochs; the last epoch is always saved.
         every_steps: Also save every so many optimizer steps, in mid-epoch.
-        keep: How many checkpoints stay.
+        keep: How many of the newest checkpoints stay.
+        keep_best: How many of those with the highest eval_accuracy stay beside them.
+        background: Stage a checkpoint in the host's memory and write it while training goes on; where it does not fit
+            there, training waits as with false.
+        staging: Folder of each host to stage in (variables such as $TMPDIR are filled in); null is /dev/shm.
     """
 
     every_epochs: int = 1
     every_steps: int | None = None
     keep: int = 2
+    keep_best: int = 0
+    background: bool = True
+    staging: str | None = None
 
     def __post_init__(self) -> None:
         _require_number("checkpoint.every_epochs", self.every_epochs, 1)
         _require_number("checkpoint.keep", self.keep, 1)
+        _require_number("checkpoint.keep_best", self.keep_best, 0)
         if self.every_steps is not None:
             _require_number("checkpoint.every_steps", self.every_steps, 1)
 
@@ -176,6 +184,8 @@ class Recipe:
         epochs: Passes over the training images.
         batch_size: Global batch: images per optimizer step over all ranks and accumulated parts.
         accumulation: Parts into which a rank cuts its share of a batch.
+        micro_batch_size: Most images that a rank holds at once: accumulation is then computed from it and the number of
+            ranks at every start, and batch_size stays. Null leaves accumulation as it is.
         label_smoothing: Share of the target spread over all classes (paper: 0).
         ema_decay: Evaluate an exponential moving average of the weights; null (paper) evaluates the weights.
         seed: Seed of the initial weights, the order and every draw.
@@ -195,6 +205,7 @@ class Recipe:
     epochs: int = 300
     batch_size: int = 128
     accumulation: int = 1
+    micro_batch_size: int | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     seed: int = 0
@@ -206,6 +217,8 @@ class Recipe:
         _require_number("epochs", self.epochs, 1)
         _require_number("batch_size", self.batch_size, 1)
         _require_number("accumulation", self.accumulation, 1)
+        if self.micro_batch_size is not None:
+            _require_number("micro_batch_size", self.micro_batch_size, 1)
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         if self.ema_decay is not None:
             _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
@@ -232,10 +245,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Settings that may change between two starts of one run: they move no weight.
+# Settings that may change between two starts of one run: they move no weight by more than rounding.
 _FREE = (
     *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download"),
     *("data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
+    *("accumulation", "micro_batch_size"),
 )
 
 

@@ -147,21 +147,35 @@ def train(world_size: int, *words: str) -> tuple[int, str]:
     return finish(start(world_size, *words))
 
 
-def kill_after(process: Run | subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
-    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def wait_for_step(process: Run | subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
+    """Wait until the checkpoint of `step`, or a later one, is there."""
     deadline = time.monotonic() + timeout
-    newest = 0
-    while newest < step:
+    while newest_step(run_dir) < step:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"no checkpoint of step {step} within {timeout} s"
         time.sleep(0.005)
-        names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-        newest = max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def ranks_of(process: Run | subprocess.Popen) -> list[int]:
+    """The pids of the run's ranks: the launcher's children, or the process where it is the only rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children] or [process.pid]
+
+
+def kill_after(process: Run | subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
+    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
+    wait_for_step(process, run_dir, step, timeout)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the one figure that measures time."""
+    """The run's rows without the figures that measure time."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith(("_per_second", "_seconds"))} for row in rows]
