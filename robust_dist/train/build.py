@@ -36,7 +36,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.precision.mixed,
         gradient_accumulation_steps=recipe.accumulation,
         log_with=recipe.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
+        ),
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend="gloo" if on_cpu and sharded else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)

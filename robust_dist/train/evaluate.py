@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet, evaluation_batches
 from robust_dist.data.cuts import even_cuts
+from robust_dist.train.watchdog import tick
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def evaluate(
     batches = evaluation_batches(image_set, batch_size, rank, world_size)
     nothing = image_set.images[:1], image_set.labels[:0]
     for _ in range(-(-longest // batch_size)):
+        tick("a batch of evaluation")
         images, labels = next(batches, nothing)
         logits = model(augment.normalize(images).to(dtype))
         totals += _count(logits[: len(labels)], labels)

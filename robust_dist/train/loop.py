@@ -1,7 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,11 @@ from robust_dist.train.display import Display
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.profiling import Profiling
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+from robust_dist.train.trackers import Trackers
+from robust_dist.train.watchdog import tick
 
 
 class DivergedError(RuntimeError):
@@ -65,6 +68,7 @@ class Trainer:
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: ImageSet, test_set: ImageSet
     ) -> None:
         self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
+        self.trackers = Trackers(recipe, accelerator, folder.path)
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
@@ -73,6 +77,7 @@ class Trainer:
         self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
+        self.meter = build_meter(recipe, accelerator, model, (train_set.images.shape[1], *self.augment.size))
         optimizer = build_optimizer(recipe, model)
         schedule = RobustSchedule(
             optimizer,
@@ -108,30 +113,40 @@ class Trainer:
             CheckpointError: Checkpoints are there, but none can be used.
             DivergedError: The loss is no longer finite.
         """
+        tick("taking up the run", patient=True)
         self._resume()
-        steps_per_epoch = self.loader.steps_per_epoch
-        with Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display:
+        steps_per_epoch, done = self.loader.steps_per_epoch, self.progress.step
+        self.trackers.start(done)
+        display = Display(self.recipe, self.accelerator, self.total_steps, done, self.meter)
+        profiling = Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done)
+        # The first step compiles, tunes and connects.
+        tick("the first step", patient=True)
+        with display, profiling:
             while self.progress.step < self.total_steps:
                 epoch, start = divmod(self.progress.step, steps_per_epoch)
-                seconds, images = self._train_epoch(epoch, start, display)
-                row = self._finish_epoch(epoch, images / seconds)
+                figures = self._train_epoch(epoch, start, display, profiling)
+                row = self._finish_epoch(epoch, figures)
                 display.epoch(row)
         return self.folder.metrics()
 
-    def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
-        """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
-        began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
+    def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
+        """The rest of an epoch; returns what was measured in it."""
+        every = self.recipe.checkpoint.every_steps
         self.model.train()
-        for parts in self.loader.epoch(epoch, start):
+        self.meter.begin()
+        for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
             self._train_step(parts)
-            images += parts[0].global_size
+            self.meter.count(parts[0].global_size)
             display.step()
+            profiling.step()
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
             if every and self.progress.step % every == 0 and not at_end:
+                tick(f"the checkpoint of step {self.progress.step}")
                 self._save()
+            tick(f"step {self.progress.step + 1}")
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, images
+        return self.meter.epoch()
 
     def _train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
@@ -160,8 +175,9 @@ class Trainer:
         smoothing = self.recipe.label_smoothing
         return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
-    def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
+    def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
+        tick(f"the end of epoch {epoch + 1}")
         average_buffers(self.bare_model)
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / self.samples_per_epoch
@@ -185,13 +201,14 @@ class Trainer:
             "eval_samples": score.samples,
             "lr": self.progress.lr,
             "weight_decay": self.progress.weight_decay,
-            "images_per_second": images_per_second,
-        }
+        } | measured(self.meter, figures, self.accelerator)
         attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
+        self.trackers.log(row)
         self.progress.loss_sum.zero_()
         if (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs:
+            tick(f"the checkpoint of step {self.progress.step}")
             self._save()
+        tick(f"step {self.progress.step + 1}")
         return row
 
     def _check_finite(self, loss: float) -> None:

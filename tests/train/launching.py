@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from robust_dist.train.measured import without_measured
+
 ROOT = Path(__file__).parents[2]
 # Small enough for a test: 12 optimizer steps an epoch.
 TINY = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "3", "--optimizer.lr", "0.05"]
@@ -53,6 +55,5 @@ def kill_after(process: subprocess.Popen, run_dir: Path, step: int, timeout: flo
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the one figure that measures time."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    """The run's rows without the figures that are measured."""
+    return [without_measured(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

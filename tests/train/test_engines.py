@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from robust_dist.train.measured import without_measured
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.train.under_engines import ROOT, train_under
@@ -19,9 +20,8 @@ STEP, TOTAL = 10, 12
 
 
 def rows(folder):
-    """What a run recorded, without the one figure that measures time."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in lines]
+    """What a run recorded, without the figures that are measured."""
+    return [without_measured(json.loads(line)) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoints(folder):
