@@ -27,13 +27,13 @@ SECONDS_FOR_WORD = 3.0
 
 _WAITED = re.compile(
     r"Timed out waiting \d+ ?ms|timed out after waiting|Watchdog caught collective operation timeout|wait timeout after"
-    r"|Socket Timeout|Wait timeout|ran for \d+ milliseconds before timing out",
+    r"|Socket Timeout|ran for \d+ milliseconds before timing out|Application timeout caused pair closure",
     re.IGNORECASE,
 )
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Connection closed|Connection refused|Broken pipe|recvValue failed"
     r"|failed to recv, got 0 bytes|Connection was likely closed|remote process exited|NCCL communicator (was )?aborted"
-    r"|NCCL error|Failed to (connect|recv|send)|connectFullMesh failed|Application timeout caused pair closure"
+    r"|NCCL error|Failed to (connect|recv|send)|connectFullMesh failed"
     r"|no longer connected|Stop_waiting response is expected",
     re.IGNORECASE,
 )
@@ -65,7 +65,8 @@ class Record:
     def summary(self) -> str:
         """One line."""
         message = self.message.strip().partition("\n")[0]
-        return f"rank {self.rank} on {self.host} {'hangs' if self.kind == 'hang' else 'failed'}: {self.type}: {message}"
+        what = {"hang": "hangs", "failed": f"failed: {self.type}"}.get(self.kind, "lost another rank")
+        return f"rank {self.rank} on {self.host} {what}: {message}"
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -79,15 +80,16 @@ def kind_of(error: BaseException) -> Kind:
     return "waited" if _WAITED.search(text) else "lost" if _LOST.search(text) else "failed"
 
 
-def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None) -> Record:
-    """Write down why this rank ends: for the other ranks, and for the launcher's summary; never raises."""
+def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, origin: Origin | None = None) -> Record:
+    """Write down why this rank ends, for the other ranks and for who reads it later; never raises for the disk."""
+    own = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     record = Record(
         rank=rank.number,
         host=rank.host,
         kind=kind or kind_of(error),
         type=type(error).__name__,
         message=str(error),
-        traceback="".join(traceback.format_exception(type(error), error, error.__traceback__)),
+        traceback=own if origin is None else origin.traceback,
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     if rank.folder is not None:
@@ -155,11 +157,18 @@ def _await_cause(rank: Rank, seconds: float) -> Record | None:
     return None
 
 
-def tell_launcher(summary: str, details: str) -> None:
-    """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one."""
+def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
+    """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one.
+
+    Args:
+        summary: One line.
+        details: What the summary shows.
+        cause: Whether this is no consequence of another rank's error.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
+        # In whole seconds; the earliest counts as the root cause, and the lowest rank where two are equal.
+        extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": extra}}), encoding="utf-8")
 
@@ -167,10 +176,11 @@ def tell_launcher(summary: str, details: str) -> None:
 def report_shared(error: BaseException, origin: Origin, rank: Rank) -> None:
     """Say once why all ranks end that raise one rank's error: the rank it came from does."""
     if rank.number == origin.rank:
-        record_failure(error, rank, kind="failed")
+        record_failure(error, rank, "failed", origin)
         print(f"\n{rank} failed, and with it the run:\n{origin.traceback}", end="", file=sys.stderr, flush=True)
     summary = f"rank {origin.rank} on {origin.host} failed: {type(error).__name__}: {error}"
-    tell_launcher(summary, origin.traceback if rank.number == origin.rank else summary)
+    here = rank.number == origin.rank
+    tell_launcher(summary, origin.traceback if here else summary, cause=here)
 
 
 def report_failure(error: BaseException, rank: Rank) -> None:
@@ -181,6 +191,8 @@ def report_failure(error: BaseException, rank: Rank) -> None:
         print(f"\n{rank} failed{place}:\n{record.traceback}", end="", file=sys.stderr, flush=True)
         tell_launcher(record.summary, record.traceback)
         return
+    # The launcher may end this process while it waits for the others' word.
+    tell_launcher(record.summary, record.summary, cause=False)
     line = explain_loss(rank, record)
     print(line, file=sys.stderr, flush=True)
-    tell_launcher(line, line)
+    tell_launcher(line, line, cause=False)

@@ -3,6 +3,7 @@
 import difflib
 import json
 import uuid
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from robust_dist.train.agree import attempt
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
 _PIP = {"comet_ml": "comet-ml", "mlflow": "mlflow-skinny"}
+_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
 def check_names(names: list[str]) -> None:
@@ -31,10 +33,10 @@ def check_names(names: list[str]) -> None:
 
 
 def check_installed(names: list[str]) -> None:
-    """Refuse a tracker whose package is not there, which Accelerate would leave out in silence.
+    """Refuse a tracker whose package is not there, which Accelerate would leave out in silence, or is broken.
 
     Raises:
-        ValueError: Says what to install.
+        ValueError: Says what to install, or what the package says.
     """
     there = {str(name) for name in get_available_trackers()}
     builtin = {name for name, kind in LOGGER_TYPE_TO_CLASS.items() if kind.__module__ == GeneralTracker.__module__}
@@ -45,6 +47,14 @@ def check_installed(names: list[str]) -> None:
             f"tracking.trackers={names!r}: {' and '.join(missing)} cannot be used, because the package is not "
             f"installed: pip install {packages}, or leave it out"
         )
+    for name in builtin.intersection(names):
+        try:
+            import_module(_MODULES.get(name, name))
+        except Exception as error:
+            raise ValueError(
+                f"tracking.trackers={names!r}: {name} is installed but cannot be imported ({error}); mend it, or "
+                "leave it out"
+            ) from error
 
 
 class Trackers:
@@ -84,25 +94,27 @@ class Trackers:
                 self._complain(tracker.name, error)
 
     def _start(self, done: int) -> None:
-        if not self.recipe.tracking.trackers:
-            return
-        known = self._known_runs()
+        known, started, names = self._known_runs(), [], self.recipe.tracking.trackers
         settings = {key: _scalar(value) for key, value in flatten(recipe_dict(self.recipe)).items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            options = {name: self._options(name, known.get(name), done) for name in self.recipe.tracking.trackers}
-            self.accelerator.init_trackers(self.recipe.tracking.project, init_kwargs=options)
-            for tracker in self.accelerator.trackers:
-                if tracker.name not in known:
-                    tracker.store_init_configuration(settings)
-        except Exception as error:
-            names = self.recipe.tracking.trackers
-            raise ValueError(
-                f"tracking.trackers={names!r} could not start ({type(error).__name__}: {error}); mend it, set it to "
-                "work offline (WANDB_MODE=offline, MLFLOW_TRACKING_URI=...), or leave it out"
-            ) from error
-        runs = {tracker.name: _run_of(tracker) for tracker in self.accelerator.trackers}
-        write_atomically(self.notes, json.dumps(known | runs, indent=1) + "\n")
+        for name in names:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One at a time, so that an error is known to be one's own.
+            self.accelerator.log_with, self.accelerator.trackers = [name], []
+            options = {name: self._options(name, known.get(name), done)}
+            try:
+                self.accelerator.init_trackers(self.recipe.tracking.project, init_kwargs=options)
+                started += self.accelerator.trackers
+                if name not in known:
+                    started[-1].store_init_configuration(settings)
+            except Exception as error:
+                raise ValueError(
+                    f"tracking.trackers={names!r}: {name} could not start ({type(error).__name__}: {error}); mend it, "
+                    "let it work offline, or leave it out"
+                ) from error
+        self.accelerator.trackers = started
+        if started:
+            runs = {tracker.name: _run_of(tracker) for tracker in started}
+            write_atomically(self.notes, json.dumps(known | runs, indent=1) + "\n")
 
     def _known_runs(self) -> dict[str, Any]:
         try:
