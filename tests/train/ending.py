@@ -1,9 +1,5 @@
-"""Ranks of `launch/train.py`'s main that come to grief at a chosen step, several runs at once.
+"""Runs whose second rank comes to grief at a chosen step, several at once, each rank with an output of its own."""
 
-They are forked from a server that has imported everything, each with a terminal (files) and an environment of its own.
-"""
-
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,7 +7,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.ranks import free_port
+from tests.forked import CONTEXT, ensure_server, set_environment
+from tests.ranks import rank_environment
+from tests.train.under_engines import environment
 
 WORDS = ["--model.name", "resnet8", "--batch_size", "32", "--epochs", "1", "--tracking.trackers", "[]"]
 WORDS += ["--tracking.progress", "false", "--augment.trivial", "false"]
@@ -61,21 +59,21 @@ def _break(fault):
     Trainer._train_step = broken
 
 
-def _rank(rank, world_size, port, folder, fault, words):
-    output = os.open(f"{folder}/out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def print_into(path):
+    """Let all that this process prints go into a file, from C too."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(file, number)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1)
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({key: str(value) for key, value in env.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    os.environ.update(ACCELERATE_USE_CPU="true", TORCHELASTIC_ERROR_FILE=f"{folder}/elastic-{rank}.json")
-    import torch
 
+
+def _rank(rank, folder, fault, words, env):
+    print_into(f"{folder}/out-{rank}")
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{folder}/elastic-{rank}.json"}
+    set_environment(env | own)
     from robust_dist.train.main import main
 
-    torch.set_num_threads(1)
     _break(fault)
     main([*WORDS, *words, "--run_dir", f"{folder}/run"])
 
@@ -86,9 +84,8 @@ class Ending:
 
     Attributes:
         folder: Where its files are.
-        codes: Exit statuses in rank order; minus a signal's number; None where a rank lived on.
+        codes: Exit statuses in rank order, minus a signal's number; None where a rank lived on.
         outputs: What each rank printed.
-        seconds: From the first fault to the last end.
     """
 
     folder: Path
@@ -102,25 +99,22 @@ class Ending:
 
 def run_faults(folder: Path, faults: dict[str, list[str]], world_size: int = 2, patience: float = 120.0):
     """Run one training a fault, all at once: name -> Ending."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["robust_dist.train.main", "sklearn.datasets", "torchvision"])
+    ensure_server()
     running = {}
     for fault, words in faults.items():
-        place = folder / fault.replace(" ", "-")
-        place.mkdir()
-        port = free_port()
-        ranks = [
-            context.Process(target=_rank, args=(rank, world_size, port, str(place), fault, words))
-            for rank in range(world_size)
-        ]
+        ending = Ending(folder / fault.replace(" ", "-"))
+        ending.folder.mkdir()
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | environment("cpu") | rank_environment(world_size)
+        given = [(rank, str(ending.folder), fault, words, env) for rank in range(world_size)]
+        ranks = [CONTEXT.Process(target=_rank, args=args, daemon=True) for args in given]
         for process in ranks:
             process.start()
-        running[fault] = Ending(place), ranks
+        running[fault] = ending, ranks
     deadline = time.monotonic() + patience
     for fault, (ending, ranks) in running.items():
-        waited_for = ranks[:1] + ranks[2:] if fault == "stops" else ranks
-        for process in waited_for:
-            process.join(max(0.0, deadline - time.monotonic()))
+        for rank, process in enumerate(ranks):
+            if fault != "stops" or rank != 1:
+                process.join(max(0.0, deadline - time.monotonic()))
         ending.codes = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()
