@@ -119,10 +119,9 @@ class Watchdog:
         return self.rank.folder and self.rank.folder / "stacks" / f"rank-{self.rank.number}.txt"
 
     def _write(self, what: str) -> None:
-        """Dump into the run's folder, or to stderr while there is none."""
+        """Dump into the run's folder; while there is none, the notice must do."""
         path = self._path
         if path is None:
-            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         names = ", ".join(f"{thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate())

@@ -72,6 +72,8 @@ def _rank(rank, folder, fault, words, env):
     print_into(f"{folder}/out-{rank}")
     own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{folder}/elastic-{rank}.json"}
     set_environment(env | own)
+    # Accelerate imports DeepSpeed wherever it is installed, which takes longer than these runs.
+    sys.modules["deepspeed"] = None
     from robust_dist.train.main import main
 
     _break(fault)
