@@ -111,8 +111,8 @@ class Trackers:
                     f"tracking.trackers={names!r}: {name} could not start ({type(error).__name__}: {error}); mend it, "
                     "let it work offline, or leave it out"
                 ) from error
-        self.accelerator.trackers = started
-        if started:
+        if names:
+            self.accelerator.trackers = started
             runs = {tracker.name: _run_of(tracker) for tracker in started}
             write_atomically(self.notes, json.dumps(known | runs, indent=1) + "\n")
 
