@@ -172,6 +172,10 @@ def test_a_tracker_that_fails_on_the_way_is_named_once_and_ends_nothing(tmp_path
     assert scalars(tmp_path, "train_loss")[1] == 2
 
 
+# What these packages warn of is theirs.
+FOREIGN = pytest.mark.filterwarnings("ignore")
+
+
 def twice(folder, tracker):
     """A run of two epochs, taken up again from its first one."""
     run(folder, epochs=2, trackers=[tracker])
@@ -180,6 +184,7 @@ def twice(folder, tracker):
     return json.loads((folder / "trackers" / "runs.json").read_text())[tracker]
 
 
+@FOREIGN
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -189,6 +194,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert all(folder.name.endswith(name) for folder in folders)
 
 
+@FOREIGN
 def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -199,6 +205,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert {point.step for point in mlflow.MlflowClient().get_metric_history(name, "train_loss")} == {12, 24}
 
 
+@FOREIGN
 def test_trackio_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
