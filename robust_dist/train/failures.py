@@ -26,15 +26,15 @@ _CAUSES: tuple[Kind, ...] = ("failed", "hang")
 SECONDS_FOR_WORD = 3.0
 
 _WAITED = re.compile(
-    r"Timed out waiting \d+ ?ms|timed out after waiting|Watchdog caught collective operation timeout|wait timeout after"
-    r"|Socket Timeout|ran for \d+ milliseconds before timing out|Application timeout caused pair closure",
+    r"Timed out waiting \d+ ?ms|timed out after waiting|wait timeout after|socket has timed out|Socket Timeout"
+    r"|waiting for clients|Application timeout caused pair closure"
+    r"|Watchdog caught collective operation timeout|ran for \d+ milliseconds before timing out",
     re.IGNORECASE,
 )
 _LOST = re.compile(
-    r"Connection (closed|reset) by peer|Connection closed|Connection refused|Broken pipe|recvValue failed"
-    r"|failed to recv, got 0 bytes|Connection was likely closed|remote process exited|NCCL communicator (was )?aborted"
-    r"|NCCL error|Failed to (connect|recv|send)|connectFullMesh failed"
-    r"|no longer connected|Stop_waiting response is expected",
+    r"Connection (closed|reset) by peer|Connection closed|Connection refused|Connection was likely closed|Broken pipe"
+    r"|recvValue failed|failed to recv, got 0 bytes|Failed to (connect|recv|send)|connectFullMesh failed"
+    r"|ncclRemoteError|remote process exited|NCCL communicator (was )?aborted",
     re.IGNORECASE,
 )
 
@@ -71,12 +71,10 @@ class Record:
 
 def kind_of(error: BaseException) -> Kind:
     """Whether an error says that another rank is gone or silent, or is this rank's own."""
-    if not isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("robust_dist"):
+    # Torch's transports raise RuntimeErrors; an OSError about a connection is a file system's or a Hub's.
+    if not isinstance(error, RuntimeError) or type(error).__module__.startswith("robust_dist"):
         return "failed"
     text = str(error)
-    # Files and Hubs raise connection errors, too; only those of torch's transports speak of other ranks.
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return "failed"
     return "waited" if _WAITED.search(text) else "lost" if _LOST.search(text) else "failed"
 
 
@@ -132,10 +130,10 @@ def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) ->
     cause = _await_cause(rank, seconds)
     if cause is not None:
         return f"{rank}: stopped, because {cause.summary} (see errors/rank-{cause.rank}.json)"
-    said = loss.message.strip().partition("\n")[0]
+    said = f"{loss.message.strip().splitlines()[0]} (see errors/rank-{rank.number}.json)"
     begun = "waited in vain for the other ranks" if loss.kind == "waited" else "lost another rank"
     if rank.folder is None:
-        return f"{rank}: {begun} before the run began: {said}"
+        return f"{rank}: {begun} before the run began: {loss.message.strip()}"
     heard = {record.rank for record in read_records(rank.folder)}
     silent = [str(number) for number in range(rank.world_size) if number not in heard]
     if not silent:

@@ -77,7 +77,6 @@ class Trainer:
         self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
-        self.meter = build_meter(recipe, accelerator, model, (train_set.images.shape[1], *self.augment.size))
         optimizer = build_optimizer(recipe, model)
         schedule = RobustSchedule(
             optimizer,
@@ -86,6 +85,7 @@ class Trainer:
             weight_decay_off_at=recipe.schedule.weight_decay_off_at,
             min_lr_ratio=recipe.schedule.min_lr_ratio,
         )
+        self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
             accelerator,
