@@ -109,6 +109,7 @@ def _fail(error: Exception, rank: Rank) -> int:
     if users and (rank.folder is None or origin is not None or isinstance(error, _FOR_ALL)):
         # The same on every rank.
         if rank.number == 0:
+            record_failure(error, rank, "failed", origin)
             print(f"error: {error}", file=sys.stderr, flush=True)
         tell_launcher(str(error), f"error: {error}")
         return 2

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from robust_dist.train import main
+from robust_dist.train.build import load_sets
 from robust_dist.train.display import Display
-from robust_dist.train.main import train
 from robust_dist.train.measured import MEASURED, without_measured
 from robust_dist.train.meter import Figures, Meter
 from robust_dist.train.profiling import window
@@ -24,20 +25,30 @@ from robust_dist.train.recipe import (
 )
 
 
+def few_images(recipe, accelerator):
+    """Enough for 12 steps an epoch."""
+    return tuple(
+        type(one)(one.images[:count], one.labels[:count], one.classes, one.name)
+        for one, count in zip(load_sets(recipe, accelerator), (192, 32), strict=True)
+    )
+
+
 def run(folder, *, profile=False, epochs=1, **tracking):
     """The rows of epochs of 12 steps, in this process."""
     AcceleratorState._reset_state(True)
-    return train(
-        Recipe(
-            model=ModelConfig("resnet8"),
-            optimizer=OptimizerConfig(lr=0.05),
-            checkpoint=CheckpointConfig(keep=9),
-            tracking=TrackingConfig(**{"trackers": [], "progress": False} | tracking),
-            epochs=epochs,
-            run_dir=str(folder),
-            profile=profile,
-        )
+    recipe = Recipe(
+        model=ModelConfig("resnet8"),
+        optimizer=OptimizerConfig(lr=0.05),
+        checkpoint=CheckpointConfig(keep=9),
+        tracking=TrackingConfig(**{"trackers": [], "progress": False} | tracking),
+        epochs=epochs,
+        batch_size=16,
+        run_dir=str(folder),
+        profile=profile,
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "load_sets", few_images)
+        return main.train(recipe)
 
 
 @pytest.fixture(scope="module")
