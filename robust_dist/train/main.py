@@ -22,7 +22,7 @@ from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import DivergedError, Trainer
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
-from robust_dist.train.watchdog import HANG_STATUS, HangError, Watchdog, say, tick
+from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 from robust_dist.train.whereabouts import Rank
 
 # Raised on every rank, wherever they come from.
@@ -89,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     rank = Rank()
     if not faulthandler.is_enabled():
-        faulthandler.enable()
+        faulthandler.enable(STDERR)
     try:
         recipe = _parse(args)
         with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
@@ -114,7 +114,7 @@ def _fail(error: Exception, rank: Rank) -> int:
         tell_launcher(str(error), f"error: {error}")
         return 2
     # A rank that has lost its peers may wait for them once more while it takes its process group down.
-    faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=sys.__stderr__ or 2)
+    faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=STDERR)
     if users and type(error).__module__.startswith("robust_dist."):
         record = record_failure(error, rank)
         print(f"error: {rank}: {error}", file=sys.stderr, flush=True)

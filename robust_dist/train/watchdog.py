@@ -25,6 +25,8 @@ from robust_dist.train.whereabouts import Rank
 
 DUMP_SHARE = 0.75
 HANG_STATUS = 124
+# The descriptor itself: `sys.stderr` may be a notebook's, or a test's.
+STDERR = 2
 # Modules in which a main thread waits for other ranks (`graph` runs the backward pass, in which DDP and FSDP reduce).
 _WAITING = ("torch.distributed", "torch.nn.parallel", "torch.autograd.graph", "accelerate.utils", "deepspeed.comm")
 # The disk to which a dump or an error is written may be what hangs.
@@ -95,7 +97,7 @@ class Watchdog:
             # A longer gap between two looks is one in which this process did not run at all.
             silent += min(now - before, 2 * self._poll)
             before = now
-            faulthandler.dump_traceback_later(self.timeout, file=sys.__stderr__ or 2)
+            faulthandler.dump_traceback_later(self.timeout, file=STDERR)
             if not dumped and silent >= DUMP_SHARE * self.timeout:
                 dumped = True
                 self._dump(last[0], silent)
@@ -112,7 +114,7 @@ class Watchdog:
         say(f"{self.rank}: nothing done for {silent:.0f} s, since the start of {what}; it is in {where}")
         if not _within(_SECONDS_TO_WRITE, lambda: self._write(f"{what}, for {silent:.0f} s, in {where}")):
             say(f"{self.rank}: {self._path} cannot be written; the stacks:")
-            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
 
     @property
     def _path(self) -> Path | None:
