@@ -14,7 +14,7 @@ from robust_dist.checkpoint import write_atomically
 from robust_dist.train.agree import attempt
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
-_PIP = {"comet_ml": "comet-ml", "mlflow": "mlflow-skinny"}
+_PIP = {"comet_ml": "comet-ml"}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 

@@ -40,7 +40,7 @@ class HangError(RuntimeError):
 
 
 def tick(what: str, *, patient: bool = False) -> None:
-    """Tell this process's watchdog, if there is one, that the run gets on; costs less than a microsecond.
+    """Tell this process's watchdog, if there is one, that the run gets on.
 
     Args:
         what: What begins now, as it should stand in a report: "step 12".
@@ -180,9 +180,15 @@ def describe(frame: FrameType | None) -> str:
     if frame is None:
         return "an unknown place"
     text, outer = _place(frame), frame
-    while outer.f_back is not None and "site-packages" in outer.f_code.co_filename:
+    while outer.f_back is not None and _is_library(outer):
         outer = outer.f_back
     return text if outer is frame else f"{text}, called from {_place(outer)}"
+
+
+def _is_library(frame: FrameType) -> bool:
+    path = frame.f_code.co_filename
+    ours = frame.f_globals.get("__name__", "").startswith("robust_dist.")
+    return not ours and ("site-packages" in path or path.startswith((os.path.dirname(os.__file__), "<")))
 
 
 def _place(frame: FrameType) -> str:

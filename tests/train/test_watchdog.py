@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -129,9 +131,20 @@ def test_a_disk_that_hangs_keeps_nobody_from_dumping_and_ending(outcomes):
 
 
 def test_a_frame_is_described_by_the_code_that_led_to_it():
-    import sys
+    stop = threading.Event()
 
-    frame = sys._getframe()
-    assert describe(frame).startswith("test_a_frame_is_described")
+    def wait_here():
+        stop.wait()
+
+    thread = threading.Thread(target=wait_here)
+    thread.start()
+    while sys._current_frames()[thread.ident].f_code.co_name != "wait":
+        time.sleep(0.01)
+    frame = sys._current_frames()[thread.ident]
+    said = describe(frame)
+    stop.set()
+    thread.join()
+    assert said.startswith("wait (")
+    assert ", called from wait_here (" in said
     assert not is_waiting(frame)
     assert describe(None) == "an unknown place"
