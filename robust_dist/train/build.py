@@ -32,7 +32,7 @@ def _asked_for(engine: str) -> bool:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, trackers."""
+    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
@@ -41,8 +41,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         cpu=on_cpu and not sharded,
         mixed_precision=recipe.precision.mixed,
         gradient_accumulation_steps=recipe.accumulation,
-        log_with=recipe.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
+        ),
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend="gloo" if on_cpu and sharded else "nccl",

@@ -1,7 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
 import secrets
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,14 @@ from robust_dist.train.elastic import changes
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.profiling import Profiling
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.train.resume import load_newest, loss_of, saves_whole
 from robust_dist.train.saving import Saver
 from robust_dist.train.stop import Stopper
+from robust_dist.train.trackers import Trackers
+from robust_dist.train.watchdog import tick
 
 
 class DivergedError(RuntimeError):
@@ -74,6 +77,7 @@ class Trainer:
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
         self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
+        self.trackers = Trackers(recipe, accelerator, folder.path)
         kept = recipe.checkpoint
         token = secrets.token_hex(4)
         self.store = CheckpointStore(
@@ -97,6 +101,7 @@ class Trainer:
             weight_decay_off_at=recipe.schedule.weight_decay_off_at,
             min_lr_ratio=recipe.schedule.min_lr_ratio,
         )
+        self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
             accelerator,
@@ -125,41 +130,50 @@ class Trainer:
             DivergedError: The loss is no longer finite.
             Stopped: A signal asked for it; all is saved.
         """
+        tick("taking up the run", patient=True)
         self._resume()
-        steps_per_epoch = self.loader.steps_per_epoch
+        steps_per_epoch, done = self.loader.steps_per_epoch, self.progress.step
+        self.trackers.start(done)
+        # The first step compiles, tunes and connects.
+        tick("the first step", patient=True)
         with (
             self._saver() as self.saver,
             Stopper(self.accelerator, self.saver) as self.stopper,
-            Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display,
+            Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
+            Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
         ):
             while self.progress.step < self.total_steps:
                 epoch, start = divmod(self.progress.step, steps_per_epoch)
-                seconds, images = self._train_epoch(epoch, start, display)
-                row = self._finish_epoch(epoch, images / seconds)
+                figures = self._train_epoch(epoch, start, display, profiling)
+                row = self._finish_epoch(epoch, figures)
                 display.epoch(row)
                 if self.stopper.stop and self.progress.step < self.total_steps:
                     self._leave()
+            tick("the last checkpoint", patient=True)
             self.saver.settle()
         self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
-    def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
-        """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
-        began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
+    def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
+        """The rest of an epoch; returns what was measured in it."""
+        every = self.recipe.checkpoint.every_steps
         self.model.train()
-        for parts in self.loader.epoch(epoch, start):
+        self.meter.begin()
+        for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
             self._train_step(parts)
             self._note_bad_images()
-            images += parts[0].global_size
+            self.meter.count(parts[0].global_size)
             display.step()
+            profiling.step()
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
             if every and self.progress.step % every == 0 and not at_end:
                 self._save()
             if self.stopper.ask() and not at_end:
                 self._leave()
+            tick(f"step {self.progress.step + 1}")
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, images
+        return self.meter.epoch()
 
     def _train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
@@ -206,8 +220,9 @@ class Trainer:
             return 0
         return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_name)
 
-    def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
+    def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
+        tick(f"the end of epoch {epoch + 1}")
         average_buffers(self.bare_model)
         bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
@@ -232,19 +247,19 @@ class Trainer:
             "eval_samples": score.samples,
             "lr": self.progress.lr,
             "weight_decay": self.progress.weight_decay,
-            "images_per_second": images_per_second,
-            "checkpoint_seconds": self.saver.take_seconds(),
-        }
+        } | measured(self.meter, figures, self.accelerator)
+        row["checkpoint_seconds"] = self.saver.take_seconds()
         if self.bad is not None:
             row["bad_images"] = bad_images
             row["eval_bad_images"] = self._settle_bad_eval()
         attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
+        self.trackers.log(row)
         self.progress.loss_sum.zero_()
         self.progress.bad_images = 0
         due = (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs
         if due or self.stopper.stop:
             self._save(score.accuracy)
+        tick(f"step {self.progress.step + 1}")
         return row
 
     def _settle_bad_eval(self) -> int:
@@ -284,6 +299,7 @@ class Trainer:
 
     def _save(self, accuracy: float | None = None) -> None:
         """Save; the checkpoint counts once it is whole."""
+        tick(f"the checkpoint of step {self.progress.step}")
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         self._check_finite(sum(losses))
         bad_images = self._settle_bad_images()

@@ -160,12 +160,27 @@ class TrackingConfig:
     """What is shown and recorded beside `metrics.jsonl`.
 
     Attributes:
-        trackers: Accelerate's trackers: tensorboard, wandb, mlflow, ...
+        trackers: Accelerate's trackers: tensorboard, wandb, mlflow, trackio, ...
+        project: The trackers' project (MLflow: experiment; TensorBoard: a folder under `trackers/`).
+        options: Further keyword arguments of a tracker's start, by its name: {wandb: {entity: us}}.
         progress: A progress bar on the main process.
+        peak_tflops: What one device does at most, for MFU; null takes a known GPU's data sheet, and no MFU elsewhere.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "robust_dist"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: bool = True
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.project), "tracking.project", self.project, "a name")
+        for name in self.options:
+            _require(
+                name in self.trackers, f"tracking.options.{name}", self.options[name], "of one of tracking.trackers"
+            )
+        if self.peak_tflops is not None:
+            _require(self.peak_tflops > 0, "tracking.peak_tflops", self.peak_tflops, "above 0, or null")
 
 
 @dataclass
@@ -191,7 +206,9 @@ class Recipe:
         seed: Seed of the initial weights, the order and every draw.
         run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
         num_processes: Ranks that must be there; any number where null.
-        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up.
+        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up; a step, a
+            batch of evaluation or a checkpoint must take less.
+        profile: Write a torch.profiler trace of a few steps into the run's folder: true, or [steps to skip, steps].
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -212,6 +229,7 @@ class Recipe:
     run_dir: str = "runs/run"
     num_processes: int | None = None
     timeout_seconds: float = 600.0
+    profile: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
         _require_number("epochs", self.epochs, 1)
@@ -224,6 +242,9 @@ class Recipe:
             _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
         _require_number("seed", self.seed, 0, 2**63 - 1)
         _require_number("timeout_seconds", self.timeout_seconds, 1)
+        if not isinstance(self.profile, bool):
+            fits = self.profile[0] >= 1 and self.profile[1] >= 1
+            _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -247,8 +268,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Settings that may change between two starts of one run: they move no weight by more than rounding.
 _FREE = (
-    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download"),
-    *("data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
+    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
+    *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
     *("accumulation", "micro_batch_size"),
 )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
+from robust_dist.train.measured import without_measured
 from tests.forked import CONTEXT, ROOT, begin, ensure_server
 from tests.ranks import rank_environment
 from tests.train.under_engines import environment
@@ -176,6 +177,5 @@ def kill_after(process: Run | subprocess.Popen, run_dir: Path, step: int, timeou
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the figures that measure time."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.endswith(("_per_second", "_seconds"))} for row in rows]
+    """The run's rows without the figures that are measured."""
+    return [without_measured(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

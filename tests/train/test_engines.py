@@ -27,7 +27,7 @@ STEP, TOTAL = 10, 12
 
 
 def rows(folder):
-    """What a run recorded, without the figures that measure time."""
+    """What a run recorded, without the figures that are measured."""
     return metrics(Path(folder))
 
 
