@@ -16,14 +16,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state, note_parameters
 from robust_dist.data import Batch, ImageSet
 from robust_dist.engines.accelerate import check
-from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
+from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+from robust_dist.train.schedule_free import use_averaged_weights
 
 
 class DivergedError(RuntimeError):
@@ -73,14 +73,8 @@ class Trainer:
         self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
-        optimizer = build_optimizer(recipe, model)
-        schedule = RobustSchedule(
-            optimizer,
-            self.total_steps,
-            warmup_steps=recipe.schedule.warmup_steps,
-            weight_decay_off_at=recipe.schedule.weight_decay_off_at,
-            min_lr_ratio=recipe.schedule.min_lr_ratio,
-        )
+        optimizer = build_optimizer(recipe, model, self.total_steps)
+        schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
             accelerator,
@@ -88,6 +82,7 @@ class Trainer:
             num_processes=recipe.num_processes,
             schedule=self.schedule,
             total_steps=self.total_steps,
+            optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
         self.input_dtype = input_dtype(accelerator, self.bare_model)
@@ -122,6 +117,7 @@ class Trainer:
         """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
         began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
         self.model.train()
+        self.optimizer.train()
         for parts in self.loader.epoch(epoch, start):
             self._train_step(parts)
             images += parts[0].global_size
@@ -141,8 +137,8 @@ class Trainer:
             broadcast_buffers(self.bare_model)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
-                images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images.to(self.input_dtype)), targets)
+                images, targets = self._inputs(batch)
+                loss = self._loss(self.model(images), targets)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -156,12 +152,17 @@ class Trainer:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
 
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
+        return images.to(self.input_dtype), targets
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing
         return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
     def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
         """Evaluate, record, save."""
+        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self._inputs(batch)[0])
         average_buffers(self.bare_model)
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / self.samples_per_epoch

@@ -19,6 +19,9 @@ from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import DivergedError, Trainer
 from robust_dist.train.recipe import Recipe, parse_recipe
 
+# Exit status of a run whose loss is no longer finite: a result rather than a mistake.
+DIVERGED = 3
+
 
 def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[str, Any]]:
     """Run a recipe on this rank, or go on with it where its folder stands.
@@ -61,7 +64,10 @@ def _parse(args: Sequence[str] | None) -> Recipe:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Train from the command line; a user's error ends with one message and exit status 2."""
+    """Train from the command line.
+
+    A user's error ends with one message and exit status 2, a loss that is no longer finite with `DIVERGED`.
+    """
     first = os.environ.get("RANK", "0") == "0"
     try:
         recipe = _parse(args)
@@ -69,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, DivergedError, EngineError, RankDisagreementError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(DIVERGED if isinstance(error, DivergedError) else 2)
     if first:
         last = rows[-1]
         print(f"\naccuracy {last['eval_accuracy']:.2%} on {last['eval_samples']} held-out images of {recipe.data.name}")
