@@ -288,7 +288,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Settings that may change between two starts of one run: they move no weight.
-_FREE = ("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download")
+FREE = ("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download")
 
 
 def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -301,7 +301,7 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """
     defaults = flatten(recipe_dict(Recipe()))
     here, there = flatten(ours), defaults | flatten(theirs)
-    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(_FREE))
+    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
     missing = "(not set)"
     return [
         f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in the folder"
