@@ -1,9 +1,11 @@
-"""`robust-dist doctor | preview | bench | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | study | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
     bench.set_defaults(run=_bench, extra="bench")
+    add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
 

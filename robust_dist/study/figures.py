@@ -1,8 +1,9 @@
 """Figures of robustness: how high a grid of hyperparameters lies, and how little it moves. Pure functions.
 
-A grid is an array [..., cells] of one figure a cell (higher is better, in percentage points), and a figure of robustness
-takes the last dimension away. Sources: the paper's pair of mean and variance; learning-rate sensitivity after Wortsman
-et al. 2023 (arXiv 2309.14322); the expected best of k trials after Sivaprasad et al. 2020 (arXiv 1910.11758).
+A grid is an array [..., cells] of one figure a cell (higher is better, in percentage points), and a figure of
+robustness takes the last dimension away. Sources: the paper's pair of mean and variance; learning-rate sensitivity
+after Wortsman et al. 2023 (arXiv 2309.14322); the expected best of k trials after Sivaprasad et al. 2020 (arXiv
+1910.11758).
 """
 
 from collections.abc import Callable
@@ -153,8 +154,8 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
 
     A pair is one cell with one seed, trained by both. Were the two exchangeable in every pair, each difference's sign
     would be a coin's. All 2^n flips are gone through for n <= 16 pairs; else 10,000 are drawn, and p is (1 + as
-    extreme) / (1 + drawn). The pairs of one cell share what is peculiar to the cell, so the test speaks of the cells tried, not
-    of learning rates in general.
+    extreme) / (1 + drawn). The pairs of one cell share what is peculiar to the cell, so the test speaks of
+    the cells tried, not of learning rates in general.
 
     Args:
         first: Figures [n] of one contender.

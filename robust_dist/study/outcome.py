@@ -59,9 +59,11 @@ class Failure:
 def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Failure:
     """What a training process left behind.
 
-    A run has diverged where its loss was no longer finite, or where the last epoch's training loss lies above that of
-    guessing, ln(classes), which is where an untrained classifier starts. The last epoch's accuracy counts, not the
-    best one's: the paper names no other, and choosing an epoch by the test images would favour what fluctuates.
+    A run has diverged where its loss was no longer finite, or where both losses of the last epoch, in training and in
+    evaluation, lie above that of guessing, ln(classes), which is where an untrained classifier starts. (Training's
+    alone is a mean over the epoch, its start included; evaluation's alone may be high where a classifier errs surely.)
+    The last epoch's accuracy counts, not the best one's: the paper names no other, and choosing an epoch by the test
+    images would favour what fluctuates.
 
     Args:
         run_dir: The run's folder.
@@ -74,10 +76,15 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
         return _result(run_dir, recipe, rows, None, "the training loss was no longer finite")
     if status != 0 or not rows or rows[-1]["epoch"] != recipe.epochs:
         return Failure(status, end_of(log))
-    chance, loss = chance_of(recipe), rows[-1]["train_loss"]
+    chance = chance_of(recipe)
     guessing = math.inf if chance is None else -math.log(chance)
-    why = f"the last epoch's training loss, {loss:.3f}, is above that of guessing, {guessing:.3f}"
-    return _result(run_dir, recipe, rows, rows[-1]["eval_accuracy"], why if loss > guessing else None)
+    seen, held_out = rows[-1]["train_loss"], rows[-1]["eval_loss"]
+    why = (
+        f"the last losses, {seen:.3f} in training and {held_out:.3f} in evaluation, are above guessing's {guessing:.3f}"
+    )
+    # Written so that a loss that is no number counts.
+    learned = seen <= guessing or held_out <= guessing
+    return _result(run_dir, recipe, rows, rows[-1]["eval_accuracy"], None if learned else why)
 
 
 def chance_of(recipe: Recipe) -> float | None:

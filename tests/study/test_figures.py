@@ -76,10 +76,10 @@ def test_the_bootstrap_goes_through_every_resample_of_the_seeds_for_all_cells_at
 def test_the_bootstrap_covers_a_known_mean_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     hits = 0
-    for trial in range(200):
-        low, high = figures.bootstrap(generator.normal(size=(1, 20)), figures.mean, seed=trial)
+    for trial in range(60):
+        low, high = figures.bootstrap(generator.normal(size=(1, 12)), figures.mean, seed=trial)
         hits += low <= 0 <= high
-    assert 0.85 <= hits / 200 <= 0.99
+    assert 0.8 <= hits / 60 < 1
 
 
 @pytest.mark.parametrize("name", figures.figures_of(8))
