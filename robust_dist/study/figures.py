@@ -119,8 +119,9 @@ def bootstrap(grid: Array, figure: Figure, *, level: float = 0.95, seed: int = 0
     if num_seeds < 2:
         return None
     means = _resamples(num_seeds, seed) @ grid.T
-    low, high = np.quantile(figure(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    values = figure(means)
+    low = np.quantile(values, (1 - level) / 2, method="lower")
+    return float(low), float(np.quantile(values, (1 + level) / 2, method="higher"))
 
 
 def _resamples(num_seeds: int, seed: int) -> Array:

@@ -41,11 +41,11 @@ def start(config: Path, folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **pipe)
 
 
-def end(process: subprocess.Popen, number: int = signal.SIGKILL) -> tuple[int, str]:
-    """Signal the command's own process, not its training processes."""
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
+def kill(process: subprocess.Popen) -> None:
+    """Kill the command's own process, not its training processes."""
+    os.kill(process.pid, signal.SIGKILL)
+    # They hold its pipe until they have noticed.
+    process.communicate(timeout=120)
 
 
 def wait_until(condition, process: subprocess.Popen, timeout: float = 240) -> None:
