@@ -42,7 +42,10 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     heads = [", ".join(cell.labels[:-1]) for cell in cells[:: len(columns)]]
     figure = _figure(3 + 1.1 * len(columns), 1.6 + 0.5 * len(heads))
     axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    # Cells that diverged do not stretch the colours over those that did not.
+    shown = np.array([np.nan if _all_diverged(summary, place) else value for place, value in enumerate(grid.ravel())])
+    lowest = None if np.isnan(shown).all() else np.nanmin(shown)
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=lowest)
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             axes.text(column, row, _text(summary, row * len(columns) + column, value), ha="center", va="center")
@@ -59,16 +62,22 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
 
 
 def _text(summary: Summary, place: int, value: float) -> str:
-    cell = summary.study.cells()[place]
     if np.isnan(value):
         return ""
-    diverged = len(summary.diverged(cell))
-    all_of_them = diverged and diverged == int(np.sum(~np.isnan(summary.points[place])))
-    return "diverged" if all_of_them else f"{value:.2f}" + ("*" if diverged else "")
+    if _all_diverged(summary, place):
+        return "diverged"
+    return f"{value:.2f}" + ("*" if summary.diverged(summary.study.cells()[place]) else "")
+
+
+def _all_diverged(summary: Summary, place: int) -> bool:
+    there = int(np.sum(~np.isnan(summary.points[place])))
+    return there > 0 and len(summary.diverged(summary.study.cells()[place])) == there
 
 
 def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     """Draw mean ± standard deviation over the learning rate into a PNG, a line per place of the other axes.
+
+    A cell whose every run diverged is a cross at the bottom.
 
     Args:
         summary: The results.
@@ -86,21 +95,27 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     figure = _figure(8, 5)
     axes = figure.subplots()
     for label, cells in _lines(study, place).items():
-        points = summary.points[cells]
-        means = _means(points)
-        there = ~np.isnan(means)
-        if there.any():
-            spread = [float(np.nanstd(row, ddof=1)) if np.sum(~np.isnan(row)) > 1 else 0.0 for row in points[there]]
-            axes.errorbar(np.array(values)[there], means[there], yerr=spread, marker="o", capsize=3, label=label)
+        _draw_line(axes, label, np.array(values), summary, cells)
     axes.set_xscale("log")
+    axes.margins(y=0.1)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("accuracy, %")
     axes.set_title(_title(summary))
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     figure.savefig(path, dpi=120)
     return True
+
+
+def _draw_line(axes: Any, label: str, rates: Array, summary: Summary, cells: list[int]) -> None:
+    points = summary.points[cells]
+    means = _means(points)
+    diverged = np.array([_all_diverged(summary, place) for place in cells])
+    there = ~np.isnan(means) & ~diverged
+    spread = [float(np.nanstd(row, ddof=1)) if np.sum(~np.isnan(row)) > 1 else 0.0 for row in points[there]]
+    line = axes.errorbar(rates[there], means[there], yerr=spread, marker="o", capsize=3, label=label)[0]
+    marks = {"marker": "x", "linestyle": "", "color": line.get_color(), "transform": axes.get_xaxis_transform()}
+    axes.plot(rates[diverged], [0.02] * int(diverged.sum()), **marks)
 
 
 def _lines(study: Study, place: int) -> dict[str, list[int]]:
