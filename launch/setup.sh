@@ -16,9 +16,10 @@ if ! "$python" -c "import sys" 2>/dev/null; then
   rm -rf "$root/.venv"
   "$base" -m venv "$root/.venv"
 fi
-# The stamp holds the requirements that were installed, and is written last.
-if ! cmp -s "$stamp" "$root/pyproject.toml"; then
+# The stamp holds the requirements and the C sources that were installed, and is written last.
+installs() { cat "$root/pyproject.toml" "$root"/robust_dist/optim/native/*; }
+if ! cmp -s "$stamp" <(installs); then
   echo "installing robust_dist[$extras] into .venv (torch alone is some GB; minutes on a fresh machine)"
   "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
-  cp "$root/pyproject.toml" "$stamp"
+  installs > "$stamp"
 fi

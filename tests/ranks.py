@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.forked import ensure_server, set_environment
+
 
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
@@ -23,11 +25,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def rank_environment(world_size: int) -> dict[str, str]:
+    """What the ranks of one launch find in their environment, but for each one's own rank."""
+    world = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
 def _rank_main(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, timeout: float, out: str, args: tuple
+    rank: int, env: dict[str, str], function: Callable[..., Any], timeout: float, out: str, args: tuple
 ) -> None:
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({k: str(v) for k, v in env.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    set_environment(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
@@ -46,8 +53,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     A rank's exception fails the caller with every failed rank's traceback. Many scenarios belong in one
     call: a launch costs seconds, a scenario inside it milliseconds.
     """
+    ensure_server()
     with tempfile.TemporaryDirectory() as out:
-        mp.spawn(_rank_main, (function, world_size, free_port(), timeout, out, args), nprocs=world_size)
+        call = (dict(os.environ) | rank_environment(world_size), function, timeout, out, args)
+        ranks = mp.start_processes(_rank_main, call, world_size, join=False, start_method="forkserver")
+        try:
+            while not ranks.join():
+                pass
+        finally:
+            for process in ranks.processes:
+                process.kill()
         results = [pickle.loads(Path(out, f"{r}.pkl").read_bytes()) for r in range(world_size)]
     failed = [f"rank {r}:\n{value}" for r, (ok, value) in enumerate(results) if not ok]
     if failed:

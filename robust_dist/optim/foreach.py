@@ -86,12 +86,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _can_flatten(tensors: tuple[Tensor, ...]) -> bool:
+def can_flatten(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors lie in memory without gaps and in the same order, so that they can be walked as arrays."""
     return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def _pieces(tensors: tuple[Tensor, ...], size: int) -> Iterable[tuple[Tensor, ...]]:
-    if not _can_flatten(tensors):
+    if not can_flatten(tensors):
         return [tensors]
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     return zip(*(t.split(size) for t in flat), strict=True)

@@ -19,6 +19,8 @@ def _elements(name):
 def test_the_sets_have_the_sizes_of_the_models_they_are_named_after():
     assert (len(SETS["resnet56"]()), _elements("resnet56")) == (167, 853_018)
     assert (len(SETS["resnet18"]()), _elements("resnet18")) == (62, 11_173_962)
+    assert (len(SETS["resnet50"]()), _elements("resnet50")) == (161, 25_557_032)
+    assert (len(SETS["vit_l"]()), _elements("vit_l")) == (296, 304_326_632)
 
 
 def test_ratios_are_to_the_peers_of_the_same_run():
@@ -52,3 +54,12 @@ def test_the_command_prints_the_table(capsys):
 def test_wrong_arguments_are_errors_that_name_them(kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(**kwargs)
+
+
+def test_slow_contenders_are_left_out_of_large_sets_only(monkeypatch):
+    monkeypatch.setattr(optimizer, "LARGE", 11)
+    small, _ = run(sets=["tiny"], rounds=1, threads=1)
+    assert not {row.optimizer for row in small} & set(optimizer.SLOW)
+    monkeypatch.setattr(optimizer, "LARGE", 12)
+    whole, _ = run(sets=["tiny"], rounds=1, threads=1)
+    assert {row.optimizer for row in whole} > {"RAdaBeliefW foreach=False"}

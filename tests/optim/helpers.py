@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.fused_cpu import library
 from robust_dist.optim.reference import reference_step
 
 BACKENDS = {
     "default": {},
     "foreach": {"foreach": True},
+    **({"fused": {"fused": True}} if library() else {}),
     "single": {"foreach": False},
     "capturable_foreach": {"capturable": True, "foreach": True},
     "capturable_single": {"capturable": True, "foreach": False},

@@ -263,7 +263,8 @@ def test_a_sparse_gradient_is_an_error_before_anything_has_moved():
         ({"rectify_threshold": 3.0}, "rectify_threshold must be a finite number of at least 4"),
         ({"eps_placement": "under"}, "eps_placement must be one of"),
         ({"foreach": True, "fused": True}, "exclude each other"),
-        ({"fused": True}, "no fused backend; use foreach=True"),
+        ({"fused": True, "capturable": True}, "does not support differentiable=True or capturable=True"),
+        ({"fused": True, "differentiable": True}, "does not support differentiable=True or capturable=True"),
         ({"foreach": True, "differentiable": True}, "does not support differentiable"),
     ],
 )

@@ -29,7 +29,8 @@ def checkpoints(folder):
 
 
 def on_first_rank(action):
-    """Let one rank change files while the others wait."""
+    """Let one rank change files once all have read them, while the others wait."""
+    dist.barrier()
     if dist.get_rank() == 0:
         action()
     dist.barrier()

@@ -4,6 +4,7 @@ Each run's environment is what `accelerate launch --config_file` makes of the fi
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -19,6 +20,12 @@ WORDS += ["--checkpoint.every_steps", "5", "--optimizer.no_decay", "[bias, norm]
 _OURS = re.compile("^(ACCELERATE_|FSDP_|PARALLELISM_|DEEPSPEED_)")
 
 
+def _forget_engine() -> None:
+    for key in [key for key in os.environ if _OURS.match(key)]:
+        del os.environ[key]
+
+
+@functools.cache
 def environment(name: str) -> dict[str, str]:
     """What `accelerate launch --config_file configs/accelerate/NAME.yaml` puts into its processes' environment."""
     from accelerate.commands import launch
@@ -29,6 +36,7 @@ def environment(name: str) -> dict[str, str]:
     launch.multi_gpu_launcher = lambda words: made.update(prepare_multi_gpu_env(words))
     launch.deepspeed_launcher = lambda words: made.update(prepare_deepspeed_cmd_env(words)[1])
     try:
+        _forget_engine()
         config = str(ROOT / "configs" / "accelerate" / f"{name}.yaml")
         launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", config, "script.py"]))
     finally:
@@ -46,9 +54,9 @@ def engine(name: str):
     from tests.engines.fsdp_on_cpu import pretend_fsdp_runs_on_cpus
 
     before = dict(os.environ)
-    for key in [key for key in os.environ if _OURS.match(key)]:
-        del os.environ[key]
-    os.environ.update(environment(name))
+    made = environment(name)
+    _forget_engine()
+    os.environ.update(made)
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
     AcceleratorState._reset_state(True)

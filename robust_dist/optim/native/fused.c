@@ -1,0 +1,169 @@
+/* RAdaBeliefW's step on the CPU: one pass over all tensors of a batch, in chunks dealt to OpenMP's threads.
+ *
+ * A plain C library without Python's or torch's headers, called through ctypes. No flag of its build may change the
+ * arithmetic of the process (no -ffast-math). The equations are those of robust_dist/optim/reference.py.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#define CHUNK 32768 /* elements; 512 KiB of p, g, m and v */
+#define PIECE 1024
+
+enum { F32, F64, BF16, F16 };
+enum { KEEP, UNRECTIFIED, RECTIFIED };
+
+typedef struct {
+    double rate;       /* 1 - beta1 */
+    double beta2;
+    double share;      /* (1 - beta2) beta1^2 */
+    double added_eps;
+    double grad_scale; /* unscales the gradient and turns its sign */
+    double decay, step_size, inner, outer;
+    int32_t kind;
+    int32_t threads;
+} scalars;
+
+typedef struct {
+    void *const *params;
+    void *const *grads;
+    void *const *exp_avgs;
+    void *const *exp_avg_sqs;
+    const int64_t *numels;
+    int64_t count;
+    int32_t param_kind, grad_kind;
+} tensors;
+
+static inline float as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t as_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Round to nearest even; NaN stays NaN. */
+static inline uint16_t to_bfloat(float value)
+{
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t nan = (bits & 0x7fffffff) > 0x7f800000;
+    return (uint16_t)(nan ? 0x7fc0 : rounded);
+}
+
+static inline float from_half(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
+    const float normal = as_float(rest + (112u << 23));
+    const float small = as_float(rest + (113u << 23)) - as_float(113u << 23); /* subnormal halves */
+    const float special = as_float(rest | 0x7f800000);
+    const float size = rest < (1u << 23) ? small : rest >= (31u << 23) ? special : normal;
+    return as_float(as_bits(size) | sign);
+}
+
+static inline uint16_t to_half(float value)
+{
+    const uint32_t bits = as_bits(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+    /* Below 2^-14 the sum's own rounding places the subnormal's bits. */
+    const uint32_t small = as_bits(as_float(size) + 0.5f) - as_bits(0.5f);
+    const uint32_t normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    const uint32_t special = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t found = size >= 0x47800000 ? special : size < (113u << 23) ? small : normal;
+    return (uint16_t)(found | sign);
+}
+
+#define TARGET
+#define ISA(name) name##_portable
+#include "isa.h"
+#undef TARGET
+#undef ISA
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_X86 1
+#define TARGET __attribute__((target("avx2,fma")))
+#define ISA(name) name##_avx2
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#define ISA(name) name##_avx512
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#endif
+
+typedef void (*runner)(const tensors *, int64_t, int64_t, int64_t, const scalars *);
+
+/* 0: portable C, 1: AVX2, 2: AVX-512. */
+int robust_dist_widest(void)
+{
+#ifdef HAS_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+static runner choose(int isa)
+{
+#ifdef HAS_X86
+    if (isa == 2)
+        return run_avx512;
+    if (isa == 1)
+        return run_avx2;
+#endif
+    return run_portable;
+}
+
+static pid_t loaded_by;
+
+__attribute__((constructor)) static void note_process(void)
+{
+    loaded_by = getpid();
+}
+
+static int64_t chunks_of(int64_t numel)
+{
+    return (numel + CHUNK - 1) / CHUNK;
+}
+
+/* Step all tensors; `isa` must not be above robust_dist_widest(). */
+void robust_dist_step(const tensors *t, const scalars *c, int isa)
+{
+    const runner run = choose(isa);
+    int64_t chunks = 0, elements = 0, next = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        chunks += chunks_of(t->numels[i]);
+        elements += t->numels[i];
+    }
+    /* A forked child has none of its parent's OpenMP threads and would wait for them. */
+    const int alone = getpid() != loaded_by || elements <= CHUNK || c->threads < 2;
+#pragma omp parallel num_threads(c->threads) if (!alone)
+    {
+        int64_t tensor = 0, before = 0; /* chunks of the tensors before this one */
+        for (;;) {
+            int64_t mine;
+#pragma omp atomic capture
+            mine = next++;
+            if (mine >= chunks)
+                break;
+            while (mine - before >= chunks_of(t->numels[tensor]))
+                before += chunks_of(t->numels[tensor++]);
+            const int64_t first = (mine - before) * CHUNK, left = t->numels[tensor] - first;
+            run(t, tensor, first, left < CHUNK ? left : CHUNK, c);
+        }
+    }
+}

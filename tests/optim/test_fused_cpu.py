@@ -1,0 +1,251 @@
+"""The pass in C: bits that depend on nothing but the numbers, and no trace left in the process."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_dist.optim import RAdaBeliefW, fused_cpu
+from robust_dist.optim.backend import Batch
+from robust_dist.optim.fused_cpu import _KINDS, _Scalars, call, library
+from tests.optim.helpers import bits, gradients, reference, start, step, train
+
+ROOT = Path(__file__).parents[2]
+built = pytest.mark.skipif(library() is None, reason="the C library is not built")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+COPY = {"rate": 1.0, "beta2": 0.9, "grad_scale": 1.0, "decay": 1.0, "kind": 1, "threads": 1}
+
+
+def moved(param, grad, widest=None, **scalars):
+    """`param` after one raw call of the C pass with zero moments."""
+    m, v = (torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32)) for _ in range(2))
+    kinds = _KINDS[param.dtype], _KINDS[grad.dtype]
+    call(Batch([param], [grad], [m], [v]), kinds, _Scalars(**{**COPY, **scalars}), widest)
+    return param
+
+
+def same_numbers(ours, theirs):
+    both_nan = ours.isnan() & theirs.isnan()
+    return torch.equal(ours.masked_fill(both_nan, 0), theirs.masked_fill(both_nan, 0))
+
+
+def widths():
+    return range(library().robust_dist_widest() + 1) if library() else []
+
+
+def test_the_library_is_built_where_there_is_a_compiler():
+    """The test set-up installs the package; a fallback that nobody notices would make the other tests skip."""
+    if os.environ.get("CC") != "false" and subprocess.run(["which", "gcc"], capture_output=True).returncode == 0:
+        assert library() is not None, fused_cpu.why_not()
+
+
+@built
+@pytest.mark.parametrize("widest", widths())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_is_read_and_written_back_as_it_was(dtype, widest):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    kept = moved(every.clone(), torch.zeros(2**16), widest)
+    assert same_numbers(kept, every)
+
+
+@built
+@pytest.mark.parametrize("widest", widths())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_is_rounded_as_torch_rounds_it(dtype, widest):
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    ties = halves * (1 + 2.0**-9)
+    values = torch.cat([patterns, halves, ties, torch.linspace(-1e-4, 1e-4, 50_001)])
+    written = moved(torch.zeros(len(values), dtype=dtype), values, widest, step_size=-1.0)
+    assert same_numbers(written, values.to(dtype))
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_same_bits(dtype):
+    params, grads = start((1003,), dtype=dtype), gradients((1003,), 1, dtype=dtype)[0]
+    scalars = {"rate": 0.1, "beta2": 0.999, "share": 8e-4, "added_eps": 1e-8, "grad_scale": 0.5, "decay": 0.999}
+    scalars |= {"step_size": 0.01, "inner": 1e-8, "outer": 1e-6, "kind": 2}
+    ends = [bits(moved(params.clone(), grads, widest, **scalars)) for widest in widths()]
+    assert all(end == ends[0] for end in ends)
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tensor_cut_in_pieces_gives_what_the_whole_gives(dtype, threads):
+    size, cuts = 100_003, [1, 17, 32_768, 32_769, 70_000]
+    whole, grads = start((size,), dtype=dtype).requires_grad_(), gradients((size,), 7, dtype=dtype)
+    pieces = [piece.clone().requires_grad_() for piece in whole.detach().tensor_split(cuts)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train([whole], [[g] for g in grads], fused=True)
+        train(pieces, [g.tensor_split(cuts) for g in grads], fused=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([piece.detach() for piece in pieces]), whole.detach())
+
+
+@built
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)),
+    lr=st.sampled_from([0.0, 1e-3, 0.1]),
+    weight_decay=st.sampled_from([0.0, 0.3]),
+    maximize=st.booleans(),
+    absent=st.integers(0, 2**12 - 1),
+    strided=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_pass_equals_the_reference(shapes, dtype, betas, lr, weight_decay, maximize, absent, strided):
+    sign = -1.0 if maximize else 1.0
+    params = [start(shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    given_ = [gradients(shape, 3, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    if strided:
+        given_ = [[_strided(g) for g in grads] for grads in given_]
+    rows = [[None if absent >> (3 * i + t) & 1 else grads[t] for i, grads in enumerate(given_)] for t in range(3)]
+    optimizer = train(params, rows, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, fused=True)
+    for i, (param, grads) in enumerate(zip(params, given_, strict=True)):
+        seen = [sign * g.double() for t, g in enumerate(grads) if not absent >> (3 * i + t) & 1]
+        p, m, v = reference(start(shapes[i], dtype=dtype, seed=i), seen, lr=lr, betas=betas, weight_decay=weight_decay)
+        tolerance = {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
+        torch.testing.assert_close(param.detach().double(), p, **tolerance)
+        if seen:
+            exact = {"rtol": 2e-6, "atol": 1e-7}
+            torch.testing.assert_close(optimizer.state[param]["exp_avg"].double(), m, **exact)
+            torch.testing.assert_close(optimizer.state[param]["exp_avg_sq"].double(), v, **exact)
+
+
+def _strided(grad):
+    wide = torch.zeros((*grad.shape, 2), dtype=grad.dtype)
+    wide[..., 0] = grad
+    return wide[..., 0]
+
+
+@built
+def test_channels_last_and_expanded_tensors_are_walked_rightly():
+    ends = []
+    for options in ({"fused": True}, {"foreach": True}):
+        last = start((2, 3, 4, 5), dtype=torch.float32).to(memory_format=torch.channels_last).requires_grad_()
+        plain = start((2, 3, 4, 5), dtype=torch.float32).requires_grad_()
+        optimizer = RAdaBeliefW([last, plain], **options)
+        for t, grad in enumerate(gradients((2, 3, 4, 5), 6, dtype=torch.float32)):
+            last.grad = grad.to(memory_format=torch.channels_last) if t % 2 else grad
+            plain.grad = torch.full((), 0.1 * t).expand(2, 3, 4, 5)
+            optimizer.step()
+        ends.append((last.detach().contiguous(), plain.detach()))
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@built
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_bad_gradients_do_what_they_do_in_the_reference(value):
+    grads = gradients((5,), 7, dtype=torch.float32)
+    grads[5][2] = value
+    param = start((5,), dtype=torch.float32).requires_grad_()
+    train([param], [[g] for g in grads], fused=True)
+    p, _, _ = reference(start((5,), dtype=torch.float32), grads)
+    torch.testing.assert_close(param.detach().double(), p, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+@built
+def test_autograd_notices_a_parameter_that_was_stepped_between_forward_and_backward():
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones(3)
+    RAdaBeliefW([weight], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@built
+def test_two_threads_with_two_optimizers_do_not_disturb_each_other():
+    def run(seed, ends):
+        grads = gradients((70_000,), 30, dtype=torch.float32, seed=seed)
+        param = start((70_000,), dtype=torch.float32, seed=seed).requires_grad_()
+        train([param], [[g] for g in grads], fused=True)
+        ends[seed] = param.detach()
+
+    alone, together = {}, {}
+    for seed in (1, 2):
+        run(seed, alone)
+    threads = [threading.Thread(target=run, args=(seed, together)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(torch.equal(alone[seed], together[seed]) for seed in (1, 2))
+
+
+FORKED = """
+import os, torch
+from robust_dist.optim import RAdaBeliefW
+torch.set_num_threads(2)
+param = torch.ones(200_000, requires_grad=True)
+param.grad = torch.ones_like(param)
+optimizer = RAdaBeliefW([param], fused=True)
+optimizer.step()
+child = os.fork()
+if child == 0:
+    optimizer.step()
+    os._exit(0 if optimizer.state[param]["step"].item() == 2 else 1)
+_, status = os.waitpid(child, 0)
+optimizer.step()
+assert os.waitstatus_to_exitcode(status) == 0, status
+"""
+DENORMALS = """
+import torch
+from robust_dist.optim import RAdaBeliefW
+def denormals_survive():
+    tiny = torch.full((100_000,), 1e-40)
+    return bool((tiny * 0.5 > 0).all()) and 1e-310 * 0.5 > 0
+assert denormals_survive()
+param = torch.ones(200_000, requires_grad=True)
+param.grad = torch.ones_like(param)
+RAdaBeliefW([param], fused=True).step()
+assert denormals_survive()
+"""
+
+
+@built
+@pytest.mark.parametrize("script", [FORKED, DENORMALS], ids=["a forked child steps", "denormals survive"])
+def test_the_process_is_left_as_it_was(script):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_the_compiled_backend_is_taken_unless_it_is_declined(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused_cpu, "call", lambda *words: calls.append(words))
+    for options, taken in (({}, 1), ({"fused": True}, 1), ({"fused": False}, 0), ({"foreach": True}, 0)):
+        calls.clear()
+        param = start((4,)).requires_grad_()
+        step(RAdaBeliefW([param], **options), [param], gradients((4,), 1))
+        assert len(calls) == taken, options
+
+
+def test_without_the_library_foreach_takes_over_and_fused_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(fused_cpu, "_load", lambda: "it was not built: no C compiler")
+    fused_cpu.library.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"no fused backend here \(it was not built: no C compiler"):
+            RAdaBeliefW([start((3,)).requires_grad_()], fused=True)
+        param = start((3,)).requires_grad_()
+        grads = gradients((3,), 9)
+        train([param], [[g] for g in grads])
+        torch.testing.assert_close(param.detach(), reference(start((3,)), grads)[0], rtol=1e-12, atol=1e-13)
+    finally:
+        fused_cpu.library.cache_clear()
