@@ -48,8 +48,9 @@ class Claim:
         return self._file.fileno()
 
     def beat(self) -> None:
-        """Show other machines that the holder is alive."""
-        os.utime(self.path)
+        """Show other machines that the holder is alive; a file system that is away for a moment ends no study."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
 
     def release(self) -> None:
         """Let others have it."""

@@ -63,7 +63,7 @@ def _run(words: argparse.Namespace) -> int:
     print("\n" + write_report(folder, folder.path / "report"))
     missing = [run for run in study.runs() if folder.result(run) is None]
     for run in missing:
-        print(f"no result: {run} (log: {folder.of('logs', run.name, '.log')})")
+        print(f"no result: {run} (log: {folder.of('logs', run, '.log')})")
     print(f"report: {folder.path / 'report'}")
     return 1 if missing else 0
 

@@ -34,11 +34,15 @@ class StudyFolder:
         """Optuna's journal."""
         return self.path / "journal.log"
 
-    def of(self, kind: str, run: str, suffix: str = "") -> Path:
-        """A run's file in one of the folders, which is made."""
-        folder = self.path / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{run}{suffix}"
+    def of(self, kind: str, run: Run, suffix: str = "") -> Path:
+        """A run's file in one of the folders; nothing is made."""
+        return self.path / kind / f"{run.name}{suffix}"
+
+    def make(self, kind: str, run: Run, suffix: str = "") -> Path:
+        """The same, to be written: the folder is made."""
+        path = self.of(kind, run, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def claim(self, study: Study) -> None:
         """Make the folder this study's, or find that it is.
@@ -84,22 +88,22 @@ class StudyFolder:
 
     def result(self, run: Run) -> Result | None:
         """What a run came to, or None while it is not finished."""
-        found = _read_json(self.of("results", run.name, ".json"))
+        found = _read_json(self.of("results", run, ".json"))
         return None if found is None else Result(**found)
 
     def failure(self, run: Run) -> Failure | None:
         """How a run's last start failed, or None."""
-        found = _read_json(self.of("failed", run.name, ".json"))
+        found = _read_json(self.of("failed", run, ".json"))
         return None if found is None else Failure(**found)
 
     def write_result(self, run: Run, result: Result) -> None:
         """Note a finished run."""
-        write_atomically(self.of("results", run.name, ".json"), json.dumps(vars(result), indent=1) + "\n")
-        self.of("failed", run.name, ".json").unlink(missing_ok=True)
+        write_atomically(self.make("results", run, ".json"), json.dumps(vars(result), indent=1) + "\n")
+        self.of("failed", run, ".json").unlink(missing_ok=True)
 
     def write_failure(self, run: Run, failure: Failure) -> None:
         """Note a start that failed."""
-        write_atomically(self.of("failed", run.name, ".json"), json.dumps(vars(failure), indent=1) + "\n")
+        write_atomically(self.make("failed", run, ".json"), json.dumps(vars(failure), indent=1) + "\n")
 
 
 def differences(ours: Study, theirs: Study) -> list[str]:

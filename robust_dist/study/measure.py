@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ def sizes(recipe: Recipe) -> tuple[int, int]:
     Raises:
         ValueError: The data is not here, and no set whose size is known.
     """
-    if recipe.data.name in _SIZES:
-        return _SIZES[recipe.data.name]
-    counts = [
-        len(load_dataset(recipe.data.name, recipe.data.root, train=train, download=False)) for train in (True, False)
-    ]
-    return counts[0], counts[1]
+    return _SIZES.get(recipe.data.name) or _loaded_sizes(recipe.data.name, recipe.data.root)
+
+
+@cache
+def _loaded_sizes(name: str, root: str) -> tuple[int, int]:
+    train, test = (load_dataset(name, root, train=part, download=False) for part in (True, False))
+    return len(train), len(test)
 
 
 def steps_of(recipe: Recipe) -> int:

@@ -34,9 +34,9 @@ def _state(folder: StudyFolder, run: Run, epochs: int) -> tuple[str, str]:
     result = folder.result(run)
     if result is not None:
         return ("diverged", f"{run}: diverged: {result.diverged}") if result.diverged else ("finished", "")
-    holder = claims.look(folder.of("claims", run.name))
+    holder = claims.look(folder.of("claims", run))
     if holder is not None:
-        rows = RunFolder(folder.of("runs", run.name)).metrics()
+        rows = RunFolder(folder.of("runs", run)).metrics()
         seen = f", accuracy {rows[-1]['eval_accuracy']:.2%}" if rows else ""
         of = run.cell.settings.get("epochs", epochs)
         where = f"process {holder.pid} on {holder.host}"

@@ -9,7 +9,7 @@ from robust_dist.study.summary import Comparison, Figure, Summary, against_refer
 
 _NOTE = (
     "mean ± standard deviation (n - 1) over seeds, of the last epoch's accuracy in %; a diverged run counts as "
-    "{counted}. Intervals: 95 % bootstrap over seeds. Area: share of the cells within 0.5 points of the best. "
+    "{counted}. Intervals: 95 % bootstrap over seeds. Share within 0.5: of the cells, of the best one. "
     "robust_dist/study/figures.py has the definitions."
 )
 

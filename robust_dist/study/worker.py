@@ -78,8 +78,8 @@ class Workers:
                 training.claim.release()
 
     def _note(self, training: _Training, status: int) -> None:
-        run, log = training.run, self.folder.of("logs", training.run.name, ".log")
-        outcome = judge(self.folder.of("runs", run.name), self._recipe(run), status, log)
+        run, log = training.run, self.folder.of("logs", training.run, ".log")
+        outcome = judge(self.folder.of("runs", run), self._recipe(run), status, log)
         seconds = f"{time.monotonic() - training.began:.0f} s"
         if isinstance(outcome, Result):
             self.folder.write_result(run, outcome)
@@ -103,14 +103,14 @@ class Workers:
     def _take(self) -> tuple[Run, int, Claim] | None:
         """The next run that nobody has: a queued one, or one whose worker died."""
         for run, trial in self.queue.waiting():
-            claim = claims.take(self.folder.of("claims", run.name))
+            claim = claims.take(self.folder.make("claims", run))
             if claim is not None:
                 if self.queue.start(trial) and not self._is_finished(run, trial):
                     return run, trial, claim
                 claim.release()
         mine = {training.run.name for training in self.slots.values()}
         for run, trial in self.queue.running():
-            claim = None if run.name in mine else claims.take(self.folder.of("claims", run.name))
+            claim = None if run.name in mine else claims.take(self.folder.make("claims", run))
             if claim is not None:
                 # Its worker may have noted a result, or ended properly, between the look and the claim.
                 if not self._is_finished(run, trial) and self.queue.fail(trial):
@@ -129,10 +129,10 @@ class Workers:
         return True
 
     def _launch(self, slot: int, run: Run, trial: int, claim: Claim) -> _Training:
-        recipe = self.folder.of("recipes", run.name, ".yaml")
+        recipe = self.folder.make("recipes", run, ".yaml")
         write_atomically(recipe, yaml.safe_dump(recipe_dict(self._recipe(run)), sort_keys=False))
-        log = self.folder.of("logs", run.name, ".log").open("ab")
-        words = ["--config", str(recipe), "--run_dir", str(self.folder.of("runs", run.name))]
+        log = self.folder.make("logs", run, ".log").open("ab")
+        words = ["--config", str(recipe), "--run_dir", str(self.folder.of("runs", run))]
         process = subprocess.Popen(
             [sys.executable, "-m", "robust_dist.study.child", str(os.getpid()), *words],
             env=slot_environment(slot, self.num_workers, self.gpus, os.environ),
