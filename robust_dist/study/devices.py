@@ -30,7 +30,7 @@ def slot_environment(slot: int, num_slots: int, gpus: list[str], environ: Mappin
         gpus: `gpus()`.
         environ: This process's environment.
     """
-    ours = {key: value for key, value in environ.items() if key not in _LAUNCHER}
+    ours = {k: v for k, v in environ.items() if k not in _LAUNCHER and not k.startswith("TORCHELASTIC_")}
     if gpus:
         return ours | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
     share = str(max(1, int(usable_cores() / num_slots)))

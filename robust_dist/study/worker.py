@@ -21,6 +21,8 @@ from robust_dist.study.queue import Queue
 from robust_dist.train.recipe import Recipe, recipe_dict
 
 POLL_SECONDS = 0.5
+# How often a worker without a run looks whether another's has died: it costs a file or two a run.
+LOOK_SECONDS = 2.0
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Workers:
         self.gpus = gpus(os.environ)
         self.slots: dict[int, _Training] = {}
         self._beaten = time.monotonic()
+        self._look_at = 0.0
         self._told_to_wait = False
 
     def work(self) -> None:
@@ -95,8 +98,11 @@ class Workers:
         for slot in range(self.num_workers):
             if slot in self.slots:
                 continue
+            if time.monotonic() < self._look_at:
+                return
             taken = self._take()
             if taken is None:
+                self._look_at = time.monotonic() + LOOK_SECONDS
                 return
             self.slots[slot] = self._launch(slot, *taken)
 
