@@ -119,8 +119,8 @@ retries="${RETRIES:-0}"
 while :; do
   run_once "$@"
   [ "$stopped" = 0 ] || exit "$stopped"
-  # 2 is a user's mistake, 75 a stop that was asked for.
-  case $status in 0 | 2 | 75) exit "$status" ;; esac
+  # 2 is a user's mistake, 3 a loss that is no longer finite, 75 a stop that was asked for.
+  case $status in 0 | 2 | 3 | 75) exit "$status" ;; esac
   [ "$retries" -gt 0 ] || exit "$status"
   retries=$((retries - 1))
   echo "starting all hosts again" >&2

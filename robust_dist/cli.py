@@ -1,8 +1,10 @@
-"""`robust-dist doctor | preview | bench | plan | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | plan | study | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+
+from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench, extra="bench")
     _add_plan_command(commands)
+    add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
 

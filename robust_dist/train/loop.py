@@ -17,10 +17,9 @@ from robust_dist.checkpoint.space import checkpoint_bytes
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
-from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
 from robust_dist.train.bad_images import BadImages, is_time_to_settle
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
+from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
@@ -31,6 +30,7 @@ from robust_dist.train.profiling import Profiling
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.train.resume import load_newest, loss_of, saves_whole
 from robust_dist.train.saving import Saver
+from robust_dist.train.schedule_free import use_averaged_weights
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
@@ -93,14 +93,8 @@ class Trainer:
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, classes, train_set.channels)
-        optimizer = build_optimizer(recipe, model)
-        schedule = RobustSchedule(
-            optimizer,
-            self.total_steps,
-            warmup_steps=recipe.schedule.warmup_steps,
-            weight_decay_off_at=recipe.schedule.weight_decay_off_at,
-            min_lr_ratio=recipe.schedule.min_lr_ratio,
-        )
+        optimizer = build_optimizer(recipe, model, self.total_steps)
+        schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
@@ -109,6 +103,7 @@ class Trainer:
             num_processes=recipe.num_processes,
             schedule=self.schedule,
             total_steps=self.total_steps,
+            optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
         self.input_dtype = input_dtype(accelerator, self.bare_model)
@@ -158,6 +153,7 @@ class Trainer:
         """The rest of an epoch; returns what was measured in it."""
         every = self.recipe.checkpoint.every_steps
         self.model.train()
+        self.optimizer.train()
         self.meter.begin()
         for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
             self._train_step(parts)
@@ -183,8 +179,8 @@ class Trainer:
             broadcast_buffers(self.bare_model)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
-                images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images.to(self.input_dtype)), targets, batch.weights)
+                images, targets = self._inputs(batch)
+                loss = self._loss(self.model(images), targets, batch.weights)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -197,6 +193,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
+        return images.to(self.input_dtype), targets
 
     def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         smoothing = self.recipe.label_smoothing
@@ -223,6 +223,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
         tick(f"the end of epoch {epoch + 1}")
+        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self._inputs(batch)[0])
         average_buffers(self.bare_model)
         bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()

@@ -30,6 +30,8 @@ from robust_dist.train.whereabouts import Rank
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
 _SECONDS_TO_LEAVE = 60.0
+# Exit status of a run whose loss is no longer finite: a result rather than a mistake.
+DIVERGED = 3
 
 
 def train(
@@ -90,8 +92,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train from the command line, under a watchdog.
 
     Raises:
-        SystemExit: 2 after a user's error, in one message; 75 of a run that a signal stopped and that is saved; 1 after
-            any other error, in one traceback; a rank that hangs is ended with `watchdog.HANG_STATUS`.
+        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
+            that a signal stopped and that is saved; 1 after any other error, in one traceback; a rank that hangs is
+            ended with `watchdog.HANG_STATUS`.
     """
     rank = Rank()
     if not faulthandler.is_enabled():
@@ -122,7 +125,7 @@ def _fail(error: Exception, rank: Rank) -> int:
             record_failure(error, rank, "failed", origin)
             print(f"error: {error}", file=sys.stderr, flush=True)
         tell_launcher(str(error), f"error: {error}")
-        return 2
+        return DIVERGED if isinstance(error, DivergedError) else 2
     # A rank that has lost its peers may wait for them once more while it takes its process group down.
     faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=STDERR)
     if users and type(error).__module__.startswith("robust_dist."):

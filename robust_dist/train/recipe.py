@@ -27,25 +27,39 @@ class ModelConfig:
     sync_batchnorm: bool = False
 
 
+OptimizerName = Literal[
+    "RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"
+]
+
+
 @dataclass
 class OptimizerConfig:
-    """RAdaBeliefW's settings (PAPER: betas, eps and weight decay are its defaults).
+    """The optimizer's settings (PAPER: betas, eps and weight decay are RAdaBeliefW's defaults).
 
     Attributes:
+        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
+            schedulefree_adamw and prodigy (of the extra "study"). robust_dist/train/optimizers.py says what each is.
         lr: Learning rate before the schedule.
-        betas: Decay rates of the two moments.
+        betas: Decay rates of the two moments; nag has only the first, as its momentum.
+        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
+        beta2_steps: What auto divides by the run's optimizer steps.
         eps: Added to the variance every step, and under the root.
-        weight_decay: Decoupled decay, until the switch.
+        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
         no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
         clip_norm: Largest norm of the whole gradient; none clips nothing.
+        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...).
     """
 
+    name: OptimizerName = "RAdaBeliefW"
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    beta2: float | Literal["auto"] | None = None
+    beta2_steps: float = 7.5
     eps: float = 1e-8
     weight_decay: float = 0.01
     no_decay: list[str] = field(default_factory=list)
     clip_norm: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_number("optimizer.lr", self.lr, 0)
@@ -53,20 +67,26 @@ class OptimizerConfig:
         _require_number("optimizer.weight_decay", self.weight_decay, 0)
         for beta in self.betas:
             _require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        if isinstance(self.beta2, (int, float)):
+            _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, 'in [0, 1), "auto" or null')
+        _require(0 < self.beta2_steps < math.inf, "optimizer.beta2_steps", self.beta2_steps, "a finite number above 0")
         if self.clip_norm is not None:
             _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
 
 
 @dataclass
 class ScheduleConfig:
-    """Cosine decay and the weight-decay switch.
+    """Learning-rate decay and the weight-decay switch.
 
     Attributes:
+        name: cosine (paper, eq. 17, per step); step: a tenth from 50 % of all steps and a hundredth from 75 % on (the
+            paper's baseline); constant.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay_off_at: Share of all steps after which weight decay is 0 (paper: 0.75).
         min_lr_ratio: Where the cosine ends, as a share of the learning rate.
     """
 
+    name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_steps: int = 0
     weight_decay_off_at: float = 0.75
     min_lr_ratio: float = 0.0
@@ -75,6 +95,8 @@ class ScheduleConfig:
         _require_number("schedule.warmup_steps", self.warmup_steps, 0)
         _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
         _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
+        if self.name != "cosine":
+            _require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
 
 
 @dataclass
@@ -190,7 +212,7 @@ class Recipe:
     Attributes:
         data: The images.
         model: The classifier.
-        optimizer: RAdaBeliefW.
+        optimizer: RAdaBeliefW, or what it is compared with.
         schedule: Learning rate and decay over the run.
         augment: What is done to training images.
         precision: Number formats.
@@ -267,7 +289,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Settings that may change between two starts of one run: they move no weight by more than rounding.
-_FREE = (
+FREE = (
     *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
     *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
     *("accumulation", "micro_batch_size"),
@@ -284,7 +306,7 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """
     defaults = flatten(recipe_dict(Recipe()))
     here, there = flatten(ours), defaults | flatten(theirs)
-    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(_FREE))
+    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
     missing = "(not set)"
     return [
         f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in the folder"
