@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
