@@ -72,7 +72,7 @@ class Trainer:
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
-        self.train_name = train_set.name
+        self.train_name, self.train_images = train_set.name, len(train_set)
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
@@ -265,6 +265,7 @@ class Trainer:
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
             "bad_images": bad_images,
+            "train_images": self.train_images,
         }
         attempt(self.accelerator, lambda: self._commit(step, partial, metadata), here=main)
 
@@ -278,6 +279,7 @@ class Trainer:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         found = from_main(self.accelerator, self._find)
         if found is not None:
+            attempt(self.accelerator, lambda: self._check_same_set(found), here=self.accelerator.is_main_process)
             path = from_main(self.accelerator, lambda: self._fitting(found))
             error: Exception | None = None
             try:
@@ -290,6 +292,15 @@ class Trainer:
             self._restore_progress(found)
         step = self.progress.step
         attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
+
+    def _check_same_set(self, found: Checkpoint) -> None:
+        before = found.metadata.get("train_images", self.train_images)
+        if before != self.train_images:
+            raise CheckpointError(
+                f"{found.path} was written while training on {before} images, and {self.train_name} has "
+                f"{self.train_images}: the order of an epoch would be another. Bring the old images back, or choose "
+                "another run_dir"
+            )
 
     def _find(self) -> Checkpoint | None:
         ours = recipe_dict(self.recipe)
