@@ -1,5 +1,6 @@
 """Every recipe for streamed sets on a tiny set of its format: whole runs, killed ones, on one rank and on two."""
 
+import contextlib
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.data.tiny_sets import bad_images
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.train import streamed
-from tests.train.streamed import EPOCHS, EVAL, STEPS, N, by_step, cut_back, on_first_rank, rows, run
+from tests.train.streamed import EPOCHS, EVAL, STEPS, N, by_step, cut_back, on_first_rank, rows, run, steps
 
 pytest.importorskip("datasets")
 RECIPES = list(streamed.recipes(""))
@@ -72,7 +73,11 @@ def with_bad(sets, folder):
 def skips_bad(sets, folder):
     bad, run_dir = ["--data.root", f"{folder}/bad", "--data.max_bad_share", "0.2"], f"{folder}/imagefolder bad"
     on_first_rank(lambda: with_bad(sets, f"{folder}/bad"))
-    out = run("imagefolder", sets, run_dir, *bad)
+    with weights_seen() as seen:
+        out = run("imagefolder", sets, run_dir, *bad)
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, sum(int((one == 0).sum()) for one in seen))
+    assert sum(ranks) == BAD * EPOCHS
     named = Path(run_dir, "bad_images.txt").read_text().splitlines()
     assert len(named) == len({line.partition("\t")[0] for line in named}) == BAD + 2, out
     assert all(line.startswith(f"{folder}/bad/") and "\t" in line for line in named)
@@ -86,6 +91,24 @@ def skips_bad(sets, folder):
     assert same_weights(f"{run_dir} killed", run_dir)
 
 
+@contextlib.contextmanager
+def weights_seen():
+    """The weights that the training loss was given, step by step."""
+    from robust_dist.train.loop import Trainer
+
+    seen, real = [], Trainer._loss
+
+    def noting(self, logits, targets, weights):
+        seen.extend([] if weights is None else [weights])
+        return real(self, logits, targets, weights)
+
+    Trainer._loss = noting
+    try:
+        yield seen
+    finally:
+        Trainer._loss = real
+
+
 def too_many_bad(sets, folder):
     """Two of 52 are more than 2 %, whichever of the five come first."""
     run_dir = f"{folder}/too bad"
@@ -95,6 +118,23 @@ def too_many_bad(sets, folder):
     assert dist.get_rank() or f"{run_dir}/bad_images.txt" in out
     assert Path(run_dir, "metrics.jsonl").read_text() == ""
     assert 2 <= len(Path(run_dir, "bad_images.txt").read_text().splitlines()) <= BAD
+
+
+def another_set(sets, folder):
+    """An image more is another order, of which a run cannot take the rest."""
+    run_dir, more = f"{folder}/another set", f"{folder}/more"
+
+    def prepare():
+        shutil.copytree(f"{folder}/imagefolder", run_dir)
+        cut_back(run_dir, 6)
+        shutil.copytree(f"{sets}/folder", more)
+        image = next(Path(more, "train").rglob("*.jpg"))
+        shutil.copy(image, image.with_name("more.jpg"))
+
+    on_first_rank(prepare)
+    out = run("imagefolder", sets, run_dir, "--data.root", more, fails=True)
+    assert dist.get_rank() or f"training on {N} images, and {more}/train has {N + 1}" in out, out
+    assert max(steps(run_dir)) == 6
 
 
 def hosts_differ():
@@ -122,6 +162,7 @@ def on_two(sets, folder):
     scenarios |= {f"goes on {one}": lambda one=one: goes_on(one, sets, folder) for one in FORMATS}
     scenarios["skips bad"] = lambda: skips_bad(sets, folder)
     scenarios["too many bad"] = lambda: too_many_bad(sets, folder)
+    scenarios["another set"] = lambda: another_set(sets, folder)
     scenarios["hosts differ"] = hosts_differ
     return run_scenarios(scenarios)
 
@@ -220,3 +261,7 @@ def test_too_many_bad_images_are_an_error_on_every_rank_before_anything_is_recor
 
 def test_ranks_that_see_different_files_are_told_so(two):
     assert_passed(two, "hosts differ")
+
+
+def test_a_run_does_not_go_on_with_another_number_of_images(two):
+    assert_passed(two, "another set")
