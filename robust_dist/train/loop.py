@@ -133,7 +133,8 @@ class Trainer:
                 if self.stopper.stop and self.progress.step < self.total_steps:
                     self._leave()
             self.saver.settle()
-        self.accelerator.print(self.saver.summary())
+        if self.saver.count:
+            self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
     def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
