@@ -146,7 +146,8 @@ class Trainer:
                     self._leave()
             tick("the last checkpoint", patient=True)
             self.saver.settle()
-        self.accelerator.print(self.saver.summary())
+        if self.saver.count:
+            self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
     def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:

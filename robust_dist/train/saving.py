@@ -113,9 +113,7 @@ class Saver:
         return since
 
     def summary(self) -> str:
-        """What checkpoints cost this start, in a line; empty where none was saved."""
-        if not self.count:
-            return ""
+        """What checkpoints cost this start, in a line; only after the first."""
         each = f"{self.seconds / self.count:.3f} s"
         if not self.background:
             return f"checkpoints: {self.count}, training waited {each} for each"

@@ -75,13 +75,21 @@ def test_a_rank_that_never_writes_keeps_the_checkpoint_from_being_there(tmp_path
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000001"]
 
 
-def test_what_another_start_left_unfinished_is_neither_mixed_in_nor_left(tmp_path, staging):
-    dead = CheckpointStore(tmp_path / "run", token="dead")
-    partial = dead.begin(4)
-    (partial / "rank1.bin").write_text("of the dead")
-    part_path(partial, 1).write_text(json.dumps({"rank1.bin": [11, 0]}))
+def test_a_rank_of_a_dead_start_that_still_writes_is_neither_mixed_in_nor_left(tmp_path, staging):
+    theirs = CheckpointStore(tmp_path / "run", token="dead").begin(4)
     store = CheckpointStore(tmp_path / "run", token="alive")
-    begin(store, staging, 4, [0, 1])[0].result()
+    partial = store.begin(4)
+
+    def start(rank, folder):
+        return Pending(store, folder, partial, 4, {}, rank=rank, world_size=2, patience=30.0)
+
+    first = start(0, staged_files(staging, 4, 0))
+    (theirs / "rank1.bin").write_text("of the dead")
+    part_path(theirs, 1).write_text(json.dumps({"rank1.bin": [11, 0]}))
+    time.sleep(0.3)
+    second = start(1, staged_files_of(staging, 4, 1))
+    assert second.wait_for_copy() is None
+    assert (first.result().path / "rank1.bin").read_bytes() == bytes([1]) * 1000
     assert verify(tmp_path / "run" / "step-00000004")
     store.clean()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000004"]
