@@ -97,7 +97,7 @@ def profile(
         model = build_on_meta(name, num_classes, in_channels=in_channels, **(options or {}))
         try:
             passes.append(_run(model, (batch, in_channels, image_size, image_size), weights, autocast))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
                 f"--model={name!r} does not run on {in_channels}x{image_size}x{image_size} images: {error}; "
                 "--image-size and --in-channels must be what it takes"
