@@ -76,7 +76,8 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
-        self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.train_set, self.test_set = train_set, test_set
         self.trackers = Trackers(recipe, accelerator, folder.path)
         kept = recipe.checkpoint
         token = secrets.token_hex(4)
@@ -85,7 +86,6 @@ class Trainer:
         )
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
-        self.train_name, self.train_images = train_set.name, len(train_set)
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
@@ -219,7 +219,7 @@ class Trainer:
         """The epoch's bad images so far, on all ranks; too many are an error on each."""
         if self.bad is None:
             return 0
-        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_name)
+        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_set.name)
 
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
@@ -314,11 +314,8 @@ class Trainer:
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
             "bad_images": bad_images,
-<<<<<<< HEAD
             "eval_accuracy": accuracy,
-=======
-            "train_images": self.train_images,
->>>>>>> h-sources
+            "train_images": len(self.train_set),
         }
         self.saver.save(self.progress.step, self._write_state, metadata)
 
@@ -337,9 +334,8 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        found = load_newest(accelerator, self.recipe, self.store)
+        found = load_newest(accelerator, self.recipe, self.store, self.train_set)
         if found is not None:
-<<<<<<< HEAD
             self.progress.step = found.step
             self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
             self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
@@ -348,72 +344,3 @@ class Trainer:
                 accelerator.print(line)
         step = self.progress.step
         attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)
-=======
-            attempt(self.accelerator, lambda: self._check_same_set(found), here=self.accelerator.is_main_process)
-            path = from_main(self.accelerator, lambda: self._fitting(found))
-            error: Exception | None = None
-            try:
-                load_state(self.accelerator, path)
-            except Exception as caught:
-                error = CheckpointError(f"{found.path} could not be loaded: {caught}")
-            raise_everywhere(self.accelerator, error)
-            if path != found.path and self.accelerator.is_main_process:
-                shutil.rmtree(path)
-            self._restore_progress(found)
-        step = self.progress.step
-        attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
-
-    def _check_same_set(self, found: Checkpoint) -> None:
-        before = found.metadata.get("train_images", self.train_images)
-        if before != self.train_images:
-            raise CheckpointError(
-                f"{found.path} was written while training on {before} images, and {self.train_name} has "
-                f"{self.train_images}: the order of an epoch would be another. Bring the old images back, or choose "
-                "another run_dir"
-            )
-
-    def _find(self) -> Checkpoint | None:
-        ours = recipe_dict(self.recipe)
-
-        def refuse(checkpoint: Checkpoint) -> str | None:
-            differing = conflicts(ours, checkpoint.metadata["recipe"])
-            return "of another recipe (" + "; ".join(differing) + ")" if differing else None
-
-        found, rejected = self.store.newest(refuse)
-        for reason in rejected:
-            self.accelerator.print(f"checkpoint passed over: {reason}")
-        if found is None and rejected:
-            raise CheckpointError(
-                "no checkpoint of this run can be used, and starting again would write over them; move "
-                f"{self.store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
-            )
-        return found
-
-    def _fitting(self, found: Checkpoint) -> Path:
-        """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
-        here = engine_kind(self.accelerator), self.accelerator.num_processes
-        there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
-        if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
-            return found.path
-        converted = self.folder.checkpoints / ".converted"
-        shutil.rmtree(converted, ignore_errors=True)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        full = here[0] == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=full)
-        return converted
-
-    def _restore_progress(self, found: Checkpoint) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
-        engine, was = engine_kind(self.accelerator), found.metadata.get("engine", "ddp")
-        self.progress.step = found.step
-        # At another world size only the sum over the ranks matters; the first one carries it.
-        mine = losses[rank] if before == world else sum(losses) * (rank == 0)
-        self.progress.loss_sum.fill_(mine)
-        self.progress.bad_images = found.metadata.get("bad_images", 0) * (rank == 0)
-        self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
-        if before != world:
-            self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")
-        if was != engine:
-            self.accelerator.print(f"the run was under {was} and is under {engine}: it goes on, but not bit for bit")
->>>>>>> h-sources

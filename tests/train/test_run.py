@@ -139,6 +139,6 @@ def test_a_live_run_s_folder_is_refused_on_every_rank_and_nothing_is_touched(tmp
 def test_a_diverged_run_stops_and_names_its_settings(tmp_path):
     words = ["--optimizer.lr", "1e30", "--checkpoint.every_steps", "1", "--run_dir", str(tmp_path)]
     code, output = finish(start_by_command(1, *words))
-    assert code == 2
+    assert code == 3
     assert "optimizer.lr=1e+30" in output
     assert "nothing was saved after it went bad" in output
