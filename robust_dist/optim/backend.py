@@ -52,24 +52,22 @@ class Batch:
 
 
 Backend = Callable[[Batch, Hyper], None]
-Slot = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Slot = tuple[Tensor, ...]
 
 
-def one_batch(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    counts: Sequence[float | None],
-) -> Batch | None:
-    """What `batches` would find where all of it is one batch of real tensors, at a fraction of its price; else None."""
-    columns = params, grads, exp_avgs, exp_avg_sqs
-    if len(set(counts)) > 1 or any(len({t.dtype for t in column}) > 1 for column in columns):
+def one_batch(columns: Sequence[list[Tensor]], counts: Sequence[float | None]) -> Batch | None:
+    """What `batches` would find where all of it is one batch of real tensors, at a fraction of its price; else None.
+
+    Args:
+        columns: Local params, grads, exp_avgs, exp_avg_sqs and steps; parallel, not empty.
+        counts: As for `batches`.
+    """
+    params, grads, exp_avgs, exp_avg_sqs, steps = columns
+    if len(set(counts)) > 1 or any(len({t.dtype for t in column}) > 1 for column in columns[:4]):
         return None
     if params[0].is_complex() or len({t.device for t in params}) > 1:
         return None
-    return Batch(*columns, steps, counts[0])
+    return Batch(params, grads, exp_avgs, exp_avg_sqs, steps, counts[0])
 
 
 def batches(slots: Iterable[Slot], counts: Iterable[float | None]) -> list[Batch]:

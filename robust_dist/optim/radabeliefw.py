@@ -21,6 +21,7 @@ from robust_dist.optim.state import (
     complete,
     is_dtensor,
     load_exactly,
+    local_columns,
     local_slot,
     own_steps,
 )
@@ -76,14 +77,17 @@ class _Gathered:
 
     def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""
-        rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, strict=True)
+        columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps]
         one_of_each = {type(p): p for p in self.params}
         sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
-        if not any(sharded.values()):
-            alike = one_batch(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, steps, counts)
-            return batches(rows, counts) if alike is None else [alike]
-        slots = (local_slot(*row) if sharded[type(row[0])] else row for row in rows)
-        return batches(slots, counts)
+        local = local_columns(*columns[:4]) if all(sharded.values()) else None
+        if local is not None:
+            columns = [*local, steps]
+        elif any(sharded.values()):
+            rows = (local_slot(*row) if sharded[type(row[0])] else row for row in zip(*columns, strict=True))
+            columns = [list(column) for column in zip(*rows, strict=True)]
+        alike = one_batch(columns, counts)
+        return [alike] if alike is not None else batches(zip(*columns, strict=True), counts)
 
 
 class RAdaBeliefW(Optimizer):

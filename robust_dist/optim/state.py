@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_local = attrgetter("_local_tensor")
 STEP = "step"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
@@ -47,7 +49,7 @@ def _sharing_placements(tensor: Any, param: Any) -> Any:
     """The same tensor with the parameter's own placements: a comparison is fast only where they are the same."""
     if not (is_dtensor(param) and _is_placed(tensor, param)):
         return tensor
-    return type(param).from_local(
+    placed = type(param).from_local(
         tensor._local_tensor,
         param.device_mesh,
         param.placements,
@@ -55,6 +57,17 @@ def _sharing_placements(tensor: Any, param: Any) -> Any:
         shape=param.shape,
         stride=tensor.stride(),
     )
+    if placed._spec == param._spec:
+        # One object for both makes every later comparison a glance.
+        placed._spec = param._spec
+    return placed
+
+
+def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> list[list[Tensor]] | None:
+    """`local_slot` of many DTensor parameters, a column at a time; None where a gradient has another layout."""
+    if any(getattr(grad, "_spec", None) is not param._spec for param, grad in zip(params, grads, strict=True)):
+        return None
+    return [list(map(_local, column)) for column in (params, grads, *moments)]
 
 
 def local_slot(
@@ -86,13 +99,16 @@ def _repair_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None
         state[STEP] = as_step(step, param, capturable)
 
 
-def _is_complete(state: dict[str, Any], param: Tensor, capturable: bool) -> bool:
-    """The usual case of a plain tensor, found in a fraction of what the repairs cost."""
-    step = state.get(STEP)
-    plain = type(param) is torch.nn.Parameter or type(param) is Tensor
-    return (
-        plain and not capturable and type(step) is Tensor and step.is_cpu and EXP_AVG in state and EXP_AVG_SQ in state
-    )
+def _is_complete(state: dict[str, Any], param: Any, capturable: bool) -> bool:
+    """The usual case, found in a fraction of what looking for repairs costs."""
+    step, exp_avg, exp_avg_sq = state.get(STEP), state.get(EXP_AVG), state.get(EXP_AVG_SQ)
+    if capturable or type(step) is not Tensor or not step.is_cpu or exp_avg is None or exp_avg_sq is None:
+        return False
+    if type(param) is torch.nn.Parameter or type(param) is Tensor:
+        return True
+    # A DTensor; `_sharing_placements` gave its moments its own layout.
+    layout = getattr(param, "_spec", None)
+    return layout is not None and getattr(exp_avg, "_spec", None) is layout is getattr(exp_avg_sq, "_spec", None)
 
 
 def complete(state: dict[str, Any], param: Tensor, capturable: bool) -> None:

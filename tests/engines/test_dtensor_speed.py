@@ -47,7 +47,7 @@ def _dispatched(make):
 
 def _on_two_ranks():
     warnings.simplefilter("ignore")
-    rows = dtensor.measure(tensors=60, rounds=9, repeats=3)
+    rows = dtensor.measure(tensors=100, rounds=15, repeats=3)
     return {row.optimizer: row for row in rows}, _dispatched(RAdaBeliefW), _dispatched(torch.optim.AdamW)
 
 
@@ -67,9 +67,10 @@ def test_no_operation_of_a_step_goes_through_dtensors_dispatcher(ranks):
 
 def test_a_step_on_dtensors_is_nearly_as_fast_as_on_their_local_tensors(ranks):
     for rows, *_ in ranks:
-        # Alone on a machine it is 1.1; others' work is in this.
-        assert rows["RAdaBeliefW"].ratio <= 1.5
-        assert rows["RAdaBeliefW"].ratio < rows["torch AdamW foreach"].ratio
+        # Of the fastest rounds: others' work on the machine is in the slower ones.
+        ratios = {name: row.dtensor.low / row.plain.low for name, row in rows.items()}
+        assert ratios["RAdaBeliefW"] <= 1.5
+        assert ratios["RAdaBeliefW"] < ratios["torch AdamW foreach"]
 
 
 def test_the_table_has_a_line_for_each_optimizer(capsys):
