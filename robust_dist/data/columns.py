@@ -1,6 +1,6 @@
 """Which columns of a table of images count, and what its labels are, by the feature types of `datasets`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,8 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
             columns with their types.
     """
     return (
-        _find(
-            features, image, "image_column", _is_image, lambda type_: _is_image(type_) or _dtype(type_) in BINARY, name
-        ),
-        _find(
-            features,
-            label,
-            "label_column",
-            _is_class,
-            lambda type_: _is_class(type_) or _dtype(type_) in (*WHOLE, *TEXT),
-            name,
-        ),
+        _find(features, image, "image_column", _is_image, _can_be_image, name),
+        _find(features, label, "label_column", is_class_label, _can_be_label, name),
     )
 
 
@@ -103,7 +94,14 @@ def is_class_label(feature: Any) -> bool:
     return type(feature).__name__ == "ClassLabel"
 
 
-def _find(features: Mapping[str, Any], wanted: str | None, setting: str, told: Any, allowed: Any, name: str) -> str:
+def _find(
+    features: Mapping[str, Any],
+    wanted: str | None,
+    setting: str,
+    told: Callable[[Any], bool],
+    allowed: Callable[[Any], bool],
+    name: str,
+) -> str:
     listed = ", ".join(f"{column} ({_type_name(feature)})" for column, feature in features.items())
     if wanted is not None:
         if wanted not in features:
@@ -122,7 +120,12 @@ def _is_image(feature: Any) -> bool:
     return type(feature).__name__ == "Image" or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
 
 
-_is_class = is_class_label
+def _can_be_image(feature: Any) -> bool:
+    return _is_image(feature) or _dtype(feature) in BINARY
+
+
+def _can_be_label(feature: Any) -> bool:
+    return is_class_label(feature) or _dtype(feature) in (*WHOLE, *TEXT)
 
 
 def _dtype(feature: Any) -> str:

@@ -179,9 +179,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImageError(f"values of 32 bits (PIL's mode {image.mode!r}) have no known range")
-    if image.mode in ("P", "PA", "RGBa"):
-        # Not straight to RGB: PIL cannot for the one, and takes a transparent colour for another one.
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

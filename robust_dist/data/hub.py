@@ -10,7 +10,7 @@ import numpy as np
 
 from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
 from robust_dist.data.errors import DataError
-from robust_dist.data.parquet import open_parquet
+from robust_dist.data.parquet import is_remote, open_parquet
 from robust_dist.data.source import ImageSource, check_index
 from robust_dist.extras import require
 
@@ -77,7 +77,9 @@ def open_hub(
         revision: of the set on the Hub: a branch, tag or commit.
         data_files: see `datasets.load_dataset`.
         cache_dir: see `datasets.load_dataset`.
-        download: with False nothing is fetched from the Hub: what is not in the cache is an error.
+        download: with False a set that is not in the cache of `datasets` is an error, unless its files are local; the
+            Hub is still asked which version `revision` is (with HF_HUB_OFFLINE=1 in the environment it is not, and the
+            latest in the cache counts). Streaming fetches what it needs in any case.
         classes: of the training split, which this one must fit.
         spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
 
@@ -89,8 +91,7 @@ def open_hub(
     name = f"{path} ({', '.join(part for part in (config_name, split) if part)})"
     path = os.path.expanduser(path)
     words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
-    hint = "" if download else "; with download=False only what is in the cache counts"
-    with _as_data_errors(name, hint), _offline(not download):
+    with _as_data_errors(name):
         if streaming:
             urls, features = _parquet_files(path, split, words)
             return open_parquet(
@@ -102,7 +103,7 @@ def open_hub(
                 features=features,
                 spool_dir=spool_dir,
             )
-        table = _saved(path, split) if _is_saved(path) else _datasets().load_dataset(path, split=split, **words)
+        table = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
         return _from_table(table, image_column, label_column, classes, name)
 
 
@@ -122,6 +123,17 @@ def _from_table(
     if type(table.features[image]).__name__ == "Image":
         images = images.cast_column(image, _datasets().Image(decode=False))
     return TableSource(images.with_format(None), labels, classes, name)
+
+
+def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any:
+    """A split from the cache of `datasets`, which gets it first where it may."""
+    builder = _datasets().load_dataset_builder(path, **words)
+    files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    local = builder.repo_id is None and not any(is_remote(file) for file in files)
+    if not (download or local or Path(builder.cache_dir, "dataset_info.json").is_file()):
+        raise DataError(f"{path} is not in the cache of `datasets` ({builder.cache_dir}): set download=True")
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
@@ -159,7 +171,7 @@ def _saved(path: str, split: str) -> Any:
 
 
 @contextmanager
-def _as_data_errors(name: str, hint: str) -> Iterator[None]:
+def _as_data_errors(name: str) -> Iterator[None]:
     errors = require("datasets.exceptions", extra="data", purpose="sets of the Hub or its formats")
     try:
         yield
@@ -167,18 +179,7 @@ def _as_data_errors(name: str, hint: str) -> Iterator[None]:
         raise
     except (errors.DatasetsError, OSError, ValueError, RuntimeError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise DataError(f"{name}: {error}{cause}{hint}") from error
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    config = _datasets().config
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or wanted
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before
+        raise DataError(f"{name}: {error}{cause}") from error
 
 
 def _datasets() -> Any:

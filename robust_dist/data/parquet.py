@@ -167,7 +167,7 @@ def open_parquet(
 def read_columns(url: str, columns: list[str], group: int) -> Any:
     """Some columns of one row group, as a `pyarrow.Table`; its file is opened for that and closed again."""
     with _opened(url) as source:
-        # One thread: a worker is one of many already, and Arrow's threads do not survive a fork.
+        # One thread: a worker is one of many already.
         return _parquet(source).read_row_group(group, columns=columns, use_threads=False)
 
 

@@ -1,5 +1,6 @@
 """Where each sample lies in WebDataset tar shards: read once from the tars' headers, and kept in one file."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -79,25 +80,33 @@ class ShardIndex:
         )
 
 
-def index_of(shards: Sequence[str], keys: Keys, file: Path) -> ShardIndex:
-    """The index of shards: from `file` as far as their sizes and times are those in it, the others by reading them.
+def index_of(shards: Sequence[str], keys: Keys, folder: Path) -> ShardIndex:
+    """The index of shards: from its file in `folder` as far as their sizes and times are those in it, else by reading.
 
-    What had to be read is written to `file`, whole or not at all, so that any number of processes may do it at once.
+    What had to be read is written there, whole or not at all, so that any number of processes may do it at once.
 
     Raises:
         DataError: a shard is compressed, or has a member twice in a sample, or the file cannot be written.
         OSError: a shard cannot be read.
     """
     stamps = [_stamp(shard) for shard in shards]
-    known = _load(file, keys) or ([], None)
-    kept = [known[1].shard(k) if known[1] and known[0][k] == stamp else None for k, stamp in enumerate(stamps)]
+    file = folder / _file_name(shards, keys)
+    stored = _load(file)
+    kept = [stored[1].shard(k) if stored and stored[0][k] == stamp else None for k, stamp in enumerate(stamps)]
     missing = [shard for shard, part in zip(shards, kept, strict=True) if part is None]
     with ThreadPoolExecutor(SCANNERS) as pool:
         read = pool.map(lambda shard: scan(shard, keys), missing)
         index = ShardIndex.joined([part if part is not None else next(read) for part in kept])
     if missing:
-        _save(file, keys, stamps, index)
+        _save(file, stamps, index)
     return index
+
+
+def _file_name(shards: Sequence[str], keys: Keys) -> str:
+    """A name of its own for each list of shards, keys and version of the file; hosts may see the shards elsewhere."""
+    names = ["/".join(Path(shard).parts[-2:]) for shard in shards]
+    stated = json.dumps([VERSION, names, keys.image, keys.label])
+    return f".index-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.npz"
 
 
 def scan(shard: str, keys: Keys) -> ShardIndex:
@@ -221,19 +230,15 @@ def _check_plain(shard: str) -> None:
             )
 
 
-def _head(keys: Keys) -> list[Any]:
-    return [VERSION, list(keys.image), keys.label]
-
-
 def _stamp(shard: str) -> Stamp:
     stat = os.stat(shard)
     return [os.path.basename(shard), stat.st_size, stat.st_mtime_ns]
 
 
-def _save(file: Path, keys: Keys, stamps: Sequence[Stamp], index: ShardIndex) -> None:
+def _save(file: Path, stamps: Sequence[Stamp], index: ShardIndex) -> None:
     """Write beside the file and rename: whoever reads sees the old one or the new one, whole."""
     arrays = {
-        "head": np.frombuffer(json.dumps([_head(keys), stamps]).encode(), dtype=np.uint8),
+        "stamps": np.frombuffer(json.dumps(stamps).encode(), dtype=np.uint8),
         "names": index.names.data,
         "name_bounds": index.names.bounds,
         "labels": index.labels.data,
@@ -254,11 +259,11 @@ def _save(file: Path, keys: Keys, stamps: Sequence[Stamp], index: ShardIndex) ->
         raise DataError(f"the shards' index cannot be written to {file.parent} ({error}): set index_dir") from error
 
 
-def _load(file: Path, keys: Keys) -> tuple[list[Stamp], ShardIndex] | None:
-    """The stamps of the shards in the file, and their index; None without the file, or if torn or of other keys."""
+def _load(file: Path) -> tuple[list[Stamp], ShardIndex] | None:
+    """The stamps of the shards in the file, and their index; None where there is no file, or a torn one."""
     try:
         with np.load(file, allow_pickle=False) as stored:
-            head, stamps = json.loads(stored["head"].tobytes())
+            stamps = json.loads(stored["stamps"].tobytes())
             index = ShardIndex(
                 PackedStrings(stored["names"], stored["name_bounds"]),
                 PackedStrings(stored["labels"], stored["label_bounds"]),
@@ -268,4 +273,4 @@ def _load(file: Path, keys: Keys) -> tuple[list[Stamp], ShardIndex] | None:
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return (stamps, index) if head == _head(keys) else None
+    return stamps, index

@@ -1,7 +1,6 @@
 """WebDataset shards on a disk: tar files whose samples are read in any order, by an index made once."""
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -125,7 +124,8 @@ def open_webdataset(
     name = name or (urls if isinstance(urls, str) else ", ".join(urls))
     shards = expand(urls, name)
     keys = Keys(tuple(key.lower() for key in image_keys), _label_key(label_key))
-    index = _index(shards, keys, index_dir)
+    folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
+    index = index_of(shards, keys, folder)
     torn = [f"{shard} (at byte {at:,})" for shard, at in zip(shards, index.torn_at.tolist(), strict=True) if at >= 0]
     if torn and not allow_torn:
         raise DataError(
@@ -192,12 +192,6 @@ def _label_key(key: str) -> str:
     return key
 
 
-def _index(shards: list[str], keys: Keys, index_dir: str | Path | None) -> ShardIndex:
-    folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
-    stated = "\n".join(["/".join(Path(shard).parts[-2:]) for shard in shards] + [*keys.image, keys.label])
-    return index_of(shards, keys, folder / f".index-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.npz")
-
-
 def _check_members(index: ShardIndex, keys: Keys, name: str) -> None:
     if not len(index.names):
         raise DataError(f"{name} has no samples in its {len(index.counts)} shards")
@@ -214,11 +208,13 @@ def _labels(
     codes: dict[str, int] = {}
     coded = np.fromiter((codes.setdefault(text, len(codes)) for text in texts), dtype=np.int64, count=len(texts))
     distinct = [text for text in codes if text]
-    if all(re.fullmatch(r"-?\d+", text) for text in distinct) and not set(distinct) <= set(classes or ()):
+    if all(re.fullmatch(r"-?\d{1,18}", text) for text in distinct) and not set(distinct) <= set(classes or ()):
         values = np.array([int(text) for text in distinct], dtype=np.int64)
         classes, of_distinct = number_classes(values, classes, name, num_classes), values
     else:
         of_distinct, classes = text_classes(distinct, classes, name)
+    if num_classes not in (None, len(classes)):
+        raise DataError(f"{name}: num_classes={num_classes}, but its labels are of {len(classes)} classes")
     label_of = np.full(len(codes), UNLABELLED, dtype=np.int32)
     label_of[[codes[text] for text in distinct]] = of_distinct
     return label_of[coded], classes

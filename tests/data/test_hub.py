@@ -223,11 +223,12 @@ def test_an_image_folder_is_read_through_datasets_but_not_streamed(tmp_path, loa
     ("path", "settings", "words"),
     [
         ("/absent/set", {}, r"/absent/set \(train\): Couldn't find"),
-        ("nobody/nothing", {"download": False}, r"nobody/nothing \(train\): .*download=False"),
+        ("nobody/nothing", {}, r"nobody/nothing \(train\): Couldn't reach .*OfflineModeIsEnabled"),
         (None, {"config_name": "odd"}, r"\(odd, train\): .*'odd' not found. Available: \['default'\]"),
     ],
 )
-def test_a_set_that_is_not_there_is_an_error(folder, load, streaming, path, settings, words):
+def test_a_set_that_is_not_there_is_an_error(folder, load, streaming, path, settings, words, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=words):
         load(path or folder, streaming=streaming, **settings)
 
@@ -249,6 +250,7 @@ def test_a_torn_or_foreign_parquet_file_is_named(tmp_path, load):
 def test_a_corrupt_row_group_makes_its_samples_bad_and_no_others(tmp_path, load):
     root = write_parquet(tmp_path / "set", LABELS, files=2, group=2)
     first, _ = sorted((root / "data").iterdir())
+    assert rows(load(root, streaming=True)) == right(LABELS)
     content = bytearray(first.read_bytes())
     offset = pq.ParquetFile(first).metadata.row_group(1).column(0).data_page_offset
     content[offset : offset + 40] = b"\xff" * 40
@@ -313,6 +315,23 @@ def test_parquet_files_are_streamed_from_a_web_server_also_by_a_forked_worker(fo
     assert worker.exitcode == 0
     assert results.get()
     assert len(ranges) > count > 0
+
+
+def test_without_download_only_what_is_in_the_cache_or_local_counts(folder, load, server, tmp_path):
+    files = {"train": [f"{server[0]}/data/validation-00000-of-00001.parquet"]}
+
+    def cached():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+
+    with pytest.raises(DataError, match=r"parquet is not in the cache of `datasets` \(.*\): set download=True"):
+        load("parquet", data_files=files, download=False)
+    assert cached() == {}
+    assert rows(load("parquet", data_files=files)) == right(LABELS[:3])
+    before = cached()
+    assert len(before) == 1
+    assert rows(load("parquet", data_files=files, download=False)) == right(LABELS[:3])
+    assert cached() == before
+    assert rows(load(folder, "validation", download=False)) == right(LABELS[:3])
 
 
 def test_the_features_of_a_set_are_known_again_by_datasets(folder):

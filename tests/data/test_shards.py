@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import subprocess
 import tarfile
 import threading
 
@@ -73,6 +74,22 @@ def test_the_samples_are_those_of_the_webdataset_package(tmp_path):
     expected = [(image, int(label)) for image, label in theirs]
     assert len(expected) == 4
     assert rows(open_webdataset(path)) == expected
+
+
+@pytest.mark.parametrize("writer", ["webdataset", "tar", "tar --format=pax", "tar --format=gnu", "tar --format=v7"])
+def test_shards_that_others_write_are_whole(tmp_path, writer):
+    contents = {f"{index:03d}.{ending}": encoded(index, 1) for index in range(3) for ending in ["jpg", "cls"]}
+    contents = {name: b"1" if name.endswith("cls") else content for name, content in contents.items()}
+    path = str(tmp_path / "a.tar")
+    if writer == "webdataset":
+        with pytest.importorskip("webdataset").TarWriter(path) as tar:
+            for index in range(3):
+                tar.write({"__key__": f"{index:03d}", "jpg": encoded(index, 1), "cls": 1})
+    else:
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        subprocess.run([*writer.split(), "-cf", path, "-C", str(tmp_path), *contents], check=True)
+    assert rows(open_webdataset(path, num_classes=2)) == [(encoded(index, 1), 1) for index in range(3)]
 
 
 def test_the_index_is_made_once_and_again_for_a_changed_shard_only(tmp_path, monkeypatch):
@@ -159,6 +176,17 @@ def test_a_torn_shard_is_an_error_and_allowed_it_gives_what_is_before_the_tear_a
     assert count == sum(1 for end in _sample_ends(shards[0], whole) if end <= len(cut))
 
 
+def test_an_image_that_is_torn_after_its_label_is_no_sample(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.cls", b"0"), ("0.jpg", b"x"), ("1.cls", b"0"), ("1.jpg", b"y" * 2_000)])
+    with open(path, "r+b") as file:
+        file.truncate(4_000)
+    source = open_webdataset(path, allow_torn=True)
+    assert source.group_sizes == (2,)
+    assert source.read(0) == (b"x", 0)
+    with pytest.raises(BadImageError, match=r"torn at byte 3,072"):
+        source.read(1)
+
+
 def _sample_ends(path, whole):
     copy = path.with_suffix(".whole")
     copy.write_bytes(whole)
@@ -233,6 +261,8 @@ def test_labels_are_numbers_or_names(tmp_path, texts, settings, labels, classes)
         (["0", "4"], {"num_classes": 3}, "has the label 4, outside of its 3 classes"),
         (["0", "4"], {"classes": ("ant", "bee")}, "has the label 4, outside of its 2 classes"),
         (["ant", "cat"], {"classes": ("ant", "bee")}, "has 'cat' beyond them"),
+        (["ant", "cat"], {"num_classes": 3}, "num_classes=3, but its labels are of 2 classes"),
+        (["0", "1"], {"classes": ("ant", "bee"), "num_classes": 3}, "num_classes=3, but its labels are of 2 classes"),
     ],
 )
 def test_labels_outside_of_the_classes_are_an_error(tmp_path, texts, settings, words):

@@ -144,6 +144,7 @@ def odd_images():
         ),
         "animated.png": (encode(frames[0], "PNG", save_all=True, append_images=frames[1:]), frames[0], 0),
         "turned_by_exif.jpg": (encode(rgb, quality=95, exif=_turned()), rgb, 12),
+        "two_pictures.mpo": (encode(rgb, "MPO", save_all=True, append_images=frames, quality=95), rgb, 12),
         "plain.bmp": (encode(rgb, "BMP"), rgb, 0),
         "plain.ppm": (encode(rgb, "PPM"), rgb, 0),
         "one_pixel.png": (encode(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), Image.new("RGB", (1, 1), (9, 8, 7)), 0),
@@ -152,12 +153,12 @@ def odd_images():
 
 def bad_images():
     """Name to bytes that no loader may take for an image."""
-    jpeg, png = encoded(0, 0), encoded(0, 0, "PNG")
+    jpeg, png = encode(picture(0, 0, 200, 160)), encoded(0, 0, "PNG")
     broken = bytearray(png)
     broken[len(png) // 2] ^= 0xFF
     return {
         "zero_bytes.jpg": b"",
-        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.jpg": jpeg[: len(jpeg) * 2 // 3],
         "truncated.png": png[: len(png) // 2],
         "truncated.gif": encoded(0, 0, "GIF")[:2000],
         "truncated.webp": encoded(0, 0, "WEBP")[:-100],
