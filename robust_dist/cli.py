@@ -1,8 +1,10 @@
-"""`robust-dist doctor | preview | bench | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | plan | study | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+
+from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -53,11 +55,21 @@ def _bench(words: argparse.Namespace) -> int:
         from robust_dist.bench.dtensor import bench_dtensor
 
         print(bench_dtensor(rounds=words.rounds))
+    elif words.what == "checkpoint":
+        from robust_dist.bench.checkpoint import bench_checkpoint
+
+        print(bench_checkpoint(rounds=words.rounds))
     else:
         from robust_dist.bench.augment import bench_augment
 
         print(bench_augment(rounds=words.rounds))
     return 0
+
+
+def _plan(words: argparse.Namespace) -> int:
+    from robust_dist.plan.command import run
+
+    return run(words)
 
 
 def _convert(words: argparse.Namespace) -> int:
@@ -95,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview, extra="train")
 
     bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
-    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data"])
+    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data", "checkpoint"])
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
     bench.add_argument("--images", type=int, default=2_000, help="data: images that are made (default: %(default)s)")
@@ -104,8 +116,18 @@ def _parser() -> argparse.ArgumentParser:
         "--step-ms", type=float, help="data: what the consumer takes for a batch, where data wait counts"
     )
     bench.set_defaults(run=_bench, extra="bench")
+    _add_plan_command(commands)
+    add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.plan.command import add_arguments
+
+    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which one to take")
+    add_arguments(plan)
+    plan.set_defaults(run=_plan, extra="train")
 
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,7 +1,8 @@
 """A folder of checkpoints, each one whole or not there.
 
 A checkpoint is written into a `.partial` folder; a manifest with every file's size and CRC-32 comes last, then one
-rename makes it visible. A reader trusts what the manifest confirms and nothing else.
+rename makes it visible. A reader trusts what the manifest confirms and nothing else. The newest is the one of the
+highest step: no clock is asked.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+PART = ".part-"
+ACCURACY = "eval_accuracy"
 _PREFIX = "step-"
 _CHUNK = 1 << 22
 
@@ -67,8 +70,24 @@ def write_atomically(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint below `folder`, without what the store itself adds."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return (path for path in found if path.name != MANIFEST and not path.name.startswith(PART))
+
+
+def part_path(folder: Path, rank: int) -> Path:
+    """Where a rank notes which files of an unfinished checkpoint it has brought to the disk."""
+    return folder / f"{PART}{rank:05d}.json"
+
+
+def read_part(folder: Path, rank: int) -> dict[str, list[int]] | None:
+    """A rank's note: name -> [size, CRC-32]; None where it is not there yet."""
+    try:
+        note: dict[str, list[int]] = json.loads(part_path(folder, rank).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return note
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -91,16 +110,32 @@ def verify(folder: Path) -> Checkpoint:
 
 
 class CheckpointStore:
-    """Whole checkpoints under one folder, the newest `keep` of them.
+    """Whole checkpoints under one folder: the newest `keep` of them and the best `keep_best`.
 
     Args:
         folder: Where they lie; made when the first one is begun.
-        keep: How many stay after a newer one is complete.
+        keep: How many of the newest stay after a newer one is complete.
+        keep_best: How many of the highest `metadata["eval_accuracy"]` stay beside these.
+        token: Marks the unfinished folders of this start, so that a process of an earlier one that is still alive
+            somewhere can never write into them.
+        guard: Called before a checkpoint becomes whole; raises where the folder is another run's by now.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        *,
+        keep_best: int = 0,
+        token: str = "",
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = Path(folder)
-        self.keep = keep
+        self.keep, self.keep_best, self.token, self.guard = keep, keep_best, token, guard
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, once it is whole."""
+        return self.folder / f"{_PREFIX}{step:08d}"
 
     def begin(self, step: int) -> Path:
         """An empty folder into which the files of step `step` are to be written."""
@@ -109,26 +144,44 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def commit(self, step: int, metadata: dict[str, Any]) -> Checkpoint:
+    def abandon(self, step: int) -> None:
+        """Remove what was written since `begin(step)`, so that its space is free again."""
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+
+    def commit(self, step: int, metadata: dict[str, Any], files: dict[str, list[int]] | None = None) -> Checkpoint:
         """Make the files of `begin(step)` a checkpoint, and let go of the oldest ones.
 
         Args:
             step: Optimizer steps done.
             metadata: JSON values to note beside the files.
+            files: Name -> [size, CRC-32] of all of them, where they were brought to the disk already; read and
+                synced here where None.
+
+        Raises:
+            CheckpointError: One of `files` is missing or short.
         """
-        partial, final = self._partial(step), self.folder / f"{_PREFIX}{step:08d}"
-        files = {str(path.relative_to(partial)): [path.stat().st_size, file_crc32(path)] for path in _files(partial)}
-        for path in _files(partial):
-            fsync(path)
+        partial, final = self._partial(step), self.path_of(step)
+        if files is None:
+            files = _sync(partial)
+        _check_sizes(partial, files)
+        # From its manifest on a reader takes it for whole, wherever the rename was cut off.
+        self.guard()
+        for note in partial.glob(f"{PART}*"):
+            note.unlink()
         manifest = {"format": FORMAT, "step": step, "files": files, "metadata": metadata}
         write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+        self.guard()
         self._discard(final)
         os.replace(partial, final)
         fsync(self.folder)
-        # A torn folder of a later step must not push out what was just written.
-        for old in [name for name in self._names() if name.name <= final.name][self.keep :]:
-            self._discard(old)
+        self._retire(final)
         return Checkpoint(final, step, metadata)
+
+    def clean(self) -> None:
+        """Remove what dead processes left half-written or half-removed; only for the one that holds the folder."""
+        for pattern in (f".{_PREFIX}*.partial", f".{_PREFIX}*.partial-removed"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def newest(
         self, refuse: Callable[[Checkpoint], str | None] = lambda _: None
@@ -155,16 +208,30 @@ class CheckpointStore:
     def _recover(self) -> None:
         """Finish a commit that was cut off between its manifest and its rename."""
         for partial in self.folder.glob(f".{_PREFIX}*.partial"):
-            final = self.folder / partial.name[1:].removesuffix(".partial")
+            final = self.folder / partial.name[1:].partition(".")[0]
             if not final.exists() and (partial / MANIFEST).exists():
                 os.replace(partial, final)
 
     def _partial(self, step: int) -> Path:
-        return self.folder / f".{_PREFIX}{step:08d}.partial"
+        mark = f".{self.token}" if self.token else ""
+        return self.folder / f".{_PREFIX}{step:08d}{mark}.partial"
 
     def _names(self) -> list[Path]:
         """Checkpoint folders, newest first."""
         return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+
+    def _retire(self, final: Path) -> None:
+        # A torn folder of a later step must not push out what was just written.
+        known = [folder for folder in self._names() if folder.name <= final.name]
+        kept = {*known[: self.keep], *self._best(known)}
+        for folder in known:
+            if folder not in kept:
+                self._discard(folder)
+
+    def _best(self, folders: list[Path]) -> list[Path]:
+        """The `keep_best` of highest accuracy; the newer one where two are equal."""
+        scored = [(score, folder.name, folder) for folder in folders if (score := _accuracy(folder)) is not None]
+        return [folder for *_, folder in sorted(scored, reverse=True)[: self.keep_best]]
 
     def _discard(self, folder: Path) -> None:
         """Remove a folder in two moves, so that a half-removed one never has a checkpoint's name."""
@@ -173,3 +240,29 @@ class CheckpointStore:
             shutil.rmtree(doomed, ignore_errors=True)
             os.replace(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(folder: Path) -> dict[str, list[int]]:
+    """Bring all files and folders below `folder` to the disk; name -> [size, CRC-32]."""
+    files = {str(path.relative_to(folder)): [path.stat().st_size, file_crc32(path)] for path in files_in(folder)}
+    for name in files:
+        fsync(folder / name)
+    for below in {(folder / name).parent for name in files}:
+        fsync(below)
+    return files
+
+
+def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(f"{path}: missing or short when the checkpoint was to be completed")
+
+
+def _accuracy(folder: Path) -> float | None:
+    """The accuracy that a checkpoint notes, None for a torn one or one of mid-epoch."""
+    try:
+        score = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metadata"].get(ACCURACY)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return float(score) if isinstance(score, (int, float)) else None

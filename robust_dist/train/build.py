@@ -14,15 +14,19 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from torch import nn
+from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.models import build_model
-from robust_dist.optim import RAdaBeliefW, param_groups
+from robust_dist.optim import param_groups
+from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.rendezvous import init_method
 from robust_dist.train.sources import check_ranks_see_the_same, open_streams
 
 
@@ -31,7 +35,7 @@ def _asked_for(engine: str) -> bool:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, trackers."""
+    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
@@ -40,11 +44,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         cpu=on_cpu and not sharded,
         mixed_precision=recipe.precision.mixed,
         gradient_accumulation_steps=recipe.accumulation,
-        log_with=recipe.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
+        ),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                backend="gloo" if on_cpu and sharded else "nccl", timeout=timedelta(seconds=recipe.timeout_seconds)
+                backend="gloo" if on_cpu and sharded else "nccl",
+                init_method=init_method(),
+                timeout=timedelta(seconds=recipe.timeout_seconds),
             ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
@@ -160,8 +167,31 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int) -> nn.Modu
     return model.to(memory_format=torch.channels_last) if recipe.model.channels_last else model
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> RAdaBeliefW:
-    """RAdaBeliefW over the model's parameters, in one group where everything is decayed."""
-    ours = recipe.optimizer
-    groups = param_groups(model, ours.weight_decay, no_decay=tuple(ours.no_decay))
-    return RAdaBeliefW(groups, lr=ours.lr, betas=ours.betas, eps=ours.eps, weight_decay=ours.weight_decay)
+def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
+    """The recipe's optimizer over the model's parameters, in one group where everything is decayed.
+
+    Args:
+        recipe: All settings.
+        model: The classifier, before any engine wraps it.
+        total_steps: Optimizer steps of the whole run, from which `optimizer.beta2: auto` follows.
+
+    Raises:
+        ValueError: A setting that this optimizer cannot have.
+        ImportError: Its package is not installed.
+    """
+    check_fits(recipe)
+    groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
+    return make_optimizer(recipe.optimizer, groups, total_steps)
+
+
+def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
+    """Learning rate and weight decay of every step."""
+    ours = recipe.schedule
+    return RobustSchedule(
+        optimizer,
+        total_steps,
+        warmup_steps=ours.warmup_steps,
+        weight_decay_off_at=ours.weight_decay_off_at,
+        min_lr_ratio=ours.min_lr_ratio,
+        decay=ours.name,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robust_dist.augment import RobustAugment
 from robust_dist.data.cuts import even_cuts
 from robust_dist.data.sets import EvalBatch, LabelledSet
+from robust_dist.train.watchdog import tick
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def evaluate(
     batches = image_set.eval_batches(*shares[rank], batch_size)
     longest = max(stop - start for start, stop in shares)
     for _ in range(-(-longest // batch_size)):
+        tick("a batch of evaluation")
         batch = next(batches, None)
         logits = model(augment.normalize(image_set.filler() if batch is None else batch.images).to(dtype))
         if batch is not None:

@@ -1,10 +1,8 @@
 """The folder of a run: its lock, its recipe, its environment, its metrics."""
 
-import fcntl
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -16,7 +14,11 @@ import torch
 import yaml
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.checkpoint.space import write_failure
+from robust_dist.train.claim import Claim, FolderInUseError
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+
+STOPPED = "stopped.json"
 
 
 class RunFolderError(ValueError):
@@ -32,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: Any = None
+        self._claim: Claim | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -55,20 +57,51 @@ class RunFolder:
             RunFolderError: Another live run holds the folder, it holds a run with other settings, or it
                 holds files that are no run's.
         """
+        try:
+            self._claim_for(recipe, environment)
+        except OSError as error:
+            self.release()
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} cannot be written: {error}; mend that, or choose another run_dir"
+            ) from None
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's; only after `claim`.
+
+        Raises:
+            FolderLostError: Another run took it over, because this one gave no sign of life.
+        """
+        if self._claim is not None:
+            self._claim.check()
+
+    def note_stop(self, note: dict[str, Any]) -> None:
+        """Say in `stopped.json` that a signal stopped the run."""
+        write_atomically(self.path / STOPPED, json.dumps(note, indent=1) + "\n")
+
+    def stop_note(self) -> dict[str, Any]:
+        """What `stopped.json` says; empty where no signal stopped the run."""
+        try:
+            note = json.loads((self.path / STOPPED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return note if isinstance(note, dict) else {}
+
+    def _claim_for(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         self._check_is_run_or_empty()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._take()
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
         write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
         self._note_start(environment)
+        (self.path / STOPPED).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let another run take the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs recorded so far, oldest first."""
@@ -83,38 +116,39 @@ class RunFolder:
         write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one epoch's object and bring it to the disk."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add one epoch's object and bring it to the disk.
+
+        Raises:
+            CheckpointError: The disk does not take it.
+            FolderLostError: The folder is another run's by now.
+        """
+        self.check()
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_failure(self.metrics_path, error) from None
 
     def _check_is_run_or_empty(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"run_dir={str(self.path)!r} is a file; name a folder")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        if names - {".lock"} and "recipe.yaml" not in names:
+        foreign = {name for name in names if name != ".lock" and not name.startswith(".owner-")}
+        if foreign and "recipe.yaml" not in names:
             raise RunFolderError(
                 f"run_dir={str(self.path)!r} holds files but no recipe.yaml, so it is no run's folder; "
                 "choose an empty or a new one"
             )
 
-    def _take_lock(self) -> None:
-        """An advisory lock that the system lets go of when the process ends, however it ends."""
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+    def _take(self) -> None:
+        claim = Claim(self.path)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self.release()
-            raise RunFolderError(
-                f"run_dir={str(self.path)!r} is in use by a live run ({holder}); wait for it, stop it, "
-                "or choose another run_dir"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+            claim.take()
+        except FolderInUseError as error:
+            raise RunFolderError(str(error)) from None
+        self._claim = claim
 
     def _check_same(self, recipe: Recipe, there: dict[str, Any]) -> None:
         differing = conflicts(recipe_dict(recipe), there)

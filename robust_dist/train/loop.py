@@ -1,7 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
-import shutil
-import time
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state, note_parameters
+from robust_dist.checkpoint import CheckpointStore, note_parameters
+from robust_dist.checkpoint.space import checkpoint_bytes
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
-from robust_dist.schedule import RobustSchedule
-from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.agree import attempt
 from robust_dist.train.bad_images import BadImages, is_time_to_settle
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
+from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
+from robust_dist.train.elastic import changes
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.profiling import Profiling
+from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.train.resume import load_newest, loss_of, saves_whole
+from robust_dist.train.saving import Saver
+from robust_dist.train.schedule_free import use_averaged_weights
+from robust_dist.train.stop import Stopper
+from robust_dist.train.trackers import Trackers
+from robust_dist.train.watchdog import tick
 
 
 class DivergedError(RuntimeError):
@@ -68,11 +76,16 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
-        self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
-        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.train_set, self.test_set = train_set, test_set
+        self.trackers = Trackers(recipe, accelerator, folder.path)
+        kept = recipe.checkpoint
+        token = secrets.token_hex(4)
+        self.store = CheckpointStore(
+            folder.checkpoints, kept.keep, keep_best=kept.keep_best, token=token, guard=folder.check
+        )
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
-        self.train_name, self.train_images = train_set.name, len(train_set)
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
@@ -80,14 +93,9 @@ class Trainer:
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, classes, train_set.channels)
-        optimizer = build_optimizer(recipe, model)
-        schedule = RobustSchedule(
-            optimizer,
-            self.total_steps,
-            warmup_steps=recipe.schedule.warmup_steps,
-            weight_decay_off_at=recipe.schedule.weight_decay_off_at,
-            min_lr_ratio=recipe.schedule.min_lr_ratio,
-        )
+        optimizer = build_optimizer(recipe, model, self.total_steps)
+        schedule = build_schedule(recipe, optimizer, self.total_steps)
+        self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
             accelerator,
@@ -95,6 +103,7 @@ class Trainer:
             num_processes=recipe.num_processes,
             schedule=self.schedule,
             total_steps=self.total_steps,
+            optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
         self.input_dtype = input_dtype(accelerator, self.bare_model)
@@ -112,34 +121,56 @@ class Trainer:
             The rows of `metrics.jsonl`, oldest first.
 
         Raises:
-            CheckpointError: Checkpoints are there, but none can be used.
+            CheckpointError: Checkpoints are there, but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
+            Stopped: A signal asked for it; all is saved.
         """
+        tick("taking up the run", patient=True)
         self._resume()
-        steps_per_epoch = self.loader.steps_per_epoch
-        with Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display:
+        steps_per_epoch, done = self.loader.steps_per_epoch, self.progress.step
+        self.trackers.start(done)
+        # The first step compiles, tunes and connects.
+        tick("the first step", patient=True)
+        with (
+            self._saver() as self.saver,
+            Stopper(self.accelerator, self.saver) as self.stopper,
+            Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
+            Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
+        ):
             while self.progress.step < self.total_steps:
                 epoch, start = divmod(self.progress.step, steps_per_epoch)
-                seconds, images = self._train_epoch(epoch, start, display)
-                row = self._finish_epoch(epoch, images / seconds)
+                figures = self._train_epoch(epoch, start, display, profiling)
+                row = self._finish_epoch(epoch, figures)
                 display.epoch(row)
+                if self.stopper.stop and self.progress.step < self.total_steps:
+                    self._leave()
+            tick("the last checkpoint", patient=True)
+            self.saver.settle()
+        if self.saver.count:
+            self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
-    def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
-        """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
-        began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
+    def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
+        """The rest of an epoch; returns what was measured in it."""
+        every = self.recipe.checkpoint.every_steps
         self.model.train()
-        for parts in self.loader.epoch(epoch, start):
+        self.optimizer.train()
+        self.meter.begin()
+        for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
             self._train_step(parts)
             self._note_bad_images()
-            images += parts[0].global_size
+            self.meter.count(parts[0].global_size)
             display.step()
+            profiling.step()
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
             if every and self.progress.step % every == 0 and not at_end:
                 self._save()
+            if self.stopper.ask() and not at_end:
+                self._leave()
+            tick(f"step {self.progress.step + 1}")
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, images
+        return self.meter.epoch()
 
     def _train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
@@ -149,8 +180,8 @@ class Trainer:
             broadcast_buffers(self.bare_model)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
-                images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images.to(self.input_dtype)), targets, batch.weights)
+                images, targets = self._inputs(batch)
+                loss = self._loss(self.model(images), targets, batch.weights)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -163,6 +194,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
+        return images.to(self.input_dtype), targets
 
     def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         smoothing = self.recipe.label_smoothing
@@ -184,10 +219,12 @@ class Trainer:
         """The epoch's bad images so far, on all ranks; too many are an error on each."""
         if self.bad is None:
             return 0
-        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_name)
+        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_set.name)
 
-    def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
+    def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
+        tick(f"the end of epoch {epoch + 1}")
+        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self._inputs(batch)[0])
         average_buffers(self.bare_model)
         bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
@@ -212,17 +249,19 @@ class Trainer:
             "eval_samples": score.samples,
             "lr": self.progress.lr,
             "weight_decay": self.progress.weight_decay,
-            "images_per_second": images_per_second,
-        }
+        } | measured(self.meter, figures, self.accelerator)
+        row["checkpoint_seconds"] = self.saver.take_seconds()
         if self.bad is not None:
             row["bad_images"] = bad_images
             row["eval_bad_images"] = self._settle_bad_eval()
         attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
+        self.trackers.log(row)
         self.progress.loss_sum.zero_()
         self.progress.bad_images = 0
-        if (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs:
-            self._save()
+        due = (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs
+        if due or self.stopper.stop:
+            self._save(score.accuracy)
+        tick(f"step {self.progress.step + 1}")
         return row
 
     def _settle_bad_eval(self) -> int:
@@ -248,101 +287,60 @@ class Trainer:
         self.accelerator.register_for_checkpointing(ema)
         return ema
 
-    def _save(self) -> None:
-        """Write a checkpoint beside the others; it counts once it is whole."""
+    def _saver(self) -> Saver:
+        need = checkpoint_bytes(
+            engine_kind(self.accelerator),
+            self.bare_model,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            full_state_dict=saves_whole(self.accelerator),
+            averaged=self.ema is not None,
+        )
+        timeout = self.recipe.timeout_seconds
+        return Saver(self.accelerator, self.store, self.recipe.checkpoint, need=need, timeout=timeout)
+
+    def _save(self, accuracy: float | None = None) -> None:
+        """Save; the checkpoint counts once it is whole."""
+        tick(f"the checkpoint of step {self.progress.step}")
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         self._check_finite(sum(losses))
         bad_images = self._settle_bad_images()
-        step, main = self.progress.step, self.accelerator.is_main_process
-        partial = from_main(self.accelerator, lambda: self.store.begin(step))
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
-        attempt(self.accelerator, lambda: self.accelerator.save_state(str(partial)))
         metadata = {
             "recipe": recipe_dict(self.recipe),
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
             "bad_images": bad_images,
-            "train_images": self.train_images,
+            "eval_accuracy": accuracy,
+            "train_images": len(self.train_set),
         }
-        attempt(self.accelerator, lambda: self._commit(step, partial, metadata), here=main)
+        self.saver.save(self.progress.step, self._write_state, metadata)
 
-    def _commit(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
-        if metadata["engine"] == "ddp":
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if engine_kind(self.accelerator) == "ddp":
             # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
-            note_parameters(partial, self.model, self.optimizer)
-        self.store.commit(step, metadata)
+            note_parameters(folder, self.model, self.optimizer)
+
+    def _leave(self) -> None:
+        if self.saver.saved != self.progress.step:
+            self._save()
+        self.saver.settle()
+        self.stopper.leave(self.folder, self.progress.step, self.total_steps)
 
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
-        found = from_main(self.accelerator, self._find)
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        found = load_newest(accelerator, self.recipe, self.store, self.train_set)
         if found is not None:
-            attempt(self.accelerator, lambda: self._check_same_set(found), here=self.accelerator.is_main_process)
-            path = from_main(self.accelerator, lambda: self._fitting(found))
-            error: Exception | None = None
-            try:
-                load_state(self.accelerator, path)
-            except Exception as caught:
-                error = CheckpointError(f"{found.path} could not be loaded: {caught}")
-            raise_everywhere(self.accelerator, error)
-            if path != found.path and self.accelerator.is_main_process:
-                shutil.rmtree(path)
-            self._restore_progress(found)
+            self.progress.step = found.step
+            self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
+            self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
+            accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
+            for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
+                accelerator.print(line)
         step = self.progress.step
-        attempt(self.accelerator, lambda: self.folder.rewind(step), here=self.accelerator.is_main_process)
-
-    def _check_same_set(self, found: Checkpoint) -> None:
-        before = found.metadata.get("train_images", self.train_images)
-        if before != self.train_images:
-            raise CheckpointError(
-                f"{found.path} was written while training on {before} images, and {self.train_name} has "
-                f"{self.train_images}: the order of an epoch would be another. Bring the old images back, or choose "
-                "another run_dir"
-            )
-
-    def _find(self) -> Checkpoint | None:
-        ours = recipe_dict(self.recipe)
-
-        def refuse(checkpoint: Checkpoint) -> str | None:
-            differing = conflicts(ours, checkpoint.metadata["recipe"])
-            return "of another recipe (" + "; ".join(differing) + ")" if differing else None
-
-        found, rejected = self.store.newest(refuse)
-        for reason in rejected:
-            self.accelerator.print(f"checkpoint passed over: {reason}")
-        if found is None and rejected:
-            raise CheckpointError(
-                "no checkpoint of this run can be used, and starting again would write over them; move "
-                f"{self.store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
-            )
-        return found
-
-    def _fitting(self, found: Checkpoint) -> Path:
-        """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
-        here = engine_kind(self.accelerator), self.accelerator.num_processes
-        there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
-        if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
-            return found.path
-        converted = self.folder.checkpoints / ".converted"
-        shutil.rmtree(converted, ignore_errors=True)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        full = here[0] == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=full)
-        return converted
-
-    def _restore_progress(self, found: Checkpoint) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
-        engine, was = engine_kind(self.accelerator), found.metadata.get("engine", "ddp")
-        self.progress.step = found.step
-        # At another world size only the sum over the ranks matters; the first one carries it.
-        mine = losses[rank] if before == world else sum(losses) * (rank == 0)
-        self.progress.loss_sum.fill_(mine)
-        self.progress.bad_images = found.metadata.get("bad_images", 0) * (rank == 0)
-        self.accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
-        if before != world:
-            self.accelerator.print(f"the run had {before} ranks and has {world}: it goes on, but not bit for bit")
-        if was != engine:
-            self.accelerator.print(f"the run was under {was} and is under {engine}: it goes on, but not bit for bit")
+        attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)

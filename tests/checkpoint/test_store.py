@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there."""
 
 import json
+import os
 
 import pytest
 
@@ -105,3 +106,50 @@ def test_a_refused_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     found, rejected = store.newest(lambda checkpoint: "of another run" if checkpoint.step == 2 else None)
     assert found.step == 1
     assert rejected == [f"{tmp_path / 'step-00000002'}: of another run"]
+
+
+def scored(store, step, accuracy):
+    store.begin(step)
+    return store.commit(step, {"eval_accuracy": accuracy})
+
+
+def names(folder):
+    return [int(path.name.removeprefix("step-")) for path in sorted(folder.iterdir())]
+
+
+def test_the_best_stay_beside_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    for step, accuracy in enumerate([0.5, 0.9, None, 0.7, 0.6, None, 0.9, 0.1], start=1):
+        scored(store, step, accuracy)
+    # Of the two with 0.9 and the one with 0.7 the first two, and the newest.
+    assert names(tmp_path) == [2, 7, 8]
+    assert store.newest()[0].step == 8
+
+
+def test_the_newest_is_never_let_go_of_for_a_better_one(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    for step, accuracy in [(1, 0.9), (2, 0.1), (3, 0.05)]:
+        assert scored(store, step, accuracy).path.exists()
+        assert step in names(tmp_path)
+    assert names(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_the_newest_is_the_furthest_whatever_clocks_say(tmp_path, hours):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        path = save(store, step).path
+        when = path.stat().st_mtime - hours * 3600 * step
+        for file in [path, *path.iterdir()]:
+            os.utime(file, (when, when))
+    assert store.newest()[0].step == 2
+    save(store, 3)
+    assert names(tmp_path) == [2, 3]
+
+
+def test_a_file_that_shrank_before_the_commit_is_no_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path)
+    (store.begin(1) / "model.bin").write_text("ab")
+    with pytest.raises(CheckpointError, match=r"model\.bin: missing or short"):
+        store.commit(1, {}, files={"model.bin": [3, 0]})
+    assert store.newest() == (None, [])

@@ -1,27 +1,52 @@
 """Every file of configs/accelerate trains a recipe, goes on bit for bit, and takes up another engine's run."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from robust_dist.train import loop
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
+from tests.train.launching import metrics
 from tests.train.under_engines import ROOT, train_under
 
 pytest.importorskip("deepspeed")
 # ZeRO last: DeepSpeed changes functions of torch when it is first used.
 ON_TWO = ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
 HANDED_ON = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "fsdp1"), ("fsdp1", "zero1"), ("zero1", "ddp")]
+STOPPED = ["fsdp2", "zero2"]
 STEP, TOTAL = 10, 12
 
 
 def rows(folder):
-    """What a run recorded, without the one figure that measures time."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in lines]
+    """What a run recorded, without the figures that are measured."""
+    return metrics(Path(folder))
+
+
+@contextlib.contextmanager
+def expecting():
+    """The bytes that all ranks expected to write into a checkpoint."""
+    real, needs = loop.checkpoint_bytes, []
+
+    def noted(*args, **options):
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, real(*args, **options))
+        needs.extend(gathered)
+        return gathered[dist.get_rank()]
+
+    loop.checkpoint_bytes = noted
+    try:
+        yield needs
+    finally:
+        loop.checkpoint_bytes = real
 
 
 def checkpoints(folder):
@@ -48,9 +73,16 @@ def close(mine, theirs):
 
 
 def trains(name, folder):
-    out = train_under(name, f"{folder}/{name}")
+    with expecting() as needs:
+        out = train_under(name, f"{folder}/{name}")
+    files = (path for path in Path(f"{folder}/{name}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    # What was set aside holds it, and beside what each rank gets for small files it is not far too much.
+    assert size <= sum(needs), needs
+    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
     assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
     assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
+    assert dist.get_rank() or "checkpoints: 3 in the background" in out, out
     close(rows(f"{folder}/{name}"), rows(f"{folder}/ddp"))
 
 
@@ -60,6 +92,27 @@ def goes_on(name, folder):
     out = train_under(name, f"{folder}/{name}")
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
     assert rows(f"{folder}/{name}") == whole
+
+
+def stops(name, folder):
+    """Rank 1 alone is signalled; all stop at one step, staged checkpoints arrive, and the run goes on bit for bit."""
+    run, words = f"{folder}/{name}-stopped", ("--checkpoint.every_steps", "2")
+    if dist.get_rank() == 1:
+        threading.Thread(target=signal_after, args=(run, 2), daemon=True).start()
+    out = train_under(name, run, *words)
+    note = json.loads(Path(run, "stopped.json").read_text())
+    assert dist.get_rank() or f"stopped by SIGUSR1 at step {note['step']} of {TOTAL}" in out, out
+    assert 2 < note["step"] < TOTAL
+    assert checkpoints(run)[-1] == Path(note["checkpoint"]).name == f"step-{note['step']:08d}"
+    out = train_under(name, run, *words)
+    assert dist.get_rank() or f"at step {note['step']} of {TOTAL}" in out, out
+    assert rows(run) == rows(f"{folder}/{name}")
+
+
+def signal_after(run, step):
+    while not Path(run, "checkpoints", f"step-{step:08d}").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def takes_up(source, target, folder, copy, words=()):
@@ -112,6 +165,7 @@ REFUSALS = list(refusals(""))
 def everything_on_two(folder):
     scenarios = {f"trains {name}": lambda name=name: trains(name, folder) for name in ON_TWO}
     scenarios |= {f"goes on {name}": lambda name=name: goes_on(name, folder) for name in ON_TWO}
+    scenarios |= {f"stops {name}": lambda name=name: stops(name, folder) for name in STOPPED}
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
@@ -160,6 +214,11 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config
     assert_passed(two, f"goes on {name}")
 
 
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_at_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(two, name):
+    assert_passed(two, f"stops {name}")
+
+
 @pytest.mark.parametrize(("source", "target"), HANDED_ON)
 def test_a_run_is_taken_up_by_another_engine(two, source, target):
     assert_passed(two, f"{source} {target}")
@@ -177,6 +236,8 @@ def test_four_ranks_train_and_take_up_the_run_of_two(four, name):
 
 def test_every_config_is_started_by_a_test():
     names = {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
-    assert names == {*ON_TWO, "hsdp", "cpu"}
+    # tests/multinode starts those of several hosts.
+    several = {f"multinode_{name}" for name in ("ddp", "fsdp2", "hsdp", "zero2", "zero3")}
+    assert names == {*ON_TWO, "hsdp", "cpu"} | several
     used = {path.stem for path in (ROOT / "configs" / "deepspeed").glob("*.json")}
     assert used <= set(ON_TWO)

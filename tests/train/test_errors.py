@@ -18,6 +18,7 @@ from tests.train.launching import train
         (["--schedule.warmup_steps", "100000"], "warmup_steps"),
         (["--data.name", "cifar10", "--data.download", "false", "--data.root", "nowhere"], "nowhere"),
         (["--model.sync_batchnorm", "true"], "model.sync_batchnorm"),
+        (["--micro_batch_size", "64", "--accumulation", "4"], "accumulation=4 contradicts micro_batch_size=64"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(tmp_path, words, message):

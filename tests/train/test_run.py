@@ -1,11 +1,26 @@
 """Whole runs: their folder, their resume, their independence of the world size."""
 
+import json
+import os
 import random
+import signal
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.train.launching import finish, kill_after, metrics, start, train
+from robust_dist.checkpoint import verify
+from tests.train.launching import (
+    finish,
+    kill_after,
+    metrics,
+    newest_step,
+    ranks_of,
+    start,
+    start_by_command,
+    train,
+    wait_for_step,
+)
 
 KEYS = {"epoch", "step", "train_loss", "eval_accuracy", "eval_loss", "eval_samples", "lr", "weight_decay"}
 
@@ -15,7 +30,7 @@ def last_weights(run_dir):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_killed_at_a_random_step_and_started_again_equals_an_undisturbed_run(tmp_path, world_size):
+def test_a_run_killed_at_a_random_step_then_stopped_by_a_signal_equals_an_undisturbed_run(tmp_path, world_size):
     words = ["--checkpoint.every_steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = train(world_size, *words, "--run_dir", str(whole))
@@ -27,13 +42,28 @@ def test_a_run_killed_at_a_random_step_and_started_again_equals_an_undisturbed_r
     assert set(rows[0]) == KEYS
     assert [row["weight_decay"] for row in rows] == [0.01, 0.01, 0.0]
 
-    step = random.randrange(1, 33)
-    process = start(world_size, *words, "--run_dir", str(killed))
+    step = random.randrange(1, 24)
+    # The user's own command here; what is forked below goes on with it.
+    process = start_by_command(world_size, *words, "--run_dir", str(killed))
     kill_after(process, killed, step)
+    process = start(world_size, *words, "--run_dir", str(killed))
+    # All the ranks stop where one of them is asked to; a launcher makes 1 of their status 75.
+    wait_for_step(process, killed, newest_step(killed) + 1)
+    rank = ranks_of(process)[-1]
+    os.kill(rank, signal.SIGUSR1 if world_size == 2 else signal.SIGTERM)
+    code, output = finish(process)
+    assert code == (75 if world_size == 1 else 1), output
+    assert f"stopped by {'SIGUSR1' if world_size == 2 else 'SIGTERM'} at step" in output
+    note = json.loads((killed / "stopped.json").read_text())
+    assert note["step"] == newest_step(killed)
+    assert Path(note["checkpoint"]).is_dir()
     code, output = train(world_size, *words, "--run_dir", str(killed))
     assert code == 0, output
-    assert "resuming" in output
-    assert metrics(killed) == rows, f"killed after step {step}"
+    assert f"resuming {note['checkpoint']} at step {note['step']} of 36" in output
+    assert not (killed / "stopped.json").exists()
+    assert metrics(killed) == rows, f"killed after step {step}, stopped at {note['step']}"
+    newest = verify(sorted((killed / "checkpoints").glob("step-*"))[-1])
+    assert newest.metadata["eval_accuracy"] == rows[-1]["eval_accuracy"]
     ours, theirs = last_weights(killed), last_weights(whole)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -81,12 +111,15 @@ def test_options_of_the_recipe_run_together(tmp_path):
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     words = ["--checkpoint.every_steps", "4", "--run_dir", str(tmp_path)]
+    words += ["--micro_batch_size", "64", "--data.drop_last", "true"]
     process = start(2, *words)
     kill_after(process, tmp_path, 16)
     code, output = train(1, *words)
     assert code == 0, output
     assert "the run had 2 ranks and has 1" in output
-    assert [row["step"] for row in metrics(tmp_path)] == [12, 24, 36]
+    assert "the global batch stays 128 images; accumulation 1 -> 2, a rank holds at most 64 -> 64 images" in output
+    assert "batch normalisation" in output
+    assert [row["step"] for row in metrics(tmp_path)] == [11, 22, 33]
 
 
 def test_a_live_run_s_folder_is_refused_on_every_rank_and_nothing_is_touched(tmp_path):
@@ -105,7 +138,7 @@ def test_a_live_run_s_folder_is_refused_on_every_rank_and_nothing_is_touched(tmp
 
 def test_a_diverged_run_stops_and_names_its_settings(tmp_path):
     words = ["--optimizer.lr", "1e30", "--checkpoint.every_steps", "1", "--run_dir", str(tmp_path)]
-    code, output = train(1, *words)
-    assert code == 2
+    code, output = finish(start_by_command(1, *words))
+    assert code == 3
     assert "optimizer.lr=1e+30" in output
     assert "nothing was saved after it went bad" in output

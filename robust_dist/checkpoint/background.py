@@ -1,0 +1,225 @@
+"""Checkpoints that are written while training goes on: staged on the host, copied by a thread of each rank.
+
+No thread calls a collective: a rank notes in the unfinished folder which files it has brought to the disk, and the
+first rank completes the checkpoint when all notes are there. Where one never comes, it is never completed.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from robust_dist.checkpoint.space import write_failure
+from robust_dist.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    files_in,
+    fsync,
+    part_path,
+    read_part,
+    write_atomically,
+)
+
+_STAGED = "robust_dist-staged-"
+_LOCK = ".lock"
+_CHUNK = 1 << 22
+# How long a run that ends by an error waits for the notes of ranks that may be dead.
+_LAST_PATIENCE = 20.0
+
+
+class Staging:
+    """A folder of this process on its host, for files on their way to a checkpoint.
+
+    It is locked while the process lives. What a killed process left is removed when the next one stages there.
+
+    Args:
+        root: Where the folder is made.
+
+    Raises:
+        OSError: There is no such place, or nothing can be written there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        sweep(root)
+        made = Path(tempfile.mkdtemp(prefix=f".{_STAGED}", dir=root))
+        self._lock = (made / _LOCK).open("w", encoding="utf-8")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Only a locked folder has the name that others look for.
+        self.path = made.rename(root / f"{_STAGED}{secrets.token_hex(8)}")
+
+    def folder(self, step: int) -> Path:
+        """An empty folder for the files of step `step`."""
+        folder = self.path / f"{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def close(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def sweep(root: Path) -> list[Path]:
+    """Remove the staged files of processes that no longer live; returns their folders."""
+    removed = []
+    for path in root.glob(f"{_STAGED}*"):
+        # Another user's, or one that another process removes just now.
+        with contextlib.suppress(OSError), (path / _LOCK).open("r+", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def copy_synced(source: Path, target: Path) -> list[int]:
+    """Copy a file and bring it to the disk; returns [size, CRC-32]."""
+    size = crc = 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return [size, crc]
+
+
+def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
+    """Copy all files below `source` into the folder `target`, which must be there; name -> [size, CRC-32].
+
+    Raises:
+        CheckpointError: One could not be written; the message names it and what is free.
+    """
+    files = {}
+    for path in files_in(source):
+        name = path.relative_to(source)
+        try:
+            # `target` itself is never made here: a process that lost its run must not bring it back.
+            for parent in [*name.parents][-2::-1]:
+                (target / parent).mkdir(exist_ok=True)
+            files[str(name)] = copy_synced(path, target / name)
+        except OSError as error:
+            raise write_failure(target / name, error) from None
+    for folder in {(target / name).parent for name in files}:
+        fsync(folder)
+    return files
+
+
+class Pending:
+    """One checkpoint on its way: this rank's files are being copied, on the first rank it is then completed.
+
+    Args:
+        store: The run's checkpoints.
+        staged: This rank's files; removed when they are copied, or when that failed.
+        partial: What `store.begin(step)` gave the first rank.
+        step: Optimizer steps done.
+        metadata: As `CheckpointStore.commit`.
+        rank: This rank.
+        world_size: Ranks that write a part each.
+        patience: Seconds for which the first rank waits for parts that do not grow.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        staged: Path,
+        partial: Path,
+        step: int,
+        metadata: dict[str, Any],
+        *,
+        rank: int,
+        world_size: int,
+        patience: float,
+    ) -> None:
+        self.step, self.seconds = step, 0.0
+        self.error: Exception | None = None
+        self.checkpoint: Checkpoint | None = None
+        self._store, self._staged, self._partial, self._metadata = store, staged, partial, metadata
+        self._rank, self._world_size, self._patience = rank, world_size, patience
+        self._copied, self._cancelled = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+
+    def wait_for_copy(self) -> Exception | None:
+        """Wait until this rank's part is on the disk; returns what went wrong with it."""
+        self._copied.wait()
+        return self.error
+
+    def result(self) -> Checkpoint:
+        """Wait for the completed checkpoint; on the first rank only.
+
+        Raises:
+            CheckpointError: It could not be completed.
+        """
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    def abandon(self) -> None:
+        """Give it up and remove what was written of it; no rank is copying any more."""
+        self._cancelled.set()
+        self._thread.join()
+        if self._rank == 0:
+            self._store.abandon(self.step)
+
+    def close(self) -> None:
+        """Let it come to its end, without a word to the other ranks, which may be dead."""
+        self._patience = min(self._patience, _LAST_PATIENCE)
+        self._thread.join()
+        if self.error is not None and self._rank == 0:
+            self._store.abandon(self.step)
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            self._copy()
+            if self._rank == 0:
+                self.checkpoint = self._store.commit(self.step, self._metadata, self._all_parts())
+        except OSError as error:
+            self.error = write_failure(self._partial, error)
+        except Exception as error:
+            self.error = error
+        finally:
+            self._copied.set()
+            self.seconds = time.perf_counter() - began
+
+    def _copy(self) -> None:
+        try:
+            files = copy_tree(self._staged, self._partial)
+            write_atomically(part_path(self._partial, self._rank), json.dumps(files))
+        finally:
+            shutil.rmtree(self._staged, ignore_errors=True)
+        self._copied.set()
+
+    def _all_parts(self) -> dict[str, list[int]]:
+        """All ranks' files, once all have noted theirs."""
+        files: dict[str, list[int]] = {}
+        missing, growth, changed = set(range(self._world_size)), -1, time.monotonic()
+        while True:
+            for rank in sorted(missing):
+                part = read_part(self._partial, rank)
+                if part is not None:
+                    files |= part
+                    missing.discard(rank)
+            if not missing:
+                return files
+            size = sum(path.stat().st_size for path in files_in(self._partial))
+            if size != growth:
+                growth, changed = size, time.monotonic()
+            if time.monotonic() - changed > self._patience:
+                raise CheckpointError(
+                    f"{self._partial}: ranks {sorted(missing)} wrote nothing for {self._patience:g} s"
+                )
+            if self._cancelled.wait(0.05 if self._world_size < 16 else 0.5):
+                raise CheckpointError(f"{self._partial}: given up")

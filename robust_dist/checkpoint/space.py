@@ -1,0 +1,128 @@
+"""Room for checkpoints: what is free, what one takes, and what to say where it does not fit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from robust_dist.checkpoint.store import CheckpointError
+
+SHARED_MEMORY = Path("/dev/shm")
+# Headers, random states, the schedule, names.
+_SMALL = 1 << 20
+_MOMENTS = 2 * 4
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the file system that holds `path`, or will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this machine and this process's control group still have; None where nothing tells."""
+    limits = [_from_meminfo(), _from_cgroup()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _from_meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _from_cgroup() -> int | None:
+    """What a container (cgroup v2, then v1) may still take."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
+        except OSError:
+            continue
+        return None if most == "max" else max(0, int(most) - int(now))
+    return None
+
+
+def text_of(count: int) -> str:
+    """Bytes as a person reads them: 1.5 GiB."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def write_failure(path: Path, error: Exception) -> CheckpointError:
+    """What to say of a file that could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    try:
+        count = free_bytes(path.parent)
+        free = f"{text_of(count)} ({count} bytes) are free there"
+    except OSError as second:
+        free = f"its file system cannot be asked what is free ({second.strerror})"
+    return CheckpointError(
+        f"{path} could not be written: {reason}; {free}. What was half-written is not used, whole checkpoints are "
+        "as they were: make room or mend the disk, and start the same command again"
+    )
+
+
+def _held(param: nn.Parameter) -> int:
+    """Elements of a parameter that this rank holds."""
+    local = param.to_local() if hasattr(param, "to_local") else param
+    return int(local.numel())
+
+
+def checkpoint_bytes(
+    engine: str, model: nn.Module, *, rank: int, world_size: int, full_state_dict: bool = False, averaged: bool = False
+) -> int:
+    """About what this rank writes into one checkpoint, in bytes, from above.
+
+    Weights in their own type and two float32 moments for each; ZeRO writes a float32 copy of the weights, too.
+
+    Args:
+        engine: "ddp", "fsdp", "zero0" ... "zero3".
+        model: The prepared model, without its outermost wrapper.
+        rank: This rank.
+        world_size: All ranks.
+        full_state_dict: FSDP gathers everything on the first rank.
+        averaged: An exponential moving average of the weights is saved, too.
+    """
+    first = rank == 0
+    params = list(model.parameters())
+    size = max((param.element_size() for param in params), default=4)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    whole = sum(int(getattr(param, "ds_numel", param.numel())) for param in params)
+    extra = buffers + first * averaged * (whole * size + buffers)
+    if engine == "fsdp":
+        held = sum(_held(param) for param in params)
+        share = held * world_size * first if full_state_dict else held
+        return int((share * (size + _MOMENTS) + extra) * 1.1) + _SMALL
+    if engine in ("ddp", "zero0"):
+        # ZeRO 0 under bf16 keeps float32 weights beside the moments.
+        each = size + _MOMENTS + (4 if engine == "zero0" else 0)
+        return int((whole * each * first + extra) * 1.1) + _SMALL
+    share = -(-whole // world_size)
+    weights = share * size if engine == "zero3" else whole * size * first
+    return int((share * (4 + _MOMENTS) + weights + extra) * 1.1) + _SMALL
+
+
+def unlike_memory(path: Path) -> bool:
+    """Whether staging at `path` takes no memory of the host's."""
+    return SHARED_MEMORY not in (path, *path.parents)
+
+
+def room_for_staging(path: Path) -> int:
+    """Bytes that may be staged at `path`: of the memory at most half, or training would be killed for it."""
+    free = free_bytes(path)
+    memory: Any = None if unlike_memory(path) else free_memory()
+    return free if memory is None else min(free, memory // 2)

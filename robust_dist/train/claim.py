@@ -1,0 +1,251 @@
+"""One live run for a folder, whatever hosts it runs on and whatever their clocks say.
+
+On one host a lock of the system decides at once. Not every file system carries such locks between hosts, so the holder
+also writes a beat into a file of its own, and a start on another host watches whether it still changes: what counts is
+that the file changes while the watcher's own seconds pass, never a time that is written anywhere. Each holder's file
+has the next number, made exclusively, so of several starts one alone wins; a holder that was stopped for so long that
+it was taken for dead finds the higher number before it completes a checkpoint, and gives up.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+_LOCK = ".lock"
+_OWNER = ".owner-"
+_LENGTH = 512
+# A holder beats every `_BEAT` seconds; one whose file stands still for `_SILENCE` seconds is dead.
+_BEAT = 2.0
+_SILENCE = 20.0
+# A killed process's lock goes with the last of its children.
+_LINGER = 30.0
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class FolderInUseError(ValueError):
+    """Another live run holds the folder; the message names it."""
+
+
+class FolderLostError(RuntimeError):
+    """The folder went over to another run, because this one gave no sign of life for too long."""
+
+
+def host_id() -> str:
+    """The host's name and what tells it from others of that name: processes with equal ones share a kernel."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8]
+    except OSError:
+        boot = "unknown"
+    return f"{socket.gethostname()}/{boot}"
+
+
+class Claim:
+    """This process's hold on a run's folder, from `take` to `release`.
+
+    Args:
+        folder: The run's folder; it must be there.
+        host: Name of this host.
+        locks: Use the file system's locks, too.
+        beat: Seconds between two signs of life.
+        silence: Seconds without one after which a holder on another host is dead.
+    """
+
+    def __init__(
+        self, folder: Path, *, host: str = "", locks: bool = True, beat: float = _BEAT, silence: float = _SILENCE
+    ) -> None:
+        self.folder, self.host, self.locks = folder, host or host_id(), locks
+        self.beat, self.silence = beat, silence
+        self._lock: Any = None
+        self._mine: Path | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Take the folder, after a bounded wait where its last holder may be dying.
+
+        Raises:
+            FolderInUseError: A live run holds it.
+        """
+        if self.locks:
+            self._take_lock()
+        try:
+            self._take_number()
+        except BaseException:
+            self._unlock()
+            raise
+        self._thread = threading.Thread(target=self._keep_beating, name="run-folder", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's.
+
+        Raises:
+            FolderLostError: It is another run's.
+        """
+        newest = self._newest()
+        if not self._is_mine(newest):
+            raise FolderLostError(
+                f"{self.folder} was taken over by another run ({_text(newest)}) while this process gave no sign of "
+                f"life for {self.silence:g} s or more; nothing was changed there since"
+            )
+
+    def release(self) -> None:
+        """Let another run take the folder."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._mine is not None and self._is_mine(self._mine):
+            # On a disk that takes no change any more the lock and the silence have to do.
+            with contextlib.suppress(OSError):
+                self._mine.unlink(missing_ok=True)
+        self._mine = None
+        self._unlock()
+
+    def _is_mine(self, owner: Path | None) -> bool:
+        return owner is not None and owner == self._mine and _read(owner).get("token") == self._token
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / _LOCK).open("a+", encoding="utf-8")
+        deadline = None
+        while not self._locked():
+            holder = self._newest()
+            if deadline is None:
+                deadline = time.monotonic() + (_LINGER if self._may_be_dead(holder) else 0.0)
+            if time.monotonic() >= deadline:
+                self._unlock()
+                raise FolderInUseError(self._in_use(holder))
+            time.sleep(0.1)
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.locks = error.errno not in _NOT_SUPPORTED
+            return not self.locks
+        return True
+
+    def _may_be_dead(self, holder: Path | None) -> bool:
+        """Whether a lock that is held may be a dying process's: one that is gone, or was killed for a restart.
+
+        Raises:
+            FolderInUseError: It is another host's, which gives signs of life.
+        """
+        noted = _read(holder) if holder is not None else {}
+        if holder is not None and noted.get("host") != self.host:
+            # The server of a network file system keeps a lost host's lock for a while.
+            self._outlast(holder)
+            return True
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or not _alive(noted.get("pid"))
+
+    def _take_number(self) -> None:
+        while True:
+            newest = self._newest()
+            if newest is not None:
+                self._outlast(newest)
+            if self._create(_number(newest) + 1):
+                break
+        for path in self._owners():
+            if self._mine is not None and path < self._mine:
+                path.unlink(missing_ok=True)
+
+    def _outlast(self, newest: Path) -> None:
+        """Return when the holder is known to be dead or gone.
+
+        Raises:
+            FolderInUseError: It lives.
+        """
+        noted = _read(newest)
+        if noted.get("host") == self.host and (self.locks or not _alive(noted.get("pid"))):
+            return
+        deadline = time.monotonic() + self.silence
+        print(f"{self.folder} was held by {_text(newest)}: watching it for {self.silence:g} s", flush=True)
+        while time.monotonic() < deadline:
+            time.sleep(min(self.beat / 2, 1.0))
+            if _read(newest) != noted and newest.exists():
+                raise FolderInUseError(self._in_use(newest))
+            if not newest.exists():
+                return
+
+    def _create(self, number: int) -> bool:
+        """Make the owner's file of this number, unless another start was faster."""
+        path = self.folder / f"{_OWNER}{number:06d}"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        os.close(descriptor)
+        self._token, self._beats, self._mine = secrets.token_hex(8), 0, path
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        assert self._mine is not None
+        noted = {"host": self.host, "pid": os.getpid(), "token": self._token, "beats": self._beats}
+        # Opened, synced and closed each time: what another host's next open sees over NFS.
+        descriptor = os.open(self._mine, os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, json.dumps(noted).ljust(_LENGTH).encode(), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _keep_beating(self) -> None:
+        while not self._ended.wait(self.beat):
+            self._beats += 1
+            # A full disk or a lost mount is told by what the run itself writes.
+            with contextlib.suppress(OSError):
+                self._write()
+
+    def _owners(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{_OWNER}*"))
+
+    def _newest(self) -> Path | None:
+        owners = self._owners()
+        return owners[-1] if owners else None
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _in_use(self, holder: Path | None) -> str:
+        return (
+            f"run_dir={str(self.folder)!r} is in use by a live run ({_text(holder)}); wait for it, stop it, or choose "
+            "another run_dir"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _text(path: Path | None) -> str:
+    noted = _read(path) if path is not None else {}
+    return f"pid {noted['pid']} on {noted['host'].partition('/')[0]}" if "pid" in noted else "another process"
+
+
+def _number(path: Path | None) -> int:
+    return int(path.name.removeprefix(_OWNER)) if path is not None else 0
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

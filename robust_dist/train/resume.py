@@ -1,0 +1,101 @@
+"""Where a run goes on: the newest whole checkpoint of this recipe, fitted to the engine and the ranks of this start."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state
+from robust_dist.data.sets import LabelledSet
+from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.engine import engine_kind
+from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+
+_CONVERTED = ".converted"
+
+
+def load_newest(
+    accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, train_set: LabelledSet
+) -> Checkpoint | None:
+    """Load the newest usable checkpoint into what the accelerator prepared; None where there is none at all.
+
+    What dead processes left unfinished beside the checkpoints is removed.
+
+    Args:
+        accelerator: The engine, after `prepare`.
+        recipe: Of this start.
+        store: The run's checkpoints; this process holds the run's folder.
+        train_set: The training images of this start.
+
+    Raises:
+        CheckpointError: On every rank: checkpoints are there, but none can be used, or the newest was written while
+            training on another number of images.
+    """
+    found = from_main(accelerator, lambda: _find(accelerator, recipe, store))
+    if found is None:
+        return None
+    attempt(accelerator, lambda: _check_same_set(found, train_set), here=accelerator.is_main_process)
+    path = from_main(accelerator, lambda: _fitting(accelerator, store, found))
+    error: Exception | None = None
+    try:
+        load_state(accelerator, path)
+    except Exception as caught:
+        error = CheckpointError(f"{found.path} could not be loaded: {caught}")
+    raise_everywhere(accelerator, error)
+    if path != found.path and accelerator.is_main_process:
+        shutil.rmtree(path)
+    return found
+
+
+def loss_of(found: Checkpoint, rank: int, world_size: int) -> float:
+    """This rank's summed loss since the epoch began; at another world size the first one carries all of it."""
+    losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
+    return float(losses[rank] if before == world_size else sum(losses) * (rank == 0))
+
+
+def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> Checkpoint | None:
+    ours = recipe_dict(recipe)
+
+    def refuse(checkpoint: Checkpoint) -> str | None:
+        differing = conflicts(ours, checkpoint.metadata["recipe"])
+        return "of another recipe (" + "; ".join(differing) + ")" if differing else None
+
+    found, rejected = store.newest(refuse)
+    store.clean()
+    shutil.rmtree(store.folder / _CONVERTED, ignore_errors=True)
+    for reason in rejected:
+        accelerator.print(f"checkpoint passed over: {reason}")
+    if found is None and rejected:
+        raise CheckpointError(
+            "no checkpoint of this run can be used, and starting again would write over them; move "
+            f"{store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
+        )
+    return found
+
+
+def _check_same_set(found: Checkpoint, train_set: LabelledSet) -> None:
+    before = found.metadata.get("train_images", len(train_set))
+    if before != len(train_set):
+        raise CheckpointError(
+            f"{found.path} was written while training on {before} images, and {train_set.name} has {len(train_set)}: "
+            "the order of an epoch would be another. Bring the old images back, or choose another run_dir"
+        )
+
+
+def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint) -> Path:
+    """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
+    here = engine_kind(accelerator), accelerator.num_processes
+    there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
+    if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
+        return found.path
+    converted = store.folder / _CONVERTED
+    convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=saves_whole(accelerator))
+    return converted
+
+
+def saves_whole(accelerator: Accelerator) -> bool:
+    """Whether FSDP gathers its state on the first rank (FULL_STATE_DICT)."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return (
+        engine_kind(accelerator) == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
+    )

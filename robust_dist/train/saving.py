@@ -1,0 +1,227 @@
+"""When and how the ranks of a run save together: in the background where the host has room, else at once."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from robust_dist.checkpoint import CheckpointError, CheckpointStore
+from robust_dist.checkpoint.background import Pending, Staging
+from robust_dist.checkpoint.space import SHARED_MEMORY, free_bytes, room_for_staging, text_of, write_failure
+from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.train.claim import host_id
+from robust_dist.train.recipe import CheckpointConfig
+
+Write = Callable[[Path], None]
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time; every rank makes the same calls.
+
+    Args:
+        accelerator: The engine.
+        store: Where checkpoints lie; the first rank alone changes it.
+        settings: The recipe's.
+        need: Bytes that this rank writes into a checkpoint, from above.
+        timeout: Seconds for which the first rank waits for another one that writes nothing.
+
+    Attributes:
+        saved: The step of the last save, committed or on its way; -1 before the first.
+        count: Checkpoints saved by this start.
+        seconds: Time that training lost to them.
+        waited: The part of it spent waiting for the checkpoint before.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, store: CheckpointStore, settings: CheckpointConfig, *, need: int, timeout: float
+    ) -> None:
+        self.accelerator, self.store, self.settings, self.timeout = accelerator, store, settings, timeout
+        self.saved, self.count, self.seconds, self.waited, self.written = -1, 0, 0.0, 0.0, 0.0
+        self._told, self._reported = False, 0.0
+        self._pending: Pending | None = None
+        self._staging: Staging | None = None
+        needs = self._gather((host_id(), need))
+        self.need = sum(count for _, count in needs)
+        self._need_here = sum(count for host, count in needs if host == host_id())
+        attempt(accelerator, self._check_room, here=accelerator.is_main_process)
+        self.background = settings.background and self._make_staging()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Complete what is on its way as far as it can be without the other ranks, and let go of the staged files."""
+        if self._pending is not None:
+            self._pending.close()
+            if self._pending.error is not None:
+                print(f"the checkpoint of step {self._pending.step} is lost: {self._pending.error}", flush=True)
+        if self._staging is not None:
+            self._staging.close()
+
+    def save(self, step: int, write: Write, metadata: dict[str, Any]) -> None:
+        """Save once the checkpoint before is complete.
+
+        Args:
+            step: Optimizer steps done.
+            write: Writes this rank's part of the engine's state into a folder; called on every rank.
+            metadata: JSON values to note beside the files.
+
+        Raises:
+            CheckpointError: On every rank: this checkpoint or the one before could not be written.
+        """
+        self.settle()
+        began = time.perf_counter()
+        if not (self.background and self._stage(step, write, metadata)):
+            self._write_now(step, write, metadata)
+        self.saved, self.count = step, self.count + 1
+        self.seconds += time.perf_counter() - began
+
+    def troubled(self) -> bool:
+        """Whether this rank's part of the checkpoint on its way has failed."""
+        return self._pending is not None and self._pending.error is not None
+
+    def settle(self) -> None:
+        """Wait until the checkpoint on its way is complete.
+
+        Raises:
+            CheckpointError: On every rank, where it could not be written on one of them; what was written is removed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        began = time.perf_counter()
+        try:
+            raise_everywhere(self.accelerator, pending.wait_for_copy())
+            from_main(self.accelerator, pending.result)
+        except Exception:
+            pending.abandon()
+            raise
+        waited = time.perf_counter() - began
+        self.waited, self.seconds = self.waited + waited, self.seconds + waited
+        self.written += pending.seconds
+
+    def take_seconds(self) -> float:
+        """Seconds lost since this was asked last."""
+        since, self._reported = self.seconds - self._reported, self.seconds
+        return since
+
+    def summary(self) -> str:
+        """What checkpoints cost this start, in a line; only after the first."""
+        each = f"{self.seconds / self.count:.3f} s"
+        if not self.background:
+            return f"checkpoints: {self.count}, training waited {each} for each"
+        return (
+            f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in all "
+            f"for the one before); writing took {self.written / self.count:.3f} s each"
+        )
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [value] if self.accelerator.num_processes == 1 else gather_object([value])
+        return values
+
+    def _check_room(self) -> None:
+        """Refuse a disk on which not one checkpoint fits; say so where it will not hold all that are to stay."""
+        free, folder = free_bytes(self.store.folder), self.store.folder
+        if free < self.need:
+            raise CheckpointError(
+                f"{folder}: {text_of(free)} are free, and a checkpoint of this run takes about {text_of(self.need)}; "
+                "make room, or choose another run_dir"
+            )
+        kept = self.settings.keep + self.settings.keep_best
+        more = max(0, kept - len(list(folder.glob("step-*")))) + 1
+        if free < more * self.need:
+            print(
+                f"warning: {folder} has {text_of(free)} free; checkpoint.keep={self.settings.keep} and keep_best="
+                f"{self.settings.keep_best} will take about {text_of(more * self.need)} more, the next one among them",
+                flush=True,
+            )
+
+    def _root(self) -> Path:
+        named = self.settings.staging
+        return SHARED_MEMORY if named is None else Path(os.path.expandvars(named)).expanduser()
+
+    def _make_staging(self) -> bool:
+        """Whether all ranks have a place to stage in."""
+        reason: str | None = None
+        try:
+            self._staging = Staging(self._root())
+            reason = self._too_full()
+        except OSError as error:
+            reason = f"checkpoint.staging={str(self._root())!r}: {error}"
+        return self._all_can(reason)
+
+    def _too_full(self) -> str | None:
+        room = room_for_staging(self._root())
+        if room >= self._need_here:
+            return None
+        return f"{self._root()} on {host_id()} has room for {text_of(room)} of {text_of(self._need_here)}"
+
+    def _all_can(self, reason: str | None) -> bool:
+        reasons = [found for found in self._gather(reason) if found is not None]
+        if reasons and not self._told:
+            self._told = True
+            self.accelerator.print(
+                f"checkpoints cannot be staged ({reasons[0]}): training waits while they are written; "
+                "checkpoint.staging names another folder of the host"
+            )
+        return not reasons
+
+    def _stage(self, step: int, write: Write, metadata: dict[str, Any]) -> bool:
+        """Put the state where a thread can take it from; False where there is no room for it this time."""
+        if not self._all_can(self._too_full()):
+            return False
+        assert self._staging is not None
+        partial = from_main(self.accelerator, lambda: self._begin(step))
+        staged, reason = self._staging.folder(step), None
+        try:
+            write(staged)
+        except Exception as error:
+            reason = f"{staged}: {error}"
+        if not self._all_can(reason):
+            self._staging.folder(step)
+            return False
+        self._pending = Pending(
+            self.store,
+            staged,
+            partial,
+            step,
+            metadata,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            patience=self.timeout,
+        )
+        return True
+
+    def _write_now(self, step: int, write: Write, metadata: dict[str, Any]) -> None:
+        accelerator, main = self.accelerator, self.accelerator.is_main_process
+        partial = from_main(accelerator, lambda: self._begin(step))
+        try:
+            attempt(accelerator, lambda: _explained(partial, lambda: write(partial)))
+            attempt(accelerator, lambda: _explained(partial, lambda: self.store.commit(step, metadata)), here=main)
+        except Exception:
+            if main:
+                self.store.abandon(step)
+            raise
+
+    def _begin(self, step: int) -> Path:
+        return _explained(self.store.folder, lambda: self.store.begin(step))
+
+
+def _explained(path: Path, action: Callable[[], Any]) -> Any:
+    """Call `action`; what a disk refuses becomes an error that a person can act on."""
+    try:
+        return action()
+    except OSError as error:
+        raise write_failure(Path(error.filename or path), error) from None
+    except Exception as error:
+        # torch.save and safetensors have errors of their own for a write that fails.
+        if type(error).__name__ in ("SafetensorError", "CheckpointException") or "inline_container" in str(error):
+            raise write_failure(path, error) from None
+        raise

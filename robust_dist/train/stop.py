@@ -1,0 +1,179 @@
+"""A signal that asks the run to stop: all ranks save at one step and leave, and the next start goes on from there."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from robust_dist.schedule.ballot import Ballot
+from robust_dist.train.agree import attempt
+from robust_dist.train.elastic import Stopped, launchers
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.saving import Saver
+
+# What SLURM's --signal, Kubernetes, spot notices and launchers send.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
+_ECHO_SECONDS = 10.0
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1 while it is entered; a second one, 10 s later or more, ends the process at once.
+
+    A thread does the noting, so that the second signal also ends a rank whose main thread hangs in a collective.
+    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+
+    Attributes:
+        received: The first signal, or None.
+    """
+
+    _entered: "StopSignals | None" = None
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+        self._write = -1
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # The C handler writes the number; the Python one only has to be there.
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        threading.Thread(target=self._listen, args=(read,), name="stop-signals", daemon=True).start()
+        StopSignals._entered = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._before:
+            return
+        StopSignals._entered = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write)
+
+    def _listen(self, read: int) -> None:
+        while numbers := os.read(read, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._note(signal.Signals(number))
+        os.close(read)
+
+    def _note(self, received: signal.Signals) -> None:
+        if self.received is None:
+            self.received, self._at = received, time.monotonic()
+        elif time.monotonic() - self._at > _ECHO_SECONDS:
+            print(f"a second {received.name}: leaving at once, nothing more is saved", file=sys.stderr, flush=True)
+            os._exit(128 + received)
+
+
+def _forget_in_child() -> None:
+    """A forked child (a data worker) ends by a signal as ever, and does not speak for its parent."""
+    if StopSignals._entered is not None:
+        StopSignals._entered = None
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class Lookout:
+    """Whether any rank wants all of them to pause for a word: an answer that comes one step late and waits for nobody.
+
+    Every rank asks once a step; the answer is the same on all of them.
+    """
+
+    def __init__(self) -> None:
+        self._ballot: Ballot | None = None
+
+    def ask(self, wish: bool) -> bool:
+        """Cast this step's vote, and say whether any rank wished at the step before.
+
+        Args:
+            wish: Whether this rank has something to say.
+        """
+        wished = self.close()
+        self._ballot = Ballot(wish, None)
+        return wished
+
+    def close(self) -> bool:
+        """Take in the vote that is still out; says whether any rank wished."""
+        ballot, self._ballot = self._ballot, None
+        return ballot is not None and ballot.count() > 0
+
+
+class Stopper:
+    """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
+
+    Args:
+        accelerator: The engine.
+        saver: The run's.
+
+    Attributes:
+        stop: The signal's name once the ranks agree that the run is to stop.
+    """
+
+    def __init__(self, accelerator: Accelerator, saver: Saver) -> None:
+        self.accelerator, self.saver = accelerator, saver
+        self.stop: str | None = None
+        self._signals, self._lookout = StopSignals(), Lookout()
+
+    def __enter__(self) -> "Stopper":
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._lookout.close()
+        self._signals.__exit__(kind, error, traceback)
+
+    def ask(self) -> bool:
+        """After each step: whether the run is to stop; the same on every rank.
+
+        Raises:
+            CheckpointError: On every rank: the last checkpoint could not be written on one of them.
+        """
+        signalled = self._signals.received is not None and self.stop is None
+        if self._lookout.ask(signalled or self.saver.troubled()):
+            self._confer()
+        return self.stop is not None
+
+    def _confer(self) -> None:
+        mine = (self._signals.received.name if self._signals.received is not None else None, self.saver.troubled())
+        found = [mine] if self.accelerator.num_processes == 1 else gather_object([mine])
+        self.stop = next((name for name, _ in found if name is not None), None)
+        if any(troubled for _, troubled in found):
+            self.saver.settle()
+
+    def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
+        """Note the stop in the run's folder.
+
+        Raises:
+            Stopped: Always.
+        """
+        assert self.stop is not None
+        checkpoint = str(self.saver.store.path_of(step))
+        note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}
+        note["launchers"] = launchers(self.accelerator)
+        attempt(self.accelerator, lambda: folder.note_stop(note), here=self.accelerator.is_main_process)
+        raise Stopped(self.stop, step, total_steps, checkpoint)
