@@ -14,7 +14,7 @@ else
   ranks=2
   launch=(--config_file configs/accelerate/cpu.yaml)
   extra=()
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((($(nproc) + 1)) / 2))}"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
 fi
 echo "training configs/recipes/quickstart.yaml on $ranks $([ "$gpus" -gt 0 ] && echo GPU || echo CPU) rank(s)"
 exec "$python" -m accelerate.commands.launch "${launch[@]}" launch/train.py \

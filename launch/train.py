@@ -1,6 +1,7 @@
 """Train any recipe: `accelerate launch --config_file configs/accelerate/E.yaml launch/train.py --config R.yaml`."""
 
-from robust_dist.train.main import main
-
 if __name__ == "__main__":
+    # Here and not above: the server that forks the images' readers imports this file, and wants nothing of it.
+    from robust_dist.train.main import main
+
     main()

@@ -1,9 +1,10 @@
-"""`robust-dist doctor | preview | bench | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | preview | bench | plan | study | convert | inspect`: what a person runs beside training."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+
+from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -17,14 +18,15 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _preview(words: argparse.Namespace) -> int:
-    from robust_dist.data import load_dataset
+    import torch
+
     from robust_dist.preview import preview
-    from robust_dist.train.build import build_augment
+    from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
-    images = load_dataset(recipe.data.name, Path(recipe.data.root), train=True, download=recipe.data.download)
-    augment = build_augment(recipe, images.num_classes)
+    images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
+    augment = build_augment(recipe, len(images.classes))
     preview(
         images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
     )
@@ -45,6 +47,10 @@ def _bench(words: argparse.Namespace) -> int:
         from robust_dist.bench.scale import bench_scale
 
         print(bench_scale())
+    elif words.what == "data":
+        from robust_dist.bench.data import bench_data
+
+        print(bench_data(images=words.images, workers=words.workers, rounds=words.rounds, step_ms=words.step_ms))
     elif words.what == "dtensor":
         from robust_dist.bench.dtensor import bench_dtensor
 
@@ -58,6 +64,12 @@ def _bench(words: argparse.Namespace) -> int:
 
         print(bench_augment(rounds=words.rounds))
     return 0
+
+
+def _plan(words: argparse.Namespace) -> int:
+    from robust_dist.plan.command import run
+
+    return run(words)
 
 
 def _convert(words: argparse.Namespace) -> int:
@@ -95,12 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview, extra="train")
 
     bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
-    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "checkpoint"])
+    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data", "checkpoint"])
     bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
+    bench.add_argument("--images", type=int, default=2_000, help="data: images that are made (default: %(default)s)")
+    bench.add_argument("--workers", type=int, help="data: processes that read; as many as cores where not given")
+    bench.add_argument(
+        "--step-ms", type=float, help="data: what the consumer takes for a batch, where data wait counts"
+    )
     bench.set_defaults(run=_bench, extra="bench")
+    _add_plan_command(commands)
+    add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.plan.command import add_arguments
+
+    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which one to take")
+    add_arguments(plan)
+    plan.set_defaults(run=_plan, extra="train")
 
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -14,6 +14,7 @@ from robust_dist import surroundings
 from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version_tuple
 
 Status = Literal["ok", "warn", "fail"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 VERSIONED = ("torchvision", "accelerate", "deepspeed", "transformers", "timm", "numpy", "triton")
 LOWEST_TORCH, LOWEST_PYTHON = (2, 6), (3, 10)
 
@@ -75,6 +76,16 @@ def _versions() -> Iterator[Check]:
     found = {name: _installed(name) for name in VERSIONED}
     text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     yield Check("packages", "ok", text or "none of the optional ones")
+    yield _trackers()
+
+
+def _trackers() -> Check:
+    """Which names `tracking.trackers` can hold here."""
+    found = {name: _installed(name) or (_installed("mlflow-skinny") if name == "mlflow" else None) for name in TRACKERS}
+    there = [f"{name} {version}" for name, version in found.items() if version]
+    missing = [name for name, version in found.items() if not version]
+    text = ", ".join(there) or "none installed"
+    return Check("trackers", "ok", f"{text} (not installed: {', '.join(missing)})" if there and missing else text)
 
 
 def _at_least(name: str, version: str, lowest: tuple[int, ...], remedy: str | None) -> Check:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
-from robust_dist.augment.keys import permutation, sample_keys
-from robust_dist.data.image_set import ImageSet
+from robust_dist.data.sets import LabelledSet
 from robust_dist.extras import require
 
 CELL_INCHES = 1.55
@@ -35,7 +34,7 @@ class Column:
 
 
 def preview(
-    image_set: ImageSet,
+    image_set: LabelledSet,
     augment: RobustAugment,
     path: str | Path,
     *,
@@ -69,14 +68,12 @@ def preview(
 
 
 def columns(
-    image_set: ImageSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
+    image_set: LabelledSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
 ) -> list[Column]:
     """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
-    indices = permutation(seed, epoch, len(image_set), image_set.device)[:size]
-    keys = sample_keys(seed, epoch, indices)
-    images, labels = image_set.images[indices], image_set.labels[indices]
+    images, labels, keys = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
     names = [image_set.classes[label] for label in labels.tolist()]
-    found = [Column("as stored", images[:rows], names[:rows])]
+    found = [Column(image_set.stage, images[:rows], names[:rows])]
     if augment.crop is not None or augment.flip is not None:
         images, captions = _crop_and_flip(augment, images, keys)
         title = " and ".join(name for name in ("crop", "flip") if getattr(augment, name) is not None)
@@ -89,6 +86,13 @@ def columns(
     if augment.cutmix is not None:
         found.append(_cutmix_column(augment.cutmix, images, labels, keys, names, rows))
     return found
+
+
+def _needed(cutmix: CutMix | None, rows: int, size: int) -> int:
+    """How many of a batch of `size` samples say what becomes of the first `rows`: whole blocks of partners."""
+    if cutmix is None:
+        return rows
+    return size if cutmix.mode == "batch" else min(size, -(-rows // cutmix.block) * cutmix.block)
 
 
 def _crop_and_flip(augment: RobustAugment, images: Tensor, keys: Tensor) -> tuple[Tensor, list[str]]:

@@ -1,4 +1,4 @@
-"""Markers that need asking for, threads that suit two cores, and the matrix of engines."""
+"""Markers that need asking for, threads that suit two cores, and the tables that a run of the tests writes."""
 
 import os
 from pathlib import Path
@@ -7,18 +7,22 @@ import pytest
 import torch
 
 from tests.engines import matrix
+from tests.multinode import table
 
 CELLS = pytest.StashKey[matrix.Cells]()
+FAULTS = pytest.StashKey[table.Rows]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--multinode", action="store_true", help="also run the tests marked multinode")
     parser.addoption("--matrix", metavar="FILE", help="write the table of engines between the marks of this file")
+    parser.addoption("--faults", metavar="FILE", help="write the table of faults between the marks of this file")
 
 
 def pytest_configure(config):
     config.stash[CELLS] = {}
+    config.stash[FAULTS] = {}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -29,7 +33,8 @@ def pytest_collection_modifyitems(config, items):
     }
     for item in items:
         for marker, run in wanted.items():
-            if marker in item.keywords and not run:
+            # Not `item.keywords`: a folder of the marker's name is among them.
+            if item.get_closest_marker(marker) and not run:
                 item.add_marker(pytest.mark.skip(reason=f"marked {marker}"))
 
 
@@ -42,10 +47,15 @@ def pytest_runtest_makereport(item, call):
             engine, column, *world = marker.args
             outcomes = item.config.stash[CELLS].setdefault((engine, column), [])
             outcomes.append((str(world[0]) if world else "", report.outcome))
+        for marker in item.iter_markers("fault"):
+            item.config.stash[FAULTS][marker.args[0]] = table.Row.of(report.outcome, dict(report.user_properties))
     return report
 
 
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--matrix")
-    if path and not os.environ.get("PYTEST_XDIST_WORKER"):
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        return
+    if path := session.config.getoption("--matrix"):
         matrix.write_into(Path(path), session.config.stash[CELLS])
+    if path := session.config.getoption("--faults"):
+        table.write_into(Path(path), session.config.stash[FAULTS])

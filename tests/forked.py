@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # No thread may be there when a process is forked, so no pool of OpenMP or OpenBLAS and no helper of pyarrow's jemalloc.
@@ -33,6 +35,13 @@ def set_environment(env: Mapping[str, str]) -> None:
     """Replace the whole environment of this process."""
     os.environ.clear()
     os.environ.update(env)
+
+
+def begin(env: Mapping[str, str]) -> None:
+    """Be in a forked process what a fresh one with this environment would be."""
+    set_environment(env)
+    # Python seeds its own generator anew in a fork, NumPy does not.
+    np.random.seed()  # noqa: NPY002
 
 
 def ensure_server() -> None:

@@ -1,12 +1,14 @@
 """What the fork server imports, so that the processes forked from it need not."""
 
 import contextlib
+import gc
 import importlib
 import os
 
 # What is missing is missing in the tests, too, and they say so. DeepSpeed is not here: it changes functions of torch.
 MODULES = (
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
@@ -33,3 +35,7 @@ for name in MODULES:
 
 threads = len(os.listdir("/proc/self/task"))
 assert threads == 1, f"a fork of {threads} threads would lose all but one of them, with their locks held"
+
+# A collection in a forked process would write to, and so copy, every page of what was imported here.
+gc.collect()
+gc.freeze()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.forked import ensure_server, set_environment
+from tests.forked import begin, ensure_server
 
 
 def free_port() -> int:
@@ -34,7 +34,7 @@ def rank_environment(world_size: int) -> dict[str, str]:
 def _rank_main(
     rank: int, env: dict[str, str], function: Callable[..., Any], timeout: float, out: str, args: tuple
 ) -> None:
-    set_environment(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    begin(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:

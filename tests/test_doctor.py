@@ -55,9 +55,17 @@ def test_nothing_fails_where_the_tests_run(checks):
     assert not [check for check in checks if "this check broke" in check.detail]
 
 
+def test_trackers_that_are_installed_are_named_and_those_that_are_not(checks):
+    detail = by_name(checks, "trackers").detail
+    there, _, missing = detail.partition("(not installed: ")
+    assert "tensorboard " in there
+    for name in doctor.TRACKERS:
+        assert (f"{name} " in there) != (name in missing)
+
+
 def test_versions_devices_backends_and_data_are_all_reported(checks):
     names = {check.name for check in checks}
-    assert {"python", "torch", "packages", "cpu", "foreach (cpu)", "fused (cpu)", "digits"} <= names
+    assert {"python", "torch", "packages", "trackers", "cpu", "foreach (cpu)", "fused (cpu)", "digits"} <= names
     assert names & {"gpu", "cuda:0"}
     assert torch.__version__ in by_name(checks, "torch").detail
 

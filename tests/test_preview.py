@@ -39,6 +39,23 @@ def test_the_last_column_is_what_the_model_gets_in_training(pets, mode):
     ]
 
 
+@pytest.mark.parametrize(("mode", "rows"), [("elem", 5), ("batch", 3)])
+def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, rows):
+    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.stream_set import StreamSet
+    from tests.data.coloured import CLASSES, Coloured
+
+    source = Coloured(9, 20, 11)
+    streamed = StreamSet(source, RandomCrop(8, (0.1, 1), (1, 1)), torch.device("cpu"), workers=0, shuffle_window=15)
+    augment = RobustAugment(len(CLASSES), 8, MEAN, STD, crop=None, cutmix_mode=mode, block=4)
+    ((batch,), *_) = streamed.loader(batch_size=BATCH, seed=3, block=4).epoch(2)
+    trained, _ = augment(batch.images, batch.labels, batch.keys)
+    first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, size=BATCH)
+    assert first.title == "random crop"
+    assert torch.equal(first.images, batch.images[:rows])
+    torch.testing.assert_close(augment.normalize(last.images), trained[:rows])
+
+
 def targets_of(caption):
     """The soft label that a caption such as "0.62 ship + 0.38 cat" tells."""
     shares = dict.fromkeys(("cat", "dog", "ship"), 0.0)

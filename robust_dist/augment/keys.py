@@ -4,8 +4,9 @@ A key is splitmix64's output at a counter, computed with wrapping int64 operatio
 devices, eager and compiled code agree bit for bit, and there is no generator state to save or to share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Stream(IntEnum):
     CUTMIX_X = 9
     CUTMIX_Y = 10
     CUTMIX_PARTNER = 11
+    RESIZED_CROP = 12
 
 
 def _signed(value: int) -> int:
@@ -48,6 +50,14 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
+
+
+def _mix_int(x: int) -> int:
+    """`_mix` of a Python integer modulo 2**64; as an unsigned one."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * _MIX_1 % 2**64
+    x = (x ^ (x >> 27)) * _MIX_2 % 2**64
+    return x ^ (x >> 31)
 
 
 def _counting(numbers: range, device: torch.device | str | None = None) -> Tensor:
@@ -135,6 +145,16 @@ def uniform(keys: Tensor, stream: Stream) -> Tensor:
 def randint(keys: Tensor, stream: Stream, high: int | Tensor) -> Tensor:
     """int64 like `keys`, uniform in [0, high) for 1 <= high < 2**31."""
     return to_int(bits(keys, stream), high)
+
+
+def uniforms(key: int, stream: Stream) -> Iterator[float]:
+    """An endless row of floats in [0, 1) for one key, in Python's integers: a worker's draws, a sample at a time.
+
+    It is splitmix64's sequence that starts at `bits` of the key, so a row shares no draw with another stream or key.
+    """
+    start = _mix_int(key + (int(stream) + 1) * _GOLDEN)
+    for number in count(1):
+        yield (_mix_int(start + number * _GOLDEN) >> 11) * 2.0**-53
 
 
 def random_keys(

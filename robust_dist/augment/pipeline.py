@@ -152,9 +152,14 @@ class RobustAugment(nn.Module):
         keep_bits(self, "_mean", centre)
         keep_bits(self, "_std", spread)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images that it takes and gives."""
+        return self.get_buffer("_mean").shape[1], *self.size
+
     def _check(self, images: Tensor) -> None:
         check_images(images)
-        wanted = (self.get_buffer("_mean").shape[1], *self.size)
+        wanted = self.image_shape
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
 

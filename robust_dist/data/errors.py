@@ -1,4 +1,6 @@
-"""What the data room raises when a file is not what it should be."""
+"""What the data room raises, or notes, when a file is not what it should be."""
+
+from typing import NamedTuple
 
 
 class DataError(ValueError):
@@ -7,3 +9,19 @@ class DataError(ValueError):
 
 class BadImageError(ValueError):
     """One image that cannot be read or decoded, with the reason; it is skipped and counted."""
+
+
+class BadImage(NamedTuple):
+    """What is noted of an image that was skipped.
+
+    Attributes:
+        where: `ImageSource.where` of it.
+        reason: what was wrong.
+    """
+
+    where: str
+    reason: str
+
+
+class WorkersLostError(RuntimeError):
+    """A worker process that reads images ended in mid-epoch, or was killed."""

@@ -1,11 +1,15 @@
 """ImageSet: a labelled set of small images, whole, as uint8 on one device."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from robust_dist.data.errors import DataError
+from robust_dist.augment.keys import permutation, sample_keys
+from robust_dist.data.errors import BadImage, DataError
+from robust_dist.data.sets import EvalBatch, TrainLoader
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,46 @@ class ImageSet:
         """The device of images and labels."""
         return self.images.device
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.images.shape[1]
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """All images lie together."""
+        return (len(self),)
+
+    def loader(self, **cut: Any) -> TrainLoader:
+        """DeviceLoader of the set; `cut` is its other arguments."""
+        # It is made of this class.
+        from robust_dist.data.loader import DeviceLoader
+
+        return DeviceLoader(self, **cut)
+
+    def filler(self) -> Tensor:
+        """The first image, uint8 [1, C, H, W]."""
+        return self.images[:1]
+
+    def eval_batches(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+        """The samples start to stop in the set's own order, at most `batch_size` at a time, as views (no copy)."""
+        bounds = ((low, min(low + batch_size, stop)) for low in range(start, stop, batch_size))
+        return (EvalBatch(self.images[low:high], self.labels[low:high]) for low, high in bounds)
+
+    @property
+    def stage(self) -> str:
+        """What the images given out are."""
+        return "as stored"
+
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
+        indices = permutation(seed, epoch, len(self), self.device)[:count]
+        return self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices)
+
+    def take_bad(self) -> list[BadImage]:
+        """None: the images were checked when they were loaded."""
+        return []
+
     def fits_on(self, device: torch.device | str) -> None:
         """Check that the set fits into the device's free memory (CUDA; other devices are not asked).
 
@@ -62,7 +106,8 @@ class ImageSet:
         if free is not None and self.nbytes > free:
             raise DataError(
                 f"{self.name}: {self.nbytes:,} bytes are needed on {device}, where {free:,} are free. "
-                "Free that device's memory, take another device, or keep the set on the CPU."
+                "Free that device's memory, take another device, or have workers read the images from files while "
+                "training: data.name=imagefolder, hub or webdataset (configs/README.md)."
             )
 
     def to(self, device: torch.device | str) -> "ImageSet":

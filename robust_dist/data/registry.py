@@ -100,7 +100,10 @@ def dataset_info(name: str) -> DatasetInfo:
     if name not in DATASETS:
         close = get_close_matches(name, DATASETS, n=1)
         guess = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}.{guess}")
+        raise ValueError(
+            f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}, and for your own images imagefolder, "
+            f"hub and webdataset.{guess}"
+        )
     return DATASETS[name]
 
 

@@ -34,3 +34,13 @@ class ImageSource(Protocol):
     def where(self, index: int) -> str:
         """What a person looks for to find the sample: a file's path, or a shard's and the name in it."""
         ...
+
+
+def check_index(index: int, source: ImageSource) -> None:
+    """Refuse an index that is no sample's, a negative one too.
+
+    Raises:
+        IndexError: names the set and how many samples it has.
+    """
+    if not 0 <= index < len(source):
+        raise IndexError(f"index {index} is outside of the {len(source):,} samples of {source.name}")

@@ -24,6 +24,7 @@ def check(
     num_processes: int | None = None,
     schedule: Any = None,
     total_steps: int | None = None,
+    optimizer_class: type[Optimizer] = RAdaBeliefW,
 ) -> None:
     """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
 
@@ -33,6 +34,7 @@ def check(
         num_processes: How many processes were asked for, where the program knows.
         schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch; None: it is not checked.
         total_steps: Optimizer steps that the run will make, for the schedule.
+        optimizer_class: What must do the arithmetic, where the program made another optimizer than RAdaBeliefW.
 
     Raises:
         EngineError: The engine runs other processes, or another engine, or another optimizer than asked; the
@@ -41,7 +43,7 @@ def check(
     """
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
-    _check_optimizer(accelerator, optimizer)
+    _check_optimizer(accelerator, optimizer, optimizer_class)
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
@@ -140,12 +142,11 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
-def _check_optimizer(accelerator: Any, optimizer: Any) -> None:
+def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) -> None:
     base = _base_or_error(optimizer)
-    if not isinstance(base, RAdaBeliefW):
-        raise EngineError(
-            f"the optimizer that trains is {type(base).__module__}.{type(base).__name__}, not RAdaBeliefW{_why(base)}"
-        )
+    if not isinstance(base, wanted):
+        found, name = f"{type(base).__module__}.{type(base).__name__}", wanted.__name__
+        raise EngineError(f"the optimizer that trains is {found}, not {name}{_why(base, name)}")
     prepared = [base_optimizer(one) for one in getattr(accelerator, "_optimizers", [])]
     if not any(one is base for one in prepared):
         raise EngineError(
@@ -163,10 +164,10 @@ def _base_or_error(optimizer: Any) -> Optimizer:
         ) from error
 
 
-def _why(base: Optimizer) -> str:
+def _why(base: Optimizer, wanted: str) -> str:
     if type(base).__module__.startswith("deepspeed"):
         return (
             ': DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and '
-            '"type": "RAdaBeliefW" where the JSON has an optimizer'
+            f'"type": "{wanted}" where the JSON has an optimizer'
         )
-    return "; hand RAdaBeliefW to accelerator.prepare"
+    return f"; hand {wanted} to accelerator.prepare"

@@ -2,14 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 WarmupKind = Literal["linear", "deepspeed_linear", "deepspeed_log"]
+DecayKind = Literal["cosine", "step", "constant"]
+DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")
+# The paper's baseline: a tenth from epoch 150 of 300 on, a hundredth from epoch 225 on.
+_MILESTONES = (Fraction(1, 2), Fraction(3, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Warm-up, then half a cosine (eq. 17), per optimizer step.
+    """Warm-up, then half a cosine (eq. 17) or another decay, per optimizer step.
 
     With T = total_steps, W = warmup_steps, r = min_lr_ratio and the base learning rate eta, step s (from 0) has
 
@@ -27,6 +32,8 @@ class Curve:
             start to eta, whose step s uses its iteration s - 1: the share log(s)/log(W) or (s - 1)/W for s <= W.
         start_ratio: Where DeepSpeed's warm-up starts, in units of eta.
         start_lr: The same as a learning rate; added to `start_ratio`'s.
+        decay: "cosine" is the line above. "step": eta, eta/10 for s >= T/2, eta/100 for s >= 3 T/4 (the paper's
+            baseline, epochs 150 and 225 of 300). "constant": eta.
     """
 
     total_steps: int
@@ -35,6 +42,7 @@ class Curve:
     warmup: WarmupKind = "linear"
     start_ratio: float = 0.0
     start_lr: float = 0.0
+    decay: DecayKind = "cosine"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
@@ -44,7 +52,12 @@ class Curve:
         elif self.warmup_steps and step <= self.warmup_steps:
             start = self.start_ratio * base_lr + self.start_lr
             return start + (base_lr - start) * self._deepspeed_share(step)
-        return base_lr * self._cosine(step)
+        return base_lr * self._decayed(step)
+
+    def _decayed(self, step: int) -> float:
+        if self.decay == "step":
+            return 0.1 ** sum(step >= share * self.total_steps for share in _MILESTONES)
+        return 1.0 if self.decay == "constant" else self._cosine(step)
 
     def _cosine(self, step: int) -> float:
         length = max(1, self.total_steps - self.warmup_steps)

@@ -1,9 +1,9 @@
 """RobustSchedule's settings under the names that DeepSpeed's schedulers give them in a JSON."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from robust_dist.schedule.curve import Curve, WarmupKind
+from robust_dist.schedule.curve import DECAYS, Curve, DecayKind, WarmupKind
 from robust_dist.schedule.validate import one_of, real_number, whole_number
 
 NAMES = (
@@ -16,7 +16,7 @@ NAMES = (
     "cos_min_ratio",
     "last_batch_iteration",
 )
-_OURS = "total_steps, warmup_steps, weight_decay_off_at, min_lr_ratio, process_group, last_epoch"
+_OURS = "total_steps, warmup_steps, weight_decay_off_at, min_lr_ratio, decay, process_group, last_epoch"
 _KINDS: dict[str, WarmupKind] = {"log": "deepspeed_log", "linear": "deepspeed_linear"}
 
 
@@ -36,7 +36,12 @@ class Settings:
 
 
 def settings(
-    total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, last_epoch: Any, deepspeed: dict[str, Any]
+    total_steps: Any,
+    warmup_steps: Any,
+    min_lr_ratio: Any,
+    last_epoch: Any,
+    deepspeed: dict[str, Any],
+    decay: DecayKind = "cosine",
 ) -> Settings:
     """Check all settings and bring DeepSpeed's names to ours.
 
@@ -62,9 +67,13 @@ def settings(
     warmup = whole_number(warmup_name, warmup, 0, total)
     ratio = real_number("min_lr_ratio", ratio, 0.0, 1.0)
     peak = given.pop("warmup_max_lr", None)
+    one_of("decay", decay, DECAYS)
+    if decay != "cosine" and ratio:
+        raise ValueError(f"min_lr_ratio={ratio} is where the cosine ends; with decay={decay!r} it must be 0")
     curve = _deepspeed_curve(total, warmup, ratio, given) if deepspeed else None
+    curve = curve or Curve(total_steps=total, warmup_steps=warmup, min_lr_ratio=ratio)
     return Settings(
-        curve or Curve(total_steps=total, warmup_steps=warmup, min_lr_ratio=ratio),
+        replace(curve, decay=decay),
         _peak_lr(peak),
         whole_number("last_epoch", last, -1),
     )

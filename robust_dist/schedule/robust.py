@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.schedule import deepspeed_params
+from robust_dist.schedule.curve import DecayKind
 from robust_dist.schedule.group_values import LearningRates
 from robust_dist.schedule.hooks import StepSignal, attach, is_dry
 from robust_dist.schedule.switch import WeightDecaySwitch
@@ -46,6 +47,7 @@ class RobustSchedule(LRScheduler):
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]. None: this object leaves the
             decay to a WeightDecaySwitch of your own.
         min_lr_ratio: Where the cosine ends, in units of eta, in [0, 1].
+        decay: "cosine"; "step": eta/10 for s >= T/2 and eta/100 for s >= 3 T/4, the paper's baseline; "constant".
         process_group: The ranks that must agree; None is the default group.
         last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
         **deepspeed: DeepSpeed's names.
@@ -63,11 +65,12 @@ class RobustSchedule(LRScheduler):
         warmup_steps: int = 0,
         weight_decay_off_at: float | None = 0.75,
         min_lr_ratio: float = 0.0,
+        decay: DecayKind = "cosine",
         process_group: dist.ProcessGroup | None = None,
         last_epoch: int = -1,
         **deepspeed: Any,
     ) -> None:
-        settings = deepspeed_params.settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, deepspeed)
+        settings = deepspeed_params.settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, deepspeed, decay)
         self.optimizer = base_optimizer(optimizer)
         self.curve = settings.curve
         self.weight_decay_switch: WeightDecaySwitch | None = None

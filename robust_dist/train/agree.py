@@ -1,6 +1,10 @@
 """Errors and decisions that every rank shares, so that no rank waits for one that has given up."""
 
+import pickle
+import socket
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from accelerate import Accelerator
@@ -9,14 +13,56 @@ from accelerate.utils import broadcast_object_list, gather_object
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
 T = TypeVar("T")
+_ORIGIN = "_robust_dist_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an error that every rank raises came from.
+
+    Attributes:
+        rank: The lowest rank that raised it by itself.
+        host: Its machine.
+        traceback: Its traceback there.
+    """
+
+    rank: int
+    host: str
+    traceback: str
 
 
 def raise_everywhere(accelerator: Accelerator, error: Exception | None) -> None:
-    """Raise on every rank what any rank brought; the lowest rank's error where several did."""
-    errors = [error] if accelerator.num_processes == 1 else gather_object([error])
-    first = next((found for found in errors if found is not None), None)
+    """Raise on every rank what any rank brought; the lowest rank's error where several did.
+
+    `origin_of` tells from which rank it came.
+    """
+    mine = None if error is None else (_portable(error), _origin(accelerator.process_index, error))
+    found = [mine] if accelerator.num_processes == 1 else gather_object([mine])
+    first = next((pair for pair in found if pair is not None), None)
     if first is not None:
-        raise first
+        raised, origin = first
+        setattr(raised, _ORIGIN, origin)
+        raise raised
+
+
+def origin_of(error: BaseException) -> Origin | None:
+    """Where an error came from that every rank raises, None for one that this rank raised alone."""
+    return getattr(error, _ORIGIN, None)
+
+
+def _origin(rank: int, error: Exception) -> Origin:
+    return Origin(
+        rank, socket.gethostname(), "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    )
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it would not survive the way to the other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def attempt(accelerator: Accelerator, action: Callable[[], T], *, here: bool = True) -> T | None:

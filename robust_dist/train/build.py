@@ -1,8 +1,10 @@
 """From a recipe to the things that a run needs."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,14 +14,20 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from torch import nn
+from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
-from robust_dist.data import DATASETS, DeviceLoader, ImageSet, load_dataset
+from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.models import build_model
-from robust_dist.optim import RAdaBeliefW, param_groups
+from robust_dist.optim import param_groups
+from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
+from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
+from robust_dist.train.sources import check_ranks_see_the_same, open_streams
 
 
 def _asked_for(engine: str) -> bool:
@@ -27,7 +35,7 @@ def _asked_for(engine: str) -> bool:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, trackers."""
+    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
@@ -36,8 +44,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         cpu=on_cpu and not sharded,
         mixed_precision=recipe.precision.mixed,
         gradient_accumulation_steps=recipe.accumulation,
-        log_with=recipe.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=recipe.run_dir, logging_dir=recipe.run_dir),
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
+        ),
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend="gloo" if on_cpu and sharded else "nccl",
@@ -49,30 +58,36 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
-def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation images on this rank's device; one process a host fetches, the others wait.
+def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:
+    """Training and evaluation images for this rank's device; one process a host fetches, the others wait.
 
     Raises:
-        ValueError: On every rank, where the files are missing, torn or too large for the device.
+        ValueError: On every rank, where the files are missing, torn, too large for the device, or not the same.
     """
-    first = accelerator.is_local_main_process
+    first, device = accelerator.is_local_main_process, accelerator.device
 
-    def load(download: bool) -> tuple[ImageSet, ImageSet]:
-        root = Path(recipe.data.root)
-        train, test = (load_dataset(recipe.data.name, root, train=part, download=download) for part in (True, False))
-        return train.to(accelerator.device), test.to(accelerator.device)
+    def load(download: bool) -> tuple[LabelledSet, LabelledSet]:
+        return open_sets(recipe.data, device, download=download)
 
     sets = attempt(accelerator, lambda: load(recipe.data.download), here=first)
     others = attempt(accelerator, lambda: load(False), here=not first)
     loaded = sets or others
     assert loaded is not None
+    check_ranks_see_the_same(accelerator, *loaded)
     return loaded
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: ImageSet) -> DeviceLoader:
+def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
+    """Training and evaluation images, on the device or streamed to it."""
+    if data.streamed:
+        return open_streams(data, device, download=download)
+    train, test = (load_dataset(data.name, Path(data.root), train=part, download=download) for part in (True, False))
+    return train.to(device), test.to(device)
+
+
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:
     """The order of the training images and this rank's part of each global batch."""
-    return DeviceLoader(
-        train_set,
+    return train_set.loader(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
@@ -83,16 +98,48 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: ImageSet) 
     )
 
 
-def build_augment(recipe: Recipe, num_classes: int) -> RobustAugment:
-    """The training pipeline, with the data set's own crop and flip where the recipe leaves them open."""
-    info, ours = DATASETS[recipe.data.name], recipe.augment
+class Look(NamedTuple):
+    """What the device's pipeline must know of a set: side in pixels, mean and std of each channel, its own crop, flip.
+
+    `crop` is padding in pixels; streamed sets were cropped at random before.
+    """
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: int
+    flip: bool
+
+
+def look_of(data: DataConfig, *, evaluation: bool = False) -> Look:
+    """The look of the training images, or of those for evaluation.
+
+    Raises:
+        ValueError: An unknown data set.
+    """
+    if data.streamed:
+        size = data.eval_sides[0] if evaluation else data.size
+        return Look(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, 0, True)
+    info = dataset_info(data.name)
+    return Look(info.size, info.mean, info.std, info.crop_padding, info.flip)
+
+
+def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False) -> RobustAugment:
+    """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
+
+    Args:
+        recipe: All settings.
+        num_classes: Of the data set.
+        evaluation: For the size of evaluation images, where only `normalize` is of use.
+    """
+    look, ours = look_of(recipe.data, evaluation=evaluation), recipe.augment
     return RobustAugment(
         num_classes,
-        info.size,
-        info.mean,
-        info.std,
-        crop=info.crop_padding if ours.crop is None else ours.crop,
-        flip=info.flip if ours.flip is None else ours.flip,
+        look.size,
+        look.mean,
+        look.std,
+        crop=look.crop if ours.crop is None else ours.crop,
+        flip=look.flip if ours.flip is None else ours.flip,
         trivial=ours.trivial,
         num_bins=ours.num_bins,
         interpolation=ours.interpolation,
@@ -120,8 +167,31 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int) -> nn.Modu
     return model.to(memory_format=torch.channels_last) if recipe.model.channels_last else model
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> RAdaBeliefW:
-    """RAdaBeliefW over the model's parameters, in one group where everything is decayed."""
-    ours = recipe.optimizer
-    groups = param_groups(model, ours.weight_decay, no_decay=tuple(ours.no_decay))
-    return RAdaBeliefW(groups, lr=ours.lr, betas=ours.betas, eps=ours.eps, weight_decay=ours.weight_decay)
+def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
+    """The recipe's optimizer over the model's parameters, in one group where everything is decayed.
+
+    Args:
+        recipe: All settings.
+        model: The classifier, before any engine wraps it.
+        total_steps: Optimizer steps of the whole run, from which `optimizer.beta2: auto` follows.
+
+    Raises:
+        ValueError: A setting that this optimizer cannot have.
+        ImportError: Its package is not installed.
+    """
+    check_fits(recipe)
+    groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
+    return make_optimizer(recipe.optimizer, groups, total_steps)
+
+
+def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
+    """Learning rate and weight decay of every step."""
+    ours = recipe.schedule
+    return RobustSchedule(
+        optimizer,
+        total_steps,
+        warmup_steps=ours.warmup_steps,
+        weight_decay_off_at=ours.weight_decay_off_at,
+        min_lr_ratio=ours.min_lr_ratio,
+        decay=ours.name,
+    )

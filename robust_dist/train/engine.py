@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from robust_dist.train.optimizers import WHOLE_ONLY
 from robust_dist.train.recipe import Recipe
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -51,6 +52,10 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
             f"ema_decay={recipe.ema_decay} averages whole weights, and {kind} shards them; set ema_decay to null, or "
             "use DDP or ZeRO 0 to 2"
         )
+    if recipe.optimizer.name in WHOLE_ONLY and kind != "ddp":
+        raise ValueError(
+            f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {kind} does not give them: use DDP"
+        )
     if kind.startswith("zero"):
         _fit_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, accelerator, recipe)
 
@@ -63,7 +68,7 @@ def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Rec
         # Else Accelerate puts DeepSpeedCPUAdam in the place of the recipe's optimizer.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     check_config(config, auto=True)
-    _drop_named(config, "optimizer", "RAdaBeliefW", _optimizer_params(recipe))
+    _drop_named(config, "optimizer", recipe.optimizer.name, _optimizer_params(recipe))
     _drop_named(config, "scheduler", "RobustSchedule", _schedule_params(recipe))
     ranks = accelerator.num_processes
     micro = max(1, recipe.batch_size // (ranks * recipe.accumulation))
@@ -75,7 +80,8 @@ def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Rec
 
 def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
     ours = recipe.optimizer
-    return {"lr": ours.lr, "betas": list(ours.betas), "eps": ours.eps, "weight_decay": ours.weight_decay}
+    betas = list(ours.betas) if ours.beta2 is None else [ours.betas[0], ours.beta2]
+    return {"lr": ours.lr, "betas": betas, "eps": ours.eps, "weight_decay": ours.weight_decay}
 
 
 def _schedule_params(recipe: Recipe) -> dict[str, Any]:
@@ -85,6 +91,7 @@ def _schedule_params(recipe: Recipe) -> dict[str, Any]:
         "weight_decay_off_at": ours.weight_decay_off_at,
         "min_lr_ratio": ours.min_lr_ratio,
         "cos_min_ratio": ours.min_lr_ratio,
+        "decay": ours.name,
     }
 
 

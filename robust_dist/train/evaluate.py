@@ -1,5 +1,6 @@
 """Evaluation that counts every sample once, whatever the world size."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.augment import RobustAugment
-from robust_dist.data import ImageSet, evaluation_batches
 from robust_dist.data.cuts import even_cuts
+from robust_dist.data.sets import EvalBatch, LabelledSet
+from robust_dist.train.watchdog import tick
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    image_set: ImageSet,
+    image_set: LabelledSet,
     augment: RobustAugment,
     *,
     batch_size: int,
@@ -81,32 +83,41 @@ def evaluate(
 
     Args:
         model: Classifier that takes normalised images [B, C, H, W] and gives logits [B, num_classes].
-        image_set: uint8 images and labels, the same on all ranks.
+        image_set: The same on all ranks; what it cannot read is not counted.
         augment: Its `normalize` prepares the images.
         batch_size: Images at a time and rank.
         rank: This rank.
         world_size: How many ranks share the work.
         dtype: Cast the images to it; None leaves them as `augment` makes them.
+
+    Returns:
+        The score; accuracy and loss are nan where no image could be read.
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=image_set.images.device)
-    longest = max(stop - start for start, stop in even_cuts(len(image_set), world_size))
-    batches = evaluation_batches(image_set, batch_size, rank, world_size)
-    nothing = image_set.images[:1], image_set.labels[:0]
+    totals = torch.zeros(3, dtype=torch.float64, device=image_set.device)
+    shares = even_cuts(len(image_set), world_size)
+    batches = image_set.eval_batches(*shares[rank], batch_size)
+    longest = max(stop - start for start, stop in shares)
     for _ in range(-(-longest // batch_size)):
-        images, labels = next(batches, nothing)
-        logits = model(augment.normalize(images).to(dtype))
-        totals += _count(logits[: len(labels)], labels)
+        tick("a batch of evaluation")
+        batch = next(batches, None)
+        logits = model(augment.normalize(image_set.filler() if batch is None else batch.images).to(dtype))
+        if batch is not None:
+            totals += _count(logits, batch)
     model.train(training)
     if world_size > 1:
         dist.all_reduce(totals)
     correct, samples, loss = totals.tolist()
-    return Score(correct / samples, int(samples), loss / samples)
+    counted = samples or math.nan
+    return Score(correct / counted, int(samples), loss / counted)
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
+def _count(logits: Tensor, batch: EvalBatch) -> Tensor:
     """[correct, samples, summed loss] of one batch, float64."""
+    labels = batch.labels
+    if batch.good is not None:
+        logits, labels = logits[batch.good], labels[batch.good]
     loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack([correct.double(), correct.new_full((), len(labels)).double(), loss.double()])

@@ -1,7 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
 import secrets
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters
 from robust_dist.checkpoint.space import checkpoint_bytes
-from robust_dist.data import Batch, ImageSet
+from robust_dist.data import Batch
+from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
-from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer
+from robust_dist.train.bad_images import BadImages, is_time_to_settle
+from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
 from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.profiling import Profiling
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.train.resume import load_newest, loss_of, saves_whole
 from robust_dist.train.saving import Saver
+from robust_dist.train.schedule_free import use_averaged_weights
 from robust_dist.train.stop import Stopper
+from robust_dist.train.trackers import Trackers
+from robust_dist.train.watchdog import tick
 
 
 class DivergedError(RuntimeError):
@@ -44,12 +49,14 @@ class Progress:
         loss_sum: 0-d float64: this rank's summed loss since the epoch began.
         lr: Learning rate of the last step.
         weight_decay: Weight decay of the last step.
+        bad_images: This rank's images since the epoch began that could not be read.
     """
 
     step: int
     loss_sum: Tensor
     lr: float = 0.0
     weight_decay: float = 0.0
+    bad_images: int = 0
 
 
 class Trainer:
@@ -59,17 +66,19 @@ class Trainer:
         recipe: All settings.
         accelerator: The engine.
         folder: The run's folder, claimed by the main process.
-        train_set: Training images on the device.
-        test_set: Evaluation images on the device.
+        train_set: Training images.
+        test_set: Evaluation images.
 
     Raises:
         ValueError: A setting that cannot work, before the first step.
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: ImageSet, test_set: ImageSet
+        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, train_set: LabelledSet, test_set: LabelledSet
     ) -> None:
-        self.recipe, self.accelerator, self.folder, self.test_set = recipe, accelerator, folder, test_set
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.train_set, self.test_set = train_set, test_set
+        self.trackers = Trackers(recipe, accelerator, folder.path)
         kept = recipe.checkpoint
         token = secrets.token_hex(4)
         self.store = CheckpointStore(
@@ -77,19 +86,16 @@ class Trainer:
         )
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
-        whole = self.loader.steps_per_epoch * recipe.batch_size
-        self.samples_per_epoch = min(whole, len(train_set.labels))
-        self.augment = build_augment(recipe, train_set.num_classes).to(accelerator.device)
+        bad_images = folder.path / "bad_images.txt"
+        self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
+        classes = len(train_set.classes)
+        self.augment = build_augment(recipe, classes).to(accelerator.device)
+        self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
-        model = build_classifier(recipe, train_set.num_classes, train_set.images.shape[1])
-        optimizer = build_optimizer(recipe, model)
-        schedule = RobustSchedule(
-            optimizer,
-            self.total_steps,
-            warmup_steps=recipe.schedule.warmup_steps,
-            weight_decay_off_at=recipe.schedule.weight_decay_off_at,
-            min_lr_ratio=recipe.schedule.min_lr_ratio,
-        )
+        model = build_classifier(recipe, classes, train_set.channels)
+        optimizer = build_optimizer(recipe, model, self.total_steps)
+        schedule = build_schedule(recipe, optimizer, self.total_steps)
+        self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         check(
             accelerator,
@@ -97,6 +103,7 @@ class Trainer:
             num_processes=recipe.num_processes,
             schedule=self.schedule,
             total_steps=self.total_steps,
+            optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
         self.input_dtype = input_dtype(accelerator, self.bare_model)
@@ -118,41 +125,52 @@ class Trainer:
             DivergedError: The loss is no longer finite.
             Stopped: A signal asked for it; all is saved.
         """
+        tick("taking up the run", patient=True)
         self._resume()
-        steps_per_epoch = self.loader.steps_per_epoch
+        steps_per_epoch, done = self.loader.steps_per_epoch, self.progress.step
+        self.trackers.start(done)
+        # The first step compiles, tunes and connects.
+        tick("the first step", patient=True)
         with (
             self._saver() as self.saver,
             Stopper(self.accelerator, self.saver) as self.stopper,
-            Display(self.recipe, self.accelerator, self.total_steps, self.progress.step) as display,
+            Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
+            Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
         ):
             while self.progress.step < self.total_steps:
                 epoch, start = divmod(self.progress.step, steps_per_epoch)
-                seconds, images = self._train_epoch(epoch, start, display)
-                row = self._finish_epoch(epoch, images / seconds)
+                figures = self._train_epoch(epoch, start, display, profiling)
+                row = self._finish_epoch(epoch, figures)
                 display.epoch(row)
                 if self.stopper.stop and self.progress.step < self.total_steps:
                     self._leave()
+            tick("the last checkpoint", patient=True)
             self.saver.settle()
         if self.saver.count:
             self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
 
-    def _train_epoch(self, epoch: int, start: int, display: Display) -> tuple[float, int]:
-        """The rest of an epoch; returns its seconds and how many images all ranks trained on in them."""
-        began, images, every = time.perf_counter(), 0, self.recipe.checkpoint.every_steps
+    def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
+        """The rest of an epoch; returns what was measured in it."""
+        every = self.recipe.checkpoint.every_steps
         self.model.train()
-        for parts in self.loader.epoch(epoch, start):
+        self.optimizer.train()
+        self.meter.begin()
+        for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
             self._train_step(parts)
-            images += parts[0].global_size
+            self._note_bad_images()
+            self.meter.count(parts[0].global_size)
             display.step()
+            profiling.step()
             at_end = self.progress.step % self.loader.steps_per_epoch == 0
             if every and self.progress.step % every == 0 and not at_end:
                 self._save()
             if self.stopper.ask() and not at_end:
                 self._leave()
+            tick(f"step {self.progress.step + 1}")
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, images
+        return self.meter.epoch()
 
     def _train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
@@ -162,8 +180,8 @@ class Trainer:
             broadcast_buffers(self.bare_model)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
-                images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-                loss = self._loss(self.model(images.to(self.input_dtype)), targets)
+                images, targets = self._inputs(batch)
+                loss = self._loss(self.model(images), targets, batch.weights)
                 # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
                 parts_in_all = self.accelerator.num_processes * len(parts)
                 self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -177,21 +195,46 @@ class Trainer:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        smoothing = self.recipe.label_smoothing
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
+        return images.to(self.input_dtype), targets
 
-    def _finish_epoch(self, epoch: int, images_per_second: float) -> dict[str, Any]:
+    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        if weights is None:
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        each = nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return (each * weights).sum()
+
+    def _note_bad_images(self) -> None:
+        """Count the last step's bad images; now and then the ranks tell each other."""
+        if self.bad is not None:
+            found = self.loader.take_bad()
+            self.progress.bad_images += len(found)
+            self.bad.note(found)
+            if is_time_to_settle((self.progress.step - 1) % self.loader.steps_per_epoch + 1):
+                self._settle_bad_images()
+
+    def _settle_bad_images(self) -> int:
+        """The epoch's bad images so far, on all ranks; too many are an error on each."""
+        if self.bad is None:
+            return 0
+        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_set.name)
+
+    def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
+        tick(f"the end of epoch {epoch + 1}")
+        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self._inputs(batch)[0])
         average_buffers(self.bare_model)
+        bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
-        train_loss = total_loss / self.samples_per_epoch
+        train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
         self._check_finite(train_loss)
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
             self.model if forward_is_collective(self.accelerator) else whole,
             self.test_set,
-            self.augment,
+            self.eval_augment,
             batch_size=self.recipe.data.eval_batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -206,16 +249,26 @@ class Trainer:
             "eval_samples": score.samples,
             "lr": self.progress.lr,
             "weight_decay": self.progress.weight_decay,
-            "images_per_second": images_per_second,
-            "checkpoint_seconds": self.saver.take_seconds(),
-        }
+        } | measured(self.meter, figures, self.accelerator)
+        row["checkpoint_seconds"] = self.saver.take_seconds()
+        if self.bad is not None:
+            row["bad_images"] = bad_images
+            row["eval_bad_images"] = self._settle_bad_eval()
         attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
+        self.trackers.log(row)
         self.progress.loss_sum.zero_()
+        self.progress.bad_images = 0
         due = (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs
         if due or self.stopper.stop:
             self._save(score.accuracy)
+        tick(f"step {self.progress.step + 1}")
         return row
+
+    def _settle_bad_eval(self) -> int:
+        assert self.bad is not None
+        found = self.test_set.take_bad()
+        self.bad.note(found)
+        return self.bad.settle(len(found), len(self.test_set), self.test_set.name)
 
     def _check_finite(self, loss: float) -> None:
         if not torch.isfinite(torch.tensor(loss)):
@@ -248,8 +301,10 @@ class Trainer:
 
     def _save(self, accuracy: float | None = None) -> None:
         """Save; the checkpoint counts once it is whole."""
+        tick(f"the checkpoint of step {self.progress.step}")
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         self._check_finite(sum(losses))
+        bad_images = self._settle_bad_images()
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
@@ -258,7 +313,9 @@ class Trainer:
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
+            "bad_images": bad_images,
             "eval_accuracy": accuracy,
+            "train_images": len(self.train_set),
         }
         self.saver.save(self.progress.step, self._write_state, metadata)
 
@@ -277,10 +334,11 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        found = load_newest(accelerator, self.recipe, self.store)
+        found = load_newest(accelerator, self.recipe, self.store, self.train_set)
         if found is not None:
             self.progress.step = found.step
             self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
+            self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
             accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
             for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
                 accelerator.print(line)

@@ -1,33 +1,48 @@
 """The entry of `launch/train.py`: from the command line to a finished run."""
 
 import contextlib
+import faulthandler
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
-from robust_dist.train.agree import attempt, check_ranks_agree, from_main
+from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.build import build_accelerator, load_sets
 from robust_dist.train.claim import FolderLostError
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
 from robust_dist.train.engine import fit_engine
+from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import DivergedError, Trainer
 from robust_dist.train.recipe import Recipe, parse_recipe
+from robust_dist.train.trackers import check_installed, check_names
+from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
+from robust_dist.train.whereabouts import Rank
+
+# Raised on every rank, wherever they come from.
+_FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
+_SECONDS_TO_LEAVE = 60.0
+# Exit status of a run whose loss is no longer finite: a result rather than a mistake.
+DIVERGED = 3
 
 
-def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[str, Any]]:
+def train(
+    recipe: Recipe, accelerator: Accelerator | None = None, on_claim: Callable[[Path], None] = lambda folder: None
+) -> list[dict[str, Any]]:
     """Run a recipe on this rank, or go on with it where its folder stands.
 
     Args:
         recipe: All settings.
         accelerator: The engine; built from the recipe where None.
+        on_claim: Called with the run's folder once it belongs to this run.
 
     Returns:
         The rows of `metrics.jsonl`, oldest first.
@@ -37,6 +52,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[s
         DivergedError: The loss is no longer finite.
         Stopped: A signal asked for it; all is saved.
     """
+    check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
     check_ranks_agree(accelerator, recipe)
     folder, asked = RunFolder(recipe.run_dir), recipe
@@ -44,13 +60,19 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> list[dict[s
     attempt(accelerator, lambda: check_not_stopped(stopped))
     recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
-    sets = load_sets(recipe, accelerator)
-    trainer = Trainer(recipe, accelerator, folder, *sets)
     main = accelerator.is_main_process
+    attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
+    tick("loading the data", patient=True)
+    sets = load_sets(recipe, accelerator)
+    tick("building the model", patient=True)
+    trainer = Trainer(recipe, accelerator, folder, *sets)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     attempt(accelerator, lambda: folder.claim(asked, note), here=main)
+    attempt(accelerator, lambda: set_aside(folder.path), here=main)
+    on_claim(folder.path)
     try:
         rows = trainer.fit()
+        tick("the end", patient=True)
         attempt(accelerator, lambda: plot_curves(rows, folder.path / "curves.png"), here=main)
         accelerator.wait_for_everyone()
     finally:
@@ -67,23 +89,59 @@ def _parse(args: Sequence[str] | None) -> Recipe:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Train from the command line.
+    """Train from the command line, under a watchdog.
 
-    A user's error ends with one message and exit status 2, a run that a signal stopped with 75.
+    Raises:
+        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
+            that a signal stopped and that is saved; 1 after any other error, in one traceback; a rank that hangs is
+            ended with `watchdog.HANG_STATUS`.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    rank = Rank()
+    if not faulthandler.is_enabled():
+        faulthandler.enable(STDERR)
     try:
         recipe = _parse(args)
-        rows = train(recipe)
+        with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
+            rows = train(recipe, on_claim=rank.claimed)
     except Stopped as stopped:
-        if first:
+        if rank.number == 0:
             print(f"\n{stopped}", flush=True)
         sys.exit(STOPPED_STATUS)
-    except (ValueError, DivergedError, EngineError, FolderLostError, RankDisagreementError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    if first:
+    except Exception as error:
+        sys.exit(_fail(error, rank))
+    if rank.number == 0:
         last = rows[-1]
         print(f"\naccuracy {last['eval_accuracy']:.2%} on {last['eval_samples']} held-out images of {recipe.data.name}")
         print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
+
+
+def _fail(error: Exception, rank: Rank) -> int:
+    """Say once what went wrong; returns the exit status."""
+    origin = origin_of(error)
+    users = isinstance(error, (ValueError, *_FOR_ALL))
+    if users and (rank.folder is None or origin is not None or isinstance(error, _FOR_ALL)):
+        # The same on every rank.
+        if rank.number == 0:
+            record_failure(error, rank, "failed", origin)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(str(error), f"error: {error}")
+        return DIVERGED if isinstance(error, DivergedError) else 2
+    # A rank that has lost its peers may wait for them once more while it takes its process group down.
+    faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=STDERR)
+    if users and type(error).__module__.startswith("robust_dist."):
+        record = record_failure(error, rank)
+        print(f"error: {rank}: {error}", file=sys.stderr, flush=True)
+        tell_launcher(record.summary, f"error: {error}")
+        return 2
+    if origin is not None:
+        report_shared(error, origin, rank)
+    else:
+        report_failure(error, rank)
+    return 1
+
+
+def _note_hang(reason: str, rank: Rank) -> None:
+    """What is left to say before the watchdog ends this process."""
+    record = record_failure(HangError(reason), rank, kind="hang")
+    say(f"{rank}: given up (exit status {HANG_STATUS}): {reason}")
+    tell_launcher(record.summary, reason)

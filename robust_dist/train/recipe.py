@@ -6,41 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-
-def _require(ok: bool, setting: str, value: object, wanted: str) -> None:
-    """Raise a ValueError that names the setting, its value and what would be right."""
-    if not ok:
-        raise ValueError(f"{setting}={value!r} is not valid: it must be {wanted}")
-
-
-def _require_number(setting: str, value: float, low: float, high: float = math.inf) -> None:
-    bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    _require(math.isfinite(value) and low <= value <= high, setting, value, f"a finite number, {bound}")
-
-
-@dataclass
-class DataConfig:
-    """Which images are trained on, and how they reach the ranks.
-
-    Attributes:
-        name: A data set by name: digits, cifar10, cifar100 or fashion_mnist.
-        root: The folder of the data files; files that are there already are used.
-        download: Fetch missing files (one process a host does it, the others wait).
-        block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
-        drop_last: Leave out the last global batch of an epoch where it is short.
-        eval_batch_size: Images that one rank evaluates at a time.
-    """
-
-    name: str = "digits"
-    root: str = "data"
-    download: bool = True
-    block: int = 8
-    drop_last: bool = False
-    eval_batch_size: int = 500
-
-    def __post_init__(self) -> None:
-        _require_number("data.block", self.block, 1)
-        _require_number("data.eval_batch_size", self.eval_batch_size, 1)
+from robust_dist.train.data_config import DataConfig
+from robust_dist.train.settings import require as _require
+from robust_dist.train.settings import require_number as _require_number
 
 
 @dataclass
@@ -60,25 +28,39 @@ class ModelConfig:
     sync_batchnorm: bool = False
 
 
+OptimizerName = Literal[
+    "RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"
+]
+
+
 @dataclass
 class OptimizerConfig:
-    """RAdaBeliefW's settings (PAPER: betas, eps and weight decay are its defaults).
+    """The optimizer's settings (PAPER: betas, eps and weight decay are RAdaBeliefW's defaults).
 
     Attributes:
+        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
+            schedulefree_adamw and prodigy (of the extra "study"). robust_dist/train/optimizers.py says what each is.
         lr: Learning rate before the schedule.
-        betas: Decay rates of the two moments.
+        betas: Decay rates of the two moments; nag has only the first, as its momentum.
+        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
+        beta2_steps: What auto divides by the run's optimizer steps.
         eps: Added to the variance every step, and under the root.
-        weight_decay: Decoupled decay, until the switch.
+        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
         no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
         clip_norm: Largest norm of the whole gradient; none clips nothing.
+        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...).
     """
 
+    name: OptimizerName = "RAdaBeliefW"
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    beta2: float | Literal["auto"] | None = None
+    beta2_steps: float = 7.5
     eps: float = 1e-8
     weight_decay: float = 0.01
     no_decay: list[str] = field(default_factory=list)
     clip_norm: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_number("optimizer.lr", self.lr, 0)
@@ -86,20 +68,26 @@ class OptimizerConfig:
         _require_number("optimizer.weight_decay", self.weight_decay, 0)
         for beta in self.betas:
             _require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        if isinstance(self.beta2, (int, float)):
+            _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, 'in [0, 1), "auto" or null')
+        _require(0 < self.beta2_steps < math.inf, "optimizer.beta2_steps", self.beta2_steps, "a finite number above 0")
         if self.clip_norm is not None:
             _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
 
 
 @dataclass
 class ScheduleConfig:
-    """Cosine decay and the weight-decay switch.
+    """Learning-rate decay and the weight-decay switch.
 
     Attributes:
+        name: cosine (paper, eq. 17, per step); step: a tenth from 50 % of all steps and a hundredth from 75 % on (the
+            paper's baseline); constant.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay_off_at: Share of all steps after which weight decay is 0 (paper: 0.75).
         min_lr_ratio: Where the cosine ends, as a share of the learning rate.
     """
 
+    name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_steps: int = 0
     weight_decay_off_at: float = 0.75
     min_lr_ratio: float = 0.0
@@ -108,6 +96,8 @@ class ScheduleConfig:
         _require_number("schedule.warmup_steps", self.warmup_steps, 0)
         _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
         _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
+        if self.name != "cosine":
+            _require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
 
 
 @dataclass
@@ -193,12 +183,27 @@ class TrackingConfig:
     """What is shown and recorded beside `metrics.jsonl`.
 
     Attributes:
-        trackers: Accelerate's trackers: tensorboard, wandb, mlflow, ...
+        trackers: Accelerate's trackers: tensorboard, wandb, mlflow, trackio, ...
+        project: The trackers' project (MLflow: experiment; TensorBoard: a folder under `trackers/`).
+        options: Further keyword arguments of a tracker's start, by its name: {wandb: {entity: us}}.
         progress: A progress bar on the main process.
+        peak_tflops: What one device does at most, for MFU; null takes a known GPU's data sheet, and no MFU elsewhere.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "robust_dist"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: bool = True
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.project), "tracking.project", self.project, "a name")
+        for name in self.options:
+            _require(
+                name in self.trackers, f"tracking.options.{name}", self.options[name], "of one of tracking.trackers"
+            )
+        if self.peak_tflops is not None:
+            _require(self.peak_tflops > 0, "tracking.peak_tflops", self.peak_tflops, "above 0, or null")
 
 
 @dataclass
@@ -208,7 +213,7 @@ class Recipe:
     Attributes:
         data: The images.
         model: The classifier.
-        optimizer: RAdaBeliefW.
+        optimizer: RAdaBeliefW, or what it is compared with.
         schedule: Learning rate and decay over the run.
         augment: What is done to training images.
         precision: Number formats.
@@ -224,7 +229,9 @@ class Recipe:
         seed: Seed of the initial weights, the order and every draw.
         run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
         num_processes: Ranks that must be there; any number where null.
-        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up.
+        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up; a step, a
+            batch of evaluation or a checkpoint must take less.
+        profile: Write a torch.profiler trace of a few steps into the run's folder: true, or [steps to skip, steps].
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -245,6 +252,7 @@ class Recipe:
     run_dir: str = "runs/run"
     num_processes: int | None = None
     timeout_seconds: float = 600.0
+    profile: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
         _require_number("epochs", self.epochs, 1)
@@ -257,6 +265,9 @@ class Recipe:
             _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
         _require_number("seed", self.seed, 0, 2**63 - 1)
         _require_number("timeout_seconds", self.timeout_seconds, 1)
+        if not isinstance(self.profile, bool):
+            fits = self.profile[0] >= 1 and self.profile[1] >= 1
+            _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -279,8 +290,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Settings that may change between two starts of one run: they move no weight by more than rounding.
-_FREE = (
-    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "data.root", "data.download"),
+FREE = (
+    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
+    *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
     *("accumulation", "micro_batch_size"),
 )
 
@@ -295,7 +307,7 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """
     defaults = flatten(recipe_dict(Recipe()))
     here, there = flatten(ours), defaults | flatten(theirs)
-    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(_FREE))
+    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
     missing = "(not set)"
     return [
         f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in the folder"

@@ -6,14 +6,17 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state
-from robust_dist.train.agree import from_main, raise_everywhere
+from robust_dist.data.sets import LabelledSet
+from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.engine import engine_kind
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
 _CONVERTED = ".converted"
 
 
-def load_newest(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> Checkpoint | None:
+def load_newest(
+    accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, train_set: LabelledSet
+) -> Checkpoint | None:
     """Load the newest usable checkpoint into what the accelerator prepared; None where there is none at all.
 
     What dead processes left unfinished beside the checkpoints is removed.
@@ -22,13 +25,16 @@ def load_newest(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore
         accelerator: The engine, after `prepare`.
         recipe: Of this start.
         store: The run's checkpoints; this process holds the run's folder.
+        train_set: The training images of this start.
 
     Raises:
-        CheckpointError: On every rank: checkpoints are there, but none can be used.
+        CheckpointError: On every rank: checkpoints are there, but none can be used, or the newest was written while
+            training on another number of images.
     """
     found = from_main(accelerator, lambda: _find(accelerator, recipe, store))
     if found is None:
         return None
+    attempt(accelerator, lambda: _check_same_set(found, train_set), here=accelerator.is_main_process)
     path = from_main(accelerator, lambda: _fitting(accelerator, store, found))
     error: Exception | None = None
     try:
@@ -65,6 +71,15 @@ def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> C
             f"{store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
         )
     return found
+
+
+def _check_same_set(found: Checkpoint, train_set: LabelledSet) -> None:
+    before = found.metadata.get("train_images", len(train_set))
+    if before != len(train_set):
+        raise CheckpointError(
+            f"{found.path} was written while training on {before} images, and {train_set.name} has {len(train_set)}: "
+            "the order of an epoch would be another. Bring the old images back, or choose another run_dir"
+        )
 
 
 def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint) -> Path:

@@ -1,10 +1,12 @@
 """Keys and draws are pure functions of seed, epoch and index, and look random."""
 
+import itertools
+
 import pytest
 import torch
 
 from robust_dist.augment import Stream, permutation, random_keys, sample_keys
-from robust_dist.augment.keys import bits, bits_of_each, randint, uniform
+from robust_dist.augment.keys import bits, bits_of_each, randint, to_uniform, uniform, uniforms
 from tests.augment.chance import assert_flat
 
 
@@ -167,3 +169,10 @@ def test_a_negative_number_of_samples_is_refused():
 
 def test_first_places_of_many_epochs_are_uniform():
     assert_flat(torch.stack([permutation(0, e, 10)[0] for e in range(3000)]), 10)
+
+
+@pytest.mark.parametrize("key", [0, -1, 2**63 - 1, -(2**63), 1234567890123456789])
+def test_a_workers_row_of_draws_equals_the_tensors_ones(key):
+    start = bits(torch.tensor([key]), Stream.RESIZED_CROP)
+    row = [to_uniform(bits(start, number)).item() for number in range(50)]
+    assert list(itertools.islice(uniforms(key, Stream.RESIZED_CROP), 50)) == row

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.tables import write_between
+
 ENGINES = (
     "one process",
     "DDP",
@@ -88,8 +90,4 @@ def table(cells: Cells) -> str:
 
 def write_into(path: Path, cells: Cells) -> None:
     """Replace what stands between the file's two marks by the table."""
-    text = path.read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1, f"{path} lacks the marks of the matrix"
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table(cells)}\n{END}{after}", encoding="utf-8")
+    write_between(path, BEGIN, END, table(cells))

@@ -137,3 +137,36 @@ def test_torchs_sequential_scheduler_can_hold_it():
 
 def test_accelerate_must_not_find_total_steps_on_it():
     assert not hasattr(RobustSchedule(make(), 8), "total_steps")
+
+
+@pytest.mark.parametrize("total_steps", [300, 7, 4])
+def test_step_decay_is_a_tenth_from_half_and_a_hundredth_from_three_quarters_on(total_steps):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule = RobustSchedule(torch.optim.SGD([parameter], lr=0.1), total_steps, decay="step")
+    seen = []
+    for _ in range(total_steps + 2):
+        seen.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    expected = [
+        0.1 * (1 if 2 * s < total_steps else 0.1 if 4 * s < 3 * total_steps else 0.01) for s in range(len(seen))
+    ]
+    assert seen == pytest.approx(expected)
+
+
+def test_a_constant_rate_stays_after_its_warm_up():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule = RobustSchedule(torch.optim.SGD([parameter], lr=0.3), 6, decay="constant", warmup_steps=2)
+    seen = []
+    for _ in range(8):
+        seen.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([0.1, 0.2] + [0.3] * 6)
+
+
+@pytest.mark.parametrize("settings", [{"decay": "linear"}, {"decay": "step", "min_lr_ratio": 0.1}])
+def test_an_unknown_decay_or_an_end_that_it_does_not_have_is_refused(settings):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="decay"):
+        RobustSchedule(torch.optim.SGD([parameter], lr=0.3), 6, **settings)

@@ -4,6 +4,7 @@
 `start_by_command` is the user's command itself, which costs seconds more a rank.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-from tests.forked import CONTEXT, ROOT, ensure_server, set_environment
+from robust_dist.train.measured import without_measured
+from tests.forked import CONTEXT, ROOT, begin, ensure_server
 from tests.ranks import rank_environment
 from tests.train.under_engines import environment
 
@@ -45,7 +47,7 @@ def start_by_command(world_size: int, *words: str) -> subprocess.Popen:
 
 
 def _script(rank: int, words: list[str], env: dict[str, str]) -> None:
-    set_environment(env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in env else {}))
+    begin(env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in env else {}))
     sys.argv = [SCRIPT, *words]
     runpy.run_path(SCRIPT, run_name="__main__")
 
@@ -71,14 +73,20 @@ class Run:
     def __init__(self, world_size: int, words: list[str], env: dict[str, str]) -> None:
         ensure_server()
         output, theirs = CONTEXT.Pipe(duplex=False)
-        self._process = CONTEXT.Process(target=_lead, args=(world_size, words, env, theirs), daemon=False)
+        self._process = CONTEXT.Process(target=_lead, args=(world_size, words, env, theirs))
         self._process.start()
         theirs.close()
+        # Otherwise `multiprocessing` would wait for it at exit.
+        atexit.register(self._end)
         self.args, self.pid = words, self._process.pid
         self.stdout = open(os.dup(output.fileno()), encoding="utf-8")  # noqa: SIM115
         output.close()
         self._text: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def _end(self) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         self._text.append(self.stdout.read())
@@ -169,6 +177,5 @@ def kill_after(process: Run | subprocess.Popen, run_dir: Path, step: int, timeou
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the figures that measure time."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.endswith(("_per_second", "_seconds"))} for row in rows]
+    """The run's rows without the figures that are measured."""
+    return [without_measured(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

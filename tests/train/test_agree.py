@@ -1,5 +1,6 @@
 """Ranks share errors and decisions."""
 
+import json
 import os
 import tempfile
 import time
@@ -12,9 +13,10 @@ from torch import nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import DATASETS, load_dataset
-from robust_dist.train.agree import attempt, check_ranks_agree, from_main
+from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.build import load_sets
 from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.meter import Figures, Meter, measured
 from robust_dist.train.recipe import DataConfig, Recipe
 from tests.ranks import run_ranks
 
@@ -24,7 +26,22 @@ def message(call):
         call()
     except ValueError as error:
         return str(error)
+    except RuntimeError as error:
+        origin = origin_of(error)
+        assert "in fail_unportably" in origin.traceback
+        return f"from rank {origin.rank}: {error}"
     return None
+
+
+class Unportable(Exception):
+    """An error that cannot be made anew from what it says, as some libraries' are."""
+
+    def __init__(self, message, *, response):
+        super().__init__(message)
+
+
+def fail_unportably():
+    raise Unportable("no way back", response=404)
 
 
 def fail():
@@ -81,6 +98,8 @@ def scenarios():
         "buffers": norm.running_mean.tolist(),
         "score": score(rank, world),
         "fetched": fetched(accelerator),
+        "measured": measured(Meter(world, 6, 2.0), Figures(1.0 + rank, 12, wait_seconds=0.5), accelerator),
+        "unportable": message(lambda: attempt(accelerator, fail_unportably, here=rank == 1)),
     }
 
 
@@ -95,6 +114,13 @@ def test_errors_decisions_buffers_and_scores_are_the_same_on_every_rank(world_si
         assert result["score"].samples == 359
     assert [result["fetched"] for result in results] == [[True] * 2] + [[False] * 2] * (world_size - 1)
     assert len({result["main"] for result in results}) == 1
+    assert len({json.dumps(result["measured"]) for result in results}) == 1
+    slowest = results[0]["measured"]
+    assert slowest["images_per_second"] == 12 / world_size
+    assert slowest["images_per_second_per_rank"] == 12 / world_size**2
+    assert slowest["mfu"] == 6 * 12 / world_size**2 / 2
+    assert slowest["data_wait_share"] == 0.5
+    assert {result["unportable"] for result in results} == {"from rank 1: Unportable: no way back"}
     alone = score(0, 1)
     assert all(result["score"].accuracy == alone.accuracy for result in results)
     assert all(result["score"].loss == pytest.approx(alone.loss, rel=1e-6) for result in results)

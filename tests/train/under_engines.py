@@ -82,7 +82,10 @@ def train_under(name: str, run_dir: str, *words: str, deepspeed_json: Path | Non
     with engine(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         if deepspeed_json is not None:
             os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_json)
-        # A user's error ends with exit status 2, after it was printed.
-        with contextlib.suppress(SystemExit):
+        try:
             main([*WORDS, "--run_dir", run_dir, *words])
+        except SystemExit as stop:
+            # 2: a user's error, after it was printed.
+            if stop.code != 2:
+                raise AssertionError(out.getvalue()) from stop
     return out.getvalue()

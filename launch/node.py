@@ -1,0 +1,234 @@
+"""One host's part of a job on many: `accelerate launch`, told by the environment where this host stands in the job.
+
+SLURM, Kubernetes' training operator and launch/hosts.sh start this file once a host, with the words of `train.py`:
+`NODES=2 NODE_RANK=0 MASTER_ADDR=node-a python launch/node.py --config configs/recipes/R.yaml`. The exit status is that
+of the first rank of this host that failed (128 + N for signal N), which `accelerate launch` itself turns into 1.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of each setting: the variables that give it, the first one that is set counts. RANK is a pod's number in a PyTorchJob.
+SOURCES = {
+    "nodes": ("NODES", "SLURM_JOB_NUM_NODES"),
+    "rank": ("NODE_RANK", "SLURM_NODEID", "RANK"),
+    "gpus": ("GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+    "address": ("MASTER_ADDR",),
+    "port": ("MASTER_PORT",),
+}
+# What asks a run to save and to end.
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+PACKAGES = ("robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy")
+
+
+class PlaceError(ValueError):
+    """The environment does not say where this host stands in the job."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this host stands.
+
+    Attributes:
+        nodes: Hosts of the job.
+        rank: This host's number, from 0.
+        gpus: Ranks of each host.
+        address: Host 0, as every host can reach it.
+        port: A free TCP port of host 0.
+    """
+
+    nodes: int
+    rank: int
+    gpus: int
+    address: str
+    port: int
+
+
+def _first(environ: Mapping[str, str], setting: str, default: str | None = None) -> str:
+    for name in SOURCES[setting]:
+        if environ.get(name):
+            return environ[name]
+    if default is None:
+        raise PlaceError(f"none of {', '.join(SOURCES[setting])} is set: say where this host stands in the job")
+    return default
+
+
+def _number(environ: Mapping[str, str], setting: str, low: int, default: str | None = None) -> int:
+    text = _first(environ, setting, default)
+    if not text.isdigit() or int(text) < low:
+        raise PlaceError(f"{SOURCES[setting][0]}={text!r} is not valid: it must be a whole number, at least {low}")
+    return int(text)
+
+
+def place(environ: Mapping[str, str]) -> Place:
+    """Where this host stands, from its environment.
+
+    Raises:
+        PlaceError: A variable that is missing or makes no sense, by name.
+    """
+    nodes = _number(environ, "nodes", 1, "1")
+    rank = _number(environ, "rank", 0, "0" if nodes == 1 else None)
+    if rank >= nodes:
+        raise PlaceError(f"NODE_RANK={rank} is not valid: a job of {nodes} hosts has 0 to {nodes - 1}")
+    found = 0 if any(environ.get(name) for name in SOURCES["gpus"]) else count_gpus()
+    gpus = _number(environ, "gpus", 1, str(found) if found else None)
+    address = _first(environ, "address", "127.0.0.1" if nodes == 1 else None)
+    return Place(nodes, rank, gpus, address, _number(environ, "port", 1, "29500"))
+
+
+def count_gpus() -> int:
+    """GPUs of this host; 0 where there is none."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def options(here: Place, environ: Mapping[str, str]) -> list[str]:
+    """The words of `accelerate launch` before the script.
+
+    `same_network` and the rendezvous are ignored in Accelerate's YAML files, so they are given here.
+    """
+    engine = environ.get("ENGINE", "ddp")
+    config = Path(engine) if engine.endswith((".yaml", ".yml")) else Path(f"configs/accelerate/multinode_{engine}.yaml")
+    if not config.is_file():
+        known = sorted(path.stem.removeprefix("multinode_") for path in Path("configs/accelerate").glob("multinode_*"))
+        raise PlaceError(f"ENGINE={engine!r} is neither a YAML file nor one of {', '.join(known)}")
+    ranks = here.nodes * here.gpus
+    words = ["--config_file", str(config), "--num_machines", str(here.nodes), "--machine_rank", str(here.rank)]
+    words += ["--num_processes", str(ranks), "--main_process_ip", here.address, "--main_process_port", str(here.port)]
+    # A host that does not come ends the others' wait after so many seconds.
+    words += ["--same_network", "--rdzv_conf", f"timeout={environ.get('JOIN_SECONDS', '600')}"]
+    words += ["--max_restarts", environ.get("RESTARTS", "0")]
+    if engine == "hsdp":
+        words += ["--parallelism_config_dp_replicate_size", str(here.nodes)]
+        words += ["--parallelism_config_dp_shard_size", str(here.gpus)]
+    return words
+
+
+def probe(address: str) -> dict[str, object]:
+    """What all hosts of a job must have alike, a port that is free here, and whether `address` means anything here."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    alike: dict[str, object] = {"commit": revision, "python": sys.version.split()[0], "gpus": count_gpus()}
+    for name in PACKAGES:
+        try:
+            alike[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            alike[name] = "-"
+    try:
+        resolves = bool(socket.getaddrinfo(address, None))
+    except OSError:
+        resolves = False
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return {"alike": alike, "port": free.getsockname()[1], "resolves": resolves}
+
+
+def _stop_ranks(number: int, grace: float) -> None:
+    """Hand a signal to the ranks, which save and end, and kill what is left of them later; without ranks, end here."""
+    import psutil
+
+    ranks = psutil.Process().children()
+    if not ranks:
+        os._exit(128 + number)
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if number != signal.SIGKILL:
+        timer = threading.Timer(grace, _stop_ranks, (signal.SIGKILL, 0.0))
+        timer.daemon = True
+        timer.start()
+
+
+def _watch_signals(grace: float) -> None:
+    """Pass SIGTERM and SIGUSR1 on to the ranks, also while this process waits for other hosts in C++."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
+
+    def listen() -> None:
+        while numbers := os.read(read, 64):
+            for number in numbers:
+                if number in STOPS:
+                    _stop_ranks(number, grace)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+
+
+def _watch_input(grace: float) -> None:
+    """End this host's part when its standard input ends: the connection that started it is gone."""
+
+    def listen() -> None:
+        while os.read(0, 4096):
+            pass
+        _stop_ranks(signal.SIGTERM, grace)
+
+    threading.Thread(target=listen, name="input", daemon=True).start()
+
+
+def launch(words: Sequence[str]) -> int:
+    """Start this host's ranks and wait for them.
+
+    Returns:
+        0, the exit status of the first rank here that failed, or 128 + N where signal N ended it.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args(list(words)))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} on {socket.gethostname()} ended with status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Take this host's part in the job, with the words of `train.py`; or answer `probe ADDRESS`."""
+    words = sys.argv[1:] if words is None else words
+    os.chdir(ROOT)
+    if len(words) == 2 and words[0] == "probe":
+        print("probe", json.dumps(probe(words[1]), sort_keys=True), flush=True)
+        return
+    try:
+        here = place(os.environ)
+        launched = [*options(here, os.environ), str(ROOT / "launch" / "train.py"), *words]
+    except PlaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    # torchrun takes its defaults from them: none but this one, which leaves SIGTERM to the listener here.
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    grace = float(os.environ.get("GRACE_SECONDS", "300"))
+    _watch_signals(grace)
+    if os.environ.get("END_WITH_INPUT"):
+        _watch_input(grace)
+    print(
+        f"host {here.rank + 1} of {here.nodes}: {here.gpus} ranks, rendezvous at {here.address}:{here.port}", flush=True
+    )
+    sys.exit(launch(launched))
+
+
+if __name__ == "__main__":
+    main()

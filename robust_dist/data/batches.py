@@ -1,0 +1,149 @@
+"""Batches: how an epoch of any set is cut into global batches, and these between ranks and micro-batches."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from robust_dist.data.cuts import Run, can_cut, cut_batch
+
+
+class Batch(NamedTuple):
+    """A micro-batch of b samples on the device.
+
+    Attributes:
+        images: uint8 [b, C, H, W].
+        labels: int64 [b].
+        indices: int64 [b], the samples' numbers in the set.
+        keys: int64 [b], `sample_keys(seed, epoch, indices)`.
+        global_size: samples in the whole global batch: the sum over its ranks and micro-batches, by which the
+            summed loss is divided; bad images count in it, so that it does not depend on who read them.
+        weights: float32 [b], 1 for a sample and 0 for one that could not be read, whose place a copy of another
+            one holds; None where all count.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    keys: Tensor
+    global_size: int
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The positions in an epoch's order that a rank sees at each optimizer step.
+
+    A global batch is `batch_size` consecutive positions, cut into contiguous runs of whole blocks of `block`
+    positions, as even as possible: one a rank, and within a rank one a micro-batch. So 1, 2 or 4 ranks see the same
+    global batches, and CutMix of mode "elem", which draws partners within a block, the same pairs.
+
+    Attributes:
+        name: what error messages call the set.
+        samples: samples of the set.
+        batch_size: samples of a global batch (all ranks, all micro-batches).
+        rank: this process, 0 to world_size - 1.
+        world_size: number of processes.
+        accumulation: micro-batches an optimizer step.
+        block: samples that are never parted.
+        drop_last: leave out the last, shorter global batch of an epoch; else every sample is seen once an epoch.
+
+    Raises:
+        TypeError: a count that is no int.
+        ValueError: a count below 1, a rank outside the world, or a cut that leaves a rank or a micro-batch empty.
+    """
+
+    name: str
+    samples: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    block: int = 8
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
+            block=self.block,
+        )
+        check_rank(self.rank, self.world_size)
+        self._check_cut()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps (global batches) of an epoch."""
+        full, rest = divmod(self.samples, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on, over all ranks."""
+        return min(self.steps * self.batch_size, self.samples)
+
+    def global_size(self, step: int) -> int:
+        """Samples of the global batch of `step`."""
+        return min(self.batch_size, self.samples - step * self.batch_size)
+
+    def runs(self, step: int) -> list[Run]:
+        """This rank's micro-batches as runs (start, stop) of positions in the global batch of `step`."""
+        return cut_batch(
+            self.global_size(step),
+            block=self.block,
+            rank=self.rank,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
+        )
+
+    def check_start(self, start_step: int) -> None:
+        """Raise a ValueError where an epoch cannot start at `start_step` (at `steps` nothing is left)."""
+        if not 0 <= start_step <= self.steps:
+            raise ValueError(f"start_step must lie in 0 to {self.steps} (steps_per_epoch), not {start_step}")
+
+    def _check_cut(self) -> None:
+        if self.steps == 0:
+            raise ValueError(
+                f"drop_last=True with batch_size={self.batch_size} leaves no batch of the {self.samples} images "
+                f"of {self.name}: set drop_last=False or a smaller batch_size"
+            )
+        for step in {0, self.steps - 1}:
+            self._check_size(self.global_size(step), last=step > 0)
+
+    def _check_size(self, size: int, *, last: bool) -> None:
+        world_size, accumulation, block = self.world_size, self.accumulation, self.block
+        if can_cut(size, block=block, world_size=world_size, accumulation=accumulation):
+            return
+        parts = world_size * accumulation
+        remedies = ["drop_last=True"] if last else [f"batch_size of {parts * block} or more"]
+        if size >= parts:
+            remedies.append(f"block of {_largest_block(size, world_size, accumulation)} or less")
+        remedies.append("fewer ranks or micro-batches")
+        raise ValueError(
+            f"{'the last' if last else 'a'} global batch of {size} samples (batch_size={self.batch_size}, "
+            f"{self.samples} images) has {-(-size // block)} blocks of block={block}: too few for "
+            f"world_size={world_size} x accumulation={accumulation}. Set {', or '.join(remedies)}."
+        )
+
+
+def _largest_block(size: int, world_size: int, accumulation: int) -> int:
+    fitting = (
+        b for b in range(size, 0, -1) if can_cut(size, block=b, world_size=world_size, accumulation=accumulation)
+    )
+    return next(fitting, 1)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise a TypeError for what is no int, and a ValueError for what is below 1, by its name."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__} ({value!r})")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise a ValueError for a rank outside the world."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0 to {world_size - 1} (world_size={world_size}), not {rank}")

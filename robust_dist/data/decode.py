@@ -1,0 +1,207 @@
+"""Encoded images to 8-bit RGB, and the two crops that make them one size: a random one by key, the central one."""
+
+import math
+import os
+import threading
+import warnings
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torch import Tensor
+
+from robust_dist.augment.keys import Stream, uniforms
+from robust_dist.data.errors import BadImageError
+
+# PIL's others would run Ghostscript (EPS), have no signature, or fill up a file that is cut off (JPEG 2000).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 2**30 // 12
+CROP_TRIES = 10
+
+Box = tuple[int, int, int, int]
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode an image file's bytes to 8-bit RGB, whole or not at all.
+
+    Grey, palette and CMYK images become RGB by PIL's rules (a JPEG of Adobe's with inverted CMYK is righted), 16-bit
+    ones keep the upper byte of each value, transparency is dropped as torchvision's ImageFolder drops it, and of an
+    animation the first frame counts. EXIF orientation is not applied, as torchvision's ImageFolder does not: the
+    published figures and weights for ImageNet were made so. Whoever needs it turns the files once.
+
+    What no decoder reports cannot be found: JPEG has no checksums, so bytes changed within a file may only change
+    pixels.
+
+    Args:
+        data: the whole file, of one of `FORMATS`.
+
+    Raises:
+        BadImageError: the file is empty, no image, cut off, corrupt, of a pixel type without a known range (float,
+            32-bit integers), or has more than `MAX_PIXELS` pixels; says which.
+    """
+    if not data:
+        raise BadImageError("an empty file")
+    with _strict_and_quiet:
+        try:
+            return _to_rgb(_loaded(data))
+        except (BadImageError, MemoryError):
+            raise
+        except Exception as error:  # What a decoder raises over a bad file can be of any type.
+            raise BadImageError(_reason(error)) from error
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    key: int,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """RandomResizedCrop of torchvision for a PIL image, with draws that are a pure function of `key`.
+
+    Args:
+        image: RGB.
+        size: height and width of the result in pixels.
+        key: of the sample, from `sample_keys`; the device's augmentations may take the same key.
+        scale: lowest and highest share of the image's area.
+        ratio: lowest and highest width / height of the crop before it is resized.
+
+    Returns:
+        uint8 [3, size, size]; resized by PIL's bilinear filter, which averages over what it shrinks.
+    """
+    box = crop_box(image.width, image.height, key, scale=scale, ratio=ratio)
+    return to_tensor(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def crop_box(width: int, height: int, key: int, *, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Where `random_resized_crop` cuts: (left, top, right, bottom) in pixels, within the image.
+
+    The first of ten draws that lies within the image; if none does, the central crop of the nearest allowed ratio.
+    """
+    draws = uniforms(key, Stream.RESIZED_CROP)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(CROP_TRIES):
+        area = width * height * (scale[0] + next(draws) * (scale[1] - scale[0]))
+        aspect = math.exp(low + next(draws) * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1))
+            return left, top, left + w, top + h
+    return _central_box(width, height, ratio)
+
+
+def resize_center_crop(image: Image.Image, size: int, resize: int) -> Tensor:
+    """Resize(resize) and CenterCrop(size) of torchvision for a PIL image, for evaluation.
+
+    Args:
+        image: RGB.
+        size: height and width of the result in pixels.
+        resize: what the image's shorter side becomes first, at least `size`.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        BadImageError: an image so long and thin that it would have more than `MAX_PIXELS` pixels when resized.
+        ValueError: resize below size.
+    """
+    if resize < size:
+        raise ValueError(f"resize must be at least size={size}, got {resize}")
+    resized = image.resize(_resized_size(image.width, image.height, resize), Image.Resampling.BILINEAR)
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    return to_tensor(resized.crop((left, top, left + size, top + size)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W], contiguous, in memory of its own."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class _Strictness:
+    """PIL without warnings and without leave to fill up what is cut off, whatever the process has set.
+
+    Both are settings of the whole process, so the first thread that decodes makes them and the last one puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.decoding = 0
+        self.fills_up = False
+        self.warnings = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.decoding += 1
+            if self.decoding == 1:
+                self.warnings = warnings.catch_warnings()
+                self.warnings.__enter__()
+                warnings.simplefilter("ignore")
+                self.fills_up, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.decoding -= 1
+            if self.decoding == 0:
+                self.warnings.__exit__(None, None, None)
+                ImageFile.LOAD_TRUNCATED_IMAGES = self.fills_up
+
+
+_strict_and_quiet = _Strictness()
+if hasattr(os, "register_at_fork"):
+    # A worker that is forked while another thread decodes must not wait for that thread, which it does not have.
+    os.register_at_fork(after_in_child=_strict_and_quiet.__init__)  # type: ignore[misc]
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    Image.init()
+    return Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = _open(data)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImageError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+    if image.format == "PNG":
+        # Loading does not look at PNG's checksums; verifying uses the image up.
+        image.verify()
+        image = _open(data)
+    image.load()
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"values of 32 bits (PIL's mode {image.mode!r}) have no known range")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or cut off in its header"
+    return str(error) or type(error).__name__
+
+
+def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+    longer = int(shorter * max(width, height) / min(width, height))
+    if shorter * longer > MAX_PIXELS:
+        raise BadImageError(
+            f"{width} x {height} pixels: too long and thin, the longer side would have {longer:,} when resized"
+        )
+    return (shorter, longer) if width <= height else (longer, shorter)

@@ -1,0 +1,186 @@
+"""Image sets of the Hugging Face Hub and of its formats on a disk, through `datasets`; code of a set is never run."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
+from robust_dist.data.errors import DataError
+from robust_dist.data.parquet import is_remote, open_parquet
+from robust_dist.data.source import ImageSource, check_index
+from robust_dist.extras import require
+
+DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+CONVERTED = "refs/convert/parquet"
+
+
+class TableSource:
+    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest."""
+
+    def __init__(self, images: Any, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+        self.name = name
+        self.classes = classes
+        self.group_sizes: tuple[int, ...] = (len(labels),)
+        self._images = images
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """See `ImageSource.read`."""
+        check_index(index, self)
+        (value,) = self._images[index].values()
+        return image_bytes(value), int(self._labels[index])
+
+    def where(self, index: int) -> str:
+        """The set and the row; and the file, where the row only names one."""
+        (value,) = self._images[index].values()
+        path = value.get("path") if isinstance(value, dict) else None
+        return f"{self.name}, row {index}" + (f" ({path})" if path else "")
+
+
+def open_hub(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    data_files: DataFiles | None = None,
+    cache_dir: str | None = None,
+    download: bool = True,
+    classes: tuple[str, ...] | None = None,
+    spool_dir: str | Path | None = None,
+) -> ImageSource:
+    """One split of an image set that `datasets` can load: from the Hub, or from files on a disk.
+
+    Images stay encoded as they are. Without streaming, `datasets` puts a set into its cache first (for local parquet
+    files a second copy, as one Arrow file), but takes a `save_to_disk` folder where it lies. With streaming, only the
+    footers of parquet files are read, and a row group when its samples come: once a node, to a temporary file.
+
+    Args:
+        path: a set's name on the Hub, a folder of parquet or other files that `datasets` knows, a `save_to_disk`
+            folder, or with `data_files` a format: "parquet", "imagefolder".
+        split: "train", "validation", ...; without streaming also a slice such as "train[:10%]".
+        config_name: the set's configuration ("subset"), where it has several.
+        image_column: the column of images; found by its type where there is one only.
+        label_column: the column of labels (a ClassLabel, whole numbers from 0, or strings); a ClassLabel is found by
+            its type, where there is one only.
+        streaming: read parquet row groups on demand from where they lie.
+        revision: of the set on the Hub: a branch, tag or commit.
+        data_files: see `datasets.load_dataset`.
+        cache_dir: see `datasets.load_dataset`.
+        download: with False a set that is not in the cache of `datasets` is an error, unless its files are local; the
+            Hub is still asked which version `revision` is (with HF_HUB_OFFLINE=1 in the environment it is not, and the
+            latest in the cache counts). Streaming fetches what it needs in any case.
+        classes: of the training split, which this one must fit.
+        spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
+
+    Raises:
+        DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
+            labels that do not fit; says what there is.
+        ImportError: `datasets` is not installed.
+    """
+    name = f"{path} ({', '.join(part for part in (config_name, split) if part)})"
+    path = os.path.expanduser(path)
+    words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+    with _as_data_errors(name):
+        if streaming:
+            urls, features = _parquet_files(path, split, words)
+            return open_parquet(
+                urls,
+                name=name,
+                image_column=image_column,
+                label_column=label_column,
+                classes=classes,
+                features=features,
+                spool_dir=spool_dir,
+            )
+        table = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
+        return _from_table(table, image_column, label_column, classes, name)
+
+
+def _from_table(
+    table: Any, image_column: str | None, label_column: str | None, classes: tuple[str, ...] | None, name: str
+) -> TableSource:
+    if not len(table):
+        raise DataError(f"{name} has no rows")
+    image, label = find_columns(table.features, image_column, label_column, name)
+    column = table.select_columns([label]).with_format("arrow")[:].column(0)
+    if is_class_label(table.features[label]):
+        label_of, classes = class_labels(table.features[label], classes, name)
+        labels = label_of[plain_labels(column, tuple(table.features[label].names), name)[0]]
+    else:
+        labels, classes = plain_labels(column, classes, name)
+    images = table.select_columns([image])
+    if type(table.features[image]).__name__ == "Image":
+        images = images.cast_column(image, _datasets().Image(decode=False))
+    return TableSource(images.with_format(None), labels, classes, name)
+
+
+def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any:
+    """A split from the cache of `datasets`, which gets it first where it may."""
+    builder = _datasets().load_dataset_builder(path, **words)
+    files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    local = builder.repo_id is None and not any(is_remote(file) for file in files)
+    if not (download or local or Path(builder.cache_dir, "dataset_info.json").is_file()):
+        raise DataError(f"{path} is not in the cache of `datasets` ({builder.cache_dir}): set download=True")
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
+    """Addresses of a split's parquet files, and the features as far as the set's description has them."""
+    if _is_saved(path):
+        raise DataError(f"{path} is a save_to_disk folder, which needs no streaming: set streaming=False")
+    builder = _datasets().load_dataset_builder(path, **words)
+    files = dict(builder.config.data_files or {})
+    if split not in files:
+        raise DataError(f"there is no split {split!r} to stream; there are: {', '.join(map(str, files)) or 'none'}")
+    urls = [str(file) for file in files[split]]
+    other = next((url for url in urls if not url.split("?")[0].endswith((".parquet", ".parq", ".pq"))), None)
+    if other:
+        raise DataError(
+            f"only parquet files can be streamed, not {other}: set streaming=False, or for a set on the Hub "
+            f"revision={CONVERTED!r}, where the Hub keeps a copy in parquet"
+        )
+    return urls, builder.info.features
+
+
+def _is_saved(path: str) -> bool:
+    return any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: str, split: str) -> Any:
+    """A split of a `save_to_disk` folder; a folder of one split without a name stands for any."""
+    loaded = _datasets().load_from_disk(path)
+    if isinstance(loaded, dict):
+        splits = {str(key): table for key, table in loaded.items()}
+    else:
+        splits = {str(loaded.split or split): loaded}
+    if split not in splits:
+        raise DataError(f"there is no split {split!r} in {path}; there are: {', '.join(splits)}")
+    return splits[split]
+
+
+@contextmanager
+def _as_data_errors(name: str) -> Iterator[None]:
+    errors = require("datasets.exceptions", extra="data", purpose="sets of the Hub or its formats")
+    try:
+        yield
+    except DataError:
+        raise
+    except (errors.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DataError(f"{name}: {error}{cause}") from error
+
+
+def _datasets() -> Any:
+    return require("datasets", extra="data", purpose="sets of the Hub or its formats")

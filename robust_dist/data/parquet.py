@@ -1,0 +1,230 @@
+"""Parquet files wherever they lie: row groups are fetched when a sample of theirs is read, nothing before."""
+
+import hashlib
+import os
+import pickle
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
+from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.source import check_index
+from robust_dist.data.spool import Spool
+from robust_dist.extras import require
+
+READERS = 16
+MAPPED_GROUPS = 8
+
+
+class RowGroup(NamedTuple):
+    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows."""
+
+    url: str
+    digest: str
+    number: int
+    rows: int
+
+
+class ParquetSource:
+    """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
+
+    A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[RowGroup],
+        columns: tuple[str, str],
+        classes: tuple[str, ...],
+        *,
+        labels: np.ndarray | None,
+        label_of: np.ndarray | None,
+        name: str,
+        spool: Spool,
+    ) -> None:
+        self.name = name
+        self.classes = classes
+        self.group_sizes = tuple(group.rows for group in groups)
+        self._groups = tuple(groups)
+        self._starts = [0, *accumulate(self.group_sizes)]
+        self._columns = columns
+        self._labels = labels
+        self._label_of = label_of
+        self._spool = spool
+        self._cache: tuple[int, Callable[[int], Any]] | None = None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """See `ImageSource.read`; where a remote host fails, its error comes after the retries of `datasets`."""
+        group, row = self._place(index)
+        table = self._table(group)
+        return image_bytes(table[self._columns[0]][row].as_py()), self._label(index, table, row)
+
+    def where(self, index: int) -> str:
+        """The file, with the row group and the row in it."""
+        group, row = self._place(index)
+        return f"{self._groups[group].url}, row group {self._groups[group].number}, row {row}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        check_index(index, self)
+        group = bisect_right(self._starts, index) - 1
+        return group, index - self._starts[group]
+
+    def _table(self, group: int) -> Any:
+        if self._cache is None or self._cache[0] != os.getpid():
+            # Neither an open file nor a connection may be shared with the process that this one was forked from.
+            self._cache = os.getpid(), lru_cache(MAPPED_GROUPS)(self._load)
+        return self._cache[1](group)
+
+    def _load(self, number: int) -> Any:
+        group = self._groups[number]
+        stated = "\n".join([group.url, group.digest, str(group.number), *self._columns])
+        return self._spool.table(hashlib.sha256(stated.encode()).hexdigest()[:32], lambda: self._fetch(group))
+
+    def _fetch(self, group: RowGroup) -> Any:
+        try:
+            return read_columns(group.url, list(self._columns), group.number)
+        except (_pyarrow().ArrowInvalid, OSError) as error:
+            if is_remote(group.url) and isinstance(error, OSError):
+                raise
+            raise BadImageError(f"row group {group.number} of {group.url} cannot be read: {error}") from error
+
+    def _label(self, index: int, table: Any, row: int) -> int:
+        if self._labels is not None:
+            return int(self._labels[index])
+        assert self._label_of is not None
+        number = table[self._columns[1]][row].as_py()
+        if number is None or not 0 <= number < len(self._label_of):
+            raise BadImageError(f"its label is {number}, outside of the {len(self.classes)} classes")
+        return int(self._label_of[number])
+
+
+def open_parquet(
+    urls: Sequence[str],
+    *,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    features: Any = None,
+    spool_dir: str | Path | None = None,
+) -> ParquetSource:
+    """Samples of parquet files in the order given, of which only the footers are read now.
+
+    Labels that are a ClassLabel come with their row group; of a plain column of numbers or strings all labels (not
+    images) are read now, since no footer tells the classes.
+
+    Args:
+        urls: local paths, file:// or any address that fsspec and `datasets` open (hf://, https://, s3://).
+        name: what error messages call the set.
+        image_column: see `find_columns`.
+        label_column: see `find_columns`.
+        classes: of the training split, where this is another one.
+        features: `datasets.Features`, where known from elsewhere than the files.
+        spool_dir: a folder on this node's own disk for the row groups under way; see `Spool`.
+
+    Raises:
+        DataError: no row, a file that is no parquet file or has other columns than the first; or see `find_columns`,
+            `plain_labels` and `class_labels`.
+        OSError: a remote file cannot be reached.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        footers = list(pool.map(_footer, urls))
+        groups = [
+            RowGroup(u, footer.digest, k, rows)
+            for u, footer in zip(urls, footers, strict=True)
+            for k, rows in footer.groups
+            if rows
+        ]
+        if not groups:
+            raise DataError(f"{name} has no rows in its {len(urls)} parquet files")
+        features = features or _features(footers[0].schema)
+        columns = find_columns(features, image_column, label_column, name)
+        _check_schemas(urls, footers, columns)
+        if is_class_label(features[columns[1]]):
+            label_of, classes = class_labels(features[columns[1]], classes, name)
+            return ParquetSource(
+                groups, columns, classes, labels=None, label_of=label_of, name=name, spool=Spool(spool_dir)
+            )
+        parts = list(pool.map(lambda group: read_columns(group.url, [columns[1]], group.number)[0], groups))
+    column = _pyarrow().chunked_array([chunk for part in parts for chunk in part.chunks])
+    labels, classes = plain_labels(column, classes, name)
+    return ParquetSource(groups, columns, classes, labels=labels, label_of=None, name=name, spool=Spool(spool_dir))
+
+
+def read_columns(url: str, columns: list[str], group: int) -> Any:
+    """Some columns of one row group, as a `pyarrow.Table`; its file is opened for that and closed again."""
+    with _opened(url) as source:
+        # One thread: a worker is one of many already.
+        return _parquet(source).read_row_group(group, columns=columns, use_threads=False)
+
+
+def is_remote(url: str) -> bool:
+    """Whether reading `url` takes a network that can fail and come back."""
+    return "://" in url and not url.startswith("file://")
+
+
+class _Footer(NamedTuple):
+    digest: str
+    groups: list[tuple[int, int]]
+    schema: Any
+
+
+def _footer(url: str) -> _Footer:
+    try:
+        with _opened(url) as source:
+            file = _parquet(source)
+            metadata = file.metadata
+            digest = hashlib.sha256(pickle.dumps(metadata) + _identity(url, source).encode()).hexdigest()
+            groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
+            return _Footer(digest, groups, file.schema_arrow)
+    except _pyarrow().ArrowInvalid as error:
+        raise DataError(f"{url} is no parquet file, or is cut off: {error}") from error
+
+
+def _opened(url: str) -> Any:
+    if not is_remote(url):
+        return open(url.removeprefix("file://"), "rb")
+    # With the retries, and for the Hub the credentials, of `datasets`' own streaming.
+    return require("datasets.utils.file_utils", extra="data", purpose="remote parquet files").xopen(url, "rb")
+
+
+def _parquet(source: Any) -> Any:
+    parquet = require("pyarrow.parquet", extra="data", purpose="parquet files")
+    return parquet.ParquetFile(source, pre_buffer=True)
+
+
+def _identity(url: str, source: Any) -> str:
+    """What tells a file from a later one of its name: size and time, or what the remote file system says of it."""
+    if is_remote(url):
+        return repr(getattr(source, "details", None))
+    stat = os.fstat(source.fileno())
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _features(schema: Any) -> Any:
+    return require("datasets", extra="data", purpose="parquet files").Features.from_arrow_schema(schema)
+
+
+def _check_schemas(urls: Sequence[str], footers: Sequence[_Footer], columns: tuple[str, str]) -> None:
+    first = footers[0].schema
+    for url, footer in zip(urls, footers, strict=True):
+        for column in columns:
+            if column not in footer.schema.names or footer.schema.field(column).type != first.field(column).type:
+                raise DataError(f"{url} has no column {column!r} of the type that it has in {urls[0]}")
+
+
+def _pyarrow() -> Any:
+    return require("pyarrow", extra="data", purpose="parquet files")

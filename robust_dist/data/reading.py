@@ -1,0 +1,240 @@
+"""Reading images in worker processes: requests in, packs of uint8 images out, in order."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from robust_dist.data.decode import decode_rgb
+from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
+from robust_dist.data.source import ImageSource
+
+# What an image becomes: called with what `decode_rgb` gives and the sample's key.
+Crop = Callable[[Any, int], Tensor]
+# What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
+SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Request(NamedTuple):
+    """One micro-batch to read.
+
+    Attributes:
+        indices: int64 [b], samples of the source.
+        keys: int64 [b], what the crops are drawn from.
+    """
+
+    indices: Tensor
+    keys: Tensor
+
+
+class Pack(NamedTuple):
+    """One micro-batch as a worker gives it.
+
+    Attributes:
+        images: uint8 [b, 3, size, size].
+        labels: int64 [b].
+        weights: float32 [b], 0 where an image was bad; None where none was.
+        bad: the bad images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    bad: list[BadImage]
+
+
+class ImageReader(Dataset[Pack]):
+    """What a worker does: read, decode and crop the images of a request; a bad one's place is filled.
+
+    Args:
+        source: the images.
+        crop: makes each of them uint8 [3, size, size].
+        size: height and width of the images given out.
+        block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
+    """
+
+    def __init__(self, source: ImageSource, crop: Crop, size: int, block: int = 1) -> None:
+        self.source, self.crop, self.size, self.block = source, crop, size, block
+
+    def __getitem__(self, request: tuple[list[int], list[int]]) -> Pack:
+        """Read the images of the indices, cropped by the keys.
+
+        Raises:
+            ValueError: the source gave a label outside its classes.
+        """
+        indices, keys = request
+        images = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        labels = torch.zeros(len(indices), dtype=torch.int64)
+        bad: dict[int, BadImage] = {}
+        for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
+            try:
+                images[slot], labels[slot] = self._read(index, key)
+            except BadImageError as error:
+                bad[slot] = BadImage(self.source.where(index), str(error))
+        if not bad:
+            return Pack(images, labels, None, [])
+        weights = torch.ones(len(indices))
+        weights[list(bad)] = 0
+        for slot, other in stand_ins(list(bad), len(indices), self.block).items():
+            images[slot], labels[slot] = images[other], labels[other]
+        return Pack(images, labels, weights, list(bad.values()))
+
+    def _read(self, index: int, key: int) -> tuple[Tensor, int]:
+        data, label = self.source.read(index)
+        if not 0 <= label < len(self.source.classes):
+            raise ValueError(
+                f"{self.source.where(index)} has label {label}, outside the {len(self.source.classes)} classes of "
+                f"{self.source.name} (0 to {len(self.source.classes) - 1})"
+            )
+        return self.crop(decode_rgb(data), key), label
+
+
+def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
+    """For each bad slot of `count` a good one whose image takes its place; none where all slots are bad.
+
+    It is one of the same block of `block` slots, so that what CutMix pastes from there is an image of the block; where
+    the whole block is bad it is any: what is pasted within such a block counts for nothing.
+    """
+    good = [slot for slot in range(count) if slot not in set(bad)]
+    if not good:
+        return {}
+    # sorted's order is stable: the first of those that are nearest in blocks.
+    return {slot: min(good, key=lambda other: abs(other // block - slot // block)) for slot in bad}
+
+
+class Workers:
+    """Worker processes that read requests; they live from the first request to `close`.
+
+    They are forked from a server process that has none of this process's threads (multiprocessing's "forkserver"):
+    a fork of a process with a CUDA context, NCCL's or gloo's threads can take over a lock that nobody will open.
+    They ignore the signals that ask a rank to save or to stop, and end when this process ends, however it ends.
+
+    Args:
+        reader: what each of them does; it is pickled to them.
+        workers: how many; 0 reads in this process.
+        prefetch: requests read ahead by each.
+        pin: whether images are given out in pinned memory.
+    """
+
+    def __init__(self, reader: ImageReader, *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
+        self.requests = _Requests()
+        options: dict[str, Any] = {"collate_fn": _unchanged}
+        if workers:
+            options |= {
+                "multiprocessing_context": _server(),
+                "prefetch_factor": prefetch,
+                "persistent_workers": True,
+                "worker_init_fn": shield,
+            }
+        self._loader: DataLoader[Pack] | None = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self.requests,
+            num_workers=workers,
+            pin_memory=pin,
+            # A generator of its own, lest starting workers takes a number from the one that dropout draws from.
+            generator=torch.Generator(),
+            **options,
+        )
+        self._reading: Generator[tuple[Request, Pack], None, None] = _nothing()
+
+    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
+        """Each request with its pack, in order. A new call ends the one before it.
+
+        Raises:
+            WorkersLostError: a worker was killed, or ended by itself.
+        """
+        self._reading.close()
+        self._reading = self._read(requests)
+        return self._reading
+
+    def close(self) -> None:
+        """End the workers."""
+        self._reading.close()
+        self._loader = None
+
+    def _read(self, requests: Iterator[Request]) -> Generator[tuple[Request, Pack], None, None]:
+        assert self._loader is not None, "the workers were closed"
+        asked: deque[Request] = deque()
+        self.requests.source = requests, asked
+        with _worker_errors():
+            for pack in self._loader:
+                yield asked.popleft(), pack
+
+
+class _Requests(Sampler[tuple[list[int], list[int]]]):
+    """Hands requests to workers as they have room, and keeps those that are under way."""
+
+    def __init__(self) -> None:
+        self.source: tuple[Iterator[Request], deque[Request]] = (iter(()), deque())
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        requests, asked = self.source
+        for request in requests:
+            asked.append(request)
+            yield request.indices.tolist(), request.keys.tolist()
+
+
+@contextlib.contextmanager
+def _worker_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
+            raise
+        raise WorkersLostError(
+            f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
+            "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
+            "container more shared memory"
+        ) from error
+
+
+def _nothing() -> Generator[tuple[Request, Pack], None, None]:
+    yield from ()
+
+
+def _unchanged(pack: Pack) -> Pack:
+    return pack
+
+
+def _server() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "robust_dist.data.worker_server"])
+    return context
+
+
+def shield(worker: int = 0) -> None:
+    """Make this process a worker: deaf to signals that are meant for ranks, and gone when its rank is."""
+    rank = multiprocessing.parent_process()
+    if rank is None or rank.pid is None:
+        return
+    for number in SHIELDED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # For `_until_told` to take it; threads that are made later have it blocked, too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_until_told, args=(rank.pid,), daemon=True, name="told-to-end").start()
+    threading.Thread(target=_until_alone, args=(rank.sentinel,), daemon=True, name="left-alone").start()
+
+
+def _until_told(rank: int) -> None:
+    """End this process when its rank, and nobody else, terminates it."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
+        pass
+    os._exit(0)
+
+
+def _until_alone(rank_ended: int) -> None:
+    """End this process with its rank: torch's own watchdog looks at the parent process, the server, which lives on."""
+    wait([rank_ended])
+    os._exit(1)

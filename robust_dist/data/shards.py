@@ -1,0 +1,220 @@
+"""WebDataset shards on a disk: tar files whose samples are read in any order, by an index made once."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_dist.data.classes import number_classes, some, text_classes
+from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.packed import PackedStrings, bounds_of
+from robust_dist.data.shard_index import Keys, ShardIndex, index_of
+from robust_dist.data.source import check_index
+from robust_dist.extras import require
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff", "avif")
+OPEN_SHARDS = 32
+UNLABELLED = -1
+RIGHT = "shards must be plain .tar files on a disk that all ranks see"
+
+
+class ShardSource:
+    """Samples of tar shards; see `open_webdataset`, and `ImageSource` for what it can do.
+
+    Files are read at given offsets (pread), so that forked processes do not disturb each other.
+    """
+
+    def __init__(
+        self, shards: Sequence[str], index: ShardIndex, labels: np.ndarray, classes: tuple[str, ...], name: str
+    ) -> None:
+        self.name = name
+        self.classes = classes
+        # A torn shard's tear is a sample of its own, which cannot be read.
+        counts = index.counts + (index.torn_at >= 0)
+        self.group_sizes = tuple(counts[counts > 0].tolist())
+        self._shards = PackedStrings.of(shards)
+        self._starts = bounds_of(counts)
+        self._index_starts = bounds_of(index.counts)
+        self._index = replace(index, labels=PackedStrings.of([]))
+        self._labels = labels
+        self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """See `ImageSource.read`."""
+        shard, number = self._place(index)
+        if number is None:
+            raise BadImageError(f"the shard is torn at byte {self._index.torn_at[shard]:,}; what followed is lost")
+        offset, size = self._index.places[number].tolist()
+        if offset < 0:
+            raise BadImageError("the sample has no image")
+        if self._labels[number] == UNLABELLED:
+            raise BadImageError("the sample has no label")
+        try:
+            content = self._open(self._shards[shard]).read(size, offset)
+        except OSError as error:
+            raise BadImageError(f"the shard cannot be read: {error.strerror or error}") from error
+        if len(content) < size:
+            raise BadImageError(f"the shard ends {size - len(content):,} bytes before the image does")
+        return content, int(self._labels[number])
+
+    def where(self, index: int) -> str:
+        """The shard's path, and the name of the sample's image in it."""
+        shard, number = self._place(index)
+        return f"{self._shards[shard]}: {self._index.names[number] if number is not None else '(torn)'}"
+
+    def _place(self, index: int) -> tuple[int, int | None]:
+        """The shard's number, and the sample's one in the index (None: the tear)."""
+        check_index(index, self)
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        within = index - int(self._starts[shard])
+        return shard, int(self._index_starts[shard]) + within if within < self._index.counts[shard] else None
+
+
+def open_webdataset(
+    urls: str | Sequence[str],
+    *,
+    image_keys: Sequence[str] = IMAGE_KEYS,
+    label_key: str = "cls",
+    classes: tuple[str, ...] | None = None,
+    num_classes: int | None = None,
+    index_dir: str | Path | None = None,
+    allow_torn: bool = False,
+    name: str | None = None,
+) -> ShardSource:
+    """Samples of WebDataset tar shards, which are reached alone by an index of them.
+
+    The index is made once by reading the tars' headers and kept in one file, beside the shards or in `index_dir`. A
+    shard whose size or time has changed is read again. Any number of processes may make it at once; on many ranks, let
+    one of them be first and the headers are read once.
+
+    Args:
+        urls: paths of shards, with braces ("train-{000..146}.tar") and wildcards ("train-*.tar"), or a list of such.
+        image_keys: extensions of the image; the first that a sample has counts.
+        label_key: the extension of the member that holds the label as text: a number, or a class's name. For a key of
+            the .json member "json.KEY" ("json.annotation.label" for one within another).
+        classes: the classes by number; of the training split, where this is another one. Where not given, names are
+            sorted, and numbers are named by themselves.
+        num_classes: how many classes there are, where labels are numbers and not all of them occur.
+        index_dir: the folder for the index, where the shards' own cannot be written.
+        allow_torn: take a torn shard's samples before the tear, with the tear as one more sample, which cannot be read
+            and so is counted; else it is an error.
+        name: what error messages call the set; the urls where not given.
+
+    Raises:
+        DataError: no shard, one that is remote, compressed, torn or no tar file, no sample with such a member, or
+            labels outside of the classes; says what would be right.
+        ImportError: `braceexpand`, which comes with webdataset, is not installed.
+    """
+    name = name or (urls if isinstance(urls, str) else ", ".join(urls))
+    shards = expand(urls, name)
+    keys = Keys(tuple(key.lower() for key in image_keys), _label_key(label_key))
+    folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
+    index = index_of(shards, keys, folder)
+    torn = [f"{shard} (at byte {at:,})" for shard, at in zip(shards, index.torn_at.tolist(), strict=True) if at >= 0]
+    if torn and not allow_torn:
+        raise DataError(
+            f"{name}: {len(torn)} shards are torn: {some(torn)}. Copy them again, or set allow_torn=True for the "
+            "samples before the tear"
+        )
+    _check_members(index, keys, name)
+    labels, classes = _labels(index.labels, classes, num_classes, name)
+    return ShardSource(shards, index, labels, classes, name)
+
+
+def expand(urls: str | Sequence[str], name: str) -> list[str]:
+    """The shards' paths: braces as in a shell, in their order, then wildcards, sorted.
+
+    Raises:
+        DataError: a remote address, a pipe, a compressed file, nothing that fits, or a shard twice.
+    """
+    braces = require("braceexpand", extra="data", purpose="WebDataset shards").braceexpand
+    patterns = [pattern for url in ([urls] if isinstance(urls, str) else urls) for pattern in braces(_local(url, name))]
+    shards = [shard for pattern in patterns for shard in _files(pattern, name)]
+    if not shards:
+        raise DataError(f"{name}: no shards are given; {RIGHT}")
+    twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
+    if twice:
+        raise DataError(f"{name} has shards more than once: {some(twice)}")
+    return shards
+
+
+class _OpenFile:
+    """A file that is closed when nobody reads from it any more."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _local(url: str, name: str) -> str:
+    url = url.removeprefix("file://").removeprefix("file:")
+    if "://" in url or "::" in url or url.startswith("pipe:"):
+        raise DataError(f"{name}: {url} is no path; {RIGHT}: copy them there")
+    return os.path.expanduser(url)
+
+
+def _files(pattern: str, name: str) -> list[str]:
+    files = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    bad = next((file for file in files if not file.endswith(".tar")), None)
+    if bad is not None:
+        raise DataError(f"{name}: {bad} does not end in .tar; {RIGHT}: unpack what is compressed")
+    missing = pattern if not files else next((file for file in files if not os.path.isfile(file)), None)
+    if missing is not None:
+        raise DataError(f"{name}: there is no file {os.path.abspath(missing)}; {RIGHT}")
+    return files
+
+
+def _label_key(key: str) -> str:
+    if key == "json":
+        raise DataError("label_key='json' must name a key of the .json member: 'json.label'")
+    return key
+
+
+def _check_members(index: ShardIndex, keys: Keys, name: str) -> None:
+    if not len(index.names):
+        raise DataError(f"{name} has no samples in its {len(index.counts)} shards")
+    if not (index.places[:, 0] >= 0).any():
+        raise DataError(f"{name}: no sample has an image: a member that ends in .{', .'.join(keys.image)} (image_keys)")
+    if not len(index.labels.data):
+        raise DataError(f"{name}: no sample has a label at label_key={keys.label!r}")
+
+
+def _labels(
+    texts: PackedStrings, classes: tuple[str, ...] | None, num_classes: int | None, name: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels int32 [N], UNLABELLED where the text is empty, and the classes."""
+    codes: dict[str, int] = {}
+    coded = np.fromiter((codes.setdefault(text, len(codes)) for text in texts), dtype=np.int64, count=len(texts))
+    distinct = [text for text in codes if text]
+    if all(re.fullmatch(r"-?\d{1,18}", text) for text in distinct) and not set(distinct) <= set(classes or ()):
+        values = np.array([int(text) for text in distinct], dtype=np.int64)
+        classes, of_distinct = number_classes(values, classes, name, num_classes), values
+    else:
+        of_distinct, classes = text_classes(distinct, classes, name)
+    if num_classes not in (None, len(classes)):
+        raise DataError(f"{name}: num_classes={num_classes}, but its labels are of {len(classes)} classes")
+    label_of = np.full(len(codes), UNLABELLED, dtype=np.int32)
+    label_of[[codes[text] for text in distinct]] = of_distinct
+    return label_of[coded], classes

@@ -1,0 +1,1 @@
+"""What a training job needs of memory and network under each engine, and which one to take."""

@@ -1,0 +1,132 @@
+"""A plan as Markdown for a person, or as plain values for a machine."""
+
+from dataclasses import asdict
+from typing import Any
+
+from robust_dist.plan.advice import others, reason, remedies
+from robust_dist.plan.choose import Estimate, Plan
+from robust_dist.plan.clock import HOP, LINK_SHARE, START
+from robust_dist.plan.engines import config_file, launch_line
+from robust_dist.plan.memory import ALLOWANCE
+from robust_dist.plan.wire import SWITCH_COLLECTIVES
+
+GIB = 2**30
+
+
+def as_text(plan: Plan) -> str:
+    """The whole answer in Markdown."""
+    parts = [_head(plan), _memory(plan), _speed(plan), _proposal(plan), _notes(plan)]
+    return "\n\n".join(parts)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _head(plan: Plan) -> str:
+    question, gpu = plan.question, plan.question.hardware
+    return (
+        f"{question.model}: {plan.shapes.numel:,} parameters in {len(plan.shapes.parameters)} tensors, "
+        f"{plan.flops_per_image / 1e9:.1f} GFLOP an image of {question.image_size}x{question.image_size}, forward and "
+        f"backward.\n{question.nodes} x {question.gpus_per_node} {question.gpu} with "
+        f"{question.memory_bytes / GIB:g} GiB ({gpu.source}), global batch {question.batch_size}, "
+        f"precision {question.precision}."
+    )
+
+
+def _memory(plan: Plan) -> str:
+    head = ["GiB a GPU", "micro batch", "parameters, masters", "gradients", "optimizer state", "activations"]
+    head += ["gathered, buckets", "optimizer's step", "peak", "fits"]
+    return _table(head, [_memory_row(one) for one in plan.estimates])
+
+
+def _memory_row(one: Estimate) -> list[str]:
+    memory = one.memory
+    own = memory.held
+    on_device = 0 if own.on_host else 1
+    values: list[float] = [own.parameters + on_device * own.masters, on_device * own.gradients, on_device * own.state]
+    values += [memory.activations, memory.in_flight, memory.step, memory.peak]
+    batch = f"{one.micro_batch}" if one.accumulation == 1 else f"{one.micro_batch} x {one.accumulation}"
+    cells = [f"{value / GIB:.2f}" for value in values]
+    host = f" (+ {memory.host / GIB:.1f} of the host's)" if own.on_host else ""
+    return [one.engine.name, batch, *cells, ("yes" if one.fits else "NO") + host]
+
+
+def _speed(plan: Plan) -> str:
+    head = ["a step", "sent by a GPU, GiB", "of it between nodes", "collectives", "calculates, ms", "sends, ms"]
+    head += ["step, ms (estimate)", "efficiency", "images/s (estimate)"]
+    return _table(head, [_speed_row(one, plan) for one in plan.estimates])
+
+
+def _speed_row(one: Estimate, plan: Plan) -> list[str]:
+    clock = one.clock
+    sent = sum(collective.sent for collective in one.traffic)
+    away = sum(collective.sent for collective in one.traffic if collective.between_nodes)
+    count = sum(collective.count for collective in one.traffic)
+    cells = [f"{sent / GIB:.3f}", f"{away / GIB:.3f}", f"{count}", f"{1000 * clock.compute:.1f}"]
+    cells += [f"{1000 * clock.communication:.1f}", f"{1000 * clock.step:.1f}", f"{clock.efficiency:.0%}"]
+    return [one.engine.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
+
+
+def _proposal(plan: Plan) -> str:
+    if plan.best is None:
+        lines = ["**Nothing fits.**", *(f"- {line}" for line in remedies(plan))]
+        return "\n".join(lines)
+    best, question = plan.best, plan.question
+    lines = [f"**Take {best.engine.name}** (`{config_file(best.engine, question)}`). {reason(plan)}", "", "```bash"]
+    lines += [launch_line(best.engine, question, best.accumulation), "```", ""]
+    if best.traffic:
+        head = ["its collectives a step", "operation", "count", "payload, MiB", "ranks", "sent by each, MiB", "hidden"]
+        lines += [_table(head, [_collective(one) for one in best.traffic]), ""]
+    lines += [f"- not {name}: {why}" for name, why in others(plan)]
+    return "\n".join(lines)
+
+
+def _collective(one: Any) -> list[str]:
+    payload, sent = (f"{value / 2**20:.2f}" for value in (one.payload, one.sent))
+    return [one.what, one.operation, f"{one.count}", payload, f"{one.ranks}", sent, "yes" if one.overlaps else "no"]
+
+
+def _notes(plan: Plan) -> str:
+    question = plan.question
+    intra = question.intra_gbps or question.hardware.intra_gbps
+    inter = question.inter_gbps or question.hardware.inter_gbps
+    return (
+        "Parameters, masters, gradients, state and payloads are exact; activations are measured on fake tensors; the "
+        f"rest is estimated. Assumed: {question.mfu:.0%} of the peak rate, links of {intra:g} Gbit/s in a node and "
+        f"{inter:g} between nodes a GPU and direction at {LINK_SHARE:.0%}, {1e6 * START:.0f} us a collective and "
+        f"{1e6 * HOP:.0f} more for each doubling of its ranks, {ALLOWANCE / GIB:g} GiB a GPU for CUDA and NCCL. "
+        "The optimizer's own arithmetic and the data are not counted. The switch of weight decay adds "
+        f"{SWITCH_COLLECTIVES} small collectives to the whole run."
+    )
+
+
+def as_values(plan: Plan) -> dict[str, Any]:
+    """The answer as dicts, lists and numbers: bytes and seconds."""
+    best = plan.best
+    return {
+        "question": asdict(plan.question),
+        "parameters": plan.shapes.numel,
+        "flops_per_image": plan.flops_per_image,
+        "engines": [_values(one, plan) for one in plan.estimates],
+        "unfit": plan.unfit,
+        "best": None if best is None else best.engine.name,
+        "reason": None if best is None else reason(plan),
+        "not_taken": {} if best is None else dict(others(plan)),
+        "remedies": remedies(plan) if best is None else [],
+    }
+
+
+def _values(one: Estimate, plan: Plan) -> dict[str, Any]:
+    return {
+        "engine": one.engine.name,
+        "config": config_file(one.engine, plan.question),
+        "launch": launch_line(one.engine, plan.question, one.accumulation),
+        "micro_batch": one.micro_batch,
+        "accumulation": one.accumulation,
+        "fits": one.fits,
+        "memory": asdict(one.memory) | {"resident": one.memory.resident, "peak": one.memory.peak},
+        "traffic": [asdict(collective) | {"sent": collective.sent} for collective in one.traffic],
+        "seconds": asdict(one.clock) | {"efficiency": one.clock.efficiency},
+    }

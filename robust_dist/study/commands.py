@@ -1,0 +1,92 @@
+"""`robust-dist study run | status | report`."""
+
+import argparse
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+
+def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `study` to the commands of `robust-dist`."""
+    study = commands.add_parser("study", help="a grid of recipes and seeds: run it, look at it, report it")
+    words = study.add_subparsers(required=True, metavar="COMMAND")
+
+    run = words.add_parser("run", help="train what is left; the same command goes on, and may run on many machines")
+    run.add_argument("config", metavar="STUDY.yaml", help="one of configs/studies, or your own")
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    run.add_argument("--dir", metavar="D", help="the study's folder (default: runs/studies/NAME)")
+    run.add_argument("--dry-run", action="store_true", help="say what it costs, from a measured step; train nothing")
+    run.set_defaults(run=_run, extra="study")
+
+    status = words.add_parser("status", help="what is finished, running, failed, waiting")
+    status.add_argument("dir", metavar="D", help="a study's folder")
+    status.set_defaults(run=_status, extra="study")
+
+    report = words.add_parser("report", help="table, JSON, heat map and curves, of an unfinished study, too")
+    report.add_argument("dir", metavar="D", help="a study's folder")
+    report.add_argument("--against", metavar="D2", help="another study's, tested pair by pair over common cells")
+    report.add_argument("--out", metavar="DIR", help="where to write (default: D/report)")
+    report.add_argument(
+        "--diverged-as",
+        type=float,
+        metavar="SHARE",
+        help="what a diverged run counts as (default: guessing, 1/classes)",
+    )
+    report.set_defaults(run=_report, extra="study")
+
+
+def _run(words: argparse.Namespace) -> int:
+    from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.keys import StudyError
+    from robust_dist.study.measure import estimate
+    from robust_dist.study.parse import load_study
+    from robust_dist.study.report import write_report
+    from robust_dist.study.worker import Workers
+
+    if words.workers < 1:
+        raise StudyError(f"--workers {words.workers} must be at least 1")
+    study, recipes = load_study(words.config)
+    if words.dry_run:
+        print(estimate(study, recipes))
+        return 0
+    folder = StudyFolder(words.dir or Path("runs", "studies", study.name))
+    folder.claim(study)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        Workers(folder, study, recipes, words.workers).work()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", flush=True)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print("\n" + write_report(folder, folder.path / "report"))
+    missing = [run for run in study.runs() if folder.result(run) is None]
+    for run in missing:
+        print(f"no result: {run} (log: {folder.of('logs', run, '.log')})")
+    print(f"report: {folder.path / 'report'}")
+    return 1 if missing else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _status(words: argparse.Namespace) -> int:
+    from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.status import status
+
+    print(status(StudyFolder(words.dir)))
+    return 0
+
+
+def _report(words: argparse.Namespace) -> int:
+    from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.report import write_report
+
+    folder = StudyFolder(words.dir)
+    out = Path(words.out) if words.out else folder.path / "report"
+    against = StudyFolder(words.against) if words.against else None
+    print(write_report(folder, out, against=against, diverged_as=words.diverged_as))
+    print(f"wrote {out}")
+    return 0

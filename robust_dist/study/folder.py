@@ -1,0 +1,135 @@
+"""The folder of a study: what it is, its runs, their results."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robust_dist.checkpoint import write_atomically
+from robust_dist.study.grid import Run, Study, study_dict, study_from_dict
+from robust_dist.study.keys import StudyError
+from robust_dist.study.outcome import Failure, Result
+from robust_dist.train.recipe import conflicts
+
+
+class StudyFolder:
+    """Where a study lies, for every worker that sees it.
+
+    `study.yaml` (the checked study), `journal.log` (Optuna's), `claims/` (who trains what), `recipes/`, `runs/` (a
+    run's folder each), `logs/`, `results/` (a file per finished run), `failed/`, `report/`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's journal."""
+        return self.path / "journal.log"
+
+    def of(self, kind: str, run: Run, suffix: str = "") -> Path:
+        """A run's file in one of the folders; nothing is made."""
+        return self.path / kind / f"{run.name}{suffix}"
+
+    def make(self, kind: str, run: Run, suffix: str = "") -> Path:
+        """The same, to be written: the folder is made."""
+        path = self.of(kind, run, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def claim(self, study: Study) -> None:
+        """Make the folder this study's, or find that it is.
+
+        Raises:
+            StudyError: It holds another study (the differences are named), or files that are no study's.
+        """
+        path = self.path / "study.yaml"
+        if self.path.exists() and any(self.path.iterdir()) and not path.exists() and not self._is_new():
+            raise StudyError(f"{self.path} holds files but no study.yaml, so it is no study's folder; choose another")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            if path.exists():
+                differing = differences(study, self.study())
+                if differing:
+                    raise StudyError(
+                        f"{self.path} holds a study with other settings; give the same ones, or another --dir:\n  "
+                        + "\n  ".join(differing)
+                    )
+            write_atomically(path, yaml.safe_dump(study_dict(study), sort_keys=False))
+
+    def _is_new(self) -> bool:
+        return {entry.name for entry in self.path.iterdir()} <= {".lock"}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder's own lock, which ends with the process."""
+        with (self.path / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def study(self) -> Study:
+        """The study that the folder holds.
+
+        Raises:
+            StudyError: It holds none.
+        """
+        path = self.path / "study.yaml"
+        try:
+            return study_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise StudyError(f"{self.path} is no study's folder: {path.name}: {error}") from error
+
+    def result(self, run: Run) -> Result | None:
+        """What a run came to, or None while it is not finished."""
+        found = _read_json(self.of("results", run, ".json"))
+        return None if found is None else Result(**found)
+
+    def failure(self, run: Run) -> Failure | None:
+        """How a run's last start failed, or None."""
+        found = _read_json(self.of("failed", run, ".json"))
+        return None if found is None else Failure(**found)
+
+    def write_result(self, run: Run, result: Result) -> None:
+        """Note a finished run."""
+        write_atomically(self.make("results", run, ".json"), json.dumps(vars(result), indent=1) + "\n")
+        self.of("failed", run, ".json").unlink(missing_ok=True)
+
+    def write_failure(self, run: Run, failure: Failure) -> None:
+        """Note a start that failed."""
+        write_atomically(self.make("failed", run, ".json"), json.dumps(vars(failure), indent=1) + "\n")
+
+
+def differences(ours: Study, theirs: Study) -> list[str]:
+    """What differs between two studies and changes their results, one line each."""
+    here, there = study_dict(ours), study_dict(theirs)
+    lines = [f"base: {line}" for line in conflicts(here["base"], there["base"])]
+    names = list(dict.fromkeys(axis.name for axis in (*ours.axes, *theirs.axes)))
+    places = [{axis.name: _places(axis.labels, axis.settings) for axis in study.axes} for study in (ours, theirs)]
+    for name in names:
+        mine, others = (found.get(name, "(no such axis)") for found in places)
+        if mine != others:
+            lines.append(f"axes.{name}: {mine} here, {others} in the folder")
+    if [axis.name for axis in ours.axes] != [axis.name for axis in theirs.axes] and not lines:
+        lines.append("axes: in another order")
+    if here["seeds"] != there["seeds"]:
+        lines.append(f"seeds: {here['seeds']} here, {there['seeds']} in the folder")
+    return lines
+
+
+def _places(labels: tuple[str, ...], settings: tuple[dict[str, Any], ...]) -> str:
+    # A list's labels are its values; rows are told apart by what they set, too.
+    return ", ".join(f"{label} {sorted(one.items(), key=str)}" for label, one in zip(labels, settings, strict=True))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

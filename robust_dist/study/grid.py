@@ -1,0 +1,140 @@
+"""A study's axes, cells and runs: what is trained, and under which names."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the grid.
+
+    Attributes:
+        name: Its name: a recipe key, or any word where a label sets several keys together.
+        labels: What its places are called, in order.
+        settings: For each place, recipe keys (dotted) and their values.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    settings: tuple[dict[str, Any], ...]
+
+    def values_of(self, key: str) -> list[float] | None:
+        """The numbers that this axis gives to a recipe key, place by place; None where it does not set it."""
+        try:
+            return [float(settings[key]) for settings in self.settings]
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid.
+
+    Attributes:
+        labels: Its label on every axis.
+        settings: The recipe keys that it sets.
+    """
+
+    labels: tuple[str, ...]
+    settings: dict[str, Any] = field(hash=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """A name that can be a file's."""
+        return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", label).strip("-") or "x" for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a cell with a seed."""
+
+    cell: Cell
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its files and of its folder."""
+        return f"{self.cell.name}_seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.cell.labels)}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study.
+
+    Attributes:
+        name: Its name.
+        description: What it asks, in a line.
+        base: `recipe_dict` of the recipe that the cells change.
+        axes: The grid's directions.
+        seeds: Every cell is trained once with each.
+        compare: The axis whose places are contenders: figures of robustness are over the others. None: one grid.
+        reference: The contender that the others are tested against.
+        paper: The paper's figure by a cell's labels: a percentage, or "diverged".
+    """
+
+    name: str
+    description: str
+    base: dict[str, Any]
+    axes: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    compare: str | None = None
+    reference: str | None = None
+    paper: dict[tuple[str, ...], float | str] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """Every cell; the last axis moves first."""
+        places = [zip(axis.labels, axis.settings, strict=True) for axis in self.axes]
+        return [_cell(combination) for combination in product(*places)]
+
+    def runs(self) -> Iterator[Run]:
+        """Every run: the whole grid with the first seed, then with the next."""
+        cells = self.cells()
+        for seed in self.seeds:
+            for cell in cells:
+                yield Run(cell, seed)
+
+    def contenders(self) -> dict[str, list[int]]:
+        """Indices of the cells by contender; one contender, "all cells", where nothing is compared."""
+        cells = self.cells()
+        if self.compare is None:
+            return {"all cells": list(range(len(cells)))}
+        place = [axis.name for axis in self.axes].index(self.compare)
+        labels = self.axes[place].labels
+        return {label: [i for i, cell in enumerate(cells) if cell.labels[place] == label] for label in labels}
+
+
+def _cell(places: tuple[tuple[str, dict[str, Any]], ...]) -> Cell:
+    settings: dict[str, Any] = {}
+    for _, more in places:
+        settings |= more
+    return Cell(tuple(label for label, _ in places), settings)
+
+
+def study_dict(study: Study) -> dict[str, Any]:
+    """The study as plain YAML values."""
+    return {
+        "name": study.name,
+        "description": study.description,
+        "base": study.base,
+        "axes": [
+            {"name": axis.name, "labels": list(axis.labels), "settings": list(axis.settings)} for axis in study.axes
+        ],
+        "seeds": list(study.seeds),
+        "compare": study.compare,
+        "reference": study.reference,
+        "paper": [[*labels, figure] for labels, figure in study.paper.items()],
+    }
+
+
+def study_from_dict(data: dict[str, Any]) -> Study:
+    """The study that `study_dict` wrote down."""
+    axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["settings"])) for axis in data["axes"])
+    paper = {tuple(row[:-1]): row[-1] for row in data["paper"]}
+    rest = {key: data[key] for key in ("name", "description", "base", "compare", "reference")}
+    return Study(axes=axes, seeds=tuple(data["seeds"]), paper=paper, **rest)

@@ -1,0 +1,138 @@
+"""What a run of a study came to."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robust_dist.data import dataset_info
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.main import DIVERGED
+from robust_dist.train.recipe import Recipe, recipe_dict
+
+_LOG_LINES = 15
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        accuracy: Share of the evaluation images that the last epoch named right; None where training stopped before.
+        diverged: Why the run counts as diverged, or None.
+        chance: Accuracy of guessing; None where the number of classes is not known.
+        epochs: Epochs recorded.
+        steps: Optimizer steps of them.
+        train_loss: Of the last epoch; None where there is none.
+        eval_samples: Evaluation images.
+        images_per_second: Mean over the epochs, in training.
+        recipe: `recipe_dict` of the run.
+        environment: What the run's last start noted: revision, versions, device, threads.
+    """
+
+    accuracy: float | None
+    diverged: str | None
+    chance: float | None
+    epochs: int
+    steps: int
+    train_loss: float | None
+    eval_samples: int
+    images_per_second: float
+    recipe: dict[str, Any] = field(repr=False)
+    environment: dict[str, Any] = field(repr=False)
+
+
+@dataclass
+class Failure:
+    """A start that ended otherwise.
+
+    Attributes:
+        status: Exit status; -N for signal N.
+        log: The end of what it printed.
+    """
+
+    status: int
+    log: str
+
+
+def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Failure:
+    """What a training process left behind.
+
+    A run has diverged where its loss was no longer finite, or where both losses of the last epoch, in training and in
+    evaluation, lie above that of guessing, ln(classes), which is where an untrained classifier starts. (Training's
+    alone is a mean over the epoch, its start included; evaluation's alone may be high where a classifier errs surely.)
+    The last epoch's accuracy counts, not the best one's: the paper names no other, and choosing an epoch by the test
+    images would favour what fluctuates.
+
+    Args:
+        run_dir: The run's folder.
+        recipe: The run's settings.
+        status: The process's exit status.
+        log: What it printed.
+    """
+    rows = RunFolder(run_dir).metrics()
+    if status == DIVERGED:
+        return _result(run_dir, recipe, rows, None, "the training loss was no longer finite")
+    if status != 0 or not rows or rows[-1]["epoch"] != recipe.epochs:
+        return Failure(status, end_of(log))
+    chance = chance_of(recipe)
+    guessing = math.inf if chance is None else -math.log(chance)
+    seen, held_out = rows[-1]["train_loss"], rows[-1]["eval_loss"]
+    why = (
+        f"the last losses, {seen:.3f} in training and {held_out:.3f} in evaluation, are above guessing's {guessing:.3f}"
+    )
+    # Written so that a loss that is no number counts.
+    learned = seen <= guessing or held_out <= guessing
+    return _result(run_dir, recipe, rows, rows[-1]["eval_accuracy"], None if learned else why)
+
+
+def chance_of(recipe: Recipe) -> float | None:
+    """Accuracy of guessing on the recipe's data; None where the number of its classes is not known by name."""
+    try:
+        return 1 / dataset_info(recipe.data.name).num_classes
+    except ValueError:
+        return None
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-_LOG_LINES:])
+
+
+def _result(
+    run_dir: Path, recipe: Recipe, rows: list[dict[str, Any]], accuracy: float | None, diverged: str | None
+) -> Result:
+    last = rows[-1] if rows else {}
+    speeds = [row["images_per_second"] for row in rows]
+    return Result(
+        accuracy=accuracy,
+        diverged=diverged,
+        chance=chance_of(recipe),
+        epochs=last.get("epoch", 0),
+        steps=last.get("step", 0),
+        train_loss=last.get("train_loss"),
+        eval_samples=last.get("eval_samples", 0),
+        images_per_second=sum(speeds) / len(speeds) if speeds else 0.0,
+        # The folder is where the study lies, which is nothing of the result.
+        recipe={key: value for key, value in recipe_dict(recipe).items() if key != "run_dir"},
+        environment=_environment(run_dir),
+    )
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    starts = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["starts"]
+    noted = {key: value for key, value in starts[-1].items() if key not in ("command", "time")}
+    return noted | {"processor": _processor()}
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -1,0 +1,198 @@
+"""Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import IO
+
+import yaml
+
+from robust_dist.checkpoint import write_atomically
+from robust_dist.study import claims
+from robust_dist.study.child import GRACE_SECONDS
+from robust_dist.study.claims import Claim
+from robust_dist.study.devices import gpus, slot_environment
+from robust_dist.study.folder import StudyFolder
+from robust_dist.study.grid import Run, Study
+from robust_dist.study.outcome import Result, judge
+from robust_dist.study.queue import Queue
+from robust_dist.train.recipe import Recipe, recipe_dict
+
+POLL_SECONDS = 0.5
+# How often a worker without a run looks whether another's has died: it costs a file or two a run.
+LOOK_SECONDS = 2.0
+
+
+@dataclass
+class _Training:
+    """A run that this process's workers train."""
+
+    run: Run
+    trial: int
+    claim: Claim
+    process: "subprocess.Popen[bytes]"
+    log: IO[bytes]
+    began: float
+
+
+class Workers:
+    """The workers of one command. Others, on any machine that sees the folder, share the same runs.
+
+    Args:
+        folder: The study's folder, claimed.
+        study: The study.
+        recipes: Every cell's recipe by the cell's name.
+        num_workers: Runs that are trained at a time.
+    """
+
+    def __init__(self, folder: StudyFolder, study: Study, recipes: dict[str, Recipe], num_workers: int) -> None:
+        self.folder, self.study, self.recipes, self.num_workers = folder, study, recipes, num_workers
+        with folder.alone():
+            self.queue = Queue(folder.journal, study)
+            self.queue.fill(run.name for run in study.runs() if folder.result(run) is not None)
+        self.gpus = gpus(os.environ)
+        self.slots: dict[int, _Training] = {}
+        self._beaten = time.monotonic()
+        self._look_at = 0.0
+        self._told_to_wait = False
+
+    def work(self) -> None:
+        """Train until no run is left, here or with other workers; whatever ends this ends the training processes."""
+        try:
+            while True:
+                self._reap()
+                self._start()
+                if not self.slots and self._is_over():
+                    return
+                self._beat()
+                time.sleep(POLL_SECONDS)
+        finally:
+            self._stop()
+
+    def _reap(self) -> None:
+        for slot, training in list(self.slots.items()):
+            status = training.process.poll()
+            if status is not None:
+                del self.slots[slot]
+                training.log.close()
+                self._note(training, status)
+                training.claim.release()
+
+    def _note(self, training: _Training, status: int) -> None:
+        run, log = training.run, self.folder.of("logs", training.run, ".log")
+        outcome = judge(self.folder.of("runs", run), self._recipe(run), status, log)
+        seconds = f"{time.monotonic() - training.began:.0f} s"
+        if isinstance(outcome, Result):
+            self.folder.write_result(run, outcome)
+            self.queue.finish(training.trial, outcome.accuracy, diverged=outcome.diverged is not None)
+            self._say(run, f"{_came_to(outcome)} ({seconds})")
+        else:
+            self.folder.write_failure(run, outcome)
+            self.queue.fail(training.trial)
+            indented = outcome.log.replace("\n", "\n    ")
+            self._say(run, f"FAILED with status {status} ({seconds}); {log} ends:\n    {indented}")
+
+    def _start(self) -> None:
+        for slot in range(self.num_workers):
+            if slot in self.slots:
+                continue
+            if time.monotonic() < self._look_at:
+                return
+            taken = self._take()
+            if taken is None:
+                self._look_at = time.monotonic() + LOOK_SECONDS
+                return
+            self.slots[slot] = self._launch(slot, *taken)
+
+    def _take(self) -> tuple[Run, int, Claim] | None:
+        """The next run that nobody has: a queued one, or one whose worker died."""
+        for run, trial in self.queue.waiting():
+            claim = claims.take(self.folder.make("claims", run))
+            if claim is not None:
+                if self.queue.start(trial) and not self._is_finished(run, trial):
+                    return run, trial, claim
+                claim.release()
+        mine = {training.run.name for training in self.slots.values()}
+        for run, trial in self.queue.running():
+            claim = None if run.name in mine else claims.take(self.folder.make("claims", run))
+            if claim is not None:
+                # Its worker may have noted a result, or ended properly, between the look and the claim.
+                if not self._is_finished(run, trial) and self.queue.fail(trial):
+                    again = self.queue.add(run)
+                    if self.queue.start(again):
+                        self._say(run, "its worker died; going on with it")
+                        return run, again, claim
+                claim.release()
+        return None
+
+    def _is_finished(self, run: Run, trial: int) -> bool:
+        result = self.folder.result(run)
+        if result is None:
+            return False
+        self.queue.finish(trial, result.accuracy, diverged=result.diverged is not None)
+        return True
+
+    def _launch(self, slot: int, run: Run, trial: int, claim: Claim) -> _Training:
+        recipe = self.folder.make("recipes", run, ".yaml")
+        write_atomically(recipe, yaml.safe_dump(recipe_dict(self._recipe(run)), sort_keys=False))
+        log = self.folder.make("logs", run, ".log").open("ab")
+        words = ["--config", str(recipe), "--run_dir", str(self.folder.of("runs", run))]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "robust_dist.study.child", str(os.getpid()), *words],
+            env=slot_environment(slot, self.num_workers, self.gpus, os.environ),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[claim.fileno],
+            # Ctrl-C reaches this process alone, which then ends its own in good order.
+            start_new_session=True,
+        )
+        return _Training(run, trial, claim, process, log, time.monotonic())
+
+    def _recipe(self, run: Run) -> Recipe:
+        return replace(self.recipes[run.cell.name], seed=run.seed)
+
+    def _is_over(self) -> bool:
+        if self.queue.waiting():
+            return False
+        others = self.queue.running()
+        if others and not self._told_to_wait:
+            self._told_to_wait = True
+            print(f"waiting for {len(others)} runs of other workers", flush=True)
+        return not others
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beaten > claims.BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            for training in self.slots.values():
+                training.claim.beat()
+
+    def _stop(self) -> None:
+        """End what still trains and give its runs back."""
+        for training in self.slots.values():
+            training.process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for training in self.slots.values():
+            try:
+                training.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                training.process.kill()
+                training.process.wait()
+            training.log.close()
+            if self.queue.fail(training.trial):
+                self.queue.add(training.run)
+            training.claim.release()
+        self.slots.clear()
+
+    def _say(self, run: Run, what: str) -> None:
+        runs = list(self.study.runs())
+        done = sum(self.folder.result(one) is not None for one in runs)
+        print(f"[{done}/{len(runs)}] {run}: {what}", flush=True)
+
+
+def _came_to(result: Result) -> str:
+    if result.diverged is not None:
+        return f"diverged: {result.diverged}"
+    return f"{result.accuracy:.2%}"

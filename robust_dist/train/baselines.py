@@ -1,0 +1,143 @@
+"""The optimizers that the paper compares its own with, as its equations write them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from robust_dist.optim.reference import one_minus_power, rectification
+
+
+class _Foreach(Optimizer):
+    """Steps lists of tensors at once; a subclass has the names of its state and the arithmetic."""
+
+    NAMES: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; returns the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for step, params in self._by_step(group["params"]).items():
+                grads = [p.grad for p in params]
+                moments = [[self.state[p][name] for p in params] for name in self.NAMES]
+                self._update(group, step, params, grads, *moments)
+        return loss
+
+    def _by_step(self, params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+        """Parameters with gradients by the number of their step, which is counted here."""
+        found: dict[int, list[Tensor]] = defaultdict(list)
+        for param in params:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state.update({name: torch.zeros_like(param) for name in self.NAMES})
+            # Out of place: DeepSpeed's universal load may share one tensor between parameters.
+            state["step"] = state["step"] + 1
+            found[int(state["step"])].append(param)
+        return found
+
+    def _update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Any], *moments: Any) -> None:
+        raise NotImplementedError
+
+
+class NAG(_Foreach):
+    r"""Nesterov's accelerated gradient as the paper has it (eq. 3 to 5).
+
+    With d_0 = 0, momentum mu and learning rate eta::
+
+        phi_t = theta_t - mu d_t                                  the look-ahead point (5)
+        d_{t+1} = mu d_t + (1 - mu) eta g(phi_t),   theta_{t+1} = theta_t - d_{t+1}   (3, 4)
+
+    What the network holds, and what is evaluated, are the phi: phi -= (1 - mu) eta g + mu d_{t+1}. At a constant rate
+    that is torch's SGD(lr=(1 - mu) eta, momentum=mu, nesterov=True), so that the paper's eta = 0.1 is torch's 0.01;
+    where the rate changes, torch's momentum takes up the new rate at once and eq. 3's keeps the old ones. The paper
+    does not say how NAG takes its weight decay: here, as usual for SGD, it is added to the gradient.
+
+    Args:
+        params: Parameters or param groups.
+        lr: eta, after the schedule.
+        momentum: mu.
+        weight_decay: lambda.
+    """
+
+    NAMES = ("momentum_buffer",)
+
+    def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Any], *moments: Any) -> None:
+        (velocities,) = moments
+        mu, eta = group["momentum"], group["lr"]
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        torch._foreach_mul_(velocities, mu)
+        torch._foreach_add_(velocities, grads, alpha=(1 - mu) * eta)
+        torch._foreach_add_(params, grads, alpha=-(1 - mu) * eta)
+        torch._foreach_add_(params, velocities, alpha=-mu)
+
+
+class PaperAdam(_Foreach):
+    r"""Adam, AdamW, RAdam and AdaBelief as the paper has them; eps stands inside the root in all of them.
+
+    With m and v of eq. 6 and 7, bias corrections of eq. 8 and 9::
+
+        theta -= eta (gamma m^ / sqrt(v^ + eps) + lambda theta)
+
+    gamma is 1, or eq. 13's with `rectify`; there theta -= eta (m^ + lambda theta) until rho_t > 4 (RAdam, eq. 14, 15;
+    torch's waits for rho_t > 5). With `belief` v is eq. 16's: of (g - m)^2, and eps is added to it at every step.
+    lambda = 0 is Adam (eq. 10), lambda > 0 AdamW. torch's own have eps outside the root.
+
+    Args:
+        params: Parameters or param groups.
+        lr: eta, after the schedule.
+        betas: (b1, b2).
+        eps: Added under the root.
+        weight_decay: lambda, decoupled.
+        belief: AdaBelief's second moment.
+        rectify: RAdam's rectification.
+    """
+
+    NAMES = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        belief: bool = False,
+        rectify: bool = False,
+    ) -> None:
+        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"belief": belief, "rectify": rectify})
+
+    def _update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Any], *moments: Any) -> None:
+        exp_avgs, exp_avg_sqs = moments
+        (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        deviations = torch._foreach_sub(grads, exp_avgs) if group["belief"] else grads
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, deviations, deviations, value=1 - beta2)
+        if group["belief"]:
+            torch._foreach_add_(exp_avg_sqs, eps)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        rate = lr / one_minus_power(beta1, step)
+        gamma = rectification(step, beta2) if group["rectify"] else 1.0
+        if gamma is None:
+            torch._foreach_add_(params, exp_avgs, alpha=-rate)
+            return
+        roots = torch._foreach_div(exp_avg_sqs, one_minus_power(beta2, step))
+        torch._foreach_add_(roots, eps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_addcdiv_(params, exp_avgs, roots, value=-rate * gamma)

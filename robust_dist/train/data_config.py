@@ -1,0 +1,164 @@
+"""The recipe's data keys: sets that lie on the device, and sets whose images are read while training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from robust_dist.train.settings import require, require_number
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Which keys a streamed set has beside those that all of them have; with all they are an error for other sets.
+_OF_ALL = (
+    *("train", "eval", "size", "eval_size", "eval_resize", "crop_scale", "crop_ratio", "mean", "std"),
+    *("workers", "prefetch", "max_bad_share", "shuffle_window"),
+)
+STREAMED = {
+    "imagefolder": (),
+    "hub": ("path", "config", "revision", "data_files", "image_column", "label_column", "streaming", "spool_dir"),
+    "webdataset": ("label_key", "num_classes", "allow_torn", "index_dir"),
+}
+
+
+@dataclass
+class DataConfig:
+    """Which images are trained on, and how they reach the ranks.
+
+    The keys from `train` on are for imagefolder, hub and webdataset, whose images workers read while training.
+
+    Attributes:
+        name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
+            imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads) or webdataset.
+        root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
+            holds those of `train` and `eval`; of webdataset, that to which shards' paths are relative; hub uses it not.
+        download: Fetch missing files (one process a host does it, the others wait).
+        block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
+        drop_last: Leave out the last global batch of an epoch where it is short.
+        eval_batch_size: Images that one rank evaluates at a time.
+        train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
+            shards, with braces or wildcards (webdataset).
+        eval: The evaluation images, likewise (defaults: val for imagefolder, validation for hub).
+        path: hub: a set's name on the Hub, a folder, or with data_files a format such as parquet.
+        config: hub: the set's configuration ("subset"), where it has several.
+        revision: hub: a branch, tag or commit; name one, lest the set changes under a run.
+        data_files: hub: split to files, as `datasets.load_dataset` takes them.
+        image_column: hub: the column of images; found by its type where null.
+        label_column: hub: the column of labels; found by its type where null.
+        streaming: hub: read parquet row groups when they are needed, and copy nothing before.
+        spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
+            ranks; null takes the system's temporary one.
+        label_key: webdataset: extension of the member that holds the label, or json.KEY.
+        num_classes: webdataset: how many classes there are, where labels are numbers.
+        allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
+        index_dir: webdataset: the folder for the shards' index, where their own cannot be written.
+        size: Height and width of training images, after a random resized crop.
+        eval_size: Height and width of evaluation images, after a central crop; size where null.
+        eval_resize: Their shorter side before that crop; null takes eval_size * 256 / 224.
+        crop_scale: Lowest and highest share of an image's area that the random crop takes.
+        crop_ratio: Lowest and highest width / height of that crop.
+        mean: Of each channel, on the scale 0 to 1; ImageNet's where null.
+        std: Likewise.
+        workers: Processes a rank that read and decode; 0 does it between the steps.
+        prefetch: Batches that each worker reads ahead.
+        max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
+        shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
+            larger mixes better, smaller reads fewer groups at a time.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    download: bool = True
+    block: int = 8
+    drop_last: bool = False
+    eval_batch_size: int = 500
+    train: str | list[str] | None = None
+    eval: str | list[str] | None = None
+    path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    data_files: dict[str, Any] = field(default_factory=dict)
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    spool_dir: str | None = None
+    label_key: str = "cls"
+    num_classes: int | None = None
+    allow_torn: bool = False
+    index_dir: str | None = None
+    size: int = 224
+    eval_size: int | None = None
+    eval_resize: int | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    workers: int = 4
+    prefetch: int = 2
+    max_bad_share: float = 0.01
+    shuffle_window: int = 16_384
+
+    def __post_init__(self) -> None:
+        require_number("data.block", self.block, 1)
+        require_number("data.eval_batch_size", self.eval_batch_size, 1)
+        self._check_keys()
+        self._check_sizes()
+        for key, low in {"workers": 0, "prefetch": 1, "shuffle_window": 1}.items():
+            require_number(f"data.{key}", getattr(self, key), low)
+        share = self.max_bad_share
+        require(0 <= share < 1, "data.max_bad_share", share, "in [0, 1)")
+        if self.num_classes is not None:
+            require_number("data.num_classes", self.num_classes, 1)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether workers read the images while training."""
+        return self.name in STREAMED
+
+    @property
+    def eval_sides(self) -> tuple[int, int]:
+        """Evaluation images' size, and their shorter side before the central crop."""
+        size = self.eval_size or self.size
+        return size, self.eval_resize or round(size * 256 / 224)
+
+    def _check_keys(self) -> None:
+        """Refuse what the set would not look at, and ask for what it cannot do without."""
+        known = (*_OF_ALL, *STREAMED[self.name]) if self.streamed else ()
+        every = (*_OF_ALL, *(key for keys in STREAMED.values() for key in keys))
+        defaults = {one.name: _default(one) for one in fields(self)}
+        for key in every:
+            value = getattr(self, key)
+            if key not in known and value != defaults[key]:
+                owners = [name for name, keys in STREAMED.items() if key in keys] or list(STREAMED)
+                raise ValueError(
+                    f"data.{key}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
+                    f"leave data.{key} out, or change data.name"
+                )
+        if self.name == "hub":
+            require(self.path is not None, "data.path", self.path, "a set's name on the Hub, or a folder")
+        for key in ("train", "eval"):
+            self._check_part(key, getattr(self, key))
+
+    def _check_part(self, key: str, value: str | Sequence[str] | None) -> None:
+        if self.name == "webdataset":
+            require(bool(value), f"data.{key}", value, "paths of shards, such as 'train-{000..146}.tar'")
+        elif value is not None:
+            wanted = "a folder below data.root" if self.name == "imagefolder" else "the name of a split"
+            require(isinstance(value, str) and bool(value), f"data.{key}", value, wanted)
+
+    def _check_sizes(self) -> None:
+        for key in ("size", "eval_size", "eval_resize"):
+            if getattr(self, key) is not None:
+                require_number(f"data.{key}", getattr(self, key), 1)
+        size, resize = self.eval_sides
+        require(resize >= size, "data.eval_resize", resize, f"at least the evaluation images' size, {size}")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares in (0, 1], the lower one first")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two numbers above 0, the lower one first")
+        for number in self.mean or ():
+            require(0 <= number <= 1, "data.mean", self.mean, "three numbers in [0, 1]")
+        for number in self.std or ():
+            require(number > 0, "data.std", self.std, "three numbers above 0")
+
+
+def _default(one: Any) -> Any:
+    return one.default_factory() if callable(one.default_factory) else one.default

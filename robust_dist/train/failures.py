@@ -1,0 +1,196 @@
+"""How a rank says why it ended: every error once, and the first cause before what follows from it.
+
+A rank that fails writes RUN/errors/rank-N.json. The ranks that then lose it raise errors of their own, about
+connections; they are told by what they say, not by clocks, which differ between hosts, and each of them prints one
+line that names the rank that failed first, or those that left no word at all.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from robust_dist.checkpoint import write_atomically
+from robust_dist.train.agree import Origin
+from robust_dist.train.whereabouts import Rank
+
+# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": in vain, for as long as may be.
+Kind = Literal["failed", "hang", "lost", "waited"]
+_CAUSES: tuple[Kind, ...] = ("failed", "hang")
+SECONDS_FOR_WORD = 3.0
+
+_WAITED = re.compile(
+    r"Timed out waiting \d+ ?ms|timed out after waiting|wait timeout after|socket has timed out|Socket Timeout"
+    r"|waiting for clients|Application timeout caused pair closure"
+    r"|Watchdog caught collective operation timeout|ran for \d+ milliseconds before timing out",
+    re.IGNORECASE,
+)
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection closed|Connection refused|Connection was likely closed|Broken pipe"
+    r"|recvValue failed|failed to recv, got 0 bytes|Failed to (connect|recv|send)|connectFullMesh failed"
+    r"|ncclRemoteError|remote process exited|NCCL communicator (was )?aborted",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What RUN/errors/rank-N.json holds.
+
+    Attributes:
+        rank: Who wrote it.
+        host: On which machine.
+        kind: Whether the error is a cause or follows from another rank's.
+        type: The exception's.
+        message: What it says.
+        traceback: The rank's own, or empty.
+        time: ISO 8601, of the host's clock.
+    """
+
+    rank: int
+    host: str
+    kind: Kind
+    type: str
+    message: str
+    traceback: str
+    time: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        message = self.message.strip().partition("\n")[0]
+        what = {"hang": "hangs", "failed": f"failed: {self.type}"}.get(self.kind, "lost another rank")
+        return f"rank {self.rank} on {self.host} {what}: {message}"
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether an error says that another rank is gone or silent, or is this rank's own."""
+    # Torch's transports raise RuntimeErrors; an OSError about a connection is a file system's or a Hub's.
+    if not isinstance(error, RuntimeError) or type(error).__module__.startswith("robust_dist"):
+        return "failed"
+    text = str(error)
+    return "waited" if _WAITED.search(text) else "lost" if _LOST.search(text) else "failed"
+
+
+def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, origin: Origin | None = None) -> Record:
+    """Write down why this rank ends, for the other ranks and for who reads it later; never raises for the disk."""
+    own = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    record = Record(
+        rank=rank.number,
+        host=rank.host,
+        kind=kind or kind_of(error),
+        type=type(error).__name__,
+        message=str(error),
+        traceback=own if origin is None else origin.traceback,
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    if rank.folder is not None:
+        with contextlib.suppress(OSError):
+            folder = rank.folder / "errors"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"rank-{rank.number}.json", json.dumps(asdict(record), indent=1) + "\n")
+    return record
+
+
+def read_records(run_dir: str | Path) -> list[Record]:
+    """The records of a run's last start, first cause first; files that cannot be read are left out."""
+    records = []
+    for path in sorted(Path(run_dir, "errors").glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            records.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
+    order = ("failed", "hang", "lost", "waited")
+    return sorted(records, key=lambda record: (order.index(record.kind), record.time, record.rank))
+
+
+def set_aside(run_dir: str | Path) -> None:
+    """Move the records of an earlier start into a folder of their own, so that none is taken for one of this start."""
+    folder = Path(run_dir, "errors")
+    old = sorted(folder.glob("rank-*.json"))
+    if old:
+        aside = folder / time.strftime("before-%Y%m%d-%H%M%S")
+        aside.mkdir(exist_ok=True)
+        for path in old:
+            path.replace(aside / path.name)
+
+
+def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) -> str:
+    """One line of a rank that lost the others: what it follows from.
+
+    Args:
+        rank: This rank.
+        loss: Its own record.
+        seconds: How long it waits for the word of a rank that failed by itself.
+    """
+    cause = _await_cause(rank, seconds)
+    if cause is not None:
+        return f"{rank}: stopped, because {cause.summary} (see errors/rank-{cause.rank}.json)"
+    said = f"{loss.message.strip().splitlines()[0]} (see errors/rank-{rank.number}.json)"
+    begun = "waited in vain for the other ranks" if loss.kind == "waited" else "lost another rank"
+    if rank.folder is None:
+        return f"{rank}: {begun} before the run began: {loss.message.strip()}"
+    heard = {record.rank for record in read_records(rank.folder)}
+    silent = [str(number) for number in range(rank.world_size) if number not in heard]
+    if not silent:
+        return f"{rank}: {begun}, as every rank did: look at the network between the hosts: {said}"
+    who = f"rank{'s' * (len(silent) > 1)} {', '.join(silent)} left no word"
+    why = "stopped, stuck, or cut off" if loss.kind == "waited" else "killed (out of memory?), or cut off"
+    return f"{rank}: {begun}; {who}: {why}. It said: {said}"
+
+
+def _await_cause(rank: Rank, seconds: float) -> Record | None:
+    deadline = time.monotonic() + seconds
+    while rank.folder is not None:
+        records = [record for record in read_records(rank.folder) if record.rank != rank.number]
+        if records and records[0].kind in _CAUSES:
+            return records[0]
+        if time.monotonic() >= deadline or len(records) == rank.world_size - 1:
+            return None
+        time.sleep(0.1)
+    return None
+
+
+def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
+    """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one.
+
+    Args:
+        summary: One line.
+        details: What the summary shows.
+        cause: Whether this is no consequence of another rank's error.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # In whole seconds; the earliest counts as the root cause, and the lowest rank where two are equal.
+        extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": extra}}), encoding="utf-8")
+
+
+def report_shared(error: BaseException, origin: Origin, rank: Rank) -> None:
+    """Say once why all ranks end that raise one rank's error: the rank it came from does."""
+    if rank.number == origin.rank:
+        record_failure(error, rank, "failed", origin)
+        print(f"\n{rank} failed, and with it the run:\n{origin.traceback}", end="", file=sys.stderr, flush=True)
+    summary = f"rank {origin.rank} on {origin.host} failed: {type(error).__name__}: {error}"
+    here = rank.number == origin.rank
+    tell_launcher(summary, origin.traceback if here else summary, cause=here)
+
+
+def report_failure(error: BaseException, rank: Rank) -> None:
+    """Say on this rank's stderr why it ends: a traceback where the error is its own, else one line."""
+    record = record_failure(error, rank)
+    if record.kind in _CAUSES:
+        place = "" if rank.folder is None else f" (also in {rank.folder / 'errors' / f'rank-{rank.number}.json'})"
+        print(f"\n{rank} failed{place}:\n{record.traceback}", end="", file=sys.stderr, flush=True)
+        tell_launcher(record.summary, record.traceback)
+        return
+    # The launcher may end this process while it waits for the others' word.
+    tell_launcher(record.summary, record.summary, cause=False)
+    line = explain_loss(rank, record)
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line, line, cause=False)

@@ -1,0 +1,88 @@
+"""What a device can do at most: dense matrix TFLOPS by its name and number format, from the makers' data sheets.
+
+Where a data sheet gives the figure with 2:4 sparsity, it is halved here. A device that is not listed has no figure
+rather than a guess: `tracking.peak_tflops` gives one. Sources:
+
+- NVIDIA data sheets of H100, H200, GH200, A100, A800, H800, H20, A30, A40, A10, L4, L40, L40S, V100, T4, HGX B200 and
+  GB200 NVL72; the Ada, Ampere GA102 and Blackwell RTX white papers for GeForce (half precision with float32 sums).
+- AMD data sheets of Instinct MI210, MI250, MI250X (torch sees one of two dies, which has half), MI300X, MI325X.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense TFLOPS of one device; None where it lacks the format.
+
+    Attributes:
+        half: float16 with float32 sums.
+        tf32: float32 tensors multiplied as TF32.
+        single: float32.
+        bfloat16: Whether bfloat16 is as fast as float16; else the device has none.
+    """
+
+    half: float
+    tf32: float | None
+    single: float
+    bfloat16: bool = True
+
+
+# The first pattern that is found in the device's name counts, so the narrower stand first.
+_PEAKS: tuple[tuple[str, Peak], ...] = (
+    (r"\bGB[23]00\b", Peak(2500, 1250, 80)),
+    (r"\bB200\b", Peak(2250, 1125, 75)),
+    (r"\bGH200\b", Peak(990, 494.7, 67)),
+    (r"\bH[12]00 NVL\b", Peak(835.5, 417.5, 60)),
+    (r"\bH100 PCIe\b", Peak(756, 378, 51)),
+    (r"\bH800 PCIe\b", Peak(756, 378, 51)),
+    (r"\bH[128]00\b", Peak(989.4, 494.7, 67)),
+    (r"\bH20\b", Peak(148, 74, 44)),
+    (r"\bA[18]00\b", Peak(312, 156, 19.5)),
+    (r"\bA30\b", Peak(165, 82, 10.3)),
+    (r"\bA40\b", Peak(149.7, 74.8, 37.4)),
+    (r"\bA10\b", Peak(125, 62.5, 31.2)),
+    (r"\bRTX A6000\b", Peak(154.8, 77.4, 38.7)),
+    (r"\bRTX 6000 Ada\b", Peak(364.2, 182.1, 91.1)),
+    (r"\bL40S\b", Peak(362, 183, 91.6)),
+    (r"\bL40\b", Peak(181, 90.5, 90.5)),
+    (r"\bL4\b", Peak(121, 60, 30.3)),
+    (r"\bV100S", Peak(130, None, 16.4, bfloat16=False)),
+    (r"\bV100-PCIE", Peak(112, None, 14, bfloat16=False)),
+    (r"\bV100", Peak(125, None, 15.7, bfloat16=False)),
+    (r"\bT4\b", Peak(65, None, 8.1, bfloat16=False)),
+    (r"\bRTX 5090$", Peak(209.5, 104.8, 104.8)),
+    (r"\bRTX 4090$", Peak(165.2, 82.6, 82.6)),
+    (r"\bRTX 3090 Ti$", Peak(80, 40, 40)),
+    (r"\bRTX 3090$", Peak(71, 35.6, 35.6)),
+    # MIOpen's convolutions do not use the TF32 of these.
+    (r"\bMI325X\b", Peak(1307.4, None, 163.4)),
+    (r"\bMI300X\b", Peak(1307.4, None, 163.4)),
+    (r"\bMI250X\b", Peak(191.5, None, 47.9)),
+    (r"\bMI250\b", Peak(181, None, 45.3)),
+    (r"\bMI210\b", Peak(181, None, 45.3)),
+)
+
+
+def peak_tflops(name: str, mixed: str) -> float | None:
+    """The most that a device does in the number format of the run.
+
+    Args:
+        name: The device's name, as `torch.cuda.get_device_name` says it.
+        mixed: "bf16", "fp16" or "no". Float32 counts as TF32 where the device has it and cuDNN may use it, which is
+            torch's default for convolutions.
+
+    Returns:
+        Dense TFLOPS, or None for a device (or a part of one) that is not listed, or a format that it lacks.
+    """
+    peak = next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
+    if peak is None or " MIG " in name:
+        return None
+    if mixed == "no":
+        return peak.tf32 if peak.tf32 is not None and torch.backends.cudnn.allow_tf32 else peak.single
+    if mixed == "fp16":
+        return peak.half
+    return peak.half if mixed == "bf16" and peak.bfloat16 else None

@@ -1,0 +1,108 @@
+"""From the recipe's data keys to the streamed sets of a run."""
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import ImageSource
+from robust_dist.train.data_config import DataConfig
+
+Classes = tuple[str, ...] | None
+
+
+def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
+    """Training and evaluation images, as they are read while training; nothing is decoded yet.
+
+    Raises:
+        DataError: Folders, splits or shards that are not there, or that are not what they should be.
+        ImportError: A package that the format needs is not installed.
+    """
+    from robust_dist.data.crops import CentralCrop, RandomCrop
+    from robust_dist.data.stream_set import StreamSet
+
+    train = open_source(data, "train", None, download=download)
+    test = open_source(data, "eval", train.classes, download=download)
+    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch)
+    cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
+    return (
+        reading(train, cropped, shuffle_window=data.shuffle_window),
+        reading(test, CentralCrop(*data.eval_sides)),
+    )
+
+
+def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool) -> ImageSource:
+    """The images of one part, "train" or "eval"; `classes` are the training part's, which the other must have."""
+    opener: Callable[..., ImageSource] = {"imagefolder": _folder, "hub": _hub, "webdataset": _shards}[data.name]
+    return opener(data, part, classes, download)
+
+
+def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
+    from robust_dist.data.folder import open_image_folder
+
+    below = getattr(data, part) or {"train": "train", "eval": "val"}[part]
+    return open_image_folder(Path(data.root).expanduser() / below, classes=classes)
+
+
+def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
+    from robust_dist.data.hub import open_hub
+
+    assert data.path is not None
+    return open_hub(
+        data.path,
+        getattr(data, part) or {"train": "train", "eval": "validation"}[part],
+        config_name=data.config,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        streaming=data.streaming,
+        revision=data.revision,
+        data_files=data.data_files or None,
+        download=download,
+        classes=classes,
+        spool_dir=data.spool_dir,
+    )
+
+
+def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
+    from robust_dist.data.shards import open_webdataset
+
+    named = getattr(data, part)
+    root = Path(data.root).expanduser()
+    return open_webdataset(
+        [str(root / url) for url in ([named] if isinstance(named, str) else named)],
+        label_key=data.label_key,
+        classes=classes,
+        num_classes=data.num_classes,
+        index_dir=data.index_dir,
+        allow_torn=data.allow_torn,
+    )
+
+
+def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> None:
+    """Compare the sets between the ranks: hosts with different files would train on different orders.
+
+    Raises:
+        ValueError: On every rank, with each rank's number of images and classes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for number, seen in enumerate(zip(*gather_object([[_fingerprint(one) for one in sets]]), strict=True)):
+        if len(set(seen)) > 1:
+            lines = [
+                f"rank {rank}: {images} images of {classes} classes" for rank, (images, classes, _) in enumerate(seen)
+            ]
+            raise ValueError(
+                f"the ranks do not see the same images in {sets[number].name}; give every host the same files:\n  "
+                + "\n  ".join(lines)
+            )
+
+
+def _fingerprint(one: LabelledSet) -> tuple[int, int, int]:
+    """Images, classes, and a checksum of the classes' names and the groups' sizes."""
+    described = repr((one.classes, one.group_sizes)).encode()
+    return len(one), len(one.classes), zlib.crc32(described)

@@ -1,0 +1,137 @@
+"""An image folder's samples are torchvision's ImageFolder's, and what is wrong with a folder is named."""
+
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+
+from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.folder import open_image_folder
+from robust_dist.data.packed import PackedStrings
+from tests.data.tiny_sets import encoded, write_image_folder
+
+LABELS = [2, 0, 1, 1, 0, 2, 2]
+
+
+def put(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_samples_and_labels_are_the_written_ones(tmp_path):
+    source = open_image_folder(write_image_folder(tmp_path, LABELS))
+    assert source.classes == ("ant", "bee", "cat")
+    assert len(source) == 7
+    assert source.group_sizes == (7,)
+    order = sorted(range(7), key=lambda i: (LABELS[i], i))
+    assert [source.read(k) for k in range(7)] == [(encoded(i, LABELS[i]), LABELS[i]) for i in order]
+    assert source.where(0) == str(tmp_path / "ant" / "00001.jpg")
+
+
+def test_the_order_is_that_of_torchvision_for_nested_linked_and_oddly_named_files(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    root, outside = tmp_path / "set", tmp_path / "outside"
+    names = [
+        "b/2.JPEG",
+        "b/10.png",
+        "b/a/z.jpg",
+        "b/a/a.webp",
+        "b/a b/1.jpg",
+        "b/B.jpg",
+        "b/a.jpg",
+        "a/ü.jpg",
+        "a/é/1.bmp",
+    ]
+    random.Random(0).shuffle(names)
+    for name in [*names, "b/notes.txt", "b/a/also.json"]:
+        put(root / name)
+    put(outside / "linked.jpg")
+    (root / "c").symlink_to(outside)
+    (root / "b" / "below").symlink_to(outside)
+    source = open_image_folder(root)
+    theirs = datasets.ImageFolder(root)
+    assert source.classes == tuple(theirs.classes)
+    assert [(source.where(i), source.read(i)[1]) for i in range(len(source))] == theirs.samples
+    assert len(source) == len(names) + 2
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    write_image_folder(tmp_path, [0, 1])
+    put(tmp_path / ".ipynb_checkpoints" / "a.jpg")
+    put(tmp_path / "ant" / "._00000.jpg")
+    put(tmp_path / "ant" / ".cache" / "a.jpg")
+    source = open_image_folder(tmp_path)
+    assert (source.classes, len(source)) == (("ant", "bee"), 2)
+
+
+def test_a_source_is_pickled_without_an_object_a_sample_and_reads_the_same_after_it(tmp_path):
+    source = open_image_folder(write_image_folder(tmp_path, LABELS))
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.read(i) for i in range(7)] == [source.read(i) for i in range(7)]
+    arrays = [value for value in vars(source).values() if not isinstance(value, (str, tuple, np.ndarray))]
+    assert [type(value) for value in arrays] == [PackedStrings]
+
+
+@pytest.mark.parametrize("strings", [[], [""], ["a", "", "bc"], ["ü", os.fsdecode(b"\xff\xfe"), "x" * 3000]])
+def test_packed_strings_are_the_strings(strings):
+    packed = pickle.loads(pickle.dumps(PackedStrings.of(strings)))
+    assert list(packed) == strings
+    assert len(packed) == len(strings)
+    with pytest.raises(IndexError):
+        packed[len(strings)]
+
+
+def test_a_file_that_is_gone_is_a_bad_image(tmp_path):
+    source = open_image_folder(write_image_folder(tmp_path, LABELS))
+    os.unlink(source.where(3))
+    with pytest.raises(BadImageError, match="No such file"):
+        source.read(3)
+    assert source.read(2)[1] == 1
+
+
+def test_the_training_splits_classes_give_the_labels(tmp_path):
+    folder = write_image_folder(tmp_path, [0, 1, 2])
+    source = open_image_folder(folder, classes=("cat", "ant", "bee"))
+    assert source.classes == ("cat", "ant", "bee")
+    assert [source.read(i) for i in range(3)] == [(encoded(2, 2), 0), (encoded(0, 0), 1), (encoded(1, 1), 2)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("ant", "bee", "dog"), r"val must have the training split's classes, but lacks 'dog'$"),
+        (("ant",), r"has 'bee' beyond them"),
+        (("ant", *"abcdefg"), r"lacks 'a', 'b', 'c', 'd', 'e' and 2 more and has 'bee' beyond them"),
+    ],
+)
+def test_other_classes_than_the_training_splits_are_named(tmp_path, classes, words):
+    with pytest.raises(DataError, match=words):
+        open_image_folder(write_image_folder(tmp_path, [0, 1]), classes=classes, name="val")
+
+
+def test_a_folder_that_is_none_or_has_no_images_says_what_would_be_right(tmp_path):
+    file = tmp_path / "file.jpg"
+    put(file)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    put(tmp_path / "flat" / "a.jpg")
+    write_image_folder(tmp_path / "hole", [0, 1])
+    put(tmp_path / "hole" / "cat" / "readme.txt")
+    for name, words in {
+        "absent": r"there is no folder .*absent; .*<folder>/<class>/<image>",
+        "file.jpg": r"file.jpg is a file; .*<folder>/<class>/<image>",
+        "empty": r"empty has no sub-folders; .*<folder>/<class>/<image>",
+        "flat": r"flat has no sub-folders; .*<folder>/<class>/<image>",
+        "hole": r"no image in the class folder 'cat'. Images end in .jpg, .*",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            open_image_folder(tmp_path / name)
+
+
+def test_a_link_to_a_folder_above_is_an_error_and_not_an_endless_walk(tmp_path):
+    write_image_folder(tmp_path, [0, 1])
+    (tmp_path / "ant" / "loop").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"loop.* lies below itself through a link"):
+        open_image_folder(tmp_path)

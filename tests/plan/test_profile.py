@@ -1,0 +1,95 @@
+"""Activations of the plan beside tensors that autograd really keeps."""
+
+import pytest
+import torch
+from torch import nn
+
+from robust_dist.models import build_model
+from robust_dist.optim.backend import Batch
+from robust_dist.optim.foreach import foreach
+from robust_dist.optim.settings import DEFAULTS, hyper
+from robust_dist.plan.allocations import LiveBytes, storage_bytes
+from robust_dist.plan.memory import step_temporaries
+from robust_dist.plan.profile import profile
+from robust_dist.plan.shapes import build_on_meta, read_shapes
+
+
+def really_saved(model, images, autocast):
+    own = {held.untyped_storage()._cdata for held in (*model.parameters(), *model.buffers())}
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    casting = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
+        logits = model(images)
+    nn.functional.cross_entropy(logits.float(), torch.rand_like(logits.float()), reduction="sum")
+    return storage_bytes(tensor for tensor in saved if tensor.untyped_storage()._cdata not in own)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "autocast"),
+    [("resnet18", 64, None), ("timm/vit_tiny_patch16_224", 224, None), ("resnet20", 32, torch.bfloat16)],
+)
+def test_saved_bytes_are_those_that_autograd_keeps(name, size, autocast):
+    batch = 5
+    planned = profile(name, 10, size, autocast=autocast).saved(batch)
+    found = really_saved(build_model(name, 10), torch.zeros(batch, 3, size, size), autocast)
+    assert planned == pytest.approx(found, rel=0.01)
+
+
+def test_live_bytes_are_those_of_a_real_pass():
+    name, batch = "resnet18", 3
+    model = build_model(name, 10)
+    tracker = LiveBytes()
+    tracker.ignore([*model.parameters(), *model.buffers()])
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with tracker:
+        loss = nn.functional.cross_entropy(model(torch.zeros(batch, 3, 64, 64)), torch.rand(batch, 10), reduction="sum")
+        loss.backward()
+    assert profile(name, 10, 64).live(batch) == pytest.approx(tracker.peak, rel=0.01)
+
+
+def test_live_bytes_forget_what_is_gone_and_count_a_storage_once():
+    with LiveBytes() as tracker:
+        one = torch.zeros(100)
+        view = one.view(10, 10)
+        two = torch.ones(50)
+        del two
+        three = view + 1
+        assert tracker.live == 800
+        del one, view, three
+    assert (tracker.live, tracker.peak) == (0, 800)
+
+
+def test_flops_are_torch_s_count_of_both_passes():
+    # ResNet-18 has 1.82 GMAC at 224 (He et al. 2016, table 1); the backward pass takes two forward passes more,
+    # less one for the images, whose gradient nobody needs.
+    found = profile("resnet18", 1000, 224).flops(1)
+    assert found == pytest.approx(2 * 3 * 1.82e9, rel=0.03)
+
+
+def test_the_step_s_temporaries_are_those_of_the_foreach_backend():
+    numels = (300_000, 70_000, 5)
+    rows = [[torch.empty(n, device="meta") for n in numels] for _ in range(4)]
+    batch = Batch(*rows, [], 100.0)
+    with LiveBytes() as tracker:
+        foreach(batch, hyper(DEFAULTS))
+    assert tracker.peak == step_temporaries(sum(numels))
+
+
+def test_units_are_accelerate_s():
+    accelerate = pytest.importorskip("accelerate.utils.fsdp_utils")
+    model = build_on_meta("resnet18", 10)
+    names = {module: name for name, module in model.named_modules()}
+    order = accelerate.get_module_children_bottom_up(model)
+    large = [names[m] for m in order[:-1] if sum(p.numel() for p in m.parameters()) > 1_000_000]
+    shapes = read_shapes(model)
+    left = [unit.name for unit in shapes.units if not unit.stays]
+    assert left == [name for name in large if name in left]
+    norm = names[accelerate._find_final_norm(model)]
+    assert [unit.name for unit in shapes.units if unit.stays] == [norm, ""]
+    assert sum(unit.numel for unit in shapes.units) == shapes.numel == sum(p.numel() for p in model.parameters())

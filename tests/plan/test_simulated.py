@@ -1,0 +1,69 @@
+"""The plan beside torch's own FSDP2 on ranks that only one process plays (fake process group)."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from robust_dist.bench.scale import CollectiveCounter, fake_rank
+from robust_dist.models import build_model
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.plan.allocations import storage_bytes
+from robust_dist.plan.engines import ENGINES, unfit
+from robust_dist.plan.held import held
+from robust_dist.plan.question import Question
+from robust_dist.plan.runs import build_mesh, shard
+from robust_dist.plan.shapes import build_on_meta, read_shapes
+from robust_dist.plan.wire import traffic
+
+MODEL = "resnet18"
+CALLS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+
+
+def jobs():
+    for nodes in (1, 8, 64):
+        job = Question(MODEL, nodes=nodes, gpus_per_node=8, batch_size=8 * nodes, num_classes=10)
+        for engine in ENGINES:
+            if engine.kind == "fsdp2" and unfit(engine, job) is None:
+                yield pytest.param(job, engine, id=f"{engine.name} {job.world_size}")
+
+
+@pytest.mark.parametrize(("job", "engine"), list(jobs()))
+def test_shards_state_and_collectives_are_torch_s_own(job, engine):
+    shapes = read_shapes(build_on_meta(MODEL, 10))
+    last = job.world_size - 1
+    with fake_rank(job.world_size, last):
+        model = shard(build_model(MODEL, 10), build_mesh(engine, job), engine.reshard, "no")
+        with CollectiveCounter() as counter:
+            model(torch.zeros(2, 3, 32, 32)).sum().backward()
+        parameters = storage_bytes(model.parameters())
+        gradients = storage_bytes(parameter.grad for parameter in model.parameters())
+        optimizer = RAdaBeliefW(model.parameters())
+        optimizer.step()
+        state = storage_bytes(value for one in optimizer.state.values() for value in one.values())
+    planned = held(engine, shapes, job, last)
+    assert (parameters, gradients, state) == (planned.parameters, planned.gradients, planned.state)
+    counted = Counter(CALLS[name.removeprefix("c10d::")] for name in counter.names)
+    wanted = Counter()
+    for one in traffic(engine, shapes, job, accumulation=1):
+        wanted[one.operation] += one.count if one.operation != "broadcast" else 0
+    assert counted == +wanted
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_accumulating_gathers_every_time_and_reduces_once(accumulation):
+    job = Question(MODEL, gpus_per_node=8, batch_size=64, num_classes=10)
+    engine = next(engine for engine in ENGINES if engine.name == "FSDP2")
+    shapes = read_shapes(build_on_meta(MODEL, 10))
+    with fake_rank(8, 0):
+        model = shard(build_model(MODEL, 10), build_mesh(engine, job), True, "no")
+        with CollectiveCounter() as counter:
+            for part in range(accumulation):
+                model.set_requires_gradient_sync(part == accumulation - 1)
+                model(torch.zeros(2, 3, 32, 32)).sum().backward()
+        held_now = storage_bytes(p.grad for p in model.parameters())
+    counted = Counter(CALLS[name.removeprefix("c10d::")] for name in counter.names)
+    planned = traffic(engine, shapes, job, accumulation)
+    for operation in ("all-gather", "reduce-scatter"):
+        assert counted[operation] == sum(one.count for one in planned if one.operation == operation)
+    assert held_now == held(engine, shapes, job).gradients

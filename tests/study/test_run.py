@@ -1,0 +1,158 @@
+"""Studies that really train: workers share runs, die, are stopped; what failed and what diverged."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from robust_dist.cli import main
+from robust_dist.study import claims
+from robust_dist.study.folder import StudyFolder
+from tests.study.studies import kill, start, wait_until, with_results, write
+
+GOOD = {"optimizer.lr": 0.05}
+# The first and the second are the same training; the third diverges; the fourth cannot start.
+ROWS = {"good": GOOD, "twin": GOOD, "wild": {"optimizer.lr": 1.0e30}, "broken": {"schedule.warmup_steps": 1000000}}
+
+
+def results(folder: Path) -> dict:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A study after a worker that was killed in training, and two commands at a time, of which one was killed, too."""
+    folder = tmp_path_factory.mktemp("shared")
+    config, study = write(folder / "rows.yaml", axes={"row": ROWS}), folder / "study"
+    alone = start(config, study)
+    wait_until(lambda: any((study / "runs" / "good_seed0" / "checkpoints").glob("step-*")), alone)
+    kill(alone)
+
+    first = start(config, study)
+    paths = [study / "claims" / f"{row}_seed0" for row in ROWS]
+
+    def holders() -> set[int]:
+        return {holder.pid for path in paths if (holder := claims.look(path)) is not None}
+
+    def end_first():
+        wait_until(lambda: first.pid in holders(), first)
+        kill(first)
+
+    killer = threading.Thread(target=end_first)
+    killer.start()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main(["study", "run", str(config), "--dir", str(study), "--workers", "2"])
+    killer.join()
+    return config, study, code, output.getvalue()
+
+
+def test_the_runs_of_killed_workers_are_taken_again_and_end_as_undisturbed_ones(shared):
+    _, folder, code, output = shared
+    assert set(results(folder)) == {"good_seed0", "twin_seed0", "wild_seed0"}, output
+    assert output.count("its worker died; going on with it") == 2, output
+    killed, undisturbed = results(folder)["good_seed0"], results(folder)["twin_seed0"]
+    exact = ("accuracy", "train_loss", "epochs", "steps", "eval_samples", "diverged", "recipe")
+    assert {key: killed[key] for key in exact} == {key: undisturbed[key] for key in exact}
+    assert "resuming" in (folder / "logs" / "good_seed0.log").read_text()
+    assert code == 1  # one run has no result
+
+
+def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_reported_with_its_log(shared):
+    _, folder, _, output = shared
+    wild = results(folder)["wild_seed0"]
+    assert (wild["accuracy"], wild["diverged"]) == (None, "the training loss was no longer finite")
+    failure = json.loads((folder / "failed" / "broken_seed0.json").read_text())
+    assert failure["status"] == 2
+    assert "warmup_steps=1000000" in failure["log"]
+    assert "broken, seed 0: FAILED with status 2" in output
+    report = (folder / "report" / "report.md").read_text()
+    assert "Unfinished: 3 of 4 runs have a result; 1 failed" in report
+    assert "| diverged | - |" in report
+
+
+def test_status_names_what_diverged_and_what_failed(shared, capsys):
+    _, folder, _, _ = shared
+    assert main(["study", "status", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert "4 runs, 2 finished, 1 diverged, 1 failed, 0 running, 0 waiting" in output
+    assert "broken, seed 0: failed with status 2" in output
+
+
+def test_a_command_that_is_stopped_ends_its_training_and_gives_the_run_back(tmp_path, capsys):
+    config, folder = write(tmp_path / "rows.yaml", axes={"row": {"good": GOOD}}), tmp_path / "study"
+    claim = folder / "claims" / "good_seed0"
+
+    def stop():
+        while claims.look(claim) is None:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert main(["study", "run", str(config), "--dir", str(folder)]) == 130
+    stopper.join()
+    assert "the same command goes on" in capsys.readouterr().out
+    # The training process holds the lock, too: it has ended.
+    assert claims.look(claim) is None
+    assert main(["study", "status", str(folder)]) == 0
+    assert "0 failed, 0 running, 1 waiting" in capsys.readouterr().out
+
+
+def test_a_finished_study_is_not_run_again(tmp_path, capsys):
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    with_results(tmp_path / "study", config, lambda run: 0.5)
+    assert main(["study", "run", str(config), "--dir", str(tmp_path / "study")]) == 0
+    assert "All 4 runs are finished." in capsys.readouterr().out
+    assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_a_folder_of_another_study_is_refused_with_what_differs(shared, tmp_path, capsys):
+    _, folder, _, _ = shared
+    other = write(tmp_path / "rows.yaml", axes={"row": ROWS | {"good": {"optimizer.lr": 0.1}}}, seeds=[0, 1])
+    assert main(["study", "run", str(other), "--dir", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "axes.row" in error
+    assert "seeds: [0, 1] here, [0] in the folder" in error
+    assert StudyFolder(folder).study().seeds == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"set": {"batch_size": 256}}, "base: batch_size: 256 here"),
+        ({"axes": {"row": {"good": GOOD}}}, "axes.row"),
+        ({"axes": {"optimizer.lr": [0.1]}}, "axes.optimizer.lr"),
+    ],
+)
+def test_every_change_that_moves_results_is_named(tmp_path, capsys, change, named):
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    with_results(tmp_path / "study", config, lambda run: None)
+    write(config, **({"axes": {"row": ROWS}} | change))
+    assert main(["study", "run", str(config), "--dir", str(tmp_path / "study")]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_paper_s_figures_may_change(tmp_path):
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    folder = with_results(tmp_path / "study", config, lambda run: 0.5)
+    write(config, axes={"row": ROWS}, paper={"good": 95.0})
+    assert main(["study", "run", str(config), "--dir", str(folder.path)]) == 0
+    assert folder.study().paper == {("good",): 95.0}
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path, capsys):
+    config = write(tmp_path / "rows.yaml", axes={"row": {"good": GOOD}})
+    assert main(["study", "run", str(config), "--dir", str(tmp_path)]) == 2
+    assert "no study.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["status", "nowhere"], ["report", "nowhere"], ["run", "nowhere.yaml"]])
+def test_a_path_that_is_no_study_is_one_message(words, capsys):
+    assert main(["study", *words]) == 2
+    assert "nowhere" in capsys.readouterr().err

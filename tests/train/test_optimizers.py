@@ -1,0 +1,217 @@
+"""The optimizers that a recipe can name: each is its equation, and none is taken for another."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robust_dist.engines.accelerate import EngineError, _check_optimizer
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.reference import rectification, reference_step
+from robust_dist.train.baselines import NAG, PaperAdam
+from robust_dist.train.build import build_optimizer, build_schedule
+from robust_dist.train.optimizers import check_fits, make_optimizer, second_beta
+from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig
+
+STEPS, B1, B2, EPS, DECAY = 30, 0.9, 0.99, 1e-8, 0.02
+NAMES = ["RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"]
+
+
+def rate(step):
+    return 0.05 * (1 + math.cos(math.pi * step / STEPS)) / 2
+
+
+def gradients():
+    generator = torch.Generator().manual_seed(0)
+    return [1e-3 * torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
+
+
+def start():
+    return torch.linspace(-1, 1, 5, dtype=torch.float64)
+
+
+def trained(name, **settings):
+    """The recipe's optimizer over gradients that do not depend on the parameter, under a falling rate."""
+    param = nn.Parameter(start())
+    config = OptimizerConfig(name=name, betas=(B1, B2), eps=EPS, **settings)
+    optimizer = make_optimizer(config, [{"params": [param], "weight_decay": config.weight_decay}], STEPS)
+    for step, grad in enumerate(gradients()):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        param.grad = grad.clone()
+        optimizer.step()
+    return param.detach()
+
+
+def equation(*, belief, rectify, decay):
+    """Eq. 6 to 10, 13 to 16 term by term, with the decay of theta before the step."""
+    theta, m, v = start(), torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for t, g in enumerate(gradients(), 1):
+        m = B1 * m + (1 - B1) * g
+        v = B2 * v + (1 - B2) * ((g - m) ** 2 if belief else g**2) + (EPS if belief else 0)
+        m_hat, v_hat = m / (1 - B1**t), v / (1 - B2**t)
+        gamma = rectification(t, B2) if rectify else 1.0
+        direction = m_hat if gamma is None else gamma * m_hat / torch.sqrt(v_hat + EPS)
+        theta = theta - rate(t - 1) * (direction + decay * theta)
+    return theta
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "belief", "rectify"),
+    [
+        ("adam", 0.0, False, False),
+        ("adamw", DECAY, False, False),
+        ("radam", DECAY, False, True),
+        ("adabelief", DECAY, True, False),
+        ("RAdaBeliefW", DECAY, True, True),
+    ],
+)
+def test_each_adaptive_baseline_is_its_equation_in_float64(name, decay, belief, rectify):
+    expected = equation(belief=belief, rectify=rectify, decay=decay)
+    assert torch.allclose(trained(name, weight_decay=decay), expected, rtol=0, atol=1e-12)
+
+
+def test_the_equation_with_belief_and_rectification_is_the_reference_of_radabeliefw():
+    theta, m, v = start(), torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for t, g in enumerate(gradients(), 1):
+        settings = {"lr": rate(t - 1), "betas": (B1, B2), "eps": EPS, "weight_decay": DECAY}
+        theta, m, v = reference_step(theta, g, m, v, t, **settings)
+    assert torch.allclose(theta, equation(belief=True, rectify=True, decay=DECAY), rtol=0, atol=1e-12)
+
+
+def test_torch_s_adam_has_eps_elsewhere_and_so_is_another_optimizer_where_gradients_are_small():
+    ours, theirs = (nn.Parameter(start()) for _ in range(2))
+    pair = PaperAdam([ours], lr=0.05, weight_decay=0), torch.optim.Adam([theirs], lr=0.05)
+    for optimizer, param in zip(pair, (ours, theirs), strict=True):
+        param.grad = torch.full_like(param, 1e-4)
+        optimizer.step()
+    # 1e-4 / sqrt(1e-8 + 1e-8) against 1e-4 / (1e-4 + 1e-8)
+    assert torch.allclose(start() - ours, torch.full((5,), 0.05 / math.sqrt(2), dtype=torch.float64))
+    assert torch.allclose(start() - theirs, torch.full((5,), 0.05 / 1.0001, dtype=torch.float64))
+
+
+def test_nag_is_the_paper_s_gradient_at_the_look_ahead_point_with_the_rate_inside_the_momentum():
+    def slope(point):  # of a quadratic, so that it matters where it is taken
+        return torch.arange(1.0, 6.0, dtype=torch.float64) * point + DECAY * point
+
+    mu, theta, d = B1, start(), torch.zeros(5, dtype=torch.float64)
+    param = nn.Parameter(start())
+    optimizer = NAG([param], momentum=mu, weight_decay=DECAY)
+    for step in range(STEPS):
+        look_ahead = theta - mu * d
+        assert torch.allclose(param.detach(), look_ahead, rtol=0, atol=1e-12)
+        d = mu * d + (1 - mu) * rate(step) * slope(look_ahead)
+        theta = theta - d
+        optimizer.param_groups[0]["lr"] = rate(step)
+        param.grad = (slope(param) - DECAY * param).detach()
+        optimizer.step()
+    assert torch.allclose(param.detach() + mu * optimizer.state[param]["momentum_buffer"], theta, rtol=0, atol=1e-12)
+
+
+def test_nag_at_a_constant_rate_is_torch_s_at_a_tenth_of_it():
+    ours, theirs = (nn.Parameter(start()) for _ in range(2))
+    pair = (
+        NAG([ours], lr=0.1, momentum=0.9, weight_decay=DECAY),
+        torch.optim.SGD([theirs], lr=0.01, momentum=0.9, nesterov=True, weight_decay=DECAY),
+    )
+    for grad in gradients():
+        for optimizer, param in zip(pair, (ours, theirs), strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_state(name):
+    def run(stop, state=None):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        recipe = Recipe(
+            optimizer=OptimizerConfig(name=name, lr=1.0 if name == "prodigy" else 0.05, weight_decay=0.0),
+            schedule=ScheduleConfig(name="constant" if name.startswith("schedulefree") else "cosine"),
+        )
+        optimizer = build_optimizer(recipe, model, 40)
+        schedule = build_schedule(recipe, optimizer, 40)
+        if state is not None:
+            # What a checkpoint does: only plain numbers and tensors come back.
+            file = io.BytesIO()
+            torch.save(state[1:], file)
+            model.load_state_dict(state[0])
+            loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            optimizer.load_state_dict(loaded[0])
+            schedule.load_state_dict(loaded[1])
+        mode(optimizer, "train")
+        images = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+        for _ in range(0 if state is None else 20, stop):
+            loss = nn.functional.cross_entropy(model(images), images[:, :3].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        return loss.item(), (weights, optimizer.state_dict(), schedule.state_dict())
+
+    def mode(optimizer, which):
+        if hasattr(optimizer, which):
+            getattr(optimizer, which)()
+
+    first, _ = run(1)
+    last, whole = run(40)
+    assert last < first
+    _, half = run(20)
+    _, resumed = run(40, half)
+    assert all(torch.equal(whole[0][key], resumed[0][key]) for key in whole[0])
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "expected"), [(750, 0.99), (2250, 1 - 7.5 / 2250), (7500, 0.999), (117300, 0.999)]
+)
+def test_beta2_auto_follows_the_number_of_steps_and_ends_at_the_paper_s(total_steps, expected):
+    assert second_beta(OptimizerConfig(beta2="auto"), total_steps) == pytest.approx(expected, abs=1e-12)
+    groups = build_optimizer(Recipe(optimizer=OptimizerConfig(beta2="auto")), nn.Linear(2, 2), total_steps).param_groups
+    assert [group["betas"] for group in groups] == [(0.9, pytest.approx(expected, abs=1e-12))]
+
+
+def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the_paper_s():
+    assert second_beta(OptimizerConfig(beta2=0.95), 100) == 0.95
+    assert second_beta(OptimizerConfig(beta2="auto", beta2_steps=20), 1000) == 0.98
+    assert second_beta(OptimizerConfig(), 100) == 0.999
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        (Recipe(optimizer=OptimizerConfig(name="adam")), "optimizer.weight_decay=0.01"),
+        (Recipe(optimizer=OptimizerConfig(name="schedulefree_adamw")), "schedule.name='cosine'"),
+        (Recipe(optimizer=OptimizerConfig(options={"speed": 3})), "optimizer.options"),
+        (Recipe(optimizer=OptimizerConfig(name="prodigy", options={"lr_of": 3})), "optimizer.options"),
+        (Recipe(optimizer=OptimizerConfig(beta2="auto"), epochs=1), "optimizer.beta2='auto'"),
+    ],
+)
+def test_a_setting_that_an_optimizer_cannot_have_is_named(recipe, named):
+    with pytest.raises(ValueError, match=named):
+        build_optimizer(recipe, nn.Linear(2, 2), 7)
+
+
+def test_schedule_free_goes_with_a_constant_schedule_and_without_an_average_of_its_own():
+    recipe = Recipe(optimizer=OptimizerConfig(name="schedulefree_adamw"), schedule=ScheduleConfig(name="constant"))
+    check_fits(recipe)
+    recipe.ema_decay = 0.9
+    with pytest.raises(ValueError, match="ema_decay"):
+        check_fits(recipe)
+
+
+def test_an_engine_that_puts_another_optimizer_in_the_place_of_the_recipe_s_is_found_out():
+    class Accelerator:
+        _optimizers = ()
+
+    weight = nn.Parameter(torch.zeros(2))
+    ours, theirs = PaperAdam([weight]), torch.optim.AdamW([weight])
+    accelerator = Accelerator()
+    accelerator._optimizers = [ours]
+    _check_optimizer(accelerator, ours, PaperAdam)
+    with pytest.raises(EngineError, match=r"torch\.optim\.adamw\.AdamW, not PaperAdam"):
+        _check_optimizer(accelerator, theirs, PaperAdam)
+    with pytest.raises(EngineError, match=r"PaperAdam, not RAdaBeliefW"):
+        _check_optimizer(accelerator, ours, RAdaBeliefW)

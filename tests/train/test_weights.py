@@ -1,0 +1,74 @@
+"""Samples of weight 0 count for nothing: in the loss, its gradients, and in evaluation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from robust_dist.augment import RobustAugment
+from robust_dist.data import ImageSet
+from robust_dist.data.crops import CentralCrop
+from robust_dist.data.stream_set import StreamSet
+from robust_dist.train.evaluate import evaluate
+from robust_dist.train.loop import Trainer
+from robust_dist.train.recipe import Recipe
+from tests.data.coloured import CLASSES, Coloured, colour
+
+N, SIZE = 20, 4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_and_its_gradients_are_those_of_the_good_samples(smoothing):
+    trainer = SimpleNamespace(recipe=Recipe(label_smoothing=smoothing))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator).requires_grad_()
+    targets = torch.rand(6, 5, generator=generator).softmax(1)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    good = weights > 0
+    weighed = Trainer._loss(trainer, logits, targets, weights)
+    plain = Trainer._loss(trainer, logits[good], targets[good], None)
+    torch.testing.assert_close(weighed, plain)
+    (ours,), (theirs,) = torch.autograd.grad(weighed, logits), torch.autograd.grad(plain, logits)
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[~good].any()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, len(CLASSES)))
+
+
+def resident(numbers):
+    colours = torch.tensor([colour(number) for number in numbers], dtype=torch.uint8)
+    images = colours[:, :, None, None].expand(-1, -1, SIZE, SIZE).contiguous()
+    return ImageSet(images, torch.tensor(numbers) % 7, CLASSES, "resident")
+
+
+def score(model, image_set):
+    augment = RobustAugment(len(CLASSES), SIZE, (0.5,) * 3, (0.5,) * 3)
+    return evaluate(model, image_set, augment, batch_size=6)
+
+
+def test_a_streamed_set_scores_as_a_resident_one_and_bad_images_are_left_out_and_told(model):
+    bad = {0, 7, 18, 19}
+    streamed = StreamSet(Coloured(N, bad=bad), CentralCrop(SIZE, SIZE), torch.device("cpu"), workers=0)
+    found, wanted = score(model, streamed), score(model, resident([i for i in range(N) if i not in bad]))
+    assert (found.samples, found.accuracy) == (wanted.samples, wanted.accuracy)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert {image.where for image in streamed.take_bad()} == {f"sample {index}" for index in bad}
+    assert streamed.take_bad() == []
+
+
+def test_a_set_without_a_good_image_scores_nan_of_no_samples(model):
+    streamed = StreamSet(Coloured(N, bad=range(N)), CentralCrop(SIZE, SIZE), torch.device("cpu"), workers=0)
+    found = score(model, streamed)
+    assert found.samples == 0
+    assert found.accuracy != found.accuracy
+    assert len(streamed.take_bad()) == N
+
+
+def test_a_set_for_evaluation_gives_no_training_batches():
+    with pytest.raises(ValueError, match="coloured is for evaluation"):
+        StreamSet(Coloured(N), CentralCrop(SIZE, SIZE), torch.device("cpu")).loader(batch_size=4, seed=0)
