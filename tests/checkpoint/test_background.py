@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import time
 
 import pytest
@@ -11,6 +10,7 @@ from robust_dist.checkpoint import CheckpointError, CheckpointStore, verify
 from robust_dist.checkpoint.background import Pending, Staging, copy_tree, sweep
 from robust_dist.checkpoint.store import part_path
 from tests.forked import CONTEXT, ensure_server
+from tests.small_disk import can_mount, small_disk
 
 
 def staged_files(staging, step, rank):
@@ -136,14 +136,10 @@ def test_what_a_killed_process_staged_is_removed_by_the_next_and_a_live_one_s_is
     assert [path.name for path in memory.iterdir()] == [staging.path.name]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.skipif(not can_mount(), reason="mounting needs root, and a container that allows it")
 def test_a_full_disk_is_named_and_its_space_given_back(tmp_path, staging):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("this container may not mount")
-    try:
-        store = CheckpointStore(disk / "checkpoints")
+    with small_disk(tmp_path / "disk", "64k"):
+        store = CheckpointStore(tmp_path / "disk" / "checkpoints")
         begin(store, staging, 1, [0])[0].result()
         staged = staged_files(staging, 2, 0)
         (staged / "large.bin").write_bytes(b"x" * 100_000)
@@ -156,5 +152,3 @@ def test_a_full_disk_is_named_and_its_space_given_back(tmp_path, staging):
         assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
         assert verify(store.folder / "step-00000001")
         begin(store, staging, 3, [0])[0].result()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from robust_dist.checkpoint import verify
 from robust_dist.train import loop
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
+from tests.small_disk import can_mount, small_disk
 from tests.train.launching import metrics
 from tests.train.under_engines import ROOT, train_under
 
@@ -109,6 +111,22 @@ def stops(name, folder):
     assert rows(run) == rows(f"{folder}/{name}")
 
 
+def full_disk(name, folder):
+    """A rank's thread runs out of room: one error on all ranks, and every checkpoint that is there is whole."""
+    place = Path(f"{folder}/{name}-disk")
+    with contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(small_disk(place, "9m")))
+        words = ("--checkpoint.every_steps", "1", "--checkpoint.keep", "100")
+        out = train_under(name, str(place / "run"), *words)
+        assert dist.get_rank() or "could not be written: No space left on device" in out, out
+        # The first rank removes what was half-written while the others leave.
+        dist.barrier()
+        steps = [verify(path).step for path in sorted(Path(place, "run", "checkpoints").iterdir())]
+        assert steps == [*range(1, len(steps) + 1)]
+        assert 1 < len(steps) < TOTAL
+        dist.barrier()
+
+
 def signal_after(run, step):
     while not Path(run, "checkpoints", f"step-{step:08d}").exists():
         time.sleep(0.01)
@@ -166,6 +184,8 @@ def everything_on_two(folder):
     scenarios = {f"trains {name}": lambda name=name: trains(name, folder) for name in ON_TWO}
     scenarios |= {f"goes on {name}": lambda name=name: goes_on(name, folder) for name in ON_TWO}
     scenarios |= {f"stops {name}": lambda name=name: stops(name, folder) for name in STOPPED}
+    if can_mount():
+        scenarios |= {f"full disk {name}": lambda name=name: full_disk(name, folder) for name in STOPPED}
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
@@ -217,6 +237,12 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_signal_at_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(two, name):
     assert_passed(two, f"stops {name}")
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting needs root, and a container that allows it")
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_full_disk_stops_all_ranks_with_one_error_and_costs_no_whole_checkpoint(two, name):
+    assert_passed(two, f"full disk {name}")
 
 
 @pytest.mark.parametrize(("source", "target"), HANDED_ON)

@@ -11,6 +11,7 @@ import pytest
 from robust_dist.checkpoint import verify
 from robust_dist.train.stop import StopSignals
 from tests.forked import CONTEXT, ensure_server
+from tests.small_disk import can_mount, small_disk
 from tests.train.launching import command, finish, metrics, ranks_of, train, wait_for_step
 
 
@@ -41,14 +42,11 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_as_an_undis
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 9 MiB, and a way to make it larger."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o"]
-    if os.geteuid() != 0 or subprocess.run([*mount, "size=9m", "tmpfs", str(place)], check=False).returncode:
+    """A file system of 9 MiB, and a way to give it another size."""
+    if not can_mount():
         pytest.skip("mounting needs root, and a container that allows it")
-    yield place, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with small_disk(tmp_path / "disk", "9m") as resize:
+        yield tmp_path / "disk", resize
 
 
 @pytest.mark.parametrize("background", ["true", "false"])

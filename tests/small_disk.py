@@ -1,0 +1,37 @@
+"""A disk that is soon full: a small tmpfs."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+
+def _mount(place: Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+@cache
+def can_mount() -> bool:
+    """Whether this user, in this container, may mount."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        mounted = _mount(Path(place), "size=64k")
+        if mounted:
+            subprocess.run(["umount", place], check=True)
+    return mounted
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Callable[[str], object]]:
+    """Mount a file system of this size (9m, say) at a new folder; yields what gives it another size."""
+    place.mkdir(parents=True)
+    assert _mount(place, f"size={size}")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
