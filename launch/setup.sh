@@ -17,7 +17,10 @@ if ! "$python" -c "import sys" 2>/dev/null; then
   "$base" -m venv "$root/.venv"
 fi
 # The stamp holds the requirements and the C sources that were installed, and is written last.
-installs() { cat "$root/pyproject.toml" "$root"/robust_dist/optim/native/*; }
+installs() (
+  shopt -s nullglob
+  cat "$root/pyproject.toml" "$root"/robust_dist/optim/native/*
+)
 if ! cmp -s "$stamp" <(installs); then
   echo "installing robust_dist[$extras] into .venv (torch alone is some GB; minutes on a fresh machine)"
   "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
