@@ -103,12 +103,12 @@ def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
     """For each bad slot of `count` a good one whose image takes its place; none where all slots are bad.
 
     It is one of the same block of `block` slots, so that what CutMix pastes from there is an image of the block; where
-    the whole block is bad it is any: what is pasted within such a block counts for nothing.
+    the whole block is bad it is of the nearest block that has one.
     """
-    good = [slot for slot in range(count) if slot not in set(bad)]
+    spoiled = set(bad)
+    good = [slot for slot in range(count) if slot not in spoiled]
     if not good:
         return {}
-    # sorted's order is stable: the first of those that are nearest in blocks.
     return {slot: min(good, key=lambda other: abs(other // block - slot // block)) for slot in bad}
 
 

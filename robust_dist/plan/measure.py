@@ -24,8 +24,7 @@ from robust_dist.plan.runs import Run, TorchRun, ZeroRun
 # Of glibc's mallopt: with a fixed threshold every large tensor is mapped for itself, and its pages go when it goes.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _THRESHOLD = -1, -3, 1 << 16
 # What is lazy is there after a step; but DDP makes its buckets again in the second, and ZeRO-3 learns an order in one.
-_STEPS = {"fsdp2": 2}
-_STEPS_OF_OTHERS = 3
+_STEPS = 3
 _TIMEOUT = 300.0
 
 
@@ -96,11 +95,11 @@ def measure_here(engines: Sequence[Engine], question: Question, batch: int) -> l
     # DeepSpeed asks for both.
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(question.world_size))
     small = replace(question, model="resnet8", image_size=32, options={})
-    for engine in {engine.kind: engine for engine in engines}.values():
+    for engine in engines:
         # Imports and pools of the engine must not count.
         _train(engine, small, batch, steps=1)
     _once(question, batch)
-    return [_train(engine, question, batch, steps=_STEPS.get(engine.kind, _STEPS_OF_OTHERS)) for engine in engines]
+    return [_train(engine, question, batch, steps=_STEPS) for engine in engines]
 
 
 def _resident(key: str = "VmRSS") -> int:

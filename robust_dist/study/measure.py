@@ -2,22 +2,32 @@
 
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_dist.augment import sample_keys
-from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
-from robust_dist.train.build import build_augment, build_classifier, build_optimizer
+from robust_dist.train.build import build_augment, build_classifier, build_optimizer, look_of, open_sets
+from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}
 # What makes a step take longer; the rest of a recipe does not.
-_COSTLY = ("data.name", "model.", "optimizer.name", "optimizer.clip_norm", "augment.", "precision.", "batch_size")
+_COSTLY = (
+    "data.name",
+    "data.size",
+    "data.eval_size",
+    "model.",
+    "optimizer.name",
+    "optimizer.clip_norm",
+    "augment.",
+    "precision.",
+    "batch_size",
+)
 _SECONDS = 8.0
 _STEPS = 20
 
@@ -42,24 +52,42 @@ class Cost:
         return (self.steps * self.step_seconds + self.eval_seconds) / 3600
 
 
-def sizes(recipe: Recipe) -> tuple[int, int]:
-    """Training and evaluation images of the recipe's data; nothing is fetched.
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set: training and evaluation images, classes, channels."""
+
+    train: int
+    eval: int
+    classes: int
+    channels: int
+
+
+def facts(data: DataConfig) -> Facts:
+    """The data's facts; nothing is fetched.
 
     Raises:
         ValueError: The data is not here, and no set whose size is known.
     """
-    return _SIZES.get(recipe.data.name) or _loaded_sizes(recipe.data.name, recipe.data.root)
+    key = str(data)
+    if key not in _known:
+        _known[key] = _facts(data)
+    return _known[key]
 
 
-@cache
-def _loaded_sizes(name: str, root: str) -> tuple[int, int]:
-    train, test = (load_dataset(name, root, train=part, download=False) for part in (True, False))
-    return len(train), len(test)
+_known: dict[str, Facts] = {}
+
+
+def _facts(data: DataConfig) -> Facts:
+    if data.name in _SIZES:
+        info = dataset_info(data.name)
+        return Facts(*_SIZES[data.name], info.num_classes, info.channels)
+    train, test = open_sets(data, torch.device("cpu"), download=False)
+    return Facts(len(train), len(test), len(train.classes), train.channels)
 
 
 def steps_of(recipe: Recipe) -> int:
     """Optimizer steps of a run."""
-    images = sizes(recipe)[0]
+    images = facts(recipe.data).train
     whole = images // recipe.batch_size if recipe.data.drop_last else -(-images // recipe.batch_size)
     return recipe.epochs * whole
 
@@ -78,7 +106,7 @@ def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
         if key not in measured:
             measured[key] = measure(recipe)
         step, image = measured[key]
-        found[cell.name] = Cost(steps_of(recipe), step, recipe.epochs * sizes(recipe)[1] * image)
+        found[cell.name] = Cost(steps_of(recipe), step, recipe.epochs * facts(recipe.data).eval * image)
     return found
 
 
@@ -90,18 +118,18 @@ def _cost_key(recipe: Recipe) -> str:
 def measure(recipe: Recipe) -> tuple[float, float]:
     """Seconds of one optimizer step, and of the evaluation of one image, on this machine's first device.
 
-    The step is augmentation, forward and backward pass, and update, on one process and random images; the median of
-    up to 20 steps, or of as many as 8 seconds hold.
+    The step is augmentation, forward and backward pass, and update, on one process and random images (reading
+    and decoding of streamed ones is not in it); the median of up to 20 steps, or of as many as 8 seconds hold.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    info = dataset_info(recipe.data.name)
+    known = facts(recipe.data)
     torch.manual_seed(0)
-    shape = (recipe.batch_size, info.channels, info.size, info.size)
-    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    labels = torch.randint(info.num_classes, (recipe.batch_size,), device=device)
+    images, held_out = (_noise(recipe, known.channels, device, evaluation=one) for one in (False, True))
+    labels = torch.randint(known.classes, (recipe.batch_size,), device=device)
     keys = sample_keys(0, 0, torch.arange(recipe.batch_size, device=device))
-    augment = build_augment(recipe, info.num_classes).to(device)
-    model = build_classifier(recipe, info.num_classes, info.channels).to(device)
+    augment = build_augment(recipe, known.classes).to(device)
+    normalize = build_augment(recipe, known.classes, evaluation=True).to(device).normalize
+    model = build_classifier(recipe, known.classes, known.channels).to(device)
     optimizer = build_optimizer(recipe, model, max(100, steps_of(recipe)))
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.mixed]
     autocast: dict[str, Any] = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}
@@ -118,13 +146,19 @@ def measure(recipe: Recipe) -> tuple[float, float]:
 
     def look() -> None:
         with torch.no_grad(), torch.autocast(**autocast):
-            model(augment.normalize(images))
+            model(normalize(held_out))
 
     if hasattr(optimizer, "train"):
         optimizer.train()
     of_step = _median_seconds(step, device)
     model.eval()
     return of_step, _median_seconds(look, device) / recipe.batch_size
+
+
+def _noise(recipe: Recipe, channels: int, device: torch.device, *, evaluation: bool) -> Tensor:
+    side = look_of(recipe.data, evaluation=evaluation).size
+    shape = (recipe.batch_size, channels, side, side)
+    return torch.randint(256, shape, dtype=torch.uint8, device=device)
 
 
 def _median_seconds(action: Any, device: torch.device) -> float:

@@ -88,7 +88,9 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
 
 
 def chance_of(recipe: Recipe) -> float | None:
-    """Accuracy of guessing on the recipe's data; None where the number of its classes is not known by name."""
+    """Accuracy of guessing on the recipe's data; None where the recipe does not tell how many classes it has."""
+    if recipe.data.num_classes is not None:
+        return 1 / recipe.data.num_classes
     try:
         return 1 / dataset_info(recipe.data.name).num_classes
     except ValueError:

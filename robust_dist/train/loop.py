@@ -328,6 +328,7 @@ class Trainer:
     def _leave(self) -> None:
         if self.saver.saved != self.progress.step:
             self._save()
+        tick("the last checkpoint", patient=True)
         self.saver.settle()
         self.stopper.leave(self.folder, self.progress.step, self.total_steps)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from robust_dist.data.sets import TrainLoader
 from robust_dist.schedule import base_optimizer
+from robust_dist.train.watchdog import tick
 
 # With a momentum of 0.1, half a percent of batch normalisation's former statistics is left after so many.
 STATISTICS_STEPS = 50
@@ -35,6 +36,7 @@ def use_averaged_weights(
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
     with torch.no_grad():
         for parts in islice(batches, STATISTICS_STEPS):
+            tick("collecting the statistics of batch normalisation")
             for batch in parts:
                 model(prepare(batch))
     # They were counted when they were trained on.
