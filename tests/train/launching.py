@@ -5,6 +5,7 @@
 """
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -172,7 +173,12 @@ def ranks_of(process: Run | subprocess.Popen) -> list[int]:
 def kill_after(process: Run | subprocess.Popen, run_dir: Path, step: int, timeout: float = 120) -> None:
     """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
     wait_for_step(process, run_dir, step, timeout)
+    # The ranks of a launcher are in sessions of their own, and would train on without it.
+    ranks = ranks_of(process)
     os.killpg(process.pid, signal.SIGKILL)
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
     process.communicate()
 
 
