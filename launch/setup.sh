@@ -23,6 +23,6 @@ installs() (
 )
 if ! cmp -s "$stamp" <(installs); then
   echo "installing robust_dist[$extras] into .venv (torch alone is some GB; minutes on a fresh machine)"
-  "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
+  "$python" -m pip install --quiet --disable-pip-version-check -e "${root}[$extras]"
   installs > "$stamp"
 fi

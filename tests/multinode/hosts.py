@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CABLE = "eth0"
-_RUN = Path("/etc/netns")
+_ETC = Path("/etc/netns")
+# Of a namespace's name: then the pid of the process that made it, and a letter.
+_PREFIX = "rd"
 
 
 def missing() -> list[str]:
@@ -81,7 +83,7 @@ class Host:
 def _make(host: Host, others: list[Host]) -> None:
     _call("ip", "netns", "add", host.space)
     _call("ip", "-n", host.space, "link", "set", "lo", "up")
-    folder = _RUN / host.space
+    folder = _ETC / host.space
     folder.mkdir(parents=True, exist_ok=True)
     # `ip netns exec` shows its processes this file as /etc/hosts.
     lines = ["127.0.0.1 localhost", *(f"{one.address} {one.name}" for one in [host, *others])]
@@ -92,13 +94,22 @@ def _remove(host: Host) -> None:
     if Path("/run/netns", host.space).exists():
         host.signal_all(signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", host.space], capture_output=True, timeout=30)
-    shutil.rmtree(_RUN / host.space, ignore_errors=True)
+    shutil.rmtree(_ETC / host.space, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """The hosts of a process that was killed before it could remove them."""
+    for space in Path("/run/netns").glob(f"{_PREFIX}*"):
+        pid = space.name.removeprefix(_PREFIX)[:-1]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            _remove(Host(space.name, "", ""))
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts joined by a cable; both, and all that runs on them, are gone afterwards."""
-    mark = f"rd{os.getpid()}"
+    _remove_leftovers()
+    mark = f"{_PREFIX}{os.getpid()}"
     first, second = Host(f"{mark}a", "node-a", "10.99.0.1"), Host(f"{mark}b", "node-b", "10.99.0.2")
     try:
         _make(first, [second])
