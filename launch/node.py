@@ -182,13 +182,18 @@ def _watch_input(grace: float) -> None:
     threading.Thread(target=listen, name="input", daemon=True).start()
 
 
-def launch(words: Sequence[str]) -> int:
+def launch(here: Place, words: Sequence[str]) -> int:
     """Start this host's ranks and wait for them.
+
+    Args:
+        here: Where this host stands.
+        words: Those of `accelerate launch`.
 
     Returns:
         0, the exit status of the first rank here that failed, or 128 + N where signal N ended it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -200,6 +205,10 @@ def launch(words: Sequence[str]) -> int:
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
+    except DistError as error:
+        met = f"{here.nodes} hosts did not meet at {here.address}:{here.port} within JOIN_SECONDS"
+        print(f"error: the {met}, or lost each other there: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -227,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(
         f"host {here.rank + 1} of {here.nodes}: {here.gpus} ranks, rendezvous at {here.address}:{here.port}", flush=True
     )
-    sys.exit(launch(launched))
+    sys.exit(launch(here, launched))
 
 
 if __name__ == "__main__":

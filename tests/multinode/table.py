@@ -14,6 +14,7 @@ FAULTS = (
     "a rank is killed (SIGKILL)",
     "a rank is killed, RESTARTS=1",
     "a host is lost",
+    "a host is lost, RESTARTS=1",
     "a host is lost while a checkpoint is written",
     "a link is cut",
     "a link is down for seconds, again and again",

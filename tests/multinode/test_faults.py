@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.multinode.jobs import EVERY, TIMEOUT, same_run
+from tests.multinode.jobs import EVERY, PATIENCE, TIMEOUT, same_run
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(1500)]
 FAULT_AT = 8
@@ -44,9 +44,9 @@ class Fault:
         """Now."""
         self.at = time.monotonic()
 
-    def ends_with_error(self, *parts, said=LOST):
+    def ends_with_error(self, *parts, said=LOST, patience=4 * TIMEOUT + 60):
         """Every launcher (or those named) ends by itself with an error that says what is the matter."""
-        statuses = self.job.statuses(patience=4 * TIMEOUT + 60, parts=parts or None)
+        statuses = self.job.statuses(patience, parts or None)
         assert 0 not in statuses, self.job.output()
         assert re.search(said, self.job.output()), self.job.output()
         self.record("seconds to end", time.monotonic() - self.at)
@@ -103,6 +103,18 @@ def test_a_lost_host_ends_the_job_and_it_goes_on(fault):
     fault.cluster.hosts[1].signal_all(signal.SIGKILL)
     fault.ends_with_error(0)
     fault.goes_on("the other host ends with an error; the same command goes on, bit for bit")
+
+
+@pytest.mark.fault("a host is lost, RESTARTS=1")
+def test_restarts_do_not_wait_for_ever_for_a_lost_host(fault):
+    restarts = ["--same_network", "--max_restarts", "1", "--rdzv_conf", f"timeout={TIMEOUT}"]
+    fault.start("host-lost-restarts", options=restarts)
+    fault.strikes()
+    fault.cluster.hosts[1].signal_all(signal.SIGKILL)
+    # Two endings, and the start between them.
+    fault.ends_with_error(0, patience=PATIENCE)
+    fault.goes_on("the other host starts its ranks again, which wait in vain and end with an error; the same command "
+                  "goes on, bit for bit")  # fmt: skip
 
 
 @pytest.mark.fault("a host is lost while a checkpoint is written")

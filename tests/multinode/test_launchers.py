@@ -104,6 +104,16 @@ def test_ssh_hosts_train_together_and_start_again_after_a_lost_rank(scripts, ref
     assert same_run(job.run_dir, reference), output
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_host_whose_peer_never_comes_says_so_within_the_set_time(scripts, place):
+    host = scripts.cluster.hosts[place]
+    env = {"NODES": "2", "NODE_RANK": str(place), "MASTER_ADDR": "node-a", "JOIN_SECONDS": "10"}
+    command = host.command(sys.executable, str(ROOT / "launch" / "node.py"), "--epochs", "1")
+    done = subprocess.run(command, env=scripts.env | env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1, done.stderr
+    assert "error: the 2 hosts did not meet at node-a:29500 within JOIN_SECONDS" in done.stderr
+
+
 def test_a_users_mistake_on_ssh_hosts_ends_with_its_status_and_no_second_start(scripts):
     job, _ = scripts.start("hosts.sh", "--optimizer.lr", "-1", RETRIES="3")
     assert job.statuses() == [2], job.output()
