@@ -204,7 +204,9 @@ def test_a_run_whose_first_host_hangs_is_not_taken_up_until_that_host_has_let_go
     fault.strikes()
     fault.cluster.hosts[0].signal_all(signal.SIGSTOP)
     fault.ends_with_error(1)
-    refused = fault.cluster.launch(job.run_dir, places=[1], machines=1, ranks=2, options=())
+    # The first rank watches the silent holder for less than a minute; the other one must not give up before.
+    patient = ["--timeout_seconds", "120"]
+    refused = fault.cluster.launch(job.run_dir, *patient, places=[1], machines=1, ranks=2, options=())
     assert 0 not in refused.statuses(), refused.output()
     assert re.search(r"in use by a live run \(.*node-a", refused.output()), refused.output()
     for pid in hung:
