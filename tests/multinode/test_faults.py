@@ -19,7 +19,7 @@ from tests.train.launching import ROOT
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(1500)]
 FAULT_AT = 8
 # What a rank says of a peer that is gone or does not answer.
-LOST = r"Connection (reset|closed|refused)|[Tt]imed out|Broken pipe|unreachable|lost another rank"
+LOST = r"rank \d+ on node-[ab]: (lost another rank|waited in vain for the other ranks)"
 
 
 class Fault:
