@@ -1,7 +1,6 @@
 """The training loop: small enough to read in one sitting."""
 
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters
-from robust_dist.checkpoint.space import checkpoint_bytes
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
@@ -27,36 +25,14 @@ from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evalu
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
 from robust_dist.train.profiling import Profiling
+from robust_dist.train.progress import Progress, check_finite
 from robust_dist.train.recipe import Recipe, recipe_dict
-from robust_dist.train.resume import load_newest, loss_of, saves_whole
-from robust_dist.train.saving import Saver
+from robust_dist.train.resume import load_newest, loss_of
+from robust_dist.train.saving import build_saver
 from robust_dist.train.schedule_free import use_averaged_weights
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
-
-
-class DivergedError(RuntimeError):
-    """The training loss is no longer finite; nothing was saved after it."""
-
-
-@dataclass
-class Progress:
-    """Where the run stands.
-
-    Attributes:
-        step: Optimizer steps done.
-        loss_sum: 0-d float64: this rank's summed loss since the epoch began.
-        lr: Learning rate of the last step.
-        weight_decay: Weight decay of the last step.
-        bad_images: This rank's images since the epoch began that could not be read.
-    """
-
-    step: int
-    loss_sum: Tensor
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    bad_images: int = 0
 
 
 class Trainer:
@@ -132,7 +108,7 @@ class Trainer:
         # The first step compiles, tunes and connects.
         tick("the first step", patient=True)
         with (
-            self._saver() as self.saver,
+            build_saver(self.accelerator, self.recipe, self.store, self.bare_model) as self.saver,
             Stopper(self.accelerator, self.saver) as self.stopper,
             Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
             Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
@@ -229,7 +205,7 @@ class Trainer:
         bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
-        self._check_finite(train_loss)
+        check_finite(train_loss, self.progress.step, self.recipe.optimizer)
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
             self.model if forward_is_collective(self.accelerator) else whole,
@@ -270,15 +246,6 @@ class Trainer:
         self.bad.note(found)
         return self.bad.settle(len(found), len(self.test_set), self.test_set.name)
 
-    def _check_finite(self, loss: float) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
-            ours = self.recipe.optimizer
-            raise DivergedError(
-                f"the training loss is {loss} by step {self.progress.step} (optimizer.lr={ours.lr}, "
-                f"optimizer.weight_decay={ours.weight_decay}, optimizer.clip_norm={ours.clip_norm}); nothing was "
-                "saved after it went bad: try a smaller optimizer.lr or an optimizer.clip_norm"
-            )
-
     def _build_ema(self) -> AveragedModel | None:
         if self.recipe.ema_decay is None:
             return None
@@ -287,23 +254,11 @@ class Trainer:
         self.accelerator.register_for_checkpointing(ema)
         return ema
 
-    def _saver(self) -> Saver:
-        need = checkpoint_bytes(
-            engine_kind(self.accelerator),
-            self.bare_model,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            full_state_dict=saves_whole(self.accelerator),
-            averaged=self.ema is not None,
-        )
-        timeout = self.recipe.timeout_seconds
-        return Saver(self.accelerator, self.store, self.recipe.checkpoint, need=need, timeout=timeout)
-
     def _save(self, accuracy: float | None = None) -> None:
         """Save; the checkpoint counts once it is whole."""
         tick(f"the checkpoint of step {self.progress.step}")
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
-        self._check_finite(sum(losses))
+        check_finite(sum(losses), self.progress.step, self.recipe.optimizer)
         bad_images = self._settle_bad_images()
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.

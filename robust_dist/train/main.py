@@ -21,7 +21,8 @@ from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped
 from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
-from robust_dist.train.loop import DivergedError, Trainer
+from robust_dist.train.loop import Trainer
+from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick

@@ -9,13 +9,23 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.checkpoint.background import Pending, Staging
-from robust_dist.checkpoint.space import SHARED_MEMORY, free_bytes, room_for_staging, text_of, write_failure
+from robust_dist.checkpoint.space import (
+    SHARED_MEMORY,
+    checkpoint_bytes,
+    free_bytes,
+    room_for_staging,
+    text_of,
+    write_failure,
+)
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.claim import host_id
-from robust_dist.train.recipe import CheckpointConfig
+from robust_dist.train.engine import engine_kind
+from robust_dist.train.recipe import CheckpointConfig, Recipe
+from robust_dist.train.resume import saves_whole
 
 Write = Callable[[Path], None]
 
@@ -225,3 +235,16 @@ def _explained(path: Path, action: Callable[[], Any]) -> Any:
         if type(error).__name__ in ("SafetensorError", "CheckpointException") or "inline_container" in str(error):
             raise write_failure(path, error) from None
         raise
+
+
+def build_saver(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, model: nn.Module) -> Saver:
+    """The saver of a run of `model`, without the engine's wrappers, that knows what a checkpoint takes on the disk."""
+    need = checkpoint_bytes(
+        engine_kind(accelerator),
+        model,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        full_state_dict=saves_whole(accelerator),
+        averaged=recipe.ema_decay is not None,
+    )
+    return Saver(accelerator, store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)

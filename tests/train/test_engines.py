@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
-from robust_dist.train import loop
+from robust_dist.train import saving
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.small_disk import can_mount, small_disk
@@ -36,7 +36,7 @@ def rows(folder):
 @contextlib.contextmanager
 def expecting():
     """The bytes that all ranks expected to write into a checkpoint."""
-    real, needs = loop.checkpoint_bytes, []
+    real, needs = saving.checkpoint_bytes, []
 
     def noted(*args, **options):
         gathered = [None] * dist.get_world_size()
@@ -44,11 +44,11 @@ def expecting():
         needs.extend(gathered)
         return gathered[dist.get_rank()]
 
-    loop.checkpoint_bytes = noted
+    saving.checkpoint_bytes = noted
     try:
         yield needs
     finally:
-        loop.checkpoint_bytes = real
+        saving.checkpoint_bytes = real
 
 
 def checkpoints(folder):
