@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -84,7 +85,9 @@ class Stage:
     def start(self, script, *words, cwd=None, **env):
         command = ["bash", str(ROOT / "launch" / script), *words]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=self.env | env, cwd=cwd or ROOT, start_new_session=True, **pipe)
+        # Where the tests run in the background SIGINT is ignored, and bash cannot trap what it was started ignoring.
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        return subprocess.Popen(command, env=self.env | env, cwd=cwd or ROOT, start_new_session=True, **pipe, **heard)
 
     def run(self, script, *words, cwd=None, **env):
         process = self.start(script, *words, cwd=cwd, **env)

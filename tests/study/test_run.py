@@ -28,7 +28,13 @@ def results(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A study after a worker that was killed in training, and two commands at a time, of which one was killed, too."""
-    folder = tmp_path_factory.mktemp("shared")
+    # A forked process has one thread, whatever is asked for; all runs must have as many to agree to the bit.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        return _shared(tmp_path_factory.mktemp("shared"))
+
+
+def _shared(folder):
     config, study = write(folder / "rows.yaml", axes={"row": ROWS}), folder / "study"
     alone = start(config, study)
     wait_until(lambda: any((study / "runs" / "good_seed0" / "checkpoints").glob("step-*")), alone)
