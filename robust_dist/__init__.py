@@ -16,4 +16,4 @@ __all__ = [
     "register",
     "sample_keys",
 ]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
