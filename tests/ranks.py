@@ -47,6 +47,12 @@ def _rank_main(
     dist.destroy_process_group()
 
 
+def _free_shared_memory(port: str) -> None:
+    """Remove the buffers of DeepSpeed's CPU ranks, 69 MB each, which it leaves behind."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """Call a module-level `function(*args)` on every rank of a gloo group; returns its values in rank order.
 
@@ -55,7 +61,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     ensure_server()
     with tempfile.TemporaryDirectory() as out:
-        call = (dict(os.environ) | rank_environment(world_size), function, timeout, out, args)
+        world = rank_environment(world_size)
+        call = (dict(os.environ) | world, function, timeout, out, args)
         ranks = mp.start_processes(_rank_main, call, world_size, join=False, start_method="forkserver")
         try:
             while not ranks.join():
@@ -63,6 +70,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         finally:
             for process in ranks.processes:
                 process.kill()
+            _free_shared_memory(world["MASTER_PORT"])
         results = [pickle.loads(Path(out, f"{r}.pkl").read_bytes()) for r in range(world_size)]
     failed = [f"rank {r}:\n{value}" for r, (ok, value) in enumerate(results) if not ok]
     if failed:
