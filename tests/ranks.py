@@ -1,7 +1,9 @@
 """Real gloo ranks for tests: `run_ranks(function, world_size, *args)`."""
 
+import contextlib
 import os
 import pickle
+import secrets
 import socket
 import tempfile
 import time
@@ -19,10 +21,11 @@ from tests.forked import begin, ensure_server
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that was free a moment ago, below those that the system hands out to connections."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", secrets.choice(range(15_000, 32_000))))
+            return int(sock.getsockname()[1])
 
 
 def rank_environment(world_size: int) -> dict[str, str]:

@@ -41,7 +41,8 @@ def _is_capturing() -> bool:
 def _check_group_can_step(group: Mapping[str, Any]) -> None:
     for param in group["params"]:
         grad = param.grad
-        if grad is not None and grad.layout != torch.strided:
+        # Asked of plain tensors alone: a DTensor is never sparse, and slow to answer.
+        if type(grad) is Tensor and grad.layout != torch.strided:
             raise RuntimeError(
                 f"RAdaBeliefW does not support sparse gradients, got one of layout {grad.layout};"
                 " use sparse=False in the layer that makes it"

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_local = attrgetter("_local_tensor")
+_local, _layout = attrgetter("_local_tensor"), attrgetter("_spec")
 STEP = "step"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
@@ -65,7 +65,10 @@ def _sharing_placements(tensor: Any, param: Any) -> Any:
 
 def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> list[list[Tensor]] | None:
     """`local_slot` of many DTensor parameters, a column at a time; None where a gradient has another layout."""
-    if any(getattr(grad, "_spec", None) is not param._spec for param, grad in zip(params, grads, strict=True)):
+    try:
+        if not all(map(is_, map(_layout, grads), map(_layout, params))):
+            return None
+    except AttributeError:  # a gradient that is a plain tensor
         return None
     return [list(map(_local, column)) for column in (params, grads, *moments)]
 
