@@ -43,11 +43,17 @@ class CifarResNet(nn.Module):
         num_blocks: n of 6n+2.
         num_classes: outputs.
         in_channels: channels of the images.
+        stem_stride: stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
+
+    Raises:
+        ValueError: stem_stride is no int of 1 or more.
     """
 
-    def __init__(self, num_blocks: int, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(self, num_blocks: int, num_classes: int, in_channels: int = 3, *, stem_stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, WIDTHS[0], 1)
+        if isinstance(stem_stride, bool) or not isinstance(stem_stride, int) or stem_stride < 1:
+            raise ValueError(f"stem_stride must be an int of 1 or more, got {stem_stride!r}")
+        self.conv1 = _conv3x3(in_channels, WIDTHS[0], stem_stride)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.layer1 = _stage(WIDTHS[0], WIDTHS[0], num_blocks, stride=1)
         self.layer2 = _stage(WIDTHS[0], WIDTHS[1], num_blocks, stride=2)

@@ -71,7 +71,8 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
         name: a key of `MODELS`; else a classifier of torchvision by its name; else timm/NAME.
         num_classes: outputs.
         in_channels: channels of the images.
-        **options: handed to torchvision's or timm's builder (for example dropout); ours take none.
+        **options: handed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
+            take stem_stride.
 
     Returns:
         A module from [B, in_channels, H, W] to logits [B, num_classes].

@@ -90,6 +90,18 @@ def test_option_a_takes_every_second_pixel_and_appends_zeros():
     assert torch.equal(short[:, 16:], torch.zeros(2, 16, 3, 3))
 
 
+def test_a_stem_of_stride_2_halves_the_maps_and_keeps_the_parameters():
+    model = build_model("resnet8", 10, in_channels=1, stem_stride=2)
+    assert model.layer1(model.conv1(torch.zeros(2, 1, 28, 28))).shape == (2, 16, 14, 14)
+    assert num_parameters(model) == num_parameters(build_model("resnet8", 10, in_channels=1))
+
+
+@pytest.mark.parametrize("stride", [0, -1, 1.5, True])
+def test_a_bad_stem_stride_is_named(stride):
+    with pytest.raises(ValueError, match="stem_stride must be an int of 1 or more"):
+        build_model("resnet8", 10, stem_stride=stride)
+
+
 def test_convolutions_are_drawn_with_he_variance():
     torch.manual_seed(0)
     for name in ("resnet56", "resnet18_cifar"):
