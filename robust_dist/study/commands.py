@@ -16,6 +16,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     run.add_argument("config", metavar="STUDY.yaml", help="one of configs/studies, or your own")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     run.add_argument("--dir", metavar="D", help="the study's folder (default: runs/studies/NAME)")
+    run.add_argument("--from", dest="report", metavar="REPORT.json", help="take the finished runs of an earlier report")
     run.add_argument("--dry-run", action="store_true", help="say what it costs, from a measured step; train nothing")
     run.set_defaults(run=_run, extra="study")
 
@@ -37,6 +38,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _run(words: argparse.Namespace) -> int:
+    from robust_dist.study.adopt import adopt
     from robust_dist.study.folder import StudyFolder
     from robust_dist.study.keys import StudyError
     from robust_dist.study.measure import estimate
@@ -52,6 +54,8 @@ def _run(words: argparse.Namespace) -> int:
         return 0
     folder = StudyFolder(words.dir or Path("runs", "studies", study.name))
     folder.claim(study)
+    if words.report:
+        print(f"{adopt(folder, study, words.report)} runs taken from {words.report}", flush=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         Workers(folder, study, recipes, words.workers).work()

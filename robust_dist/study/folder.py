@@ -106,20 +106,20 @@ class StudyFolder:
         write_atomically(self.make("failed", run, ".json"), json.dumps(vars(failure), indent=1) + "\n")
 
 
-def differences(ours: Study, theirs: Study) -> list[str]:
-    """What differs between two studies and changes their results, one line each."""
+def differences(ours: Study, theirs: Study, where: str = "the folder") -> list[str]:
+    """What differs between two studies and changes their results, one line each; `where` the second one is from."""
     here, there = study_dict(ours), study_dict(theirs)
-    lines = [f"base: {line}" for line in conflicts(here["base"], there["base"])]
+    lines = [f"base: {line}" for line in conflicts(here["base"], there["base"], where)]
     names = list(dict.fromkeys(axis.name for axis in (*ours.axes, *theirs.axes)))
     places = [{axis.name: _places(axis.labels, axis.settings) for axis in study.axes} for study in (ours, theirs)]
     for name in names:
         mine, others = (found.get(name, "(no such axis)") for found in places)
         if mine != others:
-            lines.append(f"axes.{name}: {mine} here, {others} in the folder")
+            lines.append(f"axes.{name}: {mine} here, {others} in {where}")
     if [axis.name for axis in ours.axes] != [axis.name for axis in theirs.axes] and not lines:
         lines.append("axes: in another order")
     if here["seeds"] != there["seeds"]:
-        lines.append(f"seeds: {here['seeds']} here, {there['seeds']} in the folder")
+        lines.append(f"seeds: {here['seeds']} here, {there['seeds']} in {where}")
     return lines
 
 

@@ -297,20 +297,21 @@ FREE = (
 )
 
 
-def conflicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder") -> list[str]:
     """Settings that differ between two recipes and change the result, one line each.
 
     Args:
         ours: `recipe_dict` of the run that starts.
         theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
             count as their defaults.
+        where: What holds it, for the lines.
     """
     defaults = flatten(recipe_dict(Recipe()))
     here, there = flatten(ours), defaults | flatten(theirs)
     keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
     missing = "(not set)"
     return [
-        f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in the folder"
+        f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in {where}"
         for key in keys
         if here.get(key, missing) != there.get(key, missing)
     ]

@@ -118,6 +118,44 @@ def test_a_finished_study_is_not_run_again(tmp_path, capsys):
     assert not (tmp_path / "study" / "runs").exists()
 
 
+def test_runs_of_an_earlier_report_are_not_trained_again(tmp_path, capsys):
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    first = with_results(tmp_path / "first", config, lambda run: None if run.cell.labels == ("good",) else 0.5)
+    second = with_results(tmp_path / "second", config, lambda run: 0.9 if run.cell.labels == ("good",) else None)
+    for folder in (first, second):
+        assert main(["study", "report", str(folder.path)]) == 0
+    report = first.path / "report" / "report.json"
+    assert main(["study", "run", str(config), "--dir", str(second.path), "--from", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert "3 runs taken from" in out
+    assert "All 4 runs are finished." in out
+    assert not (second.path / "runs").exists()
+    kept, taken = (second.result(run) for run in second.study().runs() if run.cell.labels in [("good",), ("wild",)])
+    assert kept.accuracy == 0.9
+    assert vars(taken) == vars(next(first.result(run) for run in first.study().runs() if run.cell.labels == ("wild",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("{}", "no study's report.json: KeyError"), ("no json", "JSONDecodeError")]
+)
+def test_what_is_no_report_is_refused(tmp_path, capsys, text, named):
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    (tmp_path / "report.json").write_text(text)
+    words = ["--dir", str(tmp_path / "study"), "--from", str(tmp_path / "report.json")]
+    assert main(["study", "run", str(config), *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_report_of_other_settings_is_refused(tmp_path, capsys):
+    other = write(tmp_path / "other.yaml", axes={"row": ROWS}, seeds=[0, 1])
+    folder = with_results(tmp_path / "other", other, lambda run: 0.5)
+    assert main(["study", "report", str(folder.path)]) == 0
+    config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
+    words = ["--dir", str(tmp_path / "study"), "--from", str(folder.path / "report" / "report.json")]
+    assert main(["study", "run", str(config), *words]) == 2
+    assert "seeds: [0] here, [0, 1] in the report" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_study_is_refused_with_what_differs(shared, tmp_path, capsys):
     _, folder, _, _ = shared
     other = write(tmp_path / "rows.yaml", axes={"row": ROWS | {"good": {"optimizer.lr": 0.1}}}, seeds=[0, 1])

@@ -1,0 +1,51 @@
+"""Runs that an earlier report has are not trained again."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from robust_dist.study.folder import StudyFolder, differences
+from robust_dist.study.grid import Run, Study, study_from_dict
+from robust_dist.study.keys import StudyError
+from robust_dist.study.outcome import Result
+
+
+def adopt(folder: StudyFolder, study: Study, report: str | Path) -> int:
+    """Take the finished runs of a `report.json` into a study's folder; those that the folder has stay as they are.
+
+    Args:
+        folder: The study's folder, claimed.
+        study: The study.
+        report: A `report.json` of the same study, finished or not.
+
+    Returns:
+        How many runs were taken.
+
+    Raises:
+        StudyError: The file is no report, or one of a study with other settings (the differences are named).
+    """
+    found = _results(study, Path(report))
+    with folder.alone():
+        new = [(run, found[run.name]) for run in study.runs() if run.name in found and folder.result(run) is None]
+        for run, result in new:
+            folder.write_result(run, result)
+    return len(new)
+
+
+def _results(study: Study, path: Path) -> dict[str, Result]:
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        theirs, runs = study_from_dict(noted["study"]), noted["runs"]
+        found = {(tuple(run["labels"]), run["seed"]): _result(run) for run in runs if not run.get("missing")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"--from {path} is no study's report.json: {type(error).__name__}: {error}") from error
+    differing = differences(study, theirs, "the report")
+    if differing:
+        raise StudyError(f"--from {path} is of a study with other settings:\n  " + "\n  ".join(differing))
+    keys = [(Run(cell, seed).name, (tuple(cell.labels), seed)) for cell in study.cells() for seed in study.seeds]
+    return {name: found[key] for name, key in keys if key in found}
+
+
+def _result(run: dict[str, Any]) -> Result:
+    return Result(**{one.name: run[one.name] for one in fields(Result)})
