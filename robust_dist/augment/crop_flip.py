@@ -36,6 +36,17 @@ class FlipPlan:
     flip: Tensor
 
 
+def cut(images: Tensor, plan: CropPlan, padding: int, fill: float) -> Tensor:
+    """The windows of [B, C, H, W] of any dtype, padded by `padding` pixels of `fill` on each side."""
+    channels, height, width = images.shape[1:]
+    row = torch.arange(height, device=images.device) + plan.top.unsqueeze(1)
+    column = torch.arange(width, device=images.device) + plan.left.unsqueeze(1)
+    index = (row * (width + 2 * padding)).unsqueeze(2) + column.unsqueeze(1)
+    padded = pad(images.contiguous(), (padding,) * 4, value=fill).flatten(2)
+    out = padded.gather(2, index.flatten(1).unsqueeze(1).expand(-1, channels, -1))
+    return out.view(images.shape)
+
+
 class RandomCrop(Stage):
     """Pad each image on all sides and cut a window of its own size, at a place of its own.
 
@@ -75,13 +86,8 @@ class RandomCrop(Stage):
         check_images(images)
         check_vector("plan.top", plan.top, images)
         check_vector("plan.left", plan.left, images)
-        channels, height, width = images.shape[1:]
-        row = torch.arange(height, device=images.device) + plan.top.unsqueeze(1)
-        column = torch.arange(width, device=images.device) + plan.left.unsqueeze(1)
-        index = (row * (width + 2 * self.padding)).unsqueeze(2) + column.unsqueeze(1)
-        padded = pad(images.contiguous(), (self.padding,) * 4, value=self.fill).flatten(2)
-        out = padded.gather(2, index.flatten(1).unsqueeze(1).expand(-1, channels, -1))
-        return out.view(images.shape).contiguous(memory_format=memory_format(images))
+        out = cut(images, plan, self.padding, self.fill)
+        return out.contiguous(memory_format=memory_format(images))
 
     def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`apply(images, plan(keys))`, with keys from the generator where none are given."""

@@ -10,13 +10,13 @@ from robust_dist.augment import TrivialAugmentPlan, tables
 CELLS = [(op, b, negative) for op in range(14) for b in range(31) for negative in (0, 1)]
 
 
-def torchvision_op(image: Tensor, op: int, magnitude_bin: int, negative: int) -> Tensor:
-    """TrivialAugmentWide's operation on one uint8 image [C, H, W]."""
+def torchvision_op(image: Tensor, op: int, magnitude_bin: int, negative: int, **options: float) -> Tensor:
+    """TrivialAugmentWide's operation on one uint8 image [C, H, W]; options are those of its warps."""
     f = __import__("torchvision.transforms.v2.functional", fromlist=["functional"])
     name, sign = tables.OPS[op], -1 if negative else 1
     wide = sign * tables.wide_magnitudes(31)[magnitude_bin]
     pixels = sign * tables.translations(31)[magnitude_bin]
-    plain = {"angle": 0.0, "scale": 1.0}
+    plain = {"angle": 0.0, "scale": 1.0, **options}
     if name == "ShearX":
         slope = [math.degrees(math.atan(wide)), 0.0]
         return f.affine(image, translate=[0, 0], shear=slope, center=[0, 0], **plain)
@@ -28,7 +28,7 @@ def torchvision_op(image: Tensor, op: int, magnitude_bin: int, negative: int) ->
         "Identity": lambda: image,
         "TranslateX": lambda: f.affine(image, translate=[pixels, 0], shear=[0.0, 0.0], **plain),
         "TranslateY": lambda: f.affine(image, translate=[0, pixels], shear=[0.0, 0.0], **plain),
-        "Rotate": lambda: f.rotate(image, angle=sign * tables.rotations(31)[magnitude_bin]),
+        "Rotate": lambda: f.rotate(image, angle=sign * tables.rotations(31)[magnitude_bin], **options),
         "Brightness": lambda: f.adjust_brightness(image, 1.0 + wide),
         "Color": lambda: f.adjust_saturation(image, 1.0 + wide),
         "Contrast": lambda: f.adjust_contrast(image, 1.0 + wide),

@@ -1,0 +1,136 @@
+"""TrivialAugment with torchvision's call: images, batches, videos, PIL images, and their masks and boxes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from robust_dist.augment.boxes import pack, settle, unpack, warp_corners
+from robust_dist.augment.keys import random_keys
+from robust_dist.augment.masks import check_masks, restore, warp_masks
+from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
+from robust_dist.augment.v2.pixels import Pixels, device_of, is_pixels, read, write
+
+_INTERPOLATIONS = {"nearest": "nearest", "bilinear": "bilinear", 0: "nearest", 2: "bilinear"}
+
+
+@lru_cache(maxsize=32)
+def _operations(num_bins: int, interpolation: str, fill: tuple[float, ...], device: torch.device) -> TrivialAugment:
+    return TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What one call draws: a plan for B samples, and their boxes, moved, by the `id` of the boxes that came in."""
+
+    pixels: Pixels
+    plan: TrivialAugmentPlan
+    boxes: dict[int, Tensor]
+
+
+class TrivialAugmentWide(v2.TrivialAugmentWide):
+    """torchvision's TrivialAugmentWide with a draw for every image of a batch, for masks and boxes too.
+
+    A uint8 tensor gets the pixels of torchvision's tensor kernels. What differs from torchvision:
+        - a batch [..., C, H, W] draws for each image, where torchvision draws once; a `tv_tensors.Video` draws once for
+          its frames;
+        - `tv_tensors.Mask` and `BoundingBoxes` follow the warps: with one image all of them are its own; with a batch a
+          mask is [B, ..., H, W], and there are B `BoundingBoxes`, in order. Boxes that leave the image lose their area:
+          put SanitizeBoundingBoxes after;
+        - a PIL image gets the tensor kernels' pixels, not Pillow's; a floating one in [0, 1] is rounded to 256 levels;
+        - with bilinear interpolation a fill is not blended twice at borders.
+    Scripted by `torch.jit` it is torchvision's own transform of version 1.
+
+    Args:
+        num_magnitude_bins: Magnitudes from none to the widest, at least 2.
+        interpolation: "nearest" or "bilinear", as a string, an InterpolationMode or Pillow's number.
+        fill: Outside the image, in its own units: None, a number, one for each channel, or a dict of them by type with
+            "others" for the rest; for masks one whole number.
+
+    Raises:
+        TypeError: For arguments of a wrong type.
+        ValueError: For arguments out of range. In a call, for masks and boxes that do not belong to the images.
+    """
+
+    def __init__(
+        self, num_magnitude_bins: int = 31, interpolation: str | int | Any = "nearest", fill: Any = None
+    ) -> None:
+        super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
+        name = getattr(interpolation, "value", interpolation)
+        if name not in _INTERPOLATIONS:
+            raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
+        self._mode = _INTERPOLATIONS[name]
+        self._module(torch.device("cpu"), (0,))
+
+    def forward(self, *inputs: Any) -> Any:
+        """Transform one sample: an image or batch alone, or any structure that holds one."""
+        return v2.Transform.forward(self, *inputs)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw for the only image or batch among the leaves of a sample that are transformed."""
+        images = [leaf for leaf in flat_inputs if is_pixels(leaf)]
+        if len(images) != 1:
+            raise TypeError(f"{type(self).__name__}() needs exactly one image, batch or video, got {len(images)}")
+        pixels = read(images[0])
+        module = self._module(device_of(images[0]), (0,))
+        plan = module.plan(random_keys(pixels.batch, device=pixels.images.device))
+        boxes = [leaf for leaf in flat_inputs if isinstance(leaf, tv_tensors.BoundingBoxes)]
+        return {"call": _Call(pixels, plan, _move_boxes(module, plan, pixels, boxes))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """One leaf of the sample by what `make_params` drew."""
+        call = params["call"]
+        if is_pixels(inpt):
+            return self._image(inpt, call)
+        if isinstance(inpt, tv_tensors.Mask):
+            return self._mask(inpt, call)
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            return call.boxes[id(inpt)]
+        raise TypeError(f"Inputs of type {type(inpt).__name__} are not supported by {type(self).__name__}()")
+
+    def _module(self, device: torch.device, fill: tuple[float, ...]) -> TrivialAugment:
+        return _operations(self.num_magnitude_bins, self._mode, fill, device)
+
+    def _fill_of(self, value: Any) -> Any:
+        if not isinstance(self.fill, dict):
+            return self.fill
+        return self.fill.get(type(value), self.fill.get("others"))
+
+    def _image(self, value: Any, call: _Call) -> Any:
+        fill, images = self._fill_of(value), call.pixels.images
+        levels = tuple(fill) if isinstance(fill, Sequence) else (0 if fill is None else fill,)
+        if images.is_floating_point():
+            levels = tuple(round(255 * level) for level in levels)
+        each = {f.name: getattr(call.plan, f.name).repeat_interleave(call.pixels.frames) for f in fields(call.plan)}
+        return write(self._module(images.device, levels).apply(images, TrivialAugmentPlan(**each)), value)
+
+    def _mask(self, mask: Tensor, call: _Call) -> Tensor:
+        fill, lead = self._fill_of(mask) or 0, call.pixels.lead
+        if not isinstance(fill, (int, float)) or fill != int(fill):
+            raise TypeError(f"fill of masks must be one whole number, got {fill!r}: give fill={{tv_tensors.Mask: ...}}")
+        if tuple(mask.shape[: len(lead)]) != lead or tuple(mask.shape[-2:]) != call.pixels.size:
+            wanted = ", ".join(map(str, [*lead, "...", *call.pixels.size]))
+            raise ValueError(f"masks of these images must have shape [{wanted}], got {list(mask.shape)}")
+        maps = check_masks(mask.as_subclass(Tensor).reshape(call.pixels.batch, -1, *call.pixels.size), int(fill))
+        return restore(warp_masks(self._module(maps.device, (0,)), maps, call.plan, int(fill)), mask)
+
+
+def _move_boxes(
+    module: TrivialAugment, plan: TrivialAugmentPlan, pixels: Pixels, boxes: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    if not boxes:
+        return {}
+    corners, canvases = pack(boxes)
+    if any(tuple(canvas) != pixels.size for canvas in canvases):
+        raise ValueError(f"boxes must have the canvas_size {pixels.size} of their images, got {canvases}")
+    if pixels.lead and len(boxes) != pixels.batch:
+        raise ValueError(f"a batch of {pixels.batch} images needs as many BoundingBoxes, in order, got {len(boxes)}")
+    if not pixels.lead:
+        plan = TrivialAugmentPlan(**{f.name: getattr(plan, f.name).expand(len(boxes)) for f in fields(plan)})
+    moved = settle(corners, warp_corners(module, corners, plan, pixels.size), pixels.size)
+    return {id(box): out for box, out in zip(boxes, unpack(moved, boxes), strict=True)}
