@@ -57,6 +57,8 @@ def augment_boxes(
     stages = _without_cutmix(augment)
     if isinstance(boxes, Tensor):
         tensor = plain("boxes", boxes, "Tensor")
+        if tensor.dim() != 3:
+            raise ValueError(f"padded boxes must have shape [B, N, 4], got {list(tensor.shape)}")
         canvas = _canvas(augment, [] if canvas_size is None else [canvas_size])
         corners, keep = _move(stages, to_corners(tensor, box_format), keys, canvas)
         return from_corners(corners, box_format, tensor.dtype), keep

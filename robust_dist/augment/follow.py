@@ -53,7 +53,7 @@ def plain(name: str, value: Any, wanted: str) -> Tensor:
         raise TypeError(
             f"{name} must be torch.Tensor or tv_tensors.{wanted}, got {kind}, which cannot follow as {name}"
         )
-    return value.as_subclass(Tensor)
+    return value if type(value) is Tensor else value.as_subclass(Tensor)
 
 
 def like(tensor: Tensor, original: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def paste_masks(maps: Tensor, plan: CutMixPlan) -> Tensor:
     """Integer masks [B, 1, H, W] with each sample's box taken from its partner; raises for masks of several objects."""
     if maps.shape[1] != 1:
         raise ValueError(
-            f"masks must have shape [B, H, W] or [B, 1, H, W] under CutMix, got {maps.shape[1]} a sample: the objects of "
+            f"masks must have shape [B, H, W] or [B, 1, H, W] under CutMix, got {maps.shape[1]} a sample: objects of "
             "another sample have no masks here to be pasted into"
         )
     return paste(maps, plan)
