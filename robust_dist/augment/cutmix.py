@@ -46,7 +46,7 @@ def soft_targets(
         lam: float32 [B], given with `partner_labels`.
     """
     own = labels.long().unsqueeze(1)
-    targets = torch.zeros(labels.shape[0], num_classes, device=labels.device)
+    targets = torch.zeros(labels.shape[0], num_classes, dtype=torch.float32, device=labels.device)
     if partner_labels is None or lam is None:
         return targets.scatter_(1, own, 1.0)
     other, share = partner_labels.long().unsqueeze(1), lam.unsqueeze(1)

@@ -93,7 +93,7 @@ class Augmented(Dataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw anew from the next sample on; Accelerate's loaders call it by themselves."""
-        self._epoch.fill_(epoch)
+        self._epoch.share_memory_().fill_(epoch)  # a copy of the data set does not share its number any more
 
     def __len__(self) -> int:
         return len(self.dataset)

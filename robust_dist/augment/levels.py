@@ -33,7 +33,7 @@ def _blurred(images: Tensor) -> Tensor:
     x = images.to(torch.int16)
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[..., 1:-1, 1:-1]
-    return (total * (1 / 13)).round_()
+    return (total.float() * (1 / 13)).round_()
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:

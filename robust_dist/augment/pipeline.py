@@ -23,7 +23,7 @@ def _size(size: int | Sequence[int]) -> tuple[int, int]:
 def _channel_values(name: str, values: Sequence[float]) -> Tensor:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) not in (1, 3):
         raise ValueError(f"{name} must hold one number for each of 1 or 3 channels, got {values!r}")
-    tensor = torch.tensor([float(v) for v in values])
+    tensor = torch.tensor([float(v) for v in values], dtype=torch.float32)
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {values!r}")
     return tensor.view(1, -1, 1, 1)

@@ -105,7 +105,7 @@ def matrix_table(num_bins: int) -> Tensor:
 
 def factor_table(num_bins: int) -> Tensor:
     """The enhancers' blend: f and 1 - f, float32 [rows, 2]; (1, 0) for other operations."""
-    table = torch.tensor([1.0, 0.0]).repeat(len(OPS) * num_bins * 2, 1)
+    table = torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(len(OPS) * num_bins * 2, 1)
     pairs = [[1 + m, 1 - (1 + m), 1 - m, 1 - (1 - m)] for m in wide_magnitudes(num_bins)]
     rounded = torch.tensor(pairs, dtype=torch.float64).float().view(num_bins, 2, 2)
     for name in ("Brightness", "Color", "Contrast", "Sharpness"):
