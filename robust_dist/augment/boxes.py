@@ -186,8 +186,9 @@ def warp_corners(trivial: TrivialAugment, corners: Tensor, plan: TrivialAugmentP
     height, width = canvas
     # The table maps what comes out to what goes in, about the centre; here it is inverted.
     a, b, c, d, p, q, u, v = (t.view(-1, 1, 1) for t in matrices(trivial, plan).unbind(1))
-    x = corners[..., [0, 2, 2, 0]] - width / 2 - (p * (height / 2) - u)
-    y = corners[..., [1, 1, 3, 3]] - height / 2 - (q * (width / 2) - v)
+    x1, y1, x2, y2 = corners.unbind(-1)
+    x = torch.stack([x1, x2, x2, x1], -1) - width / 2 - (p * (height / 2) - u)
+    y = torch.stack([y1, y1, y2, y2], -1) - height / 2 - (q * (width / 2) - v)
     determinant = a * d - b * c
     moved_x = (d * x - b * y) / determinant + width / 2
     moved_y = (a * y - c * x) / determinant + height / 2

@@ -197,3 +197,18 @@ def test_a_stage_needs_the_canvas_and_a_format_must_be_known():
         augment_boxes(TrivialAugment(), torch.zeros(1, 2, 4), sample_keys(0, 0, [0]))
     with pytest.raises(ValueError, match="box_format must be one of XYXY, XYWH, CXCYWH, got YXYX"):
         augment_boxes(make(), torch.zeros(1, 2, 4), sample_keys(0, 0, [0]), box_format="YXYX")
+
+
+@pytest.mark.gpu
+def test_on_a_device_nothing_waits_and_the_boxes_are_the_processors():
+    augment, keys, boxes = make(), sample_keys(0, 0, range(32)), corners(32)
+    module, given = make().cuda(), (boxes.cuda(), keys.cuda())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours, keep = augment_boxes(module, *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, kept = augment_boxes(augment, boxes, keys)
+    torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)
+    assert torch.equal(keep.cpu(), kept)

@@ -148,3 +148,16 @@ def test_what_cannot_follow_is_refused_by_name(change, error, words):
     given["masks"] = given["masks"]() if callable(given["masks"]) else given["masks"]
     with pytest.raises(error, match=words):
         augment_masks(given["augment"], given["masks"], given["keys"], fill=given["fill"])
+
+
+@pytest.mark.gpu
+def test_on_a_device_nothing_waits_and_the_masks_are_the_processors():
+    augment, keys, maps = make(), sample_keys(0, 0, range(32)), classes(32)
+    module, given = make().cuda(), (maps.cuda(), keys.cuda())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = augment_masks(module, *given, fill=255)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(ours.cpu(), augment_masks(augment, maps, keys, fill=255))

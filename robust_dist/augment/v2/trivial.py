@@ -1,7 +1,7 @@
 """TrivialAugment with torchvision's call: images, batches, videos, PIL images, and their masks and boxes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -106,8 +106,8 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         levels = tuple(fill) if isinstance(fill, Sequence) else (0 if fill is None else fill,)
         if images.is_floating_point():
             levels = tuple(round(255 * level) for level in levels)
-        each = {f.name: getattr(call.plan, f.name).repeat_interleave(call.pixels.frames) for f in fields(call.plan)}
-        return write(self._module(images.device, levels).apply(images, TrivialAugmentPlan(**each)), value)
+        plan = _changed(call.plan, lambda t: t.repeat_interleave(call.pixels.frames))
+        return write(self._module(images.device, levels).apply(images, plan), value)
 
     def _mask(self, mask: Tensor, call: _Call) -> Tensor:
         fill, lead = self._fill_of(mask) or 0, call.pixels.lead
@@ -117,7 +117,12 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
             wanted = ", ".join(map(str, [*lead, "...", *call.pixels.size]))
             raise ValueError(f"masks of these images must have shape [{wanted}], got {list(mask.shape)}")
         maps = check_masks(mask.as_subclass(Tensor).reshape(call.pixels.batch, -1, *call.pixels.size), int(fill))
-        return restore(warp_masks(self._module(maps.device, (0,)), maps, call.plan, int(fill)), mask)
+        plan = _changed(call.plan, lambda t: t.to(maps.device))
+        return restore(warp_masks(self._module(maps.device, (0,)), maps, plan, int(fill)), mask)
+
+
+def _changed(plan: TrivialAugmentPlan, change: Callable[[Tensor], Tensor]) -> TrivialAugmentPlan:
+    return TrivialAugmentPlan(change(plan.op), change(plan.magnitude_bin), change(plan.negative))
 
 
 def _move_boxes(
@@ -130,7 +135,6 @@ def _move_boxes(
         raise ValueError(f"boxes must have the canvas_size {pixels.size} of their images, got {canvases}")
     if pixels.lead and len(boxes) != pixels.batch:
         raise ValueError(f"a batch of {pixels.batch} images needs as many BoundingBoxes, in order, got {len(boxes)}")
-    if not pixels.lead:
-        plan = TrivialAugmentPlan(**{f.name: getattr(plan, f.name).expand(len(boxes)) for f in fields(plan)})
+    plan = _changed(plan, lambda t: t.to(corners.device).expand(len(boxes)))
     moved = settle(corners, warp_corners(module, corners, plan, pixels.size), pixels.size)
     return {id(box): out for box, out in zip(boxes, unpack(moved, boxes), strict=True)}
