@@ -103,6 +103,20 @@ def test_any_structure_comes_back_with_its_types_and_masks_and_boxes_follow(batc
     torch.testing.assert_close(boxes[0], F.rotate(sample["target"][1][0], whole), rtol=0, atol=1)
 
 
+def test_empty_batches_and_images_without_objects_pass():
+    empty = torch.zeros(0, 3, *SIZE, dtype=torch.uint8)
+    assert v2.TrivialAugmentWide()(empty).shape == empty.shape
+    images, targets = v2.CutMix(num_classes=4)(empty, torch.zeros(0, dtype=torch.int64))
+    assert images.shape == empty.shape
+    assert targets.shape == (0, 4)
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=SIZE)
+    none = (tv_tensors.Mask(torch.zeros(0, *SIZE, dtype=torch.bool)), boxes)
+    for op in ("Rotate", "Equalize"):
+        _, mask, ours = seeded(v2.TrivialAugmentWide(), seed_of(op), tv_tensors.Image(noise()), *none)
+        assert mask.shape == (0, *SIZE)
+        assert ours.shape == (0, 4)
+
+
 def test_colours_leave_masks_and_boxes_alone():
     sample = sample_with(tv_tensors.Image(noise()))
     ours = seeded(v2.TrivialAugmentWide(), seed_of("Equalize"), sample)

@@ -110,6 +110,6 @@ def _paste_images(images: Tensor, plan: cutmix.CutMixPlan, batch: int) -> Tensor
         raise ValueError(f"Expected a batched input with {dims} dims, but got {images.dim()} dimensions instead.")
     if images.shape[0] != batch:
         raise ValueError(f"The batch size of the images does not match the batch size of the labels: {images.shape[0]}")
-    flat = images.as_subclass(Tensor).reshape(batch, -1, *images.shape[-2:])
+    flat = images.as_subclass(Tensor).flatten(1, -3)
     out = cutmix.paste(flat, plan).reshape(images.shape)
     return tv_tensors.wrap(out, like=images) if isinstance(images, tv_tensors.TVTensor) else out

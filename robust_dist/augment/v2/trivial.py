@@ -1,5 +1,6 @@
 """TrivialAugment with torchvision's call: images, batches, videos, PIL images, and their masks and boxes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,7 +117,9 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         if tuple(mask.shape[: len(lead)]) != lead or tuple(mask.shape[-2:]) != call.pixels.size:
             wanted = ", ".join(map(str, [*lead, "...", *call.pixels.size]))
             raise ValueError(f"masks of these images must have shape [{wanted}], got {list(mask.shape)}")
-        maps = check_masks(mask.as_subclass(Tensor).reshape(call.pixels.batch, -1, *call.pixels.size), int(fill))
+        objects = math.prod(mask.shape[len(lead) : -2])
+        shaped = mask.as_subclass(Tensor).reshape(call.pixels.batch, objects, *call.pixels.size)
+        maps = check_masks(shaped, int(fill))
         plan = _changed(call.plan, lambda t: t.to(maps.device))
         return restore(warp_masks(self._module(maps.device, (0,)), maps, plan, int(fill)), mask)
 
