@@ -54,19 +54,6 @@ def soft_targets(
     return targets.scatter_(1, own, share).scatter_(1, other, rest)
 
 
-def paste(images: Tensor, plan: CutMixPlan) -> Tensor:
-    """[B, C, H, W] of any dtype with each sample's box taken from its partner."""
-    height, width = images.shape[2:]
-    side = max(height, width)
-    place = torch.arange(side + 1, device=images.device)
-    # Row k marks the places before k: looking four of them up costs less than comparing for every sample.
-    before = place[:side] < place.unsqueeze(1)
-    edges = before.index_select(0, plan.box.clamp(0, side).flatten()).view(-1, 4, side)
-    columns, rows = (edges[:, 2:] > edges[:, :2]).unbind(1)
-    inside = (rows[:, None, :height, None], columns[:, None, None, :width])
-    return choose(inside, images.index_select(0, plan.partner), images)
-
-
 class CutMix(Stage):
     """Paste a box of another sample into each sample and share the label by the pixels.
 
@@ -200,5 +187,14 @@ class CutMix(Stage):
         return corners.clamp(min=0).minimum(size).flatten(1)
 
     def _paste(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        mixed = paste(images, plan).contiguous(memory_format=memory_format(images))
-        return mixed, (labels, labels.index_select(0, plan.partner), plan.lam)
+        height, width = images.shape[2:]
+        side = max(height, width)
+        place = torch.arange(side + 1, device=images.device)
+        # Row k marks the places before k: looking four of them up costs less than comparing for every sample.
+        before = place[:side] < place.unsqueeze(1)
+        edges = before.index_select(0, plan.box.clamp(0, side).flatten()).view(-1, 4, side)
+        columns, rows = (edges[:, 2:] > edges[:, :2]).unbind(1)
+        inside = (rows[:, None, :height, None], columns[:, None, None, :width])
+        mixed = choose(inside, images.index_select(0, plan.partner), images)
+        partner_labels = labels.index_select(0, plan.partner)
+        return mixed.contiguous(memory_format=memory_format(images)), (labels, partner_labels, plan.lam)

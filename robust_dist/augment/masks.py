@@ -6,7 +6,7 @@ from torch import Tensor
 from robust_dist.augment import warp
 from robust_dist.augment.checks import readable
 from robust_dist.augment.crop_flip import RandomCrop, RandomHorizontalFlip, cut
-from robust_dist.augment.cutmix import CutMix, CutMixPlan, paste
+from robust_dist.augment.cutmix import CutMix, CutMixPlan
 from robust_dist.augment.follow import check_batch, like, matrices, plain, stages_of, warps
 from robust_dist.augment.layout import Stage, choose
 from robust_dist.augment.pipeline import RobustAugment
@@ -80,7 +80,7 @@ def _follow(stage: Stage, maps: Tensor, keys: Tensor, fill: int) -> Tensor:
     if isinstance(stage, TrivialAugment):
         return warp_masks(stage, maps, stage.plan(keys), fill)
     assert isinstance(stage, CutMix)
-    return paste_masks(maps, stage.plan(keys, maps.shape[2], maps.shape[3]))
+    return paste_masks(stage, maps, stage.plan(keys, maps.shape[2], maps.shape[3]))
 
 
 def warp_masks(trivial: TrivialAugment, maps: Tensor, plan: TrivialAugmentPlan, fill: int) -> Tensor:
@@ -97,11 +97,16 @@ def _read(maps: Tensor, table: Tensor, fill: int) -> Tensor:
     return warp.read_nearest(maps, index, torch.full((1,), fill, dtype=maps.dtype, device=maps.device))
 
 
-def paste_masks(maps: Tensor, plan: CutMixPlan) -> Tensor:
+def paste(mixing: CutMix, maps: Tensor, plan: CutMixPlan) -> Tensor:
+    """[B, C, H, W] of any dtype with each sample's box taken from its partner; labels are not wanted here."""
+    return mixing._paste(maps, plan.partner, plan)[0]
+
+
+def paste_masks(mixing: CutMix, maps: Tensor, plan: CutMixPlan) -> Tensor:
     """Integer masks [B, 1, H, W] with each sample's box taken from its partner; raises for masks of several objects."""
     if maps.shape[1] != 1:
         raise ValueError(
             f"masks must have shape [B, H, W] or [B, 1, H, W] under CutMix, got {maps.shape[1]} a sample: objects of "
             "another sample have no masks here to be pasted into"
         )
-    return paste(maps, plan)
+    return paste(mixing, maps, plan)

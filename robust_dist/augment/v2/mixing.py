@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from robust_dist.augment import cutmix
 from robust_dist.augment.checks import readable, validate_labels
 from robust_dist.augment.keys import random_keys
-from robust_dist.augment.masks import check_masks, paste_masks, restore
+from robust_dist.augment.masks import check_masks, paste, paste_masks, restore
 from robust_dist.augment.v2.pixels import is_pixels
 
 
@@ -74,7 +74,7 @@ class CutMix(v2.CutMix):
         """One leaf of the batch by what `make_params` drew."""
         plan, is_labels = params["plan"], inpt is params["labels"]
         if not is_labels and not isinstance(inpt, _HeldMask):
-            return _paste_images(inpt, plan, params["batch_size"])
+            return self._paste_images(inpt, plan, params["batch_size"])
         if inpt.shape[0] != plan.partner.shape[0]:
             raise ValueError(
                 f"masks and labels must be as many as the images, {plan.partner.shape[0]}: {inpt.shape[0]}"
@@ -82,7 +82,7 @@ class CutMix(v2.CutMix):
         if is_labels:
             return self._mix_labels(inpt, plan)
         mask = inpt.as_subclass(tv_tensors.Mask)
-        return restore(paste_masks(check_masks(mask, 0), plan), mask)
+        return restore(paste_masks(self.mixing, check_masks(mask, 0), plan), mask)
 
     def _hold(self, leaf: Any) -> Any:
         if not isinstance(leaf, tv_tensors.Mask):
@@ -103,13 +103,14 @@ class CutMix(v2.CutMix):
             validate_labels(labels, self.mixing.num_classes)
         return cutmix.soft_targets(labels, self.mixing.num_classes, other, plan.lam)
 
-
-def _paste_images(images: Tensor, plan: cutmix.CutMixPlan, batch: int) -> Tensor:
-    dims = 5 if isinstance(images, tv_tensors.Video) else 4
-    if images.dim() != dims:
-        raise ValueError(f"Expected a batched input with {dims} dims, but got {images.dim()} dimensions instead.")
-    if images.shape[0] != batch:
-        raise ValueError(f"The batch size of the images does not match the batch size of the labels: {images.shape[0]}")
-    flat = images.as_subclass(Tensor).flatten(1, -3)
-    out = cutmix.paste(flat, plan).reshape(images.shape)
-    return tv_tensors.wrap(out, like=images) if isinstance(images, tv_tensors.TVTensor) else out
+    def _paste_images(self, images: Tensor, plan: cutmix.CutMixPlan, batch: int) -> Tensor:
+        dims = 5 if isinstance(images, tv_tensors.Video) else 4
+        if images.dim() != dims:
+            raise ValueError(f"Expected a batched input with {dims} dims, but got {images.dim()} dimensions instead.")
+        if images.shape[0] != batch:
+            raise ValueError(
+                f"The batch size of the images does not match the batch size of the labels: {images.shape[0]}"
+            )
+        flat = images.as_subclass(Tensor).flatten(1, -3)
+        out = paste(self.mixing, flat, plan).reshape(images.shape)
+        return tv_tensors.wrap(out, like=images) if isinstance(images, tv_tensors.TVTensor) else out
