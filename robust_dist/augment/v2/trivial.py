@@ -107,7 +107,9 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         levels = tuple(fill) if isinstance(fill, Sequence) else (0 if fill is None else fill,)
         if images.is_floating_point():
             levels = tuple(round(255 * level) for level in levels)
-        plan = _changed(call.plan, lambda t: t.repeat_interleave(call.pixels.frames))
+        plan, frames = call.plan, call.pixels.frames
+        if frames != 1:
+            plan = _changed(plan, lambda t: t.repeat_interleave(frames))
         return write(self._module(images.device, levels).apply(images, plan), value)
 
     def _mask(self, mask: Tensor, call: _Call) -> Tensor:
