@@ -196,8 +196,9 @@ class TrivialAugment(Stage):
 
     def _read_known(self, images: Tensor, row: Tensor, fill: Tensor) -> Tensor:
         """The warps of small images have their indices ready: all of them for the last size seen."""
-        if self._known is None or self._known[0] != images.shape[2:]:
+        known = self._known  # held here, as another thread may bring images of another size
+        if known is None or known[0] != images.shape[2:]:
             every = torch.arange(self._warps.start, self._warps.stop, device=row.device)
-            self._known = (images.shape[2:], warp.nearest_index(*self._terms(every, images)))
-        index = self._known[1].index_select(0, row - self._warps.start)
+            known = self._known = (images.shape[2:], warp.nearest_index(*self._terms(every, images)))
+        index = known[1].index_select(0, row - self._warps.start)
         return warp.read_nearest(images, index, fill)
