@@ -41,6 +41,17 @@ def check_range(name: str, tensor: Tensor, high: int) -> None:
         raise ValueError(f"{name} must lie in [0, {high}), got {lowest} to {highest}")
 
 
+def check_index(index: Tensor, images: Tensor) -> None:
+    """Raise unless int64 [B] on the images' device names images, where readable, that are there."""
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be torch.int64, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"index must have one dimension, got shape {list(index.shape)}")
+    if index.device != images.device:
+        raise ValueError(f"index is on {index.device}, the images on {images.device}: move one to the other")
+    check_range("index", index, images.shape[0])
+
+
 def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
     """Raise unless labels are one integer per image, and, where readable, classes."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robust_dist.augment.backends import check_backend, stage_function
 from robust_dist.augment.beta import beta_share, beta_table
 from robust_dist.augment.checks import (
     check_count,
@@ -70,16 +71,26 @@ class CutMix(Stage):
             own block, so that pairs do not depend on how whole blocks are spread over ranks.
         block: In mode "elem", the number of consecutive positions that mix with each other, at least 1. A sample is
             never its own partner where its block has two or more; in mode "batch" it may be.
+        backend: Of the pasting, see `RobustAugment`.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For arguments out of range.
+        RuntimeError: For a backend that is demanded and cannot be used here; says why.
     """
 
     def __init__(
-        self, num_classes: int, *, alpha: float = 1.0, p: float = 1.0, mode: str = "batch", block: int = 8
+        self,
+        num_classes: int,
+        *,
+        alpha: float = 1.0,
+        p: float = 1.0,
+        mode: str = "batch",
+        block: int = 8,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend = check_backend(backend)
         self.num_classes = check_count("num_classes", num_classes, 1)
         self.alpha = check_share("alpha", alpha, positive=True)
         self.p = check_share("p", p)
@@ -187,6 +198,12 @@ class CutMix(Stage):
         return corners.clamp(min=0).minimum(size).flatten(1)
 
     def _paste(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        partner_labels = labels.index_select(0, plan.partner)
+        paste = stage_function(self.backend, images.device, "mix") if images.dtype == torch.uint8 else None
+        mixed = self._select(images, plan) if paste is None else paste(images, plan)
+        return mixed.contiguous(memory_format=memory_format(images)), (labels, partner_labels, plan.lam)
+
+    def _select(self, images: Tensor, plan: CutMixPlan) -> Tensor:
         height, width = images.shape[2:]
         side = max(height, width)
         place = torch.arange(side + 1, device=images.device)
@@ -195,6 +212,4 @@ class CutMix(Stage):
         edges = before.index_select(0, plan.box.clamp(0, side).flatten()).view(-1, 4, side)
         columns, rows = (edges[:, 2:] > edges[:, :2]).unbind(1)
         inside = (rows[:, None, :height, None], columns[:, None, None, :width])
-        mixed = choose(inside, images.index_select(0, plan.partner), images)
-        partner_labels = labels.index_select(0, plan.partner)
-        return mixed.contiguous(memory_format=memory_format(images)), (labels, partner_labels, plan.lam)
+        return choose(inside, images.index_select(0, plan.partner), images)

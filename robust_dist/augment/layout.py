@@ -19,6 +19,11 @@ def memory_format(images: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def select(images: Tensor, index: Tensor) -> Tensor:
+    """images[index] in the images' own memory format; index is int64 [B]."""
+    return images.index_select(0, index).contiguous(memory_format=memory_format(images))
+
+
 def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
     """`on` where all masks are true, else `off`, for masks that broadcast to one [B, 1, H, W]; may overwrite `on`.
 

@@ -1,15 +1,17 @@
 """The paper's whole training augmentation as one module: crop, flip, TrivialAugment, CutMix, normalise."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from robust_dist.augment.checks import check_count, check_images, check_labels, check_vector
+from robust_dist.augment.backends import check_backend, choose, module_of
+from robust_dist.augment.checks import check_count, check_images, check_index, check_labels, check_vector
 from robust_dist.augment.crop_flip import RandomCrop, RandomHorizontalFlip
 from robust_dist.augment.cutmix import CutMix, soft_targets
 from robust_dist.augment.keys import random_keys
-from robust_dist.augment.layout import bits_of, keep_bits, to_grid
+from robust_dist.augment.layout import bits_of, keep_bits, memory_format, select, to_grid
 from robust_dist.augment.trivial import TrivialAugment
 
 
@@ -54,10 +56,13 @@ class RobustAugment(nn.Module):
         interpolation: See `TrivialAugment`.
         fill: Level outside the image, 0 to 255, for the crop and TrivialAugment; per channel only without a crop.
         channels_last: Whether images given out are channels_last; otherwise they are as they came.
+        backend: "torch"; "native", one pass in C on the CPU; "triton", on a GPU; "auto", the fastest that there is for
+            the images' device. All give the same bits.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For arguments out of range.
+        RuntimeError: For a backend that is demanded and cannot be used here; says why.
     """
 
     def __init__(
@@ -80,14 +85,16 @@ class RobustAugment(nn.Module):
         interpolation: str = "nearest",
         fill: float | Sequence[float] = 0,
         channels_last: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.num_classes = check_count("num_classes", num_classes, 1)
         self.size = _size(size)
         self._set_scale(mean, std, dtype)
         self.channels_last = channels_last
-        mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block)
-        operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill)
+        self.backend = check_backend(backend)
+        mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block, backend=backend)
+        operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill, backend=backend)
         if crop and isinstance(fill, Sequence):
             raise ValueError(f"fill must be one level where crop is on, got {fill!r}: set crop=None")
         self.crop = RandomCrop(crop, fill=fill) if crop and not isinstance(fill, Sequence) else None
@@ -101,6 +108,8 @@ class RobustAugment(nn.Module):
         labels: Tensor,
         keys: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Augment a batch.
 
@@ -109,27 +118,45 @@ class RobustAugment(nn.Module):
             labels: Class numbers, integers [B] on the images' device.
             keys: From `sample_keys`, int64 [B] on the images' device; drawn where none are given.
             generator: Where keys are drawn from; None is torch's default generator.
+            index: int64 [B] on the images' device. With it images and labels are those of a whole set, [N, C, H, W]
+                and [N], and the batch is images[index] and labels[index], gathered while it is augmented.
 
         Returns:
             Images [B, C, H, W] in the module's dtype, and targets, float32 [B, num_classes].
 
         Raises:
             TypeError: For wrong dtypes.
-            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C) and
-                floating images outside [0, 1].
+            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C), floating
+                images outside [0, 1] and an index outside the set.
+            RuntimeError: For a demanded backend that cannot take the images' device.
         """
         self._check(images)
+        if index is not None:
+            check_index(index, images)
         check_labels(labels, images, self.num_classes)
+        if index is not None and (not self.training or images.dtype != torch.uint8):
+            images, labels, index = select(images, index), labels.index_select(0, index), None
         if not self.training:
             return self.normalize(images), soft_targets(labels, self.num_classes)
+        batch = images if index is None else index
         if keys is None:
-            keys = random_keys(images.shape[0], generator, images.device)
-        check_vector("keys", keys, images)
-        levels = self._transform(to_grid(images), keys)
-        if self.cutmix is None:
-            return self._scale(levels), soft_targets(labels, self.num_classes)
-        levels, targets = self.cutmix(levels, labels, keys)
-        return self._scale(levels), targets
+            keys = random_keys(batch.shape[0], generator, images.device)
+        check_vector("keys", keys, batch)
+        backend = self.backend_for(images.device)
+        augment = self._by_torch if backend == "torch" else partial(module_of(backend).augment, self)
+        return augment(to_grid(images), labels, keys, index)
+
+    def backend_for(self, device: torch.device | str) -> str:
+        """The backend that augments images on `device`: "torch", "native" or "triton"."""
+        if (strange := self._strange_stage()) is None:
+            return choose(self.backend, torch.device(device))
+        if self.backend not in ("auto", "torch"):
+            raise RuntimeError(f'backend="{self.backend}" knows no stage of type {strange}: set backend="auto"')
+        return "torch"
+
+    def out_format(self, images: Tensor) -> torch.memory_format:
+        """The memory format of what is made of `images`."""
+        return torch.channels_last if self.channels_last else memory_format(images)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / std and the cast, for evaluation; images as in `forward`."""
@@ -162,6 +189,23 @@ class RobustAugment(nn.Module):
         wanted = self.image_shape
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
+
+    def _strange_stage(self) -> str | None:
+        """The type of a stage that is not this package's own, which the fused backends do not know; None for none."""
+        stages = (self.crop, self.flip, self.trivial, self.cutmix)
+        known = (RandomCrop, RandomHorizontalFlip, TrivialAugment, CutMix)
+        pairs = [pair for pair in zip(stages, known, strict=True) if pair[0] is not None]
+        return next((type(stage).__name__ for stage, own in pairs if type(stage) is not own), None)
+
+    def _by_torch(self, images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The backend "torch"."""
+        if index is not None:
+            images, labels = select(images, index), labels.index_select(0, index)
+        levels = self._transform(images, keys)
+        if self.cutmix is None:
+            return self._scale(levels), soft_targets(labels, self.num_classes)
+        levels, targets = self.cutmix(levels, labels, keys)
+        return self._scale(levels), targets
 
     def _transform(self, images: Tensor, keys: Tensor) -> Tensor:
         for stage in (self.crop, self.flip, self.trivial):

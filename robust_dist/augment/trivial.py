@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment import levels, tables, warp
+from robust_dist.augment.backends import check_backend, choose, stage_function
 from robust_dist.augment.checks import check_count, check_images, check_range, check_vector, readable
 from robust_dist.augment.groups import Grouped, Kind, Masked
 from robust_dist.augment.keys import Stream, bits_of_each, random_keys, to_int
@@ -73,18 +74,26 @@ class TrivialAugment(Stage):
         interpolation: "nearest" or "bilinear" for shear, translation and rotation. Bilinear differs from torchvision
             by one level at rounding ties, and at borders with a fill, where torchvision's are too dark.
         fill: Level outside the image, 0 to 255, for all channels or for each.
+        backend: See `RobustAugment`.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For fewer than 2 bins, an unknown interpolation, or fill levels outside 0 to 255.
+        RuntimeError: For a backend that is demanded and cannot be used here; says why.
     """
 
     OPS: tuple[str, ...] = tables.OPS
 
     def __init__(
-        self, *, num_bins: int = 31, interpolation: str = "nearest", fill: float | Sequence[float] = 0
+        self,
+        *,
+        num_bins: int = 31,
+        interpolation: str = "nearest",
+        fill: float | Sequence[float] = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend = check_backend(backend)
         self.num_bins = check_count("num_bins", num_bins, 2)
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
@@ -126,8 +135,13 @@ class TrivialAugment(Stage):
         self._check(images, plan)
         if images.numel() == 0:
             return images.clone()
-        out = self._levels(to_grid(images).contiguous(), plan)
+        operate, grid = stage_function(self.backend, images.device, "trivial"), to_grid(images)
+        out = self._levels(grid.contiguous(), plan) if operate is None else operate(self, grid, plan)
         return from_grid(out, images.dtype).contiguous(memory_format=memory_format(images))
+
+    def backend_for(self, device: torch.device | str) -> str:
+        """The backend that augments images on `device`: "torch", "native" or "triton"."""
+        return choose(self.backend, torch.device(device))
 
     def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`apply(images, plan(keys))`, with keys from the generator where none are given."""

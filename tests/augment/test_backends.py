@@ -1,0 +1,117 @@
+"""One name chooses the code; what is demanded is had or refused, and an index is a gather before."""
+
+import pytest
+import torch
+
+from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, backends, sample_keys
+from tests.augment.reference import pictures
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+CPU = torch.device("cpu")
+
+
+def make(**settings):
+    return RobustAugment(10, (12, 16), MEAN, STD, **settings)
+
+
+def whole_set(size=40):
+    return pictures("noise", (size, 3, 12, 16)), torch.arange(size) % 10
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    monkeypatch.setattr(backends, "_found", lambda name: f"{name} was not built")
+
+
+@pytest.mark.parametrize("form", ["uint8", "floating", "channels_last", "strided"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_index_gives_the_numbers_of_indexing_before(form, training, backend):
+    images, labels = whole_set()
+    images = {
+        "uint8": lambda: images,
+        "floating": lambda: images / 255,
+        "channels_last": lambda: images.contiguous(memory_format=torch.channels_last),
+        "strided": lambda: images.repeat_interleave(2, 3)[..., ::2],
+    }[form]()
+    index = torch.tensor([3, 39, 0, 3, 17, 5, 5, 21, 38])
+    keys, module = sample_keys(0, 0, index), make(backend=backend).train(training)
+    ours = module(images, labels, keys, index=index)
+    for one, other in zip(ours, module(images[index], labels[index], keys), strict=True):
+        assert torch.equal(one, other)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last) == (form == "channels_last")
+
+
+def test_an_empty_index_gives_an_empty_batch():
+    images, labels = whole_set()
+    out, targets = make()(images, labels, index=torch.empty(0, dtype=torch.int64))
+    assert out.shape == (0, 3, 12, 16)
+    assert targets.shape == (0, 10)
+
+
+def test_keys_drawn_for_an_index_are_one_a_sample_of_the_batch():
+    images, labels = whole_set()
+    index = torch.tensor([1, 2, 3])
+    one, two = (
+        make()(*batch, generator=torch.Generator().manual_seed(3), index=place)[0]
+        for batch, place in (((images, labels), index), ((images[index], labels[index]), None))
+    )
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "words"),
+    [
+        (torch.tensor([0, 40]), ValueError, r"index must lie in \[0, 40\), got 0 to 40"),
+        (torch.tensor([-1, 3]), ValueError, r"index must lie in \[0, 40\), got -1 to 3"),
+        (torch.tensor([0, 1], dtype=torch.int32), TypeError, "index must be torch.int64"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, "index must have one dimension"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrong_index_is_refused(index, error, words, training):
+    with pytest.raises(error, match=words):
+        make().train(training)(*whole_set(), index=index)
+
+
+def test_keys_must_be_as_many_as_the_index():
+    with pytest.raises(ValueError, match=r"keys must have shape \[2\]"):
+        make()(*whole_set(), sample_keys(0, 0, range(40)), index=torch.tensor([1, 2]))
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_without_any_kernel_torch_does_it():
+    images, labels = whole_set()
+    assert make().backend_for("cpu") == "torch"
+    assert make().backend_for("cuda") == "torch"
+    assert make()(images, labels)[0].shape == images.shape
+
+
+@pytest.mark.usefixtures("nothing_built")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("module", [make, TrivialAugment, lambda **s: CutMix(10, **s)])
+def test_a_demanded_backend_that_is_missing_is_refused_with_the_reason(module, backend):
+    with pytest.raises(RuntimeError, match=f'backend="{backend}" cannot be used: {backend} was not built'):
+        module(backend=backend)
+
+
+@pytest.mark.parametrize("module", [make, TrivialAugment, lambda **s: CutMix(10, **s)])
+def test_an_unknown_backend_is_refused_by_name(module):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, native, triton, got 'cuda'"):
+        module(backend="cuda")
+
+
+def test_other_devices_are_left_to_torch():
+    assert make().backend_for("meta") == "torch"
+
+
+def test_a_stage_of_another_type_is_left_to_torch():
+    class Own(TrivialAugment):
+        pass
+
+    module = make()
+    module.trivial = Own()
+    assert module.backend_for("cpu") == "torch"
+    module.backend = "native"
+    with pytest.raises(RuntimeError, match="knows no stage of type Own"):
+        module.backend_for("cpu")
