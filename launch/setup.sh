@@ -19,7 +19,7 @@ fi
 # The stamp holds the requirements and the C sources that were installed, and is written last.
 installs() (
   shopt -s nullglob
-  cat "$root/pyproject.toml" "$root"/robust_dist/optim/native/*
+  cat "$root/pyproject.toml" "$root"/robust_dist/*/native/*
 )
 if ! cmp -s "$stamp" <(installs); then
   echo "installing robust_dist[$extras] into .venv (torch alone is some GB; minutes on a fresh machine)"

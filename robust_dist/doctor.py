@@ -194,6 +194,20 @@ def _optimizer_backends() -> Iterator[Check]:
                 yield Check(name, "ok", "available")
 
 
+def _augment_backends() -> Iterator[Check]:
+    """Which code augments, asked from the choice itself."""
+    from robust_dist.augment import backends
+
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        chosen, name = backends.choose("auto", torch.device(device)), f"augmentation ({device})"
+        if chosen != "torch":
+            kind = getattr(backends.module_of(chosen), "instruction_set", None)
+            yield Check(name, "ok", f"{chosen}, {kind()}" if kind else chosen)
+        else:
+            fastest = backends.FASTEST[device]
+            yield Check(name, "ok", f"torch's operations; {fastest} is not available: {backends.missing(fastest)}")
+
+
 def _unavailable(name: str, error: Exception, *, needed: bool) -> Check:
     detail = f"not available: {_first_line(error)}"
     return Check(name, "warn", detail, "pip install -U torch") if needed else Check(name, "ok", detail)
@@ -249,6 +263,7 @@ GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
     _cpu,
     _devices,
     _optimizer_backends,
+    _augment_backends,
     _extras,
     _embedded_data,
     _surroundings,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from robust_dist import doctor, extras
+from robust_dist.augment import backends
 from robust_dist.doctor import Check, exit_code, format_report, report
 
 METADATA = """Metadata-Version: 2.4
@@ -76,6 +77,13 @@ def test_everything_that_is_wrong_has_a_remedy(checks):
 
 def test_foreach_is_available_on_the_cpu(checks):
     assert by_name(checks, "foreach (cpu)") == Check("foreach (cpu)", "ok", "available")
+
+
+def test_the_backend_of_the_augmentation_is_named_or_what_it_lacks(checks, monkeypatch):
+    assert by_name(checks, "augmentation (cpu)").detail.startswith(("native, ", "torch's operations; native is not"))
+    monkeypatch.setattr(backends, "_found", lambda name: "it was not built")
+    found = by_name(list(doctor._augment_backends()), "augmentation (cpu)")
+    assert found == Check("augmentation (cpu)", "ok", "torch's operations; native is not available: it was not built")
 
 
 def test_with_torch_alone_it_runs_and_names_the_extra():

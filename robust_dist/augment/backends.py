@@ -7,10 +7,12 @@ A backend but torch's is a module of this package with
     augment(pipeline, images, labels, keys, index) -> (images, targets)
 
 and perhaps, for the stages alone, `trivial(stage, images, plan) -> images` and `mix(images, plan) -> images`, on uint8
-images. `augment` gets a RobustAugment in training; uint8 images [N, C, H, W], of any strides; labels, integers [N];
-keys, int64 [B]; and index, int64 [B], of the samples of the batch, or None where they are all N = B in their order. It
-has been checked by then that they belong together. It gives [B, C, H, W] in `pipeline.dtype` and in the memory format
-that `pipeline.out_format(images)` names, and targets, float32 [B, num_classes].
+images, and `instruction_set() -> str` for `doctor`.
+
+`augment` gets a RobustAugment in training; uint8 images [N, C, H, W], of any strides; labels, integers [N]; keys,
+int64 [B]; and index, int64 [B], of the samples of the batch, or None where they are all N = B in their order. It has
+been checked by then that they belong together. It gives [B, C, H, W] in `pipeline.dtype` and in the memory format that
+`pipeline.out_format(images)` names, and targets, float32 [B, num_classes].
 """
 
 import functools
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 _MODULES = {"native": "robust_dist.augment.fused_cpu", "triton": "robust_dist.augment.fused_triton"}
-_FASTEST = {"cpu": "native", "cuda": "triton"}
+FASTEST = {"cpu": "native", "cuda": "triton"}
 BACKENDS = ("auto", "torch", *_MODULES)
 
 
@@ -73,7 +75,7 @@ def choose(backend: str, device: torch.device) -> str:
         RuntimeError: For a demanded backend that cannot take the device or cannot be compiled.
     """
     if backend == "auto":
-        name = "torch" if torch.compiler.is_compiling() else _FASTEST.get(device.type, "torch")
+        name = "torch" if torch.compiler.is_compiling() else FASTEST.get(device.type, "torch")
         return "torch" if name == "torch" or missing(name) else name
     if backend == "torch":
         return backend

@@ -1,12 +1,77 @@
-"""The augmentation in one pass on the CPU, in C (native/fused.c)."""
+"""The backend "native": the whole augmentation in one pass on the CPU, in C (native/fused.c).
+
+The library is built with the package where there is a C compiler with OpenMP. It is called through ctypes, so it
+depends neither on Python's nor on torch's binary interface, and it releases the interpreter's lock.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from robust_dist.augment.keys import Stream, bits
+from robust_dist.augment.layout import bits_of, memory_format
+
+if TYPE_CHECKING:
+    from robust_dist.augment.cutmix import CutMix, CutMixPlan
+    from robust_dist.augment.pipeline import RobustAugment
+    from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
+
+INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
+_NO_MIXING, _OF_EACH, _OF_BATCH = range(3)
+_scales: WeakKeyDictionary[Any, tuple[torch.dtype, Tensor]] = WeakKeyDictionary()
+
+
+class _Job(ctypes.Structure):
+    """`job` of native/job.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("images", "index", "labels", "keys", "partner", "op", "magnitude_bin")),
+        *((n, ctypes.c_void_p) for n in ("negative", "luts", "factors", "matrices", "fill", "beta", "scale")),
+        *((n, ctypes.c_void_p) for n in ("out", "targets")),
+        *((n, ctypes.c_double) for n in ("flip_p", "cutmix_p")),
+        *((n, ctypes.c_int64) for n in ("batch", "channels", "height", "width", "classes", "block", "knots", "bins")),
+        *((n, ctypes.c_int32) for n in ("images_last", "out_last", "bytes", "threads", "cropped", "padding")),
+        *((n, ctypes.c_int32) for n in ("padding_fill", "flipped", "trivial", "bilinear", "mixing")),
+    ]
+
+
+class _Pasting(ctypes.Structure):
+    """`pasting` of native/job.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("images", "out", "partner", "box")),
+        *((n, ctypes.c_int64) for n in ("batch", "planes", "height", "width", "pixel")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+@functools.cache
+def _load() -> Any:
+    """The library, or why there is none."""
+    files = sorted(Path(__file__).parent.glob("_fused*.so"))
+    if not files:
+        return (
+            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
+        )
+    try:
+        found = ctypes.CDLL(str(files[0]))
+    except OSError as error:
+        return f"{files[0].name} cannot be loaded: {error}"
+    found.robust_dist_augment.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    found.robust_dist_paste.argtypes = [ctypes.c_void_p]
+    found.robust_dist_paste.restype = None
+    return found
 
 
 def missing() -> str | None:
     """Why the pass cannot be used here; None where it can."""
-    return "this build has no such pass"
+    found = _load()
+    return found if isinstance(found, str) else None
 
 
 def runs_on(device: torch.device) -> bool:
@@ -14,8 +79,121 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def instruction_set() -> str:
+    """The widest instruction set that this processor has and the library uses."""
+    return INSTRUCTION_SETS[_load().robust_dist_widest()]
+
+
+class Call:
+    """One call of the library: its numbers, and the tensors that must live until it ends."""
+
+    def __init__(self, images: Tensor, batch: int) -> None:
+        """Take uint8 images [N, C, H, W] of any strides for a batch of so many."""
+        self.images_last = memory_format(images) == torch.channels_last
+        images = images if self.images_last else images.contiguous()
+        channels, height, width = images.shape[1:]
+        self.job = _Job(batch=batch, channels=channels, height=height, width=width, images_last=self.images_last)
+        self.job.threads = torch.get_num_threads()
+        self._kept: list[Tensor] = []
+        self.images = images
+        self.point(images=images)
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Give fields the addresses of tensors, made contiguous but for images."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                kept = tensor if name in ("images", "out") else tensor.cpu().contiguous()
+                self._kept.append(kept)
+                setattr(self.job, name, kept.data_ptr())
+
+    def trivial(self, stage: "TrivialAugment") -> None:
+        """Ask for TrivialAugment's operations, drawn by the keys where no plan is pointed to."""
+        stage.check_channels(self.images)
+        cpu = torch.device("cpu")
+        self.job.trivial, self.job.bilinear = 1, stage.interpolation == "bilinear"
+        self.job.bins = stage.num_bins
+        self.point(
+            luts=stage.get_buffer("_luts"),
+            factors=bits_of(stage, "_factors", torch.float32, cpu),
+            matrices=bits_of(stage, "_matrices", torch.float64, cpu),
+            fill=stage.get_buffer("_fill").expand(self.job.channels),
+        )
+
+    def mixing(self, stage: "CutMix", keys: Tensor) -> None:
+        """Ask for CutMix with a plan that is drawn by the keys."""
+        self.job.block, self.job.cutmix_p = stage.block, stage.p
+        self.job.mixing = _OF_EACH if stage.mode == "elem" else _OF_BATCH
+        if stage.mode == "batch":
+            self.point(partner=torch.argsort(bits(keys, Stream.CUTMIX_PARTNER), stable=True))
+        if stage.alpha != 1:
+            table = bits_of(stage, "_beta", torch.float64, torch.device("cpu"))
+            self.job.knots = table.shape[1]
+            self.point(beta=table)
+
+    def run(self, dtype: torch.dtype, form: torch.memory_format, widest: int | None = None) -> Tensor:
+        """Images of a dtype and memory format; `widest` indexes `INSTRUCTION_SETS`, None for all there are."""
+        shape = (self.job.batch, self.job.channels, self.job.height, self.job.width)
+        out = torch.empty(shape, dtype=dtype, memory_format=form)
+        self.job.out_last, self.job.bytes = form == torch.channels_last, out.element_size()
+        self.point(out=out)
+        native = _load()
+        isa = native.robust_dist_widest() if widest is None else widest
+        if out.numel() and native.robust_dist_augment(ctypes.byref(self.job), isa):
+            raise MemoryError(f"no memory to augment images of {self.job.height} x {self.job.width} pixels")
+        return out
+
+
 def augment(
-    pipeline: nn.Module, images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
+    pipeline: "RobustAugment",
+    images: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    index: Tensor | None,
+    widest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See robust_dist/augment/backends.py."""
-    raise NotImplementedError
+    """See robust_dist/augment/backends.py; `widest` as in `Call.run`."""
+    call = Call(images, keys.shape[0])
+    labels = (labels if index is None else labels.index_select(0, index)).long()
+    targets = torch.empty(keys.shape[0], pipeline.num_classes, dtype=torch.float32)
+    call.point(index=index, labels=labels, keys=keys, targets=targets, scale=_scale(pipeline))
+    call.job.classes = pipeline.num_classes
+    if pipeline.crop is not None:
+        call.job.cropped, call.job.padding, call.job.padding_fill = 1, pipeline.crop.padding, int(pipeline.crop.fill)
+    if pipeline.flip is not None:
+        call.job.flipped, call.job.flip_p = 1, pipeline.flip.p
+    if pipeline.trivial is not None:
+        call.trivial(pipeline.trivial)
+    if pipeline.cutmix is not None:
+        call.mixing(pipeline.cutmix, keys)
+    return call.run(pipeline.dtype, pipeline.out_format(images), widest), targets
+
+
+def _scale(pipeline: "RobustAugment") -> Tensor:
+    """What torch makes of each level of each channel: [C, 256] in the pipeline's dtype."""
+    known = _scales.get(pipeline)
+    if known is None or known[0] != pipeline.dtype:
+        channels = pipeline.image_shape[0]
+        levels = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16).expand(1, channels, 16, 16)
+        known = _scales[pipeline] = pipeline.dtype, pipeline.scaled(levels).contiguous()
+    return known[1]
+
+
+def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan", widest: int | None = None) -> Tensor:
+    """`TrivialAugment.apply` of uint8 images; `widest` as in `Call.run`."""
+    call = Call(images, images.shape[0])
+    call.trivial(stage)
+    call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative)
+    return call.run(torch.uint8, memory_format(images), widest)
+
+
+def mix(images: Tensor, plan: "CutMixPlan") -> Tensor:
+    """The pasting of `CutMix.apply`, of images of any dtype."""
+    last = memory_format(images) == torch.channels_last
+    images = images if last else images.contiguous()
+    out, (batch, channels, height, width) = torch.empty_like(images), images.shape
+    partner, box = plan.partner.contiguous(), plan.box.contiguous()
+    pixel = images.element_size() * (channels if last else 1)
+    pointers = (t.data_ptr() for t in (images, out, partner, box))
+    asked = _Pasting(*pointers, batch, 1 if last else channels, height, width, pixel, torch.get_num_threads())
+    _load().robust_dist_paste(ctypes.byref(asked))
+    return out

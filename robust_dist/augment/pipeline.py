@@ -161,7 +161,7 @@ class RobustAugment(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / std and the cast, for evaluation; images as in `forward`."""
         self._check(images)
-        return self._scale(to_grid(images))
+        return self.scaled(to_grid(images))
 
     def extra_repr(self) -> str:
         """The settings that no stage shows."""
@@ -203,9 +203,9 @@ class RobustAugment(nn.Module):
             images, labels = select(images, index), labels.index_select(0, index)
         levels = self._transform(images, keys)
         if self.cutmix is None:
-            return self._scale(levels), soft_targets(labels, self.num_classes)
+            return self.scaled(levels), soft_targets(labels, self.num_classes)
         levels, targets = self.cutmix(levels, labels, keys)
-        return self._scale(levels), targets
+        return self.scaled(levels), targets
 
     def _transform(self, images: Tensor, keys: Tensor) -> Tensor:
         for stage in (self.crop, self.flip, self.trivial):
@@ -213,7 +213,8 @@ class RobustAugment(nn.Module):
                 images = stage(images, keys)
         return images
 
-    def _scale(self, levels: Tensor) -> Tensor:
+    def scaled(self, levels: Tensor) -> Tensor:
+        """(x / 255 - mean) / std and the cast, of uint8 levels [B, C, H, W]."""
         mean, std = (bits_of(self, name, torch.float32, levels.device) for name in ("_mean", "_std"))
         images = levels.float().div_(255).sub_(mean).div_(std).to(self.dtype)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images

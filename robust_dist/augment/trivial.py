@@ -155,12 +155,16 @@ class TrivialAugment(Stage):
         """The settings."""
         return f"num_bins={self.num_bins}, interpolation={self.interpolation!r}"
 
-    def _check(self, images: Tensor, plan: TrivialAugmentPlan) -> None:
-        check_images(images)
+    def check_channels(self, images: Tensor) -> None:
+        """Raise ValueError unless images [B, C, H, W] have 1 or 3 channels, and as many as the fill."""
         if images.shape[1] not in (1, 3):
             raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
         if self._channels not in (1, images.shape[1]):
             raise ValueError(f"fill has {self._channels} channels, the images have {images.shape[1]}")
+
+    def _check(self, images: Tensor, plan: TrivialAugmentPlan) -> None:
+        check_images(images)
+        self.check_channels(images)
         check_vector("plan.op", plan.op, images)
         check_vector("plan.magnitude_bin", plan.magnitude_bin, images)
         check_vector("plan.negative", plan.negative, images, torch.bool)

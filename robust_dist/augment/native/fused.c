@@ -1,0 +1,194 @@
+/* The training augmentation on the CPU: gather, crop, flip, TrivialAugment, CutMix, normalise and cast in one pass.
+ *
+ * A plain C library without Python's or torch's headers, called through ctypes; OpenMP's threads take samples. Every
+ * result has the bits of the operations of torch in robust_dist/augment/: no flag of the build may change arithmetic
+ * (no -ffast-math, -ffp-contract=off), and what rounds once is a MULTIPLY_ADD.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "draws.h"
+
+#define NEAREST 12582912.0f /* 3 * 2^22 */
+#define MANY 16384          /* output values from which threads are worth their start */
+
+#define TARGET
+#define ISA(name) name##_portable
+#ifdef __FP_FAST_FMAF
+#define MULTIPLY_ADD(a, b, c) fmaf(a, b, c)
+#else /* with levels and factors the sum in double is exact */
+#define MULTIPLY_ADD(a, b, c) ((float)((double)(a) * (double)(b) + (double)(c)))
+#endif
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#undef MULTIPLY_ADD
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_X86 1
+#define MULTIPLY_ADD(a, b, c) fmaf(a, b, c)
+#define TARGET __attribute__((target("avx2,fma")))
+#define ISA(name) name##_avx2
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#define ISA(name) name##_avx512
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#endif
+
+typedef struct {
+    void (*prepare)(const job *, int64_t, sample *, scratch *);
+    void (*finish)(const job *, int64_t, const sample *, scratch *);
+} passes;
+
+/* 0: portable C, 1: AVX2, 2: AVX-512. */
+int robust_dist_widest(void)
+{
+#ifdef HAS_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+static passes choose(int isa)
+{
+#ifdef HAS_X86
+    if (isa == 2)
+        return (passes){prepare_avx512, finish_avx512};
+    if (isa == 1)
+        return (passes){prepare_avx2, finish_avx2};
+#endif
+    return (passes){prepare_portable, finish_portable};
+}
+
+static pid_t loaded_by;
+
+__attribute__((constructor)) static void note_process(void)
+{
+    loaded_by = getpid();
+}
+
+/* A forked child has none of its parent's OpenMP threads and would wait for them. */
+static int threads_for(int64_t values, int32_t wanted)
+{
+    return getpid() != loaded_by || values <= MANY || wanted < 1 ? 1 : wanted;
+}
+
+static void *take(uintptr_t *from, int64_t bytes)
+{
+    const uintptr_t taken = *from;
+    *from += (uintptr_t)(bytes + 63) / 64 * 64;
+    return (void *)taken;
+}
+
+static void place_view(const job *j, view *v, uintptr_t *from)
+{
+    for (int64_t c = 0; c < j->channels; c++)
+        v->plane[c] = take(from, j->height * j->width + 1);
+    for (int axis = 0; axis < 2; axis++) {
+        v->across[axis] = take(from, 4 * j->width);
+        v->down[axis] = take(from, 4 * j->height);
+    }
+}
+
+/* Lay a thread's scratch out from `from` on; returns where it ends. */
+static uintptr_t place_scratch(const job *j, scratch *w, uintptr_t from)
+{
+    memset(w, 0, sizeof *w);
+    place_view(j, &w->own, &from);
+    place_view(j, &w->other, &from);
+    for (int64_t c = 0; c < j->channels; c++)
+        w->row[c] = take(&from, j->width);
+    for (int k = 0; k < 4; k++)
+        w->place[k] = take(&from, 4 * j->width);
+    for (int k = 0; k < 2; k++)
+        w->weight[k] = take(&from, 8 * j->width);
+    return from;
+}
+
+/* Augment a batch; 0, or 1 where there is no memory. `isa` must not be above robust_dist_widest(). */
+int robust_dist_augment(const job *j, int isa)
+{
+    const passes run = choose(isa);
+    const int threads = threads_for(j->batch * j->channels * j->height * j->width, j->threads);
+    scratch sized;
+    const size_t each = place_scratch(j, &sized, 0);
+    sample *all = malloc((size_t)j->batch * sizeof *all);
+    char *memory = aligned_alloc(64, each * (size_t)threads);
+    if (all && memory) {
+        int64_t next_drawn = 0, next_written = 0;
+        int started = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            scratch mine;
+            int self;
+#pragma omp atomic capture
+            self = started++;
+            place_scratch(j, &mine, (uintptr_t)(memory + each * (size_t)self));
+            for (;;) {
+                int64_t i;
+#pragma omp atomic capture
+                i = next_drawn++;
+                if (i >= j->batch)
+                    break;
+                run.prepare(j, i, all, &mine);
+            }
+#pragma omp barrier
+            for (;;) {
+                int64_t i;
+#pragma omp atomic capture
+                i = next_written++;
+                if (i >= j->batch)
+                    break;
+                run.finish(j, i, all, &mine);
+            }
+        }
+    }
+    const int failed = !all || !memory;
+    free(all);
+    free(memory);
+    return failed;
+}
+
+static int64_t clamped(int64_t value, int64_t high)
+{
+    return value < 0 ? 0 : value > high ? high : value;
+}
+
+static void paste_one(const pasting *p, int64_t i)
+{
+    const int64_t line = p->width * p->pixel, plane = p->height * line, image = p->planes * plane;
+    const int64_t *box = p->box + 4 * i;
+    const int64_t x1 = clamped(box[0], p->width), x2 = clamped(box[2], p->width);
+    const int64_t y1 = clamped(box[1], p->height), y2 = clamped(box[3], p->height);
+    const char *own = (const char *)p->images + i * image, *other = (const char *)p->images + p->partner[i] * image;
+    char *out = (char *)p->out + i * image;
+    memcpy(out, own, (size_t)image);
+    if (x1 >= x2)
+        return;
+    for (int64_t k = 0; k < p->planes; k++)
+        for (int64_t y = y1; y < y2; y++) {
+            const int64_t at = k * plane + y * line + x1 * p->pixel;
+            memcpy(out + at, other + at, (size_t)((x2 - x1) * p->pixel));
+        }
+}
+
+/* CutMix of ready images of any type: [B, planes, H, W] pixels of p->pixel bytes. */
+void robust_dist_paste(const pasting *p)
+{
+    const int threads = threads_for(p->batch * p->planes * p->height * p->width * p->pixel, p->threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < p->batch; i++)
+        paste_one(p, i);
+}

@@ -1,0 +1,96 @@
+/* Shear, translation and rotation with the coordinates of robust_dist/augment/warp.py; once per instruction set. */
+
+/* warp.grid_terms for one sample. */
+TARGET static void ISA(find_grid)(const job *j, view *v)
+{
+    const double *m = j->matrices + 8 * v->of->row, size[2] = {(double)j->width, (double)j->height};
+    const double shift[2] = {m[4] * (size[1] / 2) - m[6], m[5] * (size[0] / 2) - m[7]};
+    for (int axis = 0; axis < 2; axis++) {
+        const double half = size[axis] / 2;
+        const float by_column = (float)((double)(float)m[2 * axis] / half);
+        const float by_row = (float)((double)(float)m[2 * axis + 1] / half);
+        for (int64_t x = 0; x < j->width; x++)
+            v->across[axis][x] = (float)((double)by_column * ((double)x - (size[0] - 1) / 2));
+        for (int64_t y = 0; y < j->height; y++)
+            v->down[axis][y] = (float)((double)by_row * ((double)y - (size[1] - 1) / 2));
+        v->offset[axis] = (float)((double)(float)shift[axis] / half);
+    }
+}
+
+/* warp.coordinates of one axis, kept within two pixels around the image, where all is fill. */
+TARGET static inline float ISA(coordinate)(float across, float down, float offset, float half)
+{
+    const float pixel = (((across + down) + offset) + 1.0f) * half - 0.5f;
+    const float above = pixel > -2.0f ? pixel : -2.0f;
+    return above < 2 * half + 1 ? above : 2 * half + 1;
+}
+
+/* Where a whole coordinate lies in a plane; the fill lies behind the pixels. */
+TARGET static inline int32_t ISA(placed)(int32_t x, int32_t y, int32_t width, int32_t height)
+{
+    const int inside = (x >= 0) & (x < width) & (y >= 0) & (y < height);
+    return inside ? y * width + x : width * height;
+}
+
+TARGET static void ISA(nearest_places)(const view *v, int64_t y, int64_t x, int64_t n, int32_t width, int32_t height,
+                                       int32_t *restrict place)
+{
+    const float *restrict across_x = v->across[0] + x, *restrict across_y = v->across[1] + x;
+    const float down_x = v->down[0][y], down_y = v->down[1][y], offset_x = v->offset[0], offset_y = v->offset[1];
+    const float half_x = (float)width / 2, half_y = (float)height / 2;
+    for (int64_t i = 0; i < n; i++) {
+        const float from_x = ISA(coordinate)(across_x[i], down_x, offset_x, half_x);
+        const float from_y = ISA(coordinate)(across_y[i], down_y, offset_y, half_y);
+        const int32_t column = (int32_t)((from_x + NEAREST) - NEAREST), line = (int32_t)((from_y + NEAREST) - NEAREST);
+        place[i] = ISA(placed)(column, line, width, height);
+    }
+}
+
+TARGET static void ISA(read_nearest)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
+                                     uint8_t *const *to)
+{
+    int32_t *place = w->place[0];
+    ISA(nearest_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, place);
+    for (int64_t c = 0; c < j->channels; c++)
+        ISA(pick)(v->plane[c], place, to[c], n);
+}
+
+TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int64_t n, int32_t width, int32_t height,
+                                        scratch *w)
+{
+    const float down_x = v->down[0][y], down_y = v->down[1][y], half_x = (float)width / 2, half_y = (float)height / 2;
+    int32_t *restrict p00 = w->place[0], *restrict p10 = w->place[1];
+    int32_t *restrict p01 = w->place[2], *restrict p11 = w->place[3];
+    double *restrict right = w->weight[0], *restrict low = w->weight[1];
+    for (int64_t i = 0; i < n; i++) {
+        const float from_x = ISA(coordinate)(v->across[0][x + i], down_x, v->offset[0], half_x);
+        const float from_y = ISA(coordinate)(v->across[1][x + i], down_y, v->offset[1], half_y);
+        const float left = floorf(from_x), top = floorf(from_y);
+        right[i] = (double)(from_x - left);
+        low[i] = (double)(from_y - top);
+        const int32_t column = (int32_t)left, line = (int32_t)top;
+        p00[i] = ISA(placed)(column, line, width, height);
+        p10[i] = ISA(placed)(column + 1, line, width, height);
+        p01[i] = ISA(placed)(column, line + 1, width, height);
+        p11[i] = ISA(placed)(column + 1, line + 1, width, height);
+    }
+}
+
+/* warp.read_bilinear */
+TARGET static void ISA(read_bilinear)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
+                                      uint8_t *const *to)
+{
+    ISA(bilinear_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w);
+    const double *restrict right = w->weight[0], *restrict low = w->weight[1];
+    for (int64_t c = 0; c < j->channels; c++) {
+        const uint8_t *restrict plane = v->plane[c];
+        uint8_t *restrict out = to[c];
+        for (int64_t i = 0; i < n; i++) {
+            const int32_t a = plane[w->place[0][i]], b = plane[w->place[1][i]];
+            const int32_t d = plane[w->place[2][i]], e = plane[w->place[3][i]];
+            const double upper = (double)a + (double)(b - a) * right[i];
+            const double lower = (double)d + (double)(e - d) * right[i];
+            out[i] = (uint8_t)(int32_t)rint(upper + (lower - upper) * low[i]);
+        }
+    }
+}
