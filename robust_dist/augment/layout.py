@@ -29,7 +29,7 @@ def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
 
     On the CPU it selects by bits: `torch.where` on uint8 takes a hundred times as long.
     """
-    if not readable(on) or on.requires_grad:
+    if not readable(on) or on.requires_grad or on.numel() == 0:
         return torch.where(reduce(torch.bitwise_and, masks), on, off)
     own = _BITS[on.element_size()]
     lane = torch.int64 if _has_lanes(on) and _has_lanes(off) else own

@@ -54,3 +54,10 @@ def test_memory_format_is_channels_last_only_where_it_must_be():
     assert memory_format(torch.zeros(2, 3, 4, 5).contiguous(memory_format=last)) == last
     assert memory_format(torch.zeros(2, 1, 4, 5).contiguous(memory_format=last)) == torch.contiguous_format
     assert memory_format(torch.zeros(2, 3, 5, 4).transpose(2, 3)) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("width", [8, 9])
+def test_of_an_empty_batch_of_any_strides_nothing_is_chosen(width):
+    images = torch.empty(0, 1, 9, width * 2, dtype=torch.uint8)[..., ::2]
+    masks = (torch.ones(0, 1, 9, 1, dtype=torch.bool), torch.ones(0, 1, 1, width * 2, dtype=torch.bool)[..., ::2])
+    assert choose(masks, images.flip(3), images).shape == images.shape
