@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from robust_dist.augment.pipeline import RobustAugment
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
-INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
+INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512", "AVX-512 VBMI")
 _NO_MIXING, _OF_EACH, _OF_BATCH = range(3)
-_scales: WeakKeyDictionary[Any, tuple[torch.dtype, Tensor]] = WeakKeyDictionary()
+_scales: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class _Job(ctypes.Structure):
@@ -32,7 +32,7 @@ class _Job(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("images", "index", "labels", "keys", "partner", "op", "magnitude_bin")),
         *((n, ctypes.c_void_p) for n in ("negative", "luts", "factors", "matrices", "fill", "beta", "scale")),
-        *((n, ctypes.c_void_p) for n in ("out", "targets")),
+        *((n, ctypes.c_void_p) for n in ("scale_bytes", "out", "targets")),
         *((n, ctypes.c_double) for n in ("flip_p", "cutmix_p")),
         *((n, ctypes.c_int64) for n in ("batch", "channels", "height", "width", "classes", "block", "knots", "bins")),
         *((n, ctypes.c_int32) for n in ("images_last", "out_last", "bytes", "threads", "cropped", "padding")),
@@ -155,7 +155,8 @@ def augment(
     call = Call(images, keys.shape[0])
     labels = (labels if index is None else labels.index_select(0, index)).long()
     targets = torch.empty(keys.shape[0], pipeline.num_classes, dtype=torch.float32)
-    call.point(index=index, labels=labels, keys=keys, targets=targets, scale=_scale(pipeline))
+    scale, scale_bytes = _scale(pipeline)
+    call.point(index=index, labels=labels, keys=keys, targets=targets, scale=scale, scale_bytes=scale_bytes)
     call.job.classes = pipeline.num_classes
     if pipeline.crop is not None:
         call.job.cropped, call.job.padding, call.job.padding_fill = 1, pipeline.crop.padding, int(pipeline.crop.fill)
@@ -168,21 +169,28 @@ def augment(
     return call.run(pipeline.dtype, pipeline.out_format(images), widest), targets
 
 
-def _scale(pipeline: "RobustAugment") -> Tensor:
-    """What torch makes of each level of each channel: [C, 256] in the pipeline's dtype."""
+def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
+    """What torch makes of each level of each channel: [C, 256] in the pipeline's dtype, and uint8 [C, bytes, 256]."""
     known = _scales.get(pipeline)
-    if known is None or known[0] != pipeline.dtype:
+    if known is None or known[0].dtype != pipeline.dtype:
         channels = pipeline.image_shape[0]
         levels = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16).expand(1, channels, 16, 16)
-        known = _scales[pipeline] = pipeline.dtype, pipeline.scaled(levels).contiguous()
-    return known[1]
+        scale = pipeline.scaled(levels).contiguous().view(channels, 256, 1)
+        known = _scales[pipeline] = scale, scale.view(torch.uint8).transpose(1, 2).contiguous()
+    return known
+
+
+@functools.cache
+def _levels() -> Tensor:
+    """Each level as it is, for 3 channels."""
+    return torch.arange(256).to(torch.uint8).repeat(3)
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan", widest: int | None = None) -> Tensor:
     """`TrivialAugment.apply` of uint8 images; `widest` as in `Call.run`."""
     call = Call(images, images.shape[0])
     call.trivial(stage)
-    call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative)
+    call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative, scale=_levels())
     return call.run(torch.uint8, memory_format(images), widest)
 
 

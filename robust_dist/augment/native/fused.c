@@ -13,7 +13,15 @@
 #include "draws.h"
 
 #define NEAREST 12582912.0f /* 3 * 2^22 */
+#define NEAREST_DOUBLE 6755399441055744.0 /* 3 * 2^51 */
 #define MANY 16384          /* output values from which threads are worth their start */
+#define BAND 4096           /* pixels that are written at a time, where a row has fewer */
+
+static int64_t band_rows(const job *j)
+{
+    const int64_t rows = BAND / j->width;
+    return rows < 1 ? 1 : rows < j->height ? rows : j->height;
+}
 
 #define TARGET
 #define ISA(name) name##_portable
@@ -22,6 +30,7 @@
 #else /* with levels and factors the sum in double is exact */
 #define MULTIPLY_ADD(a, b, c) ((float)((double)(a) * (double)(b) + (double)(c)))
 #endif
+#include "loops.h"
 #include "isa.h"
 #undef TARGET
 #undef ISA
@@ -32,11 +41,19 @@
 #define MULTIPLY_ADD(a, b, c) fmaf(a, b, c)
 #define TARGET __attribute__((target("avx2,fma")))
 #define ISA(name) name##_avx2
+#include "loops.h"
 #include "isa.h"
 #undef TARGET
 #undef ISA
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #define ISA(name) name##_avx512
+#include "loops.h"
+#include "isa.h"
+#undef TARGET
+#undef ISA
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,prefer-vector-width=512")))
+#define ISA(name) name##_vbmi
+#include "vbmi.h"
 #include "isa.h"
 #undef TARGET
 #undef ISA
@@ -47,14 +64,14 @@ typedef struct {
     void (*finish)(const job *, int64_t, const sample *, scratch *);
 } passes;
 
-/* 0: portable C, 1: AVX2, 2: AVX-512. */
+/* 0: portable C, 1: AVX2, 2: AVX-512, 3: AVX-512 with VBMI. */
 int robust_dist_widest(void)
 {
 #ifdef HAS_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return 2;
+        return __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return 1;
 #endif
@@ -64,6 +81,8 @@ int robust_dist_widest(void)
 static passes choose(int isa)
 {
 #ifdef HAS_X86
+    if (isa == 3)
+        return (passes){prepare_vbmi, finish_vbmi};
     if (isa == 2)
         return (passes){prepare_avx512, finish_avx512};
     if (isa == 1)
@@ -77,6 +96,9 @@ static pid_t loaded_by;
 __attribute__((constructor)) static void note_process(void)
 {
     loaded_by = getpid();
+#ifdef HAS_X86
+    fill_orders();
+#endif
 }
 
 /* A forked child has none of its parent's OpenMP threads and would wait for them. */
@@ -94,8 +116,11 @@ static void *take(uintptr_t *from, int64_t bytes)
 
 static void place_view(const job *j, view *v, uintptr_t *from)
 {
-    for (int64_t c = 0; c < j->channels; c++)
+    for (int64_t c = 0; c < j->channels; c++) {
+        take(from, 64);
         v->plane[c] = take(from, j->height * j->width + 1);
+    }
+    v->apart = take(from, j->width);
     for (int axis = 0; axis < 2; axis++) {
         v->across[axis] = take(from, 4 * j->width);
         v->down[axis] = take(from, 4 * j->height);
@@ -108,10 +133,14 @@ static uintptr_t place_scratch(const job *j, scratch *w, uintptr_t from)
     memset(w, 0, sizeof *w);
     place_view(j, &w->own, &from);
     place_view(j, &w->other, &from);
-    for (int64_t c = 0; c < j->channels; c++)
-        w->row[c] = take(&from, j->width);
-    for (int k = 0; k < 4; k++)
+    for (int64_t c = 0; c < j->channels; c++) {
+        w->band[c] = take(&from, band_rows(j) * j->width);
+        w->pasted[c] = take(&from, j->width);
+    }
+    for (int k = 0; k < 4; k++) {
         w->place[k] = take(&from, 4 * j->width);
+        w->corner[k] = take(&from, j->width);
+    }
     for (int k = 0; k < 2; k++)
         w->weight[k] = take(&from, 8 * j->width);
     return from;

@@ -32,7 +32,8 @@ typedef struct {
     const double *matrices;   /* tables.matrix_table, [rows, 8] */
     const uint8_t *fill;      /* [C], outside of a warped image */
     const double *beta;       /* beta.beta_table, [2, knots]; NULL: uniform */
-    const void *scale;        /* [C, 256], what is written for each level; not read where `bytes` is 1 */
+    const void *scale;        /* [C, 256], what is written for each level; not read where the output is levels, NCHW */
+    const uint8_t *scale_bytes; /* [C, bytes, 256], the same a byte at a time */
     void *out;                /* [B, C, H, W], or [B, H, W, C] with out_last, of `bytes` an element */
     float *targets;           /* [B, classes]; NULL: none */
     double flip_p, cutmix_p;
@@ -55,14 +56,16 @@ typedef struct {
 /* One sample's image after crop and flip, and, for a warp, its sampling grid. */
 typedef struct {
     const sample *of;
-    uint8_t *plane[MAX_CHANNELS]; /* H W levels, and behind them the fill */
+    uint8_t *plane[MAX_CHANNELS]; /* H W levels, and behind them the fill; 64 bytes before them can be read */
+    uint8_t *apart;               /* one row of one channel */
     float *across[2], *down[2], offset[2];
 } view;
 
 typedef struct {
     view own, other;
-    uint8_t *row[MAX_CHANNELS];
+    uint8_t *band[MAX_CHANNELS], *pasted[MAX_CHANNELS];
     int32_t *place[4];
+    uint8_t *corner[4];
     double *weight[2];
 } scratch;
 

@@ -24,15 +24,16 @@ TARGET static void ISA(color)(const uint8_t *restrict r, const uint8_t *restrict
     }
 }
 
-/* levels.sharpness: n pixels that all have eight neighbours; the three rows start one pixel to the left. */
+/* levels.sharpness: n pixels of one row, with those above and below; every row can be read one pixel further. */
 TARGET static void ISA(sharpen)(const uint8_t *restrict above, const uint8_t *restrict here,
                                 const uint8_t *restrict below, uint8_t *restrict to, int64_t n, float rest)
 {
     const float thirteenth = (float)(1.0 / 13);
     for (int64_t x = 0; x < n; x++) {
-        const int32_t left = above[x] + here[x] + below[x], right = above[x + 2] + here[x + 2] + below[x + 2];
-        const int32_t total = left + right + above[x + 1] + 5 * here[x + 1] + below[x + 1];
-        const float blurred = ((float)total * thirteenth + NEAREST) - NEAREST, inner = (float)here[x + 1];
+        const int32_t left = above[x - 1] + here[x - 1] + below[x - 1];
+        const int32_t right = above[x + 1] + here[x + 1] + below[x + 1];
+        const int32_t total = left + right + above[x] + 5 * here[x] + below[x];
+        const float blurred = ((float)total * thirteenth + NEAREST) - NEAREST, inner = (float)here[x];
         to[x] = (uint8_t)ISA(to_level)(MULTIPLY_ADD(blurred - inner, rest, inner));
     }
 }

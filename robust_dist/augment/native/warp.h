@@ -59,12 +59,14 @@ TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int
                                         scratch *w)
 {
     const float down_x = v->down[0][y], down_y = v->down[1][y], half_x = (float)width / 2, half_y = (float)height / 2;
+    const float *restrict across_x = v->across[0] + x, *restrict across_y = v->across[1] + x;
+    const float offset_x = v->offset[0], offset_y = v->offset[1];
     int32_t *restrict p00 = w->place[0], *restrict p10 = w->place[1];
     int32_t *restrict p01 = w->place[2], *restrict p11 = w->place[3];
     double *restrict right = w->weight[0], *restrict low = w->weight[1];
     for (int64_t i = 0; i < n; i++) {
-        const float from_x = ISA(coordinate)(v->across[0][x + i], down_x, v->offset[0], half_x);
-        const float from_y = ISA(coordinate)(v->across[1][x + i], down_y, v->offset[1], half_y);
+        const float from_x = ISA(coordinate)(across_x[i], down_x, offset_x, half_x);
+        const float from_y = ISA(coordinate)(across_y[i], down_y, offset_y, half_y);
         const float left = floorf(from_x), top = floorf(from_y);
         right[i] = (double)(from_x - left);
         low[i] = (double)(from_y - top);
@@ -76,21 +78,26 @@ TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int
     }
 }
 
+TARGET static void ISA(blend_corners)(uint8_t *const *corner, const double *restrict right, const double *restrict low,
+                                      uint8_t *restrict to, int64_t n)
+{
+    const uint8_t *restrict p00 = corner[0], *restrict p10 = corner[1];
+    const uint8_t *restrict p01 = corner[2], *restrict p11 = corner[3];
+    for (int64_t i = 0; i < n; i++) {
+        const double upper = (double)p00[i] + (double)(p10[i] - p00[i]) * right[i];
+        const double lower = (double)p01[i] + (double)(p11[i] - p01[i]) * right[i];
+        to[i] = (uint8_t)(int32_t)((upper + (lower - upper) * low[i] + NEAREST_DOUBLE) - NEAREST_DOUBLE);
+    }
+}
+
 /* warp.read_bilinear */
 TARGET static void ISA(read_bilinear)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
                                       uint8_t *const *to)
 {
     ISA(bilinear_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w);
-    const double *restrict right = w->weight[0], *restrict low = w->weight[1];
     for (int64_t c = 0; c < j->channels; c++) {
-        const uint8_t *restrict plane = v->plane[c];
-        uint8_t *restrict out = to[c];
-        for (int64_t i = 0; i < n; i++) {
-            const int32_t a = plane[w->place[0][i]], b = plane[w->place[1][i]];
-            const int32_t d = plane[w->place[2][i]], e = plane[w->place[3][i]];
-            const double upper = (double)a + (double)(b - a) * right[i];
-            const double lower = (double)d + (double)(e - d) * right[i];
-            out[i] = (uint8_t)(int32_t)rint(upper + (lower - upper) * low[i]);
-        }
+        for (int k = 0; k < 4; k++)
+            ISA(pick)(v->plane[c], w->place[k], w->corner[k], n);
+        ISA(blend_corners)(w->corner, w->weight[0], w->weight[1], to[c], n);
     }
 }
