@@ -4,9 +4,10 @@
  * result has the bits of the operations of torch in robust_dist/augment/: no flag of the build may change arithmetic
  * (no -ffast-math, -ffp-contract=off), and what rounds once is a MULTIPLY_ADD.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -15,6 +16,7 @@
 #define NEAREST 12582912.0f /* 3 * 2^22 */
 #define NEAREST_DOUBLE 6755399441055744.0 /* 3 * 2^51 */
 #define MANY 16384          /* output values from which threads are worth their start */
+#define LARGE (32u << 20)   /* bytes that glibc maps, and unmaps, for one array alone */
 #define BAND 4096           /* pixels that are written at a time, where a row has fewer */
 
 static int64_t band_rows(const job *j)
@@ -118,8 +120,9 @@ static void place_view(const job *j, view *v, uintptr_t *from)
 {
     for (int64_t c = 0; c < j->channels; c++) {
         take(from, 64);
-        v->plane[c] = take(from, j->height * j->width + 1);
+        v->plane[c] = take(from, j->height * j->width + 64);
     }
+    v->pixel = take(from, j->trivial ? 4 * (j->height * j->width + 1) : 0);
     v->apart = take(from, j->width);
     for (int axis = 0; axis < 2; axis++) {
         v->across[axis] = take(from, 4 * j->width);
@@ -139,11 +142,23 @@ static uintptr_t place_scratch(const job *j, scratch *w, uintptr_t from)
     }
     for (int k = 0; k < 4; k++) {
         w->place[k] = take(&from, 4 * j->width);
-        w->corner[k] = take(&from, j->width);
+        w->corner[k] = take(&from, 4 * j->width);
     }
     for (int k = 0; k < 2; k++)
         w->weight[k] = take(&from, 8 * j->width);
     return from;
+}
+
+/* Memory so large was mapped for this output alone: huge pages spare hundreds of faults an image. */
+static void use_huge_pages(const job *j)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t bytes = (uintptr_t)(j->batch * j->channels * j->height * j->width * j->bytes);
+    const uintptr_t start = ((uintptr_t)j->out + page - 1) / page * page, stop = ((uintptr_t)j->out + bytes) / page * page;
+    if (bytes > LARGE)
+        madvise((void *)start, stop - start, MADV_HUGEPAGE);
+#endif
 }
 
 /* Augment a batch; 0, or 1 where there is no memory. `isa` must not be above robust_dist_widest(). */
@@ -151,6 +166,7 @@ int robust_dist_augment(const job *j, int isa)
 {
     const passes run = choose(isa);
     const int threads = threads_for(j->batch * j->channels * j->height * j->width, j->threads);
+    use_huge_pages(j);
     scratch sized;
     const size_t each = place_scratch(j, &sized, 0);
     sample *all = malloc((size_t)j->batch * sizeof *all);

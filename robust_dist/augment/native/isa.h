@@ -4,14 +4,6 @@
  * sizes below 2^22.
  */
 
-/* to[i] = plane[place[i]] */
-TARGET static void ISA(pick)(const uint8_t *restrict plane, const int32_t *restrict place, uint8_t *restrict to,
-                             int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        to[i] = plane[place[i]];
-}
-
 #include "load.h"
 #include "levels.h"
 #include "warp.h"
@@ -77,14 +69,13 @@ TARGET static void ISA(look_at)(const job *j, const sample *s, view *v, int64_t 
 {
     v->of = s;
     if (s->kind == WARP) {
-        y1 = 0, y2 = j->height;
+        ISA(load)(j, v, 0, j->height);
         ISA(find_grid)(j, v);
-        for (int64_t c = 0; c < j->channels; c++)
-            v->plane[c][j->height * j->width] = j->fill[c];
-    } else if (s->kind == SHARPENED) {
-        y1 -= y1 > 0, y2 += y2 < j->height;
+        ISA(zip)(j, v);
+        return;
     }
-    ISA(load)(j, v, y1, y2);
+    const int around = s->kind == SHARPENED;
+    ISA(load)(j, v, y1 - (around && y1 > 0), y2 + (around && y2 < j->height));
 }
 
 /* Draw for position i and find the table of levels where the whole image decides. */

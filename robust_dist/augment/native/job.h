@@ -56,7 +56,8 @@ typedef struct {
 /* One sample's image after crop and flip, and, for a warp, its sampling grid. */
 typedef struct {
     const sample *of;
-    uint8_t *plane[MAX_CHANNELS]; /* H W levels, and behind them the fill; 64 bytes before them can be read */
+    uint8_t *plane[MAX_CHANNELS]; /* H W levels; 64 bytes before and behind them can be read */
+    uint32_t *pixel;              /* for a warp: all channels of a pixel, and behind the last one the fill */
     uint8_t *apart;               /* one row of one channel */
     float *across[2], *down[2], offset[2];
 } view;
@@ -64,8 +65,8 @@ typedef struct {
 typedef struct {
     view own, other;
     uint8_t *band[MAX_CHANNELS], *pasted[MAX_CHANNELS];
-    int32_t *place[4];
-    uint8_t *corner[4];
+    int32_t *place[4];   /* of pixels in a view, by rows */
+    uint32_t *corner[4]; /* those pixels */
     double *weight[2];
 } scratch;
 

@@ -17,6 +17,40 @@ TARGET static void ISA(find_grid)(const job *j, view *v)
     }
 }
 
+/* A view's levels, and the fill behind them, a whole pixel at a time: one read finds all channels. */
+TARGET static void ISA(zip)(const job *j, const view *v)
+{
+    const int64_t pixels = j->height * j->width;
+    uint32_t *restrict to = v->pixel;
+    const uint8_t *restrict red = v->plane[0];
+    if (j->channels == 1) {
+        for (int64_t i = 0; i < pixels; i++)
+            to[i] = red[i];
+        to[pixels] = j->fill[0];
+        return;
+    }
+    const uint8_t *restrict green = v->plane[1], *restrict blue = v->plane[2];
+    for (int64_t i = 0; i < pixels; i++)
+        to[i] = red[i] | (uint32_t)green[i] << 8 | (uint32_t)blue[i] << 16;
+    to[pixels] = j->fill[0] | (uint32_t)j->fill[1] << 8 | (uint32_t)j->fill[2] << 16;
+}
+
+/* to[i] = pixel[place[i]] */
+TARGET static void ISA(pick)(const uint32_t *restrict pixel, const int32_t *restrict place, uint32_t *restrict to,
+                             int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        to[i] = pixel[place[i]];
+}
+
+/* One channel of picked pixels. */
+TARGET static void ISA(unzip)(const uint32_t *restrict from, uint8_t *restrict to, int64_t n, int64_t channel)
+{
+    const int shift = 8 * (int)channel;
+    for (int64_t i = 0; i < n; i++)
+        to[i] = (uint8_t)(from[i] >> shift);
+}
+
 /* warp.coordinates of one axis, kept within two pixels around the image, where all is fill. */
 TARGET static inline float ISA(coordinate)(float across, float down, float offset, float half)
 {
@@ -49,10 +83,10 @@ TARGET static void ISA(nearest_places)(const view *v, int64_t y, int64_t x, int6
 TARGET static void ISA(read_nearest)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
                                      uint8_t *const *to)
 {
-    int32_t *place = w->place[0];
-    ISA(nearest_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, place);
+    ISA(nearest_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w->place[0]);
+    ISA(pick)(v->pixel, w->place[0], w->corner[0], n);
     for (int64_t c = 0; c < j->channels; c++)
-        ISA(pick)(v->plane[c], place, to[c], n);
+        ISA(unzip)(w->corner[0], to[c], n, c);
 }
 
 TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int64_t n, int32_t width, int32_t height,
@@ -78,14 +112,22 @@ TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int
     }
 }
 
-TARGET static void ISA(blend_corners)(uint8_t *const *corner, const double *restrict right, const double *restrict low,
-                                      uint8_t *restrict to, int64_t n)
+TARGET static inline int32_t ISA(channel_of)(uint32_t pixel, int shift)
 {
-    const uint8_t *restrict p00 = corner[0], *restrict p10 = corner[1];
-    const uint8_t *restrict p01 = corner[2], *restrict p11 = corner[3];
+    return (int32_t)(pixel >> shift & 255);
+}
+
+TARGET static void ISA(blend_corners)(uint32_t *const *corner, const double *restrict right, const double *restrict low,
+                                      uint8_t *restrict to, int64_t n, int64_t channel)
+{
+    const uint32_t *restrict p00 = corner[0], *restrict p10 = corner[1];
+    const uint32_t *restrict p01 = corner[2], *restrict p11 = corner[3];
+    const int s = 8 * (int)channel;
     for (int64_t i = 0; i < n; i++) {
-        const double upper = (double)p00[i] + (double)(p10[i] - p00[i]) * right[i];
-        const double lower = (double)p01[i] + (double)(p11[i] - p01[i]) * right[i];
+        const int32_t a = ISA(channel_of)(p00[i], s), b = ISA(channel_of)(p10[i], s);
+        const int32_t c = ISA(channel_of)(p01[i], s), d = ISA(channel_of)(p11[i], s);
+        const double upper = (double)a + (double)(b - a) * right[i];
+        const double lower = (double)c + (double)(d - c) * right[i];
         to[i] = (uint8_t)(int32_t)((upper + (lower - upper) * low[i] + NEAREST_DOUBLE) - NEAREST_DOUBLE);
     }
 }
@@ -95,9 +137,8 @@ TARGET static void ISA(read_bilinear)(const job *j, const view *v, int64_t y, in
                                       uint8_t *const *to)
 {
     ISA(bilinear_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w);
-    for (int64_t c = 0; c < j->channels; c++) {
-        for (int k = 0; k < 4; k++)
-            ISA(pick)(v->plane[c], w->place[k], w->corner[k], n);
-        ISA(blend_corners)(w->corner, w->weight[0], w->weight[1], to[c], n);
-    }
+    for (int k = 0; k < 4; k++)
+        ISA(pick)(v->pixel, w->place[k], w->corner[k], n);
+    for (int64_t c = 0; c < j->channels; c++)
+        ISA(blend_corners)(w->corner, w->weight[0], w->weight[1], to[c], n, c);
 }
