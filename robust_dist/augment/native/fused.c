@@ -140,12 +140,13 @@ static uintptr_t place_scratch(const job *j, scratch *w, uintptr_t from)
         w->band[c] = take(&from, band_rows(j) * j->width);
         w->pasted[c] = take(&from, j->width);
     }
-    for (int k = 0; k < 4; k++) {
-        w->place[k] = take(&from, 4 * j->width);
+    w->place = take(&from, 4 * j->width);
+    for (int k = 0; k < 4; k++)
         w->corner[k] = take(&from, 4 * j->width);
+    for (int k = 0; k < 2; k++) {
+        w->whole[k] = take(&from, 4 * j->width);
+        w->rest[k] = take(&from, 4 * j->width);
     }
-    for (int k = 0; k < 2; k++)
-        w->weight[k] = take(&from, 8 * j->width);
     return from;
 }
 

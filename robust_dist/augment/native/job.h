@@ -65,9 +65,10 @@ typedef struct {
 typedef struct {
     view own, other;
     uint8_t *band[MAX_CHANNELS], *pasted[MAX_CHANNELS];
-    int32_t *place[4];   /* of pixels in a view, by rows */
-    uint32_t *corner[4]; /* those pixels */
-    double *weight[2];
+    int32_t *place;      /* of a row's pixels in a view */
+    uint32_t *corner[4]; /* those pixels; bilinear: the four around each */
+    int32_t *whole[2];   /* bilinear: columns and rows of the upper left ones */
+    float *rest[2];
 } scratch;
 
 typedef struct {

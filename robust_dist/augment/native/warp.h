@@ -83,33 +83,28 @@ TARGET static void ISA(nearest_places)(const view *v, int64_t y, int64_t x, int6
 TARGET static void ISA(read_nearest)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
                                      uint8_t *const *to)
 {
-    ISA(nearest_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w->place[0]);
-    ISA(pick)(v->pixel, w->place[0], w->corner[0], n);
+    ISA(nearest_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w->place);
+    ISA(pick)(v->pixel, w->place, w->corner[0], n);
     for (int64_t c = 0; c < j->channels; c++)
         ISA(unzip)(w->corner[0], to[c], n, c);
 }
 
-TARGET static void ISA(bilinear_places)(const view *v, int64_t y, int64_t x, int64_t n, int32_t width, int32_t height,
-                                        scratch *w)
+/* One axis of a row's coordinates: the whole ones to the left of them, and the rest. */
+TARGET static void ISA(split)(const float *restrict across, float down, float offset, float half,
+                              int32_t *restrict whole, float *restrict rest, int64_t n)
 {
-    const float down_x = v->down[0][y], down_y = v->down[1][y], half_x = (float)width / 2, half_y = (float)height / 2;
-    const float *restrict across_x = v->across[0] + x, *restrict across_y = v->across[1] + x;
-    const float offset_x = v->offset[0], offset_y = v->offset[1];
-    int32_t *restrict p00 = w->place[0], *restrict p10 = w->place[1];
-    int32_t *restrict p01 = w->place[2], *restrict p11 = w->place[3];
-    double *restrict right = w->weight[0], *restrict low = w->weight[1];
     for (int64_t i = 0; i < n; i++) {
-        const float from_x = ISA(coordinate)(across_x[i], down_x, offset_x, half_x);
-        const float from_y = ISA(coordinate)(across_y[i], down_y, offset_y, half_y);
-        const float left = floorf(from_x), top = floorf(from_y);
-        right[i] = (double)(from_x - left);
-        low[i] = (double)(from_y - top);
-        const int32_t column = (int32_t)left, line = (int32_t)top;
-        p00[i] = ISA(placed)(column, line, width, height);
-        p10[i] = ISA(placed)(column + 1, line, width, height);
-        p01[i] = ISA(placed)(column, line + 1, width, height);
-        p11[i] = ISA(placed)(column + 1, line + 1, width, height);
+        const float from = ISA(coordinate)(across[i], down, offset, half), left = floorf(from);
+        whole[i] = (int32_t)left;
+        rest[i] = from - left;
     }
+}
+
+TARGET static void ISA(places)(const int32_t *restrict column, const int32_t *restrict line, int32_t right, int32_t low,
+                               int32_t width, int32_t height, int32_t *restrict place, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        place[i] = ISA(placed)(column[i] + right, line[i] + low, width, height);
 }
 
 TARGET static inline int32_t ISA(channel_of)(uint32_t pixel, int shift)
@@ -117,7 +112,7 @@ TARGET static inline int32_t ISA(channel_of)(uint32_t pixel, int shift)
     return (int32_t)(pixel >> shift & 255);
 }
 
-TARGET static void ISA(blend_corners)(uint32_t *const *corner, const double *restrict right, const double *restrict low,
+TARGET static void ISA(blend_corners)(uint32_t *const *corner, const float *restrict right, const float *restrict low,
                                       uint8_t *restrict to, int64_t n, int64_t channel)
 {
     const uint32_t *restrict p00 = corner[0], *restrict p10 = corner[1];
@@ -126,9 +121,9 @@ TARGET static void ISA(blend_corners)(uint32_t *const *corner, const double *res
     for (int64_t i = 0; i < n; i++) {
         const int32_t a = ISA(channel_of)(p00[i], s), b = ISA(channel_of)(p10[i], s);
         const int32_t c = ISA(channel_of)(p01[i], s), d = ISA(channel_of)(p11[i], s);
-        const double upper = (double)a + (double)(b - a) * right[i];
-        const double lower = (double)c + (double)(d - c) * right[i];
-        to[i] = (uint8_t)(int32_t)((upper + (lower - upper) * low[i] + NEAREST_DOUBLE) - NEAREST_DOUBLE);
+        const double upper = (double)a + (double)(b - a) * (double)right[i];
+        const double lower = (double)c + (double)(d - c) * (double)right[i];
+        to[i] = (uint8_t)(int32_t)((upper + (lower - upper) * (double)low[i] + NEAREST_DOUBLE) - NEAREST_DOUBLE);
     }
 }
 
@@ -136,9 +131,14 @@ TARGET static void ISA(blend_corners)(uint32_t *const *corner, const double *res
 TARGET static void ISA(read_bilinear)(const job *j, const view *v, int64_t y, int64_t x, int64_t n, scratch *w,
                                       uint8_t *const *to)
 {
-    ISA(bilinear_places)(v, y, x, n, (int32_t)j->width, (int32_t)j->height, w);
-    for (int k = 0; k < 4; k++)
-        ISA(pick)(v->pixel, w->place[k], w->corner[k], n);
+    const int32_t width = (int32_t)j->width, height = (int32_t)j->height, size[2] = {width, height};
+    for (int axis = 0; axis < 2; axis++)
+        ISA(split)(v->across[axis] + x, v->down[axis][y], v->offset[axis], (float)size[axis] / 2, w->whole[axis],
+                   w->rest[axis], n);
+    for (int k = 0; k < 4; k++) {
+        ISA(places)(w->whole[0], w->whole[1], k % 2, k / 2, width, height, w->place, n);
+        ISA(pick)(v->pixel, w->place, w->corner[k], n);
+    }
     for (int64_t c = 0; c < j->channels; c++)
-        ISA(blend_corners)(w->corner, w->weight[0], w->weight[1], to[c], n, c);
+        ISA(blend_corners)(w->corner, w->rest[0], w->rest[1], to[c], n, c);
 }
