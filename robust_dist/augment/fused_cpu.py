@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512", "AVX-512 VBMI")
+_LONGEST = 2**20  # pixels a side, that float32 coordinates can round
 _NO_MIXING, _OF_EACH, _OF_BATCH = range(3)
 _scales: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -92,6 +93,8 @@ class Call:
         self.images_last = memory_format(images) == torch.channels_last
         images = images if self.images_last else images.contiguous()
         channels, height, width = images.shape[1:]
+        if max(height, width) >= _LONGEST or height * width >= 2**31:
+            raise ValueError(f'images of {height} x {width} pixels are too large for backend="native": set "torch"')
         self.job = _Job(batch=batch, channels=channels, height=height, width=width, images_last=self.images_last)
         self.job.threads = torch.get_num_threads()
         self._kept: list[Tensor] = []

@@ -64,8 +64,9 @@ class TrivialAugment(Stage):
     """One random operation of random strength for each sample, equal to torchvision's TrivialAugmentWide.
 
     Every operation gives the bits of torchvision's uint8 tensor kernels with nearest interpolation, in eager and
-    compiled code. On the CPU samples are grouped by operation; compiled or on a device, shapes are static,
-    nothing waits for the device, and `torch.compile(fullgraph=True)` and CUDA graphs capture it.
+    compiled code. On the CPU one pass in C does them, or, where that was not built, torch, samples of one operation
+    together; compiled or on a device, shapes are static, nothing waits for the device, and
+    `torch.compile(fullgraph=True)` and CUDA graphs capture it.
 
     Floating images in [0, 1] are rounded to the 256 levels first and divided by 255 last, in float32.
 

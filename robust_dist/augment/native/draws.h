@@ -105,6 +105,7 @@ static void draw(const job *j, int64_t i, sample *s)
 {
     s->place = j->index ? j->index[i] : i;
     s->partner = i;
+    s->row = 0;
     s->kind = NOTHING;
     s->top = s->left = s->flip = 0;
     s->box[0] = s->box[1] = s->box[2] = s->box[3] = 0;

@@ -5,6 +5,7 @@
  * (no -ffast-math, -ffp-contract=off), and what rounds once is a MULTIPLY_ADD.
  */
 #define _DEFAULT_SOURCE
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,7 +16,7 @@
 
 #define NEAREST 12582912.0f /* 3 * 2^22 */
 #define NEAREST_DOUBLE 6755399441055744.0 /* 3 * 2^51 */
-#define MANY 16384          /* output values from which threads are worth their start */
+#define MANY 65536          /* output values from which threads are worth their start */
 #define LARGE (32u << 20)   /* bytes that glibc maps, and unmaps, for one array alone */
 #define BAND 4096           /* pixels that are written at a time, where a row has fewer */
 
@@ -156,50 +157,39 @@ static void use_huge_pages(const job *j)
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t bytes = (uintptr_t)(j->batch * j->channels * j->height * j->width * j->bytes);
-    const uintptr_t start = ((uintptr_t)j->out + page - 1) / page * page, stop = ((uintptr_t)j->out + bytes) / page * page;
+    const uintptr_t out = (uintptr_t)j->out, start = (out + page - 1) / page * page, stop = (out + bytes) / page * page;
     if (bytes > LARGE)
         madvise((void *)start, stop - start, MADV_HUGEPAGE);
 #endif
 }
 
+/* Deal the samples to threads, whose scratch of `each` bytes lies in `memory`. */
+static void run_all(const job *j, passes run, int threads, sample *all, char *memory, size_t each)
+{
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        scratch mine;
+        place_scratch(j, &mine, (uintptr_t)(memory + each * (size_t)omp_get_thread_num()));
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < j->batch; i++)
+            run.prepare(j, i, all, &mine);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < j->batch; i++)
+            run.finish(j, i, all, &mine);
+    }
+}
+
 /* Augment a batch; 0, or 1 where there is no memory. `isa` must not be above robust_dist_widest(). */
 int robust_dist_augment(const job *j, int isa)
 {
-    const passes run = choose(isa);
     const int threads = threads_for(j->batch * j->channels * j->height * j->width, j->threads);
-    use_huge_pages(j);
     scratch sized;
     const size_t each = place_scratch(j, &sized, 0);
     sample *all = malloc((size_t)j->batch * sizeof *all);
     char *memory = aligned_alloc(64, each * (size_t)threads);
     if (all && memory) {
-        int64_t next_drawn = 0, next_written = 0;
-        int started = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            scratch mine;
-            int self;
-#pragma omp atomic capture
-            self = started++;
-            place_scratch(j, &mine, (uintptr_t)(memory + each * (size_t)self));
-            for (;;) {
-                int64_t i;
-#pragma omp atomic capture
-                i = next_drawn++;
-                if (i >= j->batch)
-                    break;
-                run.prepare(j, i, all, &mine);
-            }
-#pragma omp barrier
-            for (;;) {
-                int64_t i;
-#pragma omp atomic capture
-                i = next_written++;
-                if (i >= j->batch)
-                    break;
-                run.finish(j, i, all, &mine);
-            }
-        }
+        use_huge_pages(j);
+        run_all(j, choose(isa), threads, all, memory, each);
     }
     const int failed = !all || !memory;
     free(all);

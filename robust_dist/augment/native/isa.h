@@ -30,9 +30,9 @@ TARGET static void ISA(render_sharp)(const job *j, const view *v, int64_t y, int
 TARGET static void ISA(render_levels)(const job *j, const view *v, int64_t at, int64_t n, uint8_t *const *to)
 {
     const sample *s = v->of;
-    const float *factors = j->factors + 2 * s->row;
     uint8_t *const *p = v->plane;
     if (s->kind == GREYED) {
+        const float *factors = j->factors + 2 * s->row;
         ISA(color)(p[0] + at, p[1] + at, p[2] + at, to[0], to[1], to[2], n, factors[0], factors[1]);
         return;
     }
@@ -126,8 +126,9 @@ TARGET static void ISA(finish)(const job *j, int64_t i, const sample *all, scrat
     if (boxed)
         ISA(look_at)(j, all + s->partner, &w->other, s->box[1], s->box[3]);
     const int64_t rows = band_rows(j);
+    const int direct = j->bytes == 1 && !j->out_last;
     for (int64_t y = 0; y < j->height; y += rows)
-        ISA(write_band)(j, i, y, y + rows < j->height ? y + rows : j->height, boxed, j->bytes == 1 && !j->out_last, s, w);
+        ISA(write_band)(j, i, y, y + rows < j->height ? y + rows : j->height, boxed, direct, s, w);
     if (j->targets)
         write_targets(j, i, s);
 }
