@@ -136,7 +136,7 @@ class Call:
     def run(self, dtype: torch.dtype, form: torch.memory_format, widest: int | None = None) -> Tensor:
         """Images of a dtype and memory format; `widest` indexes `INSTRUCTION_SETS`, None for all there are."""
         shape = (self.job.batch, self.job.channels, self.job.height, self.job.width)
-        out = torch.empty(shape, dtype=dtype, memory_format=form)
+        out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=form)
         self.job.out_last, self.job.bytes = form == torch.channels_last, out.element_size()
         self.point(out=out)
         native = _load()
@@ -155,9 +155,11 @@ def augment(
     widest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See robust_dist/augment/backends.py; `widest` as in `Call.run`."""
-    call = Call(images, keys.shape[0])
     labels = (labels if index is None else labels.index_select(0, index)).long()
-    targets = torch.empty(keys.shape[0], pipeline.num_classes, dtype=torch.float32)
+    if index is not None and not images.is_contiguous(memory_format=memory_format(images)):
+        images, index = images.index_select(0, index), None  # rather than a copy of the whole set
+    call = Call(images, keys.shape[0])
+    targets = torch.empty(keys.shape[0], pipeline.num_classes, dtype=torch.float32, device="cpu")
     scale, scale_bytes = _scale(pipeline)
     call.point(index=index, labels=labels, keys=keys, targets=targets, scale=scale, scale_bytes=scale_bytes)
     call.job.classes = pipeline.num_classes
@@ -177,7 +179,7 @@ def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
     known = _scales.get(pipeline)
     if known is None or known[0].dtype != pipeline.dtype:
         channels = pipeline.image_shape[0]
-        levels = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16).expand(1, channels, 16, 16)
+        levels = _levels()[:256].view(1, 1, 16, 16).expand(1, channels, 16, 16)
         scale = pipeline.scaled(levels).contiguous().view(channels, 256, 1)
         known = _scales[pipeline] = scale, scale.view(torch.uint8).transpose(1, 2).contiguous()
     return known
@@ -186,15 +188,18 @@ def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
 @functools.cache
 def _levels() -> Tensor:
     """Each level as it is, for 3 channels."""
-    return torch.arange(256).to(torch.uint8).repeat(3)
+    return torch.arange(256, device="cpu").to(torch.uint8).repeat(3)
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan", widest: int | None = None) -> Tensor:
     """`TrivialAugment.apply` of uint8 images; `widest` as in `Call.run`."""
     call = Call(images, images.shape[0])
     call.trivial(stage)
-    call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative, scale=_levels())
-    return call.run(torch.uint8, memory_format(images), widest)
+    call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative)
+    form = memory_format(images)
+    if form == torch.channels_last:
+        call.point(scale=_levels())
+    return call.run(torch.uint8, form, widest)
 
 
 def mix(images: Tensor, plan: "CutMixPlan") -> Tensor:

@@ -143,6 +143,20 @@ def test_a_fill_of_other_channels_is_refused():
 
 
 @built
+def test_a_dtype_of_one_byte_is_not_taken_for_levels():
+    images, labels, keys = (
+        pictures("noise", (9, 3, 8, 8)),
+        torch.zeros(9, dtype=torch.int64),
+        sample_keys(0, 0, range(9)),
+    )
+    ours, theirs = (
+        RobustAugment(10, 8, [0.5] * 3, [0.2] * 3, backend=backend, dtype=torch.float8_e4m3fn)(images, labels, keys)[0]
+        for backend in ("native", "torch")
+    )
+    assert torch.equal(ours.float(), theirs.float())
+
+
+@built
 def test_a_new_dtype_gives_a_new_scale():
     module, parts = (
         RobustAugment(10, 8, [0.5], [0.2], backend="native"),

@@ -126,7 +126,7 @@ TARGET static void ISA(finish)(const job *j, int64_t i, const sample *all, scrat
     if (boxed)
         ISA(look_at)(j, all + s->partner, &w->other, s->box[1], s->box[3]);
     const int64_t rows = band_rows(j);
-    const int direct = j->bytes == 1 && !j->out_last;
+    const int direct = !j->scale;
     for (int64_t y = 0; y < j->height; y += rows)
         ISA(write_band)(j, i, y, y + rows < j->height ? y + rows : j->height, boxed, direct, s, w);
     if (j->targets)

@@ -32,7 +32,7 @@ typedef struct {
     const double *matrices;   /* tables.matrix_table, [rows, 8] */
     const uint8_t *fill;      /* [C], outside of a warped image */
     const double *beta;       /* beta.beta_table, [2, knots]; NULL: uniform */
-    const void *scale;        /* [C, 256], what is written for each level; not read where the output is levels, NCHW */
+    const void *scale;        /* [C, 256], what is written for each level; NULL: the levels, in NCHW */
     const uint8_t *scale_bytes; /* [C, bytes, 256], the same a byte at a time */
     void *out;                /* [B, C, H, W], or [B, H, W, C] with out_last, of `bytes` an element */
     float *targets;           /* [B, classes]; NULL: none */
