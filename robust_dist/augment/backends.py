@@ -6,8 +6,8 @@ A backend but torch's is a module of this package with
     runs_on(device) -> bool                                 whether it takes tensors of that device
     augment(pipeline, images, labels, keys, index) -> (images, targets)
 
-and perhaps, for the stages alone, `trivial(stage, images, plan) -> images` and `mix(images, plan) -> images`, on uint8
-images, and `instruction_set() -> str` for `doctor`.
+and perhaps, for the stages alone, `trivial(stage, images, plan) -> images` of uint8 images and `mix(images, plan) ->
+images` of any dtype, and `instruction_set() -> str` for `doctor`.
 
 `augment` gets a RobustAugment in training; uint8 images [N, C, H, W], of any strides; labels, integers [N]; keys,
 int64 [B]; and index, int64 [B], of the samples of the batch, or None where they are all N = B in their order. It has
@@ -88,7 +88,14 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
-def stage_function(backend: str, device: torch.device, name: str) -> Callable[..., Any] | None:
-    """What `choose` finds does for the stage `name`, "trivial" or "mix"; None where torch's operations do it."""
+def choose_stage(backend: str, device: torch.device, name: str) -> tuple[str, Callable[..., Any] | None]:
+    """As `choose`, for the stage `name` alone, "trivial" or "mix", with the function that does it; None for torch's.
+
+    Raises:
+        RuntimeError: As `choose`, and for a demanded backend that does whole pipelines only.
+    """
     chosen = choose(backend, device)
-    return None if chosen == "torch" else getattr(module_of(chosen), name, None)
+    function = None if chosen == "torch" else getattr(module_of(chosen), name, None)
+    if function is None and backend not in ("auto", "torch"):
+        raise RuntimeError(f'backend="{backend}" does whole pipelines only: set backend="auto" for a stage alone')
+    return (chosen, function) if function is not None else ("torch", None)

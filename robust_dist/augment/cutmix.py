@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_dist.augment.backends import check_backend, stage_function
+from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.beta import beta_share, beta_table
 from robust_dist.augment.checks import (
     check_count,
@@ -171,6 +171,10 @@ class CutMix(Stage):
         mixed, (own, other, lam) = self._paste(images, labels, plan)
         return mixed, soft_targets(own, self.num_classes, other, lam)
 
+    def backend_for(self, device: torch.device | str) -> str:
+        """The backend that pastes boxes of images on `device`: "torch", "native" or "triton"."""
+        return choose_stage(self.backend, torch.device(device), "mix")[0]
+
     def extra_repr(self) -> str:
         """The settings."""
         return f"{self.num_classes}, alpha={self.alpha}, p={self.p}, mode={self.mode!r}, block={self.block}"
@@ -199,8 +203,8 @@ class CutMix(Stage):
 
     def _paste(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         partner_labels = labels.index_select(0, plan.partner)
-        paste = stage_function(self.backend, images.device, "mix") if images.dtype == torch.uint8 else None
-        mixed = self._select(images, plan) if paste is None else paste(images, plan)
+        _, paste = choose_stage(self.backend, images.device, "mix")
+        mixed = self._select(images, plan) if paste is None or images.requires_grad else paste(images, plan)
         return mixed.contiguous(memory_format=memory_format(images)), (labels, partner_labels, plan.lam)
 
     def _select(self, images: Tensor, plan: CutMixPlan) -> Tensor:

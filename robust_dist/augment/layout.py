@@ -29,7 +29,7 @@ def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
 
     On the CPU it selects by bits: `torch.where` on uint8 takes a hundred times as long.
     """
-    if not readable(on) or on.requires_grad or on.numel() == 0:
+    if not readable(on) or on.requires_grad:
         return torch.where(reduce(torch.bitwise_and, masks), on, off)
     own = _BITS[on.element_size()]
     lane = torch.int64 if _has_lanes(on) and _has_lanes(off) else own
@@ -39,16 +39,17 @@ def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
 
 
 def _has_lanes(images: Tensor) -> bool:
-    """Whether every row is a whole number of 8-byte words."""
-    row, start = images.shape[-1] * images.element_size(), images.storage_offset() * images.element_size()
-    return bool(images.is_contiguous() and row % 8 == 0 and start % 8 == 0)
+    """Whether images can be viewed as 8-byte words: every row is a whole number of them, and so is every stride."""
+    steps = images.shape[-1], images.storage_offset(), *images.stride()[:-1]
+    whole = all(step * images.element_size() % 8 == 0 for step in steps)
+    return bool(images.is_contiguous() and images.stride(-1) == 1 and whole)
 
 
 def _stretched(mask: Tensor, own: torch.dtype, lane: torch.dtype) -> Tensor:
     """A boolean mask to words of equal bits, as many in a row as the images' rows have."""
     if mask.shape[-1] == 1:
         return mask.to(lane).neg_()
-    return mask.to(own).neg_().view(lane)
+    return mask.to(own, memory_format=torch.contiguous_format).neg_().view(lane)
 
 
 def to_grid(images: Tensor) -> Tensor:

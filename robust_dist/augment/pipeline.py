@@ -93,8 +93,9 @@ class RobustAugment(nn.Module):
         self._set_scale(mean, std, dtype)
         self.channels_last = channels_last
         self.backend = check_backend(backend)
-        mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block, backend=backend)
-        operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill, backend=backend)
+        alone = "torch" if backend == "torch" else "auto"
+        mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block, backend=alone)
+        operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill, backend=alone)
         if crop and isinstance(fill, Sequence):
             raise ValueError(f"fill must be one level where crop is on, got {fill!r}: set crop=None")
         self.crop = RandomCrop(crop, fill=fill) if crop and not isinstance(fill, Sequence) else None

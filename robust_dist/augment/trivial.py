@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment import levels, tables, warp
-from robust_dist.augment.backends import check_backend, choose, stage_function
+from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.checks import check_count, check_images, check_range, check_vector, readable
 from robust_dist.augment.groups import Grouped, Kind, Masked
 from robust_dist.augment.keys import Stream, bits_of_each, random_keys, to_int
@@ -136,13 +136,14 @@ class TrivialAugment(Stage):
         self._check(images, plan)
         if images.numel() == 0:
             return images.clone()
-        operate, grid = stage_function(self.backend, images.device, "trivial"), to_grid(images)
+        grid = to_grid(images)
+        _, operate = choose_stage(self.backend, images.device, "trivial")
         out = self._levels(grid.contiguous(), plan) if operate is None else operate(self, grid, plan)
         return from_grid(out, images.dtype).contiguous(memory_format=memory_format(images))
 
     def backend_for(self, device: torch.device | str) -> str:
         """The backend that augments images on `device`: "torch", "native" or "triton"."""
-        return choose(self.backend, torch.device(device))
+        return choose_stage(self.backend, torch.device(device), "trivial")[0]
 
     def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`apply(images, plan(keys))`, with keys from the generator where none are given."""

@@ -105,6 +105,18 @@ def test_other_devices_are_left_to_torch():
     assert make().backend_for("meta") == "torch"
 
 
+def test_a_backend_without_a_pass_for_a_stage_alone_leaves_it_to_torch_or_is_refused(monkeypatch):
+    whole = type("Module", (), {"runs_on": lambda device: True, "missing": lambda: None})
+    monkeypatch.setattr(backends, "_found", lambda name: whole)
+    for make_stage in (TrivialAugment, lambda **s: CutMix(10, **s)):
+        assert make_stage().backend_for("cpu") == "torch"
+        with pytest.raises(RuntimeError, match='backend="triton" does whole pipelines only'):
+            make_stage(backend="triton").backend_for("cpu")
+    module = make(backend="triton")
+    assert module.backend_for("cpu") == "triton"
+    assert module.trivial.backend_for("cpu") == "torch"
+
+
 def test_a_stage_of_another_type_is_left_to_torch():
     class Own(TrivialAugment):
         pass

@@ -56,8 +56,17 @@ def test_memory_format_is_channels_last_only_where_it_must_be():
     assert memory_format(torch.zeros(2, 3, 5, 4).transpose(2, 3)) == torch.contiguous_format
 
 
-@pytest.mark.parametrize("width", [8, 9])
-def test_of_an_empty_batch_of_any_strides_nothing_is_chosen(width):
-    images = torch.empty(0, 1, 9, width * 2, dtype=torch.uint8)[..., ::2]
-    masks = (torch.ones(0, 1, 9, 1, dtype=torch.bool), torch.ones(0, 1, 1, width * 2, dtype=torch.bool)[..., ::2])
-    assert choose(masks, images.flip(3), images).shape == images.shape
+@pytest.mark.parametrize("size", [0, 1])
+def test_strides_that_no_element_follows_do_not_matter(size):
+    row = (torch.arange(9) % 3 == 0).expand(size, 1, 1, 9).contiguous()[..., :8]
+    on, off = (torch.arange(size * 8).to(torch.uint8).view(size, 1, 1, 8) + k for k in (1, 2))
+    assert torch.equal(choose((row,), on.clone(), off), torch.where(row, on, off))
+    odd = off.repeat(1, 1, 1, 2)[..., :9].contiguous()[..., :8]
+    assert torch.equal(choose((row,), on.clone(), odd), torch.where(row, on, odd))
+    assert torch.equal(choose((row,), odd.clone(), off), torch.where(row, odd, off))
+
+
+def test_an_empty_batch_of_every_second_column_is_chosen_from():
+    images = torch.empty(0, 1, 9, 16, dtype=torch.uint8)[..., ::2]
+    mask = torch.ones(0, 1, 1, 1, dtype=torch.bool)
+    assert choose((mask,), images.flip(3), images).shape == images.shape

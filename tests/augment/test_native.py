@@ -125,6 +125,14 @@ def test_boxes_made_by_hand_are_clipped_and_empty_ones_cut_nothing(channels):
 
 
 @built
+def test_images_that_want_a_gradient_are_mixed_by_torch():
+    images = torch.rand(4, 3, 8, 8, requires_grad=True)
+    mixed, _ = CutMix(10, backend="native")(images, torch.zeros(4, dtype=torch.int64))
+    mixed.sum().backward()
+    assert images.grad.sum() == images.numel()
+
+
+@built
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_labels_of_every_integer_type_pass(dtype):
     images, keys = pictures("noise", (5, 3, 12, 16)), sample_keys(0, 0, range(5))
