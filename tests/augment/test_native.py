@@ -99,6 +99,18 @@ def test_the_pipeline_equals_torchs(shape, batch, flags, crop, mixing, look, lay
 
 
 @built
+@pytest.mark.parametrize("size", [(65, 131), (3, 4201), (224, 224)])
+@pytest.mark.parametrize("options", [{}, {"channels_last": True, "dtype": torch.bfloat16, "interpolation": "bilinear"}])
+def test_images_of_several_bands_equal_torchs(size, options):
+    images, labels, keys = pictures("smooth", (16, 3, *size)), torch.arange(16) % 10, sample_keys(2, 3, range(16))
+    module = RobustAugment(10, size, [0.4] * 3, [0.3] * 3, backend="torch", **options)
+    expected = module(images, labels, keys)
+    for widest in WIDTHS:
+        for ours, theirs in zip(fused_cpu.augment(module, images, labels, keys, None, widest), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@built
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_trivial_augment_and_cutmix_alone_equal_torchs(form, dtype):
