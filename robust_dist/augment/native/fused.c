@@ -166,14 +166,16 @@ static void use_huge_pages(const job *j)
 /* Deal the samples to threads, whose scratch of `each` bytes lies in `memory`. */
 static void run_all(const job *j, passes run, int threads, sample *all, char *memory, size_t each)
 {
+    /* Threads write far from each other: on one new page both would wait for the kernel to clear it. */
+    const int64_t share = j->batch / (8 * threads), run_length = share > 1 ? share : 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         scratch mine;
         place_scratch(j, &mine, (uintptr_t)(memory + each * (size_t)omp_get_thread_num()));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run_length)
         for (int64_t i = 0; i < j->batch; i++)
             run.prepare(j, i, all, &mine);
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(dynamic, run_length) nowait
         for (int64_t i = 0; i < j->batch; i++)
             run.finish(j, i, all, &mine);
     }
