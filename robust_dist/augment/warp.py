@@ -41,13 +41,17 @@ def _scaled(slopes: Tensor, size: int) -> Tensor:
     return (slopes.double().unsqueeze(2) * ramp).float()
 
 
+def grid_slopes(matrix: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a column, a row and every pixel add to the grid, each for x and y, float32 [B, 2]."""
+    a, b, c, d, p, q, u, v = matrix.unbind(1)
+    across, down = _halved(a, c, height, width), _halved(b, d, height, width)
+    return across, down, _halved(p * (height / 2) - u, q * (width / 2) - v, height, width)
+
+
 def grid_terms(matrix: Tensor, height: int, width: int) -> Terms:
     """The parts of torchvision's sampling grid for rows of `matrix_table`, float64 [B, 8]."""
-    a, b, c, d, p, q, u, v = matrix.unbind(1)
-    across = _scaled(_halved(a, c, height, width), width)
-    down = _scaled(_halved(b, d, height, width), height)
-    offset = _halved(p * (height / 2) - u, q * (width / 2) - v, height, width)
-    return Terms(across, down, offset)
+    across, down, offset = grid_slopes(matrix, height, width)
+    return Terms(_scaled(across, width), _scaled(down, height), offset)
 
 
 def _to_pixels(grid: Tensor, size: int) -> Tensor:

@@ -1,0 +1,214 @@
+"""The augmentation on a GPU in two launches by Triton: draws and statistics, then every pixel, once.
+
+Read are the stored uint8 images, written are the normalised ones: nothing is kept in between but a plan of 80 bytes a
+sample and, for operations on levels, a table of 256 bytes a channel. Nothing waits for the device, grids depend on
+shapes alone, and a CUDA graph captures it after one call that compiles and copies the tables.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from robust_dist.augment import warp
+from robust_dist.augment.layout import bits_of
+
+if TYPE_CHECKING:
+    from robust_dist.augment.pipeline import RobustAugment
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LANES = 1024  # of a program of 4 warps: 32 x 32 pixels are one, 224 x 224 are 49 without a rest
+_STATISTICS = 4096  # pixels at a time: one round over the shared histogram for each
+_CLASSES = 1024
+_RANKED = 32, 128  # samples of a program, and those they are compared with at a time
+_FULL = 2**53
+_EXACT = {"enable_fp_fusion": False}
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be used here; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if _interpreted() or (torch.cuda.is_available() and torch.version.hip is None):
+        return None
+    return "there is no CUDA device"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels take tensors of `device`; Triton's interpreter takes the CPU's, too."""
+    return device.type == "cuda" or _interpreted()
+
+
+def augment(
+    pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See robust_dist/augment/backends.py.
+
+    The first call for a device and size compiles the kernels and copies tables to the device, which waits.
+    """
+    channels, height, width = pipeline.image_shape
+    batch, device = keys.shape[0], images.device
+    out = torch.empty(
+        (batch, channels, height, width),
+        dtype=pipeline.dtype,
+        device=device,
+        memory_format=pipeline.out_format(images),
+    )
+    targets = torch.empty(batch, pipeline.num_classes, device=device)
+    if batch:
+        plan = torch.empty(batch, 10, dtype=torch.int64, device=device)
+        luts = torch.empty(batch, channels, 256, dtype=torch.uint8, device=device)
+        images = _addressable(images)
+        with torch.cuda.device_of(images):
+            _prepare(pipeline, images, labels, keys, index, plan, luts, targets)
+            _render(pipeline, images, plan, luts, out)
+    return out, targets
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _addressable(images: Tensor) -> Tensor:
+    """Images whose pixels lie within 2**31 places of their first one, copied where they do not."""
+    spread = sum(stride * (size - 1) for stride, size in zip(images.stride()[1:], images.shape[1:], strict=True))
+    return images if spread < 2**31 else images.contiguous()
+
+
+def _keep(module: nn.Module, make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
+    """`make(module, *arguments)` on a device, made once for as long as the module lives."""
+    tables, key = _kept.setdefault(module, {}), (make, device, *arguments)
+    if key not in tables:
+        tables[key] = make(module, *arguments).to(device)
+    return tables[key]
+
+
+def _terms(trivial: nn.Module, height: int, width: int) -> Tensor:
+    """The six values of `warp.grid_slopes` and the two factors of each row, float32 [rows, 8]."""
+    cpu = torch.device("cpu")
+    slopes = warp.grid_slopes(bits_of(trivial, "_matrices", torch.float64, cpu), height, width)
+    return torch.cat([*slopes, bits_of(trivial, "_factors", torch.float32, cpu)], 1)
+
+
+def _luts(trivial: nn.Module) -> Tensor:
+    return trivial.get_buffer("_luts")
+
+
+def _fill(trivial: nn.Module, channels: int) -> Tensor:
+    return trivial.get_buffer("_fill").to(torch.int32).expand(channels).contiguous()
+
+
+def _beta(cutmix: nn.Module) -> Tensor:
+    return bits_of(cutmix, "_beta", torch.float64, torch.device("cpu"))
+
+
+def _scale(pipeline: "RobustAugment", dtype: torch.dtype) -> Tensor:
+    """What becomes of each level of each channel, [C, 256], as integers of the same bits."""
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, pipeline.image_shape[0], 1, 256)
+    return pipeline._scale(levels).to(dtype).contiguous().flatten(0, 2).view(_BITS[dtype.itemsize])
+
+
+def _below(p: float) -> int:
+    """Of the 2**53 uniform draws, how many lie below p."""
+    return math.ceil(p * _FULL)
+
+
+def _power(count: int, largest: int) -> int:
+    """The smallest power of two that is at least `count`, from 128 to `largest`."""
+    return min(largest, max(128, 2 ** (count - 1).bit_length()))
+
+
+def _partners(keys: Tensor) -> Tensor:
+    from robust_dist.augment.fused_triton_draws import partners_kernel
+
+    partners, (samples, others) = torch.empty_like(keys), _RANKED
+    partners_kernel[(-(-keys.shape[0] // samples),)](keys, partners, keys.shape[0], samples, others)
+    return partners
+
+
+def _prepare(
+    pipeline: "RobustAugment",
+    images: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    index: Tensor | None,
+    plan: Tensor,
+    luts: Tensor,
+    targets: Tensor,
+) -> None:
+    """Write each sample's plan, targets and levels."""
+    from robust_dist.augment.fused_triton_prepare import prepare_kernel
+
+    (channels, height, width), batch = pipeline.image_shape, keys.shape[0]
+    crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
+    keys, device = keys.contiguous(), images.device
+    mixing = cutmix is not None and cutmix.mode == "batch"
+    beta = _keep(cutmix, _beta, device) if cutmix is not None and cutmix.alpha != 1 else None
+    prepare_kernel[(batch * channels,)](
+        images,
+        labels.contiguous(),
+        keys,
+        keys if index is None else index.contiguous(),
+        _partners(keys) if mixing else keys,
+        keys if beta is None else beta,
+        luts if trivial is None else _keep(trivial, _luts, device),
+        luts if trivial is None else _keep(trivial, _terms, device, height, width),
+        plan,
+        luts,
+        targets,
+        batch,
+        *images.stride(),
+        C=channels,
+        H=height,
+        W=width,
+        PADDING=0 if crop is None else crop.padding,
+        CROP_FILL=0 if crop is None else int(crop.fill),
+        FLIP_BELOW=0 if flip is None else _below(flip.p),
+        NUM_BINS=0 if trivial is None else trivial.num_bins,
+        MIX_BELOW=0 if cutmix is None else _below(cutmix.p),
+        BLOCK=1 if cutmix is None else cutmix.block * (cutmix.mode == "elem"),
+        KNOTS=0 if beta is None else beta.shape[1],
+        GATHER=index is not None,
+        NUM_CLASSES=pipeline.num_classes,
+        CLASSES=_power(pipeline.num_classes, _CLASSES),
+        TILE=_power(height * width, _STATISTICS),
+        **_EXACT,
+    )
+
+
+def _render(pipeline: "RobustAugment", images: Tensor, plan: Tensor, luts: Tensor, out: Tensor) -> None:
+    """Write every pixel that the plan names."""
+    from robust_dist.augment.fused_triton_pixels import pixels_kernel
+
+    (channels, height, width), device = pipeline.image_shape, images.device
+    crop, trivial = pipeline.crop, pipeline.trivial
+    planes = channels if out.is_contiguous() else 1
+    lanes = height * width * channels // planes
+    tile = _power(lanes, _LANES)
+    tiles = -(-lanes // tile)
+    pixels_kernel[(plan.shape[0] * tiles,)](
+        images,
+        out.view(_BITS[out.element_size()]),
+        plan,
+        luts,
+        luts if trivial is None else _keep(trivial, _terms, device, height, width),
+        _keep(pipeline, _scale, device, pipeline.dtype),
+        luts if trivial is None else _keep(trivial, _fill, device, channels),
+        *images.stride()[1:],
+        C=channels,
+        H=height,
+        W=width,
+        CROP_FILL=0 if crop is None else int(crop.fill),
+        NUM_BINS=0 if trivial is None else trivial.num_bins,
+        BILINEAR=trivial is not None and trivial.interpolation == "bilinear",
+        PLANES=planes,
+        TILES=tiles,
+        TILE=tile,
+        **_EXACT,
+    )
