@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from robust_dist.augment.pipeline import RobustAugment
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LANES = 1024  # of a program of 4 warps: 32 x 32 pixels are one, 224 x 224 are 49 without a rest
-_STATISTICS = 4096  # pixels at a time: one round over the shared histogram for each
+_LANES = 128  # pixels at a time, one a thread of 4 warps: 64 registers, so that 32 warps a multiprocessor hide latency
+_TILES = 512, 1024  # pixels of a program: small images are two, so that a few hundred fill a GPU; of larger ones fewer
+_SMALL = 64 * 64  # programs read a plan
+_STATISTICS = 4096  # pixels at a time: few rounds, as only one sample in five has any and their latency is the launch's
 _CLASSES = 1024
 _RANKED = 32, 128  # samples of a program, and those they are compared with at a time
 _FULL = 2**53
@@ -100,8 +102,8 @@ def _luts(trivial: nn.Module) -> Tensor:
     return trivial.get_buffer("_luts")
 
 
-def _fill(trivial: nn.Module, channels: int) -> Tensor:
-    return trivial.get_buffer("_fill").to(torch.int32).expand(channels).contiguous()
+def _fill(trivial: nn.Module) -> Tensor:
+    return trivial.get_buffer("_fill").to(torch.int32).expand(3).contiguous()
 
 
 def _beta(cutmix: nn.Module) -> Tensor:
@@ -147,7 +149,7 @@ def _prepare(
 
     (channels, height, width), batch = pipeline.image_shape, keys.shape[0]
     crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
-    keys, device = keys.contiguous(), images.device
+    keys, device, tile = keys.contiguous(), images.device, _power(height * width, _STATISTICS)
     mixing = cutmix is not None and cutmix.mode == "batch"
     beta = _keep(cutmix, _beta, device) if cutmix is not None and cutmix.alpha != 1 else None
     prepare_kernel[(batch * channels,)](
@@ -177,7 +179,8 @@ def _prepare(
         GATHER=index is not None,
         NUM_CLASSES=pipeline.num_classes,
         CLASSES=_power(pipeline.num_classes, _CLASSES),
-        TILE=_power(height * width, _STATISTICS),
+        TILE=tile,
+        num_warps=max(4, tile // 256),
         **_EXACT,
     )
 
@@ -188,18 +191,16 @@ def _render(pipeline: "RobustAugment", images: Tensor, plan: Tensor, luts: Tenso
 
     (channels, height, width), device = pipeline.image_shape, images.device
     crop, trivial = pipeline.crop, pipeline.trivial
-    planes = channels if out.is_contiguous() else 1
-    lanes = height * width * channels // planes
-    tile = _power(lanes, _LANES)
-    tiles = -(-lanes // tile)
-    pixels_kernel[(plan.shape[0] * tiles,)](
+    pixels = height * width
+    tile = min(-(-pixels // _LANES) * _LANES, _TILES[pixels > _SMALL])
+    pixels_kernel[(plan.shape[0] * -(-pixels // tile),)](
         images,
         out.view(_BITS[out.element_size()]),
         plan,
         luts,
         luts if trivial is None else _keep(trivial, _terms, device, height, width),
         _keep(pipeline, _scale, device, pipeline.dtype),
-        luts if trivial is None else _keep(trivial, _fill, device, channels),
+        luts if trivial is None else _keep(trivial, _fill, device),
         *images.stride()[1:],
         C=channels,
         H=height,
@@ -207,8 +208,8 @@ def _render(pipeline: "RobustAugment", images: Tensor, plan: Tensor, luts: Tenso
         CROP_FILL=0 if crop is None else int(crop.fill),
         NUM_BINS=0 if trivial is None else trivial.num_bins,
         BILINEAR=trivial is not None and trivial.interpolation == "bilinear",
-        PLANES=planes,
-        TILES=tiles,
+        CHANNELS_LAST=not out.is_contiguous(),
         TILE=tile,
+        LANES=_LANES,
         **_EXACT,
     )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from robust_dist.augment.fused_triton_prepare import ACROSS, COLUMNS, DOWN, ORIGIN, PARTNER, ROW, STEP, X1, X2, Y1, Y2
-from robust_dist.augment.fused_triton_read import level, luma, rounded, to_levels
+from robust_dist.augment.fused_triton_read import channels, luma, rounded, spot, to_levels
 from robust_dist.augment.tables import OP
 
 _SHEAR, _ROTATE = tl.constexpr(OP["ShearX"]), tl.constexpr(OP["Rotate"])
@@ -53,17 +53,33 @@ def _filled(
     x: tl.tensor,
     y: tl.tensor,
     mask: tl.tensor,
+    fill: tl.tensor,
+    channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    fill: tl.tensor,
-    CROP_FILL: tl.constexpr,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """`level` with the warps' fill outside the cropped image."""
+    """`channels` with the warps' fill, int32 [3], outside the cropped image."""
     covered = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    value = level(images, step, across, down, x, y, mask & covered, row_stride, column_stride, CROP_FILL, H, W)
-    return tl.where(covered, value, fill)
+    place, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
+    red, green, blue = channels(images, place, mask & covered & stored, channel_stride, C, CROP_FILL)
+    red = tl.where(covered, red, tl.load(fill))
+    if C == 3:
+        green, blue = tl.where(covered, green, tl.load(fill + 1)), tl.where(covered, blue, tl.load(fill + 2))
+    return red, green, blue
+
+
+@triton.jit
+def _between(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, right: tl.tensor, low: tl.tensor
+) -> tl.tensor:
+    """int32 level between four, in float64 and with the roundings of `warp.read_bilinear`."""
+    upper = a.to(tl.float64) + (b - a).to(tl.float64) * right
+    lower = c.to(tl.float64) + (d - c).to(tl.float64) * right
+    return ((upper + (lower - upper) * low + _HALF_EVEN) - _HALF_EVEN).to(tl.int32)
 
 
 @triton.jit
@@ -75,80 +91,161 @@ def _bilinear(
     x: tl.tensor,
     y: tl.tensor,
     mask: tl.tensor,
+    fill: tl.tensor,
+    channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    fill: tl.tensor,
-    CROP_FILL: tl.constexpr,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """int32 levels at float32 places, in float64 and with the roundings of `warp.read_bilinear`."""
+    """Levels of the channels at float32 places."""
     left, top = tl.floor(x), tl.floor(y)
     right, low = (x - left).to(tl.float64), (y - top).to(tl.float64)
     u, v = left.to(tl.int32), top.to(tl.int32)
-    a = _filled(images, step, across, down, u, v, mask, row_stride, column_stride, fill, CROP_FILL, H, W)
-    b = _filled(images, step, across, down, u + 1, v, mask, row_stride, column_stride, fill, CROP_FILL, H, W)
-    c = _filled(images, step, across, down, u, v + 1, mask, row_stride, column_stride, fill, CROP_FILL, H, W)
-    d = _filled(images, step, across, down, u + 1, v + 1, mask, row_stride, column_stride, fill, CROP_FILL, H, W)
-    upper = a.to(tl.float64) + (b - a).to(tl.float64) * right
-    lower = c.to(tl.float64) + (d - c).to(tl.float64) * right
-    return ((upper + (lower - upper) * low + _HALF_EVEN) - _HALF_EVEN).to(tl.int32)
+    r0, g0, b0 = _filled(
+        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    )
+    r1, g1, b1 = _filled(
+        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    )
+    v += 1
+    r2, g2, b2 = _filled(
+        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    )
+    r3, g3, b3 = _filled(
+        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    )
+    red, green, blue = _between(r0, r1, r2, r3, right, low), g0, b0
+    if C == 3:
+        green, blue = _between(g0, g1, g2, g3, right, low), _between(b0, b1, b2, b3, right, low)
+    return red, green, blue
 
 
 @triton.jit
-def _color(
+def _blend(value: tl.tensor, grey: tl.tensor, f: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Color: a blend with the grey level."""
+    return tl.where(mask, to_levels(tl.fma(grey, rest, value.to(tl.float32) * f)), value)
+
+
+@triton.jit
+def _look_up(luts: tl.tensor, value: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    return tl.where(mask, tl.load(luts + value, mask, other=0).to(tl.int32), value)
+
+
+@triton.jit
+def _sharpened(value: tl.tensor, total: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """A blend with the rounded mean of 3 x 3 pixels, the middle one five times, from the sum of the nine."""
+    middle = value.to(tl.float32)
+    blurred = rounded((total + 4 * value).to(tl.float32) * (1 / 13))
+    return tl.where(mask, to_levels(tl.fma(blurred - middle, rest, middle)), value)
+
+
+@triton.jit
+def _sums(
     images: tl.tensor,
     step: tl.tensor,
     across: tl.tensor,
     down: tl.tensor,
     x: tl.tensor,
     y: tl.tensor,
-    value: tl.tensor,
     mask: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    f: tl.tensor,
-    rest: tl.tensor,
-    CROP_FILL: tl.constexpr,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """A blend with the grey level; `images` points to the first of three channels."""
-    green, blue = images + channel_stride, images + 2 * channel_stride
-    red = level(images, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-    green = level(green, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-    blue = level(blue, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-    return to_levels(tl.fma(luma(red, green, blue), rest, value.to(tl.float32) * f))
+    """Sums of the channels over 3 x 3 pixels."""
+    red = tl.zeros_like(x)
+    green, blue = red, red
+    for neighbour in tl.static_range(9):
+        u, v = x + (neighbour % 3 - 1), y + (neighbour // 3 - 1)
+        place, stored = spot(step, across, down, u, v, row_stride, column_stride, H, W)
+        r, g, b = channels(images, place, mask & stored, channel_stride, C, CROP_FILL)
+        red += r
+        green += g
+        blue += b
+    return red, green, blue
 
 
 @triton.jit
-def _sharpness(
+def _augmented(
     images: tl.tensor,
     step: tl.tensor,
     across: tl.tensor,
     down: tl.tensor,
     x: tl.tensor,
     y: tl.tensor,
-    value: tl.tensor,
     mask: tl.tensor,
+    inside: tl.tensor,
+    row_own: tl.tensor,
+    row_other: tl.tensor,
+    terms: tl.tensor,
+    lut_own: tl.tensor,
+    lut_other: tl.tensor,
+    fill: tl.tensor,
+    channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    rest: tl.tensor,
-    CROP_FILL: tl.constexpr,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    BILINEAR: tl.constexpr,
 ) -> tl.tensor:
-    """A blend of inner pixels with the rounded mean of 3 x 3, the middle one five times; the border stays."""
-    inner = mask & (x > 0) & (x < W - 1) & (y > 0) & (y < H - 1)
-    total = 4 * value
-    for dy in tl.static_range(3):
-        for dx in tl.static_range(3):
-            u, v = x + (dx - 1), y + (dy - 1)
-            total += level(images, step, across, down, u, v, inner, row_stride, column_stride, CROP_FILL, H, W)
-    middle = value.to(tl.float32)
-    blurred = rounded(total.to(tl.float32) * (1 / 13))
-    return tl.where(inner, to_levels(tl.fma(blurred - middle, rest, middle)), value)
+    """Levels of the channels after TrivialAugment; a branch is taken where the own sample or its partner needs it."""
+    op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
+    op = tl.where(inside, op_other, op_own)
+    own, other = terms + row_own * 8, terms + row_other * 8
+    warps = _is_warp(op_own) | _is_warp(op_other)
+    u, v = x, y
+    if not BILINEAR:
+        if warps:
+            at_x, at_y = _coordinates(x, y, own, other, inside, H, W)
+            u, v = rounded(at_x).to(tl.int32), rounded(at_y).to(tl.int32)
+    red, green, blue = _filled(
+        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    )
+    if BILINEAR:
+        if warps:
+            lanes = mask & _is_warp(op)
+            at_x, at_y = _coordinates(x, y, own, other, inside, H, W)
+            r, g, b = _bilinear(
+                images, step, across, down, at_x, at_y, lanes, fill, channel_stride, row_stride, column_stride,
+                C, H, W, CROP_FILL,
+            )
+            red, green, blue = tl.where(lanes, r, red), tl.where(lanes, g, green), tl.where(lanes, b, blue)
+    if _has_lut(op_own) | _has_lut(op_other):
+        lanes, lut = mask & _has_lut(op), tl.where(inside, lut_other, lut_own)
+        red = _look_up(lut, red, lanes)
+        if C == 3:
+            green, blue = _look_up(lut + 256, green, lanes), _look_up(lut + 512, blue, lanes)
+    if C == 3:
+        if (op_own == _COLOR) | (op_other == _COLOR):
+            f, rest, lanes = _pick(own, other, inside, 6), _pick(own, other, inside, 7), op == _COLOR
+            grey = luma(red, green, blue)
+            red, green = _blend(red, grey, f, rest, lanes), _blend(green, grey, f, rest, lanes)
+            blue = _blend(blue, grey, f, rest, lanes)
+    if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
+        rest = _pick(own, other, inside, 7)
+        lanes = mask & (op == _SHARPNESS) & (x > 0) & (x < W - 1) & (y > 0) & (y < H - 1)
+        r, g, b = _sums(
+            images, step, across, down, x, y, lanes, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        )
+        red = _sharpened(red, r, rest, lanes)
+        if C == 3:
+            green, blue = _sharpened(green, g, rest, lanes), _sharpened(blue, b, rest, lanes)
+    return red, green, blue
+
+
+@triton.jit
+def _store(out: tl.tensor, scale: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
+    tl.store(out, tl.load(scale + value, mask, other=0), mask)
 
 
 @triton.jit
@@ -169,78 +266,52 @@ def pixels_kernel(
     CROP_FILL: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BILINEAR: tl.constexpr,
-    PLANES: tl.constexpr,
-    TILES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     TILE: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
-    """Program sample * TILES + tile. PLANES is C, or 1 where the images given out are channels_last.
+    """One tile of one sample in each program, some of its pixels at a time.
 
     `scale` holds, for each channel and level, the bits of the normalised value: `out` is seen as integers.
     """
-    sample, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    lane = tile * TILE + tl.arange(0, TILE)
-    place = lane // (C // PLANES)
-    x, y, mask = place % W, place // W, place < H * W
-
+    tiles: tl.constexpr = (H * W + TILE - 1) // TILE
+    sample, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
     own = plan + sample * COLUMNS
     x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
     x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
-    inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
-    first, last = tile * TILE // (C // PLANES) // W, (tile + 1) * TILE // (C // PLANES) // W
-    partner = tl.where((x1 < x2) & (y1 <= last) & (y2 > first), tl.load(own + PARTNER).to(tl.int32), sample)
+    partner = tl.load(own + PARTNER).to(tl.int32)
     other = plan + partner * COLUMNS
-
-    step, across = _pick(own, other, inside, STEP).to(tl.int32), _pick(own, other, inside, ACROSS).to(tl.int32)
-    down = _pick(own, other, inside, DOWN).to(tl.int32)
-    images += _pick(own, other, inside, ORIGIN)
-    u, v = x, y
+    origin_own, origin_other = tl.load(own + ORIGIN), tl.load(other + ORIGIN)
+    step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
+    across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
+    down_own, down_other = tl.load(own + DOWN).to(tl.int32), tl.load(other + DOWN).to(tl.int32)
+    out += sample.to(tl.int64) * (C * H * W)
+    next_pixel: tl.constexpr = C if CHANNELS_LAST else 1
+    next_channel: tl.constexpr = 1 if CHANNELS_LAST else H * W
+    row_own, row_other = sample, sample
     if NUM_BINS > 0:
         row_own, row_other = tl.load(own + ROW).to(tl.int32), tl.load(other + ROW).to(tl.int32)
-        op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
-        terms_own, terms_other = terms + row_own * 8, terms + row_other * 8
-        op = tl.where(inside, op_other, op_own)
-        warped = _is_warp(op_own) | _is_warp(op_other)
-        if BILINEAR:
-            at_x, at_y = _coordinates(x, y, terms_own, terms_other, inside, H, W)
-        elif warped:
-            at_x, at_y = _coordinates(x, y, terms_own, terms_other, inside, H, W)
-            u, v = rounded(at_x).to(tl.int32), rounded(at_y).to(tl.int32)
 
-    out += sample.to(tl.int64) * (C * H * W)
-    for plane in tl.static_range(PLANES):
-        if PLANES == C:
-            channel, target = plane, plane * (H * W) + place
-        else:
-            channel, target = lane % C, lane
-        source = images + channel * channel_stride
-        outside = tl.load(fill + channel)
-        value = _filled(
-            source, step, across, down, u, v, mask, row_stride, column_stride, outside, CROP_FILL, H, W
-        )
+    for start in range(first, first + TILE, LANES):
+        pixel = start + tl.arange(0, LANES)
+        x, y, mask = pixel % W, pixel // W, pixel < H * W
+        inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+        stored = images + tl.where(inside, origin_other, origin_own)
+        step = tl.where(inside, step_other, step_own)
+        across = tl.where(inside, across_other, across_own)
+        down = tl.where(inside, down_other, down_own)
         if NUM_BINS > 0:
-            if BILINEAR:
-                if warped:
-                    lanes = mask & _is_warp(op)
-                    between = _bilinear(
-                        source, step, across, down, at_x, at_y, lanes, row_stride, column_stride, outside, CROP_FILL, H, W
-                    )
-                    value = tl.where(lanes, between, value)
-            if _has_lut(op_own) | _has_lut(op_other):
-                entry = (tl.where(inside, partner, sample) * C + channel) * 256 + value
-                looked_up = tl.load(luts + entry, mask & _has_lut(op), other=0).to(tl.int32)
-                value = tl.where(_has_lut(op), looked_up, value)
-            if C == 3:
-                if (op_own == _COLOR) | (op_other == _COLOR):
-                    f, rest = _pick(terms_own, terms_other, inside, 6), _pick(terms_own, terms_other, inside, 7)
-                    blended = _color(
-                        images, step, across, down, x, y, value, mask, channel_stride, row_stride, column_stride,
-                        f, rest, CROP_FILL, H, W,
-                    )
-                    value = tl.where(op == _COLOR, blended, value)
-            if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
-                rest = _pick(terms_own, terms_other, inside, 7)
-                lanes = mask & (op == _SHARPNESS)
-                value = _sharpness(
-                    source, step, across, down, x, y, value, lanes, row_stride, column_stride, rest, CROP_FILL, H, W
-                )
-        tl.store(out + target, tl.load(scale + channel * 256 + value, mask, other=0), mask)
+            reached = (x1 < x2) & (y1 * W < start + LANES) & (y2 * W > start)
+            red, green, blue = _augmented(
+                stored, step, across, down, x, y, mask, inside, row_own, tl.where(reached, row_other, row_own), terms,
+                luts + sample * (C * 256), luts + partner * (C * 256), fill, channel_stride, row_stride, column_stride,
+                C, H, W, CROP_FILL, NUM_BINS, BILINEAR,
+            )
+        else:
+            place, there = spot(step, across, down, x, y, row_stride, column_stride, H, W)
+            red, green, blue = channels(stored, place, mask & there, channel_stride, C, CROP_FILL)
+        target = out + pixel * next_pixel
+        _store(target, scale, red, mask)
+        if C == 3:
+            _store(target + next_channel, scale + 256, green, mask)
+            _store(target + 2 * next_channel, scale + 512, blue, mask)

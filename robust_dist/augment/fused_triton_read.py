@@ -8,25 +8,39 @@ _HALF_EVEN = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
-def level(
-    images: tl.tensor,
+def spot(
     step: tl.tensor,
     across: tl.tensor,
     down: tl.tensor,
     x: tl.tensor,
     y: tl.tensor,
-    mask: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    CROP_FILL: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
 ) -> tl.tensor:
-    """int32 levels at column x and row y of the cropped and mirrored images, whose first pixels `images` points to."""
+    """Where column x and row y of the cropped and mirrored images are stored, int32, and whether they are at all."""
     column, row = across + step * x, down + y
     stored = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-    place = row * row_stride + column * column_stride
-    return tl.load(images + place, mask & stored, other=CROP_FILL).to(tl.int32)
+    return row * row_stride + column * column_stride, stored
+
+
+@triton.jit
+def channels(
+    images: tl.tensor,
+    place: tl.tensor,
+    mask: tl.tensor,
+    channel_stride: tl.tensor,
+    C: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+) -> tl.tensor:
+    """int32 levels of three channels, or of one, thrice; CROP_FILL where the mask is off."""
+    red = tl.load(images + place, mask, other=CROP_FILL).to(tl.int32)
+    green, blue = red, red
+    if C == 3:
+        green = tl.load(images + channel_stride + place, mask, other=CROP_FILL).to(tl.int32)
+        blue = tl.load(images + 2 * channel_stride + place, mask, other=CROP_FILL).to(tl.int32)
+    return red, green, blue
 
 
 @triton.jit

@@ -6,7 +6,7 @@ What is added up or compared is kept by lane over the tiles of an image and brou
 import triton
 import triton.language as tl
 
-from robust_dist.augment.fused_triton_read import level, luma, to_levels
+from robust_dist.augment.fused_triton_read import channels, luma, spot, to_levels
 
 
 @triton.jit
@@ -37,12 +37,9 @@ def contrast_lut(
     sums = tl.zeros([TILE], tl.int32)
     for start in range(0, H * W, TILE):
         x, y, mask = _tile(start, H, W, TILE)
-        grey = level(images, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-        if C == 3:
-            green, blue = images + channel_stride, images + 2 * channel_stride
-            green = level(green, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-            blue = level(blue, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
-            grey = luma(grey, green, blue).to(tl.int32)
+        offset, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
+        red, green, blue = channels(images, offset, mask & stored, channel_stride, C, CROP_FILL)
+        grey = luma(red, green, blue).to(tl.int32) if C == 3 else red
         sums += tl.where(mask, grey, 0)
     mean = (tl.sum(sums.to(tl.int64), 0).to(tl.float64) / (H * W)).to(tl.float32)
     return to_levels(tl.fma(mean, rest, tl.arange(0, 256).to(tl.float32) * f))
@@ -65,7 +62,8 @@ def autocontrast_lut(
     lows, highs = tl.full([TILE], 255, tl.int32), tl.zeros([TILE], tl.int32)
     for start in range(0, H * W, TILE):
         x, y, mask = _tile(start, H, W, TILE)
-        value = level(images, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
+        offset, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
+        value = tl.load(images + offset, mask & stored, other=CROP_FILL).to(tl.int32)
         lows = tl.minimum(lows, tl.where(mask, value, 255))
         highs = tl.maximum(highs, tl.where(mask, value, 0))
     low, high, ramp = tl.min(lows, 0), tl.max(highs, 0), tl.arange(0, 256)
@@ -91,7 +89,8 @@ def equalize_lut(
     counts, ramp = tl.zeros([256], tl.int32), tl.arange(0, 256)
     for start in range(0, H * W, TILE):
         x, y, mask = _tile(start, H, W, TILE)
-        value = level(images, step, across, down, x, y, mask, row_stride, column_stride, CROP_FILL, H, W)
+        offset, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
+        value = tl.load(images + offset, mask & stored, other=CROP_FILL).to(tl.int32)
         counts += tl.histogram(tl.where(mask, value, 0), 256)
     padding: tl.constexpr = (H * W + TILE - 1) // TILE * TILE - H * W
     counts -= tl.where(ramp == 0, padding, 0)
