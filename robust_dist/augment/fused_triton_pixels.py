@@ -1,126 +1,23 @@
 """The second launch: every pixel of the batch, from where it is stored to where it is wanted, once.
 
-A lane is a pixel with all its channels, or, in channels_last, one channel of it, so that stores lie side by side
-either way. CutMix is which sample's plan a lane follows; crop, flip and warp are where it reads.
+CutMix is which sample's plan a lane follows; crop, flip and warp are where it reads.
 """
 
 import triton
 import triton.language as tl
 
 from robust_dist.augment.fused_triton_prepare import ACROSS, COLUMNS, DOWN, ORIGIN, PARTNER, ROW, STEP, X1, X2, Y1, Y2
-from robust_dist.augment.fused_triton_read import channels, luma, rounded, spot, to_levels
+from robust_dist.augment.fused_triton_read import channels, luma, pick, rounded, spot, to_levels
+from robust_dist.augment.fused_triton_warp import warped
 from robust_dist.augment.tables import OP
 
-_SHEAR, _ROTATE = tl.constexpr(OP["ShearX"]), tl.constexpr(OP["Rotate"])
 _BRIGHTNESS, _COLOR, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Color"]), tl.constexpr(OP["Contrast"])
 _SHARPNESS, _POSTERIZE = tl.constexpr(OP["Sharpness"]), tl.constexpr(OP["Posterize"])
-_HALF_EVEN = tl.constexpr(1.5 * 2**52)
-
-
-@triton.jit
-def _is_warp(op: tl.tensor) -> tl.tensor:
-    return (op >= _SHEAR) & (op <= _ROTATE)
 
 
 @triton.jit
 def _has_lut(op: tl.tensor) -> tl.tensor:
     return (op == _BRIGHTNESS) | (op == _CONTRAST) | (op >= _POSTERIZE)
-
-
-@triton.jit
-def _pick(own: tl.tensor, other: tl.tensor, inside: tl.tensor, column: tl.constexpr) -> tl.tensor:
-    """A value of two samples' rows, chosen for each lane."""
-    return tl.where(inside, tl.load(other + column), tl.load(own + column))
-
-
-@triton.jit
-def _coordinates(
-    x: tl.tensor, y: tl.tensor, own: tl.tensor, other: tl.tensor, inside: tl.tensor, H: tl.constexpr, W: tl.constexpr
-) -> tl.tensor:
-    """Where each pixel is read, float32, with every rounding of `warp.coordinates`; rows of other operations stay."""
-    x, y = x.to(tl.float32) - (W - 1) / 2, y.to(tl.float32) - (H - 1) / 2
-    grid_x = _pick(own, other, inside, 0) * x + _pick(own, other, inside, 2) * y + _pick(own, other, inside, 4) + 1.0
-    grid_y = _pick(own, other, inside, 1) * x + _pick(own, other, inside, 3) * y + _pick(own, other, inside, 5) + 1.0
-    return grid_x * (W / 2) - 0.5, grid_y * (H / 2) - 0.5
-
-
-@triton.jit
-def _filled(
-    images: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    mask: tl.tensor,
-    fill: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-) -> tl.tensor:
-    """`channels` with the warps' fill, int32 [3], outside the cropped image."""
-    covered = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    place, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
-    red, green, blue = channels(images, place, mask & covered & stored, channel_stride, C, CROP_FILL)
-    red = tl.where(covered, red, tl.load(fill))
-    if C == 3:
-        green, blue = tl.where(covered, green, tl.load(fill + 1)), tl.where(covered, blue, tl.load(fill + 2))
-    return red, green, blue
-
-
-@triton.jit
-def _between(
-    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, right: tl.tensor, low: tl.tensor
-) -> tl.tensor:
-    """int32 level between four, in float64 and with the roundings of `warp.read_bilinear`."""
-    upper = a.to(tl.float64) + (b - a).to(tl.float64) * right
-    lower = c.to(tl.float64) + (d - c).to(tl.float64) * right
-    return ((upper + (lower - upper) * low + _HALF_EVEN) - _HALF_EVEN).to(tl.int32)
-
-
-@triton.jit
-def _bilinear(
-    images: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    mask: tl.tensor,
-    fill: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-) -> tl.tensor:
-    """Levels of the channels at float32 places."""
-    left, top = tl.floor(x), tl.floor(y)
-    right, low = (x - left).to(tl.float64), (y - top).to(tl.float64)
-    u, v = left.to(tl.int32), top.to(tl.int32)
-    r0, g0, b0 = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
-    )
-    r1, g1, b1 = _filled(
-        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
-    )
-    v += 1
-    r2, g2, b2 = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
-    )
-    r3, g3, b3 = _filled(
-        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
-    )
-    red, green, blue = _between(r0, r1, r2, r3, right, low), g0, b0
-    if C == 3:
-        green, blue = _between(g0, g1, g2, g3, right, low), _between(b0, b1, b2, b3, right, low)
-    return red, green, blue
 
 
 @triton.jit
@@ -202,37 +99,41 @@ def _augmented(
     op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
     op = tl.where(inside, op_other, op_own)
     own, other = terms + row_own * 8, terms + row_other * 8
-    warps = _is_warp(op_own) | _is_warp(op_other)
-    u, v = x, y
-    if not BILINEAR:
-        if warps:
-            at_x, at_y = _coordinates(x, y, own, other, inside, H, W)
-            u, v = rounded(at_x).to(tl.int32), rounded(at_y).to(tl.int32)
-    red, green, blue = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+    red, green, blue = warped(
+        images,
+        step,
+        across,
+        down,
+        x,
+        y,
+        mask,
+        inside,
+        op_own,
+        op_other,
+        own,
+        other,
+        fill,
+        channel_stride,
+        row_stride,
+        column_stride,
+        C,
+        H,
+        W,
+        CROP_FILL,
+        BILINEAR,
     )
-    if BILINEAR:
-        if warps:
-            lanes = mask & _is_warp(op)
-            at_x, at_y = _coordinates(x, y, own, other, inside, H, W)
-            r, g, b = _bilinear(
-                images, step, across, down, at_x, at_y, lanes, fill, channel_stride, row_stride, column_stride,
-                C, H, W, CROP_FILL,
-            )
-            red, green, blue = tl.where(lanes, r, red), tl.where(lanes, g, green), tl.where(lanes, b, blue)
     if _has_lut(op_own) | _has_lut(op_other):
         lanes, lut = mask & _has_lut(op), tl.where(inside, lut_other, lut_own)
         red = _look_up(lut, red, lanes)
         if C == 3:
             green, blue = _look_up(lut + 256, green, lanes), _look_up(lut + 512, blue, lanes)
-    if C == 3:
-        if (op_own == _COLOR) | (op_other == _COLOR):
-            f, rest, lanes = _pick(own, other, inside, 6), _pick(own, other, inside, 7), op == _COLOR
-            grey = luma(red, green, blue)
-            red, green = _blend(red, grey, f, rest, lanes), _blend(green, grey, f, rest, lanes)
-            blue = _blend(blue, grey, f, rest, lanes)
+    if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
+        f, rest, lanes = pick(own, other, inside, 6), pick(own, other, inside, 7), op == _COLOR
+        grey = luma(red, green, blue)
+        red, green = _blend(red, grey, f, rest, lanes), _blend(green, grey, f, rest, lanes)
+        blue = _blend(blue, grey, f, rest, lanes)
     if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
-        rest = _pick(own, other, inside, 7)
+        rest = pick(own, other, inside, 7)
         lanes = mask & (op == _SHARPNESS) & (x > 0) & (x < W - 1) & (y > 0) & (y < H - 1)
         r, g, b = _sums(
             images, step, across, down, x, y, lanes, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
@@ -303,9 +204,29 @@ def pixels_kernel(
         if NUM_BINS > 0:
             reached = (x1 < x2) & (y1 * W < start + LANES) & (y2 * W > start)
             red, green, blue = _augmented(
-                stored, step, across, down, x, y, mask, inside, row_own, tl.where(reached, row_other, row_own), terms,
-                luts + sample * (C * 256), luts + partner * (C * 256), fill, channel_stride, row_stride, column_stride,
-                C, H, W, CROP_FILL, NUM_BINS, BILINEAR,
+                stored,
+                step,
+                across,
+                down,
+                x,
+                y,
+                mask,
+                inside,
+                row_own,
+                tl.where(reached, row_other, row_own),
+                terms,
+                luts + sample * (C * 256),
+                luts + partner * (C * 256),
+                fill,
+                channel_stride,
+                row_stride,
+                column_stride,
+                C,
+                H,
+                W,
+                CROP_FILL,
+                NUM_BINS,
+                BILINEAR,
             )
         else:
             place, there = spot(step, across, down, x, y, row_stride, column_stride, H, W)

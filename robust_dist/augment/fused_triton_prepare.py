@@ -34,7 +34,9 @@ def _row(key: tl.tensor, NUM_BINS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _partner(sample: tl.tensor, key: tl.tensor, partners: tl.tensor, batch: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+def _partner(
+    sample: tl.tensor, key: tl.tensor, partners: tl.tensor, batch: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
     """The place that `CutMix.plan` draws."""
     if BLOCK == 0:
         place = tl.load(partners + sample).to(tl.int32)

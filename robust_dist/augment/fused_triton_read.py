@@ -60,3 +60,9 @@ def to_levels(x: tl.tensor) -> tl.tensor:
 def rounded(x: tl.tensor) -> tl.tensor:
     """float32 below 2**22 to the nearest whole number, half to even: the sum has no place for a fraction."""
     return (x + _HALF_EVEN) - _HALF_EVEN
+
+
+@triton.jit
+def pick(own: tl.tensor, other: tl.tensor, inside: tl.tensor, column: tl.constexpr) -> tl.tensor:
+    """A value of two samples' rows, chosen for each lane."""
+    return tl.where(inside, tl.load(other + column), tl.load(own + column))
