@@ -31,7 +31,7 @@ def make(shape, **settings):
 
 def keys_of(cells, num_bins=31):
     """Keys that draw the operation, bin and sign of each cell."""
-    keys = sample_keys(5, 0, range(len(cells) and 30 * 14 * num_bins * 2))
+    keys = sample_keys(5, 0, range(30 * 14 * num_bins * 2))
     plan = make((1, 1, 1, 1), num_bins=num_bins).trivial.plan(keys)
     drawn = (plan.op * num_bins + plan.magnitude_bin) * 2 + plan.negative.long()
     wanted = torch.tensor([(op * num_bins + b) * 2 + negative for op, b, negative in cells])
