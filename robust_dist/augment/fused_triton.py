@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from robust_dist.augment import warp
-from robust_dist.augment.layout import bits_of
+from robust_dist.augment.layout import bits_of, memory_format
 
 if TYPE_CHECKING:
     from robust_dist.augment.pipeline import RobustAugment
+    from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LANES = 128  # pixels at a time, one a thread of 4 warps: 64 registers, so that 32 warps a multiprocessor hide latency
@@ -28,6 +29,7 @@ _SMALL = 64 * 64  # programs read a plan
 _STATISTICS = 4096  # pixels at a time: few rounds, as only one sample in five has any and their latency is the launch's
 _CLASSES = 1024
 _RANKED = 32, 128  # samples of a program, and those they are compared with at a time
+_COLUMNS = 10  # of the plan, as in fused_triton_prepare.py
 _FULL = 2**53
 _EXACT = {"enable_fp_fusion": False}
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
@@ -54,23 +56,34 @@ def augment(
 
     The first call for a device and size compiles the kernels and copies tables to the device, which waits.
     """
-    channels, height, width = pipeline.image_shape
+    if pipeline.trivial is not None:
+        pipeline.trivial.check_channels(images)
     batch, device = keys.shape[0], images.device
-    out = torch.empty(
-        (batch, channels, height, width),
-        dtype=pipeline.dtype,
-        device=device,
-        memory_format=pipeline.out_format(images),
-    )
+    layout = pipeline.out_format(images)
+    out = torch.empty((batch, *images.shape[1:]), dtype=pipeline.dtype, device=device, memory_format=layout)
     targets = torch.empty(batch, pipeline.num_classes, device=device)
     if batch:
-        plan = torch.empty(batch, 10, dtype=torch.int64, device=device)
-        luts = torch.empty(batch, channels, 256, dtype=torch.uint8, device=device)
-        images = _addressable(images)
+        images, plan, luts = _addressable(images), *_scratch(batch, images)
+        scale = _keep(pipeline, _scale, device, pipeline.dtype)
         with torch.cuda.device_of(images):
             _prepare(pipeline, images, labels, keys, index, plan, luts, targets)
-            _render(pipeline, images, plan, luts, out)
+            _render(images, plan, luts, scale, out, pipeline.trivial, _crop_fill(pipeline))
     return out, targets
+
+
+def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan") -> Tensor:
+    """TrivialAugment alone, on uint8 images [B, C, H, W] with a plan that is given."""
+    batch, device = images.shape[0], images.device
+    out = torch.empty(images.shape, dtype=torch.uint8, device=device, memory_format=memory_format(images))
+    images, _, luts = _addressable(images), *_scratch(batch, images)
+    row = (plan.op * stage.num_bins + plan.magnitude_bin) * 2 + plan.negative
+    here, none = torch.arange(batch, device=device), torch.zeros_like(row)
+    columns = here * images.stride(0), row, none + 1, none, none, here, none, none, none, none
+    table, scale = torch.stack(columns, 1), torch.arange(256, dtype=torch.uint8, device=device).repeat(3)
+    with torch.cuda.device_of(images):
+        _write_luts(stage, images, table, luts)
+        _render(images, table, luts, scale, out, stage, 0)
+    return out
 
 
 def _interpreted() -> bool:
@@ -113,12 +126,22 @@ def _beta(cutmix: nn.Module) -> Tensor:
 def _scale(pipeline: "RobustAugment", dtype: torch.dtype) -> Tensor:
     """What becomes of each level of each channel, [C, 256], as integers of the same bits."""
     levels = torch.arange(256, dtype=torch.uint8).expand(1, pipeline.image_shape[0], 1, 256)
-    return pipeline._scale(levels).to(dtype).contiguous().flatten(0, 2).view(_BITS[dtype.itemsize])
+    return pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2).view(_BITS[dtype.itemsize])
 
 
 def _below(p: float) -> int:
     """Of the 2**53 uniform draws, how many lie below p."""
     return math.ceil(p * _FULL)
+
+
+def _scratch(batch: int, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the plan, int64, and the levels' tables, uint8, of a batch."""
+    luts = torch.empty(batch, images.shape[1], 256, dtype=torch.uint8, device=images.device)
+    return torch.empty(batch, _COLUMNS, dtype=torch.int64, device=images.device), luts
+
+
+def _crop_fill(pipeline: "RobustAugment") -> int:
+    return 0 if pipeline.crop is None else int(pipeline.crop.fill)
 
 
 def _power(count: int, largest: int) -> int:
@@ -170,7 +193,7 @@ def _prepare(
         H=height,
         W=width,
         PADDING=0 if crop is None else crop.padding,
-        CROP_FILL=0 if crop is None else int(crop.fill),
+        CROP_FILL=_crop_fill(pipeline),
         FLIP_BELOW=0 if flip is None else _below(flip.p),
         NUM_BINS=0 if trivial is None else trivial.num_bins,
         MIX_BELOW=0 if cutmix is None else _below(cutmix.p),
@@ -185,12 +208,42 @@ def _prepare(
     )
 
 
-def _render(pipeline: "RobustAugment", images: Tensor, plan: Tensor, luts: Tensor, out: Tensor) -> None:
+def _write_luts(stage: "TrivialAugment", images: Tensor, plan: Tensor, luts: Tensor) -> None:
+    """Write the levels' tables of a plan."""
+    from robust_dist.augment.fused_triton_prepare import luts_kernel
+
+    (channels, height, width), device = images.shape[1:], images.device
+    tile = _power(height * width, _STATISTICS)
+    luts_kernel[(plan.shape[0] * channels,)](
+        images,
+        _keep(stage, _luts, device),
+        _keep(stage, _terms, device, height, width),
+        plan,
+        luts,
+        *images.stride()[1:],
+        C=channels,
+        H=height,
+        W=width,
+        NUM_BINS=stage.num_bins,
+        TILE=tile,
+        num_warps=max(4, tile // 256),
+        **_EXACT,
+    )
+
+
+def _render(
+    images: Tensor,
+    plan: Tensor,
+    luts: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    trivial: "TrivialAugment | None",
+    crop_fill: int,
+) -> None:
     """Write every pixel that the plan names."""
     from robust_dist.augment.fused_triton_pixels import pixels_kernel
 
-    (channels, height, width), device = pipeline.image_shape, images.device
-    crop, trivial = pipeline.crop, pipeline.trivial
+    (channels, height, width), device = images.shape[1:], images.device
     pixels = height * width
     tile = min(-(-pixels // _LANES) * _LANES, _TILES[pixels > _SMALL])
     pixels_kernel[(plan.shape[0] * -(-pixels // tile),)](
@@ -199,13 +252,13 @@ def _render(pipeline: "RobustAugment", images: Tensor, plan: Tensor, luts: Tenso
         plan,
         luts,
         luts if trivial is None else _keep(trivial, _terms, device, height, width),
-        _keep(pipeline, _scale, device, pipeline.dtype),
+        scale,
         luts if trivial is None else _keep(trivial, _fill, device),
         *images.stride()[1:],
         C=channels,
         H=height,
         W=width,
-        CROP_FILL=0 if crop is None else int(crop.fill),
+        CROP_FILL=crop_fill,
         NUM_BINS=0 if trivial is None else trivial.num_bins,
         BILINEAR=trivial is not None and trivial.interpolation == "bilinear",
         CHANNELS_LAST=not out.is_contiguous(),

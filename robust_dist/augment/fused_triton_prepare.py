@@ -109,6 +109,47 @@ def _mix(
     return partner, pixels
 
 
+@triton.jit
+def _write_lut(
+    images: tl.tensor,
+    step: tl.tensor,
+    across: tl.tensor,
+    down: tl.tensor,
+    row: tl.tensor,
+    channel: tl.tensor,
+    tables: tl.tensor,
+    terms: tl.tensor,
+    lut: tl.tensor,
+    channel_stride: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """The table of one channel where the row's operation is one; Contrast's first channel writes those of all."""
+    op, ramp = row // (2 * NUM_BINS), tl.arange(0, 256)
+    if (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE):
+        tl.store(lut + ramp, tl.load(tables + row * 256 + ramp))
+    if (op == _CONTRAST) & (channel == 0):
+        f, rest = tl.load(terms + row * 8 + 6), tl.load(terms + row * 8 + 7)
+        values = contrast_lut(
+            images, step, across, down, channel_stride, row_stride, column_stride, f, rest, C, H, W, CROP_FILL, TILE
+        )
+        for other in tl.static_range(C):
+            tl.store(lut + other * 256 + ramp, values)
+    first = images + channel * channel_stride
+    if op == _AUTOCONTRAST:
+        values = autocontrast_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
+        tl.store(lut + ramp, values)
+    if op == _EQUALIZE:
+        values = equalize_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
+        tl.store(lut + ramp, values)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def prepare_kernel(
     images: tl.tensor,
@@ -163,22 +204,63 @@ def prepare_kernel(
         label, other = tl.load(labels + image), tl.load(labels + _image(index, partner, GATHER))
         _store_targets(targets + sample.to(tl.int64) * NUM_CLASSES, label, other, lam, NUM_CLASSES, CLASSES)
     if NUM_BINS > 0:
-        op = row // (2 * NUM_BINS)
-        lut = luts + tl.program_id(0) * 256 + tl.arange(0, 256)
-        first = images + image * image_stride
-        if (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE):
-            tl.store(lut, tl.load(tables + row * 256 + tl.arange(0, 256)))
-        if (op == _CONTRAST) & (channel == 0):
-            f, rest = tl.load(terms + row * 8 + 6), tl.load(terms + row * 8 + 7)
-            values = contrast_lut(
-                first, step, across, down, channel_stride, row_stride, column_stride, f, rest, C, H, W, CROP_FILL, TILE
-            )
-            for other_channel in tl.static_range(C):
-                tl.store(lut + other_channel * 256, values)
-        first += channel * channel_stride
-        if op == _AUTOCONTRAST:
-            values = autocontrast_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
-            tl.store(lut, values)
-        if op == _EQUALIZE:
-            values = equalize_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
-            tl.store(lut, values)
+        _write_lut(
+            images + image * image_stride,
+            step,
+            across,
+            down,
+            row,
+            channel,
+            tables,
+            terms,
+            luts + tl.program_id(0) * 256,
+            channel_stride,
+            row_stride,
+            column_stride,
+            C,
+            H,
+            W,
+            CROP_FILL,
+            NUM_BINS,
+            TILE,
+        )
+
+
+@triton.jit
+def luts_kernel(
+    images: tl.tensor,
+    tables: tl.tensor,
+    terms: tl.tensor,
+    plan: tl.tensor,
+    luts: tl.tensor,
+    channel_stride: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Program sample * C + channel: the tables alone, for a plan that is given, without crop and flip."""
+    own = plan + tl.program_id(0) // C * COLUMNS
+    _write_lut(
+        images + tl.load(own + ORIGIN),
+        1,
+        0,
+        0,
+        tl.load(own + ROW).to(tl.int32),
+        tl.program_id(0) % C,
+        tables,
+        terms,
+        luts + tl.program_id(0) * 256,
+        channel_stride,
+        row_stride,
+        column_stride,
+        C,
+        H,
+        W,
+        0,
+        NUM_BINS,
+        TILE,
+    )

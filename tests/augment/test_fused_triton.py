@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from robust_dist.augment import RobustAugment, fused_triton, sample_keys
+from robust_dist.augment import RobustAugment, TrivialAugment, fused_triton, sample_keys
 from tests.augment.interpreted import Interpreter
-from tests.augment.reference import pictures
+from tests.augment.reference import pictures, plan_of
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SIGNED, BINNED, PLAIN = range(1, 10), (10, 11), (0, 12, 13)
 CORNERS = [
     *((op, b, negative) for op in SIGNED for b in (13, 30) for negative in (0, 1)),
+    *((5, 20, negative) for negative in (0, 1)),  # a quarter turn: in 8 x 11 every pixel is read between two
     *((op, b, 0) for op in BINNED for b in (0, 15, 30)),
     *((op, 0, 0) for op in PLAIN),
 ]
@@ -61,7 +62,7 @@ def assert_same(found, expected):
 
 
 CASES = {
-    "colour": ((0, 3, 9, 11), {}),
+    "colour": ((0, 3, 8, 11), {}),
     "grey": ((0, 1, 11, 9), {"cutmix_mode": "batch", "cutmix_alpha": 0.5, "fill": 200}),
     "bilinear": ((0, 3, 8, 9), {"interpolation": "bilinear", "crop": None, "fill": (10, 200, 90)}),
     "bilinear grey": ((0, 1, 9, 8), {"interpolation": "bilinear", "fill": 255, "cutmix_p": 0.5}),
@@ -71,7 +72,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_operation_at_small_and_large_bins_of_both_signs_equals_torchs(case, interpreter):
     shape, settings = CASES[case]
-    module, parts = make(shape, **settings), batch(shape, cells=CORNERS)
+    module, parts = make(shape, **settings), batch(shape, cells=CORNERS[:: 2 if case == "bilinear grey" else 1])
     assert_same(interpreter("augment", module, *parts, None), by_torch(module, *parts))
 
 
@@ -147,11 +148,28 @@ def test_small_batches_and_images_equal_torchs(shape, interpreter):
     assert_same(interpreter("augment", module, *parts, None), by_torch(module, *parts))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_trivialaugment_alone_takes_any_plan(layout, interpreter):
+    cells = [(1, 30, 0), (5, 7, 1), (8, 30, 0), (9, 30, 1), (10, 9, 0), (12, 0, 0), (13, 0, 0)]
+    images = pictures("noise", (len(cells), 3, 16, 17))
+    images = images.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
+    stage = TrivialAugment(fill=(1, 2, 3), backend="torch")
+    found, expected = interpreter("trivial", stage, images, plan_of(cells)), stage.apply(images, plan_of(cells))
+    assert_same([found], [expected])
+    assert found.stride() == expected.stride()
+
+
 def test_partners_of_a_whole_batch_are_torchs_permutation(interpreter):
     keys = sample_keys(2, 0, range(150))
     keys[40:70] = keys[40]
     expected = make((150, 1, 1, 1), cutmix_mode="batch").cutmix.plan(keys, 1, 1).partner
     assert torch.equal(interpreter("_partners", keys), expected)
+
+
+def test_a_fill_of_more_channels_than_the_images_is_refused():
+    module = make((2, 1, 8, 8), crop=None, fill=(1, 2, 3))
+    with pytest.raises(ValueError, match="fill has 3 channels, the images have 1"):
+        fused_triton.augment(module, *batch((2, 1, 8, 8)), None)
 
 
 def test_without_a_gpu_it_says_what_is_missing(monkeypatch):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dist.augment import RobustAugment, fused_triton, sample_keys
+from robust_dist.augment import RobustAugment, TrivialAugment, fused_triton, sample_keys
 
 triton = pytest.importorskip("triton")
-KERNELS = {"partners_kernel": "draws", "prepare_kernel": "prepare", "pixels_kernel": "pixels"}
+KERNELS = {"partners_kernel": "draws", "prepare_kernel": "prepare", "luts_kernel": "prepare", "pixels_kernel": "pixels"}
 
 
 class Recorder:
@@ -41,22 +41,23 @@ class Recorder:
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 
 
-def launched(monkeypatch, shape=(4, 3, 32, 32), **settings):
-    """What each kernel is launched with for a batch."""
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """Recorders in the kernels' places, by the kernels' names."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     recorders = {}
     for name, file in KERNELS.items():
         module = importlib.import_module(f"robust_dist.augment.fused_triton_{file}")
         recorders[name] = Recorder(getattr(module, name))
         monkeypatch.setattr(module, name, recorders[name])
-    module = RobustAugment(10, shape[2:], (0.5,) * shape[1], (0.2,) * shape[1], **settings)
-    keys, images = sample_keys(0, 0, range(shape[0])), torch.zeros(shape, dtype=torch.uint8)
-    fused_triton.augment(module, images, torch.zeros(shape[0], dtype=torch.int64), keys, keys.abs() % shape[0])
     return recorders
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def launch(shape=(4, 3, 32, 32), **settings):
+    """Augment a batch that is gathered from a set."""
+    module = RobustAugment(10, shape[2:], (0.5,) * shape[1], (0.2,) * shape[1], **settings)
+    keys, images = sample_keys(0, 0, range(shape[0])), torch.zeros(shape, dtype=torch.uint8)
+    fused_triton.augment(module, images, torch.zeros(shape[0], dtype=torch.int64), keys, keys.abs() % shape[0])
 
 
 def places(ptx, instruction):
@@ -79,12 +80,12 @@ def assert_rounds_as_written(ptx):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)])
-def test_the_pixels_compile(capability, dtype, monkeypatch):
-    kernel = launched(monkeypatch, dtype=dtype, cutmix_mode="batch")["pixels_kernel"]
-    assert kernel.grid == (4 * 2,)
-    compiled = kernel.compile(capability)
-    assert_rounds_as_written(compiled.asm["ptx"])
-    assert len(places(compiled.asm["ptx"], r"fma\.rn\.f32")) == 4  # the luma's two, Color, Sharpness
+def test_the_pixels_compile(capability, dtype, kernels):
+    launch(dtype=dtype, cutmix_mode="batch")
+    assert kernels["pixels_kernel"].grid == (4 * 2,)
+    ptx = kernels["pixels_kernel"].compile(capability).asm["ptx"]
+    assert_rounds_as_written(ptx)
+    assert len(places(ptx, r"fma\.rn\.f32")) == 4  # the luma's two, Color, Sharpness
 
 
 @pytest.mark.parametrize(
@@ -95,13 +96,14 @@ def test_the_pixels_compile(capability, dtype, monkeypatch):
         {"shape": (2, 3, 224, 224), "trivial": False, "crop": None},
     ],
 )
-def test_other_pixels_compile(settings, monkeypatch):
-    assert_rounds_as_written(launched(monkeypatch, **settings)["pixels_kernel"].compile(90).asm["ptx"])
+def test_other_pixels_compile(settings, kernels):
+    launch(**settings)
+    assert_rounds_as_written(kernels["pixels_kernel"].compile(90).asm["ptx"])
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_draws_and_statistics_compile(capability, monkeypatch):
-    kernels = launched(monkeypatch, cutmix_mode="batch", cutmix_alpha=0.5, cutmix_p=0.5)
+def test_draws_and_statistics_compile(capability, kernels):
+    launch(cutmix_mode="batch", cutmix_alpha=0.5, cutmix_p=0.5)
     ptx = kernels["prepare_kernel"].compile(capability).asm["ptx"]
     assert_rounds_as_written(ptx)
     assert len(places(ptx, r"fma\.rn\.f32")) == 3  # the luma's two, Contrast
@@ -109,7 +111,8 @@ def test_draws_and_statistics_compile(capability, monkeypatch):
     assert_rounds_as_written(kernels["partners_kernel"].compile(capability).asm["ptx"])
 
 
-def test_statistics_of_large_images_compile(monkeypatch):
-    kernel = launched(monkeypatch, shape=(2, 1, 224, 224), trivial=True)["prepare_kernel"]
-    assert kernel.options["num_warps"] == 16
-    assert_rounds_as_written(kernel.compile(90).asm["ptx"])
+def test_statistics_of_large_images_compile(kernels):
+    images, stage = torch.zeros(2, 1, 224, 224, dtype=torch.uint8), TrivialAugment()
+    fused_triton.trivial(stage, images, stage.plan(sample_keys(0, 0, range(2))))
+    assert kernels["luts_kernel"].options["num_warps"] == 16
+    assert_rounds_as_written(kernels["luts_kernel"].compile(90).asm["ptx"])

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from robust_dist.augment import sample_keys
-from tests.augment.reference import CELLS, pictures
+from robust_dist.augment import TrivialAugment, TrivialAugmentPlan, sample_keys
+from tests.augment.reference import CELLS, pictures, plan_of
 from tests.augment.test_fused_triton import assert_same, by_torch, keys_of, make
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +64,15 @@ def test_batches_of_any_size_gathered_from_the_set_equal_torchs(size, mode, alph
     module = make(images.shape, cutmix_mode=mode, cutmix_alpha=alpha, cutmix_p=0.8 if mode == "elem" else 1.0)
     keys = sample_keys(1, 2, range(size))
     assert_same(fused(module, images, labels, keys, index), by_torch(module, images, labels, keys, index))
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_trivialaugment_alone_equals_torchs(size):
+    images = pictures("smooth", (len(CELLS[::5]), 3, size, size))
+    ours, theirs = TrivialAugment(backend="triton").cuda(), TrivialAugment(backend="torch")
+    plan = plan_of(CELLS[::5])
+    moved = TrivialAugmentPlan(*on_gpu(plan.op, plan.magnitude_bin, plan.negative))
+    assert_same([ours.apply(images.cuda(), moved)], [theirs.apply(images, plan)])
 
 
 def test_channels_last_images_are_read_in_place_and_stay_so():
