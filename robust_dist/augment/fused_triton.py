@@ -32,7 +32,7 @@ _RANKED = 32, 128  # samples of a program, and those they are compared with at a
 _COLUMNS = 10  # of the plan, as in fused_triton_prepare.py
 _FULL = 2**53
 _EXACT = {"enable_fp_fusion": False}
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 def missing() -> str | None:
@@ -96,37 +96,36 @@ def _addressable(images: Tensor) -> Tensor:
     return images if spread < 2**31 else images.contiguous()
 
 
-def _keep(module: nn.Module, make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
-    """`make(module, *arguments)` on a device, made once for as long as the module lives."""
-    tables, key = _kept.setdefault(module, {}), (make, device, *arguments)
-    if key not in tables:
-        tables[key] = make(module, *arguments).to(device)
-    return tables[key]
+def _keep(module: nn.Module, make: Callable[..., Any], *arguments: Any) -> Any:
+    """`make(module, *arguments)`, made once for as long as the module lives."""
+    known, key = _kept.setdefault(module, {}), (make, *arguments)
+    if key not in known:
+        known[key] = make(module, *arguments)
+    return known[key]
 
 
-def _terms(trivial: nn.Module, height: int, width: int) -> Tensor:
+def _terms(trivial: nn.Module, device: torch.device, height: int, width: int) -> Tensor:
     """The six values of `warp.grid_slopes` and the two factors of each row, float32 [rows, 8]."""
     cpu = torch.device("cpu")
     slopes = warp.grid_slopes(bits_of(trivial, "_matrices", torch.float64, cpu), height, width)
-    return torch.cat([*slopes, bits_of(trivial, "_factors", torch.float32, cpu)], 1)
+    return torch.cat([*slopes, bits_of(trivial, "_factors", torch.float32, cpu)], 1).to(device)
 
 
-def _luts(trivial: nn.Module) -> Tensor:
-    return trivial.get_buffer("_luts")
+def _luts(trivial: nn.Module, device: torch.device) -> Tensor:
+    return trivial.get_buffer("_luts").to(device)
 
 
-def _fill(trivial: nn.Module) -> Tensor:
-    return trivial.get_buffer("_fill").to(torch.int32).expand(3).contiguous()
+def _fill(trivial: nn.Module) -> int:
+    """The levels of three channels as the bytes of one number."""
+    red, green, blue = trivial.get_buffer("_fill").expand(3).tolist()
+    return int(red + green * 256 + blue * 65536)
 
 
-def _beta(cutmix: nn.Module) -> Tensor:
-    return bits_of(cutmix, "_beta", torch.float64, torch.device("cpu"))
-
-
-def _scale(pipeline: "RobustAugment", dtype: torch.dtype) -> Tensor:
+def _scale(pipeline: "RobustAugment", device: torch.device, dtype: torch.dtype) -> Tensor:
     """What becomes of each level of each channel, [C, 256], as integers of the same bits."""
     levels = torch.arange(256, dtype=torch.uint8).expand(1, pipeline.image_shape[0], 1, 256)
-    return pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2).view(_BITS[dtype.itemsize])
+    scaled = pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2)
+    return scaled.view(_BITS[dtype.itemsize]).to(device)
 
 
 def _below(p: float) -> int:
@@ -174,7 +173,7 @@ def _prepare(
     crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
     keys, device, tile = keys.contiguous(), images.device, _power(height * width, _STATISTICS)
     mixing = cutmix is not None and cutmix.mode == "batch"
-    beta = _keep(cutmix, _beta, device) if cutmix is not None and cutmix.alpha != 1 else None
+    beta = _keep(cutmix, bits_of, "_beta", torch.float64, device) if cutmix is not None and cutmix.alpha != 1 else None
     prepare_kernel[(batch * channels,)](
         images,
         labels.contiguous(),
@@ -253,12 +252,12 @@ def _render(
         luts,
         luts if trivial is None else _keep(trivial, _terms, device, height, width),
         scale,
-        luts if trivial is None else _keep(trivial, _fill, device),
         *images.stride()[1:],
         C=channels,
         H=height,
         W=width,
         CROP_FILL=crop_fill,
+        FILL=0 if trivial is None else _keep(trivial, _fill),
         NUM_BINS=0 if trivial is None else trivial.num_bins,
         BILINEAR=trivial is not None and trivial.interpolation == "bilinear",
         CHANNELS_LAST=not out.is_contiguous(),

@@ -79,12 +79,12 @@ def _augmented(
     y: tl.tensor,
     mask: tl.tensor,
     inside: tl.tensor,
-    row_own: tl.tensor,
-    row_other: tl.tensor,
-    terms: tl.tensor,
+    op_own: tl.tensor,
+    op_other: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
     lut_own: tl.tensor,
     lut_other: tl.tensor,
-    fill: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
@@ -92,13 +92,14 @@ def _augmented(
     H: tl.constexpr,
     W: tl.constexpr,
     CROP_FILL: tl.constexpr,
-    NUM_BINS: tl.constexpr,
+    FILL: tl.constexpr,
     BILINEAR: tl.constexpr,
 ) -> tl.tensor:
-    """Levels of the channels after TrivialAugment; a branch is taken where the own sample or its partner needs it."""
-    op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
+    """Levels of the channels after TrivialAugment; a branch is taken where the own sample or its partner needs it.
+
+    `own` and `other` point to the rows of the terms.
+    """
     op = tl.where(inside, op_other, op_own)
-    own, other = terms + row_own * 8, terms + row_other * 8
     red, green, blue = warped(
         images,
         step,
@@ -112,7 +113,6 @@ def _augmented(
         op_other,
         own,
         other,
-        fill,
         channel_stride,
         row_stride,
         column_stride,
@@ -120,6 +120,7 @@ def _augmented(
         H,
         W,
         CROP_FILL,
+        FILL,
         BILINEAR,
     )
     if _has_lut(op_own) | _has_lut(op_other):
@@ -145,11 +146,6 @@ def _augmented(
 
 
 @triton.jit
-def _store(out: tl.tensor, scale: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
-    tl.store(out, tl.load(scale + value, mask, other=0), mask)
-
-
-@triton.jit
 def pixels_kernel(
     images: tl.tensor,
     out: tl.tensor,
@@ -157,7 +153,6 @@ def pixels_kernel(
     luts: tl.tensor,
     terms: tl.tensor,
     scale: tl.tensor,
-    fill: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
@@ -165,6 +160,7 @@ def pixels_kernel(
     H: tl.constexpr,
     W: tl.constexpr,
     CROP_FILL: tl.constexpr,
+    FILL: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BILINEAR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -180,18 +176,20 @@ def pixels_kernel(
     own = plan + sample * COLUMNS
     x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
     x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
-    partner = tl.load(own + PARTNER).to(tl.int32)
+    reached = (x1 < x2) & (y1 * W < first + TILE) & (y2 * W > first)
+    partner = tl.where(reached, tl.load(own + PARTNER).to(tl.int32), sample)
     other = plan + partner * COLUMNS
     origin_own, origin_other = tl.load(own + ORIGIN), tl.load(other + ORIGIN)
     step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
     across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
     down_own, down_other = tl.load(own + DOWN).to(tl.int32), tl.load(other + DOWN).to(tl.int32)
+    if NUM_BINS > 0:
+        row_own, row_other = tl.load(own + ROW).to(tl.int32), tl.load(other + ROW).to(tl.int32)
+        op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
+        own, other = terms + row_own * 8, terms + row_other * 8
     out += sample.to(tl.int64) * (C * H * W)
     next_pixel: tl.constexpr = C if CHANNELS_LAST else 1
     next_channel: tl.constexpr = 1 if CHANNELS_LAST else H * W
-    row_own, row_other = sample, sample
-    if NUM_BINS > 0:
-        row_own, row_other = tl.load(own + ROW).to(tl.int32), tl.load(other + ROW).to(tl.int32)
 
     for start in range(first, first + TILE, LANES):
         pixel = start + tl.arange(0, LANES)
@@ -202,7 +200,6 @@ def pixels_kernel(
         across = tl.where(inside, across_other, across_own)
         down = tl.where(inside, down_other, down_own)
         if NUM_BINS > 0:
-            reached = (x1 < x2) & (y1 * W < start + LANES) & (y2 * W > start)
             red, green, blue = _augmented(
                 stored,
                 step,
@@ -212,12 +209,12 @@ def pixels_kernel(
                 y,
                 mask,
                 inside,
-                row_own,
-                tl.where(reached, row_other, row_own),
-                terms,
+                op_own,
+                op_other,
+                own,
+                other,
                 luts + sample * (C * 256),
                 luts + partner * (C * 256),
-                fill,
                 channel_stride,
                 row_stride,
                 column_stride,
@@ -225,14 +222,15 @@ def pixels_kernel(
                 H,
                 W,
                 CROP_FILL,
-                NUM_BINS,
+                FILL,
                 BILINEAR,
             )
         else:
             place, there = spot(step, across, down, x, y, row_stride, column_stride, H, W)
             red, green, blue = channels(stored, place, mask & there, channel_stride, C, CROP_FILL)
-        target = out + pixel * next_pixel
-        _store(target, scale, red, mask)
+        target, red = out + pixel * next_pixel, tl.load(scale + red, mask, other=0)
         if C == 3:
-            _store(target + next_channel, scale + 256, green, mask)
-            _store(target + 2 * next_channel, scale + 512, blue, mask)
+            green, blue = tl.load(scale + 256 + green, mask, other=0), tl.load(scale + 512 + blue, mask, other=0)
+            tl.store(target + next_channel, green, mask)
+            tl.store(target + 2 * next_channel, blue, mask)
+        tl.store(target, red, mask)

@@ -35,7 +35,6 @@ def _filled(
     x: tl.tensor,
     y: tl.tensor,
     mask: tl.tensor,
-    fill: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
@@ -43,14 +42,15 @@ def _filled(
     H: tl.constexpr,
     W: tl.constexpr,
     CROP_FILL: tl.constexpr,
+    FILL: tl.constexpr,
 ) -> tl.tensor:
-    """`channels` with the warps' fill, int32 [3], outside the cropped image."""
+    """`channels` with the warps' fill outside the cropped image: three levels of 8 bits in FILL, red the lowest."""
     covered = (x >= 0) & (x < W) & (y >= 0) & (y < H)
     place, stored = spot(step, across, down, x, y, row_stride, column_stride, H, W)
     red, green, blue = channels(images, place, mask & covered & stored, channel_stride, C, CROP_FILL)
-    red = tl.where(covered, red, tl.load(fill))
+    red = tl.where(covered, red, FILL & 255)
     if C == 3:
-        green, blue = tl.where(covered, green, tl.load(fill + 1)), tl.where(covered, blue, tl.load(fill + 2))
+        green, blue = tl.where(covered, green, FILL >> 8 & 255), tl.where(covered, blue, FILL >> 16)
     return red, green, blue
 
 
@@ -71,7 +71,6 @@ def _bilinear(
     x: tl.tensor,
     y: tl.tensor,
     mask: tl.tensor,
-    fill: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
@@ -79,23 +78,24 @@ def _bilinear(
     H: tl.constexpr,
     W: tl.constexpr,
     CROP_FILL: tl.constexpr,
+    FILL: tl.constexpr,
 ) -> tl.tensor:
     """Levels of the channels at float32 places."""
     left, top = tl.floor(x), tl.floor(y)
     right, low = (x - left).to(tl.float64), (y - top).to(tl.float64)
     u, v = left.to(tl.int32), top.to(tl.int32)
     r0, g0, b0 = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        images, step, across, down, u, v, mask, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL, FILL
     )
     r1, g1, b1 = _filled(
-        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        images, step, across, down, u + 1, v, mask, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL, FILL
     )
     v += 1
     r2, g2, b2 = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        images, step, across, down, u, v, mask, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL, FILL
     )
     r3, g3, b3 = _filled(
-        images, step, across, down, u + 1, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        images, step, across, down, u + 1, v, mask, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL, FILL
     )
     red, green, blue = _between(r0, r1, r2, r3, right, low), g0, b0
     if C == 3:
@@ -117,7 +117,6 @@ def warped(
     op_other: tl.tensor,
     own: tl.tensor,
     other: tl.tensor,
-    fill: tl.tensor,
     channel_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
@@ -125,6 +124,7 @@ def warped(
     H: tl.constexpr,
     W: tl.constexpr,
     CROP_FILL: tl.constexpr,
+    FILL: tl.constexpr,
     BILINEAR: tl.constexpr,
 ) -> tl.tensor:
     """Levels of the channels at each pixel, or where its own sample or the partner is warped, at its place there."""
@@ -133,7 +133,7 @@ def warped(
         at_x, at_y = _coordinates(x, y, own, other, inside, H, W)
         u, v = rounded(at_x).to(tl.int32), rounded(at_y).to(tl.int32)
     red, green, blue = _filled(
-        images, step, across, down, u, v, mask, fill, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
+        images, step, across, down, u, v, mask, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL, FILL
     )
     if BILINEAR:
         lanes = mask & _is_warp(tl.where(inside, op_other, op_own))
@@ -147,7 +147,6 @@ def warped(
                 at_x,
                 at_y,
                 lanes,
-                fill,
                 channel_stride,
                 row_stride,
                 column_stride,
@@ -155,6 +154,7 @@ def warped(
                 H,
                 W,
                 CROP_FILL,
+                FILL,
             )
             red, green, blue = tl.where(lanes, r, red), tl.where(lanes, g, green), tl.where(lanes, b, blue)
     return red, green, blue
