@@ -36,12 +36,17 @@ _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDiction
 
 
 def missing() -> str | None:
-    """Why the kernels cannot be used here; None where they can."""
+    """Why the kernels cannot be used here; None where they can. Looks for a C compiler, too, as a launch needs one."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if _interpreted() or (torch.cuda.is_available() and torch.version.hip is None):
+    if _interpreted():
         return None
-    return "there is no CUDA device"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "there is no CUDA device"
+    oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if oldest < (7, 0):
+        return f"a GPU has compute capability {oldest[0]}.{oldest[1]}, and Triton needs 7.0"
+    return _no_launcher()
 
 
 def runs_on(device: torch.device) -> bool:
@@ -88,6 +93,17 @@ def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan")
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _no_launcher() -> str | None:
+    """Why Triton cannot build what launches kernels: it compiles C against Python's headers at its first use."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton cannot launch kernels: {error}"
+    return None
 
 
 def _addressable(images: Tensor) -> Tensor:

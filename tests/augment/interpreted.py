@@ -39,11 +39,11 @@ def _call(pickled: bytes) -> bytes:
     from robust_dist.augment import fused_triton
 
     function, arguments = pickle.loads(pickled)
-    return pickle.dumps(getattr(fused_triton, function)(*arguments))
+    return pickle.dumps((getattr(fused_triton, function) if isinstance(function, str) else function)(*arguments))
 
 
 class Interpreter:
-    """Calls functions of `robust_dist.augment.fused_triton` there."""
+    """Calls functions of `robust_dist.augment.fused_triton`, by name, and what can be pickled, there."""
 
     def __enter__(self) -> "Interpreter":
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
@@ -52,5 +52,5 @@ class Interpreter:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def __call__(self, function: str, *arguments: Any) -> Any:
+    def __call__(self, function: Any, *arguments: Any) -> Any:
         return pickle.loads(self._pool.submit(_call, pickle.dumps((function, arguments))).result())

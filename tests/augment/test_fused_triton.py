@@ -1,6 +1,8 @@
 """Triton's kernels give the bits of torch's operations: by the interpreter here, on a GPU where there is one."""
 
 import copy
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -148,6 +150,12 @@ def test_small_batches_and_images_equal_torchs(shape, interpreter):
     assert_same(interpreter("augment", module, *parts, None), by_torch(module, *parts))
 
 
+def test_the_pipeline_takes_it_by_name(interpreter):
+    module, parts = make((6, 3, 8, 8)), batch((6, 3, 8, 8))
+    module.backend = "triton"
+    assert_same(interpreter(module, *parts), by_torch(module, *parts))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_trivialaugment_alone_takes_any_plan(layout, interpreter):
     cells = [(1, 30, 0), (5, 7, 1), (8, 30, 0), (9, 30, 1), (10, 9, 0), (12, 0, 0), (13, 0, 0)]
@@ -177,3 +185,23 @@ def test_without_a_gpu_it_says_what_is_missing(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert fused_triton.missing() in ("there is no CUDA device", "Triton is not installed")
     assert not fused_triton.runs_on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "words"),
+    [
+        ((6, 1), None, "compute capability 6.1, and Triton needs 7.0"),
+        ((9, 0), RuntimeError("Failed to find C compiler"), "cannot launch kernels: Failed to find C compiler"),
+        ((9, 0), None, None),
+    ],
+)
+def test_a_gpu_that_triton_cannot_use_is_told_why(capability, error, words, monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    target = Mock(side_effect=error)
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_target=target)))
+    why = fused_triton.missing()
+    assert why is None if words is None else words in why
