@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LANES = 128  # pixels at a time, one a thread of 4 warps: 64 registers, so that 32 warps a multiprocessor hide latency
-_TILES = 512, 1024  # pixels of a program: small images are two, so that a few hundred fill a GPU; of larger ones fewer
-_SMALL = 64 * 64  # programs read a plan
-_STATISTICS = 4096  # pixels at a time: few rounds, as only one sample in five has any and their latency is the launch's
+_LANES = 128  # pixels at a time, one a thread of 4 warps: with few registers, many warps hide the memory's latency
+_TILES = 512, 1024  # pixels of a program, for small images so that a few hundred fill a GPU, and for larger ones
+_SMALL = 64 * 64  # pixels of the largest small image
+_STATISTICS = 4096  # pixels at a time: few rounds, whose latency is the launch's, as one sample in five has any
 _CLASSES = 1024
 _RANKED = 32, 128  # samples of a program, and those they are compared with at a time
 _COLUMNS = 10  # of the plan, as in fused_triton_prepare.py
@@ -164,6 +164,11 @@ def _power(count: int, largest: int) -> int:
     return min(largest, max(128, 2 ** (count - 1).bit_length()))
 
 
+def _warps(tile: int) -> int:
+    """16 pixels a thread: most programs end after the draws, which each of their threads repeats."""
+    return max(1, tile // 512)
+
+
 def _partners(keys: Tensor) -> Tensor:
     from robust_dist.augment.fused_triton_draws import partners_kernel
 
@@ -218,7 +223,7 @@ def _prepare(
         NUM_CLASSES=pipeline.num_classes,
         CLASSES=_power(pipeline.num_classes, _CLASSES),
         TILE=tile,
-        num_warps=max(4, tile // 256),
+        num_warps=_warps(tile),
         **_EXACT,
     )
 
@@ -241,7 +246,7 @@ def _write_luts(stage: "TrivialAugment", images: Tensor, plan: Tensor, luts: Ten
         W=width,
         NUM_BINS=stage.num_bins,
         TILE=tile,
-        num_warps=max(4, tile // 256),
+        num_warps=_warps(tile),
         **_EXACT,
     )
 
