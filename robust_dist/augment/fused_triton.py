@@ -138,8 +138,8 @@ def _fill(trivial: nn.Module) -> int:
 
 
 def _scale(pipeline: "RobustAugment", device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What becomes of each level of each channel, [C, 256], as integers of the same bits."""
-    levels = torch.arange(256, dtype=torch.uint8).expand(1, pipeline.image_shape[0], 1, 256)
+    """What becomes of each level of each channel, [C, 256], as integers of the same bits; a CPU divides exactly."""
+    levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, pipeline.image_shape[0], 1, 256)
     scaled = pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2)
     return scaled.view(_BITS[dtype.itemsize]).to(device)
 
