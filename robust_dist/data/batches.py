@@ -1,33 +1,8 @@
-"""Batches: how an epoch of any set is cut into global batches, and these between ranks and micro-batches."""
+"""BatchPlan: how an epoch of any set is cut into global batches, and these between ranks and micro-batches."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
 
 from robust_dist.data.cuts import Run, can_cut, cut_batch
-
-
-class Batch(NamedTuple):
-    """A micro-batch of b samples on the device.
-
-    Attributes:
-        images: uint8 [b, C, H, W].
-        labels: int64 [b].
-        indices: int64 [b], the samples' numbers in the set.
-        keys: int64 [b], `sample_keys(seed, epoch, indices)`.
-        global_size: samples in the whole global batch: the sum over its ranks and micro-batches, by which the
-            summed loss is divided; bad images count in it, so that it does not depend on who read them.
-        weights: float32 [b], 1 for a sample and 0 for one that could not be read, whose place a copy of another
-            one holds; None where all count.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    keys: Tensor
-    global_size: int
-    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

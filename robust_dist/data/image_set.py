@@ -106,8 +106,9 @@ class ImageSet:
         if free is not None and self.nbytes > free:
             raise DataError(
                 f"{self.name}: {self.nbytes:,} bytes are needed on {device}, where {free:,} are free. "
-                "Free that device's memory, take another device, or have workers read the images from files while "
-                "training: data.name=imagefolder, hub or webdataset (configs/README.md)."
+                "Free that device's memory, take another device, stream the set from the host's memory "
+                "(data.keep_on=host), or have workers read the images from files while training: "
+                "data.name=imagefolder, hub or webdataset (configs/README.md)."
             )
 
     def to(self, device: torch.device | str) -> "ImageSet":

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from robust_dist.augment.keys import permutation, sample_keys
-from robust_dist.data.batches import Batch, BatchPlan, check_counts, check_rank
+from robust_dist.data.batch import Batch
+from robust_dist.data.batches import BatchPlan, check_counts, check_rank
 from robust_dist.data.cuts import even_cuts
 from robust_dist.data.errors import BadImage
 from robust_dist.data.image_set import ImageSet
@@ -81,20 +82,19 @@ class DeviceLoader:
         return self._steps(epoch, start_step)
 
     def _steps(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        images, labels = self.image_set.images, self.image_set.labels
+        for step, parts in self._drawn(epoch, start_step):
+            size = self.plan.global_size(step)
+            yield [Batch(images, labels, indices, keys, size, whole=True) for indices, keys in parts]
+
+    def _drawn(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+        """Each step and its micro-batches as (indices, keys), views of the epoch's, on the set's device."""
         order = permutation(self.seed, epoch, len(self.image_set), self.image_set.device)
         keys = sample_keys(self.seed, epoch, order)
         for step in range(start_step, self.steps_per_epoch):
-            yield self._step(order, keys, step)
-
-    def _step(self, order: Tensor, keys: Tensor, step: int) -> list[Batch]:
-        start, size = step * self.plan.batch_size, self.plan.global_size(step)
-        runs = self.plan.runs(step)
-        return [self._batch(order[start + a : start + b], keys[start + a : start + b], size) for a, b in runs]
-
-    def _batch(self, indices: Tensor, keys: Tensor, global_size: int) -> Batch:
-        images = self.image_set.images.index_select(0, indices)
-        labels = self.image_set.labels.index_select(0, indices)
-        return Batch(images, labels, indices, keys, global_size)
+            start = step * self.plan.batch_size
+            runs = [slice(start + low, start + high) for low, high in self.plan.runs(step)]
+            yield step, [(order[run], keys[run]) for run in runs]
 
 
 def evaluation_batches(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from robust_dist.data.batches import Batch
+from robust_dist.data.batch import Batch
 from robust_dist.data.errors import BadImage
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment.keys import sample_keys
-from robust_dist.data.batches import Batch, BatchPlan
+from robust_dist.data.batch import Batch
+from robust_dist.data.batches import BatchPlan
 from robust_dist.data.crops import RandomCrop
 from robust_dist.data.errors import BadImage
 from robust_dist.data.moving import Mover, Moving

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.models import build_model
 from robust_dist.optim import param_groups
@@ -78,11 +79,12 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
 
 
 def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images, on the device or streamed to it."""
+    """Training and evaluation images, on the device or streamed to it; `data.keep_on` decides for sets by name."""
     if data.streamed:
         return open_streams(data, device, download=download)
     train, test = (load_dataset(data.name, Path(data.root), train=part, download=download) for part in (True, False))
-    return train.to(device), test.to(device)
+    # The training images first: they are read more often.
+    return place(train, device, data.keep_on), place(test, device, data.keep_on)
 
 
 def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from robust_dist.train.settings import require, require_number
 
@@ -33,6 +33,8 @@ class DataConfig:
         download: Fetch missing files (one process a host does it, the others wait).
         block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
         drop_last: Leave out the last global batch of an epoch where it is short.
+        keep_on: Where a set by name lies: device; host, whence batches are copied a step ahead; auto takes the device
+            where the set needs at most half of its free memory, else the host.
         eval_batch_size: Images that one rank evaluates at a time.
         train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
             shards, with braces or wildcards (webdataset).
@@ -69,6 +71,7 @@ class DataConfig:
     download: bool = True
     block: int = 8
     drop_last: bool = False
+    keep_on: Literal["auto", "device", "host"] = "auto"
     eval_batch_size: int = 500
     train: str | list[str] | None = None
     eval: str | list[str] | None = None
@@ -124,6 +127,9 @@ class DataConfig:
         known = (*_OF_ALL, *STREAMED[self.name]) if self.streamed else ()
         every = (*_OF_ALL, *(key for keys in STREAMED.values() for key in keys))
         defaults = {one.name: _default(one) for one in fields(self)}
+        if self.streamed:
+            wanted = f"auto, as the images of data.name={self.name} are read while training"
+            require(self.keep_on == "auto", "data.keep_on", self.keep_on, wanted)
         for key in every:
             value = getattr(self, key)
             if key not in known and value != defaults[key]:

@@ -22,6 +22,7 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
+from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
@@ -65,9 +66,12 @@ def train(
     attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
     tick("loading the data", patient=True)
     sets = load_sets(recipe, accelerator)
+    for line in data_lines(sets, recipe.data.keep_on):
+        accelerator.print(line)
     tick("building the model", patient=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
+    note["data"] = data_notes(sets)
     attempt(accelerator, lambda: folder.claim(asked, note), here=main)
     attempt(accelerator, lambda: set_aside(folder.path), here=main)
     on_claim(folder.path)

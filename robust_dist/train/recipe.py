@@ -226,6 +226,8 @@ class Recipe:
             ranks at every start, and batch_size stays. Null leaves accumulation as it is.
         label_smoothing: Share of the target spread over all classes (paper: 0).
         ema_decay: Evaluate an exponential moving average of the weights; null (paper) evaluates the weights.
+        cuda_graph: Replay a whole optimizer step (augmentation, forward and backward pass, clipping, update) as one
+            CUDA graph, with the same numbers. For one process on one GPU, without accumulation.
         seed: Seed of the initial weights, the order and every draw.
         run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
         num_processes: Ranks that must be there; any number where null.
@@ -248,6 +250,7 @@ class Recipe:
     micro_batch_size: int | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
+    cuda_graph: bool = False
     seed: int = 0
     run_dir: str = "runs/run"
     num_processes: int | None = None
@@ -293,6 +296,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 FREE = (
     *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
     *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
+    *("data.keep_on", "cuda_graph"),
     *("accumulation", "micro_batch_size"),
 )
 
