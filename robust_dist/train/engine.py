@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from robust_dist.train.graph import check_graph
 from robust_dist.train.optimizers import WHOLE_ONLY
 from robust_dist.train.recipe import Recipe
 
@@ -56,6 +57,7 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         raise ValueError(
             f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {kind} does not give them: use DDP"
         )
+    check_graph(accelerator, recipe)
     if kind.startswith("zero"):
         _fit_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, accelerator, recipe)
 

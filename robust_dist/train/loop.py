@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -20,7 +20,7 @@ from robust_dist.train.bad_images import BadImages, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
-from robust_dist.train.engine import engine_kind, forward_is_collective, input_dtype
+from robust_dist.train.engine import engine_kind, forward_is_collective
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
@@ -30,6 +30,7 @@ from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.train.resume import load_newest, loss_of
 from robust_dist.train.saving import build_saver
 from robust_dist.train.schedule_free import use_averaged_weights
+from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
@@ -67,7 +68,6 @@ class Trainer:
         classes = len(train_set.classes)
         self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
-        self.pipeline = torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment
         model = build_classifier(recipe, classes, train_set.channels)
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
@@ -82,13 +82,22 @@ class Trainer:
             optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
-        self.input_dtype = input_dtype(accelerator, self.bare_model)
         # DDP gives every rank the first one's buffers before a step; other engines leave each rank its own.
         self.broadcasts = not isinstance(self.model, DistributedDataParallel)
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
+        self.step = TrainStep(
+            recipe,
+            accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            pipeline=torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment,
+            loss_sum=self.progress.loss_sum,
+            full_size=min(recipe.batch_size, len(train_set)),
+        )
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from where the folder's newest checkpoint stands to the last epoch.
@@ -154,33 +163,10 @@ class Trainer:
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
         if self.broadcasts:
             broadcast_buffers(self.bare_model)
-        for batch in parts:
-            with self.accelerator.accumulate(self.model):
-                images, targets = self._inputs(batch)
-                loss = self._loss(self.model(images), targets, batch.weights)
-                # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
-                parts_in_all = self.accelerator.num_processes * len(parts)
-                self.accelerator.backward(loss * (parts_in_all / batch.global_size))
-                self.progress.loss_sum += loss.detach().double()
-                if self.accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
-                self.optimizer.step()
-                self.schedule.step()
-                self.optimizer.zero_grad()
+        self.step(parts)
         if self.ema is not None:
             self.ema.update_parameters(self.bare_model)
         self.progress.step += 1
-
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, targets = self.pipeline(batch.images, batch.labels, batch.keys)
-        return images.to(self.input_dtype), targets
-
-    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        smoothing = self.recipe.label_smoothing
-        if weights is None:
-            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-        each = nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
-        return (each * weights).sum()
 
     def _note_bad_images(self) -> None:
         """Count the last step's bad images; now and then the ranks tell each other."""
@@ -200,7 +186,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
         tick(f"the end of epoch {epoch + 1}")
-        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self._inputs(batch)[0])
+        use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self.step.inputs(batch)[0])
         average_buffers(self.bare_model)
         bad_images = self._settle_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
@@ -214,7 +200,7 @@ class Trainer:
             batch_size=self.recipe.data.eval_batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            dtype=self.input_dtype,
+            dtype=self.step.input_dtype,
         )
         row = {
             "epoch": epoch + 1,

@@ -1,0 +1,195 @@
+"""A whole optimizer step as one CUDA graph: what it reads keeps its place, and the host only fills and replays it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from robust_dist.data import Batch
+from robust_dist.engines.accelerate import EngineError
+from robust_dist.schedule import base_optimizer
+from robust_dist.train.recipe import Recipe
+
+# Ordinary steps before the capture: they make the optimizer's state, and libraries choose and load their kernels.
+WARM_UP_STEPS = 3
+_RATES = ("lr", "weight_decay")
+
+
+def check_graph(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuse `cuda_graph` where a step cannot be captured whole.
+
+    Raises:
+        ValueError: Names the setting that stands in its way and what would be right.
+    """
+    if not recipe.cuda_graph:
+        return
+    kind, ranks, device = accelerator.distributed_type, accelerator.num_processes, accelerator.device.type
+    if kind is not DistributedType.NO or ranks > 1:
+        where, remedy = f"{ranks} rank(s) under {kind.value}", "start one process with `python launch/train.py`"
+    elif device != "cuda":
+        where, remedy = f"the device {device}", "run on a CUDA device"
+    elif recipe.accumulation > 1:
+        where, remedy = f"accumulation={recipe.accumulation}", "set accumulation=1 and micro_batch_size=null"
+    elif recipe.precision.mixed == "fp16":
+        where, remedy = "precision.mixed='fp16', whose scaler is the host's", "set precision.mixed=bf16 or no"
+    elif recipe.optimizer.name != "RAdaBeliefW":
+        where, remedy = f"optimizer.name={recipe.optimizer.name!r}, which counts on the host", "set RAdaBeliefW"
+    else:
+        return
+    raise ValueError(
+        f"cuda_graph=True captures a whole step of one GPU, and cannot with {where}: {remedy}, or set cuda_graph=false"
+    )
+
+
+class DeviceRates:
+    """Learning rate and weight decay of every param group as tensors that a captured step reads.
+
+    Outside of a step the groups hold Python's numbers, as schedules, displays and checkpoints want them.
+
+    Args:
+        optimizer: The torch optimizer, unwrapped.
+        device: Where the step runs; on a GPU it is a capturable one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.optimizer, self.capturable = optimizer, device.type == "cuda"
+        groups = optimizer.param_groups
+        # float64, so that the arithmetic sees the host's number.
+        self._tensors = [{key: torch.zeros((), dtype=torch.float64, device=device) for key in _RATES} for _ in groups]
+        self._filled = [dict.fromkeys(_RATES, 0.0) for _ in groups]
+
+    def fill(self) -> None:
+        """Bring the groups' present numbers to the tensors, in place and without waiting."""
+        for group, tensors, filled in zip(self.optimizer.param_groups, self._tensors, self._filled, strict=True):
+            for key, tensor in tensors.items():
+                if filled[key] != group[key]:
+                    tensor.fill_(group[key])
+                    filled[key] = group[key]
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The groups hold the tensors, and are capturable on a GPU, for the length of a step."""
+        groups = self.optimizer.param_groups
+        own = [{key: group[key] for key in (*_RATES, "capturable")} for group in groups]
+        for group, tensors in zip(groups, self._tensors, strict=True):
+            group.update(tensors, capturable=self.capturable)
+        try:
+            yield
+        finally:
+            for group, values in zip(groups, own, strict=True):
+                group.update(values)
+
+
+class StaticStep:
+    """An optimizer step as a function of tensors that keep their places: on a GPU a CUDA graph, replayed.
+
+    The first `WARM_UP_STEPS` steps over full batches run as they are, on the stream that captures the next one. Batches
+    of another size (an epoch's last) and those with weights always do. Elsewhere than on a GPU the very same function
+    is called at every step, with the same tensors.
+
+    Args:
+        step: One step over a batch: augmentation, passes and update. What the host decides in it, it decides once.
+        optimizer: The one that `step` steps, wrapped or not; another may not step between, and schedules may.
+        device: Where it runs.
+        full_size: Samples of the batches that are replayed.
+
+    Raises:
+        EngineError: At the first replay, where something in the step cannot be captured.
+    """
+
+    def __init__(self, step: Callable[[Batch], None], optimizer: Any, device: torch.device, full_size: int) -> None:
+        self.step, self.full_size = step, full_size
+        self.rates = DeviceRates(base_optimizer(optimizer), device)
+        self._batch: Batch | None = None
+        self.replay = _Graph(self.over_static, device) if device.type == "cuda" else _Call(self.over_static)
+
+    def __call__(self, batch: Batch) -> None:
+        """Train on a batch; the rates are those that the optimizer's groups have."""
+        self.rates.fill()
+        if len(batch.indices) != self.full_size or batch.weights is not None:
+            self.replay.aside(lambda: self._run(batch))
+            return
+        if self._batch is None:
+            self._batch = _static(batch)
+        else:
+            _refill(self._batch, batch)
+        self.replay()
+
+    def over_static(self) -> None:
+        """What is replayed: the step over the tensors that keep their places."""
+        assert self._batch is not None
+        self._run(self._batch)
+
+    def _run(self, batch: Batch) -> None:
+        with self.rates.lent():
+            self.step(batch)
+
+
+def _static(batch: Batch) -> Batch:
+    """A batch of its own tensors; a whole set is not copied, as it stays where it is."""
+    images, labels = batch.source if batch.whole else (own.clone() for own in batch.source)
+    return Batch(images, labels, batch.indices.clone(), batch.keys.clone(), batch.global_size, whole=batch.whole)
+
+
+def _refill(static: Batch, batch: Batch) -> None:
+    static.indices.copy_(batch.indices, non_blocking=True)
+    static.keys.copy_(batch.keys, non_blocking=True)
+    if not static.whole:
+        for own, new in zip(static.source, batch.source, strict=True):
+            own.copy_(new, non_blocking=True)
+
+
+class _Call:
+    """A function that is called: what `_Graph` is where nothing can be captured."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def __call__(self) -> None:
+        self.function()
+
+    def aside(self, function: Callable[[], None]) -> None:
+        function()
+
+
+class _Graph:
+    """A function whose kernels are captured after `WARM_UP_STEPS` ordinary calls and replayed from then on."""
+
+    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.stream = torch.cuda.Stream(device)
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is None and self.calls < WARM_UP_STEPS:
+            self.calls += 1
+            self.aside(self.function)
+            return
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def aside(self, function: Callable[[], None]) -> None:
+        """Call a function on the capturing stream, between what the current one did and will do."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            function()
+        current.wait_stream(self.stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads (a checkpoint's writer, a loader) may go on with their own work meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.function()
+        except RuntimeError as error:
+            raise EngineError(
+                f"cuda_graph=True: the step cannot be captured ({error}); set cuda_graph=false, or take a model whose "
+                "forward pass waits for nothing"
+            ) from error
+        return graph

@@ -1,0 +1,80 @@
+"""One optimizer step of a run."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from robust_dist.data import Batch
+from robust_dist.data.batch import Pipeline
+from robust_dist.train.engine import input_dtype
+from robust_dist.train.graph import StaticStep
+from robust_dist.train.recipe import Recipe
+
+
+class TrainStep:
+    """Augmentation, forward and backward pass, clipping and update: the mean loss over the global batch, however cut.
+
+    Args:
+        recipe: All settings.
+        accelerator: The engine.
+        model: What the engine made of the model.
+        optimizer: What the engine made of the optimizer.
+        schedule: What the engine made of the schedule.
+        pipeline: The augmentation, compiled or not.
+        loss_sum: 0-d float64 on the device; this rank's summed loss is added to it.
+        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` makes its graph.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        pipeline: Pipeline,
+        loss_sum: Tensor,
+        full_size: int,
+    ) -> None:
+        self.recipe, self.accelerator, self.pipeline = recipe, accelerator, pipeline
+        self.model, self.optimizer, self.schedule, self.loss_sum = model, optimizer, schedule, loss_sum
+        self.input_dtype = input_dtype(accelerator, accelerator.unwrap_model(model))
+        self._static: StaticStep | None = None
+        if recipe.cuda_graph:
+            self._static = StaticStep(self._learn, optimizer, accelerator.device, full_size)
+
+    def __call__(self, parts: list[Batch]) -> None:
+        """Train on this rank's micro-batches of a global batch, and set the rates of the next step."""
+        for batch in parts:
+            with self.accelerator.accumulate(self.model):
+                if self._static is None:
+                    self._learn(batch, len(parts))
+                else:
+                    self._static(batch)
+                self.schedule.step()
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The model's input and its targets."""
+        images, targets = batch.augmented(self.pipeline)
+        return images.to(self.input_dtype), targets
+
+    def _learn(self, batch: Batch, parts: int = 1) -> None:
+        images, targets = self.inputs(batch)
+        loss = self._loss(self.model(images), targets, batch.weights)
+        # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
+        parts_in_all = self.accelerator.num_processes * parts
+        self.accelerator.backward(loss * (parts_in_all / batch.global_size))
+        self.loss_sum += loss.detach().double()
+        if self.accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        if weights is None:
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        each = nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return (each * weights).sum()
