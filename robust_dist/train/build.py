@@ -82,9 +82,10 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
     """Training and evaluation images, on the device or streamed to it; `data.keep_on` decides for sets by name."""
     if data.streamed:
         return open_streams(data, device, download=download)
-    train, test = (load_dataset(data.name, Path(data.root), train=part, download=download) for part in (True, False))
     # The training images first: they are read more often.
-    return place(train, device, data.keep_on), place(test, device, data.keep_on)
+    sets = [load_dataset(data.name, Path(data.root), train=part, download=download) for part in (True, False)]
+    train, test = place(sets, device, data.keep_on)
+    return train, test
 
 
 def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:

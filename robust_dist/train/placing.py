@@ -8,6 +8,7 @@ import torch
 from robust_dist.checkpoint.space import text_of
 from robust_dist.data.host_set import HostSet
 from robust_dist.data.image_set import ImageSet, free_bytes
+from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet
 
 
@@ -45,20 +46,25 @@ def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
     lines = []
     if placed:
         device = placed[0].device
-        total = text_of(sum(one.nbytes for one in placed))
-        lines.append(f"data on {device}: {total}, {_named(placed)}{_left(device)}")
+        free = free_bytes(device)
+        left = "" if free is None else f" ({text_of(free)} are free there)"
+        lines.append(f"{_sum(placed)} of data on {device}{left}: {_named(placed)}")
     if streamed:
-        device = streamed[0].device
-        why = "" if keep_on == "host" else f" do not fit beside a model on {device}{_left(device)}"
-        how = f"batches are copied a step ahead (data.keep_on={keep_on})"
-        lines.append(f"data in the host's memory: {_named(streamed)}{why}; {how}")
+        where = f"in the host's memory{_reason(streamed[0].device, keep_on)}"
+        lines.append(f"{_sum(streamed)} of data {where}; batches are copied a step ahead: {_named(streamed)}")
     return lines
 
 
-def _named(sets: Sequence[ImageSet | HostSet]) -> str:
-    return " and ".join(f"{one.name} ({len(one):,} images, {text_of(one.nbytes)})" for one in sets)
-
-
-def _left(device: torch.device) -> str:
+def _reason(device: torch.device, keep_on: str) -> str:
     free = free_bytes(device)
-    return "" if free is None else f"; {text_of(free)} are free there"
+    if keep_on == "host" or free is None:
+        return f" (data.keep_on={keep_on})"
+    return f", too much for {SHARE:.0%} of the {text_of(free)} that are free on {device} (data.keep_on={keep_on})"
+
+
+def _sum(sets: Sequence[ImageSet | HostSet]) -> str:
+    return text_of(sum(one.nbytes for one in sets))
+
+
+def _named(sets: Sequence[ImageSet | HostSet]) -> str:
+    return "; ".join(f"{one.name}, {text_of(one.nbytes)} in {len(one):,} images" for one in sets)
