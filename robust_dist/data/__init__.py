@@ -1,7 +1,8 @@
-"""Data sets that lie on the device, and how an epoch is cut between ranks."""
+"""Data sets that lie on the device or in the host's memory, and how an epoch is cut between ranks."""
 
 from robust_dist.data.batch import Batch
 from robust_dist.data.errors import DataError
+from robust_dist.data.host_set import HostSet
 from robust_dist.data.image_set import ImageSet
 from robust_dist.data.loader import DeviceLoader, evaluation_batches
 from robust_dist.data.registry import DATASETS, DatasetInfo, dataset_info, load_dataset
@@ -12,6 +13,7 @@ __all__ = [
     "DataError",
     "DatasetInfo",
     "DeviceLoader",
+    "HostSet",
     "ImageSet",
     "dataset_info",
     "evaluation_batches",

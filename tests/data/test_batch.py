@@ -53,3 +53,11 @@ def test_a_batch_is_still_a_tuple_of_its_six(noise):
     images, labels, indices, keys, global_size, weights = batch
     assert (global_size, weights, len(batch)) == (16, None, 6)
     assert all(a is b for a, b in zip(batch[:4], (images, labels, indices, keys), strict=True))
+
+
+def test_a_compiled_pipeline_gathers_too_without_a_graph_break(noise):
+    pipeline = RobustAugment(5, 9, (0.5,) * 3, (0.2,) * 3, crop=2, block=4, backend="torch")
+    compiled = torch.compile(pipeline, fullgraph=True, backend="eager")
+    for batch in batches(noise):
+        for fused, plain in zip(batch.augmented(compiled), batch.augmented(pipeline), strict=True):
+            assert torch.equal(fused, plain)

@@ -7,6 +7,8 @@ from robust_dist.data import DataError, ImageSet, placement
 from robust_dist.data.host_set import HostSet
 from robust_dist.data.placement import choose_places, place
 from robust_dist.train import placing
+from robust_dist.train.build import open_sets
+from robust_dist.train.data_config import DataConfig
 from robust_dist.train.placing import data_lines, data_notes
 
 GPU = torch.device("cuda", 0)
@@ -85,6 +87,12 @@ def test_one_set_may_lie_on_the_device_and_the_other_on_the_host(monkeypatch):
 
 def test_a_set_that_is_read_while_training_has_no_line():
     assert data_lines([object()], "auto") == data_notes([object()]) == []
+
+
+@pytest.mark.parametrize(("keep_on", "kind"), [("auto", ImageSet), ("device", ImageSet), ("host", HostSet)])
+def test_the_recipe_s_key_decides(keep_on, kind):
+    data = DataConfig(name="digits", keep_on=keep_on)
+    assert {type(one) for one in open_sets(data, torch.device("cpu"), download=False)} == {kind}
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ def test_each_kind_of_set_takes_its_own_keys(settings):
     [
         ({"workers": 8}, r"data.workers=8 is for data.name=imagefolder or hub or webdataset.*data.name is 'digits'"),
         ({"name": "cifar10", "size": 64}, "data.size=64 is for .* leave data.size out"),
+        ({**FOLDER, "keep_on": "host"}, "data.keep_on='host' .* auto, as the images of data.name=imagefolder are read"),
         ({**FOLDER, "streaming": True}, "data.streaming=True is for data.name=hub, and data.name is 'imagefolder'"),
         ({**FOLDER, "path": "a/b"}, "data.path='a/b' is for data.name=hub"),
         ({**HUB, "num_classes": 3}, "data.num_classes=3 is for data.name=webdataset"),

@@ -1,5 +1,6 @@
 """A step over tensors that keep their places: the ordinary loop's numbers, called and recorded, to the bit."""
 
+import json
 import sys
 
 import pytest
@@ -9,14 +10,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from robust_dist import RAdaBeliefW, RobustAugment, RobustSchedule
-from robust_dist.data import ImageSet
+from robust_dist.data import DeviceLoader, ImageSet
 from robust_dist.data.host_set import HostSet
 from robust_dist.schedule import group_values
 from robust_dist.train import engine, main
 from robust_dist.train.build import load_sets
-from robust_dist.train.graph import WARM_UP_STEPS, StaticStep, check_graph
+from robust_dist.train.graph import WARM_UP_STEPS, DeviceRates, StaticStep, check_graph
 from robust_dist.train.measured import without_measured
 from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, Recipe, TrackingConfig
+from tests.data import pretended
 from tests.train.tape import Tape
 
 N, BATCH, EPOCHS = 44, 16, 3
@@ -153,6 +155,30 @@ def test_a_recording_that_reads_the_host_s_rates_differs_so_the_tape_would_show_
     assert not same(plain, baked)
 
 
+def test_a_step_asks_the_device_nothing():
+    pipeline = RobustAugment(3, 8, (0.5,) * 3, (0.5,) * 3, block=2, backend="torch")
+    with pretended.pretending():
+        pretended.move(pipeline)
+        with pretended.DEVICE:
+            model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 3))
+        optimizer = RAdaBeliefW(model.parameters())
+        schedule = RobustSchedule(optimizer, 100)
+        schedule.step()  # the first one compares the ranks
+        rates = DeviceRates(optimizer, pretended.DEVICE)
+        for (batch,) in DeviceLoader(pretended.image_set(N, 8), batch_size=BATCH, seed=0, block=2).epoch(0):
+            images, targets = batch.augmented(pipeline)
+            assert nn.functional.cross_entropy(model(images), targets).device == pretended.DEVICE
+            # A backward pass would need a real device; it asks for nothing.
+            for param in model.parameters():
+                param.grad = torch.empty_like(param)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            rates.fill()
+            with rates.lent():
+                optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
 class Fake:
     def __init__(self, kind=DistributedType.NO, ranks=1, device="cuda"):
         self.distributed_type, self.num_processes, self.device = kind, ranks, torch.device(device)
@@ -204,9 +230,14 @@ def run(folder, **changes):
     return [without_measured(row) for row in main.train(Recipe(**settings | changes))]
 
 
-def test_a_run_by_static_steps_has_the_rows_of_the_ordinary_run(tmp_path, monkeypatch):
+def test_a_run_by_static_steps_has_the_rows_of_the_ordinary_run_and_says_where_its_data_lie(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(main, "load_sets", few_images)
     plain = run(tmp_path / "plain")
+    assert "of data on cpu: digits (train), 216.6 KiB in 72 images; digits (test)," in capsys.readouterr().out
+    noted = json.loads((tmp_path / "plain" / "environment.json").read_text())["starts"][0]["data"]
+    assert [one["device_bytes"] for one in noted] == [72 * (3 * 32 * 32 + 8), 16 * (3 * 32 * 32 + 8)]
     with pytest.raises(ValueError, match=r"cuda_graph=True .* device cpu"):
         run(tmp_path / "refused", cuda_graph=True)
     monkeypatch.setattr(engine, "check_graph", lambda accelerator, recipe: None)

@@ -92,6 +92,7 @@ def test_conflicts_name_what_changes_the_result_and_nothing_else():
     ours, theirs = Recipe(run_dir="a"), Recipe(run_dir="b")
     theirs.tracking.progress = False
     theirs.checkpoint.every_steps = 3
+    theirs.data.keep_on, theirs.cuda_graph = "host", True
     assert conflicts(recipe_dict(ours), recipe_dict(theirs)) == []
     theirs.optimizer.lr = 0.5
     theirs.model.options = {"depth": 3}

@@ -1,0 +1,49 @@
+"""Pretended CUDA tensors, on any machine: they have no values, so that whoever asks for one fails."""
+
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from robust_dist.data import ImageSet
+
+DEVICE = torch.device("cuda", 0)
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses what moves values between the host and the device; numbers that ride on a kernel's launch are none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        before, after = (
+            {t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.dim()}
+            for tree in ((args, kwargs), found)
+        )
+        assert len(before | after) < 2, f"{function} moves values from {before} to {after}"
+        return found
+
+
+@contextlib.contextmanager
+def pretending():
+    """What is made on `DEVICE` within has no values, and what would wait for it raises."""
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
+        yield
+
+
+def image_set(count, size):
+    """A set on `DEVICE`, of three classes; made past the checks, which look at the labels."""
+    made = object.__new__(ImageSet)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8, device=DEVICE)
+    labels = torch.empty(count, dtype=torch.int64, device=DEVICE)
+    for name, value in {"images": images, "labels": labels, "classes": tuple("abc"), "name": "pretended"}.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def move(pipeline):
+    """A pipeline's tables to `DEVICE`."""
+    for module in pipeline.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
