@@ -43,7 +43,9 @@ class Toy:
         self.optimizer = RAdaBeliefW(groups, lr=0.03, weight_decay=0.1, capturable=capturable)
         self.schedule = RobustSchedule(self.optimizer, 3 * EPOCHS, warmup_steps=2, weight_decay_off_at=0.5)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.pipeline = RobustAugment(4, 8, (0.5,) * 3, (0.2,) * 3, crop=1, block=4).to(device)
+        # A pass in C would leave nothing to record.
+        backend = "torch" if device == "cpu" else "auto"
+        self.pipeline = RobustAugment(4, 8, (0.5,) * 3, (0.2,) * 3, crop=1, block=4, backend=backend).to(device)
         self.device, self.autocast = torch.device(device), autocast
 
     def learn(self, batch):
