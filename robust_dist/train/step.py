@@ -62,7 +62,7 @@ class TrainStep:
 
     def _learn(self, batch: Batch, parts: int = 1) -> None:
         images, targets = self.inputs(batch)
-        loss = self._loss(self.model(images), targets, batch.weights)
+        loss = summed_loss(self.model(images), targets, batch.weights, self.recipe.label_smoothing)
         # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
         parts_in_all = self.accelerator.num_processes * parts
         self.accelerator.backward(loss * (parts_in_all / batch.global_size))
@@ -72,9 +72,18 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        smoothing = self.recipe.label_smoothing
-        if weights is None:
-            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-        each = nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
-        return (each * weights).sum()
+
+def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
+    """The summed cross-entropy, 0-d float32, of logits [B, C] and soft targets [B, C].
+
+    Args:
+        logits: Of any floating dtype.
+        targets: Each row sums to 1.
+        weights: float32 [B], what a sample's loss is multiplied by; None where all count.
+        label_smoothing: Share of a target spread over all classes.
+    """
+    logits = logits.float()
+    if weights is None:
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return (each * weights).sum()

@@ -94,19 +94,19 @@ def skips_bad(sets, folder):
 @contextlib.contextmanager
 def weights_seen():
     """The weights that the training loss was given, step by step."""
-    from robust_dist.train.loop import Trainer
+    from robust_dist.train import step
 
-    seen, real = [], Trainer._loss
+    seen, real = [], step.summed_loss
 
-    def noting(self, logits, targets, weights):
+    def noting(logits, targets, weights, label_smoothing):
         seen.extend([] if weights is None else [weights])
-        return real(self, logits, targets, weights)
+        return real(logits, targets, weights, label_smoothing)
 
-    Trainer._loss = noting
+    step.summed_loss = noting
     try:
         yield seen
     finally:
-        Trainer._loss = real
+        step.summed_loss = real
 
 
 def too_many_bad(sets, folder):
