@@ -165,7 +165,7 @@ def test_a_step_asks_the_device_nothing():
         pretended.move(pipeline)
         with pretended.DEVICE:
             model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 3))
-        optimizer = RAdaBeliefW(model.parameters())
+        optimizer = RAdaBeliefW(model.parameters(), foreach=True)  # a kernel would want memory
         schedule = RobustSchedule(optimizer, 100)
         schedule.step()  # the first one compares the ranks
         rates = DeviceRates(optimizer, pretended.DEVICE)
