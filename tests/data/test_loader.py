@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from robust_dist import RobustAugment
 from robust_dist.augment.keys import sample_keys
 from robust_dist.data import Batch, DeviceLoader, ImageSet, evaluation_batches
 
@@ -194,11 +195,16 @@ def test_evaluation_refuses_settings_before_the_first_batch(numbers, args, match
 @pytest.mark.gpu
 def test_no_batch_waits_for_the_device(numbers):
     (loader,) = loaders(numbers.to("cuda"))
-    list(loader.epoch(0))
+    pipeline = RobustAugment(7, 4, (0.5,) * 3, (0.2,) * 3, crop=1, block=BLOCK).to("cuda")
+
+    def epoch(number):
+        return [(tuple(batch), batch.augmented(pipeline)) for (batch,) in loader.epoch(number)]
+
+    epoch(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        on_gpu = list(loader.epoch(1))
+        on_gpu = epoch(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for step, twin in zip(on_gpu, loaders(numbers)[0].epoch(1), strict=True):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(step[0][:4], twin[0][:4], strict=True))
+    for (found, _), (twin,) in zip(on_gpu, loaders(numbers)[0].epoch(1), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found[:4], twin[:4], strict=True))
