@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 _RESERVING = frozenset(("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"))
 # Their results, or the results' shapes, are values that the host must have.
 _READING = frozenset(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"))
+_INDEXING = frozenset(("aten::index", "aten::index_put_", "aten::index_put"))
 _COPYING = frozenset(("aten::_to_copy", "aten::copy_"))
 # They do not read what they write to.
 _OVERWRITING = frozenset(("aten::copy_", "aten::fill_", "aten::zero_"))
@@ -65,7 +66,8 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def _is_read(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        if name in _READING:
+        by_mask = name in _INDEXING and any(tensor.dtype == torch.bool for tensor in inputs[1:])
+        if name in _READING or by_mask:
             return inputs[0].device.type == self.device_type
         leaves = name in _COPYING and self.device_type != "cpu" and inputs[-1].device.type == self.device_type
         return leaves and outputs[0].device.type == "cpu"
@@ -110,14 +112,13 @@ def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> C
 
 
 def _kernels(call: Callable[[], object]) -> int:
-    from torch.autograd.profiler_util import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
+    return sum(str(event.device_type).endswith("CUDA") for event in profiler.events() or [])
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:

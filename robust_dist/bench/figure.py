@@ -70,9 +70,11 @@ def draw_bars(panels: Sequence[Panel], path: str | Path, *, label: str, note: st
 def _draw(axes: Any, panel: Panel, log: bool) -> None:
     places = range(len(panel.bars))
     values = [bar.value for bar in panel.bars]
-    spread = [[bar.value - bar.low for bar in panel.bars], [bar.high - bar.value for bar in panel.bars]]
+    # Rounding may turn a spread of nothing below 0, which matplotlib refuses.
+    below = [max(0.0, bar.value - bar.low) for bar in panel.bars]
+    above = [max(0.0, bar.high - bar.value) for bar in panel.bars]
     colours = [OURS if bar.ours else THEIRS for bar in panel.bars]
-    axes.barh(places, values, xerr=spread, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+    axes.barh(places, values, xerr=[below, above], color=colours, ecolor="black", error_kw={"linewidth": 0.8})
     axes.set_yticks(places, [bar.name for bar in panel.bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(panel.title, fontsize=9, loc="left")
