@@ -80,8 +80,10 @@ def thread_count(number: int | None) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Why a contender is not there, in a line."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
     if isinstance(error, ImportError):
-        return "not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {_first(error)}"
+        return f"cannot be imported: {_first(error)}"
     return _first(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_first(error)}"
 
 

@@ -77,7 +77,7 @@ def test_a_peer_that_is_absent_cannot_be_built_or_fails_becomes_a_line(monkeypat
     }
     monkeypatch.setattr(optimizer, "makers", lambda device: peers)
     text = bench_optimizer(sets=["tiny"], rounds=1, threads=1)
-    assert "- left out: absent: not installed" in text
+    assert "- left out: absent: no_such_package is not installed" in text
     assert "- left out: unbuilt: RuntimeError: nvcc was not found" in text
     assert "- left out: breaking on tiny: RuntimeError: nvcc was not found" in text
     assert "| tiny | RAdaBeliefW foreach |" in text

@@ -43,7 +43,7 @@ def test_one_that_fails_becomes_a_line_whenever_it_fails(turn):
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ModuleNotFoundError("No module named 'x'"), "not installed"),
+        (ModuleNotFoundError("No module named 'x.y'", name="x"), "x is not installed"),
         (ImportError("libx.so: no such file"), "cannot be imported: libx.so: no such file"),
         (ValueError("fused=True: not here"), "fused=True: not here"),
         (RuntimeError(), "RuntimeError: no reason given"),
