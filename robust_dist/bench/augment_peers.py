@@ -77,6 +77,15 @@ def _backends(kind: type[nn.Module], compiled: bool) -> dict[str, Callable[..., 
     return found
 
 
+def _compiled_too(wanted: bool, name: str, make: Maker) -> dict[str, Maker]:
+    """A peer through torch.compile, which may break its graph."""
+
+    def compiled(images: Tensor) -> Contender:
+        return Contender(torch.compile(make(images).call), seen=False)
+
+    return {f"{name}, compiled": compiled} if wanted else {}
+
+
 def _copy(dtype: torch.dtype) -> Maker:
     def make(images: Tensor) -> Contender:
         out = torch.empty_like(images, dtype=dtype)
@@ -105,6 +114,7 @@ def trivial_makers(compiled: bool) -> dict[str, Maker]:
         PIL_LOOP: lambda images: _alone(_pil_loop(images, _v2().TrivialAugmentWide()), seen=False),
         "torchvision, once per batch": lambda _: _alone(_v2().TrivialAugmentWide()),
         "kornia TrivialAugment, float": _kornia_trivial,
+        **_compiled_too(compiled, "kornia TrivialAugment, float", _kornia_trivial),
         "DALI trivial_augment_wide": _dali_trivial,
         "timm RandAugment n=1, loop over samples, PIL": _timm_trivial,
     }
@@ -158,7 +168,9 @@ def _dali_trivial(images: Tensor) -> Contender:
 
     built = pipeline()
     built.build()
-    rows = _ready(images, lambda given: given.permute(0, 2, 3, 1).contiguous())
+    # On a machine without a GPU it takes no tensors of torch's.
+    fed: Callable[[Tensor], Any] = (lambda rows: rows) if on_gpu else Tensor.numpy
+    rows = _ready(images, lambda given: fed(given.permute(0, 2, 3, 1).contiguous()))
 
     def augment(given: Tensor) -> Tensor:
         built.feed_input("images", rows(given))
@@ -222,6 +234,9 @@ def pipeline_makers(side: int, dtype: torch.dtype, compiled: bool, stages: Stage
     def by_backend(make: Callable[..., Any], images: Tensor) -> Contender:
         return Contender(make(CLASSES, side, MEAN, STD, **settings))
 
+    def kornia(images: Tensor) -> Contender:
+        return _kornia_pipeline(images, side, dtype, on)
+
     ours = {name: partial(by_backend, make) for name, make in _backends(RobustAugment, compiled).items()}
     return {
         COPY: _copy(dtype),
@@ -229,7 +244,8 @@ def pipeline_makers(side: int, dtype: torch.dtype, compiled: bool, stages: Stage
         LOOP: lambda _: _tv_pipeline(_each_sample(_tv_geometry(side, on)), dtype, on),
         PIL_LOOP: lambda images: _tv_pipeline(_pil_loop(images, _tv_geometry(side, on)), dtype, on, seen=False),
         "torchvision, once per batch": lambda _: _tv_pipeline(_tv_geometry(side, on), dtype, on),
-        "kornia, float": lambda images: _kornia_pipeline(images, side, dtype, on),
+        "kornia, float": kornia,
+        **_compiled_too(compiled, "kornia, float", kornia),
     }
 
 
