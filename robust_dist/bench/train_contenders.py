@@ -103,7 +103,11 @@ class Contender:
     def augment(self) -> tuple[Tensor, Tensor]:
         """The augmentation of one batch, always the same."""
         pipeline = cast(Any, getattr(self.trainer, "step", self.trainer)).pipeline
-        images, targets = pipeline(self.batch.images, self.batch.labels, self.batch.keys)
+        batch = cast(Any, self.batch)
+        if hasattr(batch, "augmented"):  # gathers what it reads, as a step does
+            images, targets = batch.augmented(pipeline)
+        else:
+            images, targets = pipeline(batch.images, batch.labels, batch.keys)
         return images, targets
 
     def _parts(self) -> Iterator[list[Batch]]:
