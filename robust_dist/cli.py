@@ -35,35 +35,9 @@ def _preview(words: argparse.Namespace) -> int:
 
 
 def _bench(words: argparse.Namespace) -> int:
-    import torch
+    from robust_dist.bench.command import run
 
-    if words.threads is not None:
-        torch.set_num_threads(words.threads)
-    if words.what == "optimizer":
-        from robust_dist.bench.optimizer import bench_optimizer
-
-        print(bench_optimizer(rounds=words.rounds))
-    elif words.what == "scale":
-        from robust_dist.bench.scale import bench_scale
-
-        print(bench_scale())
-    elif words.what == "data":
-        from robust_dist.bench.data import bench_data
-
-        print(bench_data(images=words.images, workers=words.workers, rounds=words.rounds, step_ms=words.step_ms))
-    elif words.what == "dtensor":
-        from robust_dist.bench.dtensor import bench_dtensor
-
-        print(bench_dtensor(rounds=words.rounds))
-    elif words.what == "checkpoint":
-        from robust_dist.bench.checkpoint import bench_checkpoint
-
-        print(bench_checkpoint(rounds=words.rounds))
-    else:
-        from robust_dist.bench.augment import bench_augment
-
-        print(bench_augment(rounds=words.rounds))
-    return 0
+    return run(words)
 
 
 def _plan(words: argparse.Namespace) -> int:
@@ -106,20 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")
 
-    bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
-    bench.add_argument("what", choices=["optimizer", "augment", "scale", "dtensor", "data", "checkpoint"])
-    bench.add_argument("--rounds", type=int, default=7, help="turns of every contender (default: %(default)s)")
-    bench.add_argument("--threads", type=int, help="CPU threads; torch's own choice where not given")
-    bench.add_argument("--images", type=int, default=2_000, help="data: images that are made (default: %(default)s)")
-    bench.add_argument("--workers", type=int, help="data: processes that read; as many as cores where not given")
-    bench.add_argument(
-        "--step-ms", type=float, help="data: what the consumer takes for a batch, where data wait counts"
-    )
-    bench.set_defaults(run=_bench, extra="bench")
+    _add_bench_command(commands)
     _add_plan_command(commands)
     add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.bench.command import add_arguments
+
+    bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
+    add_arguments(bench)
+    bench.set_defaults(run=_bench, extra="bench")
 
 
 def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

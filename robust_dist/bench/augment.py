@@ -1,22 +1,53 @@
-"""TrivialAugment and CutMix beside the peers: `robust-dist bench augment`."""
+"""TrivialAugment, CutMix and the whole pipeline beside the peers: `robust-dist bench augment`."""
 
-import importlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from robust_dist.augment import CutMix, TrivialAugment
-from robust_dist.bench.timing import Timing, interleaved, machine
+from robust_dist.bench import augment_look as looking
+from robust_dist.bench.augment_look import Look
+from robust_dist.bench.augment_peers import (
+    CLASSES,
+    COPY,
+    LOOP,
+    ONE_BOX,
+    Maker,
+    Stages,
+    is_ours,
+    mix_makers,
+    pipeline_makers,
+    trivial_makers,
+)
+from robust_dist.bench.counting import Counts, count
+from robust_dist.bench.figure import Bar, Panel, draw_bars
+from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
 
-CLASSES = 10
-LOOP = "torchvision, loop over samples, tensors"
-ONE_BOX = "torchvision CutMix"
+LOOK_SIDE, PIPELINE_LOOK_SIDE = 32, 16
+TASKS = ("TrivialAugment", "CutMix", "pipeline")
 
-Augment = Callable[[Tensor], Tensor]
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of work.
+
+    Attributes:
+        name: Among `TASKS`.
+        yardstick: The contender that others are compared with.
+        floor: Bytes a pixel and channel that must be read and written.
+        makers: The contenders for images of a side.
+        look: Finds out what the contender of a name does.
+    """
+
+    name: str
+    yardstick: str
+    floor: int
+    makers: Callable[[int], dict[str, Maker]]
+    look: Callable[[str], Look]
 
 
 @dataclass(frozen=True)
@@ -29,10 +60,11 @@ class Row:
         batch: Images per call.
         name: Of the contender.
         timing: Seconds per call.
-        ratio: The yardstick's median over its own.
-        per_sample: Whether samples of a batch differ in what happens to them, as found by looking.
-        agrees: TrivialAugment: the share of samples that come out as one of torchvision's outcomes. CutMix: the share
-            of samples whose targets are the exact shares of the pixels.
+        times: The yardstick's median over its own.
+        to_copy: Its median over that of a bare copy of the images to the dtype that comes out.
+        counts: Of a call.
+        over_floor: Bytes counted over those that must be read and written; None where the work is not seen.
+        look: What it does.
     """
 
     task: str
@@ -40,171 +72,229 @@ class Row:
     batch: int
     name: str
     timing: Timing
-    ratio: float
-    per_sample: bool
-    agrees: float
+    times: float
+    to_copy: float
+    counts: Counts
+    over_floor: float | None
+    look: Look
 
 
-def _optional(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+@dataclass(frozen=True)
+class Result:
+    """The rows; and for each contender that is not there, why."""
+
+    rows: list[Row]
+    left_out: dict[str, str]
 
 
-def _pil_loop(batch: Tensor) -> Augment:
-    v2 = importlib.import_module("torchvision.transforms.v2")
-    transform, to_pil, to_tensor = v2.TrivialAugmentWide(), v2.functional.to_pil_image, v2.functional.pil_to_tensor
-    prepared = {id(batch): [to_pil(image) for image in batch]}
-
-    def augment(images: Tensor) -> Tensor:
-        found = [transform(image) for image in prepared.get(id(images), [])]
-        return images if found else torch.stack([to_tensor(transform(to_pil(image))) for image in images])
-
-    return augment
+def _labels(batch: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device) % CLASSES
 
 
-def _kornia_trivial(images: Tensor) -> Augment:
-    module = importlib.import_module("kornia.augmentation.auto")
-    transform, prepared = module.TrivialAugment(), {id(images): images / 255}
-    return lambda x: transform(prepared[id(x)] if id(x) in prepared else x / 255).mul(255).round().to(torch.uint8)
+def _images(batch: int, side: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator).to(device)
 
 
-def trivial_contenders(images: Tensor, compiled: bool) -> dict[str, Augment]:
-    """Name to a call that augments uint8 images [B, 3, H, W]; peers that take another form get `images` prepared."""
-    v2 = importlib.import_module("torchvision.transforms.v2")
-    theirs, ours = v2.TrivialAugmentWide(), TrivialAugment()
-    found: dict[str, Augment] = {"TrivialAugment (ours)": ours}
-    if compiled:
-        found["TrivialAugment (ours), compiled"] = torch.compile(ours, fullgraph=True)
-    found[LOOP] = lambda x: torch.stack([theirs(image) for image in x])
-    found["torchvision, loop over samples, PIL"] = _pil_loop(images)
-    found["torchvision, once per batch"] = theirs
-    if _optional("kornia"):
-        found["kornia TrivialAugment, float"] = _kornia_trivial(images)
-    return found
+def trivial_task(device: torch.device, compiled: bool) -> Task:
+    """TrivialAugment alone, uint8 to uint8."""
+    image = looking.picture(LOOK_SIDE)
+    outcomes, makers = looking.torchvision_outcomes(image.unsqueeze(0)), trivial_makers(compiled)
+
+    def look(name: str) -> Look:
+        here = image.to(device)
+        return looking.look_at_operations(makers[name](here.unsqueeze(0)).call, here, outcomes)
+
+    return Task("TrivialAugment", LOOP, 2, lambda side: makers, look)
 
 
-def mix_contenders(compiled: bool) -> dict[str, Mix]:
-    """Name to a call that mixes uint8 images [B, 3, H, W] with labels [B], and gives soft targets [B, 10]."""
-    v2 = importlib.import_module("torchvision.transforms.v2")
-    elem = CutMix(CLASSES, mode="elem")
-    found: dict[str, Mix] = {'CutMix "elem" (ours)': elem, 'CutMix "batch" (ours)': CutMix(CLASSES)}
-    if compiled:
-        found['CutMix "elem" (ours), compiled'] = torch.compile(elem, fullgraph=True)
-    found[ONE_BOX] = v2.CutMix(num_classes=CLASSES)
-    return found
+def mix_task(device: torch.device, compiled: bool) -> Task:
+    """CutMix alone, uint8 to uint8, or floating to floating where a peer takes no uint8."""
+    makers = mix_makers(compiled)
+
+    def look(name: str) -> Look:
+        images = _images(CLASSES, LOOK_SIDE, device)
+        return looking.look_at_mixing(makers[name](images).call, LOOK_SIDE, device)
+
+    return Task("CutMix", ONE_BOX, 2, lambda side: makers, look)
 
 
-def _picture(seed: int) -> Tensor:
-    """One 32 x 32 picture that every operation changes: a coloured slope with some noise."""
-    slope = torch.arange(32).view(-1, 1) * 3 + torch.arange(32) * 2 + torch.tensor([0, 30, 60]).view(3, 1, 1)
-    noise = torch.randint(0, 40, (3, 32, 32), generator=torch.Generator().manual_seed(seed))
-    return (slope + noise).clamp(0, 250).to(torch.uint8)
+def pipeline_task(device: torch.device, compiled: bool) -> Task:
+    """The whole pipeline, uint8 to float32, on a GPU to bfloat16; one part after the other is looked at."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    image, side = looking.picture(PIPELINE_LOOK_SIDE), PIPELINE_LOOK_SIDE
+    outcomes = looking.torchvision_outcomes(looking.shifted(image))
+    operations = pipeline_makers(side, torch.float32, compiled, Stages(cutmix=False))
+    mixing = pipeline_makers(side, torch.float32, compiled, Stages(crop_and_flip=False, trivial=False))
+
+    def look(name: str) -> Look:
+        here, images = image.to(device), _images(CLASSES, side, device)
+        found = looking.look_at_operations(operations[name](here.unsqueeze(0)).call, here, outcomes)
+        return found | looking.look_at_mixing(mixing[name](images).call, side, device, normalised=True)
+
+    floor = 1 + dtype.itemsize
+    return Task("pipeline", LOOP, floor, lambda side: pipeline_makers(side, dtype, compiled), look)
 
 
-def torchvision_outcomes(picture: Tensor, draws: int = 20_000) -> set[bytes]:
-    """What TrivialAugmentWide makes of one picture; 20,000 draws miss one of its 868 cells in ten million runs."""
-    transform = importlib.import_module("torchvision.transforms.v2").TrivialAugmentWide()
-    return {transform(picture).numpy().tobytes() for _ in range(draws)}
-
-
-def look_at_trivial(augment: Augment, picture: Tensor, outcomes: set[bytes]) -> tuple[bool, float]:
-    """Whether equal samples come out different, and the share that comes out as torchvision's do."""
-    out = [augment(picture.expand(64, -1, -1, -1).clone()) for _ in range(16)]
-    per_sample = any(len({image.numpy().tobytes() for image in images}) > 1 for images in out)
-    hits = [image.numpy().tobytes() in outcomes for image in torch.cat(out)]
-    return per_sample, sum(hits) / len(hits)
-
-
-def look_at_mix(mix: Mix) -> tuple[bool, float]:
-    """Whether samples get boxes of their own, and the share whose targets are the exact shares of pixels."""
-    labels = torch.arange(CLASSES)
-    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
-    exact, own_boxes = [], False
-    for _ in range(16):
-        mixed, targets = mix(images, labels)
-        shares = torch.nn.functional.one_hot(mixed[:, 0].flatten(1).long(), CLASSES).double().mean(1)
-        exact.append((shares - targets).abs().amax(1) < 1e-6)
-        pasted = [(mixed[i, 0] != i).numpy().tobytes() for i in range(CLASSES)]
-        own_boxes |= len(set(pasted)) > 2
-    return own_boxes, float(torch.cat(exact).double().mean())
-
-
-def _images(batch: int, side: int) -> Tensor:
-    return torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def _trivial_rows(batch: int, side: int, rounds: int, compiled: bool) -> list[Row]:
-    images, picture = _images(batch, side), _picture(1)
-    contenders, outcomes = trivial_contenders(images, compiled), torchvision_outcomes(picture)
-    times = interleaved({name: partial(f, images) for name, f in contenders.items()}, rounds=rounds)
+def _rows(
+    task: Task, batch: int, side: int, rounds: int, device: torch.device, looks: dict[str, Look], result: Result
+) -> list[Row]:
+    images, labels = _images(batch, side, device), _labels(batch, device)
+    calls, seen = {}, {}
+    for name, make in task.makers(side).items():
+        if name in looks:
+            contender = make(images)
+            calls[name], seen[name] = partial(contender.call, images, labels), contender.seen
+    failures: dict[str, str] = {}
+    times = interleaved(calls, rounds=rounds, device=device, failures=failures)
+    result.left_out.update({f"{task.name}, {name}, {side}x{side}": why for name, why in failures.items()})
     rows = []
-    for name, augment in contenders.items():
-        ratio = times[LOOP].median / times[name].median
-        rows.append(
-            Row("TrivialAugment", side, batch, name, times[name], ratio, *look_at_trivial(augment, picture, outcomes))
-        )
+    for name, timing in times.items():
+        counts = count(calls[name], device)
+        share = counts.bytes / (task.floor * images.numel())
+        # Less than the floor is no miracle, but work that torch's operators do not do.
+        over = share if seen[name] and share >= 1 else None
+        ratios = times[task.yardstick].median / timing.median, timing.median / times[COPY].median
+        rows.append(Row(task.name, side, batch, name, timing, *ratios, counts, over, looks[name]))
     return rows
 
 
-def _mix_rows(batch: int, side: int, rounds: int, compiled: bool) -> list[Row]:
-    images, labels = _images(batch, side), torch.arange(batch) % CLASSES
-    contenders = mix_contenders(compiled)
-    times = interleaved({name: partial(f, images, labels) for name, f in contenders.items()}, rounds=rounds)
-    return [
-        Row("CutMix", side, batch, n, times[n], times[ONE_BOX].median / times[n].median, *look_at_mix(contenders[n]))
-        for n in contenders
+def _looks(task: Task, result: Result) -> dict[str, Look]:
+    found = {}
+    for name in task.makers(LOOK_SIDE):
+        try:
+            found[name] = Look() if name == COPY else task.look(name)
+        except Exception as error:
+            result.left_out[f"{task.name}, {name}"] = reason(error)
+    return found
+
+
+def run(
+    *,
+    batch_32: int = 512,
+    batch_224: int = 64,
+    rounds: int = 7,
+    threads: int | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+    tasks: Sequence[str] = TASKS,
+) -> Result:
+    """Time our augmentations and the peers' in turn; arguments and errors as in `bench_augment`."""
+    for name, value, low in (("batch_32", batch_32, 0), ("batch_224", batch_224, 0), ("rounds", rounds, 1)):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    where, result = pick_device(device), Result([], {})
+    builders = {"TrivialAugment": trivial_task, "CutMix": mix_task, "pipeline": pipeline_task}
+    with thread_count(threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peers' deprecations
+        for name in tasks:
+            task = builders[name](where, compiled)
+            looks = _looks(task, result)
+            for batch, side in ((batch_32, 32), (batch_224, 224)):
+                result.rows.extend(_rows(task, batch, side, rounds, where, looks, result) if batch else [])
+    return result
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else "yes" if value == 1 else f"no ({value:.0%})"
+
+
+def _draws(row: Row) -> str:
+    wanted = {"TrivialAugment": {"operation"}, "CutMix": {"box"}, "pipeline": {"operation", "box"}}[row.task]
+    if row.look.draws >= wanted:
+        return "yes"
+    return f"{', '.join(sorted(row.look.draws))} only" if row.look.draws else "no"
+
+
+def _cells(row: Row) -> Iterator[str]:
+    speed, low, high = (row.batch / seconds for seconds in (row.timing.median, row.timing.high, row.timing.low))
+    yield from (row.name, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}")
+    yield f"{row.batch / row.timing.cpu:,.0f}" if row.timing.cpu else "-"
+    yield from (f"{row.times:.2f}", f"{row.to_copy:.1f}")
+    yield "-" if row.over_floor is None else f"{row.over_floor:.1f}"
+    yield from (f"{row.counts.operations:,.0f}", f"{row.counts.reads:,.0f}")
+    yield from ("-" if row.name == COPY else _draws(row), _share(row.look.equals), _share(row.look.exact))
+
+
+def _table(rows: Sequence[Row], yardstick: str, on_gpu: bool) -> list[str]:
+    first = rows[0]
+    head = ["contender", "images/s", "slowest to fastest", "images per CPU-second", f"times {yardstick}", "time / copy"]
+    head += ["bytes over the floor", "kernels" if on_gpu else "ATen operations", "host reads"]
+    head += ["per sample", "equals torchvision", "targets exact"]
+    lines = [f"### {first.task}, {first.batch} images of {first.side}x{first.side}", "", f"| {' | '.join(head)} |"]
+    return [*lines, "|---" * len(head) + "|", *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+
+
+def _tables(result: Result) -> Iterator[list[Row]]:
+    for key in dict.fromkeys((row.task, row.side) for row in result.rows):
+        yield [row for row in result.rows if (row.task, row.side) == key]
+
+
+def table(result: Result, rounds: int, device: torch.device) -> str:
+    """The rows as Markdown: a table for each task and size, with the machine and what was left out."""
+    lines = [f"{machine()}; medians of {rounds} rounds, contenders in turn", ""]
+    lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()]
+    for rows in _tables(result):
+        yardstick = ONE_BOX if rows[0].task == "CutMix" else LOOP
+        lines += ["", *_table(rows, yardstick, device.type == "cuda")]
+    notes = [
+        "Floating images for kornia and timm, and PIL images for the PIL loops, are made before the clock starts.",
+        '"-" for bytes: work that does not pass through torch\'s operators, where it is not seen.',
     ]
+    return "\n".join([*lines, "", *notes])
 
 
-def _share(value: float) -> str:
-    return "yes" if value == 1 else f"no ({value:.0%})"
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    task = rows[0].task
-    yardstick = LOOP if task == "TrivialAugment" else ONE_BOX
-    agrees = "equals torchvision" if task == "TrivialAugment" else "targets exact"
-    lines = [
-        f"| {task} | size | batch | images/s | slowest to fastest | times {yardstick} | samples differ | {agrees} |",
-        "|---|---|---|---|---|---|---|---|",
+def draw(result: Result, path: Path) -> None:
+    """Images per second of every row, a panel for each task and size, into a PNG."""
+    panels = [
+        Panel(f"{rows[0].task}, {rows[0].batch} images of {rows[0].side}x{rows[0].side}", [_bar(row) for row in rows])
+        for rows in _tables(result)
     ]
-    for row in rows:
-        speed, low, high = (row.batch / t for t in (row.timing.median, row.timing.high, row.timing.low))
-        cells = [row.name, f"{row.side}x{row.side}", row.batch, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}"]
-        cells += [f"{row.ratio:.2f}", "yes" if row.per_sample else "no", _share(row.agrees)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+    draw_bars(panels, path, label="images/s", note=f"Augmentation. {machine()}", log=True)
 
 
-def bench_augment(*, batch_32: int = 512, batch_224: int = 64, rounds: int = 7, compiled: bool = False) -> str:
-    """Time our augmentations and the peers' on the CPU in turn.
+def _bar(row: Row) -> Bar:
+    speed, low, high = (row.batch / seconds for seconds in (row.timing.median, row.timing.high, row.timing.low))
+    return Bar(row.name, speed, low, high, is_ours(row.name))
 
-    What a contender does is looked at, not asserted: whether the samples of a batch differ in what happens to them, and
-    whether each comes out as one of torchvision's own outcomes (CutMix: with exactly the shares of its pixels).
+
+def bench_augment(
+    *,
+    batch_32: int = 512,
+    batch_224: int = 64,
+    rounds: int = 7,
+    threads: int | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+    out: str | Path | None = None,
+) -> str:
+    """Time our augmentations and the peers' in turn: TrivialAugment alone, CutMix alone, the whole pipeline.
+
+    What a contender does is looked at, not asserted: which draws the samples of a batch have of their own, whether each
+    comes out as one of torchvision's own outcomes (all of which are made), and whether targets are the shares of the
+    pixels. Operations, their bytes, and reads by the host are counted while one call runs.
 
     Args:
-        batch_32: Images of 32 x 32 pixels per call, at least 1.
+        batch_32: Images of 32 x 32 pixels per call; 0 leaves that size out.
         batch_224: Images of 224 x 224 pixels per call; 0 leaves that size out.
         rounds: Turns of every contender, at least 1.
+        threads: Threads on the CPU; None leaves torch's.
+        device: A torch device; None takes the GPU if there is one.
         compiled: Whether `torch.compile`d ones run, too; compiling takes a minute.
+        out: A folder for `augment.md` and `augment.png`; None writes nothing.
 
     Returns:
         Markdown tables; images per second are medians over the rounds.
 
     Raises:
-        ValueError: For a batch or rounds out of range.
+        ValueError: For a batch, rounds, threads or a device out of range.
     """
-    for name, value, low in (("batch_32", batch_32, 1), ("batch_224", batch_224, 0), ("rounds", rounds, 1)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
-    sizes = [(batch_32, 32)] + ([(batch_224, 224)] if batch_224 else [])
-    trivial = [row for batch, side in sizes for row in _trivial_rows(batch, side, rounds, compiled)]
-    mixing = [row for batch, side in sizes for row in _mix_rows(batch, side, rounds, compiled)]
-    notes = [
-        f"Medians of {rounds} rounds, every contender in turn. {machine()}.",
-        "kornia gets floating images, and torchvision's PIL loop gets PIL images, made before the clock starts.",
-    ]
-    return "\n".join([*_table(trivial), "", *_table(mixing), "", *notes])
+    result = run(
+        batch_32=batch_32, batch_224=batch_224, rounds=rounds, threads=threads, device=device, compiled=compiled
+    )
+    with thread_count(threads):
+        text = table(result, rounds, pick_device(device))
+        if out is not None:
+            draw(result, Path(out, "augment.png"))
+            Path(out, "augment.md").write_text(text + "\n", encoding="utf-8")
+    return text

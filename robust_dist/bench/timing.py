@@ -1,13 +1,18 @@
 """Fair timing: every contender takes its turn in every round, and medians are compared."""
 
+import contextlib
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+
+_BURST = 8  # calls, few enough for a GPU's queue to take them all
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -15,52 +20,169 @@ class Timing:
     """Seconds per call over the rounds of one contender.
 
     Attributes:
-        median: Median over the rounds, in seconds.
+        median: Median over the rounds, in seconds; on a GPU between two events on its stream.
         low: Fastest round, in seconds.
         high: Slowest round, in seconds.
+        cpu: Median of what all threads of the process spent in it, in CPU seconds; None where not measured.
+        host: On a GPU, the median of the seconds until a call returns while the queue is empty; else None.
     """
 
     median: float
     low: float
     high: float
+    cpu: float | None = None
+    host: float | None = None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    seconds: float
+    cpu: float
+    host: float | None = None
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None takes the GPU if there is one.
+
+    Raises:
+        ValueError: No such device, or none of CUDA's here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is no device of torch; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but torch finds no GPU here; use cpu")
+    return device
+
+
+@contextlib.contextmanager
+def thread_count(number: int | None) -> Iterator[None]:
+    """So many threads for torch, and for libraries that load their own OpenMP meanwhile; None leaves them.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+    if number is not None and number < 1:
+        raise ValueError(f"threads must be at least 1 or None, got {number}")
+    before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(number or before)
+    os.environ["OMP_NUM_THREADS"] = str(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if variable is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = variable
+
+
+def reason(error: Exception) -> str:
+    """Why a contender is not there, in a line."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
+    if isinstance(error, ImportError):
+        return f"cannot be imported: {_first(error)}"
+    return _first(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_first(error)}"
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no reason given"
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def interleaved(
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int = 7,
+    min_seconds: float = 0.05,
+    warmup: int = 1,
+    device: torch.device | None = None,
+    failures: dict[str, str] | None = None,
+) -> dict[str, Timing]:
+    """Time the contenders in turn, `rounds` times, so that a busy moment hits all of them.
+
+    Args:
+        contenders: Name to a call without arguments.
+        rounds: How often each one is measured.
+        min_seconds: A measurement repeats a call until it lasts about this long.
+        warmup: Calls of each before the first round, besides one that says how often to repeat.
+        device: Where the calls work; None is the GPU if there is one, timed by the host's clock.
+        failures: Takes the names of contenders that raise, and why; None lets the exception through.
+
+    Returns:
+        Name to its timing, in seconds per call, of those that did not fail.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    measure = _sample_on_gpu if on_gpu else _sample
+    samples: dict[str, list[_Sample]] = {name: [] for name in contenders}
+    repeats: dict[str, int] = {}
+    for turn in range(rounds + 1):
+        for name in list(samples):
+            try:
+                if turn:
+                    samples[name].append(measure(contenders[name], repeats[name]))
+                else:
+                    repeats[name] = _repeats(contenders[name], measure, min_seconds, warmup)
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[name] = reason(error)
+                del samples[name]
+    return {name: _timing(found) for name, found in samples.items()}
+
+
+def _repeats(call: Call, measure: Callable[[Call, int], _Sample], min_seconds: float, warmup: int) -> int:
+    for _ in range(warmup):
+        call()
+    return max(1, int(min_seconds / max(measure(call, 1).seconds, 1e-9)))
+
+
+def _timing(found: list[_Sample]) -> Timing:
+    seconds = [one.seconds for one in found]
+    host = [one.host for one in found if one.host is not None]
+    cpu = statistics.median(one.cpu for one in found)
+    return Timing(
+        statistics.median(seconds), min(seconds), max(seconds), cpu, statistics.median(host) if host else None
+    )
+
+
+def _sample(call: Call, repeats: int) -> _Sample:
+    _synchronize()
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    _synchronize()
+    return _Sample((time.perf_counter() - start) / repeats, (time.process_time() - cpu) / repeats)
+
+
+def _sample_on_gpu(call: Call, repeats: int) -> _Sample:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _synchronize()
+    cpu = time.process_time()
+    first.record()
+    for _ in range(repeats):
+        call()
+    last.record()
+    _synchronize()
+    cpu = (time.process_time() - cpu) / repeats
+    return _Sample(first.elapsed_time(last) / 1e3 / repeats, cpu, _until_return(call, min(repeats, _BURST)))
+
+
+def _until_return(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds = (time.perf_counter() - start) / repeats
+    _synchronize()
+    return seconds
 
 
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 7, min_seconds: float = 0.05
-) -> dict[str, Timing]:
-    """Time the contenders in turn, `rounds` times, so that a busy moment hits all of them.
-
-    Args:
-        contenders: Name to a call without arguments; each is warmed up once.
-        rounds: How often each one is measured.
-        min_seconds: A measurement repeats a call until it lasts about this long.
-
-    Returns:
-        Name to its timing, in seconds per call.
-    """
-    repeats = {}
-    for name, call in contenders.items():
-        call()
-        repeats[name] = max(1, int(min_seconds / max(_seconds(call, 1), 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            samples[name].append(_seconds(call, repeats[name]))
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
 
 
 def machine() -> str:

@@ -1,50 +1,114 @@
 """The optimizer's benchmark."""
 
+import re
+
 import pytest
 import torch
 
 from robust_dist.bench import optimizer
-from robust_dist.bench.optimizer import SETS, bench_optimizer, main, run
+from robust_dist.bench.optimizer import ADAMW_FUSED, SETS, TRIAD, bench_optimizer, run
+from robust_dist.bench.optimizer_peers import makers
+from robust_dist.bench.parameter_sets import numel
+from robust_dist.cli import main
+
+CPU = torch.device("cpu")
+SOME = ("RAdaBeliefW foreach", "RAdaBeliefW single", ADAMW_FUSED, "torch RAdam foreach")
+
+
+def _broken(params):
+    raise RuntimeError("nvcc was not found\nlong log")
+
+
+def _breaking(params):
+    found = torch.optim.SGD(params, lr=0.0)
+    found.step = lambda: _broken(params)
+    return found
 
 
 @pytest.fixture(autouse=True)
-def _a_small_set(monkeypatch):
+def _few_and_small(monkeypatch):
     monkeypatch.setitem(SETS, "tiny", lambda: [(3, 2), (4,), ()])
-
-
-def _elements(name):
-    return sum(torch.Size(shape).numel() for shape in SETS[name]())
+    # DeepSpeed's would be compiled.
+    monkeypatch.setattr(optimizer, "makers", lambda device: {name: makers(device)[name] for name in SOME})
 
 
 def test_the_sets_have_the_sizes_of_the_models_they_are_named_after():
-    assert (len(SETS["resnet56"]()), _elements("resnet56")) == (167, 853_018)
-    assert (len(SETS["resnet18"]()), _elements("resnet18")) == (62, 11_173_962)
-    assert (len(SETS["resnet50"]()), _elements("resnet50")) == (161, 25_557_032)
-    assert (len(SETS["vit_l"]()), _elements("vit_l")) == (296, 304_326_632)
+    found = {name: (len(SETS[name]()), numel(SETS[name]())) for name in SETS}
+    assert found["resnet56"] == (167, 853_018)
+    assert found["resnet18"] == (62, 11_173_962)
+    assert found["resnet50"] == (161, 25_557_032)
+    assert found["vit_l"] == (296, 304_326_632)
+    assert found["flat"] == (1, 100_000_000)
 
 
-def test_ratios_are_to_the_peers_of_the_same_run():
-    rows, _ = run(sets=["tiny"], rounds=1, threads=1)
-    by_name = {row.optimizer: row for row in rows}
-    assert by_name[optimizer.RADAM].to_radam == by_name[optimizer.ADAMW_FUSED].to_adamw_fused == 1.0
-    own = by_name["RAdaBeliefW"]
-    assert own.to_radam == own.timing.median / by_name[optimizer.RADAM].timing.median
+def test_ratios_are_to_the_yardsticks_of_the_same_run():
+    by_name = {row.optimizer: row for row in run(sets=["tiny"], rounds=1, threads=1).rows}
+    assert set(by_name) == {TRIAD, *SOME}
+    assert by_name[ADAMW_FUSED].to_adamw_fused == by_name[TRIAD].of_limit == 1.0
+    own = by_name["RAdaBeliefW foreach"]
+    assert own.to_adamw_fused == own.timing.median / by_name[ADAMW_FUSED].timing.median
+    assert own.of_limit == by_name[TRIAD].timing.median / own.timing.median
     assert own.bandwidth == 28 * 11 / own.timing.median
 
 
-def test_an_uninstalled_peer_is_named_and_left_out(monkeypatch):
-    def absent(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(optimizer.importlib, "import_module", absent)
-    table = bench_optimizer(sets=["tiny"], rounds=1, threads=1)
-    assert "left out, not installed: timm AdaBelief, timm RAdaBelief, adabelief-pytorch" in table
-    assert "| tiny | RAdaBeliefW |" in table
+def test_every_contender_that_is_asked_for_is_known_on_both_devices():
+    shared = {*SOME, "torch AdamW foreach", "timm AdaBelief", "timm RAdaBelief", "adabelief-pytorch"}
+    shared |= {"pytorch_optimizer AdaBelief", "pytorch_optimizer RAdaBelief"}
+    assert set(makers(CPU)) == shared | {"RAdaBeliefW fused", "DeepSpeedCPUAdam"}
+    assert set(makers(torch.device("cuda"))) == shared | {"RAdaBeliefW triton", "DeepSpeed FusedAdam"}
 
 
-def test_the_command_prints_the_table(capsys):
-    main(["--sets", "tiny", "--rounds", "1", "--threads", "1"])
-    assert "| parameters | optimizer | ms |" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["timm AdaBelief", "timm RAdaBelief", "adabelief-pytorch"])
+def test_peers_that_are_installed_can_step(name, capsys):
+    pytest.importorskip(name.split()[0].replace("-", "_"))
+    params = [torch.ones(3, requires_grad=True)]
+    params[0].grad = torch.ones(3)
+    makers(CPU)[name](params).step()
+    assert (params[0] < 1).all()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_peer_that_is_absent_cannot_be_built_or_fails_becomes_a_line(monkeypatch):
+    peers = {
+        "absent": lambda params: __import__("no_such_package"),
+        "unbuilt": _broken,
+        "breaking": _breaking,
+        **{name: makers(CPU)[name] for name in SOME},
+    }
+    monkeypatch.setattr(optimizer, "makers", lambda device: peers)
+    text = bench_optimizer(sets=["tiny"], rounds=1, threads=1)
+    assert "- left out: absent: no_such_package is not installed" in text
+    assert "- left out: unbuilt: RuntimeError: nvcc was not found" in text
+    assert "- left out: breaking on tiny: RuntimeError: nvcc was not found" in text
+    assert "| tiny | RAdaBeliefW foreach |" in text
+
+
+def test_contenders_are_timed_in_groups_where_memory_is_short_each_beside_the_yardstick(monkeypatch):
+    # Room for two states of 8 bytes a parameter, beside temporaries and the limit's arrays.
+    free = (8 * (11 + optimizer.LIMIT_ELEMENTS) + 17 * 11) / optimizer.SHARE_OF_MEMORY
+    monkeypatch.setattr(optimizer, "free_memory", lambda: free)
+    groups = optimizer._groups(SOME, 11, CPU)
+    assert groups == [
+        [name, ADAMW_FUSED] if name != SOME[-1] else [ADAMW_FUSED, name] for name in SOME if name != SOME[2]
+    ]
+    rows = run(sets=["tiny"], rounds=1, threads=1).rows
+    assert [row.optimizer for row in rows] == [TRIAD, *SOME]
+
+
+def test_the_command_prints_the_table_and_writes_it_with_a_picture(capsys, tmp_path):
+    words = ["bench", "optimizer", "--sets", "tiny", "--rounds", "1", "--threads", "1", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    try:
+        assert main([*words, "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert (
+        "| parameters | optimizer | ms | lowest to highest | GB/s | of the memory's speed | / AdamW fused |" in printed
+    )
+    assert len(re.findall(r"^\| tiny \|", printed, re.MULTILINE)) == 1 + len(SOME)
+    assert (tmp_path / "optimizer.md").read_text() in printed + "\n"
+    assert (tmp_path / "optimizer.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -56,10 +120,9 @@ def test_wrong_arguments_are_errors_that_name_them(kwargs, message):
         run(**kwargs)
 
 
-def test_slow_contenders_are_left_out_of_large_sets_only(monkeypatch):
-    monkeypatch.setattr(optimizer, "LARGE", 11)
-    small, _ = run(sets=["tiny"], rounds=1, threads=1)
-    assert not {row.optimizer for row in small} & set(optimizer.SLOW)
-    monkeypatch.setattr(optimizer, "LARGE", 12)
-    whole, _ = run(sets=["tiny"], rounds=1, threads=1)
-    assert {row.optimizer for row in whole} > {"RAdaBeliefW foreach=False"}
+@pytest.mark.slow
+def test_deepspeeds_step_is_built_and_timed(monkeypatch):
+    pytest.importorskip("deepspeed")
+    names = (*SOME, "DeepSpeedCPUAdam")
+    monkeypatch.setattr(optimizer, "makers", lambda device: {name: makers(device)[name] for name in names})
+    assert names[-1] in [row.optimizer for row in run(sets=["tiny"], rounds=1, threads=1, device="cpu").rows]

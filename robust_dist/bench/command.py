@@ -1,0 +1,124 @@
+"""The words of `robust-dist bench`."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+_ROUNDS, _THREADS, _BATCH = "--rounds", "--threads", "--batch"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare a benchmark for each word, with the options that it has."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    optimizer = _add(kinds, "optimizer", "a step of RAdaBeliefW beside other optimizers and the memory's speed")
+    optimizer.add_argument("--sets", nargs="+", help="parameter sets: resnet56 resnet18 resnet50 vit_l flat")
+    _add_device(optimizer)
+    augment = _add(
+        kinds, "augment", "TrivialAugment, CutMix and the whole pipeline beside torchvision, kornia, DALI, timm"
+    )
+    augment.add_argument(
+        _BATCH, type=int, help="images a call: of 32x32, and an eighth of it of 224x224 (default: 512)"
+    )
+    augment.add_argument("--compile", action="store_true", help="ours through torch.compile, too")
+    _add_device(augment)
+    train = _add(kinds, "train", "images a second of whole training steps, with and without augmentation", rounds=None)
+    train.add_argument(_BATCH, type=int, help="images a step (default: 128)")
+    train.add_argument("--models", nargs="+", help="models by name (default: resnet56 resnet18_cifar)")
+    train.add_argument("--precision", choices=["no", "bf16"], help="autocast (default: bf16 on a GPU, else no)")
+    train.add_argument("--compile", action="store_true", help="with the augmentation through torch.compile, too")
+    train.add_argument("--cuda-graph", action="store_true", help="with the step captured in a CUDA graph, too")
+    _add_device(train)
+    data = _add(kinds, "data", "reading images that do not fit a device, beside torchvision, datasets, webdataset")
+    data.add_argument("--images", type=int, default=2_000, help="images that are made (default: %(default)s)")
+    data.add_argument("--workers", type=int, help="processes that read; as many as cores where not given")
+    data.add_argument("--step-ms", type=float, help="what the consumer takes for a batch, where data wait counts")
+    _add(kinds, "checkpoint", "what a checkpoint costs training")
+    _add(kinds, "dtensor", "a step on sharded parameters beside their local tensors")
+    _add(kinds, "scale", "shards, memory, collectives up to 16,384 ranks")
+
+
+def _add(kinds: Any, name: str, text: str, *, rounds: int | None = 7) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text)
+    shown = "fewer on a CPU" if rounds is None else "%(default)s"
+    parser.add_argument(_ROUNDS, type=int, default=rounds, help=f"turns of every contender (default: {shown})")
+    parser.add_argument(_THREADS, type=int, help="CPU threads; torch's own choice where not given")
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--out", metavar="DIR", help="write the table (Markdown) and a picture (PNG) there, too")
+
+
+def run(words: argparse.Namespace) -> int:
+    """Run one benchmark and print its table."""
+    import torch
+
+    if words.threads is not None and words.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {words.threads}")
+    if words.threads is not None:
+        torch.set_num_threads(words.threads)
+    print(_BENCHMARKS[words.what](words))
+    if getattr(words, "out", None):
+        print(f"\nwrote {words.out}/{words.what}.md and {words.what}.png")
+    return 0
+
+
+def _given(words: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were said; the benchmark's own defaults hold for the others."""
+    return {name: getattr(words, name) for name in names if getattr(words, name) is not None}
+
+
+def _optimizer(words: argparse.Namespace) -> str:
+    from robust_dist.bench.optimizer import bench_optimizer
+
+    return bench_optimizer(**_given(words, "sets", "rounds", "threads", "device", "out"))
+
+
+def _augment(words: argparse.Namespace) -> str:
+    from robust_dist.bench.augment import bench_augment
+
+    sizes = {} if words.batch is None else {"batch_32": words.batch, "batch_224": words.batch // 8}
+    return bench_augment(**sizes, **_given(words, "rounds", "threads", "device", "out"), compiled=words.compile)
+
+
+def _train(words: argparse.Namespace) -> str:
+    from robust_dist.bench.train import bench_train
+
+    given = _given(words, "batch", "models", "precision", "rounds", "threads", "device", "out")
+    return bench_train(**given, compiled=words.compile, cuda_graph=words.cuda_graph)
+
+
+def _data(words: argparse.Namespace) -> str:
+    from robust_dist.bench.data import bench_data
+
+    return bench_data(images=words.images, workers=words.workers, rounds=words.rounds, step_ms=words.step_ms)
+
+
+def _checkpoint(words: argparse.Namespace) -> str:
+    from robust_dist.bench.checkpoint import bench_checkpoint
+
+    return bench_checkpoint(rounds=words.rounds)
+
+
+def _dtensor(words: argparse.Namespace) -> str:
+    from robust_dist.bench.dtensor import bench_dtensor
+
+    return bench_dtensor(rounds=words.rounds)
+
+
+def _scale(_: argparse.Namespace) -> str:
+    from robust_dist.bench.scale import bench_scale
+
+    return bench_scale()
+
+
+_BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "optimizer": _optimizer,
+    "augment": _augment,
+    "train": _train,
+    "data": _data,
+    "checkpoint": _checkpoint,
+    "dtensor": _dtensor,
+    "scale": _scale,
+}

@@ -1,0 +1,219 @@
+"""Images a second of whole training steps, and what augmentation costs of them: `robust-dist bench train`."""
+
+import gc
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from robust_dist.bench.figure import Bar, Panel, draw_bars
+from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, has_field, random_set, recipes
+from robust_dist.train.recipe import Recipe
+
+MODELS = ("resnet56", "resnet18_cifar")
+_ALONE = "alone: "
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model with one way of augmenting.
+
+    Attributes:
+        model: Its name.
+        augmentation: "none" (images are normalised only), or the backend.
+        timing: Seconds per step of augmentation, forward and backward pass, and update.
+        alone: Seconds that the augmentation takes by itself.
+        share: The median of the one over that of the other; None of a captured step, where the same work takes less.
+        to_none: Images per second over those without augmentation.
+    """
+
+    model: str
+    augmentation: str
+    timing: Timing
+    alone: Timing
+    share: float | None
+    to_none: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The rows; and for each contender that is not there, why."""
+
+    rows: list[Row]
+    left_out: dict[str, str]
+
+
+def _model_rows(
+    model: str, settings: Settings, options: dict[str, bool], rounds: int, left_out: dict[str, str]
+) -> list[Row]:
+    accelerator = Accelerator(cpu=settings.device.type == "cpu", mixed_precision=settings.precision)
+    images = random_set(settings)
+    calls: dict[str, Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (recipe, backend) in recipes(model, settings, **options).items():
+            try:
+                one = Contender(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
+                calls[name], calls[_ALONE + name] = one.step, one.augment
+            except Exception as error:
+                left_out[f"{model}, {name}"] = reason(error)
+        on_gpu, failures = settings.device.type == "cuda", dict[str, str]()
+        warmup, least = (8, 0.2) if on_gpu else (0, 0.0)
+        times = interleaved(
+            calls, rounds=rounds, warmup=warmup, min_seconds=least, device=settings.device, failures=failures
+        )
+    left_out.update({f"{model}, {name}": why for name, why in failures.items() if not name.startswith(_ALONE)})
+    calls.clear()
+    gc.collect()
+    return [_row(model, name, times) for name in times if not name.startswith(_ALONE) and _ALONE + name in times]
+
+
+def _row(model: str, name: str, times: dict[str, Timing]) -> Row:
+    step, alone = times[name], times[_ALONE + name]
+    share = None if name == GRAPH else alone.median / step.median
+    return Row(model, name, step, alone, share, times[NONE].median / step.median)
+
+
+def _check(batch: int, rounds: int | None, precision: str | None, models: Sequence[str]) -> None:
+    for name, value in (("batch", batch), ("rounds", 1 if rounds is None else rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if precision not in (None, "no", "bf16"):
+        raise ValueError(f'precision must be "no" or "bf16", got {precision!r}')
+    if not models:
+        raise ValueError("models must name at least one model, got none")
+
+
+def _unavailable(where: torch.device, cuda_graph: bool) -> dict[str, str]:
+    if cuda_graph and where.type != "cuda":
+        return {GRAPH: "there is no GPU; it is for --device cuda"}
+    return {GRAPH: "this version has no cuda_graph"} if cuda_graph and not has_field(Recipe, "cuda_graph") else {}
+
+
+def run(
+    *,
+    models: Sequence[str] = MODELS,
+    batch: int = 128,
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compiled: bool = False,
+    cuda_graph: bool = False,
+) -> Result:
+    """Time training steps in turn; arguments and errors as in `bench_train`."""
+    _check(batch, rounds, precision, models)
+    where = pick_device(device)
+    on_gpu = where.type == "cuda"
+    settings = Settings(batch, precision or ("bf16" if on_gpu else "no"), where)
+    result = Result([], _unavailable(where, cuda_graph))
+    options = {"compiled": compiled, "cuda_graph": cuda_graph and on_gpu}
+    torch.backends.cudnn.benchmark = True
+    with thread_count(threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = partial(_model_rows, settings=settings, options=options, left_out=result.left_out)
+        for model in models:
+            result.rows.extend(rows(model, rounds=rounds or (7 if on_gpu else 3)))
+    return result
+
+
+def _cells(row: Row, batch: int) -> Iterator[str]:
+    speed, low, high = (batch / seconds for seconds in (row.timing.median, row.timing.high, row.timing.low))
+    yield from (row.model, row.augmentation, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{row.to_none:.3f}")
+    yield from (f"{row.timing.median * 1e3:.2f}", f"{row.alone.median * 1e3:.3f}")
+    yield "-" if row.share is None else f"{row.share:.2%}"
+    if row.timing.host is not None:
+        yield f"{row.timing.host * 1e3:.2f}"
+
+
+def table(result: Result, batch: int, about: str) -> str:
+    """The rows as Markdown, with the machine and what was left out."""
+    head = [
+        "model",
+        "augmentation",
+        "images/s",
+        "slowest to fastest",
+        "of none's",
+        "ms a step",
+        "augmentation alone, ms",
+    ]
+    head += ["share of the step"] + (
+        ["host ms a step"] if any(row.timing.host is not None for row in result.rows) else []
+    )
+    lines = [f"{machine()}; {about}", ""]
+    lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()] + [""] * bool(result.left_out)
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(_cells(row, batch))} |" for row in result.rows])
+
+
+def draw(result: Result, batch: int, path: Path, about: str) -> None:
+    """Images per second of every row, a panel for each model, into a PNG."""
+    panels = []
+    for model in dict.fromkeys(row.model for row in result.rows):
+        rows = [row for row in result.rows if row.model == model]
+        panels.append(Panel(model, [_bar(row, batch) for row in rows]))
+    draw_bars(panels, path, label="images/s", note=f"Training steps. {machine()}; {about}")
+
+
+def _bar(row: Row, batch: int) -> Bar:
+    time = row.timing
+    return Bar(
+        row.augmentation, batch / time.median, batch / time.high, batch / time.low, ours=row.augmentation != NONE
+    )
+
+
+def bench_train(
+    *,
+    models: Sequence[str] = MODELS,
+    batch: int = 128,
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compiled: bool = False,
+    cuda_graph: bool = False,
+    out: str | Path | None = None,
+) -> str:
+    """Time whole training steps of the recipe's loop on random 32 x 32 images, with and without augmentation, in turn.
+
+    Args:
+        models: Models by name.
+        batch: Images a step.
+        rounds: Turns of every contender; None is 3 on a CPU, where a turn is one step, and 7 on a GPU.
+        threads: Threads on the CPU; None leaves torch's.
+        device: A torch device; None takes the GPU if there is one.
+        precision: Autocast, "no" or "bf16"; None is "bf16" on a GPU and "no" on a CPU.
+        compiled: Also with the augmentation through `torch.compile`.
+        cuda_graph: Also with the whole step captured in a CUDA graph, on a GPU.
+        out: A folder for `train.md` and `train.png`; None writes nothing.
+
+    Returns:
+        A Markdown table with the machine and what was left out.
+
+    Raises:
+        ValueError: For a batch, rounds, threads, precision or device out of range.
+    """
+    result = run(
+        models=models,
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        cuda_graph=cuda_graph,
+    )
+    on_gpu = pick_device(device).type == "cuda"
+    mixed = precision or ("bf16" if on_gpu else "no")
+    about = f"batch {batch}, 32x32, autocast {mixed}; medians of {rounds or (7 if on_gpu else 3)} rounds, in turn"
+    with thread_count(threads):
+        text = table(result, batch, about)
+        if out is not None:
+            draw(result, batch, Path(out, "train.png"), about)
+            Path(out, "train.md").write_text(text + "\n", encoding="utf-8")
+    return text
