@@ -26,8 +26,8 @@ COPY = {"rate": 1.0, "beta2": 0.9, "grad_scale": 1.0, "decay": 1.0, "kind": 1, "
 def moved(param, grad, widest=None, **scalars):
     """`param` after one raw call of the C pass with zero moments."""
     m, v = (torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32)) for _ in range(2))
-    kinds = _KINDS[param.dtype], _KINDS[grad.dtype]
-    call(Batch([param], [grad], [m], [v]), kinds, _Scalars(**{**COPY, **scalars}), widest)
+    kinds = _KINDS[param.dtype], _KINDS[grad.dtype], _KINDS[m.dtype]
+    call(Batch([param], [grad], [m], [v]), kinds, _Scalars(**{**COPY, **scalars}), widest=widest)
     return param
 
 
@@ -229,7 +229,7 @@ def test_the_process_is_left_as_it_was(script):
 @built
 def test_the_compiled_backend_is_taken_unless_it_is_declined(monkeypatch):
     calls = []
-    monkeypatch.setattr(fused_cpu, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(fused_cpu, "call", lambda *words, **_: calls.append(words))
     for options, taken in (({}, 1), ({"fused": True}, 1), ({"fused": False}, 0), ({"foreach": True}, 0)):
         calls.clear()
         param = start((4,)).requires_grad_()
