@@ -81,6 +81,8 @@ def _load() -> Any:
     found.robust_dist_step.restype = None
     found.robust_dist_chunks.argtypes = [pointer, whole, ctypes.c_int]
     found.robust_dist_chunks.restype = whole
+    found.robust_dist_chunk.argtypes = [pointer, whole, ctypes.c_int, whole, pointer]
+    found.robust_dist_chunk.restype = None
     found.robust_dist_step_chunk.argtypes = [pointer, pointer, ctypes.c_int, whole, pointer]
     found.robust_dist_step_chunk.restype = None
     return found

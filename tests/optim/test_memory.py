@@ -188,7 +188,7 @@ def test_a_step_below_half_the_spacing_stalls_when_rounded_to_the_nearest_and_mo
     assert abs(ends["chance"] - ends["master"]) < 4 * (steps * 2**-8 * lr / n) ** 0.5
 
 
-@backends
+@pytest.mark.parametrize("backend", [name for name in ("fused", "foreach") if name in BACKENDS])
 def test_threads_chunks_and_blocks_change_no_bit(backend, monkeypatch):
     shapes, ends, threads = [(70_001,), (3,), (40_000,)], [], torch.get_num_threads()
     for number, block in ((1, 1 << 18), (2, 1000)):

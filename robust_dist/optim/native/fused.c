@@ -199,13 +199,19 @@ int64_t robust_dist_chunks(const int64_t *numels, int64_t count, int threads)
     return chunks;
 }
 
-/* Step one chunk; `found` takes its tensor, its first element and its number of elements. */
-void robust_dist_step_chunk(const tensors *t, const scalars *c, int isa, int64_t chunk, int64_t *found)
+/* Write a chunk's tensor, its first element and its number of elements to `found`. */
+void robust_dist_chunk(const int64_t *numels, int64_t count, int threads, int64_t chunk, int64_t *found)
 {
     cursor at = {0, 0};
-    found[2] = find(t->numels, chunk_size(total(t->numels, t->count), c->threads), chunk, &at, &found[1]);
+    found[2] = find(numels, chunk_size(total(numels, count), threads), chunk, &at, &found[1]);
     found[0] = at.tensor;
-    choose(isa)(t, at.tensor, found[1], found[2], c);
+}
+
+/* Step one chunk, and write to `found` which one it was. */
+void robust_dist_step_chunk(const tensors *t, const scalars *c, int isa, int64_t chunk, int64_t *found)
+{
+    robust_dist_chunk(t->numels, t->count, c->threads, chunk, found);
+    choose(isa)(t, found[0], found[1], found[2], c);
 }
 
 /* Step all tensors; `isa` must not be above robust_dist_widest(). */
