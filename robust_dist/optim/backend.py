@@ -89,7 +89,7 @@ def one_batch(columns: Sequence[list[Tensor]], counts: Sequence[float | None]) -
     params, grads, exp_avgs, exp_avg_sqs, steps = columns
     if len(set(counts)) > 1 or any(len({t.dtype for t in column}) > 1 for column in columns[:4]):
         return None
-    if params[0].is_complex() or len({t.device for t in params}) > 1:
+    if params[0].is_complex() or (False in {t.is_cpu for t in params} and len({t.device for t in params}) > 1):
         return None
     return Batch(params, grads, exp_avgs, exp_avg_sqs, steps, counts[0])
 

@@ -22,12 +22,12 @@ from robust_dist.optim.foreach import foreach
 from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
+from robust_dist.optim.state import PLAIN
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KEEP, _UNRECTIFIED, _RECTIFIED = range(3)
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _KIND_NAMES = ("param_kind", "grad_kind", "exp_avg_kind")
 
 
@@ -95,13 +95,13 @@ def instruction_set() -> str:
 
 def is_flat(*row: Tensor) -> bool:
     """Whether the C pass can take a row of tensors as arrays: plain ones, element beside element in the same order."""
-    return all(type(t) in _PLAIN for t in row) and (all(t.is_contiguous() for t in row) or can_flatten(row))
+    return all(type(t) in PLAIN for t in row) and (all(t.is_contiguous() for t in row) or can_flatten(row))
 
 
 def _all_contiguous(batch: Batch) -> bool:
     """`is_flat` of the usual batch, a column at a time: a fifth of the price of asking row by row."""
     for column in batch.columns:
-        if not (_PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
+        if not (PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
             return False
     return True
 

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from robust_dist.optim.backend import Batch, Slot, batches, one_batch
-from robust_dist.optim.state import is_dtensor, local_columns, local_slot, origin
+from robust_dist.optim.state import PLAIN, is_dtensor, local_columns, local_slot, origin
+
+
+def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The same with the local tensors of DTensors."""
+    one_of_each = {type(p): p for p in columns[0]}
+    sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
+    local = local_columns(*columns) if all(sharded.values()) else None
+    if local is not None or not any(sharded.values()):
+        return local or columns
+    rows = (local_slot(*row) if sharded[type(row[0])] else row for row in zip(*columns, strict=True))
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 @dataclass
@@ -35,14 +46,8 @@ class Gathered:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""
         columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
         columns += [self.masters] if self.masters else []
-        one_of_each = {type(p): p for p in self.params}
-        sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
-        local = local_columns(*columns) if all(sharded.values()) else None
-        if local is not None:
-            columns = local
-        elif any(sharded.values()):
-            rows = (local_slot(*row) if sharded[type(row[0])] else row for row in zip(*columns, strict=True))
-            columns = [list(column) for column in zip(*rows, strict=True)]
+        if not PLAIN.issuperset(map(type, self.params)):
+            columns = _local(columns)
         if self.masters or self.places:
             return batches(self._slots(columns, steps), counts)
         alike = one_batch([*columns, steps], counts)

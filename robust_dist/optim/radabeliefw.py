@@ -18,9 +18,11 @@ from robust_dist.optim.state import (
     EXP_AVG,
     EXP_AVG_SQ,
     MASTER,
+    PLAIN,
     STEP,
     complete,
     complete_memory,
+    completed,
     has_master,
     is_dtensor,
     load_exactly,
@@ -53,8 +55,10 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
 
 
 def _supports_foreach(params: Iterable[Tensor]) -> bool:
+    if PLAIN.issuperset(map(type, params)):
+        return True
     one_of_each = {type(p): p for p in params}
-    return all(kind in (Tensor, torch.nn.Parameter) or is_dtensor(p) for kind, p in one_of_each.items())
+    return all(kind in PLAIN or is_dtensor(p) for kind, p in one_of_each.items())
 
 
 def _choose(group: Mapping[str, Any], params: list[Tensor]) -> Backend:
@@ -248,8 +252,8 @@ class RAdaBeliefW(Optimizer):
             self._step_differentiably(group, g)
         elif _on_host(group):
             counts = [step.item() + 1.0 for step in g.steps]
-            # Half the time of foreach's addition, which has no fast path for 0-d tensors on the CPU.
-            steps = [torch.scalar_tensor(count, dtype=torch.float32) for count in counts]
+            # A fifth of the time of foreach's addition, which has no fast path for 0-d tensors on the CPU.
+            steps = list(torch.tensor(counts, dtype=torch.float32).unbind())
             self._replace_steps(g.params, steps)
             self._run(group, g.params, g.batches(steps, counts), None)
         else:
@@ -269,20 +273,23 @@ class RAdaBeliefW(Optimizer):
         places: list[int],
     ) -> None:
         # the name is torch's: torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
-        saves_memory = any(name in group for name in MEMORY_DEFAULTS)
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            state = self.state[param]
-            complete(state, param, group["capturable"])
-            if saves_memory:
+        found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
+        if not found:
+            return
+        with_grad, their_grads = zip(*found, strict=True)
+        states = list(map(self.state.__getitem__, with_grad))
+        columns = None
+        if not any(name in group for name in MEMORY_DEFAULTS):
+            columns = completed(states, with_grad, group["capturable"])
+        if columns is None:
+            for state, param in zip(states, with_grad, strict=True):
+                complete(state, param, group["capturable"])
                 complete_memory(state, param, group)
-            params.append(param)
-            grads.append(grad)
-            exp_avgs.append(state[EXP_AVG])
-            exp_avg_sqs.append(state[EXP_AVG_SQ])
-            steps.append(state[STEP])
+            columns = [[state[key] for state in states] for key in (STEP, EXP_AVG, EXP_AVG_SQ)]
+        params.extend(with_grad)
+        grads.extend(their_grads)
+        for filled, column in zip((steps, exp_avgs, exp_avg_sqs), columns, strict=True):
+            filled.extend(column)
         if option(group, "master_weights"):
             masters.extend(self.state[p][MASTER] if has_master(p, group) else p for p in params)
         if option(group, "stochastic_rounding"):
@@ -310,8 +317,8 @@ class RAdaBeliefW(Optimizer):
             backend(batch, h)
 
     def _replace_steps(self, params: Iterable[Tensor], steps: Iterable[Tensor]) -> None:
-        for param, step in zip(params, steps, strict=True):
-            self.state[param][STEP] = step
+        for state, step in zip(map(self.state.__getitem__, params), steps, strict=True):
+            state[STEP] = step
 
     def _advance_on_device(self, g: Gathered, found_inf: Tensor | None) -> list[Tensor]:
         ones = [torch.ones((), device=step.device) for step in g.steps]
