@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust_dist.optim.pages import empty_like
 from robust_dist.optim.settings import option
 
 _local, _layout, _is_cpu = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("is_cpu")
@@ -149,10 +150,7 @@ def complete(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
     _repair_step(state, param, capturable)
     for key in MOMENTS:
         if key not in state:
-            zeros = torch.zeros_like(
-                param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
-            )
-            state[key] = _sharing_placements(zeros, param)
+            state[key] = _sharing_placements(empty_like(param, state_dtype(param)).zero_(), param)
     if is_dtensor(param):
         for key in MOMENTS:
             if not _is_placed(state[key], param):
@@ -172,7 +170,7 @@ def complete_memory(state: dict[str, Any], param: Tensor, group: Mapping[str, An
     if not has_master(param, group):
         return
     if MASTER not in state:
-        state[MASTER] = _sharing_placements(param.detach().to(state_dtype(param)), param)
+        state[MASTER] = _sharing_placements(empty_like(param, state_dtype(param)).copy_(param.detach()), param)
     if is_dtensor(param) and not _is_placed(state[MASTER], param):
         state[MASTER] = _placed_like(state[MASTER], param)
 
