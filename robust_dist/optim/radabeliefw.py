@@ -122,7 +122,8 @@ class RAdaBeliefW(Optimizer):
             it at its first step; steps work on the copy and write the parameter, rounded. Weights that are loaded
             into the model later are overwritten, unless the state is loaded, too, or cleared.
         exp_avg_dtype: torch.bfloat16 (or "bfloat16") keeps m so, but not of float64 or complex parameters; None in
-            float32. v is never kept in less.
+            float32. v is never kept in less. To the nearest, m stops short of a steady gradient, by up to a share
+            2^-8 / (1 - b1) of it; with stochastic_rounding it does not.
         stochastic_rounding: What is kept in bfloat16, m and parameters without master, is rounded up or down by
             chance, so that steps smaller than half its spacing are not lost, instead of to the nearest. The chance is
             a hash of (seed, step, parameter, element): the same on every backend, after a resume, and, where

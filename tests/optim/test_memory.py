@@ -189,6 +189,25 @@ def test_a_step_below_half_the_spacing_stalls_when_rounded_to_the_nearest_and_mo
 
 
 @pytest.mark.parametrize("backend", [name for name in ("fused", "foreach") if name in BACKENDS])
+@pytest.mark.parametrize(("beta1", "short"), [(0.9, 0.01), (0.99, 0.1)])
+def test_a_first_moment_stops_short_of_a_constant_gradient_to_the_nearest_and_reaches_it_by_chance(
+    backend, beta1, short
+):
+    grad = torch.linspace(1.0, 2.0, 4096)
+    means = {}
+    for chance in (False, True):
+        param = torch.zeros(4096).requires_grad_()
+        kwargs = {"exp_avg_dtype": BF16, "stochastic_rounding": chance, "betas": (beta1, 0.9), "lr": 0.0}
+        optimizer = RAdaBeliefW([param], **kwargs, **BACKENDS[backend])
+        for _ in range(round(7 / (1 - beta1))):
+            step(optimizer, [param], [grad])
+        exact = grad * (1 - beta1 ** round(7 / (1 - beta1)))
+        means[chance] = (optimizer.state[param]["exp_avg"].float() / exact).mean().item()
+    assert 1 - 2**-8 / (1 - beta1) < means[False] < 1 - short
+    assert abs(means[True] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("backend", [name for name in ("fused", "foreach") if name in BACKENDS])
 def test_threads_chunks_and_blocks_change_no_bit(backend, monkeypatch):
     shapes, ends, threads = [(70_001,), (3,), (40_000,)], [], torch.get_num_threads()
     for number, block in ((1, 1 << 18), (2, 1000)):
