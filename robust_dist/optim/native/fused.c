@@ -14,7 +14,7 @@
 #define LEAST 32768
 #define MOST 262144
 #define PER_THREAD 8
-#define PIECE 1024
+#define PIECE 256
 
 enum { F32, F64, BF16, F16 };
 enum { KEEP, UNRECTIFIED, RECTIFIED };
