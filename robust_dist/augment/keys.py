@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment.checks import readable
+from robust_dist.splitmix import GOLDEN, mix, mix_int, shift, signed
 
 
 class Stream(IntEnum):
@@ -32,34 +33,6 @@ class Stream(IntEnum):
     RESIZED_CROP = 12
 
 
-def _signed(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def _shift(x: Tensor, places: int) -> Tensor:
-    """Logical right shift; torch's own keeps the sign."""
-    return (x >> places) & (2 ** (64 - places) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _mix_int(x: int) -> int:
-    """`_mix` of a Python integer modulo 2**64; as an unsigned one."""
-    x %= 2**64
-    x = (x ^ (x >> 30)) * _MIX_1 % 2**64
-    x = (x ^ (x >> 27)) * _MIX_2 % 2**64
-    return x ^ (x >> 31)
-
-
 def _counting(numbers: range, device: torch.device | str | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         # Inductor folds what is computed from an arange into indices, whose integers do not wrap at 64 bits.
@@ -78,7 +51,7 @@ def _counter(name: str, value: int | Tensor) -> Tensor:
         return value.long()
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {type(value).__name__}")
-    return torch.tensor(value if -(2**63) <= value < 2**63 else _signed(value), dtype=torch.int64)
+    return torch.tensor(value if -(2**63) <= value < 2**63 else signed(value), dtype=torch.int64)
 
 
 def _indices(indices: Tensor | Sequence[int]) -> Tensor:
@@ -108,33 +81,33 @@ def sample_keys(seed: int | Tensor, epoch: int | Tensor, indices: Tensor | Seque
         ValueError: For indices of more or less than one dimension.
     """
     counters = _indices(indices)
-    run = _mix(_counter("seed", seed) + _GOLDEN)
-    turn = _mix(run + _counter("epoch", epoch) * _GOLDEN)
-    return _mix(turn + counters * _GOLDEN)
+    run = mix(_counter("seed", seed) + GOLDEN)
+    turn = mix(run + _counter("epoch", epoch) * GOLDEN)
+    return mix(turn + counters * GOLDEN)
 
 
 def bits(keys: Tensor, stream: Stream) -> Tensor:
     """64 random bits per key, int64 like `keys`, independent between streams."""
-    return _mix(keys + _signed((int(stream) + 1) * _GOLDEN))
+    return mix(keys + signed((int(stream) + 1) * GOLDEN))
 
 
 def bits_of_each(keys: Tensor, first: Stream, last: Stream) -> Tensor:
     """`bits` of all streams from the first to the last, in one go: int64 [streams, B] for keys [B]."""
-    offsets = [_signed((stream + 1) * _GOLDEN) for stream in range(int(first), int(last) + 1)]
+    offsets = [signed((stream + 1) * GOLDEN) for stream in range(int(first), int(last) + 1)]
     if readable(keys):
-        return _mix(keys + torch.tensor(offsets).unsqueeze(1))
+        return mix(keys + torch.tensor(offsets).unsqueeze(1))
     # On a device a tensor of constants would be a copy that waits.
-    return _mix(torch.stack([keys + offset for offset in offsets]))
+    return mix(torch.stack([keys + offset for offset in offsets]))
 
 
 def to_uniform(drawn: Tensor) -> Tensor:
     """64 bits to float64, uniform over the multiples of 2**-53 in [0, 1)."""
-    return _shift(drawn, 11).double() * 2.0**-53
+    return shift(drawn, 11).double() * 2.0**-53
 
 
 def to_int(drawn: Tensor, high: int | Tensor) -> Tensor:
     """64 bits to int64, uniform in [0, high) for 1 <= high < 2**31, with a bias below high * 2**-32."""
-    return (_shift(drawn, 32) * high) >> 32
+    return (shift(drawn, 32) * high) >> 32
 
 
 def uniform(keys: Tensor, stream: Stream) -> Tensor:
@@ -152,9 +125,9 @@ def uniforms(key: int, stream: Stream) -> Iterator[float]:
 
     It is splitmix64's sequence that starts at `bits` of the key, so a row shares no draw with another stream or key.
     """
-    start = _mix_int(key + (int(stream) + 1) * _GOLDEN)
+    start = mix_int(key + (int(stream) + 1) * GOLDEN)
     for number in count(1):
-        yield (_mix_int(start + number * _GOLDEN) >> 11) * 2.0**-53
+        yield (mix_int(start + number * GOLDEN) >> 11) * 2.0**-53
 
 
 def random_keys(

@@ -11,6 +11,7 @@ from torch import Tensor
 from robust_dist.checkpoint.names import Names, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
 SCHEDULE_FILE = "scheduler.bin"
@@ -24,7 +25,7 @@ MODEL_FILES = (
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict")
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
 _SCHEDULE_KEYS = ("schedule", "scheduler", "lr_scheduler", "scheduler_state_dict", "lr_scheduler_state_dict")
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+STATE_KEYS = (STEP, *MOMENTS)
 
 
 def load_file(path: Path) -> Any:
@@ -193,11 +194,17 @@ def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
     """
     for name, entry in state.items():
         if set(entry) != set(STATE_KEYS):
-            hint = "; robust_dist.optim.convert takes timm's and adabelief-pytorch's" if "exp_avg_var" in entry else ""
             raise CheckpointError(
-                f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: it is "
-                f"of another optimizer{hint}"
+                f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: "
+                f"{_why_refused(entry)}"
             )
+
+
+def _why_refused(entry: Mapping[str, Any]) -> str:
+    if set(entry) == {*STATE_KEYS, MASTER}:
+        return "a run with master_weights=True cannot be converted; its engine loads it at any world size"
+    hint = "; robust_dist.optim.convert takes timm's and adabelief-pytorch's" if "exp_avg_var" in entry else ""
+    return f"it is of another optimizer{hint}"
 
 
 def write_ddp(state: TrainingState, folder: Path) -> None:

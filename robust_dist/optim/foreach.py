@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.backend import Batch
-from robust_dist.optim.coefficients import device_coefficients, either, host_coefficients
+from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
+from robust_dist.optim.layout import can_flatten
+from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
 
 # elements; with several threads every operation ends in a barrier, which is dear on busy cores, so fewer and larger
@@ -14,9 +16,12 @@ CPU_BLOCK = 1 << 18
 THREADED_CPU_BLOCK = 1 << 21
 
 
+def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+
+
 def _true_grads(batch: Batch, h: Hyper) -> list[Tensor]:
-    dtype = batch.exp_avgs[0].dtype
-    grads = batch.grads if batch.grads[0].dtype == dtype else [g.to(dtype) for g in batch.grads]
+    grads = _as(batch.grads, batch.exp_avg_sqs[0].dtype)
     if batch.inverse_scale is not None:
         grads = list(torch._foreach_mul(grads, batch.inverse_scale.to(grads[0].device)))
     return list(torch._foreach_neg(grads)) if h.maximize else grads
@@ -31,27 +36,32 @@ def _advance_moments(grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: l
         torch._foreach_add_(exp_avg_sqs, h.added_eps)
 
 
+def _move(params: list[Tensor], m: list[Tensor], v: list[Tensor], c: Coefficients) -> None:
+    if c.decay != 1.0:
+        torch._foreach_mul_(params, c.decay)
+    if not c.rectified:
+        torch._foreach_add_(params, m, alpha=-float(c.step_size))
+        return
+    denominators = torch._foreach_add(v, c.inner) if c.inner else v
+    denominators = torch._foreach_sqrt(denominators)
+    if c.outer:
+        torch._foreach_add_(denominators, c.outer)
+    torch._foreach_addcdiv_(params, m, denominators, -float(c.step_size))
+
+
 def _host_step(batch: Batch, h: Hyper, step: float) -> None:
-    _advance_moments(_true_grads(batch, h), batch.exp_avgs, batch.exp_avg_sqs, h)
+    dtype, rounder = batch.exp_avg_sqs[0].dtype, Rounder(batch, h)
+    m = _as(batch.exp_avgs, dtype)
+    _advance_moments(_true_grads(batch, h), m, batch.exp_avg_sqs, h)
+    if m is not batch.exp_avgs:
+        torch._foreach_copy_(batch.exp_avgs, [rounder.exp_avg(i, t) for i, t in enumerate(m)])
     lr = float(h.lr)
     if lr == 0.0:
         return
-    c = host_coefficients(step, h, lr, float(h.weight_decay))
-    dtype = batch.exp_avgs[0].dtype
-    exact = batch.params[0].dtype == dtype
-    params = batch.params if exact else [p.to(dtype) for p in batch.params]
-    if c.decay != 1.0:
-        torch._foreach_mul_(params, c.decay)
-    if c.rectified:
-        denominators = torch._foreach_add(batch.exp_avg_sqs, c.inner) if c.inner else batch.exp_avg_sqs
-        denominators = torch._foreach_sqrt(denominators)
-        if c.outer:
-            torch._foreach_add_(denominators, c.outer)
-        torch._foreach_addcdiv_(params, batch.exp_avgs, denominators, -float(c.step_size))
-    else:
-        torch._foreach_add_(params, batch.exp_avgs, alpha=-float(c.step_size))
-    if not exact:
-        torch._foreach_copy_(batch.params, params)
+    params = _as(batch.masters or batch.params, dtype)
+    _move(params, m, batch.exp_avg_sqs, host_coefficients(step, h, lr, float(h.weight_decay)))
+    if params is not batch.params:
+        torch._foreach_copy_(batch.params, [rounder.param(i, t) for i, t in enumerate(params)])
 
 
 def _commit(old: list[Tensor], new: list[Tensor], keep: Tensor | None) -> None:
@@ -61,10 +71,10 @@ def _commit(old: list[Tensor], new: list[Tensor], keep: Tensor | None) -> None:
 
 
 def _device_step(batch: Batch, h: Hyper) -> None:
-    dtype = batch.exp_avgs[0].dtype
+    dtype, rounder = batch.exp_avg_sqs[0].dtype, Rounder(batch, h)
     c = device_coefficients(batch.steps, h, dtype)
     skipped = None if batch.found_inf is None else batch.found_inf != 0
-    m, v = batch.exp_avgs, batch.exp_avg_sqs
+    m, v = _as(batch.exp_avgs, dtype), batch.exp_avg_sqs
     if skipped is not None:
         m, v = [t.clone() for t in m], [t.clone() for t in v]
     _advance_moments(_true_grads(batch, h), m, v, h)
@@ -72,23 +82,16 @@ def _device_step(batch: Batch, h: Hyper) -> None:
     torch._foreach_sqrt_(denominators)
     torch._foreach_mul_(denominators, list(c.slope))
     torch._foreach_add_(denominators, list(c.offset))
-    params = list(torch._foreach_mul([p.to(dtype) for p in batch.params], c.decay))
+    params = list(torch._foreach_mul([p.to(dtype) for p in batch.masters or batch.params], c.decay))
     torch._foreach_addcdiv_(params, m, denominators)
-    _commit(batch.params, params, either(c.idle, skipped))
+    idle = either(c.idle, skipped)
+    if batch.masters:
+        _commit(batch.masters, params, idle)
+    _commit(batch.params, [rounder.param(i, t) for i, t in enumerate(params)], idle)
+    if m is not batch.exp_avgs:
+        _commit(batch.exp_avgs, [rounder.exp_avg(i, t) for i, t in enumerate(m)], skipped)
     if skipped is not None:
-        _commit(batch.exp_avgs, m, skipped)
         _commit(batch.exp_avg_sqs, v, skipped)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    if tensor.is_contiguous():
-        return True
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def can_flatten(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors lie in memory without gaps and in the same order, so that they can be walked as arrays."""
-    return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def _pieces(tensors: tuple[Tensor, ...], size: int) -> Iterable[tuple[Tensor, ...]]:
@@ -101,16 +104,20 @@ def _pieces(tensors: tuple[Tensor, ...], size: int) -> Iterable[tuple[Tensor, ..
 def blocks(batch: Batch, size: int) -> Iterator[Batch]:
     """Cut a batch into batches of about `size` elements; large dense tensors are cut through, as views."""
     block: list[tuple[Tensor, ...]] = []
+    origins: list[tuple[int, int]] = []
     elements = 0
-    for row in zip(batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, strict=True):
+    for index, row in enumerate(zip(*batch.columns, strict=True)):
+        place, first = batch.origins[index] if batch.origins else (0, 0)
         for piece in [row] if row[0].numel() <= size else _pieces(row, size):
             block.append(piece)
+            origins.append((place, first))
+            first += piece[0].numel()
             elements += piece[0].numel()
             if elements >= size:
-                yield batch.like(*map(list, zip(*block, strict=True)))
-                block, elements = [], 0
+                yield batch.like(list(zip(*block, strict=True)), origins)
+                block, origins, elements = [], [], 0
     if block:
-        yield batch.like(*map(list, zip(*block, strict=True)))
+        yield batch.like(list(zip(*block, strict=True)), origins)
 
 
 def foreach(batch: Batch, h: Hyper) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from torch.autograd.graph import increment_version
 
 from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import host_coefficients
-from robust_dist.optim.foreach import can_flatten, foreach
+from robust_dist.optim.foreach import foreach
+from robust_dist.optim.layout import can_flatten
+from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
+from robust_dist.optim.state import PLAIN
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KEEP, _UNRECTIFIED, _RECTIFIED = range(3)
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_KIND_NAMES = ("param_kind", "grad_kind", "exp_avg_kind")
 
 
 class _Scalars(ctypes.Structure):
@@ -40,10 +45,10 @@ class _Tensors(ctypes.Structure):
     """`tensors` of native/fused.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "numels")),
+        *((name, ctypes.c_void_p) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")),
+        *((name, ctypes.c_void_p) for name in ("numels", "keys", "firsts")),
         ("count", ctypes.c_int64),
-        ("param_kind", ctypes.c_int32),
-        ("grad_kind", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in _KIND_NAMES),
     ]
 
 
@@ -71,8 +76,15 @@ def _load() -> Any:
         found = ctypes.CDLL(str(files[0]))
     except OSError as error:
         return f"{files[0].name} cannot be loaded: {error}"
-    found.robust_dist_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    found.robust_dist_step.argtypes = [pointer, pointer, ctypes.c_int]
     found.robust_dist_step.restype = None
+    found.robust_dist_chunks.argtypes = [pointer, whole, ctypes.c_int]
+    found.robust_dist_chunks.restype = whole
+    found.robust_dist_chunk.argtypes = [pointer, whole, ctypes.c_int, whole, pointer]
+    found.robust_dist_chunk.restype = None
+    found.robust_dist_step_chunk.argtypes = [pointer, pointer, ctypes.c_int, whole, pointer]
+    found.robust_dist_step_chunk.restype = None
     return found
 
 
@@ -81,27 +93,29 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[library().robust_dist_widest()]
 
 
-def is_flat(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the C pass can take the four as arrays: plain tensors, element beside element in the same order."""
-    row = (param, grad, exp_avg, exp_avg_sq)
-    return all(type(t) in _PLAIN for t in row) and (all(t.is_contiguous() for t in row) or can_flatten(row))
+def is_flat(*row: Tensor) -> bool:
+    """Whether the C pass can take a row of tensors as arrays: plain ones, element beside element in the same order."""
+    return all(type(t) in PLAIN for t in row) and (all(t.is_contiguous() for t in row) or can_flatten(row))
 
 
 def _all_contiguous(batch: Batch) -> bool:
     """`is_flat` of the usual batch, a column at a time: a fifth of the price of asking row by row."""
-    columns = batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs
-    return all(_PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column)) for column in columns)
+    for column in batch.columns:
+        if not (PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
+            return False
+    return True
 
 
-def _kinds(batch: Batch) -> tuple[int, int] | None:
-    """The dtypes of parameters and gradients as the C code numbers them; None where the pass has no such case."""
-    param, grad, state = batch.params[0].dtype, batch.grads[0].dtype, batch.exp_avgs[0].dtype
-    wanted = torch.float64 if param is torch.float64 else torch.float32
-    if state is not wanted or batch.exp_avg_sqs[0].dtype is not wanted or param not in _KINDS or grad not in _KINDS:
+def _kinds(batch: Batch) -> tuple[int, int, int] | None:
+    """Dtypes of parameters, gradients and exp_avgs as the C code numbers them; None where the pass has no such case."""
+    param, grad, m, v = (column[0].dtype for column in batch.columns[:4])
+    if param is torch.float64:
+        return (1, 1, 1) if grad is m is v is torch.float64 else None
+    if param not in _KINDS or grad not in _HALVES or m not in (torch.float32, torch.bfloat16):
         return None
-    if (param is torch.float64) != (grad is torch.float64):
+    if v is not torch.float32 or (batch.masters and batch.masters[0].dtype is not torch.float32):
         return None
-    return _KINDS[param], _KINDS[grad]
+    return _KINDS[param], _KINDS[grad], _KINDS[m]
 
 
 def _scalars(batch: Batch, h: Hyper, step: float) -> _Scalars:
@@ -122,7 +136,8 @@ def fused_cpu(batch: Batch, h: Hyper) -> None:
         return
     flat, rest = (batch, None) if _all_contiguous(batch) else _parted(batch)
     if flat.params:
-        call(flat, kinds, _scalars(batch, h, batch.step))
+        keys = host_keys(flat.origins, batch.step, h) if flat.origins else None
+        call(flat, kinds, _scalars(batch, h, batch.step), keys=keys)
         # Autograd must notice what was written behind its back.
         increment_version(flat.params)
     if rest is not None:
@@ -131,30 +146,49 @@ def fused_cpu(batch: Batch, h: Hyper) -> None:
 
 def _parted(batch: Batch) -> tuple[Batch, Batch | None]:
     """The rows that the pass can take, and those that it cannot."""
-    rows = list(zip(batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, strict=True))
-    flat, rest = ([row for row in rows if is_flat(*row) == wanted] for wanted in (True, False))
-    return _of_rows(batch, flat), _of_rows(batch, rest) if rest else None
+    flat = [is_flat(*row) for row in zip(*batch.columns, strict=True)]
+    rest = [not taken for taken in flat]
+    return _chosen(batch, flat), _chosen(batch, rest) if any(rest) else None
 
 
-def _of_rows(batch: Batch, rows: Sequence[tuple[Tensor, ...]]) -> Batch:
-    return batch.like(*map(list, zip(*rows, strict=True))) if rows else batch.like([], [], [], [])
+def _chosen(batch: Batch, which: Sequence[bool]) -> Batch:
+    return batch.like([list(compress(column, which)) for column in batch.columns], list(compress(batch.origins, which)))
 
 
-def call(batch: Batch, kinds: tuple[int, int], scalars: _Scalars, widest: int | None = None) -> None:
+def _table(
+    batch: Batch, kinds: tuple[int, int, int], keys: Sequence[int] | None
+) -> tuple[_Tensors, dict[str, "array[int]"]]:
+    """The C code's table of a batch, and the arrays that it points into, which must outlive it."""
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
+    arrays = {
+        name: array("q", map(Tensor.data_ptr, column)) for name, column in zip(names, batch.columns, strict=False)
+    }
+    arrays["numels"] = array("q", map(Tensor.numel, batch.params))
+    if keys is not None:
+        arrays |= {"keys": array("q", keys), "firsts": array("q", [first for _, first in batch.origins])}
+    pointers = {name: values.buffer_info()[0] for name, values in arrays.items()}
+    return _Tensors(**pointers, **dict(zip(_KIND_NAMES, kinds, strict=True)), count=len(batch.params)), arrays
+
+
+def call(
+    batch: Batch,
+    kinds: tuple[int, int, int],
+    scalars: _Scalars,
+    *,
+    keys: Sequence[int] | None = None,
+    widest: int | None = None,
+) -> None:
     """Run the C pass over tensors that lie flat in memory.
 
     Args:
         batch: The tensors.
         kinds: From `_kinds`.
         scalars: The step's numbers.
+        keys: From `host_keys`, to round stochastically; None rounds to the nearest.
         widest: Index into `INSTRUCTION_SETS`, at most this processor's; None takes that.
     """
     native = library()
-    columns = [
-        array("q", map(Tensor.data_ptr, column))
-        for column in (batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs)
-    ]
-    columns.append(array("q", map(Tensor.numel, batch.params)))
-    table = _Tensors(*(column.buffer_info()[0] for column in columns), len(batch.params), *kinds)
+    table, arrays = _table(batch, kinds, keys)
     isa = native.robust_dist_widest() if widest is None else widest
     native.robust_dist_step(ctypes.byref(table), ctypes.byref(scalars), isa)
+    del arrays

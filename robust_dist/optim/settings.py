@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robust_dist.optim.reference import PAPER_THRESHOLD
@@ -30,6 +31,20 @@ DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 
+# In a group only where they differ from these defaults: DCP loads a checkpoint only into groups of the very same keys,
+# and those of older releases have none of them. Read them with `option`.
+MEMORY_DEFAULTS: dict[str, Any] = {
+    "master_weights": False,
+    "exp_avg_dtype": None,
+    "stochastic_rounding": False,
+    "seed": 0,
+}
+
+
+def option(group: Mapping[str, Any], name: str) -> Any:
+    """The value of one of `MEMORY_DEFAULTS` in a param group."""
+    return group.get(name, MEMORY_DEFAULTS[name])
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -45,6 +60,8 @@ class Hyper:
         eps_placement: One of `EPS_PLACEMENTS`.
         accumulate_eps: Whether eps is added to the second moment at every step, as in eq. 16.
         maximize: Whether the gradient's sign is turned.
+        stochastic_rounding: Whether what is stored in bfloat16 without a master is rounded as rounding.py says.
+        seed: Of its bits.
     """
 
     lr: float | Tensor
@@ -56,6 +73,8 @@ class Hyper:
     eps_placement: str
     accumulate_eps: bool
     maximize: bool
+    stochastic_rounding: bool = False
+    seed: int = 0
 
     @property
     def added_eps(self) -> float:
@@ -76,6 +95,8 @@ def hyper(group: Mapping[str, Any]) -> Hyper:
         eps_placement=group["eps_placement"],
         accumulate_eps=group["accumulate_eps"],
         maximize=group["maximize"],
+        stochastic_rounding=option(group, "stochastic_rounding"),
+        seed=option(group, "seed"),
     )
 
 
@@ -116,6 +137,33 @@ def _check_flags(group: Mapping[str, Any]) -> None:
     for name in ("foreach", "fused"):
         if group[name] is not None and not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True, False or None, got {group[name]!r}")
+
+
+def as_dtype(value: Any) -> Any:
+    """A dtype where its name is given, as JSON and YAML must; anything else as it is."""
+    if isinstance(value, str):
+        found = getattr(torch, value.removeprefix("torch."), value)
+        return found if isinstance(found, torch.dtype) else value
+    return value
+
+
+def _check_memory(group: Mapping[str, Any]) -> None:
+    for name in ("master_weights", "stochastic_rounding"):
+        if not isinstance(option(group, name), bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    dtype, seed = option(group, "exp_avg_dtype"), option(group, "seed")
+    if dtype is not None and not isinstance(as_dtype(dtype), torch.dtype):
+        raise TypeError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
+    if as_dtype(dtype) not in (None, torch.bfloat16):
+        raise ValueError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed!r}")
+    if group["differentiable"]:
+        for name, default in MEMORY_DEFAULTS.items():
+            if name != "seed" and option(group, name) != default:
+                raise ValueError(f"differentiable=True does not support {name}={group[name]!r}; leave it out")
 
 
 def _check_backend(group: Mapping[str, Any]) -> None:
@@ -162,4 +210,5 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["eps_placement"] not in EPS_PLACEMENTS:
         raise ValueError(f"eps_placement must be one of {EPS_PLACEMENTS}, got {group['eps_placement']!r}")
     _check_flags(group)
+    _check_memory(group)
     _check_backend(group)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
+from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
 
 
@@ -24,8 +25,8 @@ def moved(param: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
 
 
 def true_grad(batch: Batch, index: int, h: Hyper) -> Tensor:
-    """The gradient in the state's dtype, unscaled and of the right sign."""
-    grad = batch.grads[index].to(batch.exp_avgs[index].dtype)
+    """The gradient in the arithmetic's dtype, unscaled and of the right sign."""
+    grad = batch.grads[index].to(batch.exp_avg_sqs[index].dtype)
     if batch.inverse_scale is not None:
         grad = grad * batch.inverse_scale.to(grad.device)
     return -grad if h.maximize else grad
@@ -46,15 +47,24 @@ def differentiable_step(
     return m, v
 
 
+def _new_moments(batch: Batch, index: int, h: Hyper) -> tuple[Tensor, Tensor]:
+    old = batch.exp_avg_sqs[index]
+    return moments(true_grad(batch, index, h), batch.exp_avgs[index].to(old.dtype), old, h)
+
+
 def _host_step(batch: Batch, h: Hyper, step: float) -> None:
     lr, weight_decay = float(h.lr), float(h.weight_decay)
-    c = host_coefficients(step, h, lr, weight_decay)
+    c, rounder = host_coefficients(step, h, lr, weight_decay), Rounder(batch, h)
     for i, param in enumerate(batch.params):
-        m, v = moments(true_grad(batch, i, h), batch.exp_avgs[i], batch.exp_avg_sqs[i], h)
-        batch.exp_avgs[i].copy_(m)
+        m, v = _new_moments(batch, i, h)
+        batch.exp_avgs[i].copy_(rounder.exp_avg(i, m))
         batch.exp_avg_sqs[i].copy_(v)
-        if lr != 0.0:
-            param.copy_(moved(param.to(m.dtype), m, v, c))
+        if lr == 0.0:
+            continue
+        new = moved((batch.masters or batch.params)[i].to(m.dtype), m, v, c)
+        if batch.masters:
+            batch.masters[i].copy_(new)
+        param.copy_(rounder.param(i, new))
 
 
 def _keep(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
@@ -62,15 +72,18 @@ def _keep(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
 
 
 def _device_step(batch: Batch, h: Hyper) -> None:
-    c = device_coefficients(batch.steps, h, batch.exp_avgs[0].dtype)
+    c, rounder = device_coefficients(batch.steps, h, batch.exp_avg_sqs[0].dtype), Rounder(batch, h)
     skipped = None if batch.found_inf is None else batch.found_inf != 0
     idle = either(c.idle, skipped)
     for i, param in enumerate(batch.params):
-        m, v = moments(true_grad(batch, i, h), batch.exp_avgs[i], batch.exp_avg_sqs[i], h)
-        new = param.to(m.dtype) * c.decay + m / (torch.sqrt(v + c.inner[i]) * c.slope[i] + c.offset[i])
-        _keep(batch.exp_avgs[i], m, skipped)
+        m, v = _new_moments(batch, i, h)
+        old = (batch.masters or batch.params)[i].to(m.dtype)
+        new = old * c.decay + m / (torch.sqrt(v + c.inner[i]) * c.slope[i] + c.offset[i])
+        _keep(batch.exp_avgs[i], rounder.exp_avg(i, m), skipped)
         _keep(batch.exp_avg_sqs[i], v, skipped)
-        _keep(param, new, idle)
+        if batch.masters:
+            _keep(batch.masters[i], new, idle)
+        _keep(param, rounder.param(i, new), idle)
 
 
 def single(batch: Batch, h: Hyper) -> None:

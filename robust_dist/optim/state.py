@@ -1,17 +1,22 @@
 """The state of a parameter: made key by key, kept in float32 or better, sharded as its parameter is."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_local, _layout = attrgetter("_local_tensor"), attrgetter("_spec")
+from robust_dist.optim.pages import empty_like
+from robust_dist.optim.settings import option
+
+_local, _layout, _is_cpu = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("is_cpu")
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 STEP = "step"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
+MASTER = "master"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
@@ -22,7 +27,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor; does not import torch.distributed.tensor, which is slow."""
-    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+    if type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -73,9 +78,7 @@ def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> l
     return [list(map(_local, column)) for column in (params, grads, *moments)]
 
 
-def local_slot(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
     """What this rank computes on, of a DTensor parameter whose state is `complete`.
 
     A gradient sharded otherwise than `param` is redistributed. Without autograd the local tensors are what
@@ -84,7 +87,25 @@ def local_slot(
     # fully_shard gives a parameter and its gradient one and the same layout
     if type(grad) is not type(param) or (grad._spec is not param._spec and not _is_placed(grad, param)):
         grad = _placed_like(grad, param)
-    return param._local_tensor, grad._local_tensor, exp_avg._local_tensor, exp_avg_sq._local_tensor, step
+    return param._local_tensor, grad._local_tensor, *(tensor._local_tensor for tensor in state)
+
+
+def _first_index(tensor: Any) -> int:
+    """The row-major index, in the whole tensor, of the local tensor's first element."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    stride = 1
+    index = 0
+    for size, offset in zip(reversed(tensor.shape), reversed(offsets), strict=True):
+        index += stride * offset
+        stride *= size
+    return index
+
+
+def origin(param: Tensor, place: int) -> tuple[int, int]:
+    """The `Batch.origins` entry of a parameter at this place among the optimizer's."""
+    return place, _first_index(param) if is_dtensor(param) else 0
 
 
 def as_step(value: Any, param: Tensor, capturable: bool) -> Tensor:
@@ -102,33 +123,56 @@ def _repair_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None
         state[STEP] = as_step(step, param, capturable)
 
 
-def _is_complete(state: dict[str, Any], param: Any, capturable: bool) -> bool:
-    """The usual case, found in a fraction of what looking for repairs costs."""
-    step, exp_avg, exp_avg_sq = state.get(STEP), state.get(EXP_AVG), state.get(EXP_AVG_SQ)
-    if capturable or type(step) is not Tensor or not step.is_cpu or exp_avg is None or exp_avg_sq is None:
-        return False
-    if type(param) is torch.nn.Parameter or type(param) is Tensor:
-        return True
-    # A DTensor; `_sharing_placements` gave its moments its own layout.
-    layout = getattr(param, "_spec", None)
-    return layout is not None and getattr(exp_avg, "_spec", None) is layout is getattr(exp_avg_sq, "_spec", None)
+def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], capturable: bool) -> list[list[Tensor]] | None:
+    """The states' columns (step, exp_avg, exp_avg_sq) where `complete` would find nothing to do; else None.
+
+    Asked of all at once, which is a fraction of the price of asking one by one.
+    """
+    try:
+        columns = [list(map(itemgetter(key), states)) for key in (STEP, *MOMENTS)]
+    except KeyError:
+        return None
+    steps, *moments = columns
+    if capturable or {*map(type, steps)} != {Tensor} or not all(map(_is_cpu, steps)):
+        return None
+    if PLAIN.issuperset(map(type, params)):
+        return columns
+    # DTensors; `_sharing_placements` gave the moments their own layout.
+    try:
+        wanted = list(map(_layout, params))
+        return columns if all(all(map(is_, map(_layout, column), wanted)) for column in moments) else None
+    except AttributeError:
+        return None
 
 
 def complete(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
     """Make what is missing of a parameter's state, key by key: loaders may have brought a part of it."""
-    if _is_complete(state, param, capturable):
-        return
     _repair_step(state, param, capturable)
     for key in MOMENTS:
         if key not in state:
-            zeros = torch.zeros_like(
-                param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
-            )
-            state[key] = _sharing_placements(zeros, param)
+            state[key] = _sharing_placements(empty_like(param, state_dtype(param)).zero_(), param)
     if is_dtensor(param):
         for key in MOMENTS:
             if not _is_placed(state[key], param):
                 state[key] = _placed_like(state[key], param)
+
+
+def has_master(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the group's settings give this parameter a master of higher precision."""
+    return option(group, "master_weights") and state_dtype(param) != param.dtype
+
+
+def complete_memory(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
+    """Bring a `complete` state to what the group's `exp_avg_dtype` and `master_weights` ask for."""
+    dtype = option(group, "exp_avg_dtype")
+    if dtype is not None and state[EXP_AVG].dtype is torch.float32:
+        state[EXP_AVG] = _sharing_placements(state[EXP_AVG].to(dtype), param)
+    if not has_master(param, group):
+        return
+    if MASTER not in state:
+        state[MASTER] = _sharing_placements(empty_like(param, state_dtype(param)).copy_(param.detach()), param)
+    if is_dtensor(param) and not _is_placed(state[MASTER], param):
+        state[MASTER] = _placed_like(state[MASTER], param)
 
 
 def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable: bool) -> None:
@@ -139,25 +183,33 @@ def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable
             state[STEP] = as_step(state[STEP], param, capturable)
 
 
-def _saved_ids(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return [param for group in groups for param in group["params"]]
+def _restored(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+    """A loaded value in this optimizer's dtype; None for what is no floating tensor."""
+    if key == STEP or not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return None
+    kept = key == EXP_AVG and value.dtype == option(group, "exp_avg_dtype")
+    return value.to(device=param.device, dtype=value.dtype if kept else state_dtype(param))
 
 
 def _restore(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any]) -> None:
     # load_state_dict casts floating state to the parameter's dtype; what it was given still has the bits
-    ids, params = _saved_ids(loaded["param_groups"]), _saved_ids(optimizer.param_groups)
-    for saved_id, param in zip(ids, params, strict=True):
-        if state_dtype(param) == param.dtype or saved_id not in loaded["state"]:
-            continue
-        for key, value in loaded["state"][saved_id].items():
-            if key != STEP and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                optimizer.state[param][key] = value.to(device=param.device, dtype=state_dtype(param))
+    for theirs, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
+        exact = option(group, "exp_avg_dtype") is None
+        for saved_id, param in zip(theirs["params"], group["params"], strict=True):
+            if exact and state_dtype(param) == param.dtype:
+                continue
+            for key, value in loaded["state"].get(saved_id, {}).items():
+                restored = _restored(key, value, param, group)
+                if restored is not None:
+                    optimizer.state[param][key] = restored
 
 
 def load_exactly(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
 ) -> None:
     """Run `load(state_dict)` so that the state of bfloat16 and float16 parameters comes back in float32.
+
+    And an exp_avg that the group keeps in bfloat16 comes back so.
 
     Moments of sharded parameters come back with the parameters' own placements.
 
@@ -180,6 +232,6 @@ def load_exactly(
         before.remove()
         after.remove()
     for param, state in optimizer.state.items():
-        for key in MOMENTS:
+        for key in (*MOMENTS, MASTER):
             if key in state:
                 state[key] = _sharing_placements(state[key], param)

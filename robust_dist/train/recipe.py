@@ -48,7 +48,9 @@ class OptimizerConfig:
         weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
         no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
         clip_norm: Largest norm of the whole gradient; none clips nothing.
-        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...).
+        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). With
+            RAdaBeliefW, exp_avg_dtype: bfloat16 keeps the first moment in half the memory, rounded to the nearest, or
+            by chance with stochastic_rounding: true (and a seed).
     """
 
     name: OptimizerName = "RAdaBeliefW"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from robust_dist.checkpoint import CheckpointError, CheckpointStore, convert, note_parameters, read, verify
 from robust_dist.checkpoint.names import bare_names
 from robust_dist.cli import main
+from robust_dist.optim import RAdaBeliefW
 from tests.checkpoint.engines import (
     SAVED,
     TorchRun,
@@ -527,3 +528,14 @@ def test_the_command_converts_and_says_where_it_cannot(tmp_path, run_checkpoint,
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words[:-3], "deepspeed", *words[-2:]])
+
+
+def test_a_run_with_masters_is_refused_by_its_name(tmp_path):
+    model = torch.nn.Linear(2, 1).bfloat16()
+    optimizer = RAdaBeliefW(model.parameters(), master_weights=True)
+    model(torch.ones(2).bfloat16()).sum().backward()
+    optimizer.step()
+    file = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    with pytest.raises(CheckpointError, match="master_weights=True cannot be converted"):
+        read(file)

@@ -266,6 +266,11 @@ def test_a_sparse_gradient_is_an_error_before_anything_has_moved():
         ({"fused": True, "capturable": True}, "does not support differentiable=True or capturable=True"),
         ({"fused": True, "differentiable": True}, "does not support differentiable=True or capturable=True"),
         ({"foreach": True, "differentiable": True}, "does not support differentiable"),
+        ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype must be None or torch.bfloat16, got torch.float16"),
+        ({"exp_avg_dtype": "float16"}, "exp_avg_dtype must be None or torch.bfloat16, got"),
+        ({"seed": -1}, "seed must be at least 0 and less than 2"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"master_weights": True, "differentiable": True}, "does not support master_weights=True"),
     ],
 )
 def test_a_setting_out_of_range_is_a_value_error_that_names_it(kwargs, message):
@@ -288,6 +293,11 @@ def test_a_setting_out_of_range_is_a_value_error_that_names_it(kwargs, message):
         {"betas": ("a", 0.9)},
         {"maximize": 1},
         {"fused": "yes"},
+        {"exp_avg_dtype": "bfloat"},
+        {"exp_avg_dtype": 16},
+        {"master_weights": 1},
+        {"stochastic_rounding": None},
+        {"seed": 1.0},
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """The pass in C: bits that depend on nothing but the numbers, and no trace left in the process."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from robust_dist.optim import RAdaBeliefW, fused_cpu
 from robust_dist.optim.backend import Batch
-from robust_dist.optim.fused_cpu import _KINDS, _Scalars, call, library
-from tests.optim.helpers import bits, gradients, reference, start, step, train
+from robust_dist.optim.fused_cpu import _KINDS, _Scalars, _table, call, library
+from robust_dist.optim.rounding import LOW, random_bits, round_stochastically, tensor_keys
+from tests.optim.helpers import BACKENDS, bits, gradients, reference, start, step, train
 
 ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(library() is None, reason="the C library is not built")
@@ -23,11 +25,13 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, tor
 COPY = {"rate": 1.0, "beta2": 0.9, "grad_scale": 1.0, "decay": 1.0, "kind": 1, "threads": 1}
 
 
-def moved(param, grad, widest=None, **scalars):
+def moved(param, grad, widest=None, origin=None, key=0, **scalars):
     """`param` after one raw call of the C pass with zero moments."""
     m, v = (torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32)) for _ in range(2))
-    kinds = _KINDS[param.dtype], _KINDS[grad.dtype]
-    call(Batch([param], [grad], [m], [v]), kinds, _Scalars(**{**COPY, **scalars}), widest)
+    kinds = _KINDS[param.dtype], _KINDS[grad.dtype], _KINDS[m.dtype]
+    batch = Batch([param], [grad], [m], [v], origins=[] if origin is None else [origin])
+    keys = None if origin is None else [key]
+    call(batch, kinds, _Scalars(**{**COPY, **scalars}), keys=keys, widest=widest)
     return param
 
 
@@ -69,6 +73,81 @@ def test_a_half_is_rounded_as_torch_rounds_it(dtype, widest):
 
 
 @built
+@pytest.mark.parametrize("widest", widths())
+@pytest.mark.parametrize("first", [0, 2**32 - 1500, 5 * 2**32 - 3])
+def test_a_bfloat16_is_rounded_by_the_bits_that_rounding_py_says(first, widest):
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (40_000,), generator=generator).to(torch.int32).view(torch.float32)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    values = torch.cat([patterns, halves])
+    for key in tensor_keys(0, 1, torch.arange(2)).tolist():
+        zeros = torch.zeros(len(values), dtype=torch.bfloat16)
+        written = moved(zeros, values, widest, (0, first), key, step_size=-1.0)
+        expected = round_stochastically(values, random_bits(key, torch.arange(first, first + len(values))), LOW)
+        assert same_numbers(written, expected)
+
+
+class Chunks:
+    """The C code's chunks of tensors that are not there."""
+
+    def __init__(self, numels, threads):
+        self.numels, self.threads = torch.tensor(numels), threads
+        self.count = library().robust_dist_chunks(self.numels.data_ptr(), len(numels), threads)
+
+    def __getitem__(self, number):
+        found = torch.zeros(3, dtype=torch.int64)
+        library().robust_dist_chunk(self.numels.data_ptr(), len(self.numels), self.threads, number, found.data_ptr())
+        return found.tolist()
+
+
+@built
+@given(numels=st.lists(st.integers(0, 2_000_000), min_size=1, max_size=8), threads=st.integers(1, 64))
+@settings(max_examples=50, deadline=None)
+def test_the_chunks_cover_every_element_once(numels, threads):
+    chunks = Chunks(numels, threads)
+    at = dict.fromkeys(range(len(numels)), 0)
+    for tensor, first, length in (chunks[number] for number in range(chunks.count)):
+        assert first == at[tensor]
+        assert 0 < length <= 262_144
+        at[tensor] += length
+    assert list(at.values()) == numels
+
+
+@built
+@pytest.mark.parametrize("numels", [[2**31 + 5], [7, 2**33 + 1, 0, 2**31 - 1], [2**40 + 3, 1]], ids=str)
+def test_the_chunks_of_tensors_beyond_2_31_elements_are_where_they_should_be(numels):
+    chunks, size = Chunks(numels, 2), 262_144
+    ends = [chunks[number] for number in (0, chunks.count - 1)]
+    each = [-(-numel // size) for numel in numels]
+    assert chunks.count == sum(each)
+    assert ends[0] == [0, 0, min(numels[0], size)]
+    last = max(i for i, numel in enumerate(numels) if numel)
+    assert ends[1] == [last, (each[last] - 1) * size, numels[last] - (each[last] - 1) * size]
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_last_chunk_of_a_tensor_beyond_2_32_elements_is_stepped_where_it_lies(dtype):
+    """Its memory is the only one that is there: the pointers are those that its beginning would have."""
+    n, first = 1000, 262_144 * 2**15
+    params, grads = start((n,), dtype=dtype), gradients((n,), 1, dtype=dtype)[0]
+    m, v = (torch.zeros(n, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    kinds = tuple(_KINDS[t.dtype] for t in (params, grads, m))
+    batch = Batch([params], [grads], [m], [v], origins=[(0, 0)])
+    table, arrays = _table(batch, kinds, [11])
+    for name, tensor in {"params": params, "grads": grads, "exp_avgs": m, "exp_avg_sqs": v}.items():
+        arrays[name][0] -= first * tensor.element_size()
+    arrays["numels"][0] = first + n
+    scalars, found = _Scalars(**COPY, step_size=0.5), torch.zeros(3, dtype=torch.int64)
+    expected = moved(params.clone(), grads, None, (0, first), 11, step_size=0.5)
+    library().robust_dist_step_chunk(
+        ctypes.byref(table), ctypes.byref(scalars), library().robust_dist_widest(), 2**15, found.data_ptr()
+    )
+    assert found.tolist() == [0, first, n]
+    assert bits(params) == bits(expected)
+
+
+@built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_gives_the_same_bits(dtype):
     params, grads = start((1003,), dtype=dtype), gradients((1003,), 1, dtype=dtype)[0]
@@ -95,8 +174,8 @@ def test_a_tensor_cut_in_pieces_gives_what_the_whole_gives(dtype, threads):
     assert torch.equal(torch.cat([piece.detach() for piece in pieces]), whole.detach())
 
 
-@built
 @given(
+    backend=st.sampled_from(list(BACKENDS)),
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
     betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)),
@@ -106,15 +185,17 @@ def test_a_tensor_cut_in_pieces_gives_what_the_whole_gives(dtype, threads):
     absent=st.integers(0, 2**12 - 1),
     strided=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_the_pass_equals_the_reference(shapes, dtype, betas, lr, weight_decay, maximize, absent, strided):
+@settings(max_examples=100, deadline=None)
+def test_every_backend_equals_the_reference(backend, shapes, dtype, betas, lr, weight_decay, maximize, absent, strided):
     sign = -1.0 if maximize else 1.0
     params = [start(shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     given_ = [gradients(shape, 3, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     if strided:
         given_ = [[_strided(g) for g in grads] for grads in given_]
     rows = [[None if absent >> (3 * i + t) & 1 else grads[t] for i, grads in enumerate(given_)] for t in range(3)]
-    optimizer = train(params, rows, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, fused=True)
+    optimizer = train(
+        params, rows, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, **BACKENDS[backend]
+    )
     for i, (param, grads) in enumerate(zip(params, given_, strict=True)):
         seen = [sign * g.double() for t, g in enumerate(grads) if not absent >> (3 * i + t) & 1]
         p, m, v = reference(start(shapes[i], dtype=dtype, seed=i), seen, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -190,19 +271,31 @@ def test_two_threads_with_two_optimizers_do_not_disturb_each_other():
 
 FORKED = """
 import os, torch
+from torch.utils.data import DataLoader, Dataset
 from robust_dist.optim import RAdaBeliefW
 torch.set_num_threads(2)
 param = torch.ones(200_000, requires_grad=True)
 param.grad = torch.ones_like(param)
 optimizer = RAdaBeliefW([param], fused=True)
-optimizer.step()
+def stepped():
+    torch.set_num_threads(2)
+    optimizer.step()
+    return param.detach()[-1:].clone()
+stepped()
 child = os.fork()
 if child == 0:
-    optimizer.step()
+    stepped()
     os._exit(0 if optimizer.state[param]["step"].item() == 2 else 1)
 _, status = os.waitpid(child, 0)
-optimizer.step()
 assert os.waitstatus_to_exitcode(status) == 0, status
+class Steps(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return stepped()
+seen = torch.cat(list(DataLoader(Steps(), num_workers=2, multiprocessing_context="fork")))
+second, third = stepped(), stepped()
+assert torch.equal(seen, torch.stack([second, second, third, third])), (seen, second, third)
 """
 DENORMALS = """
 import torch
@@ -219,7 +312,7 @@ assert denormals_survive()
 
 
 @built
-@pytest.mark.parametrize("script", [FORKED, DENORMALS], ids=["a forked child steps", "denormals survive"])
+@pytest.mark.parametrize("script", [FORKED, DENORMALS], ids=["forked children step", "denormals survive"])
 def test_the_process_is_left_as_it_was(script):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, capture_output=True, text=True)
@@ -229,7 +322,7 @@ def test_the_process_is_left_as_it_was(script):
 @built
 def test_the_compiled_backend_is_taken_unless_it_is_declined(monkeypatch):
     calls = []
-    monkeypatch.setattr(fused_cpu, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(fused_cpu, "call", lambda *words, **_: calls.append(words))
     for options, taken in (({}, 1), ({"fused": True}, 1), ({"fused": False}, 0), ({"foreach": True}, 0)):
         calls.clear()
         param = start((4,)).requires_grad_()

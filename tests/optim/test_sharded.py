@@ -138,16 +138,67 @@ def _mixed_and_partial(mesh):
     torch.testing.assert_close(found, [p.detach() for p in single])
 
 
+def _stochastic_rounding_does_not_depend_on_the_sharding(mesh):
+    """Of gradients that are the same on one process and on two ranks, which those of a backward pass are not."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    kwargs = {"exp_avg_dtype": torch.bfloat16, "stochastic_rounding": True, "seed": 5}
+    values = [torch.arange(-10.0, 10.0).view(5, 4).bfloat16(), torch.arange(6.0).bfloat16()]
+    whole = [nn.Parameter(value.clone()) for value in values]
+    single, ends = RAdaBeliefW(whole, **kwargs), []
+    for placement in (Shard(0), Replicate()):
+        sharded = [nn.Parameter(distribute_tensor(value, mesh, [placement])) for value in values]
+        ends.append((sharded, RAdaBeliefW(sharded, **kwargs)))
+    for t in range(6):
+        for params, optimizer in [(whole, single), *ends]:
+            for param, value in zip(params, values, strict=True):
+                grad = torch.sin(value + t)
+                param.grad = grad if params is whole else distribute_tensor(grad, mesh, param.placements)
+            optimizer.step()
+    for params, optimizer in ends:
+        for param, expected in zip(params, whole, strict=True):
+            assert torch.equal(param.detach().full_tensor(), expected.detach())
+            own, state = optimizer.state[param], single.state[expected]
+            assert torch.equal(own["exp_avg"].full_tensor(), state["exp_avg"])
+
+
+def _masters_are_sharded_and_resumed(mesh):
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    kwargs = {"master_weights": True, "exp_avg_dtype": torch.bfloat16}
+    ends = []
+    for stop in (STEPS, 6):
+        model = fully_shard(Net(torch.bfloat16), mesh=mesh)
+        optimizer = _optimizer(model, **kwargs)
+        _train(model, optimizer, _batches()[:stop], dist.get_rank(), WORLD)
+        ends.append((model, optimizer))
+    saved = get_state_dict(*ends[1])
+    twin = fully_shard(Net(torch.bfloat16), mesh=mesh)
+    other = _optimizer(twin, **kwargs)
+    set_state_dict(twin, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    _train(twin, other, _batches()[6:], dist.get_rank(), WORLD, first=6)
+    for param, expected in zip(twin.parameters(), ends[0][0].parameters(), strict=True):
+        state, wanted = other.state[param], ends[0][1].state[expected]
+        assert [state[key].dtype for key in ("exp_avg", "master")] == [torch.bfloat16, torch.float32]
+        assert state["master"].placements == param.placements
+        for key in ("exp_avg", "exp_avg_sq", "master"):
+            assert torch.equal(state[key].to_local(), wanted[key].to_local())
+        assert torch.equal(param.to_local(), state["master"].to_local().bfloat16())
+
+
 def _all_scenarios():
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (WORLD,))
     _mixed_and_partial(mesh)
+    _stochastic_rounding_does_not_depend_on_the_sharding(mesh)
     # torch 2.6 has no fully_shard on CPUs: it asks the CPU's stream for an event.
     if TorchVersion(torch.__version__) >= "2.7":
         _fsdp2_equals_one_process(mesh)
         _dcp_resumes(mesh)
         _bfloat16_keeps_float32_state(mesh)
+        _masters_are_sharded_and_resumed(mesh)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")

@@ -13,7 +13,7 @@ from robust_dist.optim.reference import rectification, reference_step
 from robust_dist.train.baselines import NAG, PaperAdam
 from robust_dist.train.build import build_optimizer, build_schedule
 from robust_dist.train.optimizers import check_fits, make_optimizer, second_beta
-from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig
+from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig, parse_recipe
 
 STEPS, B1, B2, EPS, DECAY = 30, 0.9, 0.99, 1e-8, 0.02
 NAMES = ["RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"]
@@ -215,3 +215,15 @@ def test_an_engine_that_puts_another_optimizer_in_the_place_of_the_recipe_s_is_f
         _check_optimizer(accelerator, theirs, PaperAdam)
     with pytest.raises(EngineError, match=r"PaperAdam, not RAdaBeliefW"):
         _check_optimizer(accelerator, ours, RAdaBeliefW)
+
+
+def test_a_recipe_reaches_the_options_that_save_memory():
+    words = ["--optimizer.options", "{exp_avg_dtype: bfloat16, stochastic_rounding: true, seed: 3}"]
+    param = nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer(parse_recipe(words).optimizer, [{"params": [param]}], STEPS)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].dtype == torch.bfloat16
+    assert (optimizer.param_groups[0]["stochastic_rounding"], optimizer.param_groups[0]["seed"]) == (True, 3)
+    with pytest.raises(ValueError, match=r"exp_avg_dtype must be None or torch\.bfloat16, got torch\.float16"):
+        make_optimizer(OptimizerConfig(options={"exp_avg_dtype": "float16"}), [{"params": [param]}], STEPS)

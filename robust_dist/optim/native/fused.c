@@ -10,8 +10,11 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#define CHUNK 32768 /* elements; 512 KiB of p, g, m and v */
-#define PIECE 1024
+/* Elements of a chunk. Long ones keep the processor's prefetching going, short ones share few elements evenly. */
+#define LEAST 32768
+#define MOST 262144
+#define PER_THREAD 8
+#define PIECE 256
 
 enum { F32, F64, BF16, F16 };
 enum { KEEP, UNRECTIFIED, RECTIFIED };
@@ -32,10 +35,20 @@ typedef struct {
     void *const *grads;
     void *const *exp_avgs;
     void *const *exp_avg_sqs;
+    void *const *masters; /* NULL where there are none */
     const int64_t *numels;
+    const uint64_t *keys;  /* of rounding.py, as are the indices of the first elements; NULL rounds to the nearest */
+    const int64_t *firsts;
     int64_t count;
-    int32_t param_kind, grad_kind;
+    int32_t param_kind, grad_kind, exp_avg_kind;
 } tensors;
+
+/* Where the random bits of a run of elements come from. */
+typedef struct {
+    uint64_t key;
+    int64_t index; /* of the run's first element; the run does not cross a multiple of 2^32 */
+    int shift;     /* 0 for a parameter, 16 for an exp_avg */
+} source;
 
 static inline float as_float(uint32_t bits)
 {
@@ -58,6 +71,14 @@ static inline uint16_t to_bfloat(float value)
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const uint32_t nan = (bits & 0x7fffffff) > 0x7f800000;
     return (uint16_t)(nan ? 0x7fc0 : rounded);
+}
+
+/* Up or down by 16 random bits; what is not finite stays. */
+static inline uint16_t to_bfloat_by(float value, uint32_t random)
+{
+    const uint32_t bits = as_bits(value), size = bits & 0x7fffffff;
+    const uint32_t special = size > 0x7f800000 ? 0x7fc0 : bits >> 16;
+    return (uint16_t)(size < 0x7f800000 ? (bits + random) >> 16 : special);
 }
 
 static inline float from_half(uint16_t half)
@@ -135,35 +156,84 @@ __attribute__((constructor)) static void note_process(void)
     loaded_by = getpid();
 }
 
-static int64_t chunks_of(int64_t numel)
+static int64_t chunk_size(int64_t elements, int threads)
 {
-    return (numel + CHUNK - 1) / CHUNK;
+    const int64_t fair = elements / (PER_THREAD * (threads > 1 ? threads : 1)) / PIECE * PIECE;
+    return fair < LEAST ? LEAST : fair > MOST ? MOST : fair;
+}
+
+static int64_t chunks_of(int64_t numel, int64_t size)
+{
+    return (numel + size - 1) / size;
+}
+
+typedef struct {
+    int64_t tensor, before; /* a tensor, and the chunks of those before it */
+} cursor;
+
+/* Find a chunk that does not lie before the cursor's tensor; returns its number of elements. */
+static int64_t find(const int64_t *numels, int64_t size, int64_t chunk, cursor *at, int64_t *first)
+{
+    while (chunk - at->before >= chunks_of(numels[at->tensor], size))
+        at->before += chunks_of(numels[at->tensor++], size);
+    *first = (chunk - at->before) * size;
+    const int64_t left = numels[at->tensor] - *first;
+    return left < size ? left : size;
+}
+
+static int64_t total(const int64_t *numels, int64_t count)
+{
+    int64_t elements = 0;
+    for (int64_t i = 0; i < count; i++)
+        elements += numels[i];
+    return elements;
+}
+
+/* Into how many chunks tensors of these sizes are cut. */
+int64_t robust_dist_chunks(const int64_t *numels, int64_t count, int threads)
+{
+    const int64_t size = chunk_size(total(numels, count), threads);
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < count; i++)
+        chunks += chunks_of(numels[i], size);
+    return chunks;
+}
+
+/* Write a chunk's tensor, its first element and its number of elements to `found`. */
+void robust_dist_chunk(const int64_t *numels, int64_t count, int threads, int64_t chunk, int64_t *found)
+{
+    cursor at = {0, 0};
+    found[2] = find(numels, chunk_size(total(numels, count), threads), chunk, &at, &found[1]);
+    found[0] = at.tensor;
+}
+
+/* Step one chunk, and write to `found` which one it was. */
+void robust_dist_step_chunk(const tensors *t, const scalars *c, int isa, int64_t chunk, int64_t *found)
+{
+    robust_dist_chunk(t->numels, t->count, c->threads, chunk, found);
+    choose(isa)(t, found[0], found[1], found[2], c);
 }
 
 /* Step all tensors; `isa` must not be above robust_dist_widest(). */
 void robust_dist_step(const tensors *t, const scalars *c, int isa)
 {
     const runner run = choose(isa);
-    int64_t chunks = 0, elements = 0, next = 0;
-    for (int64_t i = 0; i < t->count; i++) {
-        chunks += chunks_of(t->numels[i]);
-        elements += t->numels[i];
-    }
+    const int64_t elements = total(t->numels, t->count), size = chunk_size(elements, c->threads);
+    const int64_t chunks = robust_dist_chunks(t->numels, t->count, c->threads);
+    int64_t next = 0;
     /* A forked child has none of its parent's OpenMP threads and would wait for them. */
-    const int alone = getpid() != loaded_by || elements <= CHUNK || c->threads < 2;
+    const int alone = getpid() != loaded_by || elements <= LEAST || c->threads < 2;
 #pragma omp parallel num_threads(c->threads) if (!alone)
     {
-        int64_t tensor = 0, before = 0; /* chunks of the tensors before this one */
+        cursor at = {0, 0};
         for (;;) {
-            int64_t mine;
+            int64_t mine, first;
 #pragma omp atomic capture
             mine = next++;
             if (mine >= chunks)
                 break;
-            while (mine - before >= chunks_of(t->numels[tensor]))
-                before += chunks_of(t->numels[tensor++]);
-            const int64_t first = (mine - before) * CHUNK, left = t->numels[tensor] - first;
-            run(t, tensor, first, left < CHUNK ? left : CHUNK, c);
+            const int64_t n = find(t->numels, size, mine, &at, &first);
+            run(t, at.tensor, first, n, c);
         }
     }
 }

@@ -1,0 +1,62 @@
+"""The parameters of a group that have gradients, and the batches of local tensors that they make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from robust_dist.optim.backend import Batch, Slot, batches, one_batch
+from robust_dist.optim.state import PLAIN, is_dtensor, local_columns, local_slot, origin
+
+
+def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The same with the local tensors of DTensors."""
+    one_of_each = {type(p): p for p in columns[0]}
+    sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
+    local = local_columns(*columns) if all(sharded.values()) else None
+    if local is not None or not any(sharded.values()):
+        return local or columns
+    rows = (local_slot(*row) if sharded[type(row[0])] else row for row in zip(*columns, strict=True))
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@dataclass
+class Gathered:
+    """Parameters with their gradients and state; the lists are parallel.
+
+    Attributes:
+        params: The parameters.
+        grads: Their gradients.
+        exp_avgs: State.
+        exp_avg_sqs: State.
+        steps: State.
+        masters: State, the parameter itself where it has no master; empty without `master_weights`.
+        places: Each parameter's place among all of the optimizer's; empty without `stochastic_rounding`.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    masters: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+    def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
+        """Batches of local tensors; `counts` are the step counts where the host may know them."""
+        columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
+        columns += [self.masters] if self.masters else []
+        if not PLAIN.issuperset(map(type, self.params)):
+            columns = _local(columns)
+        if self.masters or self.places:
+            return batches(self._slots(columns, steps), counts)
+        alike = one_batch([*columns, steps], counts)
+        return [alike] if alike is not None else batches(self._slots(columns, steps), counts)
+
+    def _slots(self, columns: list[list[Tensor]], steps: list[Tensor]) -> list[Slot]:
+        found: list[Slot] = []
+        for index, (param, grad, exp_avg, exp_avg_sq, *rest) in enumerate(zip(*columns, strict=True)):
+            master = rest[0] if rest and rest[0].dtype != param.dtype else None
+            here = origin(self.params[index], self.places[index]) if self.places else None
+            found.append((param, grad, exp_avg, exp_avg_sq, steps[index], master, here))
+        return found
