@@ -73,6 +73,9 @@ class DeviceCoefficients:
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(()).to(device=like.device, dtype=like.dtype)
+    if torch.compiler.is_compiling():
+        # A number that varies stays one of the graph's inputs where it is a factor, and is a constant in torch.full.
+        return torch.ones((), device=like.device, dtype=like.dtype) * value
     return torch.full((), float(value), device=like.device, dtype=like.dtype)
 
 
@@ -100,7 +103,8 @@ def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> De
     inverse = -bias1 / (lr * torch.where(rectified, gamma * root, 1.0))
     slope = torch.where(rectified, inverse, 0.0)
     offset = torch.where(rectified, outer * inverse, inverse)
-    idle = lr == 0.0 if isinstance(h.lr, Tensor) or h.lr == 0.0 else None
+    varies = torch.compiler.is_compiling() or isinstance(h.lr, Tensor)
+    idle = lr == 0.0 if varies or h.lr == 0.0 else None
     inners, slopes, offsets = (vector.to(dtype).unbind() for vector in (inner, slope, offset))
     return DeviceCoefficients((1.0 - lr * weight_decay).to(dtype), inners, slopes, offsets, idle)
 

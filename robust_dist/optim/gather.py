@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from robust_dist.optim.backend import Batch, Slot, batches, one_batch
+from robust_dist.optim.backend import Batch, Origin, Slot, batches, one_batch
 from robust_dist.optim.state import PLAIN, is_dtensor, local_columns, local_slot, origin
 
 
@@ -42,12 +42,15 @@ class Gathered:
     masters: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
-    def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
-        """Batches of local tensors; `counts` are the step counts where the host may know them."""
+    def local(self) -> list[list[Tensor]]:
+        """The local tensors: params, grads, exp_avgs, exp_avg_sqs, and masters if any."""
         columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
         columns += [self.masters] if self.masters else []
-        if not PLAIN.issuperset(map(type, self.params)):
-            columns = _local(columns)
+        return columns if PLAIN.issuperset(map(type, self.params)) else _local(columns)
+
+    def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
+        """Batches of local tensors; `counts` are the step counts where the host may know them."""
+        columns = self.local()
         if self.masters or self.places:
             return batches(self._slots(columns, steps), counts)
         alike = one_batch([*columns, steps], counts)
@@ -57,6 +60,9 @@ class Gathered:
         found: list[Slot] = []
         for index, (param, grad, exp_avg, exp_avg_sq, *rest) in enumerate(zip(*columns, strict=True)):
             master = rest[0] if rest and rest[0].dtype != param.dtype else None
-            here = origin(self.params[index], self.places[index]) if self.places else None
-            found.append((param, grad, exp_avg, exp_avg_sq, steps[index], master, here))
+            found.append((param, grad, exp_avg, exp_avg_sq, steps[index], master, self.origin(index)))
         return found
+
+    def origin(self, index: int) -> Origin | None:
+        """Where rounding.py's bits of a parameter come from; None where it is not rounded by chance."""
+        return origin(self.params[index], self.places[index]) if self.places else None

@@ -7,34 +7,24 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from robust_dist.optim.backend import Backend, Batch
-from robust_dist.optim.foreach import foreach as foreach_backend
-from robust_dist.optim.fused_cpu import fused_cpu, library
+from robust_dist.optim.backend import Batch
+from robust_dist.optim.choose import check_fused, choose, fused_on_device, on_host
+from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
 from robust_dist.optim.gather import Gathered
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, as_dtype, check_group, hyper, option
 from robust_dist.optim.single import differentiable_step
-from robust_dist.optim.single import single as single_backend
 from robust_dist.optim.state import (
     EXP_AVG,
     EXP_AVG_SQ,
     MASTER,
-    PLAIN,
     STEP,
     complete,
     complete_memory,
     completed,
     has_master,
-    is_dtensor,
     load_exactly,
     own_steps,
 )
-
-
-def _on_host(group: Mapping[str, Any]) -> bool:
-    """Whether the step's scalars are computed on the host; else its values are never read."""
-    if torch.compiler.is_compiling():
-        return False
-    return group["differentiable"] or not group["capturable"]
 
 
 def _is_capturing() -> bool:
@@ -52,23 +42,6 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
             )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
         raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
-
-
-def _supports_foreach(params: Iterable[Tensor]) -> bool:
-    if PLAIN.issuperset(map(type, params)):
-        return True
-    one_of_each = {type(p): p for p in params}
-    return all(kind in PLAIN or is_dtensor(p) for kind, p in one_of_each.items())
-
-
-def _choose(group: Mapping[str, Any], params: list[Tensor]) -> Backend:
-    wanted = group["foreach"]
-    if wanted is None:
-        wanted = _supports_foreach(params)
-        # A compiled step compiles foreach operations; a call into C would break its graph.
-        if wanted and group["fused"] is not False and not torch.compiler.is_compiling() and library() is not None:
-            return fused_cpu
-    return foreach_backend if wanted else single_backend
 
 
 class RAdaBeliefW(Optimizer):
@@ -93,9 +66,9 @@ class RAdaBeliefW(Optimizer):
     3.16e-3. Where g - m is much smaller than that, the method is momentum SGD with the learning rate
     lr / 3.16e-3. That is AdaBelief's most disputed point; `accumulate_eps=False` turns it off.
 
-    State of a parameter: `step` (0-d float32, on the CPU unless capturable), `exp_avg` (m) and `exp_avg_sq`
-    (v, eps included, as in eq. 16), in float32 for bfloat16 and float16 parameters, which are computed in
-    float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
+    State of a parameter: `step` (0-d float32, on the CPU unless capturable or fused on a CUDA device), `exp_avg` (m)
+    and `exp_avg_sq` (v, eps included, as in eq. 16), in float32 for bfloat16 and float16 parameters, which are computed
+    in float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
     torch.compile, where a captured graph owns its memory. With lr = 0 parameters keep their bits.
 
     Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement.
@@ -107,8 +80,8 @@ class RAdaBeliefW(Optimizer):
         eps: A finite number of at least 0.
         weight_decay: lambda, decoupled and multiplied by lr; like lr, perhaps a tensor.
         foreach: True demands torch's foreach operations, False one tensor at a time, None the fastest there is.
-        fused: None takes the pass in C on the CPU where it was built (one read and one write of every byte), and
-            foreach elsewhere; True demands it, False goes without. There is none for other devices yet.
+        fused: None takes one pass over every byte where there is one, else foreach: in C on the CPU where it was built,
+            in Triton on a CUDA device where Triton runs, without synchronising. True demands it, False goes without.
         maximize: Ascend instead of descend; gradients are not written to.
         capturable: Keep `step` on the parameter's device and read lr and weight_decay, where they are 0-d
             tensors on it, at every step without synchronising, for CUDA graphs and torch.compile.
@@ -203,16 +176,11 @@ class RAdaBeliefW(Optimizer):
             if "exp_avg_dtype" in param_group:
                 param_group["exp_avg_dtype"] = as_dtype(param_group["exp_avg_dtype"])
         super().add_param_group(param_group)
-        self._check_fused(self.param_groups[-1])
-
-    def _check_fused(self, group: dict[str, Any]) -> None:
-        elsewhere = {param.device.type for param in group["params"]} - {"cpu", "meta"}
-        if group["fused"] and elsewhere:
+        try:
+            check_fused(self.param_groups[-1])
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(
-                f"fused=True: there is no fused backend for {', '.join(sorted(elsewhere))} yet, only for the CPU; use "
-                "foreach=True, or fused=None for the fastest there is"
-            )
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
@@ -230,28 +198,53 @@ class RAdaBeliefW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group_can_step(group)
-        overflow = self._overflow_on_host()
-        for group in self.param_groups:
-            if not (overflow and _on_host(group)):
+        left = self.param_groups if torch.compiler.is_compiling() else self._step_fused_on_device()
+        overflow = self._overflow_on_host(left)
+        for group in left:
+            if not (overflow and on_host(group)):
                 with torch.set_grad_enabled(group["differentiable"]):
                     self._step_group(group)
         return loss
 
-    def _overflow_on_host(self) -> bool:
+    @torch.no_grad()
+    def _step_fused_on_device(self) -> list[dict[str, Any]]:
+        """Step the groups that the Triton backend takes, all together; returns the others."""
+        groups = [group for group in self.param_groups if fused_on_device(group)]
+        if not groups:
+            return self.param_groups
+        memory = self.__dict__.setdefault("_fused_triton", {})  # not in __init__, which pickle does not call
+        gathered = [(self._gather_counted_in_place(group), hyper(group)) for group in groups]
+        for device, rows in rows_by_device(gathered).items():
+            fused = memory.setdefault(device, FusedTriton())
+            fused.step(rows, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return [group for group in self.param_groups if all(group is not other for other in groups)]
+
+    def _gather_counted_in_place(self, group: dict[str, Any]) -> Gathered:
+        g = self._gather(group)
+        if len(set(map(id, g.steps))) < len(g.steps):  # one for all would be counted up once for each
+            g.steps = [step.clone() for step in g.steps]
+            self._replace_steps(g.params, g.steps)
+        return g
+
+    def _overflow_on_host(self, groups: Iterable[dict[str, Any]]) -> bool:
         # one synchronisation, and only where the host must decide; GradScaler does the same for other optimizers
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not any(_on_host(group) for group in self.param_groups):
+        if found_inf is None or not any(on_host(group) for group in groups):
             return False
         return float(found_inf) != 0.0
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _gather(self, group: dict[str, Any]) -> Gathered:
         g = Gathered()
         self._init_group(group, g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.steps, g.masters, g.places)
+        return g
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        g = self._gather(group)
         if not g.params:
             return
         if group["differentiable"]:
             self._step_differentiably(group, g)
-        elif _on_host(group):
+        elif on_host(group):
             counts = [step.item() + 1.0 for step in g.steps]
             # A fifth of the time of foreach's addition, which has no fast path for 0-d tensors on the CPU.
             steps = list(torch.tensor(counts, dtype=torch.float32).unbind())
@@ -277,14 +270,15 @@ class RAdaBeliefW(Optimizer):
         found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
         if not found:
             return
+        on_device = group["capturable"] or fused_on_device(group)
         with_grad, their_grads = zip(*found, strict=True)
         states = list(map(self.state.__getitem__, with_grad))
         columns = None
         if not any(name in group for name in MEMORY_DEFAULTS):
-            columns = completed(states, with_grad, group["capturable"])
+            columns = completed(states, with_grad, on_device)
         if columns is None:
             for state, param in zip(states, with_grad, strict=True):
-                complete(state, param, group["capturable"])
+                complete(state, param, on_device)
                 complete_memory(state, param, group)
             columns = [[state[key] for state in states] for key in (STEP, EXP_AVG, EXP_AVG_SQ)]
         params.extend(with_grad)
@@ -310,7 +304,7 @@ class RAdaBeliefW(Optimizer):
         return None if scale is None else scale.reshape(()).double().reciprocal().float()
 
     def _run(self, group: dict[str, Any], params: list[Tensor], found: list[Batch], found_inf: Tensor | None) -> None:
-        backend, h, inverse_scale = _choose(group, params), hyper(group), self._inverse_scale()
+        backend, h, inverse_scale = choose(group, params), hyper(group), self._inverse_scale()
         for batch in found:
             device = batch.params[0].device
             batch.inverse_scale = None if inverse_scale is None else inverse_scale.to(device)

@@ -169,28 +169,13 @@ def _check_memory(group: Mapping[str, Any]) -> None:
 def _check_backend(group: Mapping[str, Any]) -> None:
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach=True and fused=True exclude each other; leave one of them None")
-    _check_fused(group)
-    if group["foreach"] and group["differentiable"]:
-        raise ValueError("foreach=True does not support differentiable=True; leave foreach None")
+    for name in ("foreach", "fused"):
+        if group[name] and group["differentiable"]:
+            raise ValueError(f"{name}=True does not support differentiable=True; leave {name} None")
     if group["foreach"] and not group["capturable"]:
         for name in ("lr", "weight_decay"):
             if isinstance(group[name], Tensor):
                 raise ValueError(f"{name} as a tensor with foreach=True needs capturable=True; or leave foreach None")
-
-
-def _check_fused(group: Mapping[str, Any]) -> None:
-    if not group["fused"]:
-        return
-    if group["differentiable"] or group["capturable"]:
-        raise ValueError("fused=True does not support differentiable=True or capturable=True; leave fused None")
-    from robust_dist.optim.fused_cpu import why_not
-
-    reason = why_not()
-    if reason is not None:
-        raise ValueError(
-            f"fused=True: there is no fused backend here ({reason}); use foreach=True, or fused=None for the fastest "
-            "there is"
-        )
 
 
 def check_group(group: Mapping[str, Any]) -> None:

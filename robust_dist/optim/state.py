@@ -108,22 +108,22 @@ def origin(param: Tensor, place: int) -> tuple[int, int]:
     return place, _first_index(param) if is_dtensor(param) else 0
 
 
-def as_step(value: Any, param: Tensor, capturable: bool) -> Tensor:
-    """A step count as this optimizer keeps it: a fresh 0-d float32 tensor, on the CPU unless capturable."""
-    device = param.device if capturable else torch.device("cpu")
+def as_step(value: Any, param: Tensor, on_device: bool) -> Tensor:
+    """A step count as this optimizer keeps it: a fresh 0-d float32 tensor, on the parameter's device or the CPU."""
+    device = param.device if on_device else torch.device("cpu")
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 
-def _repair_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
+def _repair_step(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
     step = state.get(STEP, 0.0)
-    device_type = param.device.type if capturable else "cpu"
+    device_type = param.device.type if on_device else "cpu"
     if not isinstance(step, Tensor) or step.device.type != device_type:
-        state[STEP] = as_step(step, param, capturable)
+        state[STEP] = as_step(step, param, on_device)
 
 
-def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], capturable: bool) -> list[list[Tensor]] | None:
+def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device: bool) -> list[list[Tensor]] | None:
     """The states' columns (step, exp_avg, exp_avg_sq) where `complete` would find nothing to do; else None.
 
     Asked of all at once, which is a fraction of the price of asking one by one.
@@ -133,7 +133,7 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], capturabl
     except KeyError:
         return None
     steps, *moments = columns
-    if capturable or {*map(type, steps)} != {Tensor} or not all(map(_is_cpu, steps)):
+    if {*map(type, steps)} != {Tensor} or {*map(_is_cpu, steps)} != {not on_device}:
         return None
     if PLAIN.issuperset(map(type, params)):
         return columns
@@ -145,9 +145,15 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], capturabl
         return None
 
 
-def complete(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
-    """Make what is missing of a parameter's state, key by key: loaders may have brought a part of it."""
-    _repair_step(state, param, capturable)
+def complete(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
+    """Make what is missing of a parameter's state, key by key: loaders may have brought a part of it.
+
+    Args:
+        state: The parameter's.
+        param: The parameter.
+        on_device: Whether its step count is kept on its device; else on the CPU.
+    """
+    _repair_step(state, param, on_device)
     for key in MOMENTS:
         if key not in state:
             state[key] = _sharing_placements(empty_like(param, state_dtype(param)).zero_(), param)

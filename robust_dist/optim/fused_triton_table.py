@@ -1,0 +1,108 @@
+"""What the Triton kernels read from the device's memory: where the tensors lie, and the settings of the groups.
+
+The table is int64 [COLUMNS, rows], a row a tensor; its last columns hold float64 bits, which `advance` writes. The
+chunks are int64 [chunks, 2]: the row, and the chunk's number within its tensor.
+"""
+
+import math
+import struct
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from robust_dist.optim.reference import PAPER_THRESHOLD, rho_inf
+from robust_dist.optim.settings import INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED, Hyper
+from robust_dist.splitmix import GOLDEN, mix_int, signed
+
+CHUNK = 4096  # elements
+# Columns of the table: first what the host writes, then what `advance` adds; fused_triton_kernel.py names them.
+HOST_COLUMNS = 9
+COLUMNS = 20
+# Columns of the settings; lr and weight_decay are the first two.
+LR, WEIGHT_DECAY = 0, 1
+SETTINGS = 15
+
+# exp(t * _NO_MEMORY) is 0 for every step t, as the power of a beta of 0 is, and is finite itself.
+_NO_MEMORY = -1e3
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what runs on the device now is recorded in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(words: Sequence[int], device: torch.device) -> Tensor:
+    """int64 words on the device, without synchronising; a graph that is being captured writes them at every replay."""
+    if is_capturing(device):
+        return written(words, device)
+    host = torch.frombuffer(array("q", words), dtype=torch.int64) if words else torch.empty(0, dtype=torch.int64)
+    return host.clone() if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def written(words: Sequence[int], device: torch.device) -> Tensor:
+    """`upload` with the words as arguments of kernels: no memory of the host need outlive the call."""
+    found = torch.zeros(len(words), dtype=torch.int64, device=device)
+    if words:
+        torch._foreach_add_(list(found.unbind()), list(words))
+    return found
+
+
+def chunk_table(numels: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
+    """Cut tensors into chunks.
+
+    Args:
+        numels: Number of elements of each tensor.
+        rows: Its row in the table.
+        device: Where the result lies.
+
+    Returns:
+        int64 [chunks, 2]: the row, and the chunk's number within its tensor, from 0.
+    """
+    counts = [-(-numel // CHUNK) for numel in numels]
+    total = sum(counts)
+    columns = upload([*counts, *accumulate(counts, initial=0)][:-1] + list(rows), device).view(3, -1)
+    tensors = torch.arange(len(counts), device=device)
+    tensor = torch.repeat_interleave(tensors, columns[0], output_size=total)
+    number = torch.arange(total, device=device) - columns[1][tensor]
+    return torch.stack([columns[2][tensor], number], 1)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else _NO_MEMORY
+
+
+def _rectification(h: Hyper) -> tuple[float, float, float]:
+    """Where a step is rectified, rho_inf, and eq. 13's factor that is the same at every step."""
+    longest = rho_inf(h.beta2)
+    if longest <= max(h.rectify_threshold, PAPER_THRESHOLD):
+        return math.inf, longest, 0.0
+    return h.rectify_threshold, longest, longest / ((longest - 4.0) * (longest - 2.0))
+
+
+def lives_on(value: float | Tensor, device: torch.device) -> bool:
+    """Whether a setting is a tensor whose value only the device knows."""
+    return isinstance(value, Tensor) and value.device.type == device.type
+
+
+def words_of(numbers: Sequence[float]) -> list[int]:
+    """The bits of float64 numbers, as int64."""
+    return list(struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers)))
+
+
+def settings_words(h: Hyper, device: torch.device) -> list[int]:
+    """A group's row of the settings, `SETTINGS` int64; 0 stands for what `lives_on` the device."""
+    numbers = (
+        *(0.0 if lives_on(value, device) else float(value) for value in (h.lr, h.weight_decay)),
+        h.beta1,
+        _log(h.beta1),
+        h.beta2,
+        _log(h.beta2),
+        h.added_eps,
+        *(h.eps if h.eps_placement == place else 0.0 for place in (INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED)),
+        *_rectification(h),
+        -1.0 if h.maximize else 1.0,
+    )
+    return [*words_of(numbers), signed(mix_int(h.seed + GOLDEN))]
