@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from robust_dist.augment import RobustAugment
 from robust_dist.bench.augment_peers import BACKENDS
 from robust_dist.data import Batch, ImageSet
 from robust_dist.train.data_config import DataConfig
@@ -62,8 +61,7 @@ def recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) ->
     """Name to a recipe and the backend that augments; None for the recipe's own choice."""
     plain = _recipe(model, settings)
     found: dict[str, tuple[Recipe, str | None]] = {NONE: (replace(plain, augment=_WITHOUT), None)}
-    choice = "backend" in RobustAugment.__init__.__annotations__
-    found |= {name: (plain, name if choice else None) for name in (BACKENDS if choice else BACKENDS[:1])}
+    found |= {name: (plain, name) for name in BACKENDS}
     if compiled:
         found[COMPILED] = replace(plain, augment=AugmentConfig(compile=True)), None
     if cuda_graph and has_field(Recipe, "cuda_graph"):
