@@ -1,7 +1,6 @@
 """The augmentations that are timed: ours with each backend, torchvision's, kornia's, DALI's, timm's."""
 
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from robust_dist.augment import CutMix, RobustAugment, TrivialAugment
+from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, backends
 
-BACKENDS = ("torch", "native", "triton")
+BACKENDS = tuple(name for name in backends.BACKENDS if name != "auto")
 CLASSES = 10
 MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
 PADDING = 4
@@ -66,11 +65,7 @@ def _alone(augment: Callable[[Tensor], Tensor], *, seen: bool = True) -> Contend
 
 def _backends(kind: type[nn.Module], compiled: bool) -> dict[str, Callable[..., Any]]:
     """Name to a function that makes our module with one of its backends; those that cannot work here raise."""
-    has_choice = "backend" in inspect.signature(kind).parameters
-    found: dict[str, Callable[..., Any]] = {
-        f"{OURS}{name}": partial(kind, backend=name) if has_choice else kind
-        for name in (BACKENDS if has_choice else BACKENDS[:1])
-    }
+    found: dict[str, Callable[..., Any]] = {f"{OURS}{name}": partial(kind, backend=name) for name in BACKENDS}
     if compiled:
         plain = found[f"{OURS}torch"]
         found[f"{OURS}torch, compiled"] = lambda *a, **kw: torch.compile(plain(*a, **kw), fullgraph=True)

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
-from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, has_field, random_set, recipes
-from robust_dist.train.recipe import Recipe
+from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, random_set, recipes
 
 MODELS = ("resnet56", "resnet18_cifar")
 _ALONE = "alone: "
@@ -70,6 +69,8 @@ def _model_rows(
     left_out.update({f"{model}, {name}": why for name, why in failures.items() if not name.startswith(_ALONE)})
     calls.clear()
     gc.collect()
+    if (why := left_out.get(f"{model}, {NONE}")) is not None:
+        raise ValueError(f"{model} cannot be trained here: {why}")
     return [_row(model, name, times) for name in times if not name.startswith(_ALONE) and _ALONE + name in times]
 
 
@@ -90,9 +91,7 @@ def _check(batch: int, rounds: int | None, precision: str | None, models: Sequen
 
 
 def _unavailable(where: torch.device, cuda_graph: bool) -> dict[str, str]:
-    if cuda_graph and where.type != "cuda":
-        return {GRAPH: "there is no GPU; it is for --device cuda"}
-    return {GRAPH: "this version has no cuda_graph"} if cuda_graph and not has_field(Recipe, "cuda_graph") else {}
+    return {GRAPH: "there is no GPU; it is for --device cuda"} if cuda_graph and where.type != "cuda" else {}
 
 
 def run(
@@ -196,7 +195,7 @@ def bench_train(
         A Markdown table with the machine and what was left out.
 
     Raises:
-        ValueError: For a batch, rounds, threads, precision or device out of range.
+        ValueError: For a batch, rounds, threads, precision or device out of range, or a model that cannot be trained.
     """
     result = run(
         models=models,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from robust_dist.augment import RobustAugment
 from robust_dist.bench.augment_peers import BACKENDS
 from robust_dist.data import Batch, ImageSet
 from robust_dist.train.data_config import DataConfig
@@ -53,21 +52,15 @@ def _recipe(model: str, settings: Settings) -> Recipe:
     )
 
 
-def has_field(kind: type, name: str) -> bool:
-    """Whether a dataclass has this field."""
-    return name in {field.name for field in fields(kind)}
-
-
 def recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) -> dict[str, tuple[Recipe, str | None]]:
     """Name to a recipe and the backend that augments; None for the recipe's own choice."""
     plain = _recipe(model, settings)
     found: dict[str, tuple[Recipe, str | None]] = {NONE: (replace(plain, augment=_WITHOUT), None)}
-    choice = "backend" in RobustAugment.__init__.__annotations__
-    found |= {name: (plain, name if choice else None) for name in (BACKENDS if choice else BACKENDS[:1])}
+    found |= {name: (plain, name) for name in BACKENDS}
     if compiled:
         found[COMPILED] = replace(plain, augment=AugmentConfig(compile=True)), None
-    if cuda_graph and has_field(Recipe, "cuda_graph"):
-        found[GRAPH] = replace(plain, **cast(Any, {"cuda_graph": True})), None
+    if cuda_graph:
+        found[GRAPH] = replace(plain, cuda_graph=True), None
     return found
 
 
@@ -102,13 +95,7 @@ class Contender:
 
     def augment(self) -> tuple[Tensor, Tensor]:
         """The augmentation of one batch, always the same."""
-        pipeline = cast(Any, getattr(self.trainer, "step", self.trainer)).pipeline
-        batch = cast(Any, self.batch)
-        if hasattr(batch, "augmented"):  # gathers what it reads, as a step does
-            images, targets = batch.augmented(pipeline)
-        else:
-            images, targets = pipeline(batch.images, batch.labels, batch.keys)
-        return images, targets
+        return self.batch.augmented(self.trainer.step.pipeline)
 
     def _parts(self) -> Iterator[list[Batch]]:
         for epoch in itertools.count():

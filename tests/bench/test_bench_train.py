@@ -39,6 +39,17 @@ def test_the_table_is_printed_and_written_with_a_picture_and_says_what_there_is_
     assert (folder / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
+def untrainable():
+    from robust_dist.bench.train import run
+
+    with pytest.raises(ValueError, match="resnet7 cannot be trained here: unknown model"):
+        run(**SMALL | {"models": ["resnet7"]})
+
+
+def test_a_model_that_cannot_be_trained_is_an_error_that_names_it():
+    run_ranks(untrainable, 1, timeout=300.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
