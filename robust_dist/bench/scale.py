@@ -179,9 +179,11 @@ def step_once(params: Sequence[nn.Parameter]) -> Held:
         optimizer.step()
     states = [optimizer.state[param] for param in params]
     tensors = [*params, *(value for state in states for value in state.values())]
+    # The steps of many parameters lie in one storage.
+    storages = {one._cdata: one.nbytes() for one in (_local(tensor).untyped_storage() for tensor in tensors)}
     return Held(
         shapes=[tuple(_local(param).shape) for param in params],
-        bytes=sum(_local(tensor).untyped_storage().nbytes() for tensor in tensors),
+        bytes=sum(storages.values()),
         misplaced=sum(
             _layout(state[name]) != _layout(param)
             for param, state in zip(params, states, strict=True)
