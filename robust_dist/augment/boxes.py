@@ -81,7 +81,7 @@ def _canvas(augment: RobustAugment | Stage, named: Sequence[Size]) -> Size:
     if len(sizes) != 1:
         hint = "name it by canvas_size" if not sizes else f"got {sorted(sizes)}"
         raise ValueError(f"boxes of one batch must have one canvas_size (height, width), that of its images: {hint}")
-    height, width = sizes.pop()
+    height, width = next(iter(sizes))
     return int(height), int(width)
 
 

@@ -196,7 +196,8 @@ class RobustAugment(nn.Module):
         stages = (self.crop, self.flip, self.trivial, self.cutmix)
         known = (RandomCrop, RandomHorizontalFlip, TrivialAugment, CutMix)
         pairs = [pair for pair in zip(stages, known, strict=True) if pair[0] is not None]
-        return next((type(stage).__name__ for stage, own in pairs if type(stage) is not own), None)
+        strange = [type(stage).__name__ for stage, own in pairs if type(stage) is not own]
+        return strange[0] if strange else None
 
     def _by_torch(self, images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """The backend "torch"."""

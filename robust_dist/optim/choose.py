@@ -10,7 +10,7 @@ from robust_dist.optim import fused_cpu, fused_triton
 from robust_dist.optim.backend import Backend
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.single import single
-from robust_dist.optim.state import PLAIN, is_dtensor
+from robust_dist.optim.state import PLAIN, all_plain, is_dtensor
 
 
 def on_host(group: Mapping[str, Any]) -> bool:
@@ -21,7 +21,7 @@ def on_host(group: Mapping[str, Any]) -> bool:
 
 
 def _supports_foreach(params: Iterable[Tensor]) -> bool:
-    if PLAIN.issuperset(map(type, params)):
+    if all_plain(params):
         return True
     one_of_each = {type(p): p for p in params}
     return all(kind in PLAIN or is_dtensor(p) for kind, p in one_of_each.items())

@@ -88,7 +88,7 @@ def _device_step(batch: Batch, h: Hyper) -> None:
     if batch.masters:
         _commit(batch.masters, params, idle)
     _commit(batch.params, [rounder.param(i, t) for i, t in enumerate(params)], idle)
-    if m is not batch.exp_avgs:
+    if skipped is not None or batch.exp_avgs[0].dtype != dtype:
         _commit(batch.exp_avgs, [rounder.exp_avg(i, t) for i, t in enumerate(m)], skipped)
     if skipped is not None:
         _commit(batch.exp_avg_sqs, v, skipped)

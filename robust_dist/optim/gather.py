@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from robust_dist.optim.backend import Batch, Origin, Slot, batches, one_batch
-from robust_dist.optim.state import PLAIN, is_dtensor, local_columns, local_slot, origin
+from robust_dist.optim.state import all_plain, is_dtensor, local_columns, local_slot, origin
 
 
 def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -46,7 +46,7 @@ class Gathered:
         """The local tensors: params, grads, exp_avgs, exp_avg_sqs, and masters if any."""
         columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
         columns += [self.masters] if self.masters else []
-        return columns if PLAIN.issuperset(map(type, self.params)) else _local(columns)
+        return columns if all_plain(self.params) else _local(columns)
 
     def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""

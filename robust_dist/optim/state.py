@@ -25,9 +25,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def all_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is of a class of its own, as a DTensor is."""
+    if torch.compiler.is_compiling():
+        # torch 2.6 cannot trace a set of classes.
+        return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    return PLAIN.issuperset(map(type, tensors))
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor; does not import torch.distributed.tensor, which is slow."""
-    if type(tensor) in PLAIN:
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -126,8 +134,11 @@ def _repair_step(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
 def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device: bool) -> list[list[Tensor]] | None:
     """The states' columns (step, exp_avg, exp_avg_sq) where `complete` would find nothing to do; else None.
 
-    Asked of all at once, which is a fraction of the price of asking one by one.
+    Asked of all at once, which is a fraction of the price of asking one by one. A compiled step, which asks when it is
+    traced alone, asks one by one, in what torch 2.6 can trace.
     """
+    if torch.compiler.is_compiling():
+        return None
     try:
         columns = [list(map(itemgetter(key), states)) for key in (STEP, *MOMENTS)]
     except KeyError:
@@ -135,7 +146,7 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
     steps, *moments = columns
     if {*map(type, steps)} != {Tensor} or {*map(_is_cpu, steps)} != {not on_device}:
         return None
-    if PLAIN.issuperset(map(type, params)):
+    if all_plain(params):
         return columns
     # DTensors; `_sharing_placements` gave the moments their own layout.
     try:

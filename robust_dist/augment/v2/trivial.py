@@ -61,11 +61,16 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
     def __init__(
         self, num_magnitude_bins: int = 31, interpolation: str | int | Any = "nearest", fill: Any = None
     ) -> None:
-        super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
         name = getattr(interpolation, "value", interpolation)
         if name not in _INTERPOLATIONS:
             raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
-        self._mode = _INTERPOLATIONS[name]
+        mode = _INTERPOLATIONS[name]
+        try:
+            super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
+        except ValueError:  # older torchvision takes no names
+            named = v2.InterpolationMode(mode)
+            super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=named, fill=fill)
+        self._mode = mode
         self._module(torch.device("cpu"), (0,))
 
     def forward(self, *inputs: Any) -> Any:
