@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from robust_dist import native_library
 from robust_dist.augment.keys import Stream, bits
 from robust_dist.augment.layout import bits_of, memory_format
 
@@ -51,22 +52,16 @@ class _Pasting(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _load() -> Any:
-    """The library, or why there is none."""
-    files = sorted(Path(__file__).parent.glob("_fused*.so"))
-    if not files:
-        return (
-            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
-        )
-    try:
-        found = ctypes.CDLL(str(files[0]))
-    except OSError as error:
-        return f"{files[0].name} cannot be loaded: {error}"
+def _declare(found: Any) -> None:
     found.robust_dist_augment.argtypes = [ctypes.c_void_p, ctypes.c_int]
     found.robust_dist_paste.argtypes = [ctypes.c_void_p]
     found.robust_dist_paste.restype = None
-    return found
+
+
+@functools.cache
+def _load() -> Any:
+    """The library, or why there is none."""
+    return native_library.load(Path(__file__).parent, _declare)
 
 
 def missing() -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from robust_dist import native_library
 from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.foreach import foreach
@@ -65,17 +66,7 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
-@functools.cache
-def _load() -> Any:
-    files = sorted(Path(__file__).parent.glob("_fused*.so"))
-    if not files:
-        return (
-            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
-        )
-    try:
-        found = ctypes.CDLL(str(files[0]))
-    except OSError as error:
-        return f"{files[0].name} cannot be loaded: {error}"
+def _declare(found: Any) -> None:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     found.robust_dist_step.argtypes = [pointer, pointer, ctypes.c_int]
     found.robust_dist_step.restype = None
@@ -85,7 +76,11 @@ def _load() -> Any:
     found.robust_dist_chunk.restype = None
     found.robust_dist_step_chunk.argtypes = [pointer, pointer, ctypes.c_int, whole, pointer]
     found.robust_dist_step_chunk.restype = None
-    return found
+
+
+@functools.cache
+def _load() -> Any:
+    return native_library.load(Path(__file__).parent, _declare)
 
 
 def instruction_set() -> str:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robust_dist import native_library
 from robust_dist.optim import RAdaBeliefW, fused_cpu
 from robust_dist.optim.backend import Batch
 from robust_dist.optim.fused_cpu import _KINDS, _Scalars, _table, call, library
@@ -342,3 +343,15 @@ def test_without_the_library_foreach_takes_over_and_fused_says_what_is_missing(m
         torch.testing.assert_close(param.detach(), reference(start((3,)), grads)[0], rtol=1e-12, atol=1e-13)
     finally:
         fused_cpu.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [(None, "was not built"), (b"no library", "cannot be loaded"), ("own", "was built from other")]
+)
+def test_a_library_that_is_absent_broken_or_of_other_sources_is_a_reason_and_no_error(tmp_path, text, why):
+    if text == "own":
+        built = next(Path(fused_cpu.__file__).parent.glob("_fused*.so"), None) or pytest.skip("it was not built")
+        (tmp_path / "_fused.so").write_bytes(built.read_bytes())
+    elif text is not None:
+        (tmp_path / "_fused.so").write_bytes(text)
+    assert why in native_library.load(tmp_path, lambda found: found.no_such_function)
