@@ -1,29 +1,102 @@
-"""A training process of a study: `launch/train.py`'s entry, which does not outlive its worker.
+"""A training process of a study: `launch/train.py`'s entry, which does not outlive its worker."""
 
-python -m robust_dist.study.child WORKER_PID --config RECIPE.yaml --run_dir DIR --seed N
-"""
-
+import atexit
+import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import IO, Any
 
 # After this, a training process that does not end by itself is ended.
 GRACE_SECONDS = 30.0
+# A fork keeps none of its server's threads, so that what is imported must not start any.
+_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
-def _follow(worker: int) -> None:
+class Launcher:
+    """Starts training processes.
+
+    Without GPUs they are forked from a server that has done the imports, which is seconds a run; with them each is a
+    fresh process, as a fork inherits what a driver's library has begun.
+
+    Args:
+        forks: Whether to fork them.
+    """
+
+    def __init__(self, *, forks: bool) -> None:
+        self._forks = forks
+        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload(["robust_dist.study.preload"])
+
+    def start(self, words: Sequence[str], env: Mapping[str, str], log: IO[bytes], claim: int) -> BaseProcess:
+        """Start one.
+
+        Args:
+            words: The command line of `launch/train.py`.
+            env: The whole environment.
+            log: A file that its output goes to.
+            claim: A descriptor that it keeps open.
+        """
+        before = dict(os.environ)
+        passed = _Passed(log.fileno(), claim)
+        process: BaseProcess = self._context.Process(target=_run, args=(list(words), dict(env), passed))
+        try:
+            # What libraries read when they are loaded: in a fresh process, and in the server, which loads them for all.
+            _set_environment({**env, **_NO_THREADS} if self._forks else env)
+            process.start()
+        finally:
+            _set_environment(before)
+        return process
+
+
+class _Passed:
+    """Descriptors that the started process gets, as numbers of its own."""
+
+    def __init__(self, *descriptors: int) -> None:
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import DupFd
+
+        return _received, tuple(DupFd(descriptor) for descriptor in self.descriptors)
+
+
+def _received(*passed: Any) -> list[int]:
+    return [one.detach() for one in passed]
+
+
+def _set_environment(env: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+
+
+def _follow(worker: BaseProcess) -> None:
     """End this process when its worker has; a signal first, for the sake of what it may want to save."""
-    while os.getppid() == worker:
-        time.sleep(0.5)
+    worker.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os._exit(1)
 
 
-if __name__ == "__main__":
-    threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
+def _run(words: list[str], env: Mapping[str, str], passed: list[int]) -> None:
+    """The started process."""
+    # Ctrl-C reaches the worker alone, which then ends its own in good order.
+    os.setsid()
+    _set_environment(env)
+    log, _claim = passed
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    worker = multiprocessing.parent_process()
+    threading.Thread(target=_follow, args=(worker,), daemon=True).start()
     from robust_dist.train.main import main
 
-    main(sys.argv[2:])
+    try:
+        main(words)
+    finally:
+        # multiprocessing leaves out what others have registered for the end, such as trackers.
+        atexit._run_exitfuncs()

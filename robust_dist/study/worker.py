@@ -1,17 +1,16 @@
 """Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
 
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from typing import IO
 
 import yaml
 
 from robust_dist.checkpoint import write_atomically
 from robust_dist.study import claims
-from robust_dist.study.child import GRACE_SECONDS
+from robust_dist.study.child import GRACE_SECONDS, Launcher
 from robust_dist.study.claims import Claim
 from robust_dist.study.devices import gpus, slot_environment
 from robust_dist.study.folder import StudyFolder
@@ -32,7 +31,7 @@ class _Training:
     run: Run
     trial: int
     claim: Claim
-    process: "subprocess.Popen[bytes]"
+    process: BaseProcess
     log: IO[bytes]
     began: float
 
@@ -53,6 +52,7 @@ class Workers:
             self.queue = Queue(folder.journal, study)
             self.queue.fill(run.name for run in study.runs() if folder.result(run) is not None)
         self.gpus = gpus(os.environ)
+        self.launcher = Launcher(forks=not self.gpus)
         self.slots: dict[int, _Training] = {}
         self._beaten = time.monotonic()
         self._look_at = 0.0
@@ -73,7 +73,7 @@ class Workers:
 
     def _reap(self) -> None:
         for slot, training in list(self.slots.items()):
-            status = training.process.poll()
+            status = training.process.exitcode
             if status is not None:
                 del self.slots[slot]
                 training.log.close()
@@ -139,16 +139,8 @@ class Workers:
         write_atomically(recipe, yaml.safe_dump(recipe_dict(self._recipe(run)), sort_keys=False))
         log = self.folder.make("logs", run, ".log").open("ab")
         words = ["--config", str(recipe), "--run_dir", str(self.folder.of("runs", run))]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "robust_dist.study.child", str(os.getpid()), *words],
-            env=slot_environment(slot, self.num_workers, self.gpus, os.environ),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[claim.fileno],
-            # Ctrl-C reaches this process alone, which then ends its own in good order.
-            start_new_session=True,
-        )
+        env = slot_environment(slot, self.num_workers, self.gpus, os.environ)
+        process = self.launcher.start(words, env, log, claim.fileno)
         return _Training(run, trial, claim, process, log, time.monotonic())
 
     def _recipe(self, run: Run) -> Recipe:
@@ -175,11 +167,10 @@ class Workers:
             training.process.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
         for training in self.slots.values():
-            try:
-                training.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            training.process.join(max(0.0, deadline - time.monotonic()))
+            if training.process.exitcode is None:
                 training.process.kill()
-                training.process.wait()
+                training.process.join()
             training.log.close()
             if self.queue.fail(training.trial):
                 self.queue.add(training.run)
