@@ -89,8 +89,10 @@ def instruction_set() -> str:
 
 
 def is_flat(*row: Tensor) -> bool:
-    """Whether the C pass can take a row of tensors as arrays: plain ones, element beside element in the same order."""
-    return all(type(t) in PLAIN for t in row) and (all(t.is_contiguous() for t in row) or can_flatten(row))
+    """Whether the C pass can take a row as arrays: plain, element beside element in one order, not lazily negated."""
+    if not all(type(t) in PLAIN for t in row) or any(t.is_neg() for t in row):
+        return False
+    return all(t.is_contiguous() for t in row) or can_flatten(row)
 
 
 def _all_contiguous(batch: Batch) -> bool:
@@ -98,7 +100,7 @@ def _all_contiguous(batch: Batch) -> bool:
     for column in batch.columns:
         if not (PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
             return False
-    return True
+    return not (any(map(Tensor.is_neg, batch.grads)) or any(map(Tensor.is_neg, batch.params)))
 
 
 def _kinds(batch: Batch) -> tuple[int, int, int] | None:
@@ -155,10 +157,11 @@ def _table(
 ) -> tuple[_Tensors, dict[str, "array[int]"]]:
     """The C code's table of a batch, and the arrays that it points into, which must outlive it."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
+    # Of lists, which have a length: an array that grows with an iterator takes a third longer.
     arrays = {
-        name: array("q", map(Tensor.data_ptr, column)) for name, column in zip(names, batch.columns, strict=False)
+        name: array("q", list(map(Tensor.data_ptr, column))) for name, column in zip(names, batch.columns, strict=False)
     }
-    arrays["numels"] = array("q", map(Tensor.numel, batch.params))
+    arrays["numels"] = array("q", list(map(Tensor.numel, batch.params)))
     if keys is not None:
         arrays |= {"keys": array("q", keys), "firsts": array("q", [first for _, first in batch.origins])}
     pointers = {name: values.buffer_info()[0] for name, values in arrays.items()}

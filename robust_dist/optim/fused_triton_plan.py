@@ -115,9 +115,10 @@ class Rows:
         """The dtypes of the gradients, and where they do not simply lie in a row, how."""
         grads = self.grads
         dtypes = tuple([grad.dtype for grad in grads])
-        if all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_conj, grads)):
+        lazy = any(map(Tensor.is_neg, grads)) or any(map(Tensor.is_conj, grads))
+        if all(map(Tensor.is_contiguous, grads)) and not lazy:
             return dtypes, PLAIN.issuperset(map(type, grads))
-        return dtypes, tuple((grad.stride(), grad.is_conj(), type(grad)) for grad in grads)
+        return dtypes, tuple((grad.stride(), grad.is_conj(), grad.is_neg(), type(grad)) for grad in grads)
 
 
 @dataclass
@@ -157,7 +158,9 @@ def _kinds(rows: Rows, index: int) -> Kinds | None:
     lies_flat = all(t.is_contiguous() for t in row) or can_flatten(row)
     if not (PLAIN.issuperset(map(type, row)) and lies_flat and len({t.device for t in row}) == 1):
         return None
-    if any(t.dtype not in _TYPES or t.is_complex() != param.is_complex() or t.is_conj() for t in row):
+    if any(t.dtype not in _TYPES or t.is_complex() != param.is_complex() for t in row):
+        return None
+    if any(t.is_conj() or t.is_neg() for t in row):
         return None
     has_master = master is not param
     if exp_avg_sq.element_size() < 4 or (has_master and master.dtype != exp_avg_sq.dtype):

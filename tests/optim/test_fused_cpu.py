@@ -230,6 +230,34 @@ def test_channels_last_and_expanded_tensors_are_walked_rightly():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def lazy_negation():
+    found = torch.tensor([1 + 2j]).conj().imag
+    assert found.is_neg()
+    assert found.is_contiguous()
+    return found
+
+
+@built
+def test_a_gradient_that_is_a_lazy_negation_is_read_with_its_sign():
+    ends = []
+    for options in ({"fused": True}, {"foreach": True}):
+        param = torch.zeros(1, requires_grad=True)
+        optimizer = RAdaBeliefW([param], **options)
+        for _ in range(6):
+            param.grad = lazy_negation()
+            optimizer.step()
+        ends.append((param.detach(), optimizer.state[param]["exp_avg"]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+
+
+@built
+def test_a_parameter_that_is_a_lazy_negation_is_refused_as_torch_refuses_it():
+    param = lazy_negation().requires_grad_()
+    param.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="negation"):
+        RAdaBeliefW([param], fused=True).step()
+
+
 @built
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_bad_gradients_do_what_they_do_in_the_reference(value):

@@ -269,3 +269,14 @@ def test_a_complex_parameter_is_stepped_as_two_real_ones(device, launches, dtype
         step(twin, [pair], [grad])
     torch.testing.assert_close(torch.view_as_real(number.detach()), pair.detach(), rtol=1e-6, atol=0)
     assert len(launches) == 3  # a lazily conjugated gradient is no array of its numbers
+
+
+def test_a_gradient_that_is_a_lazy_negation_is_read_with_its_sign(device):
+    params = [torch.zeros(1, device=device, requires_grad=True) for _ in range(2)]
+    lazy = torch.tensor([1 + 2j]).conj().imag.to(device)
+    optimizers = [RAdaBeliefW([param]) for param in params]
+    for _ in range(6):
+        for param, optimizer, grad in zip(params, optimizers, (lazy, lazy.resolve_neg()), strict=True):
+            param.grad = grad
+            optimizer.step()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=1e-7)
