@@ -18,6 +18,7 @@ class Gpu:
         memory_gib: Memory, GiB.
         half_tflops: Dense peak in bfloat16 (float16 where it has no bfloat16), TFLOP/s.
         single_tflops: Peak in float32 without TF32, TFLOP/s.
+        memory_gbytes: Rate of its memory, GB/s.
         intra_gbps: Link to the node's other GPUs, Gbit/s in one direction.
         inter_gbps: Network card a GPU, Gbit/s in one direction.
         host_gbps: Link to the host's memory, Gbit/s in one direction.
@@ -28,6 +29,7 @@ class Gpu:
     memory_gib: float
     half_tflops: float
     single_tflops: float
+    memory_gbytes: float
     intra_gbps: float
     inter_gbps: float
     host_gbps: float
@@ -36,18 +38,18 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "b200": Gpu(180, 2250, 75, 7200, _NDR, _PCIE5, "NVIDIA DGX B200 data sheet (an eighth of it)"),
-    "h200": Gpu(141, 989, 67, 3600, _NDR, _PCIE5, "NVIDIA H200 data sheet, SXM"),
-    "h100": Gpu(80, 989, 67, 3600, _NDR, _PCIE5, "NVIDIA H100 data sheet, SXM"),
-    "a100-80": Gpu(80, 312, 19.5, 2400, _HDR, _PCIE4, "NVIDIA A100 data sheet, SXM"),
-    "a100-40": Gpu(40, 312, 19.5, 2400, _HDR, _PCIE4, "NVIDIA A100 data sheet, SXM"),
-    "l40s": Gpu(48, 362, 91.6, _PCIE4, _EDR, _PCIE4, "NVIDIA L40S data sheet"),
-    "l4": Gpu(24, 121, 30.3, _PCIE4, _EDR, _PCIE4, "NVIDIA L4 data sheet"),
-    "a10": Gpu(24, 125, 31.2, _PCIE4, _EDR, _PCIE4, "NVIDIA A10 data sheet"),
-    "v100-32": Gpu(32, 125, 15.7, 1200, _EDR, _PCIE3, "NVIDIA V100 data sheet, SXM2", bf16=False),
-    "v100-16": Gpu(16, 125, 15.7, 1200, _EDR, _PCIE3, "NVIDIA V100 data sheet, SXM2", bf16=False),
-    "t4": Gpu(16, 65, 8.1, _PCIE3, _EDR, _PCIE3, "NVIDIA T4 data sheet", bf16=False),
-    "rtx4090": Gpu(24, 165.2, 82.6, _PCIE4, _EDR, _PCIE4, "NVIDIA Ada architecture white paper"),
+    "b200": Gpu(180, 2250, 75, 8000, 7200, _NDR, _PCIE5, "NVIDIA DGX B200 data sheet (an eighth of it)"),
+    "h200": Gpu(141, 989, 67, 4800, 3600, _NDR, _PCIE5, "NVIDIA H200 data sheet, SXM"),
+    "h100": Gpu(80, 989, 67, 3350, 3600, _NDR, _PCIE5, "NVIDIA H100 data sheet, SXM"),
+    "a100-80": Gpu(80, 312, 19.5, 2039, 2400, _HDR, _PCIE4, "NVIDIA A100 data sheet, SXM"),
+    "a100-40": Gpu(40, 312, 19.5, 1555, 2400, _HDR, _PCIE4, "NVIDIA A100 data sheet, SXM"),
+    "l40s": Gpu(48, 362, 91.6, 864, _PCIE4, _EDR, _PCIE4, "NVIDIA L40S data sheet"),
+    "l4": Gpu(24, 121, 30.3, 300, _PCIE4, _EDR, _PCIE4, "NVIDIA L4 data sheet"),
+    "a10": Gpu(24, 125, 31.2, 600, _PCIE4, _EDR, _PCIE4, "NVIDIA A10 data sheet"),
+    "v100-32": Gpu(32, 125, 15.7, 900, 1200, _EDR, _PCIE3, "NVIDIA V100 data sheet, SXM2", bf16=False),
+    "v100-16": Gpu(16, 125, 15.7, 900, 1200, _EDR, _PCIE3, "NVIDIA V100 data sheet, SXM2", bf16=False),
+    "t4": Gpu(16, 65, 8.1, 320, _PCIE3, _EDR, _PCIE3, "NVIDIA T4 data sheet", bf16=False),
+    "rtx4090": Gpu(24, 165.2, 82.6, 1008, _PCIE4, _EDR, _PCIE4, "NVIDIA Ada architecture white paper"),
 }
 
 

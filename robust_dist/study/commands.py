@@ -18,6 +18,9 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     run.add_argument("--dir", metavar="D", help="the study's folder (default: runs/studies/NAME)")
     run.add_argument("--from", dest="report", metavar="REPORT.json", help="take the finished runs of an earlier report")
     run.add_argument("--dry-run", action="store_true", help="say what it costs, from a measured step; train nothing")
+    run.add_argument(
+        "--gpu", default="h100", help="with --dry-run on a machine without one: whose hours to estimate (default: h100)"
+    )
     run.set_defaults(run=_run, extra="study")
 
     status = words.add_parser("status", help="what is finished, running, failed, waiting")
@@ -50,7 +53,7 @@ def _run(words: argparse.Namespace) -> int:
         raise StudyError(f"--workers {words.workers} must be at least 1")
     study, recipes = load_study(words.config)
     if words.dry_run:
-        print(estimate(study, recipes))
+        print(estimate(study, recipes, words.gpu))
         return 0
     folder = StudyFolder(words.dir or Path("runs", "studies", study.name))
     folder.claim(study)

@@ -174,8 +174,20 @@ def _median_seconds(action: Any, device: torch.device) -> float:
     return sorted(times[1:])[len(times[1:]) // 2]
 
 
-def estimate(study: Study, recipes: dict[str, Recipe]) -> str:
-    """What `--dry-run` says: cells, runs, steps and hours, from steps measured now on this machine."""
+def estimate(study: Study, recipes: dict[str, Recipe], gpu: str = "h100") -> str:
+    """What `--dry-run` says: cells, runs, steps and hours, from steps measured now on this machine.
+
+    Args:
+        study: The study.
+        recipes: Every cell's recipe by the cell's name.
+        gpu: The one whose hours are estimated where there is none to measure on.
+
+    Raises:
+        ValueError: That GPU is not in the table.
+    """
+    from robust_dist.study.roofline import gpu_hours
+
+    elsewhere = None if torch.cuda.is_available() else gpu_hours(study, recipes, gpu)
     found = costs(study, recipes)
     seeds = len(study.seeds)
     hours = seeds * sum(cost.hours for cost in found.values())
@@ -187,13 +199,10 @@ def estimate(study: Study, recipes: dict[str, Recipe]) -> str:
         f"{' to '.join(f'{count:,}' for count in dict.fromkeys((steps[0], steps[-1])))} steps",
         f"a step, measured: {spread} ms on {_device()}",
     ]
-    if torch.cuda.is_available():
+    if elsewhere is None:
         lines.append(f"{hours:.1f} GPU hours, without the runs' starts; N workers on N GPUs need 1/N of that")
     else:
-        lines.append(
-            f"{hours:.1f} hours with one worker of these threads, without the runs' starts; GPU hours are not measured "
-            "here: this machine has no GPU"
-        )
+        lines += [f"{hours:.1f} hours with one worker of these threads, without the runs' starts", elsewhere]
     return "\n".join(lines)
 
 

@@ -206,7 +206,7 @@ def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys, m
     output = capsys.readouterr().out
     # 1,438 digits make 44 whole batches of 32.
     assert "2 cells x 3 seeds = 6 runs of 308 steps" in output
-    assert ("GPU hours are not measured here" in output) != ("GPU hours, without" in output)
+    assert ("GPU hours of h100 by an estimate" in output) != ("GPU hours, without" in output)
     assert not (tmp_path / "study").exists()
 
 

@@ -1,0 +1,124 @@
+"""Hours on a GPU that is not here: an estimate from counted operations and the maker's peak rates, no measurement."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from robust_dist.plan.hardware import Gpu, find_gpu
+from robust_dist.study.grid import Study
+from robust_dist.study.measure import facts, steps_of
+from robust_dist.train.build import build_classifier, look_of
+from robust_dist.train.recipe import Recipe, recipe_dict
+
+# Assumptions, all of them: shares of the peak rates that an operation reaches, and what the host needs to start one.
+ARITHMETIC_SHARE, MEMORY_SHARE, START_SECONDS = 0.35, 0.8, 10e-6
+OPTIMIZER_BYTES = 28  # a parameter
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation: its floating-point operations, and the bytes of the tensors that it reads and writes."""
+
+    flops: float
+    moved: int
+
+
+class _Count(TorchDispatchMode):
+    """Collects the operations that do something; a view does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` and note its work."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        written = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        if written and (func._schema.is_mutable or not _shares_memory(read, written)):
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            self.found.append(Work(float(flops), sum(one.numel() * one.element_size() for one in read + written)))
+        return out
+
+
+def _shares_memory(read: list[Tensor], written: list[Tensor]) -> bool:
+    sources = {one.untyped_storage()._cdata for one in read}
+    return any(one.untyped_storage()._cdata in sources for one in written)
+
+
+def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[Work], list[Work]]:
+    """The operations of a forward pass, and of a forward and a backward pass, of a model on fake tensors.
+
+    Args:
+        model: Of fake tensors.
+        images: [B, C, H, W], fake.
+        precision: "no", "bf16" or "fp16"; the last two are counted as bfloat16.
+    """
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    count = _Count()
+    with count:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            logits = model(images)
+        forward = len(count.found)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+    return count.found[:forward], count.found
+
+
+def seconds(found: list[Work], gpu: Gpu, precision: str) -> float:
+    """Estimated seconds of operations, one after the other on the device, or of the host where it is the slower one."""
+    peak = 1e12 * ARITHMETIC_SHARE * (gpu.single_tflops if precision == "no" else gpu.half_tflops)
+    rate = 1e9 * MEMORY_SHARE * gpu.memory_gbytes
+    on_device = sum(max(one.flops / peak, one.moved / rate) for one in found)
+    return max(on_device, START_SECONDS * len(found))
+
+
+def run_hours(recipe: Recipe, gpu: Gpu) -> float:
+    """Estimated hours of a run on one GPU: forward, backward, update, evaluation; not augmentation, data and start."""
+    known, precision = facts(recipe.data), recipe.precision.mixed
+    side = look_of(recipe.data, evaluation=False).size
+    # Fake tensors are built in one layout; another one moves as many bytes.
+    plain = replace(recipe, model=replace(recipe.model, channels_last=False))
+    with FakeTensorMode():
+        model = build_classifier(plain, known.classes, known.channels)
+        images = torch.empty(recipe.batch_size, known.channels, side, side)
+        forward, both = operations(model, images, precision)
+    update = OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters()) / (1e9 * MEMORY_SHARE * gpu.memory_gbytes)
+    step = seconds(both, gpu, precision) + max(update, START_SECONDS)
+    batches = recipe.epochs * -(-known.eval // recipe.batch_size)
+    return (steps_of(recipe) * step + batches * seconds(forward, gpu, precision)) / 3600
+
+
+def gpu_hours(study: Study, recipes: dict[str, Recipe], name: str) -> str:
+    """The line that `--dry-run` adds where there is no GPU.
+
+    Args:
+        study: The study.
+        recipes: Every cell's recipe by the cell's name.
+        name: The GPU, of robust_dist/plan/hardware.py.
+
+    Raises:
+        ValueError: There is no such GPU in the table.
+    """
+    gpu = find_gpu(name)
+    known: dict[str, float] = {}
+    hours = 0.0
+    for cell in study.cells():
+        recipe = recipes[cell.name]
+        flat = recipe_dict(recipe)
+        key = str([flat[part] for part in ("data", "model", "precision", "batch_size", "epochs")])
+        if key not in known:
+            known[key] = run_hours(recipe, gpu)
+        hours += len(study.seeds) * known[key]
+    return (
+        f"{hours:.0f} GPU hours of {name.lower()} by an estimate, not measured: an operation takes the host "
+        f"{START_SECONDS * 1e6:.0f} us, or the GPU as long as {ARITHMETIC_SHARE:.0%} of its peak arithmetic or "
+        f"{MEMORY_SHARE:.0%} of its memory's rate allow"
+    )
