@@ -155,8 +155,15 @@ def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False)
     )
 
 
-def build_classifier(recipe: Recipe, num_classes: int, channels: int) -> nn.Module:
+def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded: bool = False) -> nn.Module:
     """The model of the recipe, with the same initial weights on every rank.
+
+    Args:
+        recipe: All settings.
+        num_classes: Outputs.
+        channels: Channels of the images.
+        sharded: Whether FSDP or DeepSpeed takes the weights. They take contiguous ones alone: FSDP2 refuses others,
+            FSDP1 cannot save them, DeepSpeed cannot broadcast them. Images alone keep convolutions in channels_last.
 
     Raises:
         ValueError: An unknown model, or batch normalisation over ranks on a CPU.
@@ -167,7 +174,9 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int) -> nn.Modu
         if not torch.cuda.is_available():
             raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(memory_format=torch.channels_last) if recipe.model.channels_last else model
+    if recipe.model.channels_last and not sharded:
+        return model.to(memory_format=torch.channels_last)
+    return model
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:

@@ -62,6 +62,25 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         _fit_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, accelerator, recipe)
 
 
+def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a model that torch cannot run under the engine.
+
+    Raises:
+        ValueError: Batch normalisation on a CPU under an engine that casts its weights and not its running statistics.
+    """
+    kind = engine_kind(accelerator)
+    casts = kind.startswith("zero") or (kind == "fsdp" and accelerator.is_fsdp2)
+    low, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    if not (casts and on_cpu and low != "no"):
+        return
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(
+            f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
+            f"with float32 weights alone, and {'FSDP2' if kind == 'fsdp' else kind} casts them; on a CPU set "
+            "precision.mixed to no, or use DDP or FSDP1"
+        )
+
+
 def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Recipe) -> None:
     from robust_dist.engines.deepspeed import check_config, register
 

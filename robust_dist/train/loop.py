@@ -20,7 +20,7 @@ from robust_dist.train.bad_images import BadImages, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
-from robust_dist.train.engine import engine_kind, forward_is_collective
+from robust_dist.train.engine import check_model, engine_kind, forward_is_collective
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
@@ -68,7 +68,9 @@ class Trainer:
         classes = len(train_set.classes)
         self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
-        model = build_classifier(recipe, classes, train_set.channels)
+        sharded = engine_kind(accelerator) != "ddp"
+        model = build_classifier(recipe, classes, train_set.channels, sharded=sharded)
+        check_model(accelerator, recipe, model)
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)

@@ -18,7 +18,7 @@ class ModelConfig:
     Attributes:
         name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
         options: Further keyword arguments of the model's constructor.
-        channels_last: Keep weights and images in torch.channels_last.
+        channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
         sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
     """
 

@@ -81,15 +81,15 @@ def log_reads(log):
     return lambda: setattr(sources, "open_source", real)
 
 
-def run(recipe, sets, run_dir, *words, log=None, fails=False):
-    """Train a recipe; returns what was printed."""
+def run(recipe, sets, run_dir, *words, log=None, fails=False, engine="ddp"):
+    """Train a recipe under an engine; returns what was printed."""
     name = recipe.partition(",")[0]
     undo = log_reads(log) if log else lambda: None
     try:
         config = ["--config", str(ROOT / "configs" / "recipes" / f"{name}.yaml")]
         # WORDS, which train_under puts first, are overridden by the file, and the file by what follows it.
         words = [*SMALL, *recipes(sets)[recipe], *words, "--run_dir", run_dir]
-        out = train_under("ddp", run_dir, *config, *QUIET, *words)
+        out = train_under(engine, run_dir, *config, *QUIET, *words)
     finally:
         undo()
     assert fails or dist.get_rank() or "held-out images" in out, out

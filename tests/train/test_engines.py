@@ -157,6 +157,12 @@ def refuses(name, folder, words, *said, json_values=None):
     assert not Path(folder, "refused").exists()
 
 
+def refuses_norms(name, folder):
+    out = train_under(name, f"{folder}/{name} norms", "--precision.mixed", "bf16")
+    assert dist.get_rank() or "precision.mixed='bf16': model.name='resnet8' normalises batches" in out, out
+    assert not [*Path(f"{folder}/{name} norms").glob("checkpoints/*")]
+
+
 def refusals(folder):
     adamw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
     rate = {"optimizer": {"type": "RAdaBeliefW", "params": {"lr": 0.3}}}
@@ -174,6 +180,8 @@ def refusals(folder):
         "a misspelt scheduler": lambda: refuses("zero2", folder, [], "RobustScheduler", json_values=misspelt),
         "another clipping": lambda: refuses("zero2", folder, [], "gradient_clipping=0.5", json_values=clipping),
         "another batch": lambda: refuses("zero2", folder, [], "train_batch_size=96", json_values=batch),
+        "norms under fsdp2": lambda: refuses_norms("fsdp2", folder),
+        "norms under zero2": lambda: refuses_norms("zero2", folder),
     }
 
 

@@ -20,6 +20,8 @@ pytest.importorskip("datasets")
 RECIPES = list(streamed.recipes(""))
 FORMATS = ["imagefolder", "imagenet_resnet50_shards", "hub", "hub, streaming"]
 SAME_ON_ONE = ["imagefolder", "hub, streaming"]
+# ZeRO last: DeepSpeed changes functions of torch when it is first used.
+SHARDED = ["fsdp1", "fsdp2", "zero2", "zero3"]
 BAD = 5
 
 
@@ -109,6 +111,19 @@ def weights_seen():
         step.summed_loss = real
 
 
+def under_engine(engine, sets, folder):
+    """The run with bad images that DDP did, sharded; killed in mid-epoch, it ends as the whole one did."""
+    bad = ["--data.root", f"{folder}/bad", "--data.max_bad_share", "0.2"]
+    whole, killed = f"{folder}/imagefolder {engine}", f"{folder}/imagefolder {engine} killed"
+    run("imagefolder", sets, whole, *bad, engine=engine)
+    for mine, theirs in zip(rows(whole), rows(f"{folder}/imagefolder bad"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    on_first_rank(lambda: (shutil.copytree(whole, killed), cut_back(killed, 6)))
+    out = run("imagefolder", sets, killed, *bad, engine=engine)
+    assert dist.get_rank() or "at step 6 of 8" in out, out
+    assert rows(killed) == rows(whole)
+
+
 def too_many_bad(sets, folder):
     """Two of 52 are more than 2 %, whichever of the five come first."""
     run_dir = f"{folder}/too bad"
@@ -164,6 +179,7 @@ def on_two(sets, folder):
     scenarios["too many bad"] = lambda: too_many_bad(sets, folder)
     scenarios["another set"] = lambda: another_set(sets, folder)
     scenarios["hosts differ"] = hosts_differ
+    scenarios |= {one: lambda one=one: under_engine(one, sets, folder) for one in SHARDED}
     return run_scenarios(scenarios)
 
 
@@ -253,6 +269,12 @@ def test_workers_do_not_change_a_run(one):
 
 def test_bad_images_are_counted_named_and_left_out_also_over_a_kill(two):
     assert_passed(two, "skips bad")
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_sharded_run_is_ddp_s_and_goes_on_with_bad_images_among_what_it_reads(two, engine):
+    pytest.importorskip("deepspeed")
+    assert_passed(two, engine)
 
 
 def test_too_many_bad_images_are_an_error_on_every_rank_before_anything_is_recorded(two):
