@@ -19,7 +19,8 @@ KEYS += ("bad_images", "eval_bad_images")
 SMALL = ["--batch_size", str(BATCH), "--epochs", str(EPOCHS), "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
 SMALL += ["--data.size", "32", "--data.eval_size", "48", "--data.eval_resize", "56", "--data.eval_batch_size", "4"]
 SMALL += ["--data.workers", "0", "--data.block", "2", "--data.shuffle_window", "12", "--data.drop_last", "false"]
-SMALL += ["--precision.mixed", "no", "--schedule.warmup_steps", "0", "--optimizer.no_decay", "[]"]
+SMALL += ["--schedule.warmup_steps", "0", "--optimizer.no_decay", "[]"]
+EXACT = ["--precision.mixed", "no"]
 RESNET = ["--model.name", "resnet8"]
 # No batch normalisation, whose statistics are each rank's own; its tokens are averaged, so that any size will do.
 VIT = ["--model.name", "timm/test_vit3", "--model.options", "{dynamic_img_size: true, img_size: 32, global_pool: avg}"]
@@ -88,7 +89,7 @@ def run(recipe, sets, run_dir, *words, log=None, fails=False, engine="ddp"):
     try:
         config = ["--config", str(ROOT / "configs" / "recipes" / f"{name}.yaml")]
         # WORDS, which train_under puts first, are overridden by the file, and the file by what follows it.
-        words = [*SMALL, *recipes(sets)[recipe], *words, "--run_dir", run_dir]
+        words = [*SMALL, *EXACT, *recipes(sets)[recipe], *words, "--run_dir", run_dir]
         out = train_under(engine, run_dir, *config, *QUIET, *words)
     finally:
         undo()
