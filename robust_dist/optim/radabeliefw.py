@@ -32,15 +32,14 @@ def _is_capturing() -> bool:
 
 
 def _check_group_can_step(group: Mapping[str, Any]) -> None:
-    # Asked of plain tensors alone: a DTensor is never sparse, and slow to answer.
-    layouts = [grad.layout for param in group["params"] if type(grad := param.grad) is Tensor]
-    # Counted in C: a set of layouts, which have a hash in Python, costs more.
-    if layouts.count(torch.strided) < len(layouts):
-        sparse = next(layout for layout in layouts if layout is not torch.strided)
-        raise RuntimeError(
-            f"RAdaBeliefW does not support sparse gradients, got one of layout {sparse};"
-            " use sparse=False in the layer that makes it"
-        )
+    for param in group["params"]:
+        grad = param.grad
+        # Asked of plain tensors alone: a DTensor is never sparse, and slow to answer.
+        if type(grad) is Tensor and grad.layout != torch.strided:
+            raise RuntimeError(
+                f"RAdaBeliefW does not support sparse gradients, got one of layout {grad.layout};"
+                " use sparse=False in the layer that makes it"
+            )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
         raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
 
