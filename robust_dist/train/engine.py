@@ -69,14 +69,14 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
         ValueError: Batch normalisation on a CPU under an engine that casts its weights and not its running statistics.
     """
     kind = engine_kind(accelerator)
-    casts = kind.startswith("zero") or (kind == "fsdp" and accelerator.is_fsdp2)
+    fsdp2 = kind == "fsdp" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
     low, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
-    if not (casts and on_cpu and low != "no"):
+    if not ((fsdp2 or kind.startswith("zero")) and on_cpu and low != "no"):
         return
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ValueError(
             f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
-            f"with float32 weights alone, and {'FSDP2' if kind == 'fsdp' else kind} casts them; on a CPU set "
+            f"with float32 weights alone, and {'FSDP2' if fsdp2 else kind} casts them; on a CPU set "
             "precision.mixed to no, or use DDP or FSDP1"
         )
 
