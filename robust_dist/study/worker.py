@@ -1,7 +1,11 @@
 """Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
 
+import contextlib
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import IO
@@ -100,11 +104,14 @@ class Workers:
                 continue
             if time.monotonic() < self._look_at:
                 return
-            taken = self._take()
+            # Whatever was taken and started must be known to what ends it.
+            with _interrupted_later():
+                taken = self._take()
+                if taken is not None:
+                    self.slots[slot] = self._launch(slot, *taken)
             if taken is None:
                 self._look_at = time.monotonic() + LOOK_SECONDS
                 return
-            self.slots[slot] = self._launch(slot, *taken)
 
     def _take(self) -> tuple[Run, int, Claim] | None:
         """The next run that nobody has: a queued one, or one whose worker died."""
@@ -181,6 +188,24 @@ class Workers:
         runs = list(self.study.runs())
         done = sum(self.folder.result(one) is not None for one in runs)
         print(f"[{done}/{len(runs)}] {run}: {what}", flush=True)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, and raise KeyboardInterrupt at the end if one came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda received, _: came.append(received)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _came_to(result: Result) -> str:
