@@ -50,6 +50,7 @@ def metrics(run: Path) -> list[str]:
 
 
 def test_the_server_has_one_thread_to_fork():
+    # In a process of its own: this one's server may be another.
     code = "import os, robust_dist.study.preload; print(len(os.listdir('/proc/self/task')))"
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True).stdout == b"1\n"

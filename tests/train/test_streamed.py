@@ -112,12 +112,14 @@ def weights_seen():
 
 
 def under_engine(engine, sets, folder):
-    """The run with bad images that DDP did, sharded; killed in mid-epoch, it ends as the whole one did."""
+    """The run with bad images that DDP did, sharded; under FSDP2, killed in mid-epoch, it ends as the whole one did."""
     bad = ["--data.root", f"{folder}/bad", "--data.max_bad_share", "0.2"]
     whole, killed = f"{folder}/imagefolder {engine}", f"{folder}/imagefolder {engine} killed"
     run("imagefolder", sets, whole, *bad, engine=engine)
     for mine, theirs in zip(rows(whole), rows(f"{folder}/imagefolder bad"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+    if engine != "fsdp2":
+        return
     on_first_rank(lambda: (shutil.copytree(whole, killed), cut_back(killed, 6)))
     out = run("imagefolder", sets, killed, *bad, engine=engine)
     assert dist.get_rank() or "at step 6 of 8" in out, out
