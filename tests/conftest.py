@@ -9,6 +9,8 @@ import torch
 from tests.engines import matrix
 from tests.multinode import table
 
+# Folders of tests that start processes and wait for them: first, so that workers (pytest-xdist) end together.
+LONG = ("engines", "train", "checkpoint", "study", "launch")
 CELLS = pytest.StashKey[matrix.Cells]()
 FAULTS = pytest.StashKey[table.Rows]()
 
@@ -26,6 +28,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     wanted = {
         "gpu": torch.cuda.is_available(),
         "slow": config.getoption("--slow"),
