@@ -14,16 +14,19 @@ from robust_dist.study.outcome import Result
 def adopt(folder: StudyFolder, study: Study, report: str | Path) -> int:
     """Take the finished runs of a `report.json` into a study's folder; those that the folder has stay as they are.
 
+    The report's study may have other seeds, or other places on an axis: what both have is taken.
+
     Args:
         folder: The study's folder, claimed.
         study: The study.
-        report: A `report.json` of the same study, finished or not.
+        report: A `report.json`, of a finished study or not.
 
     Returns:
         How many runs were taken.
 
     Raises:
-        StudyError: The file is no report, or one of a study with other settings (the differences are named).
+        StudyError: The file is no report, or one of a study with other settings (the differences are named), or with no
+            cell or no seed of this one.
     """
     found = _results(study, Path(report))
     with folder.alone():
@@ -40,10 +43,15 @@ def _results(study: Study, path: Path) -> dict[str, Result]:
         found = {(tuple(run["labels"]), run["seed"]): _result(run) for run in runs if not run.get("missing")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"--from {path} is no study's report.json: {type(error).__name__}: {error}") from error
-    differing = differences(study, theirs, "the report")
+    differing = differences(study, theirs, "the report", common=True)
     if differing:
         raise StudyError(f"--from {path} is of a study with other settings:\n  " + "\n  ".join(differing))
     keys = [(Run(cell, seed).name, (tuple(cell.labels), seed)) for cell in study.cells() for seed in study.seeds]
+    if not {key for _, key in keys} & {(cell.labels, seed) for cell in theirs.cells() for seed in theirs.seeds}:
+        raise StudyError(
+            f"--from {path} has no cell and seed of this study: it has the seeds {list(theirs.seeds)} and "
+            + "; ".join(f"{axis.name} {', '.join(axis.labels)}" for axis in theirs.axes)
+        )
     return {name: found[key] for name, key in keys if key in found}
 
 

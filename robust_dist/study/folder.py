@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from robust_dist.checkpoint import write_atomically
-from robust_dist.study.grid import Run, Study, study_dict, study_from_dict
+from robust_dist.study.grid import Axis, Run, Study, study_dict, study_from_dict
 from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Failure, Result
 from robust_dist.train.recipe import conflicts
@@ -59,7 +59,8 @@ class StudyFolder:
                 differing = differences(study, self.study())
                 if differing:
                     raise StudyError(
-                        f"{self.path} holds a study with other settings; give the same ones, or another --dir:\n  "
+                        f"{self.path} holds a study with other settings; give the same ones, or another --dir (and "
+                        f"--from {self.path}/report/report.json, to take the runs that both have):\n  "
                         + "\n  ".join(differing)
                     )
             write_atomically(path, yaml.safe_dump(study_dict(study), sort_keys=False))
@@ -106,26 +107,41 @@ class StudyFolder:
         write_atomically(self.make("failed", run, ".json"), json.dumps(vars(failure), indent=1) + "\n")
 
 
-def differences(ours: Study, theirs: Study, where: str = "the folder") -> list[str]:
-    """What differs between two studies and changes their results, one line each; `where` the second one is from."""
+def differences(ours: Study, theirs: Study, where: str = "the folder", *, common: bool = False) -> list[str]:
+    """What differs between two studies and changes their results, one line each.
+
+    Args:
+        ours: A study.
+        theirs: Another.
+        where: What holds the other, for the lines.
+        common: Whether seeds, and places of an axis, that one of the two lacks make no difference.
+    """
     here, there = study_dict(ours), study_dict(theirs)
     lines = [f"base: {line}" for line in conflicts(here["base"], there["base"], where)]
-    names = list(dict.fromkeys(axis.name for axis in (*ours.axes, *theirs.axes)))
-    places = [{axis.name: _places(axis.labels, axis.settings) for axis in study.axes} for study in (ours, theirs)]
-    for name in names:
-        mine, others = (found.get(name, "(no such axis)") for found in places)
-        if mine != others:
-            lines.append(f"axes.{name}: {mine} here, {others} in {where}")
+    places = [{axis.name: _places(axis) for axis in study.axes} for study in (ours, theirs)]
+    for name in dict.fromkeys([*places[0], *places[1]]):
+        mine, others = (found.get(name) for found in places)
+        if common and mine and others:
+            shared = [label for label in mine if label in others]
+            mine, others = ({label: found[label] for label in shared} for found in (mine, others))
+        # Not the dicts themselves, whose equality asks for no order.
+        if _listed(mine) != _listed(others):
+            lines.append(f"axes.{name}: {_listed(mine)} here, {_listed(others)} in {where}")
     if [axis.name for axis in ours.axes] != [axis.name for axis in theirs.axes] and not lines:
         lines.append("axes: in another order")
-    if here["seeds"] != there["seeds"]:
+    if here["seeds"] != there["seeds"] and not common:
         lines.append(f"seeds: {here['seeds']} here, {there['seeds']} in {where}")
     return lines
 
 
-def _places(labels: tuple[str, ...], settings: tuple[dict[str, Any], ...]) -> str:
+def _places(axis: Axis) -> dict[str, str]:
     # A list's labels are its values; rows are told apart by what they set, too.
-    return ", ".join(f"{label} {sorted(one.items(), key=str)}" for label, one in zip(labels, settings, strict=True))
+    named = zip(axis.labels, axis.settings, strict=True)
+    return {label: f"{label} {sorted(settings.items(), key=str)}" for label, settings in named}
+
+
+def _listed(places: dict[str, str] | None) -> str:
+    return "(no such axis)" if places is None else ", ".join(places.values())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -146,14 +146,45 @@ def test_what_is_no_report_is_refused(tmp_path, capsys, text, named):
     assert named in capsys.readouterr().err
 
 
-def test_a_report_of_other_settings_is_refused(tmp_path, capsys):
-    other = write(tmp_path / "other.yaml", axes={"row": ROWS}, seeds=[0, 1])
+def test_a_study_grows_by_seeds_and_places_and_keeps_the_runs_that_both_have(tmp_path, capsys):
+    rows = [row for row in ROWS if row not in ("good", "wild")]
+    smaller = write(tmp_path / "smaller.yaml", axes={"row": {row: ROWS[row] for row in ["good", *rows]}}, seeds=[0, 1])
+    first = with_results(tmp_path / "first", smaller, lambda run: 0.5 + run.seed / 10)
+    assert main(["study", "report", str(first.path)]) == 0
+    larger = write(tmp_path / "larger.yaml", axes={"row": {row: ROWS[row] for row in ["wild", *rows]}}, seeds=[1, 2])
+
+    def new(run):
+        return 0.9 if run.seed == 2 or run.cell.labels == ("wild",) else None
+
+    folder = with_results(tmp_path / "second", larger, new)
+    words = ["--dir", str(folder.path), "--from", str(first.path / "report" / "report.json")]
+    assert main(["study", "run", str(larger), *words]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(rows)} runs taken from" in out
+    assert "All 6 runs are finished." in out
+    taken = [folder.result(run).accuracy for run in folder.study().runs() if new(run) is None]
+    assert taken == [0.6] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"set": {"batch_size": 256}}, "base: batch_size: 512 here, 256 in the report"),
+        ({"axes": {"row": ROWS | {"good": {"optimizer.lr": 0.1}}}}, "axes.row: good"),
+        ({"axes": {"optimizer.lr": [0.1]}}, "axes.optimizer.lr: (no such axis) here"),
+        ({"axes": {"row": {"other": GOOD}}}, "no cell and seed of this study: it has the seeds [0] and row other"),
+        ({"seeds": [1, 2]}, "no cell and seed of this study: it has the seeds [1, 2]"),
+    ],
+)
+def test_a_report_that_does_not_fit_is_refused_before_anything_runs(tmp_path, capsys, change, named):
+    other = write(tmp_path / "other.yaml", **({"axes": {"row": ROWS}} | change))
     folder = with_results(tmp_path / "other", other, lambda run: 0.5)
     assert main(["study", "report", str(folder.path)]) == 0
     config = write(tmp_path / "rows.yaml", axes={"row": ROWS})
     words = ["--dir", str(tmp_path / "study"), "--from", str(folder.path / "report" / "report.json")]
     assert main(["study", "run", str(config), *words]) == 2
-    assert "seeds: [0] here, [0, 1] in the report" in capsys.readouterr().err
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "study" / "results").exists()
 
 
 def test_a_folder_of_another_study_is_refused_with_what_differs(shared, tmp_path, capsys):
