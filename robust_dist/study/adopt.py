@@ -11,24 +11,17 @@ from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Result
 
 
-def adopt(folder: StudyFolder, study: Study, report: str | Path) -> int:
-    """Take the finished runs of a `report.json` into a study's folder; those that the folder has stay as they are.
-
-    The report's study may have other seeds, or other places on an axis: what both have is taken.
+def adopt(folder: StudyFolder, study: Study, found: dict[str, Result]) -> int:
+    """Take finished runs into a study's folder; those that the folder has stay as they are.
 
     Args:
         folder: The study's folder, claimed.
         study: The study.
-        report: A `report.json`, of a finished study or not.
+        found: What `read_report` gave.
 
     Returns:
         How many runs were taken.
-
-    Raises:
-        StudyError: The file is no report, or one of a study with other settings (the differences are named), or with no
-            cell or no seed of this one.
     """
-    found = _results(study, Path(report))
     with folder.alone():
         new = [(run, found[run.name]) for run in study.runs() if run.name in found and folder.result(run) is None]
         for run, result in new:
@@ -36,9 +29,21 @@ def adopt(folder: StudyFolder, study: Study, report: str | Path) -> int:
     return len(new)
 
 
-def _results(study: Study, path: Path) -> dict[str, Result]:
+def read_report(study: Study, path: str | Path) -> dict[str, Result]:
+    """The finished runs of a `report.json` that a study has, too, by the run's name.
+
+    The report's study may have other seeds, or other places on an axis: what both have is taken.
+
+    Args:
+        study: The study.
+        path: A `report.json`, of a finished study or not.
+
+    Raises:
+        StudyError: The file is no report, or one of a study with other settings (the differences are named), or with no
+            cell or no seed of this one.
+    """
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = json.loads(Path(path).read_text(encoding="utf-8"))
         theirs, runs = study_from_dict(noted["study"]), noted["runs"]
         found = {(tuple(run["labels"]), run["seed"]): _result(run) for run in runs if not run.get("missing")}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -41,7 +41,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _run(words: argparse.Namespace) -> int:
-    from robust_dist.study.adopt import adopt
+    from robust_dist.study.adopt import adopt, read_report
     from robust_dist.study.folder import StudyFolder
     from robust_dist.study.keys import StudyError
     from robust_dist.study.measure import estimate
@@ -56,9 +56,11 @@ def _run(words: argparse.Namespace) -> int:
         print(estimate(study, recipes, words.gpu))
         return 0
     folder = StudyFolder(words.dir or Path("runs", "studies", study.name))
+    # Before the folder is made this study's, which a report that does not fit may show to be the wrong one.
+    found = read_report(study, words.report) if words.report else {}
     folder.claim(study)
     if words.report:
-        print(f"{adopt(folder, study, words.report)} runs taken from {words.report}", flush=True)
+        print(f"{adopt(folder, study, found)} runs taken from {words.report}", flush=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         Workers(folder, study, recipes, words.workers).work()

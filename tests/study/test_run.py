@@ -184,7 +184,7 @@ def test_a_report_that_does_not_fit_is_refused_before_anything_runs(tmp_path, ca
     words = ["--dir", str(tmp_path / "study"), "--from", str(folder.path / "report" / "report.json")]
     assert main(["study", "run", str(config), *words]) == 2
     assert named in capsys.readouterr().err
-    assert not (tmp_path / "study" / "results").exists()
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_folder_of_another_study_is_refused_with_what_differs(shared, tmp_path, capsys):
