@@ -19,6 +19,9 @@ import torch.multiprocessing as mp
 
 from tests.forked import begin, ensure_server
 
+# Seconds that a collective waits for the other ranks.
+TIMEOUT = 60.0
+
 
 def free_port() -> int:
     """A TCP port that was free a moment ago, below those that the system hands out to connections."""
@@ -56,7 +59,7 @@ def _free_shared_memory(port: str) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Call a module-level `function(*args)` on every rank of a gloo group; returns its values in rank order.
 
     A rank's exception fails the caller with every failed rank's traceback. Many scenarios belong in one

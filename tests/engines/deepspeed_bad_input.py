@@ -19,7 +19,8 @@ from tests.engines import deepspeed_course as ds
 from tests.engines import deepspeed_scenarios as scenarios
 from tests.engines.course import DECAY, LR, TOTAL
 
-SECONDS = 10.0
+# A fifth of what a collective waits.
+SECONDS = 60.0
 
 
 @contextlib.contextmanager
