@@ -16,8 +16,14 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-# No thread may be there when a process is forked, so no pool of OpenMP or OpenBLAS and no helper of pyarrow's jemalloc.
-SERVER_ENV = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+# No thread may be there when a process is forked, so no pool of OpenMP, OpenBLAS or, in torch 2.6, Inductor, and no
+# helper of pyarrow's jemalloc.
+SERVER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "TORCH_WARM_POOL": "0",
+}
 _lock = threading.Lock()
 
 

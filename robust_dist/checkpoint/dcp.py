@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -79,11 +80,14 @@ def load_flat(folder: Path) -> dict[str, Any]:
 
 def _alone(function: Callable[..., Any], content: dict[str, Any], **how: Any) -> None:
     """Call DCP's `load` or `save` for this process alone, whatever ranks there are."""
-    # torch 2.6 has no such keyword, and no need of it where there is no process group
-    how |= {"no_dist": True} if "no_dist" in inspect.signature(function).parameters else {}
+    if "no_dist" not in inspect.signature(function).parameters:
+        # In torch 2.6 only the deprecated functions leave the other ranks out.
+        old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
+        function = old[function]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        function(content, **how)
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*_state_dict` is deprecated")
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)|TypedStorage")
+        function(content, no_dist=True, **how)
 
 
 def ranks_of(folder: Path) -> int:

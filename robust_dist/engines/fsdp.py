@@ -1,5 +1,6 @@
 """FSDP1, FSDP2, HSDP (and DDP, and one process): a check before the first step, and whole checkpoints on DCP."""
 
+import inspect
 import os
 import shutil
 import warnings
@@ -263,9 +264,15 @@ def _write(
 
     _on_rank_0(begin, group)
     with _without_advice():
-        save_state(state, checkpoint_id=partial, process_group=group, no_dist=not taking_part(group))
+        save_state(state, checkpoint_id=partial, process_group=group, **_alone(save_state, group))
     sign(partial, step, metadata, group)
     _on_rank_0(lambda: _publish(partial, folder), group)
+
+
+def _alone(function: Callable[..., Any], group: dist.ProcessGroup | None) -> dict[str, bool]:
+    """Tells DCP's `save` or `load` that no other rank takes part; torch 2.6 has no word for it and sees it itself."""
+    known = "no_dist" in inspect.signature(function).parameters
+    return {"no_dist": True} if known and not taking_part(group) else {}
 
 
 def _partial(folder: Path) -> Path:
@@ -296,4 +303,4 @@ def _read_into(folder: Path, state: dict[str, Any]) -> None:
     # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with torch.no_grad(), _without_advice():
-        load_state(state, checkpoint_id=folder, planner=planner, no_dist=not taking_part(None))
+        load_state(state, checkpoint_id=folder, planner=planner, **_alone(load_state, None))

@@ -95,8 +95,8 @@ def shard(model: nn.Module, mesh: Any, reshard: bool, precision: str) -> nn.Modu
     policy = MixedPrecisionPolicy(dtype, dtype, dtype) if precision != "no" else MixedPrecisionPolicy()
     for module, reshards in unit_modules(model):
         # The root is left to torch, as Accelerate does, which keeps it gathered.
-        after = None if module is model else reshards and reshard
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=after)
+        after: dict[str, Any] = {} if module is model else {"reshard_after_forward": reshards and reshard}
+        fully_shard(module, mesh=mesh, mp_policy=policy, **after)
     return model
 
 

@@ -1,5 +1,6 @@
 """A model's parameters without their memory, and the units in which `fully_shard` gathers them under Accelerate."""
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from robust_dist.models import build_model
 
@@ -81,6 +83,9 @@ def build_on_meta(name: str, num_classes: int, *, in_channels: int = 3, **option
     Raises:
         ValueError: As `build_model`, or the model's constructor needs real numbers.
     """
+    if TorchVersion(torch.__version__) < "2.7":
+        # Else an initialiser imports it, which fails on the meta device.
+        importlib.import_module("torch._dynamo")
     try:
         with torch.device("meta"):
             return build_model(name, num_classes, in_channels=in_channels, **options)

@@ -23,6 +23,7 @@ from tests.checkpoint.engines import (
 from tests.engines import course
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
+from tests.versions import TORCH_2_7
 
 WRITERS, READERS = 2, 3
 SOURCES = (
@@ -93,6 +94,8 @@ def _converted(folder, writer, reader, step):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with every engine's checkpoints."""
+    if not TORCH_2_7:
+        pytest.skip("needs torch 2.7")
     folder = tmp_path_factory.mktemp("written")
     results = run_ranks(_write_all, WRITERS, folder)
     for name in results[0]:
@@ -328,6 +331,7 @@ def test_fsdp2_finds_the_base_values_that_a_robust_schedule_keeps_in_the_groups(
     assert found == [(course.LR, course.DECAY), (course.LR, 0.0)]
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")
 def test_the_flattened_optimizer_of_torchtitan_is_read(tmp_path, trained):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict

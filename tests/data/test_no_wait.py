@@ -7,7 +7,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from robust_dist import RobustAugment
 from robust_dist.data import DeviceLoader
 from tests.data.pretended import DEVICE, image_set, move, pretending
+from tests.versions import needs_torch_2_7
 
+pytestmark = needs_torch_2_7
 N, SIZE = 75, 8
 
 

@@ -7,15 +7,15 @@ from collections import Counter
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from robust_dist.bench import dtensor
 from robust_dist.optim import RAdaBeliefW
 from tests.ranks import run_ranks
+from tests.versions import needs_torch_2_7
 
-pytestmark = pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="needs torch 2.7")
+pytestmark = needs_torch_2_7
 
 
 class Dispatched(TorchDispatchMode):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
-from torch.torch_version import TorchVersion
 
 from robust_dist.checkpoint import CheckpointError
 from robust_dist.engines import fsdp
@@ -24,8 +23,9 @@ from tests.engines import course
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.engines.torch_engines import Run, same_bits
 from tests.ranks import TIMEOUT, run_ranks
+from tests.versions import needs_torch_2_7
 
-pytestmark = pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="needs torch 2.7")
+pytestmark = needs_torch_2_7
 
 WORLD = 2
 SHARDED = ("FSDP1", "FSDP1, use_orig_params=False", "FSDP2")

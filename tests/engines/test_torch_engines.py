@@ -5,15 +5,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from torch.torch_version import TorchVersion
 
 from tests.engines import course
 from tests.engines import torch_scenarios as scenarios
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
+from tests.versions import needs_torch_2_7
 
 # torch 2.6 has no fully_shard on CPUs: it asks the CPU's stream for an event.
-pytestmark = pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="needs torch 2.7")
+pytestmark = needs_torch_2_7
 
 # The table's row of an engine, where it is not the engine's own name.
 ROWS = {"FSDP2, bf16 mixed precision": "FSDP2, bf16", "FSDP1, HYBRID_SHARD": "HSDP"}

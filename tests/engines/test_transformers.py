@@ -16,6 +16,7 @@ from tests.engines import trainer_ranks
 from tests.engines.toys import DECAY, batch
 from tests.engines.trainer_ranks import TOTAL, Rows, check_steps, make_trainer, without_schedule
 from tests.ranks import run_ranks
+from tests.versions import needs_torch_2_7
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -34,6 +35,7 @@ def _fresh_accelerate():
     os.environ.update(before)
 
 
+@needs_torch_2_7
 def test_trainer_has_the_decay_and_rate_of_every_step_under_ddp_fsdp_and_deepspeed_and_the_parameters_of_a_plain_loop(
     tmp_path,
 ):

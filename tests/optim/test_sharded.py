@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from robust_dist.optim import RAdaBeliefW, param_groups
 from tests.ranks import run_ranks
+from tests.versions import TORCH_2_7
 
 STEPS, WORLD = 12, 2
 
@@ -193,8 +193,7 @@ def _all_scenarios():
     mesh = init_device_mesh("cpu", (WORLD,))
     _mixed_and_partial(mesh)
     _stochastic_rounding_does_not_depend_on_the_sharding(mesh)
-    # torch 2.6 has no fully_shard on CPUs: it asks the CPU's stream for an event.
-    if TorchVersion(torch.__version__) >= "2.7":
+    if TORCH_2_7:
         _fsdp2_equals_one_process(mesh)
         _dcp_resumes(mesh)
         _bfloat16_keeps_float32_state(mesh)

@@ -13,6 +13,7 @@ from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta, read_shapes
 from tests.ranks import run_ranks
+from tests.versions import needs_torch_2_7
 
 # 45 MB of weights, so that a process's own ups and downs are small beside it.
 JOB = Question("resnet18", image_size=64, num_classes=10, batch_size=16, gpus_per_node=2)
@@ -47,7 +48,7 @@ def shapes():
 
 
 slow = pytest.mark.slow
-CELLS = [pytest.param(engine, "no", id=engine.name) for engine in TORCH]
+CELLS = [pytest.param(engine, "no", marks=needs_torch_2_7, id=engine.name) for engine in TORCH]
 CELLS += [pytest.param(engine, "no", marks=slow, id=engine.name) for engine in REST + ZERO]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,14 @@ SMALL = {"model": "resnet8", "image_size": 32, "num_classes": 10}
 def toy_shapes(*sizes):
     parameters = tuple(Parameter(f"p{i}", (size,)) for i, size in enumerate(sizes))
     return Shapes(parameters, (Unit("", parameters, True),), 0, 0)
+
+
+def test_a_plan_is_the_first_thing_that_a_process_does():
+    """torch 2.6 cannot import its compiler on the meta device, where the model is built."""
+    words = ["plan", "--model", "resnet8", "--image-size", "32", "--batch-size", "64"]
+    code = f"import sys; from robust_dist.cli import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])

@@ -15,7 +15,9 @@ from robust_dist.plan.question import Question
 from robust_dist.plan.runs import build_mesh, shard
 from robust_dist.plan.shapes import build_on_meta, read_shapes
 from robust_dist.plan.wire import traffic
+from tests.versions import needs_torch_2_7
 
+pytestmark = needs_torch_2_7
 MODEL = "resnet18"
 CALLS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
 

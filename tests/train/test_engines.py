@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
-from robust_dist.train import saving
+from robust_dist.train import engine, saving
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.small_disk import can_mount, small_disk
 from tests.train.launching import metrics
 from tests.train.under_engines import ROOT, train_under
+from tests.versions import TORCH_2_7
 
 pytest.importorskip("deepspeed")
 # ZeRO last: DeepSpeed changes functions of torch when it is first used.
@@ -182,10 +184,29 @@ def refusals(folder):
         "another batch": lambda: refuses("zero2", folder, [], "train_batch_size=96", json_values=batch),
         "norms under fsdp2": lambda: refuses_norms("fsdp2", folder),
         "norms under zero2": lambda: refuses_norms("zero2", folder),
+        "an old torch": lambda: refuses_old_torch(folder),
     }
 
 
 REFUSALS = list(refusals(""))
+
+
+def refuses_old_torch(folder):
+    engine._FSDP2_ON_CPUS, before = False, engine._FSDP2_ON_CPUS
+    try:
+        said = f"fsdp_version=2: torch {torch.__version__} runs FSDP2 on GPUs alone"
+        refuses("fsdp2", folder, [], said, "configs/accelerate/fsdp1.yaml")
+    finally:
+        engine._FSDP2_ON_CPUS = before
+
+
+def possible(names):
+    """Those that this torch has: 2.6 runs FSDP2 on GPUs alone."""
+    return [name for name in names if TORCH_2_7 or not {"fsdp2", "hsdp"} & {*name.split()}]
+
+
+def run_possible(scenarios):
+    return run_scenarios({name: scenarios[name] for name in possible(scenarios)})
 
 
 def everything_on_two(folder):
@@ -197,7 +218,7 @@ def everything_on_two(folder):
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
-    return run_scenarios(scenarios | refusals(folder))
+    return run_possible(scenarios | refusals(folder))
 
 
 def everything_on_four(folder, two):
@@ -207,7 +228,7 @@ def everything_on_four(folder, two):
     def zero2_takes_up():
         takes_up("zero2", "zero2", two, f"{folder}/zero2-4", ["--num_processes", "4"])
 
-    return run_scenarios(
+    return run_possible(
         {
             "trains hsdp": lambda: train_under("hsdp", f"{folder}/hsdp"),
             "goes on hsdp": lambda: goes_on("hsdp", folder),
@@ -232,38 +253,38 @@ def four(folders, two):
     return run_ranks(everything_on_four, 4, folders[1], folders[0], timeout=120.0)
 
 
-@pytest.mark.parametrize("name", ON_TWO)
+@pytest.mark.parametrize("name", possible(ON_TWO))
 def test_a_recipe_trains_under_every_config_as_under_ddp(two, name):
     assert_passed(two, f"trains {name}")
 
 
-@pytest.mark.parametrize("name", ON_TWO)
+@pytest.mark.parametrize("name", possible(ON_TWO))
 def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config(two, name):
     assert_passed(two, f"goes on {name}")
 
 
-@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("name", possible(STOPPED))
 def test_a_signal_at_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(two, name):
     assert_passed(two, f"stops {name}")
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting needs root, and a container that allows it")
-@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("name", possible(STOPPED))
 def test_a_full_disk_stops_all_ranks_with_one_error_and_costs_no_whole_checkpoint(two, name):
     assert_passed(two, f"full disk {name}")
 
 
-@pytest.mark.parametrize(("source", "target"), HANDED_ON)
+@pytest.mark.parametrize(("source", "target"), [pair for pair in HANDED_ON if possible([" ".join(pair)])])
 def test_a_run_is_taken_up_by_another_engine(two, source, target):
     assert_passed(two, f"{source} {target}")
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", possible(REFUSALS))
 def test_what_the_engine_cannot_do_is_refused_before_anything_is_written(two, name):
     assert_passed(two, name)
 
 
-@pytest.mark.parametrize("name", ["trains hsdp", "goes on hsdp", "fsdp2 hsdp", "zero2 zero2"])
+@pytest.mark.parametrize("name", possible(["trains hsdp", "goes on hsdp", "fsdp2 hsdp", "zero2 zero2"]))
 def test_four_ranks_train_and_take_up_the_run_of_two(four, name):
     assert_passed(four, name)
 

@@ -22,6 +22,7 @@ from robust_dist.train.measured import without_measured
 from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, Recipe, TrackingConfig
 from tests.data import pretended
 from tests.train.tape import Tape
+from tests.versions import needs_torch_2_7
 
 N, BATCH, EPOCHS = 44, 16, 3
 
@@ -159,6 +160,7 @@ def test_a_recording_that_reads_the_host_s_rates_differs_so_the_tape_would_show_
     assert not same(plain, baked)
 
 
+@needs_torch_2_7
 def test_a_step_asks_the_device_nothing():
     pipeline = RobustAugment(3, 8, (0.5,) * 3, (0.5,) * 3, block=2, backend="torch")
     with pretended.pretending():
