@@ -72,15 +72,14 @@ def _calls_that_dtensors_add(make):
     return added
 
 
-def _on_two_ranks():
+def _measured(rounds):
     warnings.simplefilter("ignore")
-    rows = dtensor.measure(tensors=100, rounds=15, repeats=3)
+    return dtensor.measure(tensors=100, rounds=rounds, repeats=3)
+
+
+def _on_two_ranks():
     both = RAdaBeliefW, torch.optim.AdamW
-    return (
-        {row.optimizer: row for row in rows},
-        [_dispatched(one) for one in both],
-        [_calls_that_dtensors_add(one) for one in both],
-    )
+    return _measured(2), [_dispatched(one) for one in both], [_calls_that_dtensors_add(one) for one in both]
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +103,17 @@ def test_what_dtensors_add_to_a_step_is_no_call_for_each_of_them(ranks):
         assert theirs[1] > 3 * theirs[0] > 0
 
 
-def test_dtensors_slow_a_step_down_less_than_torchs(ranks):
-    for rows, *_ in ranks:
-        # Medians of the rounds' ratios: a round's two times have the same neighbours on the machine.
-        assert rows["RAdaBeliefW"].ratio < rows["torch AdamW foreach"].ratio
+def test_the_ratio_is_that_of_the_slowest_rank(ranks):
+    for row, other in zip(*(rows for rows, *_ in ranks), strict=True):
+        assert row.optimizer == other.optimizer
+        assert row.ratio == other.ratio > 0
+
+
+@pytest.mark.slow
+def test_dtensors_slow_a_step_down_less_than_torchs():
+    """Of the machine, too, and so not in the default run; what is counted above is not."""
+    rows = {row.optimizer: row for row in run_ranks(_measured, dtensor.WORLD, 15)[0]}
+    assert rows["RAdaBeliefW"].ratio < rows["torch AdamW foreach"].ratio
 
 
 def test_the_table_has_a_line_for_each_optimizer(capsys):
