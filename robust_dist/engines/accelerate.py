@@ -124,6 +124,14 @@ def _how_to_join() -> str:
     return "on CPUs set ACCELERATE_USE_CPU=true, or make the Accelerator with cpu=True"
 
 
+def no_fsdp_on_cpus(engine: str) -> EngineError:
+    """The error of a run that was launched with FSDP where Accelerate finds no GPU for it."""
+    return EngineError(
+        f"FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is {engine}: Accelerate has no FSDP on "
+        "CPUs; leave --use_fsdp out, or run on GPUs"
+    )
+
+
 def _check_engine(accelerator: Any) -> None:
     engine = accelerator.distributed_type.value
     if _is_set("ACCELERATE_USE_DEEPSPEED") and engine != "DEEPSPEED":
@@ -132,10 +140,7 @@ def _check_engine(accelerator: Any) -> None:
             "ACCELERATE_USE_CPU and Accelerator(cpu=True) out: DeepSpeed finds the CPU by itself"
         )
     if _is_set("ACCELERATE_USE_FSDP") and engine != "FSDP" and accelerator.num_processes > 1:
-        raise EngineError(
-            f"FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is {engine}: Accelerate has no FSDP on "
-            "CPUs; leave --use_fsdp out, or run on GPUs"
-        )
+        raise no_fsdp_on_cpus(engine)
 
 
 def _is_set(name: str) -> bool:

@@ -1,5 +1,6 @@
 """From a recipe to the things that a run needs."""
 
+import math
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,6 +21,7 @@ from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
+from robust_dist.engines.accelerate import EngineError, no_fsdp_on_cpus
 from robust_dist.models import build_model
 from robust_dist.optim import param_groups
 from robust_dist.schedule import RobustSchedule
@@ -35,28 +37,55 @@ def _asked_for(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
+def _check_mesh() -> None:
+    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
+    # Another launcher's ranks, as MPI's, are counted by Accelerate.
+    if not _asked_for("PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
+        return
+    names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
+    ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
+    if ranks != wanted:
+        set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise EngineError(
+            f"parallelism_config: {set_here} is a mesh of {wanted} ranks, but {ranks} were launched; launch {wanted} "
+            "(--num_processes), or set the sizes so that their product is the number of ranks"
+        )
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers."""
+    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers.
+
+    Raises:
+        EngineError: FSDP where there is no GPU, or a mesh of another number of ranks.
+    """
+    _check_mesh()
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
-    return Accelerator(
-        # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
-        cpu=on_cpu and not sharded,
-        mixed_precision=recipe.precision.mixed,
-        gradient_accumulation_steps=recipe.accumulation,
-        project_config=ProjectConfiguration(
-            project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
-        ),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(
-                backend="gloo" if on_cpu and sharded else "nccl",
-                init_method=init_method(),
-                timeout=timedelta(seconds=recipe.timeout_seconds),
+    try:
+        return Accelerator(
+            # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
+            cpu=on_cpu and not sharded,
+            mixed_precision=recipe.precision.mixed,
+            gradient_accumulation_steps=recipe.accumulation,
+            project_config=ProjectConfiguration(
+                project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
             ),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend="gloo" if on_cpu and sharded else "nccl",
+                    init_method=init_method(),
+                    timeout=timedelta(seconds=recipe.timeout_seconds),
+                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except RuntimeError as error:
+        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
+        if on_cpu and _asked_for("FSDP") and "no available devices" in str(error):
+            raise no_fsdp_on_cpus("NO") from None
+        raise
 
 
 def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:

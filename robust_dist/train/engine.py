@@ -7,14 +7,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from robust_dist.train.graph import check_graph
 from robust_dist.train.optimizers import WHOLE_ONLY
 from robust_dist.train.recipe import Recipe
 
-# torch 2.6 asks the CPU's stream for an event.
-_FSDP2_ON_CPUS = TorchVersion(torch.__version__) >= "2.7"
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -24,10 +21,6 @@ def engine_kind(accelerator: Accelerator) -> str:
         config = accelerator.deepspeed_plugin.deepspeed_config
         return f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
     return "fsdp" if accelerator.distributed_type is DistributedType.FSDP else "ddp"
-
-
-def _is_fsdp2(accelerator: Accelerator) -> bool:
-    return engine_kind(accelerator) == "fsdp" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
 
 
 def forward_is_collective(accelerator: Accelerator) -> bool:
@@ -46,8 +39,8 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     """Refuse what the engine cannot do, and fill a DeepSpeed JSON's open values from the recipe.
 
     Raises:
-        ValueError: The engine is none that the loop knows or that torch has on this device, the recipe asks for what
-            it cannot do, or the JSON contradicts the recipe.
+        ValueError: The engine is none that the loop knows, the recipe asks for what it cannot do, or the JSON
+            contradicts the recipe.
     """
     kind = engine_kind(accelerator)
     if kind == "ddp" and accelerator.distributed_type not in _PLAIN:
@@ -64,11 +57,6 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         raise ValueError(
             f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {kind} does not give them: use DDP"
         )
-    if _is_fsdp2(accelerator) and accelerator.device.type == "cpu" and not _FSDP2_ON_CPUS:
-        raise ValueError(
-            f"fsdp_version=2: torch {torch.__version__} runs FSDP2 on GPUs alone; install torch 2.7 or later, or use "
-            "FSDP1 (configs/accelerate/fsdp1.yaml) or DDP"
-        )
     check_graph(accelerator, recipe)
     if kind.startswith("zero"):
         _fit_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, accelerator, recipe)
@@ -81,7 +69,7 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
         ValueError: Batch normalisation on a CPU under an engine that casts its weights and not its running statistics.
     """
     kind = engine_kind(accelerator)
-    fsdp2 = _is_fsdp2(accelerator)
+    fsdp2 = kind == "fsdp" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
     low, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
     if not ((fsdp2 or kind.startswith("zero")) and on_cpu and low != "no"):
         return

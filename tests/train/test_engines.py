@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
-from robust_dist.train import engine, saving
+from robust_dist.train import saving
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.small_disk import can_mount, small_disk
@@ -184,20 +183,10 @@ def refusals(folder):
         "another batch": lambda: refuses("zero2", folder, [], "train_batch_size=96", json_values=batch),
         "norms under fsdp2": lambda: refuses_norms("fsdp2", folder),
         "norms under zero2": lambda: refuses_norms("zero2", folder),
-        "an old torch": lambda: refuses_old_torch(folder),
     }
 
 
 REFUSALS = list(refusals(""))
-
-
-def refuses_old_torch(folder):
-    engine._FSDP2_ON_CPUS, before = False, engine._FSDP2_ON_CPUS
-    try:
-        said = f"fsdp_version=2: torch {torch.__version__} runs FSDP2 on GPUs alone"
-        refuses("fsdp2", folder, [], said, "configs/accelerate/fsdp1.yaml")
-    finally:
-        engine._FSDP2_ON_CPUS = before
 
 
 def possible(names):

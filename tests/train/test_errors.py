@@ -1,11 +1,15 @@
 """What a user can get wrong is one clear message, on every rank, before the first step."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.launching import train
+from tests.train.under_engines import ROOT
 
 
 @pytest.mark.parametrize(
@@ -90,3 +94,23 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_written(run):
     assert code == 2
     assert "optimizer.lr: 0.3 here, 0.05 in the folder" in output
     assert contents(run) == before
+
+
+NO_FSDP = "error: FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is NO: Accelerate has no FSDP on CPUs"
+MESH = "error: parallelism_config: dp_replicate_size=2 x dp_shard_size=2 is a mesh of 4 ranks, but 2 were launched"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Accelerate's FSDP runs here")
+@pytest.mark.parametrize(
+    ("name", "ranks", "message"), [("fsdp1", 1, NO_FSDP), ("fsdp2", 2, NO_FSDP), ("hsdp", 2, MESH)]
+)
+def test_an_engine_that_the_machine_or_the_ranks_cannot_be_is_one_message(tmp_path, name, ranks, message):
+    words = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "--num_processes", str(ranks)]
+    script = [str(ROOT / "launch" / "train.py"), "--run_dir", str(tmp_path / "run")]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    done = subprocess.run([*launch, *words, *script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    # The launcher's own traceback is there.
+    assert "train/build.py" not in done.stderr
+    assert not (tmp_path / "run").exists()
