@@ -45,7 +45,8 @@ def _check_mesh() -> None:
     names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
     sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
     ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
-    if ranks != wanted:
+    # All ones are DDP; DeepSpeed's sequence parallelism has groups of its own.
+    if wanted not in (1, ranks) and sizes["sp_size"] == 1:
         set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise EngineError(
             f"parallelism_config: {set_here} is a mesh of {wanted} ranks, but {ranks} were launched; launch {wanted} "

@@ -1,5 +1,6 @@
 """What a user can get wrong is one clear message, on every rank, before the first step."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from robust_dist.engines.accelerate import EngineError
+from robust_dist.train.build import _check_mesh
 from tests.train.launching import train
 from tests.train.under_engines import ROOT
 
@@ -114,3 +117,16 @@ def test_an_engine_that_the_machine_or_the_ranks_cannot_be_is_one_message(tmp_pa
     # The launcher's own traceback is there.
     assert "train/build.py" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+MESHES = [("DP_SHARD", 2, True), ("DP_SHARD", 1, True), ("TP", 4, False), ("SP", 4, True)]
+
+
+@pytest.mark.parametrize(("name", "size", "fits"), MESHES)
+def test_a_mesh_that_accelerate_takes_is_not_refused(monkeypatch, name, size, fits):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", str(size))
+    refused = pytest.raises(EngineError, match="tp_size=4 is a mesh of 4 ranks, but 2 were launched")
+    with contextlib.nullcontext() if fits else refused:
+        _check_mesh()
