@@ -22,6 +22,7 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
+from robust_dist.train.output import LastingOutput
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
@@ -104,10 +105,15 @@ def main(args: Sequence[str] | None = None) -> None:
     rank = Rank()
     if not faulthandler.is_enabled():
         faulthandler.enable(STDERR)
+    with LastingOutput(rank) as output:
+        _run(args, rank, output)
+
+
+def _run(args: Sequence[str] | None, rank: Rank, output: LastingOutput) -> None:
     try:
         recipe = _parse(args)
         with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
-            rows = train(recipe, on_claim=rank.claimed)
+            rows = train(recipe, on_claim=output.claimed)
     except Stopped as stopped:
         if rank.number == 0:
             print(f"\n{stopped}", flush=True)
