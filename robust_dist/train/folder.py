@@ -46,6 +46,11 @@ class RunFolder:
         """One JSON object per epoch and line."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run came to its end here: the curves are drawn then."""
+        return (self.path / "curves.png").exists()
+
     def claim(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         """Take the folder for this process, or say why not; nothing is written unless all is well.
 
@@ -94,6 +99,9 @@ class RunFolder:
         if recipe_path.exists():
             self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
         write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
+        if not self.metrics():
+            # From here on its absence is somebody's doing.
+            self.checkpoints.mkdir(exist_ok=True)
         self._note_start(environment)
         (self.path / STOPPED).unlink(missing_ok=True)
 

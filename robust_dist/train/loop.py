@@ -286,7 +286,7 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        found = load_newest(accelerator, self.recipe, self.store, self.train_set)
+        found = load_newest(accelerator, self.recipe, self.store, self.train_set, self.folder)
         if found is not None:
             self.progress.step = found.step
             self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
