@@ -32,7 +32,7 @@ from robust_dist.train.whereabouts import Rank
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
-_SECONDS_TO_LEAVE = 60.0
+_SECONDS_TO_LEAVE, _SECONDS_TO_END = 60.0, 5.0
 # Exit status of a run whose loss is no longer finite: a result rather than a mistake.
 DIVERGED = 3
 
@@ -148,6 +148,8 @@ def _fail(error: Exception, rank: Rank) -> int:
         report_shared(error, origin, rank)
     else:
         report_failure(error, rank)
+    # All is said; the ranks that still wait for this one learn of its end by its end.
+    faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 
 
