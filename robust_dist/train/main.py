@@ -148,8 +148,9 @@ def _fail(error: Exception, rank: Rank) -> int:
         report_shared(error, origin, rank)
     else:
         report_failure(error, rank)
-    # All is said; the ranks that still wait for this one learn of its end by its end.
-    faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
+    if rank.world_size > 1:
+        # All is said; the ranks that still wait for this one learn of its end by its end.
+        faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 
 
