@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer
 
 from robust_dist.optim.backend import Batch
 from robust_dist.optim.choose import check_fused, choose, counts_on_device, fused_on_device, on_host
-from robust_dist.optim.counting import advanced, increments
+from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
 from robust_dist.optim.gather import Gathered
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, Hyper, check_group, hyper, make_plain, option
@@ -205,7 +205,8 @@ class RAdaBeliefW(Optimizer):
         # All before the first moves: state that does not fit its parameter is an error of the whole step.
         to_fuse = [(self._gather_counted_in_place(group), hyper(group)) for group in fused]
         gathered = [self._gather(group) for group in others]
-        self._step_fused_on_device(to_fuse)
+        if to_fuse:
+            self._step_fused_on_device(to_fuse)
         for group, g in zip(others, gathered, strict=True):
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group, g)
@@ -341,8 +342,8 @@ class RAdaBeliefW(Optimizer):
         h, inverse_scale = hyper(group), self._inverse_scale()
         for param, grad in zip(g.params, g.grads, strict=True):
             state = self.state[param]
-            (count,), (step,) = advanced([state[STEP]])
-            state[STEP] = step.to(state[STEP].device)
+            count = count_of(state[STEP].item()) + 1.0
+            state[STEP] = torch.tensor(value_of(count), dtype=torch.float32, device=state[STEP].device)
             state[EXP_AVG], state[EXP_AVG_SQ] = differentiable_step(
                 param,
                 grad if inverse_scale is None else grad * inverse_scale.to(grad.device),

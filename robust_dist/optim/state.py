@@ -134,8 +134,8 @@ def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
 
 
 def first_index(tensor: Any) -> int:
-    """The row-major index, in the whole tensor, of the local tensor's first element; 0 of what is no DTensor."""
-    if not is_dtensor(tensor):
+    """The row-major index, in the whole tensor, of the local tensor's first element; 0 of what is no DTensor, or fake."""
+    if not is_dtensor(tensor) or is_fake(tensor):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
