@@ -73,7 +73,14 @@ class RAdaBeliefW(Optimizer):
     in float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
     torch.compile, where a captured graph owns its memory. With lr = 0 parameters keep their bits.
 
-    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement.
+    Past 2^24 steps float32 has no more odd numbers: the value of `step` then moves to the next float32 at each step, so
+    that it is more than the number of steps, which the update and the rounding still know exactly (counting.py).
+
+    Where a parameter's dtype changes between two steps (`model.double()`, `model.bfloat16()`), its state follows at the
+    next step without losing a bit where it is widened; a widened parameter takes the value of its master.
+
+    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement. Under FakeTensorMode
+    a step runs one tensor at a time, or by foreach where that is demanded, and reads no value.
 
     Args:
         params: Parameters, named parameters, or param groups; any setting can be given per group.
@@ -96,9 +103,10 @@ class RAdaBeliefW(Optimizer):
         master_weights: Keep a float32 copy of every bfloat16 or float16 parameter in its state (`master`), made from
             it at its first step; steps work on the copy and write the parameter, rounded. Weights that are loaded
             into the model later are overwritten, unless the state is loaded, too, or cleared.
-        exp_avg_dtype: torch.bfloat16 (or "bfloat16") keeps m so, but not of float64 or complex parameters; None in
-            float32. v is never kept in less. To the nearest, m stops short of a steady gradient, by up to a share
-            2^-8 / (1 - b1) of it; with stochastic_rounding it does not.
+        exp_avg_dtype: torch.bfloat16 or its name keeps m so, but not of float64 or complex parameters; None in float32.
+            Groups hold the name: torch's full state dicts and JSON take no dtype. v is never kept in less. To the
+            nearest, m stops short of a steady gradient, by up to a share 2^-8 / (1 - b1) of it; with
+            stochastic_rounding it does not.
         stochastic_rounding: What is kept in bfloat16, m and parameters without master, is rounded up or down by
             chance, so that steps smaller than half its spacing are not lost, instead of to the nearest. The chance is
             a hash of (seed, step, parameter, element): the same on every backend, after a resume, and, where
@@ -110,7 +118,8 @@ class RAdaBeliefW(Optimizer):
     Raises:
         ValueError: A setting is out of range, two of them exclude each other, or fused=True where it is not there.
         TypeError: A setting has the wrong type.
-        RuntimeError: In step(): a sparse gradient, or a CUDA graph capture without capturable=True.
+        RuntimeError: In step(), before anything moves: a sparse gradient, a CUDA graph capture without
+            capturable=True, or a parameter that has become complex, or real, since its last step.
     """
 
     # GradScaler hands over grad_scale and found_inf instead of unscaling; on the class, as pickle drops attributes

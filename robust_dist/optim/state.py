@@ -134,7 +134,7 @@ def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
 
 
 def first_index(tensor: Any) -> int:
-    """The row-major index, in the whole tensor, of the local tensor's first element; 0 of what is no DTensor, or fake."""
+    """The row-major index, in the whole tensor, of a DTensor's first local element; 0 of a plain or a fake one's."""
     if not is_dtensor(tensor) or is_fake(tensor):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

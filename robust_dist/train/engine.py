@@ -59,7 +59,7 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         )
     if recipe.precision.mixed == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
-            "precision.mixed='fp16' needs a GPU, and this run is on a CPU, where Accelerate would train in float32; set "
+            "precision.mixed='fp16' needs a GPU; this run is on a CPU, where Accelerate would train in float32: set "
             "precision.mixed to bf16 or no"
         )
     check_graph(accelerator, recipe)

@@ -93,6 +93,6 @@ def test_bfloat16_trains_close_to_float32_and_goes_on_bit_for_bit(tmp_path, monk
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this run would be on a GPU")
 def test_fp16_on_a_cpu_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match=r"precision.mixed='fp16' needs a GPU.* set precision.mixed to bf16 or no"):
+    with pytest.raises(ValueError, match=r"precision.mixed='fp16' needs a GPU.*: set precision.mixed to bf16 or no"):
         run(tmp_path / "run", precision=PrecisionConfig(mixed="fp16"))
     assert not (tmp_path / "run").exists()
