@@ -32,6 +32,14 @@ def _moment_dtype(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dt
     return low or wide
 
 
+def _are_of_their_dtypes(moments: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether each has its parameter's `state_dtype`."""
+    found, wanted = {*map(_dtype, moments)}, {*map(_dtype, params)}
+    if len(found) == len(wanted) == 1:
+        return found == {torch.promote_types(next(iter(wanted)), torch.float32)}
+    return all(moment.dtype is state_dtype(param) for moment, param in zip(moments, params, strict=True))
+
+
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a class of its own, as a DTensor is."""
     if torch.compiler.is_compiling():
@@ -179,8 +187,7 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
     if {*map(type, steps)} != {Tensor} or {*map(_is_cpu, steps)} != {not on_device}:
         return None
     # model.double() and its kind change a parameter's dtype between two steps.
-    dtypes = {*zip(map(_dtype, params), map(_dtype, moments[1]), strict=True)}
-    if any(torch.promote_types(dtype, torch.float32) is not kept for dtype, kept in dtypes):
+    if not _are_of_their_dtypes(moments[1], params):
         return None
     if all_plain(params):
         return columns
