@@ -18,7 +18,7 @@ class Batch:
         grads: Gradients as autograd left them (scaled, perhaps of another dtype); never written to.
         exp_avgs: First moments, float32 or better or bfloat16, updated in place.
         exp_avg_sqs: Second moments, float32 or better, updated in place; their dtype is that of the arithmetic.
-        steps: 0-d float32 tensors, t of the step that is being done.
+        steps: 0-d float32 tensors that stand for t of the step that is being done (counting.py).
         step: That t on the host where all of the batch share it; None where it stays on the device.
         inverse_scale: 0-d factor that unscales the gradients, or None.
         found_inf: 0-d tensor, not 0 where nothing may change; None for never. Host-side batches are skipped

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robust_dist.optim.counting import counts_of
 from robust_dist.optim.reference import one_minus_power, rectification, tensor_rectification
 from robust_dist.optim.settings import INSIDE, OUTSIDE, Hyper
 
@@ -87,12 +88,12 @@ def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> De
     """The scalars of n tensors from their step tensors, computed in float64 where the device has it.
 
     Args:
-        steps: n 0-d float32 tensors of one device, t = 1, 2, ...
+        steps: n step tensors of one device, of t = 1, 2, ...
         h: The settings; lr and weight_decay tensors should live on that device.
         dtype: The dtype of the result.
     """
     accurate = torch.float32 if steps[0].device.type == "mps" else torch.float64
-    t = torch.stack(steps).to(accurate)
+    t = counts_of(torch.stack(steps)).to(accurate)
     lr, weight_decay = _scalar(h.lr, t), _scalar(h.weight_decay, t)
     gamma, rectified = tensor_rectification(t, h.beta2, h.rectify_threshold)
     bias1, bias2 = _one_minus_power(h.beta1, t), _one_minus_power(h.beta2, t)

@@ -11,10 +11,12 @@ equations are those of robust_dist/optim/reference.py, in the operations and the
 import triton
 import triton.language as tl
 
-from robust_dist.optim import fused_triton_table
+from robust_dist.optim import counting, fused_triton_table
 
 CHUNK = tl.constexpr(fused_triton_table.CHUNK)
 SETTINGS = tl.constexpr(fused_triton_table.SETTINGS)
+EXACT = tl.constexpr(counting.EXACT)
+EXACT_BITS = tl.constexpr(counting.EXACT_BITS)
 
 # The table's columns: addresses and numbers from the host ...
 PARAM, EXP_AVG, EXP_AVG_SQ, MASTER, STEP, NUMEL, GROUP, PLACE, FIRST_INDEX = map(tl.constexpr, range(9))
@@ -106,7 +108,10 @@ def advance(
     inside = row < count
     group = tl.load(table + count * GROUP + row, mask=inside, other=0)
     address = tl.load(table + count * STEP + row, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    t = tl.load(address, mask=inside, other=0.0) + 1.0
+    t = tl.load(address, mask=inside, other=0.0)
+    # counting.py: from 2^24 on the bits count
+    t = tl.where(t < EXACT, t + 1.0, (t.to(tl.uint32, bitcast=True) + 1).to(tl.float32, bitcast=True))
+    turns = tl.where(t < EXACT, t.to(tl.int64), t.to(tl.uint32, bitcast=True).to(tl.int64) + (EXACT - EXACT_BITS))
     steps = inside
     if FOUND_INF:
         overflow = tl.load(found_inf) != 0.0
@@ -121,7 +126,7 @@ def advance(
     beta2 = _setting(settings, group, GROUP_BETA2, inside)
     # Where there is no row, a rate that divides by nothing.
     rate = tl.where(inside, -_setting(settings, group, LOG_BETA2, inside), 1.0)
-    time = tl.where(inside, t, 1.0).to(tl.float64)
+    time = tl.where(inside, turns, 1).to(tl.float64)
     bias1 = _one_minus_exp(tl.where(inside, -time * _setting(settings, group, LOG_BETA1, inside), 1.0))
     bias2 = _one_minus_exp(time * rate)
     root = tl.sqrt(bias2)
@@ -147,7 +152,7 @@ def advance(
     _put(table, count, row, OUTER, outer, inside)
 
     run = tl.load(settings + group * SETTINGS + RUN, mask=inside, other=0).to(tl.uint64, bitcast=True)
-    turn = _mix(run + t.to(tl.int64).to(tl.uint64, bitcast=True) * GOLDEN)
+    turn = _mix(run + turns.to(tl.uint64, bitcast=True) * GOLDEN)
     place = tl.load(table + count * PLACE + row, mask=inside, other=0).to(tl.uint64, bitcast=True)
     tl.store(table + count * KEY + row, _mix(turn + place * GOLDEN).to(tl.int64, bitcast=True), mask=inside)
 

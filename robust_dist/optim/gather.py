@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from robust_dist.optim.backend import Batch, Origin, Slot, batches, one_batch
-from robust_dist.optim.state import all_plain, is_dtensor, local_columns, local_slot, origin
+from robust_dist.optim.state import all_plain, first_index, is_dtensor, local_columns, local_slot, traced_columns
 
 
 def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -32,6 +33,7 @@ class Gathered:
         steps: State.
         masters: State, the parameter itself where it has no master; empty without `master_weights`.
         places: Each parameter's place among all of the optimizer's; empty without `stochastic_rounding`.
+        firsts: Beside `places` in a compiled step, what `first_index` says of them, which cannot be traced.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -41,12 +43,15 @@ class Gathered:
     steps: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
 
     def local(self) -> list[list[Tensor]]:
         """The local tensors: params, grads, exp_avgs, exp_avg_sqs, and masters if any."""
         columns = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
         columns += [self.masters] if self.masters else []
-        return columns if all_plain(self.params) else _local(columns)
+        if all_plain(self.params):
+            return columns
+        return traced_columns(*columns) if torch.compiler.is_compiling() else _local(columns)
 
     def batches(self, steps: list[Tensor], counts: Sequence[float | None]) -> list[Batch]:
         """Batches of local tensors; `counts` are the step counts where the host may know them."""
@@ -65,4 +70,6 @@ class Gathered:
 
     def origin(self, index: int) -> Origin | None:
         """Where rounding.py's bits of a parameter come from; None where it is not rounded by chance."""
-        return origin(self.params[index], self.places[index]) if self.places else None
+        if not self.places:
+            return None
+        return self.places[index], self.firsts[index] if self.firsts else first_index(self.params[index])

@@ -1,7 +1,6 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +8,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from robust_dist.optim.backend import Batch
-from robust_dist.optim.choose import check_fused, choose, fused_on_device, on_host
+from robust_dist.optim.choose import check_fused, choose, counts_on_device, fused_on_device, on_host
+from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
 from robust_dist.optim.gather import Gathered
-from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, as_dtype, check_group, hyper, option
+from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
     EXP_AVG,
@@ -20,8 +20,8 @@ from robust_dist.optim.state import (
     MASTER,
     STEP,
     complete,
-    complete_memory,
     completed,
+    first_index,
     has_master,
     load_exactly,
     own_steps,
@@ -44,11 +44,6 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
             )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
         raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
-
-
-def _as_steps(counts: list[float]) -> list[Tensor]:
-    """New `step` tensors on the CPU, at a fraction of the price of foreach's addition, which is slow for 0-d ones."""
-    return list(torch.frombuffer(array("f", counts), dtype=torch.float32).unbind())
 
 
 class RAdaBeliefW(Optimizer):
@@ -78,7 +73,14 @@ class RAdaBeliefW(Optimizer):
     in float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
     torch.compile, where a captured graph owns its memory. With lr = 0 parameters keep their bits.
 
-    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement.
+    Past 2^24 steps float32 has no more odd numbers: the value of `step` then moves to the next float32 at each step, so
+    that it is more than the number of steps, which the update and the rounding still know exactly (counting.py).
+
+    Where a parameter's dtype changes between two steps (`model.double()`, `model.bfloat16()`), its state follows at the
+    next step without losing a bit where it is widened; a widened parameter takes the value of its master.
+
+    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement. Under FakeTensorMode
+    a step runs one tensor at a time, or by foreach where that is demanded, and reads no value.
 
     Args:
         params: Parameters, named parameters, or param groups; any setting can be given per group.
@@ -101,9 +103,10 @@ class RAdaBeliefW(Optimizer):
         master_weights: Keep a float32 copy of every bfloat16 or float16 parameter in its state (`master`), made from
             it at its first step; steps work on the copy and write the parameter, rounded. Weights that are loaded
             into the model later are overwritten, unless the state is loaded, too, or cleared.
-        exp_avg_dtype: torch.bfloat16 (or "bfloat16") keeps m so, but not of float64 or complex parameters; None in
-            float32. v is never kept in less. To the nearest, m stops short of a steady gradient, by up to a share
-            2^-8 / (1 - b1) of it; with stochastic_rounding it does not.
+        exp_avg_dtype: torch.bfloat16 or its name keeps m so, but not of float64 or complex parameters; None in float32.
+            Groups hold the name: torch's full state dicts and JSON take no dtype. v is never kept in less. To the
+            nearest, m stops short of a steady gradient, by up to a share 2^-8 / (1 - b1) of it; with
+            stochastic_rounding it does not.
         stochastic_rounding: What is kept in bfloat16, m and parameters without master, is rounded up or down by
             chance, so that steps smaller than half its spacing are not lost, instead of to the nearest. The chance is
             a hash of (seed, step, parameter, element): the same on every backend, after a resume, and, where
@@ -115,7 +118,8 @@ class RAdaBeliefW(Optimizer):
     Raises:
         ValueError: A setting is out of range, two of them exclude each other, or fused=True where it is not there.
         TypeError: A setting has the wrong type.
-        RuntimeError: In step(): a sparse gradient, or a CUDA graph capture without capturable=True.
+        RuntimeError: In step(), before anything moves: a sparse gradient, a CUDA graph capture without
+            capturable=True, or a parameter that has become complex, or real, since its last step.
     """
 
     # GradScaler hands over grad_scale and found_inf instead of unscaling; on the class, as pickle drops attributes
@@ -144,7 +148,7 @@ class RAdaBeliefW(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "rectify_threshold": rectify_threshold,
@@ -156,32 +160,31 @@ class RAdaBeliefW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        memory = {
+        memory: dict[str, Any] = {
             "master_weights": master_weights,
-            "exp_avg_dtype": as_dtype(exp_avg_dtype),
+            "exp_avg_dtype": exp_avg_dtype,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
         check_group({**defaults, **memory})
         defaults |= {name: value for name, value in memory.items() if value != MEMORY_DEFAULTS[name]}
+        make_plain(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        make_plain(self.defaults)
         for group in self.param_groups:
             for key, default in DEFAULTS.items():
                 group.setdefault(key, default)
-            group["betas"] = tuple(group["betas"])
+            make_plain(group)
             own_steps(self.state, group["params"], group["capturable"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; its settings are checked as the constructor's are, before anything is added."""
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
-            if "betas" in param_group:
-                param_group["betas"] = tuple(param_group["betas"])
-            if "exp_avg_dtype" in param_group:
-                param_group["exp_avg_dtype"] = as_dtype(param_group["exp_avg_dtype"])
+            make_plain(param_group)
         super().add_param_group(param_group)
         try:
             check_fused(self.param_groups[-1])
@@ -205,26 +208,35 @@ class RAdaBeliefW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group_can_step(group)
-        left = self.param_groups if torch.compiler.is_compiling() else self._step_fused_on_device()
-        overflow = self._overflow_on_host(left)
-        for group in left:
-            if not (overflow and on_host(group)):
-                with torch.set_grad_enabled(group["differentiable"]):
-                    self._step_group(group)
+        fused, others = self._parted_groups()
+        if self._overflow_on_host(others):
+            others = [group for group in others if not on_host(group)]
+        # All before the first moves: state that does not fit its parameter is an error of the whole step.
+        to_fuse = [(self._gather_counted_in_place(group), hyper(group)) for group in fused]
+        gathered = [self._gather(group) for group in others]
+        if to_fuse:
+            self._step_fused_on_device(to_fuse)
+        for group, g in zip(others, gathered, strict=True):
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._step_group(group, g)
         return loss
 
-    def _step_fused_on_device(self) -> list[dict[str, Any]]:
-        """Step the groups that the Triton backend takes, all together; returns the others."""
-        groups = [group for group in self.param_groups if fused_on_device(group)]
-        if not groups:
-            return self.param_groups
+    def _parted_groups(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The groups that the Triton backend takes, all together, and the others."""
+        if torch.compiler.is_compiling():
+            return [], self.param_groups
+        fused = list(map(fused_on_device, self.param_groups))
+        if not any(fused):
+            return [], self.param_groups
+        others = [group for group, taken in zip(self.param_groups, fused, strict=True) if not taken]
+        return [group for group, taken in zip(self.param_groups, fused, strict=True) if taken], others
+
+    @torch.no_grad()
+    def _step_fused_on_device(self, gathered: Sequence[tuple[Gathered, Hyper]]) -> None:
         memory = self.__dict__.setdefault("_fused_triton", {})  # not in __init__, which pickle does not call
-        with torch.no_grad():
-            gathered = [(self._gather_counted_in_place(group), hyper(group)) for group in groups]
-            for device, rows in rows_by_device(gathered).items():
-                fused = memory.setdefault(device, FusedTriton())
-                fused.step(rows, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return [group for group in self.param_groups if all(group is not other for other in groups)]
+        for device, rows in rows_by_device(gathered).items():
+            fused = memory.setdefault(device, FusedTriton())
+            fused.step(rows, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def _gather_counted_in_place(self, group: dict[str, Any]) -> Gathered:
         g = self._gather(group)
@@ -242,18 +254,18 @@ class RAdaBeliefW(Optimizer):
 
     def _gather(self, group: dict[str, Any]) -> Gathered:
         g = Gathered()
-        self._init_group(group, g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.steps, g.masters, g.places)
+        lists = g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.steps, g.masters, g.places
+        with torch.set_grad_enabled(group["differentiable"]):
+            self._init_group(group, *lists, g.firsts if torch.compiler.is_compiling() else None)
         return g
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        g = self._gather(group)
+    def _step_group(self, group: dict[str, Any], g: Gathered) -> None:
         if not g.params:
             return
         if group["differentiable"]:
             self._step_differentiably(group, g)
         elif on_host(group):
-            counts = [count + 1.0 for count in map(Tensor.item, g.steps)]
-            steps = _as_steps(counts)
+            counts, steps = advanced(g.steps)
             self._replace_steps(g.params, steps)
             self._run(group, g.params, g.batches(steps, counts), None)
         else:
@@ -271,21 +283,22 @@ class RAdaBeliefW(Optimizer):
         steps: list[Tensor],
         masters: list[Tensor],
         places: list[int],
+        firsts: list[int] | None = None,
     ) -> None:
         # the name is torch's: torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
         found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
         if not found:
             return
-        on_device = group["capturable"] or fused_on_device(group)
+        on_device = counts_on_device(group)
         with_grad, their_grads = zip(*found, strict=True)
         states = list(map(self.state.__getitem__, with_grad))
         columns = None
         if not any(name in group for name in MEMORY_DEFAULTS):
             columns = completed(states, with_grad, on_device)
         if columns is None:
+            make_plain(group)
             for state, param in zip(states, with_grad, strict=True):
-                complete(state, param, on_device)
-                complete_memory(state, param, group)
+                complete(state, param, group, on_device)
             columns = [[state[key] for state in states] for key in (STEP, EXP_AVG, EXP_AVG_SQ)]
         params.extend(with_grad)
         grads.extend(their_grads)
@@ -295,6 +308,8 @@ class RAdaBeliefW(Optimizer):
             masters.extend(self.state[p][MASTER] if has_master(p, group) else p for p in params)
         if option(group, "stochastic_rounding"):
             places.extend(self._places(group))
+            if firsts is not None:
+                firsts.extend(map(first_index, params))
 
     def _places(self, group: dict[str, Any]) -> Iterator[int]:
         """The places, among all parameters, of this group's that have a gradient."""
@@ -322,9 +337,9 @@ class RAdaBeliefW(Optimizer):
             state[STEP] = step
 
     def _advance_on_device(self, g: Gathered, found_inf: Tensor | None) -> list[Tensor]:
-        ones = [torch.ones((), device=step.device) for step in g.steps]
+        ones = increments(g.steps)
         if found_inf is not None:
-            ones = [(found_inf.reshape(()) == 0).to(one) for one in ones]
+            ones = [torch.where(found_inf.reshape(()).to(one.device) == 0, one, 0.0) for one in ones]
         if torch.compiler.is_compiling() or g.steps[0].device.type != "cpu":
             torch._foreach_add_(g.steps, ones)
             return g.steps
@@ -336,12 +351,13 @@ class RAdaBeliefW(Optimizer):
         h, inverse_scale = hyper(group), self._inverse_scale()
         for param, grad in zip(g.params, g.grads, strict=True):
             state = self.state[param]
-            state[STEP] = state[STEP] + 1.0
+            count = count_of(state[STEP].item()) + 1.0
+            state[STEP] = torch.tensor(value_of(count), dtype=torch.float32, device=state[STEP].device)
             state[EXP_AVG], state[EXP_AVG_SQ] = differentiable_step(
                 param,
                 grad if inverse_scale is None else grad * inverse_scale.to(grad.device),
                 state[EXP_AVG],
                 state[EXP_AVG_SQ],
-                state[STEP].item(),
+                count,
                 h,
             )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.backend import Batch
+from robust_dist.optim.counting import counts_of
 from robust_dist.optim.layout import is_dense
 from robust_dist.optim.settings import Hyper
 from robust_dist.splitmix import GOLDEN, mix, mix_int, signed
@@ -127,7 +128,7 @@ def host_keys(origins: Sequence[tuple[int, int]], step: float, h: Hyper) -> list
 def _keys(batch: Batch, h: Hyper) -> list[int] | tuple[Tensor, ...]:
     if batch.step is not None:
         return host_keys(batch.origins, batch.step, h)
-    steps = torch.stack(batch.steps)
+    steps = counts_of(torch.stack(batch.steps))
     # Not torch.tensor(places): a copy from the host, which a captured graph cannot have.
     rows = [torch.full((), place, dtype=torch.int64, device=steps.device) for place, _ in batch.origins]
     return tensor_keys(h.seed, steps, torch.stack(rows)).unbind()

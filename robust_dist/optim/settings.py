@@ -1,7 +1,7 @@
 """The optimizer's settings: their names in a param group, their defaults, and what they may be."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -139,12 +139,37 @@ def _check_flags(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be True, False or None, got {group[name]!r}")
 
 
-def as_dtype(value: Any) -> Any:
-    """A dtype where its name is given, as JSON and YAML must; anything else as it is."""
+def _as_dtype(value: Any) -> Any:
+    """A dtype where its name is given; anything else as it is."""
     if isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), value)
         return found if isinstance(found, torch.dtype) else value
     return value
+
+
+def exp_avg_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a param group's `exp_avg_dtype` names."""
+    return _as_dtype(option(group, "exp_avg_dtype"))
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own; bools, tensors and what is no number as they are."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
+
+
+def make_plain(group: MutableMapping[str, Any]) -> None:
+    """Rewrite settings that have passed `check_group` so that JSON and torch's full state dicts can take the group.
+
+    Those refuse a torch.dtype and the numbers of NumPy, which a constructor's call or an older checkpoint may bring.
+    """
+    for name in ("lr", "weight_decay", "eps", "rectify_threshold"):
+        if name in group:
+            group[name] = _plain(group[name])
+    if "betas" in group:
+        group["betas"] = tuple(map(_plain, group["betas"]))
+    dtype = _as_dtype(group.get("exp_avg_dtype"))
+    if dtype is not None:
+        group["exp_avg_dtype"] = str(dtype).removeprefix("torch.")
 
 
 def _check_memory(group: Mapping[str, Any]) -> None:
@@ -152,9 +177,9 @@ def _check_memory(group: Mapping[str, Any]) -> None:
         if not isinstance(option(group, name), bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     dtype, seed = option(group, "exp_avg_dtype"), option(group, "seed")
-    if dtype is not None and not isinstance(as_dtype(dtype), torch.dtype):
+    if dtype is not None and not isinstance(_as_dtype(dtype), torch.dtype):
         raise TypeError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
-    if as_dtype(dtype) not in (None, torch.bfloat16):
+    if _as_dtype(dtype) not in (None, torch.bfloat16):
         raise ValueError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.pages import empty_like
-from robust_dist.optim.settings import option
+from robust_dist.optim.settings import exp_avg_dtype, option
 
-_local, _layout, _is_cpu = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("is_cpu")
+_local, _layout, _is_cpu, _dtype = map(attrgetter, ("_local_tensor", "_spec", "is_cpu", "dtype"))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 STEP = "step"
 EXP_AVG = "exp_avg"
@@ -25,6 +25,21 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def _moment_dtype(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a group's settings keep a moment of this parameter."""
+    wide = state_dtype(param)
+    low = exp_avg_dtype(group) if key == EXP_AVG and wide is torch.float32 else None
+    return low or wide
+
+
+def _are_of_their_dtypes(moments: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether each has its parameter's `state_dtype`."""
+    found, wanted = {*map(_dtype, moments)}, {*map(_dtype, params)}
+    if len(found) == len(wanted) == 1:
+        return found == {torch.promote_types(next(iter(wanted)), torch.float32)}
+    return all(moment.dtype is state_dtype(param) for moment, param in zip(moments, params, strict=True))
+
+
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a class of its own, as a DTensor is."""
     if torch.compiler.is_compiling():
@@ -33,10 +48,24 @@ def all_plain(tensors: Iterable[Tensor]) -> bool:
     return PLAIN.issuperset(map(type, tensors))
 
 
+def is_fake(tensor: Any) -> bool:
+    """Whether this is a FakeTensor, or a DTensor of one: it has a shape, but neither memory nor values."""
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor
+    if type(local) is Tensor or type(local) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(local, module.FakeTensor)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor; does not import torch.distributed.tensor, which is slow."""
     if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
+    if torch.compiler.is_compiling():
+        # Dynamo does not trace a look into sys.modules.
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(tensor, DTensor)
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -86,6 +115,20 @@ def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> l
     return [list(map(_local, column)) for column in (params, grads, *moments)]
 
 
+def traced_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> list[list[Tensor]]:
+    """`local_slot` of DTensors and plain tensors, in what Dynamo can trace: its graph holds the DTensors themselves."""
+    columns: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
+    for row in zip(params, grads, *moments, strict=True):
+        param, grad, *state = row
+        if is_dtensor(param):
+            if grad.placements != param.placements:
+                grad = grad.redistribute(placements=param.placements)
+            row = (param.to_local(), grad.to_local(), *(tensor.to_local() for tensor in state))
+        for column, tensor in zip(columns, row, strict=True):
+            column.append(tensor)
+    return columns
+
+
 def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
     """What this rank computes on, of a DTensor parameter whose state is `complete`.
 
@@ -98,8 +141,10 @@ def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
     return param._local_tensor, grad._local_tensor, *(tensor._local_tensor for tensor in state)
 
 
-def _first_index(tensor: Any) -> int:
-    """The row-major index, in the whole tensor, of the local tensor's first element."""
+def first_index(tensor: Any) -> int:
+    """The row-major index, in the whole tensor, of a DTensor's first local element; 0 of a plain or a fake one's."""
+    if not is_dtensor(tensor) or is_fake(tensor):
+        return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -109,11 +154,6 @@ def _first_index(tensor: Any) -> int:
         index += stride * offset
         stride *= size
     return index
-
-
-def origin(param: Tensor, place: int) -> tuple[int, int]:
-    """The `Batch.origins` entry of a parameter at this place among the optimizer's."""
-    return place, _first_index(param) if is_dtensor(param) else 0
 
 
 def as_step(value: Any, param: Tensor, on_device: bool) -> Tensor:
@@ -146,6 +186,9 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
     steps, *moments = columns
     if {*map(type, steps)} != {Tensor} or {*map(_is_cpu, steps)} != {not on_device}:
         return None
+    # model.double() and its kind change a parameter's dtype between two steps.
+    if not _are_of_their_dtypes(moments[1], params):
+        return None
     if all_plain(params):
         return columns
     # DTensors; `_sharing_placements` gave the moments their own layout.
@@ -156,22 +199,41 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
         return None
 
 
-def complete(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
+def _cast(value: Tensor, dtype: torch.dtype, param: Tensor) -> Tensor:
+    """State of a parameter whose dtype has changed; widened, it goes on from the very same values."""
+    if value.is_complex() != dtype.is_complex:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}, and its moments are {value.dtype}: moments of"
+            " real numbers are none of complex ones. Change the model before its optimizer's first step, or delete the"
+            " parameter's entry in optimizer.state, so that its moments start anew"
+        )
+    return value.to(dtype)
+
+
+def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], on_device: bool) -> None:
     """Make what is missing of a parameter's state, key by key: loaders may have brought a part of it.
+
+    Moments follow the parameter's dtype where that has changed, and the group's `exp_avg_dtype`.
 
     Args:
         state: The parameter's.
         param: The parameter.
+        group: Its param group.
         on_device: Whether its step count is kept on its device; else on the CPU.
+
+    Raises:
+        RuntimeError: The moments are real and the parameter is complex, or the other way round.
     """
     _repair_step(state, param, on_device)
     for key in MOMENTS:
+        dtype = _moment_dtype(key, param, group)
         if key not in state:
-            state[key] = _sharing_placements(empty_like(param, state_dtype(param)).zero_(), param)
-    if is_dtensor(param):
-        for key in MOMENTS:
-            if not _is_placed(state[key], param):
-                state[key] = _placed_like(state[key], param)
+            state[key] = _sharing_placements(empty_like(param, dtype).zero_(), param)
+        elif state[key].dtype is not dtype:
+            state[key] = _sharing_placements(_cast(state[key], dtype, param), param)
+        if is_dtensor(param) and not _is_placed(state[key], param):
+            state[key] = _placed_like(state[key], param)
+    _complete_master(state, param, group)
 
 
 def has_master(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -179,17 +241,24 @@ def has_master(param: Tensor, group: Mapping[str, Any]) -> bool:
     return option(group, "master_weights") and state_dtype(param) != param.dtype
 
 
-def complete_memory(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
-    """Bring a `complete` state to what the group's `exp_avg_dtype` and `master_weights` ask for."""
-    dtype = option(group, "exp_avg_dtype")
-    if dtype is not None and state[EXP_AVG].dtype is torch.float32:
-        state[EXP_AVG] = _sharing_placements(state[EXP_AVG].to(dtype), param)
-    if not has_master(param, group):
+def _complete_master(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
+    wanted = has_master(param, group)
+    if not wanted and MASTER not in state:
         return
     if MASTER not in state:
         state[MASTER] = _sharing_placements(empty_like(param, state_dtype(param)).copy_(param.detach()), param)
     if is_dtensor(param) and not _is_placed(state[MASTER], param):
         state[MASTER] = _placed_like(state[MASTER], param)
+    if wanted:
+        return
+    # A master that nobody steps would be wrong later. The parameter of a model that was widened takes its value, but
+    # not in a dry step.
+    if option(group, "master_weights"):
+        if float(group["lr"]) == 0.0:
+            return
+        with torch.no_grad():
+            param.copy_(state[MASTER])
+    del state[MASTER]
 
 
 def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable: bool) -> None:
@@ -204,7 +273,7 @@ def _restored(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> 
     """A loaded value in this optimizer's dtype; None for what is no floating tensor."""
     if key == STEP or not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
-    kept = key == EXP_AVG and value.dtype == option(group, "exp_avg_dtype")
+    kept = key == EXP_AVG and value.dtype == exp_avg_dtype(group)
     return value.to(device=param.device, dtype=value.dtype if kept else state_dtype(param))
 
 

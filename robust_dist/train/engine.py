@@ -57,6 +57,11 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         raise ValueError(
             f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {kind} does not give them: use DDP"
         )
+    if recipe.precision.mixed == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "precision.mixed='fp16' needs a GPU; this run is on a CPU, where Accelerate would train in float32: set "
+            "precision.mixed to bf16 or no"
+        )
     check_graph(accelerator, recipe)
     if kind.startswith("zero"):
         _fit_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, accelerator, recipe)

@@ -143,7 +143,7 @@ class PrecisionConfig:
     """Number formats.
 
     Attributes:
-        mixed: Autocast of the forward pass: no, bf16 or fp16 (fp16 scales the loss; GPUs only).
+        mixed: Autocast of the forward pass: no, bf16 or fp16 (fp16 scales the loss, and is refused on a CPU).
         deterministic: Choose kernels that give the same bits every time, so that a resumed run is the same run.
     """
 

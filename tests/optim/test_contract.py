@@ -2,9 +2,12 @@
 
 import copy
 import io
+import json
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -165,6 +168,71 @@ def test_groups_of_an_older_file_get_the_missing_options():
         del saved["param_groups"][0][key]
     optimizer.load_state_dict(saved)
     assert {k: optimizer.param_groups[0][k] for k in DEFAULTS} == DEFAULTS
+
+
+NUMBERS = {
+    "lr": np.float32(0.5),
+    "weight_decay": np.int64(0),
+    "eps": Fraction(1, 4),
+    "rectify_threshold": np.float16(5),
+}
+SETTINGS = [
+    {"exp_avg_dtype": torch.bfloat16},
+    {"exp_avg_dtype": "torch.bfloat16", "betas": [0.5, 0.75]},
+    {"betas": (np.float32(0.5), np.float32(0.75)), **NUMBERS},
+    {"lr": torch.tensor(0.5), "exp_avg_dtype": "bfloat16", "stochastic_rounding": True, "seed": 5},
+]
+
+
+def _by_constructor(model, settings):
+    return RAdaBeliefW(model.parameters(), **settings)
+
+
+def _by_group(model, settings):
+    return RAdaBeliefW([{"params": model.parameters(), **settings}])
+
+
+def _by_an_older_file(model, settings):
+    optimizer = RAdaBeliefW(model.parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= settings
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
+def _by_an_older_pickle(model, settings):
+    optimizer = RAdaBeliefW(model.parameters())
+    for holder in (optimizer.defaults, *optimizer.param_groups):
+        holder.update(settings)
+    optimizer.__setstate__(optimizer.__getstate__())
+    return optimizer
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("way", [_by_constructor, _by_group, _by_an_older_file, _by_an_older_pickle])
+def test_groups_hold_what_json_and_torchs_full_state_dicts_can_take(way, settings):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    plain = {
+        name: tuple(map(float, value)) if name == "betas" else "bfloat16" if name == "exp_avg_dtype" else value
+        for name, value in settings.items()
+    }
+    model = nn.Linear(3, 2)
+    optimizer = way(model, settings)
+    both = way in (_by_constructor, _by_an_older_pickle)
+    for holder in (optimizer.defaults, *optimizer.param_groups) if both else optimizer.param_groups:
+        assert {name: holder[name] for name in plain} == plain
+        values = [value for name, value in holder.items() if name != "params"]
+        json.dumps([value.item() if isinstance(value, torch.Tensor) else value for value in values])
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for options in ({"full_state_dict": True, "cpu_offload": True}, {"flatten_optimizer_state_dict": True}):
+        options = dcp.StateDictOptions(**options)
+        saved = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+        twin = way(model, settings)
+        dcp.set_optimizer_state_dict(model, twin, saved, options=options)
+        assert {name: twin.param_groups[0][name] for name in plain} == plain
 
 
 def test_options_may_differ_by_group_and_groups_may_be_added():

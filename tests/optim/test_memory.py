@@ -8,8 +8,12 @@ import torch
 
 from robust_dist import sample_keys
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.counting import advanced, count_of, counts_of, increments, value_of
+from robust_dist.optim.reference import reference_step
 from robust_dist.optim.rounding import HIGH, LOW, indices, random_bits, round_stochastically, tensor_keys
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS
+from robust_dist.optim.state import state_dtype
+from tests.optim import interpreted
 from tests.optim.helpers import BACKENDS, bits, gradients, start, step, train
 
 BF16 = torch.bfloat16
@@ -229,6 +233,51 @@ def _grads(steps, seed=1):
     return list(zip(*(gradients(p.shape, steps, dtype=BF16, seed=seed) for p in _params(BF16)), strict=True))
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_past_2_24_steps_the_count_and_the_bits_go_on(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        interpreted.on_the_cpu(monkeypatch)
+    settings = {"lr": 0.5, "betas": (0.9, 1 - 1e-8)}
+    kwargs = {"stochastic_rounding": True, **settings, **BACKENDS.get(backend, {})}
+    param, wide = start((64,), dtype=BF16).requires_grad_(), start((5,)).requires_grad_()
+    optimizer, first, values = RAdaBeliefW([param, wide], **kwargs), 2**24 - 2, []
+    for tensor in (param, wide):
+        state = {key: torch.full_like(tensor, 0.01, dtype=state_dtype(tensor)) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[tensor] = {"step": torch.tensor(float(first)), **state}
+    for t, (grad, its) in enumerate(zip(gradients((64,), 5, dtype=BF16), gradients((5,), 5), strict=True), first + 1):
+        if t == 2**24 + 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+        state = {key: value.detach().clone() for key, value in optimizer.state[wide].items()}
+        exact = reference_step(wide.detach(), its, state["exp_avg"], state["exp_avg_sq"], t, **settings)
+        low = [param.detach().float(), grad.float(), *map(optimizer.state[param].get, ("exp_avg", "exp_avg_sq"))]
+        drawn = reference_step(*(x.double() for x in low), t, **settings)[0].float()
+        step(optimizer, [param, wide], [grad, its])
+        torch.testing.assert_close(wide.detach(), exact[0], rtol=1e-12, atol=1e-14)
+        # but for what float32's rounding puts on the other side of its bits
+        same = param.detach() == rounded_by_hand(drawn, sample_keys(0, t, [0]).item(), LOW)
+        assert same.sum() >= 63
+        count = optimizer.state[param]["step"]
+        assert (count.dtype, count.dim()) == (torch.float32, 0)
+        values.append(count.item())
+    assert values == sorted({*values})
+    assert values[:2] == [2**24 - 1, 2**24]
+
+
+def test_a_step_tensor_stands_for_every_count_to_8e8():
+    counts = [0, 1, 2, 2**24 - 1, 2**24, 2**24 + 1, 2**24 + 2**23, 2**25 + 12345, 10**8 + 7, 8 * 10**8]
+    values = list(map(value_of, counts))
+    assert values[:5] == counts[:5]
+    steps = torch.tensor(values)
+    assert steps.tolist() == values
+    assert list(map(count_of, values)) == counts
+    assert counts_of(steps).tolist() == counts
+    after = [step + more for step, more in zip(steps, increments(list(steps)), strict=True)]
+    assert [count_of(step.item()) for step in after] == [count + 1 for count in counts]
+    assert advanced(list(steps))[0] == [count + 1 for count in counts]
+    assert advanced(list(steps))[1] == after
+
+
 def _through_file(optimizer, params):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -265,7 +314,7 @@ def test_the_exp_avg_of_float32_parameters_is_loaded_in_bfloat16():
     optimizer = train(params, [[g.float() for g in row] for row in _grads(3)], exp_avg_dtype="bfloat16")
     twin = RAdaBeliefW(_params(torch.float32))
     twin.load_state_dict(optimizer.state_dict())
-    assert twin.param_groups[0]["exp_avg_dtype"] is BF16
+    assert twin.param_groups[0]["exp_avg_dtype"] == "bfloat16"
     assert {s["exp_avg"].dtype for s in twin.state.values()} == {BF16}
     assert {s["exp_avg_sq"].dtype for s in twin.state.values()} == {torch.float32}
 
@@ -283,6 +332,7 @@ def test_options_may_be_set_on_a_running_optimizer():
     optimizer = train(params, _grads(2))
     optimizer.param_groups[0].update(master_weights=True, exp_avg_dtype=BF16)
     step(optimizer, params, _grads(1)[0])
+    assert optimizer.param_groups[0]["exp_avg_dtype"] == "bfloat16"
     for param in params:
         state = optimizer.state[param]
         assert (state["exp_avg"].dtype, state["master"].dtype) == (BF16, torch.float32)
@@ -325,6 +375,9 @@ def test_a_compiled_step_draws_the_same_bits():
         RAdaBeliefW([{"params": group[:1], **OPTIONS[3]}, {"params": group[1:], **OPTIONS[4]}], lr=lr, **capturable)
         for group, capturable in ((params, {}), (twins, {"capturable": True}))
     )
+    for param in (*params, *twins):  # on past float32's whole numbers
+        optimizer = compiled if param in set(params) else eager
+        optimizer.state[param]["step"] = torch.tensor(2.0**24 - 2)
     compiled_step = torch.compile(compiled.step, backend=counter)
     for grads in _grads(6):
         for param, grad in zip(params, grads, strict=True):

@@ -187,6 +187,85 @@ def _masters_are_sharded_and_resumed(mesh):
         assert torch.equal(param.to_local(), state["master"].to_local().bfloat16())
 
 
+def _compiled_run(mesh, kind, backend):
+    """Train under FSDP2 with a compiled step and a rate that moves; returns the model and the number of graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    # Rows of 5 and 1 over two ranks.
+    model = fully_shard(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1, bias=False)), mesh=mesh)
+    optimizer, counter = kind(model.parameters(), lr=0.1), CompileCounterWithBackend(backend or "eager")
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend=counter) if backend else optimizer.step
+    for t, batch in enumerate(_batches()[:7]):
+        optimizer.zero_grad()
+        model(batch.float().chunk(WORLD)[dist.get_rank()]).square().mean().backward()
+        step()
+        optimizer.param_groups[0]["lr"] = 0.1 / (t + 2)
+    return model, counter.frame_count
+
+
+def _a_compiled_step_equals_the_eager_one_in_no_more_graphs_than_adamw(mesh):
+    theirs = _compiled_run(mesh, torch.optim.AdamW, "eager")[1]
+    compiled, graphs = _compiled_run(mesh, RAdaBeliefW, "aot_eager")
+    eager, _ = _compiled_run(mesh, RAdaBeliefW, None)
+    assert 0 < graphs <= theirs
+    for param, twin in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(param.to_local(), twin.to_local(), rtol=1e-5, atol=1e-6)
+
+
+def _a_compiled_step_takes_every_layout_and_draws_the_same_bits(mesh):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    kwargs = {"exp_avg_dtype": "bfloat16", "stochastic_rounding": True}
+    ends, counter, lr = [], CompileCounterWithBackend("aot_eager"), torch.tensor(0.1)
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        values = [torch.arange(-10.0, 10.0).view(5, 4).bfloat16(), torch.ones(1).bfloat16()]
+        layouts = [(values[0], [Shard(0)]), (values[1], [Shard(0)]), (values[1], [Replicate()])]
+        params = [nn.Parameter(distribute_tensor(value, mesh, layout)) for value, layout in layouts]
+        params.append(nn.Parameter(values[0].clone()))
+        optimizer = RAdaBeliefW(params, lr=lr.fill_(0.1), capturable=True, **kwargs)
+        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
+        for t in range(5):
+            *sharded, plain = params
+            plain.grad = torch.sin(values[0] + t)
+            for param in sharded:
+                grad = torch.sin(torch.arange(param.numel()).view(param.shape) + t).bfloat16()
+                param.grad = DTensor.from_local(grad / WORLD, mesh, [Partial()])
+            step()
+            lr.fill_(0.1 / (t + 2))
+        ends.append([p.detach() for p in (*(p.to_local() for p in sharded), plain)])
+    assert counter.frame_count == 1
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def _full_state_dicts_are_broadcast_from_rank_0(mesh):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    kwargs = {"exp_avg_dtype": torch.bfloat16, "stochastic_rounding": True}
+    model, optimizer = _sharded(mesh, **kwargs)
+    _train(model.float(), optimizer, _batches()[:6], dist.get_rank(), WORLD)
+    optimizer.zero_grad()
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert bool(saved) == (dist.get_rank() == 0)
+    twin, other = _sharded(mesh, **kwargs)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(twin.float(), other, saved, options=options)
+    for param, new in zip(model.parameters(), twin.parameters(), strict=True):
+        for key, value in optimizer.state[param].items():
+            loaded = other.state[new][key]
+            assert loaded.dtype == value.dtype
+            assert torch.equal(*(getattr(t, "_local_tensor", t) for t in (loaded, value)))
+    assert [group["exp_avg_dtype"] for group in other.param_groups] == ["bfloat16", "bfloat16"]
+
+
 def _all_scenarios():
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -194,6 +273,9 @@ def _all_scenarios():
     _mixed_and_partial(mesh)
     _stochastic_rounding_does_not_depend_on_the_sharding(mesh)
     if TORCH_2_7:
+        _a_compiled_step_takes_every_layout_and_draws_the_same_bits(mesh)
+        _a_compiled_step_equals_the_eager_one_in_no_more_graphs_than_adamw(mesh)
+        _full_state_dicts_are_broadcast_from_rank_0(mesh)
         _fsdp2_equals_one_process(mesh)
         _dcp_resumes(mesh)
         _bfloat16_keeps_float32_state(mesh)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from robust_dist.train import main
@@ -88,3 +89,10 @@ def test_bfloat16_trains_close_to_float32_and_goes_on_bit_for_bit(tmp_path, monk
     AcceleratorState._reset_state(True)
     assert list(map(without_measured, again)) == list(map(without_measured, rows))
     assert json.loads((tmp_path / "bf16" / "metrics.jsonl").read_text().splitlines()[-1]) == again[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this run would be on a GPU")
+def test_fp16_on_a_cpu_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"precision.mixed='fp16' needs a GPU.*: set precision.mixed to bf16 or no"):
+        run(tmp_path / "run", precision=PrecisionConfig(mixed="fp16"))
+    assert not (tmp_path / "run").exists()
