@@ -1,12 +1,16 @@
 """One hyperparameter of every param group, derived from base values that no load can overwrite."""
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+# By key and id of the group. They outlive who made them: a captured step goes on reading them.
+_own_tensors: "weakref.WeakKeyDictionary[Optimizer, dict[tuple[str, int], Tensor]]" = weakref.WeakKeyDictionary()
 
 
 def _capturing() -> bool:
@@ -19,6 +23,9 @@ class GroupValues:
     Engines cut `param_groups` down to one group during a step and write one group's settings over all others
     when they load (DeepSpeed). So a group is known by its dict, kept from the last whole list, and the base values
     here are the authority; the group's copy of its own serves only an optimizer that was restored before this was made.
+
+    A value that is a tensor may also be `optimizer.defaults`', another group's or the user's. So the first write puts a
+    tensor of its own into the group, and later ones fill that.
 
     Args:
         optimizer: A torch optimizer, unwrapped.
@@ -59,35 +66,39 @@ class GroupValues:
         self.base[:] = [float(value) for value in base]
 
     def write(self, value_of: Callable[[float], float]) -> None:
-        """Set every group's value to `value_of(base value)`; tensors are filled in place."""
+        """Set every group's value to `value_of(base value)`."""
+        for group, base in self._whole():
+            if self.key in group:
+                self._put(group, value_of(base))
+                group[self.initial_key] = base
+
+    def _whole(self) -> list[tuple[dict[str, Any], float]]:
+        """Each group of the whole list and its base value, also while an engine has cut the list down."""
         if len(self.optimizer.param_groups) >= len(self._groups):
             self.follow()
-        for group, base in zip(self._groups, self.base, strict=True):
-            if self.key in group:
-                _assign(group, self.key, value_of(base))
-                group[self.initial_key] = base
+        return list(zip(self._groups, self.base, strict=True))
+
+    def _put(self, group: dict[str, Any], value: float | Tensor) -> None:
+        current = group[self.key]
+        if not isinstance(current, Tensor):
+            if current != value:
+                group[self.key] = value
+        # A fill inside a captured graph would bring this step's value back at every replay.
+        elif not _capturing():
+            own = self._own_tensor(group)
+            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
+
+    def _own_tensor(self, group: dict[str, Any]) -> Tensor:
+        known = _own_tensors.setdefault(self.optimizer, {})
+        name, current = (self.key, id(group)), group[self.key]
+        if known.get(name) is not current:
+            alive = {id(one) for one in self.optimizer.param_groups} | {id(one) for one in self._groups}
+            kept = {name: own for name, own in known.items() if name[1] in alive}
+            group[self.key] = current.detach().clone()
+            _own_tensors[self.optimizer] = {**kept, name: group[self.key]}
+        return group[self.key]
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
         # A value that is not zero cannot have been switched off: the group's own is then the newest.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
-
-
-class LearningRates(GroupValues):
-    """The base learning rates; a group's `initial_lr`, written by every torch scheduler, comes before its `lr`."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(optimizer, "lr", "initial_lr")
-
-    def _base_of(self, group: dict[str, Any]) -> float:
-        return float(group.get(self.initial_key, group[self.key]))
-
-
-def _assign(group: dict[str, Any], key: str, value: float) -> None:
-    current = group[key]
-    if not isinstance(current, Tensor):
-        if current != value:
-            group[key] = value
-    # A fill inside a captured graph would bring this step's value back at every replay.
-    elif not _capturing():
-        current.fill_(value)
