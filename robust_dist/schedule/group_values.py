@@ -51,6 +51,11 @@ class GroupValues:
         self.base[:] = [known[id(group)] if id(group) in known else self._base_of(group) for group in groups]
         self._groups = groups
 
+    def notice(self) -> None:
+        """Take the base values of groups that were added, before another scheduler changes them."""
+        if len(self.optimizer.param_groups) > len(self._groups):
+            self.follow()
+
     def restore(self, base: list[float]) -> None:
         """Take base values from a checkpoint.
 

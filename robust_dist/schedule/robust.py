@@ -206,6 +206,7 @@ class RobustSchedule(LRScheduler):
         return self.curve.scaled(self.last_epoch, base, rate)
 
     def _before_step(self) -> None:
+        self._rates.notice()
         # DeepSpeed's universal load replaces all settings without a load hook; dry steps need their lr = 0.
         if self._just_loaded and not is_dry(self.optimizer):
             self._just_loaded = False
