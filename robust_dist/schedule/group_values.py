@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # By key and id of the group. They outlive who made them: a captured step goes on reading them.
-_own_tensors: "weakref.WeakKeyDictionary[Optimizer, dict[tuple[str, int], Tensor]]" = weakref.WeakKeyDictionary()
+_Own = dict[tuple[str, int], Tensor]
+_owned: "weakref.WeakKeyDictionary[Optimizer, _Own]" = weakref.WeakKeyDictionary()
 
 
 def _capturing() -> bool:
@@ -37,6 +38,7 @@ class GroupValues:
         self.optimizer, self.key, self.initial_key = optimizer, key, initial_key
         self.base: list[float] = []
         self._groups: list[dict[str, Any]] = []
+        self._own = _owned.setdefault(optimizer, {})
         self.follow()
 
     def follow(self) -> None:
@@ -50,6 +52,7 @@ class GroupValues:
         # In place: others hold this list.
         self.base[:] = [known[id(group)] if id(group) in known else self._base_of(group) for group in groups]
         self._groups = groups
+        self._forget_gone()
 
     def notice(self) -> None:
         """Take the base values of groups that were added, before another scheduler changes them."""
@@ -90,18 +93,22 @@ class GroupValues:
                 group[self.key] = value
         # A fill inside a captured graph would bring this step's value back at every replay.
         elif not _capturing():
-            own = self._own_tensor(group)
-            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
+            name = (self.key, id(group))
+            if self._own.get(name) is not current:
+                current = self._own[name] = group[self.key] = current.detach().clone()
+            current.copy_(value) if isinstance(value, Tensor) else current.fill_(value)
 
-    def _own_tensor(self, group: dict[str, Any]) -> Tensor:
-        known = _own_tensors.setdefault(self.optimizer, {})
-        name, current = (self.key, id(group)), group[self.key]
-        if known.get(name) is not current:
-            alive = {id(one) for one in self.optimizer.param_groups} | {id(one) for one in self._groups}
-            kept = {name: own for name, own in known.items() if name[1] in alive}
-            group[self.key] = current.detach().clone()
-            _own_tensors[self.optimizer] = {**kept, name: group[self.key]}
-        return group[self.key]
+    def _forget_gone(self) -> None:
+        alive = {id(group) for group in self._groups}
+        for name in [name for name in self._own if name[1] not in alive]:
+            del self._own[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._own = _owned.setdefault(self.optimizer, {})
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))

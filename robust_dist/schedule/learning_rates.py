@@ -48,6 +48,7 @@ class LearningRates(GroupValues):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._written: dict[int, _Written] = {}
+        self._left = _from_a_curve.setdefault(optimizer, {})
         super().__init__(optimizer, "lr", "initial_lr")
 
     def on_curve(self) -> list[bool]:
@@ -69,10 +70,9 @@ class LearningRates(GroupValues):
             next_of: The same from base rate and present rate, for a group that another scheduler has scaled.
             whatever_is_there: The present rates are nobody's: all groups get on the curve.
         """
-        left = _from_a_curve.get(self.optimizer, {})
         for group, base in self._whole():
             present = group["lr"]
-            if float(present) == base or left.get(id(group)) == _mark(present):
+            if float(present) == base or self._left.get(id(group)) == _mark(present):
                 self._set(group, base, rate_of(base))
             elif whatever_is_there:
                 self._set(group, base, rate_of(base), replaced=_copied(present))
@@ -128,11 +128,12 @@ class LearningRates(GroupValues):
                 self._set(group, base, rate_of(base))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_written": self.on_curve()}
+        state = {key: value for key, value in super().__getstate__().items() if key != "_left"}
+        return {**state, "_written": self.on_curve()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        were, self._written = state["_written"], {}
+        super().__setstate__(state)
+        were, self._written, self._left = state["_written"], {}, _from_a_curve.setdefault(self.optimizer, {})
         for group, base, exact in zip(self._groups, self.base, were, strict=True):
             self._note(group, base, exact, None)
 
@@ -162,21 +163,17 @@ class LearningRates(GroupValues):
         group[self.initial_key] = base
         mark = _mark(group["lr"])
         self._written[id(group)] = _Written(group, mark, exact, replaced)
-        left = _from_a_curve.setdefault(self.optimizer, {})
         if exact:
-            left[id(group)] = mark
+            self._left[id(group)] = mark
         else:
-            left.pop(id(group), None)
+            self._left.pop(id(group), None)
 
-    def follow(self) -> None:
-        """Take the optimizer's list as its whole list: groups added, dropped, or replaced by a load."""
-        super().follow()
+    def _forget_gone(self) -> None:
+        super()._forget_gone()
         alive = {id(group) for group in self._groups}
-        if len(self._written) > len(alive):
-            self._written = {name: last for name, last in self._written.items() if name in alive}
-        left = _from_a_curve.get(self.optimizer, {})
-        for gone in left.keys() - alive:
-            del left[gone]
+        self._written = {name: last for name, last in self._written.items() if name in alive}
+        for gone in self._left.keys() - alive:
+            del self._left[gone]
 
     def _base_of(self, group: dict[str, Any]) -> float:
         return float(group.get(self.initial_key, group[self.key]))

@@ -33,11 +33,12 @@ class RobustSchedule(LRScheduler):
 
     After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
     settings; the state holds the step and the base values. Where somebody else sets or scales a group's rate, too
-    (SequentialLR, ChainedScheduler, SWALR, ReduceLROnPlateau, or you by hand), that rate stays until the next `step()`,
-    which goes on from it as torch's CosineAnnealingLR does, and a load brings back the optimizer's own, as with torch.
+    (another scheduler in SequentialLR or ChainedScheduler, SWALR, ReduceLROnPlateau, or you by hand), this does what
+    torch's CosineAnnealingLR would in its place: the next `step()` goes on from the present rate, and a load brings
+    back the optimizer's. So does one that is made on an optimizer whose rate another scheduler has set.
 
     Where a group's rate or decay is a tensor, the group gets a tensor of its own when this is made, which is filled in
-    place from then on: make the schedule before a step is captured as a CUDA graph.
+    place from then on. So make the schedule before a step is captured as a CUDA graph.
 
     A DeepSpeed JSON may name the settings as DeepSpeed's schedulers do (total_num_steps, warmup_num_steps,
     warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type, cos_min_ratio, last_batch_iteration). Then the warm-up
