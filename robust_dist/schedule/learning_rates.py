@@ -16,7 +16,7 @@ _Mark = float | tuple[int, int]
 _from_a_curve: "weakref.WeakKeyDictionary[Optimizer, dict[int, _Mark]]" = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Written:
     """What was last written into a group: whether it was the curve's own rate, and the loaded rate that it replaced."""
 
@@ -27,10 +27,10 @@ class _Written:
 
 
 def _mark(value: float | Tensor) -> _Mark:
+    if not isinstance(value, Tensor):
+        return value
     # Reading a tensor on a device would wait for it.
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return id(value), value._version
-    return float(value)
+    return float(value) if value.device.type == "cpu" else (id(value), value._version)
 
 
 class LearningRates(GroupValues):

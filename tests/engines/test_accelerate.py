@@ -187,7 +187,7 @@ def check_any_beat(folder, ways=((False, True), (True, True), (False, False))):
             accelerator = make_accelerator(split_batches, with_optimizer=with_optimizer)
             _, optimizer, schedule = prepared(accelerator, total)
             path, save_at = f"{folder}/{name}", 7 if (split_batches, with_optimizer) == ways[0] else None
-            assert drive(beat, optimizer, schedule, 0, save_at, lambda: accelerator.save_state(path)) == want, name  # noqa: B023
+            assert drive(beat, optimizer, schedule, 0, save_at, lambda: accelerator.save_state(path)) == want, name
             if save_at is None:
                 continue
             accelerator.wait_for_everyone()
