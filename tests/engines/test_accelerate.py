@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,8 @@ def check_any_beat(folder, ways=((False, True), (True, True), (False, False))):
             accelerator = make_accelerator(split_batches, with_optimizer=with_optimizer)
             _, optimizer, schedule = prepared(accelerator, total)
             path, save_at = f"{folder}/{name}", 7 if (split_batches, with_optimizer) == ways[0] else None
-            assert drive(beat, optimizer, schedule, 0, save_at, lambda: accelerator.save_state(path)) == want, name
+            save = partial(accelerator.save_state, path)
+            assert drive(beat, optimizer, schedule, 0, save_at, save) == want, name
             if save_at is None:
                 continue
             accelerator.wait_for_everyone()
@@ -210,40 +212,46 @@ def check_two_accelerators_and_copies():
     assert drive(beat, inner.optimizer, prepared_copy) == want
 
 
+HELD = {
+    "SequentialLR": lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, 4), RobustSchedule(o, TOTAL)], [4]),
+    "ChainedScheduler": lambda o: ChainedScheduler([LinearLR(o, 0.1, 1.0, 4), RobustSchedule(o, TOTAL)]),
+}
+
+
+def prepared_in(name, accelerator, *, schedule_too):
+    """A RobustSchedule that torch's scheduler of that name holds, prepared or stepped by hand."""
+    model = build_model()
+    optimizer = RAdaBeliefW(groups_of(model), lr=LR)
+    schedule = HELD[name](optimizer)
+    if schedule_too:
+        return accelerator.prepare(model, optimizer, schedule)[1:]
+    return accelerator.prepare(model, optimizer)[1], schedule
+
+
 def check_schedules_in_others():
-    """What torch's schedulers count, each copy of a call counts: refused, before the first step by `check`."""
+    """Accelerate's copies of a call count in torch's SequentialLR: refused, before the first step by `check`."""
+
+    def each_step(_):
+        return 1, 1
+
     world = dist.get_world_size()
-    builds = {
-        "SequentialLR": lambda o, ours: SequentialLR(o, [LinearLR(o, 0.1, 1.0, 4), ours], [4]),
-        "ChainedScheduler": lambda o, ours: ChainedScheduler([LinearLR(o, 0.1, 1.0, 4), ours]),
-    }
-    for name, build in builds.items():
-        seen = []
+    for name in HELD:
+        accelerator = make_accelerator()
+        optimizer, by_hand = prepared_in(name, accelerator, schedule_too=False)
+        check(accelerator, optimizer, schedule=by_hand)
+        want = drive(each_step, optimizer, by_hand)
         for split_batches in (True, False):
             accelerator = make_accelerator(split_batches)
-            model = build_model()
-            optimizer = RAdaBeliefW(groups_of(model), lr=LR)
-            model, optimizer, schedule = accelerator.prepare(
-                model, optimizer, build(optimizer, RobustSchedule(optimizer, TOTAL))
-            )
+            optimizer, schedule = prepared_in(name, accelerator, schedule_too=True)
             if world == 1 or split_batches:
                 check(accelerator, optimizer, schedule=schedule)
-                seen.append(drive(lambda it: (1, 1), optimizer, schedule))
+                assert drive(each_step, optimizer, schedule) == want
                 continue
             text = message(RuntimeError, accelerator, optimizer, schedule=schedule)
             assert f"RobustSchedule is in a {name}, whose step() Accelerate calls {world} times" in text
-            assert "Leave the " + name + " out of accelerator.prepare" in text
+            assert f"Leave the {name} out of accelerator.prepare" in text
             with pytest.raises(RuntimeError, match=f"in a {name}"):
-                drive(lambda it: (1, 1), optimizer, schedule)
-            # As the message says.
-            optimizer = RAdaBeliefW(groups_of(model), lr=LR)
-            schedule = build(optimizer, RobustSchedule(optimizer, TOTAL))
-            accelerator = make_accelerator()
-            model, optimizer = accelerator.prepare(model, optimizer)
-            accelerator.register_for_checkpointing(schedule)
-            check(accelerator, optimizer, schedule=schedule)
-            seen.append(drive(lambda it: (1, 1), optimizer, schedule))
-        assert seen[0] == seen[1]
+                drive(each_step, optimizer, schedule)
 
 
 def message(error, *args, **kwargs):

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import SWALR
 
+from robust_dist.engines import fsdp
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 from tests.schedule.toys import decays, make, rates
@@ -219,3 +220,37 @@ def test_a_state_of_an_older_version_puts_the_rates_on_the_curve():
     drive = Drive(PLACES["alone"], robust)
     drive.load({"it": state}, 5, ["it"])
     assert rates(drive.optimizer) == rates(source.optimizer)
+
+
+class AsWrittenBefore:
+    """What 0.4.4 saved of a schedule."""
+
+    def __init__(self, schedule):
+        self.schedule, self.last_epoch = schedule, schedule.last_epoch
+
+    def state_dict(self):
+        return {key: value for key, value in self.schedule.state_dict().items() if key != "on_curve"}
+
+
+@pytest.mark.parametrize(("by_hand", "old"), [(None, False), (None, True), (0.7, False)])
+def test_a_distributed_checkpoint_brings_the_rate_back_also_one_of_an_older_version(tmp_path, by_hand, old):
+    def build():
+        model = torch.nn.Linear(2, 1)
+        optimizer = RAdaBeliefW(model.parameters(), lr=LR)
+        return model, optimizer, RobustSchedule(optimizer, TOTAL)
+
+    model, optimizer, schedule = build()
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    if by_hand is not None:
+        optimizer.param_groups[0]["lr"] = by_hand
+    fsdp.save(tmp_path / "it", model, optimizer, AsWrittenBefore(schedule) if old else schedule)
+    other, its_optimizer, its_schedule = build()
+    fsdp.load(tmp_path / "it", other, its_optimizer, its_schedule)
+    for _ in range(2):
+        assert rates(its_optimizer) == rates(optimizer)
+        schedule.step()
+        its_schedule.step()
