@@ -298,18 +298,17 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _leave_out_news(folder: Path, state: dict[str, Any]) -> None:
     """Take out of the schedule's state what an older version did not write: DCP would miss it."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from robust_dist.checkpoint.dcp import read_metadata
 
-    written = {".".join(name.split(".")[:2]) for name in FileSystemReader(folder).read_metadata().state_dict_metadata}
+    written = {".".join(name.split(".")[:2]) for name in read_metadata(folder).state_dict_metadata}
     if "schedule" in state:
         state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}
 
 
 def _read_into(folder: Path, state: dict[str, Any]) -> None:
+    _leave_out_news(folder, state)
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import load as load_state
-
-    _leave_out_news(folder, state)
 
     # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
