@@ -1,14 +1,17 @@
 """Accelerate: every set-up that runs without an error, but not as asked, is an error here."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import SequentialLR
 
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
+from robust_dist.schedule.ticks import repeated
 
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 
@@ -37,8 +40,8 @@ def check(
         optimizer_class: What must do the arithmetic, where the program made another optimizer than RAdaBeliefW.
 
     Raises:
-        EngineError: The engine runs other processes, or another engine, or another optimizer than asked; the
-            message says which line to change.
+        EngineError: The engine runs other processes, or another engine, or another optimizer than asked, or steps a
+            SequentialLR once per process; the message says which line to change.
         ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
     """
     _check_processes(accelerator, num_processes)
@@ -54,10 +57,13 @@ def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_ste
     Args:
         accelerator: The `Accelerator`.
         optimizer: What `prepare` returned for the optimizer.
-        schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch.
-        total_steps: Optimizer steps that the run will make; None: the schedule's own number is taken as right.
+        schedule: What `prepare` returned for a RobustSchedule, or for a SequentialLR or ChainedScheduler that holds
+            one; or a WeightDecaySwitch.
+        total_steps: Optimizer steps that the run will make; None: the schedule's own number is taken as right. In a
+            SequentialLR a schedule has a part of the run, and its number is not compared.
 
     Raises:
+        EngineError: Accelerate would step a SequentialLR or a ChainedScheduler once per process.
         ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
     """
     switch = _switch_of(schedule)
@@ -66,23 +72,57 @@ def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_ste
             f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; make it with the "
             "optimizer that is handed to accelerator.prepare, and prepare both in one call"
         )
-    if total_steps is not None and switch.total_steps != total_steps:
+    problem = repeated(schedule) if hasattr(schedule, "step_with_optimizer") else None
+    if problem:
+        raise EngineError(problem)
+    in_parts = isinstance(getattr(schedule, "scheduler", schedule), SequentialLR)
+    if total_steps is not None and switch.total_steps != total_steps and not in_parts:
         raise ValueError(
             f"the schedule has total_steps={switch.total_steps}, the run makes {total_steps} optimizer steps on its "
-            f"{accelerator.num_processes} processes; give RobustSchedule total_steps={total_steps} (optimizer steps, "
-            "not batches of all processes)"
+            f"{accelerator.num_processes} processes; {_right_total(accelerator, schedule, total_steps)}"
         )
+
+
+def _right_total(accelerator: Any, schedule: Any, total_steps: int) -> str:
+    """What to write so that the schedule has the run's number of steps."""
+    if not _is_from_json(accelerator, schedule):
+        return f"give RobustSchedule total_steps={total_steps} (optimizer steps, not batches of all processes)"
+    processes = 1 if accelerator.split_batches else accelerator.num_processes
+    divided = f", as Accelerate divides it by the {processes} processes" if processes > 1 else ""
+    return (
+        f"give DummyScheduler total_num_steps={total_steps * processes}{divided}, and the DeepSpeed JSON "
+        f'"total_num_steps": "auto", or write "total_num_steps": {total_steps} there'
+    )
+
+
+def _is_from_json(accelerator: Any, schedule: Any) -> bool:
+    """Whether DeepSpeed has made the schedule from its JSON, in the place of a DummyScheduler."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return (
+        type(schedule).__name__ == "DeepSpeedSchedulerWrapper"
+        and plugin is not None
+        and "scheduler" in plugin.deepspeed_config
+    )
 
 
 def _switch_of(schedule: Any) -> WeightDecaySwitch:
     inner = getattr(schedule, "scheduler", schedule)
-    switch = inner.weight_decay_switch if isinstance(inner, RobustSchedule) else inner
+    held = next(_robust_schedules(inner), inner)
+    switch = held.weight_decay_switch if isinstance(held, RobustSchedule) else held
     if not isinstance(switch, WeightDecaySwitch):
         raise ValueError(
             f"the schedule is a {type(inner).__name__} without a weight-decay switch; use RobustSchedule, or check "
             "the WeightDecaySwitch itself"
         )
     return switch
+
+
+def _robust_schedules(scheduler: Any) -> Iterator[RobustSchedule]:
+    """A scheduler itself, or those that a SequentialLR or ChainedScheduler holds."""
+    if isinstance(scheduler, RobustSchedule):
+        yield scheduler
+    for held in getattr(scheduler, "_schedulers", ()):
+        yield from _robust_schedules(held)
 
 
 def _check_processes(accelerator: Any, asked: int | None) -> None:

@@ -296,7 +296,17 @@ def _publish(partial: Path, folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _leave_out_news(folder: Path, state: dict[str, Any]) -> None:
+    """Take out of the schedule's state what an older version did not write: DCP would miss it."""
+    from robust_dist.checkpoint.dcp import read_metadata
+
+    written = {".".join(name.split(".")[:2]) for name in read_metadata(folder).state_dict_metadata}
+    if "schedule" in state:
+        state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}
+
+
 def _read_into(folder: Path, state: dict[str, Any]) -> None:
+    _leave_out_news(folder, state)
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import load as load_state
 

@@ -3,11 +3,14 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeVar
+
+from torch import Tensor
 
 WarmupKind = Literal["linear", "deepspeed_linear", "deepspeed_log"]
 DecayKind = Literal["cosine", "step", "constant"]
 DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")
+_Rate = TypeVar("_Rate", float, Tensor)
 # The paper's baseline: a tenth from epoch 150 of 300 on, a hundredth from epoch 225 on.
 _MILESTONES = (Fraction(1, 2), Fraction(3, 4))
 
@@ -53,6 +56,27 @@ class Curve:
             start = self.start_ratio * base_lr + self.start_lr
             return start + (base_lr - start) * self._deepspeed_share(step)
         return base_lr * self._decayed(step)
+
+    def scaled(self, step: int, base_lr: float, rate: _Rate) -> _Rate:
+        """Learning rate of step `step` for a group that has `rate`, which need not be this curve's, at the step before.
+
+        As torch's schedulers go on from any rate: what lies above the floor (r eta while the cosine falls, else 0) is
+        scaled as this curve's own is; where the curve's is nothing, the curve's difference is added.
+
+        Args:
+            step: The step to come; 0 is scaled from `base_lr`.
+            base_lr: eta.
+            rate: The present rate.
+        """
+        eta = base_lr or 1.0
+        before, now = self.lr(step - 1, eta) if step > 0 else eta, self.lr(step, eta)
+        falling = self.decay == "cosine" and step > self.warmup_steps
+        share = self.min_lr_ratio if falling else 0.0
+        above = before - share * eta
+        if above == 0.0:
+            return rate + (now - before) * (base_lr / eta)
+        floor = share * base_lr
+        return floor + (rate - floor) * ((now - share * eta) / above)
 
     def _decayed(self, step: int) -> float:
         if self.decay == "step":

@@ -1,12 +1,17 @@
 """One hyperparameter of every param group, derived from base values that no load can overwrite."""
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+# By key and id of the group. They outlive who made them: a captured step goes on reading them.
+_Own = dict[tuple[str, int], Tensor]
+_owned: "weakref.WeakKeyDictionary[Optimizer, _Own]" = weakref.WeakKeyDictionary()
 
 
 def _capturing() -> bool:
@@ -20,6 +25,9 @@ class GroupValues:
     when they load (DeepSpeed). So a group is known by its dict, kept from the last whole list, and the base values
     here are the authority; the group's copy of its own serves only an optimizer that was restored before this was made.
 
+    A value that is a tensor may also be `optimizer.defaults`', another group's or the user's. So the first write puts a
+    tensor of its own into the group, and later ones fill that.
+
     Args:
         optimizer: A torch optimizer, unwrapped.
         key: The hyperparameter, e.g. "weight_decay". Groups without it are left alone; their base value is 0.
@@ -30,6 +38,7 @@ class GroupValues:
         self.optimizer, self.key, self.initial_key = optimizer, key, initial_key
         self.base: list[float] = []
         self._groups: list[dict[str, Any]] = []
+        self._own = _owned.setdefault(optimizer, {})
         self.follow()
 
     def follow(self) -> None:
@@ -43,6 +52,12 @@ class GroupValues:
         # In place: others hold this list.
         self.base[:] = [known[id(group)] if id(group) in known else self._base_of(group) for group in groups]
         self._groups = groups
+        self._forget_gone()
+
+    def notice(self) -> None:
+        """Take the base values of groups that were added, before another scheduler changes them."""
+        if len(self.optimizer.param_groups) > len(self._groups):
+            self.follow()
 
     def restore(self, base: list[float]) -> None:
         """Take base values from a checkpoint.
@@ -59,35 +74,43 @@ class GroupValues:
         self.base[:] = [float(value) for value in base]
 
     def write(self, value_of: Callable[[float], float]) -> None:
-        """Set every group's value to `value_of(base value)`; tensors are filled in place."""
+        """Set every group's value to `value_of(base value)`."""
+        for group, base in self._whole():
+            if self.key in group:
+                self._put(group, value_of(base))
+                group[self.initial_key] = base
+
+    def _whole(self) -> list[tuple[dict[str, Any], float]]:
+        """Each group of the whole list and its base value, also while an engine has cut the list down."""
         if len(self.optimizer.param_groups) >= len(self._groups):
             self.follow()
-        for group, base in zip(self._groups, self.base, strict=True):
-            if self.key in group:
-                _assign(group, self.key, value_of(base))
-                group[self.initial_key] = base
+        return list(zip(self._groups, self.base, strict=True))
+
+    def _put(self, group: dict[str, Any], value: float | Tensor) -> None:
+        current = group[self.key]
+        if not isinstance(current, Tensor):
+            if current != value:
+                group[self.key] = value
+        # A fill inside a captured graph would bring this step's value back at every replay.
+        elif not _capturing():
+            name = (self.key, id(group))
+            if self._own.get(name) is not current:
+                current = self._own[name] = group[self.key] = current.detach().clone()
+            current.copy_(value) if isinstance(value, Tensor) else current.fill_(value)
+
+    def _forget_gone(self) -> None:
+        alive = {id(group) for group in self._groups}
+        for name in [name for name in self._own if name[1] not in alive]:
+            del self._own[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._own = _owned.setdefault(self.optimizer, {})
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
         # A value that is not zero cannot have been switched off: the group's own is then the newest.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
-
-
-class LearningRates(GroupValues):
-    """The base learning rates; a group's `initial_lr`, written by every torch scheduler, comes before its `lr`."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(optimizer, "lr", "initial_lr")
-
-    def _base_of(self, group: dict[str, Any]) -> float:
-        return float(group.get(self.initial_key, group[self.key]))
-
-
-def _assign(group: dict[str, Any], key: str, value: float) -> None:
-    current = group[key]
-    if not isinstance(current, Tensor):
-        if current != value:
-            group[key] = value
-    # A fill inside a captured graph would bring this step's value back at every replay.
-    elif not _capturing():
-        current.fill_(value)

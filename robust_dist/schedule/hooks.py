@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 class Scheduled(Protocol):
@@ -17,25 +18,31 @@ class Scheduled(Protocol):
     def _after_load(self) -> None: ...
 
 
-_in_charge: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+_in_charge: "weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Any], Callable[[], Any]]]"
+_in_charge = weakref.WeakKeyDictionary()
 
 
 def in_charge(optimizer: Optimizer) -> Any:
     """The last one that took charge of this optimizer's weight decay, or None."""
-    reference = _in_charge.get(optimizer)
-    return None if reference is None else reference()
+    charge = _in_charge.get(optimizer)
+    return None if charge is None else charge[0]()
 
 
 def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
-    """`attach`, and be the one that sets the weight decay from now on."""
-    _in_charge[optimizer] = weakref.ref(owner)
-    attach(optimizer, owner)
+    """`attach`, and be the one that sets the weight decay from now on; the one before is called no more."""
+    before = _in_charge.get(optimizer)
+    if before is not None:
+        before[1]()
+    _in_charge[optimizer] = weakref.ref(owner), attach(optimizer, owner)
 
 
-def attach(optimizer: Optimizer, owner: Scheduled) -> None:
+def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
     """Call `owner._before_step()` before each `optimizer.step()` and `owner._after_load()` after each load.
 
     A compiled step does not call `_before_step`: it would be traced into the graph.
+
+    Returns:
+        What ends it; the owner's own end does, too.
     """
     reference = weakref.ref(owner)
 
@@ -51,38 +58,15 @@ def attach(optimizer: Optimizer, owner: Scheduled) -> None:
         if alive is not None:
             alive._after_load()
 
-    optimizer.register_step_pre_hook(before_step)
-    optimizer.register_load_state_dict_post_hook(after_load)
+    handles = optimizer.register_step_pre_hook(before_step), optimizer.register_load_state_dict_post_hook(after_load)
+    end = weakref.finalize(owner, _remove, *handles)
+    end.atexit = False
+    return end
 
 
-class StepSignal:
-    """Set by every step of an optimizer; a compiled step sets it, too.
-
-    Attributes:
-        ever: Whether the optimizer has stepped since the last `reset`.
-        fresh: Whether it has stepped since the last `take`.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.reset()
-        optimizer.register_step_post_hook(self._hook())
-
-    def _hook(self) -> Callable[..., None]:
-        signal = self
-
-        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            signal.ever = True
-            signal.fresh = True
-
-        return stepped
-
-    def reset(self) -> None:
-        """Forget all steps."""
-        self.ever = self.fresh = False
-
-    def take(self) -> None:
-        """Note that the steps so far were counted."""
-        self.fresh = False
+def _remove(*handles: RemovableHandle) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def is_dry(optimizer: Optimizer) -> bool:

@@ -8,10 +8,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.schedule import deepspeed_params
 from robust_dist.schedule.curve import DecayKind
-from robust_dist.schedule.group_values import LearningRates
-from robust_dist.schedule.hooks import StepSignal, attach, is_dry
+from robust_dist.schedule.hooks import attach, is_dry
+from robust_dist.schedule.learning_rates import LearningRates
 from robust_dist.schedule.switch import WeightDecaySwitch
-from robust_dist.schedule.ticks import accelerate_processes
+from robust_dist.schedule.ticks import is_copy
 from robust_dist.schedule.unwrap import base_optimizer
 from robust_dist.schedule.validate import whole_number
 
@@ -27,13 +27,18 @@ class RobustSchedule(LRScheduler):
     epochs; here they are steps. The weight decay is off for every s >= weight_decay_off_at * T; see
     `WeightDecaySwitch`, which also says what the ranks compare and when.
 
-    Call `step()` after each `optimizer.step()`. Calls are counted, with one exception: Accelerate's wrapper calls
-    `step()` once per process for one optimizer step, so where Accelerate runs several processes, a call counts only if
-    the optimizer has stepped since the one before. `total_steps` is therefore the number of optimizer steps
-    that the run makes, under every engine.
+    Call `step()` after each `optimizer.step()`. Calls are counted, with one exception: what Accelerate's `prepare`
+    returns makes one call per process for each call of its own, and these count once. `total_steps` is therefore the
+    number of optimizer steps that the run makes, under every engine.
 
     After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
-    settings; the state holds the step and the base values. A rate that is a tensor is filled in place.
+    settings; the state holds the step and the base values. Where somebody else sets or scales a group's rate, too
+    (another scheduler in SequentialLR or ChainedScheduler, SWALR, ReduceLROnPlateau, or you by hand), this does what
+    torch's CosineAnnealingLR would in its place: the next `step()` goes on from the present rate, and a load brings
+    back the optimizer's. So does one that is made on an optimizer whose rate another scheduler has set.
+
+    Where a group's rate or decay is a tensor, the group gets a tensor of its own when this is made, which is filled in
+    place from then on. So make the schedule before a step is captured as a CUDA graph.
 
     A DeepSpeed JSON may name the settings as DeepSpeed's schedulers do (total_num_steps, warmup_num_steps,
     warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type, cos_min_ratio, last_batch_iteration). Then the warm-up
@@ -80,10 +85,14 @@ class RobustSchedule(LRScheduler):
             )
         self._set_peak(settings.peak_lr)
         self._rates = LearningRates(self.optimizer)
-        self._signal = StepSignal(self.optimizer)
-        self._restored = False
+        # Rates that no scheduler of this process has set are what an optimizer was made with, or loaded.
+        self._rates_are_nobodys = settings.peak_lr is not None or not hasattr(
+            self.optimizer.step, "_wrapped_by_lr_sched"
+        )
+        self._just_loaded = False
         attach(self.optimizer, self)
         super().__init__(self.optimizer, settings.last_epoch)
+        self._rates_are_nobodys = False
         # One list: groups that are added later join it.
         self.base_lrs = self._rates.base  # type: ignore[assignment]
 
@@ -96,39 +105,49 @@ class RobustSchedule(LRScheduler):
 
         Raises:
             RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
+            RuntimeError: Accelerate steps a SequentialLR or ChainedScheduler that holds this once per process.
             ValueError: `epoch` is no whole number.
         """
-        if self._is_copy():
+        if is_copy():
             return
         first = self._step_count == 0
         self._step_count += 1
-        self._restored = False
-        self._signal.take()
-        if epoch is not None or first:
+        self._just_loaded = False
+        if epoch is not None:
+            self._go_to(_step_number(epoch))
+        elif first:
+            self._begin()
+        else:
+            self._advance()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        # SequentialLR calls this in place of step() when a scheduler's turn comes; torch 2.6 calls step(0).
+        if not is_copy():
             self._go_to(self.last_epoch + 1 if epoch is None else _step_number(epoch))
-            return
-        self.last_epoch += 1
-        self._write()
-        if self.weight_decay_switch is not None:
-            self.weight_decay_switch.step()
 
     def get_lr(self) -> list[float | Tensor]:
-        """Each group's learning rate at the present step."""
-        return [self.curve.lr(self.last_epoch, base) for base in self._rates.base]
+        """Each group's present learning rate."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the groups' base values and the switch's state; plain numbers and lists alone."""
+        """The step, the groups' base values and the switch's state; plain numbers and lists alone.
+
+        "on_curve" says for each group whether it carries this schedule's rate, and nobody else has set it since.
+        """
         self._rates.follow()
         switch = self.weight_decay_switch
+        waits = self.last_epoch < 0
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
             "base_lrs": list(self._rates.base),
+            "on_curve": [not waits and here for here in self._rates.on_curve()],
             "weight_decay_switch": None if switch is None else switch.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved step, and set the rate and the decay that it has.
+        """Take up a saved step, and set the decay that it has, and the rate of the groups that were on the curve.
 
         Args:
             state_dict: What `state_dict()` gave.
@@ -139,45 +158,65 @@ class RobustSchedule(LRScheduler):
         missing = [key for key in _STATE_KEYS if key not in state_dict]
         if missing:
             raise ValueError(f"this is no state of a RobustSchedule: it has no {', '.join(missing)}")
-        self._rates.restore(state_dict["base_lrs"])
+        base, step = state_dict["base_lrs"], state_dict["last_epoch"]
+        # States of 0.4.4 and before do not say it.
+        on_curve = state_dict.get("on_curve", [step >= 0] * len(base))
+        self._rates.take_up(base, on_curve, lambda base: self.curve.lr(step, base))
         switch = state_dict["weight_decay_switch"]
         if self.weight_decay_switch is not None and switch is not None:
             self.weight_decay_switch.load_state_dict(switch)
         self._step_count = state_dict["_step_count"]
-        self._signal.reset()
-        self._restored = True
-        self._go_to(state_dict["last_epoch"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_signal"}
+        self._just_loaded = True
+        self.last_epoch = step
+        self._follow_up()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._signal = StepSignal(self.optimizer)
         attach(self.optimizer, self)
-
-    def _is_copy(self) -> bool:
-        return self._signal.ever and not self._signal.fresh and accelerate_processes() > 1
 
     def _go_to(self, step: int) -> None:
         self.last_epoch = step
-        self._write()
-        if self.weight_decay_switch is not None:
-            self.weight_decay_switch._seek(step)
+        self._rates.write(self._rate_of)
+        self._follow_up()
 
-    def _write(self) -> None:
-        self._rates.write(lambda base: self.curve.lr(self.last_epoch, base))
-        groups = self.optimizer.param_groups
-        self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+    def _begin(self) -> None:
+        self.last_epoch += 1
+        if self.last_epoch > 0:
+            self._go_to(self.last_epoch)
+            return
+        self._rates.begin(self._rate_of, self._scaled, whatever_is_there=self._rates_are_nobodys)
+        self._follow_up()
+
+    def _advance(self) -> None:
+        self.last_epoch += 1
+        self._rates.advance(self._rate_of, self._scaled)
+        self._last_lr = self.get_lr()
+        if self.weight_decay_switch is not None:
+            self.weight_decay_switch.step()
+
+    def _follow_up(self) -> None:
+        """After a jump: what else depends on the step. One that waits in a SequentialLR is at -1."""
+        self._last_lr = self.get_lr()
+        if self.weight_decay_switch is not None:
+            self.weight_decay_switch._seek(max(0, self.last_epoch))
+
+    def _rate_of(self, base: float) -> float:
+        return self.curve.lr(self.last_epoch, base)
+
+    def _scaled(self, base: float, rate: Any) -> Any:
+        return self.curve.scaled(self.last_epoch, base, rate)
 
     def _before_step(self) -> None:
-        # DeepSpeed's universal load writes rates without a load hook; dry steps need their lr = 0.
-        if self._restored and not is_dry(self.optimizer):
-            self._rates.write(lambda base: self.curve.lr(self.last_epoch, base))
+        self._rates.notice()
+        # DeepSpeed's universal load replaces all settings without a load hook; dry steps need their lr = 0.
+        if self._just_loaded and not is_dry(self.optimizer):
+            self._just_loaded = False
+            self._rates.mend(self._rate_of)
 
     def _after_load(self) -> None:
-        self._rates.follow()
-        self._write()
+        # One that waits in a SequentialLR sets no rate.
+        self._rates.after_load(None if self.last_epoch < 0 else self._rate_of)
+        self._last_lr = self.get_lr()
 
     def _set_peak(self, peak: float | list[float] | None) -> None:
         groups = self.optimizer.param_groups

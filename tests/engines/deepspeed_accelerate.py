@@ -54,6 +54,8 @@ def dummies(stage):
     schedule = DummyScheduler(optimizer, total_num_steps=TOTAL * accelerator.num_processes, warmup_num_steps=2)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     check(accelerator, optimizer, num_processes=2, schedule=schedule, total_steps=TOTAL)
+    with pytest.raises(ValueError, match=r"total_num_steps=18, as Accelerate divides it by the 2 processes.*JSON"):
+        check(accelerator, optimizer, schedule=schedule, total_steps=TOTAL + 1)
     decays = train_through(accelerator, model, optimizer, schedule)
     assert decays == [wanted(step, TOTAL)[0] for step in range(TOTAL)]
 

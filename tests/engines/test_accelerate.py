@@ -1,15 +1,18 @@
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, SequentialLR
 
 from robust_dist.engines.accelerate import base_optimizer, check
 from robust_dist.optim import RAdaBeliefW
@@ -22,12 +25,13 @@ TOTAL = 8
 ROOT = Path(__file__).parents[2]
 
 
-def make_accelerator(split_batches=False, accumulation=1, adjust_scheduler=True):
+def make_accelerator(split_batches=False, accumulation=1, adjust_scheduler=True, with_optimizer=True):
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
     return Accelerator(
         cpu=True,
+        step_scheduler_with_optimizer=with_optimizer,
         dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=accumulation, adjust_scheduler=adjust_scheduler
@@ -141,6 +145,115 @@ def check_saving_and_loading(folder):
             assert all(map(torch.equal, model.parameters(), want))
 
 
+# What is stepped in an iteration: how often the optimizer, and how often the schedule.
+BEATS = {
+    "a discriminator that starts late": lambda it: (int(it >= 5), 1),
+    "a generator that steps every third time": lambda it: (int(it % 3 == 2), 1),
+    "a schedule that goes with it": lambda it: (int(it % 3 == 2), int(it % 3 == 2)),
+    "a schedule that is stepped twice": lambda it: (1, 2),
+    "an optimizer that steps twice": lambda it: (2, 1),
+}
+ITERATIONS = 12
+
+
+def drive(beat, optimizer, schedule, first=0, save_at=None, save=None):
+    """The decays and rates after each iteration."""
+    seen = []
+    for iteration in range(first, ITERATIONS):
+        if iteration == save_at:
+            save()
+        steps, calls = beat(iteration)
+        for _ in range(steps):
+            for group in base_optimizer(optimizer).param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        for _ in range(calls):
+            schedule.step()
+        seen.append(used(optimizer))
+    return seen
+
+
+def of_one_process(beat, total):
+    optimizer = RAdaBeliefW(groups_of(build_model()), lr=LR)
+    return drive(beat, optimizer, RobustSchedule(optimizer, total))
+
+
+def check_any_beat(folder, ways=((False, True), (True, True), (False, False))):
+    """Whatever steps when: the values are those of one process, saved and resumed, too."""
+    total = 2 * TOTAL
+    for name, beat in BEATS.items():
+        want = of_one_process(beat, total)
+        for split_batches, with_optimizer in ways:
+            accelerator = make_accelerator(split_batches, with_optimizer=with_optimizer)
+            _, optimizer, schedule = prepared(accelerator, total)
+            path, save_at = f"{folder}/{name}", 7 if (split_batches, with_optimizer) == ways[0] else None
+            save = partial(accelerator.save_state, path)
+            assert drive(beat, optimizer, schedule, 0, save_at, save) == want, name
+            if save_at is None:
+                continue
+            accelerator.wait_for_everyone()
+            accelerator = make_accelerator(split_batches, with_optimizer=with_optimizer)
+            _, optimizer, schedule = prepared(accelerator, total)
+            accelerator.load_state(path)
+            assert drive(beat, optimizer, schedule, save_at) == want[save_at:], name
+
+
+def check_two_accelerators_and_copies():
+    """A schedule is counted rightly by whichever wrapper calls it, and so is a copy of it."""
+    beat = BEATS["a generator that steps every third time"]
+    first, second = make_accelerator(), make_accelerator(split_batches=True)
+    _, optimizer, schedule = prepared(first)
+    _, other, its_schedule = prepared(second)
+    want = of_one_process(beat, TOTAL)
+    assert drive(beat, optimizer, schedule) == drive(beat, other, its_schedule) == want
+    inner = copy.deepcopy(prepared(first)[2].scheduler)
+    prepared_copy = first.prepare(inner)
+    assert drive(beat, inner.optimizer, prepared_copy) == want
+
+
+HELD = {
+    "SequentialLR": lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, 4), RobustSchedule(o, TOTAL)], [4]),
+    "ChainedScheduler": lambda o: ChainedScheduler([LinearLR(o, 0.1, 1.0, 4), RobustSchedule(o, TOTAL)]),
+}
+
+
+def prepared_in(name, accelerator, *, schedule_too):
+    """A RobustSchedule that torch's scheduler of that name holds, prepared or stepped by hand."""
+    model = build_model()
+    optimizer = RAdaBeliefW(groups_of(model), lr=LR)
+    schedule = HELD[name](optimizer)
+    if schedule_too:
+        return accelerator.prepare(model, optimizer, schedule)[1:]
+    return accelerator.prepare(model, optimizer)[1], schedule
+
+
+def check_schedules_in_others():
+    """Accelerate's copies of a call count in torch's SequentialLR: refused, before the first step by `check`."""
+
+    def each_step(_):
+        return 1, 1
+
+    world = dist.get_world_size()
+    for name in HELD:
+        accelerator = make_accelerator()
+        optimizer, by_hand = prepared_in(name, accelerator, schedule_too=False)
+        check(accelerator, optimizer, schedule=by_hand)
+        want = drive(each_step, optimizer, by_hand)
+        for split_batches in (True, False):
+            accelerator = make_accelerator(split_batches)
+            optimizer, schedule = prepared_in(name, accelerator, schedule_too=True)
+            if world == 1 or split_batches:
+                check(accelerator, optimizer, schedule=schedule)
+                assert drive(each_step, optimizer, schedule) == want
+                continue
+            text = message(RuntimeError, accelerator, optimizer, schedule=schedule)
+            assert f"RobustSchedule is in a {name}, whose step() Accelerate calls {world} times" in text
+            assert f"Leave the {name} out of accelerator.prepare" in text
+            with pytest.raises(RuntimeError, match=f"in a {name}"):
+                drive(each_step, optimizer, schedule)
+
+
 def message(error, *args, **kwargs):
     try:
         check(*args, **kwargs)
@@ -181,6 +294,9 @@ def every_scenario(folder):
     check_a_switch_of_its_own()
     check_skipped_steps()
     check_saving_and_loading(folder)
+    check_any_beat(folder)
+    check_two_accelerators_and_copies()
+    check_schedules_in_others()
     check_what_check_refuses()
     return make_accelerator().num_processes
 
@@ -190,17 +306,18 @@ def test_under_accelerate_every_optimizer_step_has_its_own_rate_and_decay(world,
     assert run_ranks(every_scenario, world, str(tmp_path)) == [world] * world
 
 
-def on_four_ranks():
+def on_four_ranks(folder):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     for split_batches in (False, True):
         accelerator = make_accelerator(split_batches, 2)
         model, optimizer, schedule = prepared(accelerator)
         run_steps(accelerator, model, optimizer, schedule, 0, TOTAL, 2)
+    check_any_beat(folder, [(False, True)])
     return schedule.scheduler.last_epoch
 
 
-def test_on_four_ranks_a_step_counts_once_too():
-    assert run_ranks(on_four_ranks, 4) == [TOTAL] * 4
+def test_on_four_ranks_a_step_counts_once_too(tmp_path):
+    assert run_ranks(on_four_ranks, 4, str(tmp_path)) == [TOTAL] * 4
 
 
 SCRIPT = """

@@ -54,10 +54,10 @@ def test_past_the_last_step_the_rate_stays_at_its_minimum(ratio):
         assert train_step(optimizer, schedule)[1] == pytest.approx([lr * ratio for lr, _ in BASES], abs=1e-18)
 
 
-def test_rates_that_are_tensors_are_filled_in_place():
+def test_rates_that_are_tensors_are_filled_in_place_from_the_schedules_making_on():
     optimizer = make(tensors=True)
-    tensors = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     schedule = RobustSchedule(optimizer, 4)
+    tensors = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for step in range(4):
         used = [(lr.item(), decay.item()) for lr, decay in tensors]
         wanted = [(paper_lr(step, 4, lr), 0.0 if step >= 3 else decay) for lr, decay in BASES]

@@ -110,8 +110,8 @@ def test_a_decay_written_by_hand_is_replaced_before_the_next_step():
 
 def test_decays_that_are_tensors_keep_their_storage():
     optimizer = make(tensors=True)
-    tensors = [group["weight_decay"] for group in optimizer.param_groups]
     switch = WeightDecaySwitch(optimizer, 4, off_at=0.5)
+    tensors = [group["weight_decay"] for group in optimizer.param_groups]
     for step in range(4):
         assert [t.item() for t in tensors] == pytest.approx(wanted_decays(step, 4, 0.5))
         train_step(optimizer, switch)
