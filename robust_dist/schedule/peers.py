@@ -89,8 +89,10 @@ class Peers:
         return self._ask(lambda store: self.vote.cast(wish, needed, dist.get_rank(), store))
 
     def decided(self, group: dist.ProcessGroup | None) -> int | None:
-        """As `cast`, without a vote."""
-        return self._ask(self.vote.decided) if self._bind(group) else None
+        """As `cast`, without a vote; for one rank alone, too."""
+        # To begin with a process group is for a step, which all ranks make.
+        begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
+        return self._ask(self.vote.decided) if begun else None
 
     def out_of_reach(self, group: dist.ProcessGroup | None) -> bool:
         """Whether there are other ranks that cannot be asked."""
