@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from robust_dist.schedule.agreement import RankDisagreementError, Report, taking_part
 from robust_dist.schedule.comparison import Comparison
-from robust_dist.schedule.store import enrol, part_of, store_of
+from robust_dist.schedule.store import kind_of, part_of, store_of
 from robust_dist.schedule.vote import Vote
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ class Peers:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        enrol(optimizer)
         self.vote = Vote()
-        self._optimizer = weakref.ref(optimizer)
+        self._kind = kind_of(optimizer)
         # Not kept alive by this: a destroyed one's threads end with it.
         self._world: Callable[[], Any] = lambda: None
         self._group: Callable[[], Any] = lambda: None
@@ -122,18 +121,17 @@ class Peers:
             return False
         world = dist.group.WORLD
         present = world if group is None else group
+        assert present is not None
         if self._world() is not world or self._group() is not present:
             ranks = dist.get_process_group_ranks(group)
             if self._world() is not world or ranks != self._ranks:
-                self._begin_in(ranks)
+                self._begin_in(present, ranks)
             self._world, self._group = weakref.ref(world), weakref.ref(present)
         return self._store is not None
 
-    def _begin_in(self, ranks: list[int]) -> None:
-        optimizer = self._optimizer()
-        assert optimizer is not None
+    def _begin_in(self, group: dist.ProcessGroup, ranks: list[int]) -> None:
         self._ranks, self.vote = ranks, Vote()
-        self._store = store_of(optimizer, ranks)
+        self._store = store_of(self._kind, group)
         self._begin()
 
     def _begin(self) -> None:

@@ -18,24 +18,20 @@ _NAMESPACE = "robust_dist"
 _TIMEOUT = 30.0
 
 _opened: "tuple[weakref.ref[Any], Store | None] | None" = None
-_ordinals: "weakref.WeakKeyDictionary[Optimizer, tuple[str, int]]" = weakref.WeakKeyDictionary()
-_made: "Counter[str]" = Counter()
+_begun: "Counter[str]" = Counter()
 
 
-def enrol(optimizer: Optimizer) -> None:
-    """Number this optimizer among those of its kind in this process, in the order in which they get a schedule."""
-    if optimizer not in _ordinals:
-        kind = _kind(optimizer)
-        _made[kind] += 1
-        _ordinals[optimizer] = kind, _made[kind]
+def kind_of(optimizer: Optimizer) -> str:
+    """What ranks that share an optimizer have alike in it: its class and the shapes of its first two parameters."""
+    shapes = [_shape(p) for group in optimizer.param_groups for p in group["params"]][:2]
+    return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
 
 
-def store_of(optimizer: Optimizer, ranks: list[int]) -> "Store | None":
-    """The part of the training's store that belongs to this optimizer on these ranks.
+def store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
+    """The part of the training's store for an optimizer that is about to make its first step on this group.
 
-    Ranks share it if they hold optimizers of the same class over parameters of the same shapes (the first two are
-    looked at), and hold equally many of them: a rank that trains a discriminator beside the generator meets the
-    generators' ranks in the generator's store.
+    Ranks share it where they make that step with an optimizer of the same kind after the same number of the group's
+    collectives. So a rank that trains something else beside what it shares, or before it, still meets the others.
 
     Returns:
         None where the training has no store that several ranks reach (MPI, torch's fake process group).
@@ -43,19 +39,23 @@ def store_of(optimizer: Optimizer, ranks: list[int]) -> "Store | None":
     store = _training_store()
     if store is None:
         return None
-    enrol(optimizer)
-    kind, ordinal = _ordinals[optimizer]
-    return part_of(store, f"{zlib.crc32(repr(ranks).encode()):x}/{kind}/{ordinal} of {_made[kind]}")
+    ranks = zlib.crc32(repr(dist.get_process_group_ranks(group)).encode())
+    name = f"{ranks:x}/{kind}/{_collectives(group)}"
+    _begun[name] += 1
+    return part_of(store, f"{name}/{_begun[name]}")
+
+
+def _collectives(group: dist.ProcessGroup) -> int:
+    """How many the group has begun, which tells one training in a process from the next; 0 where it does not count."""
+    try:
+        return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return 0
 
 
 def part_of(store: "Store", name: str) -> "Store":
     """A store whose keys are those of `store` under `name`."""
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def _kind(optimizer: Optimizer) -> str:
-    shapes = [_shape(p) for group in optimizer.param_groups for p in group["params"]][:2]
-    return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
@@ -69,6 +69,7 @@ def _training_store() -> "Store | None":
     global _opened
     world = dist.group.WORLD
     if _opened is None or _opened[0]() is not world:
+        _begun.clear()
         _opened = weakref.ref(world), _open()
     return _opened[1]
 
