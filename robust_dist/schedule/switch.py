@@ -44,11 +44,11 @@ class WeightDecaySwitch:
     second in between. That runs no collective, and no rank waits for another: they post what they have in the process
     group's key-value store, and look later. Where two ranks differ, each rank that still runs raises
     RankDisagreementError from a step soon after, of the optimizer or of this; only then ranks wait for each other, some
-    seconds at most. A rank that has ended, or has no switch on such an optimizer, is not waited for. Ranks whose
-    optimizers differ in class or in the shapes of their first parameters are not compared. What cannot be seen is a
-    rank that leaves out `optimizer.step()` and this `step()` alike: that is also what a rank does that has run out of
-    batches under torch's Join. Without such a store (MPI), or once the rank that hosts it has ended, nothing is
-    compared.
+    seconds at most. A rank that has ended, or has no switch on such an optimizer, is not waited for. Optimizers are
+    compared that have the same class and the same shapes of their first two parameters, and that begin after the same
+    number of the group's collectives. What cannot be seen is a rank that leaves out `optimizer.step()` and this
+    `step()` alike: that is also what a rank does that has run out of batches under torch's Join. Without such a store
+    (MPI), or once the rank that hosts it has ended, nothing is compared.
 
     With `should_switch` the decision is the ranks' own, `off_at` plays no part, and each call of `step()` is a vote
     through the same store: the decay is off from optimizer step k + 1 on, where the k-th call of `step()` (from 1) was
