@@ -253,7 +253,7 @@ def own_trigger_apart(reduce, steps_ahead):
     optimizer, rank = make(), dist.get_rank()
     wishes = []
     switch = WeightDecaySwitch(optimizer, 10**6, should_switch=lambda: bool(wishes), reduce=reduce)
-    for _ in range(rank * steps_ahead):
+    for _ in range(1 + rank * steps_ahead):
         train_step(optimizer, switch)
     dist.barrier()
     wishes.append(rank == 0 or reduce != "any")
