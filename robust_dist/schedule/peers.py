@@ -123,7 +123,7 @@ class Peers:
         present = world if group is None else group
         assert present is not None
         if self._world() is not world or self._group() is not present:
-            ranks = dist.get_process_group_ranks(group)
+            ranks = dist.get_process_group_ranks(present)
             if self._world() is not world or ranks != self._ranks:
                 self._begin_in(present, ranks)
             self._world, self._group = weakref.ref(world), weakref.ref(present)
