@@ -80,7 +80,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         """Count an optimizer step.
 
         Raises:
-            RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
+            RankDisagreementError: On every rank that still runs, if the ranks' settings, steps or groups differed.
         """
         assert self.switch is not None
         self.switch.step()

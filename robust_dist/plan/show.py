@@ -8,7 +8,6 @@ from robust_dist.plan.choose import Estimate, Plan
 from robust_dist.plan.clock import HOP, LINK_SHARE, START
 from robust_dist.plan.engines import config_file, launch_line
 from robust_dist.plan.memory import ALLOWANCE
-from robust_dist.plan.wire import SWITCH_COLLECTIVES
 
 GIB = 2**30
 
@@ -97,8 +96,7 @@ def _notes(plan: Plan) -> str:
         f"rest is estimated. Assumed: {question.mfu:.0%} of the peak rate, links of {intra:g} Gbit/s in a node and "
         f"{inter:g} between nodes a GPU and direction at {LINK_SHARE:.0%}, {1e6 * START:.0f} us a collective and "
         f"{1e6 * HOP:.0f} more for each doubling of its ranks, {ALLOWANCE / GIB:g} GiB a GPU for CUDA and NCCL. "
-        "The optimizer's own arithmetic and the data are not counted. The switch of weight decay adds "
-        f"{SWITCH_COLLECTIVES} small collectives to the whole run."
+        "The optimizer's own arithmetic and the data are not counted. The switch of weight decay adds no collective."
     )
 
 

@@ -17,8 +17,6 @@ from robust_dist.plan.shapes import Shapes, padded_rows
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
 # torch's DistributedDataParallel: bucket_cap_mb, and a first bucket of 1 MiB.
 DDP_BUCKET, DDP_FIRST = 25 * 2**20, 2**20
-# Of a whole run, to agree on the step at which weight decay goes off.
-SWITCH_COLLECTIVES = 2
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""What ranks tell each other: that their settings are equal, and their votes."""
+"""What ranks must have alike, and the error that says where they do not."""
 
-import struct
+import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-_SLOTS = 32
-_HEADER = 6
+_SHOWN = 26
+
+TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
 
 
 class RankDisagreementError(RuntimeError):
@@ -34,71 +35,51 @@ def device_of(group: dist.ProcessGroup | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Report:
-    """What every rank must have alike."""
+    """What every rank must have alike as it makes the same optimizer step."""
 
     total_steps: int
     off_at: float
     step: int
     trigger: str
-    num_groups: int
+    decay_is_off: bool
     base_weight_decay: tuple[float, ...]
 
-    def encode(self) -> torch.Tensor:
-        """int64 [32]: floats by their bits; decays past the 26th count by their checksum."""
-        trigger = zlib.crc32(self.trigger.encode())
-        decays = struct.pack(f"<{len(self.base_weight_decay)}d", *self.base_weight_decay)
-        shown = decays[: 8 * (_SLOTS - _HEADER)].ljust(8 * (_SLOTS - _HEADER), b"\0")
-        head = (self.total_steps, self.off_at, self.step, trigger, self.num_groups, zlib.crc32(decays))
-        words = struct.unpack(f"<{_SLOTS}q", struct.pack("<qdqqqq", *head) + shown)
-        return torch.tensor(words, dtype=torch.int64)
+    def encode(self) -> str:
+        """JSON of strings by name; equal reports have equal texts. Decays past the 26th count by their checksum."""
+        decays = self.base_weight_decay
+        rest = decays[_SHOWN:]
+        checksum = f" and {len(rest)} more (checksum {zlib.crc32(repr(rest).encode())})" if rest else ""
+        values = {
+            "total_steps": self.total_steps,
+            "off_at": self.off_at,
+            "step": self.step,
+            "trigger": self.trigger,
+            "weight_decay": "off" if self.decay_is_off else "on",
+            "num_groups": len(decays),
+            "base_weight_decay": f"{list(decays[:_SHOWN])}{checksum}",
+        }
+        return json.dumps({name: str(value) for name, value in values.items()})
 
 
-def _decode(row: Sequence[int]) -> dict[str, str]:
-    total, bits, step, trigger, num_groups, checksum = row[:_HEADER]
-    (off_at,) = struct.unpack("<d", struct.pack("<q", bits))
-    shown = min(num_groups, _SLOTS - _HEADER)
-    decays = struct.unpack(f"<{shown}d", struct.pack(f"<{shown}q", *row[_HEADER : _HEADER + shown]))
-    names = {zlib.crc32(name.encode()): name for name in TRIGGERS}
-    rest = f" and {num_groups - shown} more (checksum {checksum})" if num_groups > shown else ""
-    values = (total, off_at, step, names.get(trigger, trigger), num_groups, f"{list(decays)}{rest}")
-    return {field.name: str(value) for field, value in zip(fields(Report), values, strict=True)}
-
-
-TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
-
-
-def compare(report: Report, group: dist.ProcessGroup | None, when: str) -> None:
-    """Compare `report` between the ranks: one collective.
+def disagreement(reports: Mapping[int, str], when: str) -> RankDisagreementError:
+    """The error for ranks whose reports differ.
 
     Args:
-        report: This rank's.
-        group: The ranks to ask; None is the default group.
-        when: "at the start" or "at the switch", for the message.
-
-    Raises:
-        RankDisagreementError: On every rank, where any differs.
+        reports: What `Report.encode()` gave, by global rank.
+        when: "at the start" or "during the run", for the message.
     """
-    mine = report.encode().to(device_of(group))
-    rows = torch.empty((dist.get_world_size(group), _SLOTS), dtype=torch.int64, device=mine.device)
-    dist.all_gather(list(rows.unbind(0)), mine, group=group)
-    everyone: list[list[int]] = rows.tolist()
-    if all(row == everyone[0] for row in everyone):
-        return
-    raise RankDisagreementError(_message([_decode(row) for row in everyone], group, when))
-
-
-def _message(reports: list[dict[str, str]], group: dist.ProcessGroup | None, when: str) -> str:
+    decoded = {rank: json.loads(text) for rank, text in sorted(reports.items())}
     lines = []
-    for name in reports[0]:
+    for name in next(iter(decoded.values())):
         holders: dict[str, list[int]] = {}
-        for rank, one in enumerate(reports):
-            global_rank = rank if group is None else dist.get_global_rank(group, rank)
-            holders.setdefault(one[name], []).append(global_rank)
+        for rank, values in decoded.items():
+            holders.setdefault(values[name], []).append(rank)
         if len(holders) > 1:
             lines.append(f"{name}: " + "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in holders.items()))
-    return (
-        f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint:\n  "
-        + "\n  ".join(lines)
+    return RankDisagreementError(
+        f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint, and call "
+        "step() after every optimizer step on every rank (or give process_group, if not all ranks share a schedule):"
+        "\n  " + "\n  ".join(lines)
     )
 
 

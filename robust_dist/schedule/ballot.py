@@ -1,4 +1,6 @@
-"""A vote between ranks that no step waits for."""
+"""A vote between ranks that no step waits for, by one collective."""
+
+import functools
 
 import torch
 import torch.distributed as dist
@@ -6,11 +8,17 @@ import torch.distributed as dist
 from robust_dist.schedule.agreement import device_of, taking_part
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # One a device: each stream holds memory of its own, and torch has 32 of them to share out.
+    return torch.cuda.Stream(device)
+
+
 class Ballot:
     """One vote: one asynchronous one-element sum, counted later.
 
-    On an accelerator the sum is started from a stream of its own and copied to pinned memory, so that counting waits
-    for the reduction alone and never for the kernels that were queued since.
+    On an accelerator the sum is started from a stream for votes alone and copied to pinned memory, so that counting
+    waits for the reduction and never for the kernels that were queued since.
 
     Args:
         vote: This rank's.
@@ -32,7 +40,7 @@ class Ballot:
 
     def _start_on_cuda(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self._votes = self._votes.pin_memory()
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        with torch.cuda.stream(_stream(device)):
             self._on_device = self._votes.to(device, non_blocking=True)
             work = dist.all_reduce(self._on_device, group=group, async_op=True)
             assert work is not None

@@ -7,11 +7,12 @@ from fractions import Fraction
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from robust_dist.schedule.agreement import TRIGGERS, Report, compare, taking_part
-from robust_dist.schedule.ballot import Ballot
+from robust_dist.schedule.agreement import TRIGGERS, Report
 from robust_dist.schedule.group_values import GroupValues
 from robust_dist.schedule.hooks import in_charge, is_dry, take_charge
+from robust_dist.schedule.peers import Peers
 from robust_dist.schedule.unwrap import base_optimizer
 from robust_dist.schedule.validate import one_of, real_number, whole_number
 
@@ -20,6 +21,8 @@ _SUPERSEDED = (
     "another WeightDecaySwitch or RobustSchedule was made on this optimizer since, and sets its weight decay; use one "
     "of them: RobustSchedule(..., weight_decay_off_at=None) leaves the decay to a WeightDecaySwitch"
 )
+# Optimizer steps before and after one that matters at which the ranks are compared closely.
+_NEAR = (4, 2)
 _STATE_KEYS = ("step", "switch_step", "base_weight_decay", "verdict", "total_steps", "off_at")
 
 
@@ -37,13 +40,21 @@ class WeightDecaySwitch:
     object from then on; values written into the groups by a load, or by hand, are replaced before the next step. One
     optimizer has one switch: the one made last.
 
-    The ranks compare their settings, step and groups once before the first update and once at the switch: two
-    collectives in a run, none without a process group. Loading a checkpoint starts a new run.
+    Ranks compare their settings, step and groups: at the start, closely around the switch and the end, and about once a
+    second in between. That runs no collective, and no rank waits for another: they post what they have in the process
+    group's key-value store, and look later. Where two ranks differ, each rank that still runs raises
+    RankDisagreementError from a step soon after, of the optimizer or of this; only then ranks wait for each other, some
+    seconds at most. A rank that has ended, or has no switch on such an optimizer, is not waited for. Optimizers are
+    compared that have the same class and the same shapes of their first two parameters, and that begin after the same
+    number of the group's collectives. What cannot be seen is a rank that leaves out `optimizer.step()` and this
+    `step()` alike: that is also what a rank does that has run out of batches under torch's Join. Without such a store
+    (MPI), or once the rank that hosts it has ended, nothing is compared.
 
-    With `should_switch` the decision is the ranks' own, `off_at` plays no part, and each call of `step()` starts
-    one asynchronous one-element reduction whose result the next call applies: the decay is off from optimizer step
-    k + 1 on, where the k-th call of `step()` (from 1) was the first whose votes sufficed. One rank alone has the same
-    delay. Once off, the decay stays off, and nothing is asked or reduced any more.
+    With `should_switch` the decision is the ranks' own, `off_at` plays no part, and each call of `step()` is a vote
+    through the same store: the decay is off from optimizer step k + 1 on, where the k-th call of `step()` (from 1) was
+    the first whose votes sufficed. Where a rank is further than that as this is decided, it is off from the step after
+    the one that the foremost rank has reached, on every rank. One rank alone has the same delay. Once off, the decay
+    stays off, and nothing is asked any more. "all" and "majority" count every rank of the process group.
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
@@ -78,9 +89,8 @@ class WeightDecaySwitch:
         self._decays = GroupValues(self.optimizer, "weight_decay", "initial_weight_decay")
         self._step = 0
         self._switch_step = None if should_switch else first_step_off(self.off_at, self.total_steps)
-        self._verdict: bool | None = None
-        self._ballot: Ballot | None = None
-        self._agreed = False
+        self._told = False
+        Peers.of(self.optimizer).vote.forget()
         take_charge(self.optimizer, self)
         self._write()
 
@@ -103,33 +113,30 @@ class WeightDecaySwitch:
         """Note that an optimizer step was made; set the decay of the next one.
 
         Raises:
-            RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
+            RankDisagreementError: On every rank that still runs, if the ranks' settings, steps or groups differed at an
+                earlier step; where `optimizer.step()` runs hooks, it is that call which raises.
             RuntimeError: Another switch was made on this optimizer since.
         """
         if in_charge(self.optimizer) is not self:
             raise RuntimeError(_SUPERSEDED)
         self._decays.follow()
-        self._agree_at_start()
-        was_off = self.is_off
+        self._peers.after_step(self.process_group, self._report, self._is_near())
         self._step += 1
-        if self.should_switch is not None and not was_off:
-            self._poll(self.should_switch)
+        if self.should_switch is not None and self._switch_step is None:
+            wish = bool(self.should_switch())
+            self._decide(self._peers.cast(self.process_group, wish, self.reduce))
+            self._tell_if_out_of_reach()
         self._write()
-        if self.should_switch is None and self.is_off and not was_off:
-            self._compare("at the switch")
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the base decays, and what the ranks decided; a vote under way is counted first.
-
-        Counting needs no rank but those that voted, so that one rank alone may save.
-        """
+        """The step, the base decays, and what the ranks have decided up to now; waits for no rank."""
         self._decays.follow()
-        self._count_votes()
+        self._take_in_decision()
         return {
             "step": self._step,
-            "switch_step": self._switch_step if self.is_off else None,
+            "switch_step": self._switch_step if self.is_off or self.should_switch is not None else None,
             "base_weight_decay": list(self._decays.base),
-            "verdict": self._verdict,
+            "verdict": None,
             "total_steps": self.total_steps,
             "off_at": self.off_at,
         }
@@ -153,12 +160,14 @@ class WeightDecaySwitch:
         self._step = whole_number("step", state_dict["step"], 0)
         if self.should_switch is not None:
             self._switch_step = state_dict["switch_step"]
-        self._verdict, self._ballot = state_dict["verdict"], None
-        self._agreed = False
+            if self._switch_step is None and state_dict["verdict"]:
+                # Written by a version that kept a decision apart until the step that applied it.
+                self._switch_step = self._step + 1
+        self._peers.vote.forget()
         self._write()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._count_votes()
+        self._take_in_decision()
         # A process group cannot be copied: a copy asks the default group.
         return self.__dict__ | {"process_group": None}
 
@@ -180,8 +189,8 @@ class WeightDecaySwitch:
         # It also notices groups that were added since.
         self._write()
         # A rank may make a dry step alone, to save.
-        if not self._agreed and not is_dry(self.optimizer):
-            self._agree_at_start()
+        if self._rates_are_out_of_reach() or not is_dry(self.optimizer):
+            self._peers.before_step(self.process_group, self._report, self._is_near())
 
     def _after_load(self) -> None:
         if in_charge(self.optimizer) is not self:
@@ -189,33 +198,44 @@ class WeightDecaySwitch:
         self._decays.follow()
         self._write()
 
-    def _agree_at_start(self) -> None:
-        if not self._agreed:
-            self._compare("at the start")
-            self._agreed = True
+    def _rates_are_out_of_reach(self) -> bool:
+        """Whether reading a rate would wait for a device, and fail in a graph's capture."""
+        rates = (group.get("lr") for group in self.optimizer.param_groups)
+        return any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
 
-    def _compare(self, when: str) -> None:
-        if not taking_part(self.process_group):
-            return
+    @property
+    def _peers(self) -> Peers:
+        return Peers.of(self.optimizer)
+
+    def _report(self) -> Report:
         trigger = TRIGGERS[0] if self.should_switch is None else _REDUCE[self.reduce]
-        base = tuple(self._decays.base)
-        report = Report(self.total_steps, self.off_at, self._step, trigger, len(base), base)
-        compare(report, self.process_group, when)
+        return Report(self.total_steps, self.off_at, self._step, trigger, self.is_off, tuple(self._decays.base))
 
-    def _poll(self, should_switch: Callable[[], bool]) -> None:
-        self._count_votes()
-        verdict, self._verdict = self._verdict, None
-        if verdict:
-            self._switch_step = self._step
-            return
-        self._ballot = Ballot(bool(should_switch()), self.process_group)
+    def _is_near(self) -> bool:
+        """Whether the switch or the end of the run is."""
+        before, after = _NEAR
+        marks = (self._switch_step, self.total_steps)
+        return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)
 
-    def _count_votes(self) -> None:
-        if self._ballot is None:
-            return
-        votes, voters = self._ballot.count(), self._ballot.num_voters
-        needed = {"any": 1, "all": voters, "majority": voters // 2 + 1}[self.reduce]
-        self._verdict, self._ballot = votes >= needed, None
+    def _take_in_decision(self) -> None:
+        if self.should_switch is not None and self._switch_step is None:
+            self._decide(self._peers.decided(self.process_group))
+            self._write()
+
+    def _decide(self, call: int | None) -> None:
+        """Switch at the step whose decay this call of `step()` sets."""
+        if call is not None:
+            self._switch_step = self._step + call - self._peers.vote.calls
+
+    def _tell_if_out_of_reach(self) -> None:
+        if not self._told and self._peers.out_of_reach(self.process_group):
+            self._told = True
+            warnings.warn(
+                "should_switch is not counted any more and the weight decay stays on: the process group has no "
+                "key-value store that its ranks can vote through, or the rank that hosted it has ended",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _warn_of_other_settings(self, saved: dict[str, Any]) -> None:
         for name in ("total_steps", "off_at"):

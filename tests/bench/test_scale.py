@@ -32,7 +32,7 @@ def check(case, shards):
         assert held.empty == sum(shard_rows(shape[0], shards, rank)[1] == 0 for shape in shapes)
         assert held.misplaced == 0
         assert held.collectives == 0
-    assert case.switch == 2
+    assert case.switch == 0
 
 
 @pytest.mark.parametrize("world", [8, 64])
@@ -42,7 +42,7 @@ def test_a_rank_holds_its_shards_and_their_state_and_a_step_sends_nothing(world)
         check(case, shards)
 
 
-def test_at_16384_ranks_most_shards_are_empty_and_the_switch_still_needs_two_collectives():
+def test_at_16384_ranks_most_shards_are_empty_and_the_switch_needs_no_collective():
     (case,) = scale.measure("FSDP2", 16384, ["ViT-L/16"])
     check(case, 16384)
     assert case.first.empty == 0
@@ -58,8 +58,6 @@ def test_a_collective_inside_a_step_would_be_counted():
         params = scale.sharded([(16, 2), (16, 2)], mesh)
         params[0].grad = DTensor.from_local(torch.ones(16, 2), mesh, [Partial()], run_check=False)
         assert scale.step_once(params).collectives == 1
-        names = scale.switch_collectives(mesh)
-    assert names == ["c10d::allgather_"] * 2
 
 
 def test_the_table_has_a_line_for_each_set_layout_and_world_and_leaves_no_process_group(monkeypatch):
@@ -75,7 +73,7 @@ def test_the_table_has_a_line_for_each_set_layout_and_world_and_leaves_no_proces
         ["FSDP2", "16", "1x512 / 1x512", "0 / 1 of 2"],
         ["HSDP", "16", "2x512 / 2x512", "0 / 1 of 2"],
     ]
-    assert all(line[7:] == ["0", "0", "2"] for line in cells)
+    assert all(line[7:] == ["0", "0", "0"] for line in cells)
 
 
 @pytest.mark.parametrize(("layout", "world", "said"), [("FSDP2", 12, "world_size=12"), ("DDP", 8, "layout='DDP'")])

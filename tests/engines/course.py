@@ -89,8 +89,6 @@ def reference(dtype: torch.dtype = torch.float32) -> Track:
     model = Net(dtype)
     optimizer = optimizer_of(model)
     schedule = schedule_of(optimizer)
-    # One process must not ask ranks that are there for other reasons.
-    schedule.weight_decay_switch._agreed = True
     track = Track([named(model)], 0)
     for step in range(TOTAL):
         assert_settings(optimizer.param_groups, step)
@@ -99,20 +97,11 @@ def reference(dtype: torch.dtype = torch.float32) -> Track:
             (loss_of(model(images.to(dtype)), labels) / ACCUMULATION).backward()
         track.clipped += bool(nn.utils.clip_grad_norm_(model.parameters(), CLIP) > CLIP)
         optimizer.step()
-        _step_alone(schedule)
+        schedule.step()
         optimizer.zero_grad()
         track.parameters.append(named(model))
     assert 0 < track.clipped < TOTAL
     return track
-
-
-def _step_alone(schedule: RobustSchedule) -> None:
-    switch = schedule.weight_decay_switch
-    compare, switch._compare = switch._compare, lambda when: None
-    try:
-        schedule.step()
-    finally:
-        switch._compare = compare
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:

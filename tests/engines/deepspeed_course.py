@@ -135,7 +135,6 @@ def track_alone(optimizer_of, low_dtype=None):
     low = course.Net(low_dtype) if low_dtype else model
     optimizer = optimizer_of(model)
     schedule = course.schedule_of(optimizer)
-    schedule.weight_decay_switch._agreed = True
     track = [course.named(model)]
     for step in range(TOTAL):
         for index in range(ACCUMULATION):
@@ -146,7 +145,7 @@ def track_alone(optimizer_of, low_dtype=None):
             _hand_over_gradients(low, model)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        course._step_alone(schedule)
+        schedule.step()
         optimizer.zero_grad()
         if low_dtype:
             low.load_state_dict(model.state_dict())

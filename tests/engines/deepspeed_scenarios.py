@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.schedule import RobustSchedule, base_optimizer
+from robust_dist.schedule import RankDisagreementError, RobustSchedule, base_optimizer
 from tests.engines import course
 from tests.engines import deepspeed_course as ds
 from tests.engines.course import DECAY, LR, TOTAL
@@ -173,6 +173,38 @@ def schedule_errors_are_not_swallowed():
     engine.backward(engine(torch.ones(6, 6)).sum())
     with pytest.raises(ValueError, match="epoch='nine'"):
         engine.step(lr_kwargs={"epoch": "nine"})
+
+
+def a_rank_that_misses_a_step_is_named():
+    """One rank leaves out a step of its schedule under ZeRO 2; what the schedule asks is no collective."""
+    import deepspeed
+
+    model, last = course.Net(), dist.get_world_size() - 1
+    optimizer = course.optimizer_of(model)
+    schedule = course.schedule_of(optimizer)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.config(2))[0]
+    switch, asked = schedule.weight_decay_switch, []
+
+    def counted(call):
+        before = dist.group.WORLD._get_sequence_number_for_group()
+        try:
+            call()
+        finally:
+            asked.append(dist.group.WORLD._get_sequence_number_for_group() - before)
+
+    switch._before_step = functools.partial(counted, switch._before_step)
+
+    def steps():
+        for step in range(TOTAL):
+            for index in range(course.ACCUMULATION):
+                ds.train_part(engine)(*course.part(step, index), index == course.ACCUMULATION - 1)
+            if not (step == 1 and dist.get_rank() == last):
+                counted(schedule.step)
+
+    with pytest.raises(RankDisagreementError, match=f"step: rank.*; rank {last}: "):
+        steps()
+    assert set(asked) == {0}
+    assert len(asked) < 3 * TOTAL
 
 
 def overflows_are_no_steps():

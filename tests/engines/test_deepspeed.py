@@ -83,6 +83,7 @@ TRAPS = {
     "unwraps": scenarios.schedule_unwraps_what_deepspeed_hands_it,
     "errors pass": scenarios.schedule_errors_are_not_swallowed,
     "offload refuses": scenarios.offload_refuses_a_client_unless_told,
+    "missed step": scenarios.a_rank_that_misses_a_step_is_named,
 }
 
 
@@ -115,6 +116,7 @@ def on_three_ranks():
 def on_four_ranks(folder):
     get_ready()
     found = {f"{kind}: trajectory": partial(scenarios.trajectory, kind) for kind in FP32}
+    found["missed step"] = scenarios.a_rank_that_misses_a_step_is_named
     return run_scenarios({"register": registered_once, **dict(to_and_from(folder, 4, 2)), **found})
 
 
@@ -211,6 +213,8 @@ def test_deepspeeds_universal_load_still_mixes_the_groups_up_where_we_do_not_men
         pytest.param(2, "offload refuses", id="offload refuses a client's optimizer unless told otherwise"),
         pytest.param(2, "no schedule", id="a load without the schedule keeps the engine's own step"),
         pytest.param(1, "warm-up", id="DeepSpeed's warm-up parameters mean what they mean there"),
+        pytest.param(2, "missed step", id="of 2 ranks one that misses a step is named"),
+        pytest.param(4, "missed step", id="of 4 ranks one that misses a step is named"),
         pytest.param(2, "register", id="registering twice registers once"),
     ],
 )

@@ -141,21 +141,27 @@ def assert_state_is_placed(run):
                 assert moment.to_local().shape == param.to_local().shape
 
 
+def _collectives():
+    return dist.group.WORLD._get_sequence_number_for_group()
+
+
 @contextlib.contextmanager
-def comparisons():
-    """Counts what the switch asks of the other ranks: gathers of its 32 words."""
-    original, seen = dist.all_gather, []
+def comparisons(run):
+    """Counts the collectives that the optimizer's and the schedule's steps run on the default group."""
+    seen, steps = [], {run.optimizer: run.optimizer.step, run.schedule: run.schedule.step}
 
-    def counted(tensors, tensor, *args, **kwargs):
-        if tensor.dtype == torch.int64 and tensor.shape == (32,):
-            seen.append(1)
-        return original(tensors, tensor, *args, **kwargs)
+    def counted(step):
+        before = _collectives()
+        step()
+        seen.extend(range(before, _collectives()))
 
-    dist.all_gather = counted
+    for stepped, step in steps.items():
+        stepped.step = functools.partial(counted, step)
     try:
         yield seen
     finally:
-        dist.all_gather = original
+        for stepped, step in steps.items():
+            stepped.step = step
 
 
 def _note(run, first, seen):
@@ -164,7 +170,7 @@ def _note(run, first, seen):
 
 def trajectory(engine):
     run = Run(engine)
-    with comparisons() as seen:
+    with comparisons(run) as seen:
         undisturbed[engine] = run.watched()
     notes[engine] = [_note(run, 0, seen)]
     assert_state_is_placed(run)
@@ -177,7 +183,7 @@ def trajectory(engine):
 def _finish(run, engine, first):
     """Go on from `first` to the end, noting what the steps used and what the switch asked."""
     run.used.clear()
-    with comparisons() as seen:
+    with comparisons(run) as seen:
         end = run.go(first)
     notes[engine].append(_note(run, first, seen))
     assert same_bits(end, undisturbed[engine]), f"from step {first} on it is another run"
@@ -202,14 +208,12 @@ def resume(engine, folder):
 
 
 def switch(engine):
-    """Each step uses the decay and the rate of its number, on every rank alike, for two collectives a run."""
-    many = dist.get_world_size() > 1
+    """Each step uses the decay and the rate of its number, on every rank alike, without a collective."""
     whole = notes[engine][0][1]
     assert [step[0][0] for step in whole] == [course.wanted(s)[0][0] for s in range(course.TOTAL)]
     assert all(decay == 0.0 for step in whole for decay, _ in step[1:])
     for first, used, asked, switch_step in notes[engine]:
-        # With one rank there is nobody to ask; past the switch a run compares at its start alone.
-        assert asked == many * (1 + (first < course.SWITCH))
+        assert asked == 0
         assert used == whole[first:]
         assert switch_step == course.SWITCH
     everyone = [None] * dist.get_world_size()
@@ -320,13 +324,19 @@ def _other_on_rank_1(engine, how):
 
 
 def ranks_disagree(engine, how):
-    """Another total, other groups, another step: the same error on every rank before the first update."""
+    """Another total, other groups, another step: the same error on every rank after a few steps."""
     run = _other_on_rank_1(engine, how)
-    before = run.whole()
-    run.train_part(*course.part(0, 0, *run.engine.data()), True)
-    with pytest.raises(RankDisagreementError, match=f"{'num_groups' if 'group' in how else how}: rank 0: "):
-        run.finish_step()
-    assert same_bits(run.whole(), before)
+
+    def steps():
+        for step in range(4):
+            run.train_part(*course.part(step, 0, *run.engine.data()), True)
+            run.finish_step()
+
+    with pytest.raises(RankDisagreementError, match=f"{'num_groups' if 'group' in how else how}: rank 0: ") as raised:
+        steps()
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, str(raised.value))
+    assert messages == [messages[0]] * len(messages)
 
 
 def _extras(world, folder):

@@ -1,0 +1,177 @@
+"""Comparing what ranks do at the same optimizer step while none of them waits for another."""
+
+import time
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from robust_dist.schedule.agreement import RankDisagreementError, Report, disagreement
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+# Seconds between two comparisons, and so about what it takes to find a rank that is off; more among thousands of ranks.
+_PAUSE = 1.0
+_RANKS_A_SECOND = 1000
+# Steps after a comparison in which a difference that others found is looked for at every step.
+_WATCHED = 4
+# Steps for which a difference that no rank has confirmed keeps others from being raised.
+_OPEN = 64
+# Comparisons whose reports are remembered and whose keys stay in the store.
+_KEPT = 32
+# Seconds that ranks wait for each other to raise together, and how often.
+_PATIENCE, _ROUNDS = 1.0, 8
+
+
+class Comparison:
+    """One rank's part in comparing reports step by step, through a store.
+
+    The first rank at a step posts its report under that step's number, and the number of the next step to compare; the
+    others find it there. Who finds another than its own opens a dispute: every rank publishes what it had at the
+    disputed step as soon as it sees that there is one, and once two of them differ it is confirmed. A report of a rank
+    that has ended since is therefore no reason to raise.
+
+    Ranks raise together, so that none dies in a collective that another has left: a rank that sees the confirmed
+    dispute goes on to its next step, and meets the others there. Gradients are averaged between two steps, so that by
+    then all know. Where that is not so, it waits a second, goes on for a step, and comes back; after `_ROUNDS` of these
+    it raises alone.
+
+    Args:
+        store: This comparison's alone.
+        num_ranks: How many ranks may take part.
+
+    Raises:
+        RuntimeError: From any method, where the store's host has ended.
+    """
+
+    def __init__(self, store: "Store", num_ranks: int) -> None:
+        self._store, self._rank = store, dist.get_rank()
+        self._pause = max(_PAUSE, num_ranks / _RANKS_A_SECOND)
+        self._step = self._due = 0
+        self._compared = self._looked = time.monotonic()
+        self._last = 0
+        self._reports: dict[int, str] = {}
+        self._posted: list[str] = []
+        self._dispute: int | None = None
+        self._published: int | None = None
+        self._confirmed: tuple[int, float] | None = None
+        self._rounds = 0
+        store.add("members", 1)
+
+    def step(self, report: Callable[[], Report], closely: bool) -> None:
+        """Note that an optimizer step is made.
+
+        Args:
+            report: What this rank has at it.
+            closely: Compare it, even if it is not due.
+
+        Raises:
+            RankDisagreementError: Ranks differed at an earlier step.
+        """
+        if self._is_time_to_look():
+            self._look()
+        if self._is_time_to_meet() and self._all_met():
+            raise self._error()
+        if closely or self._step in (self._due, self._dispute):
+            self._compare(report().encode())
+        self._step += 1
+
+    def _compare(self, mine: str) -> None:
+        step, is_due = self._step, self._step == self._due
+        self._reports[step] = mine
+        post = f"{self._next_due() if is_due else self._due} {mine}"
+        found = self._store.compare_set(f"step/{step}", "", post).decode()
+        due, theirs = found.split(" ", 1)
+        if is_due:
+            self._due = int(due)
+        self._last, self._compared = step, time.monotonic()
+        if theirs != mine:
+            self._open_dispute()
+        elif step == self._dispute:
+            self._publish()
+        self._clean(f"step/{step}" if found == post else None)
+
+    def _next_due(self) -> int:
+        """About a pause from now; the first steps are compared more often."""
+        seconds = max(time.monotonic() - self._compared, 1e-6)
+        in_a_pause = int((self._step - self._last) / seconds * self._pause)
+        return self._step + max(1, min(in_a_pause, self._step + 1))
+
+    def _clean(self, posted: str | None) -> None:
+        """Forget old reports, and delete the keys that this rank made; the first step's stay for late ranks."""
+        if len(self._reports) > _KEPT:
+            del self._reports[list(self._reports)[1]]
+        if posted is not None:
+            self._posted.append(posted)
+            if len(self._posted) > _KEPT:
+                self._store.delete_key(self._posted.pop(1))
+
+    def _is_time_to_look(self) -> bool:
+        is_open = self._dispute is not None and self._step <= self._dispute + _OPEN
+        is_watched = 0 < self._step <= self._last + _WATCHED
+        return is_open or is_watched or time.monotonic() - self._looked > self._pause / 2
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        if not self._store.check(["dispute"]):
+            return
+        self._join(int(self._store.get("dispute")))
+        key = f"{self._dispute}/confirmed"
+        if self._confirmed is None and self._store.check([key]):
+            self._confirmed = int(self._store.get(key)), time.monotonic()
+
+    def _open_dispute(self) -> None:
+        known = self._dispute
+        if known is None or self._step > known + _OPEN:
+            expected = "" if known is None else str(known)
+            self._join(int(self._store.compare_set("dispute", expected, str(self._step))))
+
+    def _join(self, dispute: int) -> None:
+        if dispute != self._dispute:
+            self._dispute, self._confirmed = dispute, None
+        self._publish()
+
+    def _publish(self) -> None:
+        """Say once what this rank had at the disputed step; who makes it two different reports confirms the dispute."""
+        at = self._dispute
+        if at == self._published or at not in self._reports:
+            return
+        self._published = at
+        mine = self._reports[at]
+        digest = f"{zlib.crc32(mine.encode()):x}"
+        self._store.compare_set(f"{at}/report/{digest}", "", mine)
+        self._store.append(f"{at}/who", f"{self._rank} {digest} ")  # type: ignore[attr-defined]
+        if self._store.add(f"{at}/count/{digest}", 1) == 1 and self._store.add(f"{at}/kinds", 1) == 2:
+            self._store.set(f"{at}/confirmed", str(self._step))
+            self._confirmed = self._step, time.monotonic()
+
+    def _is_time_to_meet(self) -> bool:
+        if self._confirmed is None:
+            return False
+        step, seen = self._confirmed
+        return self._step > step or time.monotonic() - seen > _PATIENCE
+
+    def _all_met(self) -> bool:
+        """Whether all ranks that take part are here, or this one has waited long enough."""
+        here, done = f"{self._dispute}/here", f"{self._dispute}/all here"
+        end = time.monotonic() + _PATIENCE
+        members = self._store.add("members", 0)
+        complete = self._store.add(here, 1) >= members
+        while not complete and time.monotonic() < end:
+            complete = self._store.check([done])
+            time.sleep(0.01)
+        if not complete:
+            self._rounds += 1
+            # The last one may have come as this one left.
+            complete = self._store.add(here, -1) >= members - 1 or self._rounds == _ROUNDS
+        if complete:
+            self._store.set(done, "1")
+        return complete
+
+    def _error(self) -> RankDisagreementError:
+        words = self._store.get(f"{self._dispute}/who").decode().split()
+        texts = {digest: self._store.get(f"{self._dispute}/report/{digest}").decode() for digest in set(words[1::2])}
+        reports = {int(rank): texts[digest] for rank, digest in zip(words[::2], words[1::2], strict=True)}
+        return disagreement(reports, "during the run" if self._dispute else "at the start")
