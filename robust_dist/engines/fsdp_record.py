@@ -88,7 +88,9 @@ def _model_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list
 
 def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     lines = []
-    if saved["optimizer"] != present["optimizer"] or saved["state"] != present["state"]:
+    # A checkpoint of before the first step has no state to compare.
+    other_state = saved["state"] and saved["state"] != present["state"]
+    if saved["optimizer"] != present["optimizer"] or other_state:
         lines.append(
             f"the checkpoint is of another optimizer: {saved['optimizer']} with state {saved['state']}, "
             f"this is {present['optimizer']} with {present['state']}"
