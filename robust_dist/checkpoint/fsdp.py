@@ -52,9 +52,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """
     with ExitStack() as stack:
         if accelerator.distributed_type.value == "FSDP":
-            for index, (model, optimizer) in enumerate(
-                zip(accelerator._models, accelerator._optimizers, strict=False)
-            ):
+            for index, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=False)):
                 names = _names_in(accelerator, Path(folder), index)
                 if names is not None:
                     stack.enter_context(only_saved(model, _base(optimizer), names))
@@ -133,7 +131,7 @@ def _called(model: nn.Module) -> dict[Tensor, set[str]]:
 
 @contextmanager
 def _requiring_grad(optimizer: Optimizer, wanted: Collection[Tensor]) -> Iterator[None]:
-    """torch takes what requires a gradient for what has state; nothing else looks at it meanwhile."""
+    """What requires a gradient is what torch takes to have state; nothing else looks at it meanwhile."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     before = [param.requires_grad for param in params]
     try:

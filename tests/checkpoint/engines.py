@@ -34,7 +34,7 @@ def _whole(model):
     def full(param):
         return param.full_tensor() if isinstance(param, DTensor) else param
 
-    return {clean_name(n): full(p.detach()).clone() for n, p in model.named_parameters()}
+    return {clean_name(n, model): full(p.detach()).clone() for n, p in model.named_parameters()}
 
 
 class CourseRun:

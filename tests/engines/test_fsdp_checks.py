@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 
-from robust_dist.checkpoint import CheckpointError
+from robust_dist.checkpoint import CheckpointError, make_state
 from robust_dist.engines import fsdp
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.optim import RAdaBeliefW
@@ -122,8 +122,7 @@ def a_save_before_the_first_step_is_step_0(engine, folder):
     assert not run.optimizer.state
     fresh = Run(engine)
     fsdp.load(path, fresh.model, fresh.optimizer, fresh.schedule)
-    assert {state["step"].item() for _, state in fresh.states().values()} == {0.0}
-    assert all((state["exp_avg_sq"] == 0).all() for _, state in fresh.states().values())
+    assert not fresh.optimizer.state
     end = fresh.go(0)
     assert same_bits(run.go(0), end)
     fresh.assert_ends_on_track()
@@ -230,6 +229,7 @@ def another_optimizer_is_refused(folder):
     run = Run("FSDP2")
     path = folder / "AdamW"
     adamw = torch.optim.AdamW(course.groups_of(run.model), amsgrad=True)
+    make_state(adamw)
     fsdp.save(path, run.model, adamw)
     load = functools.partial(fsdp.load, path, run.model, run.optimizer)
     refused(CheckpointError, load, "another optimizer: AdamW", "max_exp_avg_sq", "this is RAdaBeliefW")

@@ -108,7 +108,7 @@ def _clip_flat(model):
 
 
 def _whole(model):
-    return {clean_name(n): full(p.detach()).float().clone() for n, p in model.named_parameters()}
+    return {clean_name(n, model): full(p.detach()).float().clone() for n, p in model.named_parameters()}
 
 
 def _whole_flat(model):
@@ -251,7 +251,7 @@ class Run:
 
     def states(self):
         """Clean name -> (parameter, its state) of the parameters that this rank has state of."""
-        named = {clean_name(n): p for n, p in self.model.named_parameters()}
+        named = {clean_name(n, self.model): p for n, p in self.model.named_parameters()}
         return {n: (p, self.optimizer.state[p]) for n, p in named.items() if p in self.optimizer.state}
 
 

@@ -218,7 +218,7 @@ def switch(engine):
 
 
 def _names(model, groups):
-    names = {id(p): clean_name(n) for n, p in model.named_parameters()}
+    names = {id(p): clean_name(n, model) for n, p in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in groups]
 
 
