@@ -261,7 +261,11 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
     shared = dict(state.extra.get("shared") or {}) | _further_names(state)
     state.extra["shared"] = shared
     first = {name: tensor.contiguous() for name, tensor in state.model.items() if name not in shared}
-    save_file(first, folder / MODEL_FILES[0], metadata={"format": "pt"})
+    try:
+        save_file(first, folder / MODEL_FILES[0], metadata={"format": "pt"})
+    except KeyError:
+        # Of a dtype that safetensors does not have, as complex128; Accelerate then takes the other file.
+        (folder / MODEL_FILES[0]).unlink(missing_ok=True)
     torch.save(state.model, folder / MODEL_FILES[2])
     numbers: dict[str, int] = {}
     for group in state.groups:

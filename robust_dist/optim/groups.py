@@ -44,7 +44,7 @@ def clean_name(name: str, model: nn.Module | None = None) -> str:
         # some wrappers leave their component out of the names that they give
         while (children := _children_of_wrapper(at)) and part not in children and part not in at._buffers:
             at = getattr(at, children[0])
-        if part not in children:
+        if part not in children and part not in _UNMISTAKABLE:
             kept.append(part)
         at = getattr(at, part, None)
     return ".".join(kept)
