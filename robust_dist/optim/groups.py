@@ -83,7 +83,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
-    reshard(model)
     for name, param in model.named_parameters():
         if name.rpartition(".")[2].startswith("_flat_param") or getattr(param, "_is_flat_param", False):
             raise ValueError(
@@ -130,6 +129,7 @@ def param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_not_negative("weight_decay", weight_decay)
     patterns = _check_patterns(no_decay)
+    reshard(model)
     own = [p for p in patterns if p not in ("bias", "norm")]
     norms = _norm_parameter_ids(model) if "norm" in patterns else set()
     named = list(_trainable(model))
