@@ -55,7 +55,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
             for index, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=False)):
                 names = _names_in(accelerator, Path(folder), index)
                 if names is not None:
-                    stack.enter_context(only_saved(model, _base(optimizer), names))
+                    stack.enter_context(only_saved(model, _base(optimizer), names, whole=_saves_whole(accelerator)))
             if accelerator.state.fsdp_plugin.fsdp_version == 1:
                 stack.enter_context(_planner_that_keeps_empty_shards())
         accelerator.load_state(str(folder), **options)
@@ -63,6 +63,11 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 
 def _base(optimizer: Any) -> Optimizer:
     found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+def _saves_whole(accelerator: Any) -> bool:
+    found: bool = accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
     return found
 
 
@@ -98,24 +103,32 @@ def only_stepped(optimizer: Optimizer) -> Iterator[None]:
 
 
 @contextmanager
-def only_saved(model: nn.Module, optimizer: Optimizer, names: Collection[str]) -> Iterator[None]:
+def only_saved(
+    model: nn.Module, optimizer: Optimizer, names: Collection[str], *, whole: bool = False
+) -> Iterator[None]:
     """Have torch's functions load state of these parameters, and of no other; an error leaves all as it was.
 
     Args:
         model: The model that the optimizer steps; its parameters are sharded again.
         optimizer: The torch optimizer itself.
         names: What a checkpoint holds state of, as torch's state dicts call it.
+        whole: Whether tensors are loaded whole. torch then fails where there is no state at all, so that one parameter
+            has some meanwhile.
     """
     reshard(model)
     wanted = {param for param, called in _called(model).items() if not called.isdisjoint(names)}
     held = [param for group in optimizer.param_groups for param in group["params"]]
+    filler = held[:1] if whole and not wanted else []
     before = dict(optimizer.state)
     try:
         for param in [key for key in optimizer.state if key not in wanted]:
             del optimizer.state[param]
-        make_state(optimizer, [param for param in held if param in wanted and not optimizer.state.get(param)])
+        lacking = [param for param in held if param in wanted and not optimizer.state.get(param)]
+        make_state(optimizer, [*lacking, *filler])
         with _requiring_grad(optimizer, wanted):
             yield
+        for param in filler:
+            optimizer.state.pop(param, None)
     except BaseException:
         optimizer.state.clear()
         optimizer.state.update(before)
