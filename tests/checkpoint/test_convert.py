@@ -127,6 +127,10 @@ def outcomes(written):
     return run_ranks(_read_all, READERS, written)
 
 
+def _row(kind):
+    return ROW.get(kind, "FSDP1" if "fsdp1" in kind.lower() else "FSDP2")
+
+
 def _odd_cells():
     for kind in ODD_MOMENTS:
         columns = ("after an evaluation", "a parameter without a gradient")
@@ -134,14 +138,10 @@ def _odd_cells():
         yield pytest.param(kind, marks=marks, id=kind)
 
 
-@pytest.mark.parametrize("kind", _odd_cells())
+@pytest.mark.parametrize("kind", list(_odd_cells()))
 def test_accelerates_checkpoints_hold_what_was_stepped_and_nothing_else(two, kind):
     """Saved and loaded after an evaluation, with a parameter never stepped, with gradients, and with a frozen layer."""
     assert_passed(two[1], f"odd moments {kind}")
-
-
-def _row(kind):
-    return ROW.get(kind, "FSDP1" if "fsdp1" in kind.lower() else "FSDP2")
 
 
 def _cells(writer, reader):
