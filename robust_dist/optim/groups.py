@@ -1,11 +1,14 @@
 """Parameter groups: weight decay for weights, none for biases and normalisation layers."""
 
+import gc
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from robust_dist.optim.settings import check_not_negative
@@ -66,6 +69,27 @@ def reshard(model: nn.Module) -> None:
         for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
             if "_fully_shard" in getattr(hook, "__module__", ""):
                 hook(module, "", False)
+
+
+def check_sharded(params: Iterable[Tensor]) -> None:
+    """Refuse whole parameters that stand in the place of FSDP2's shards for the moment: no step would train them.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if module is None or not torch.distributed.is_initialized():
+        return
+    # Nothing about such a parameter tells what it is; the objects that made it know.
+    makers = (one for one in gc.get_objects() if type(one) is module.FSDPParam)
+    whole = {id(maker.__dict__.get("_unsharded_param")) for maker in makers}
+    found = sum(id(param) in whole for param in params)
+    if found:
+        raise ValueError(
+            f"{found} parameters of the group are whole ones of FSDP2, which stand in the place of its shards from a "
+            "forward pass to the next backward, as after an evaluation, and which no step trains; take the group from "
+            "robust_dist.param_groups(model), or call reshard() on the modules that fully_shard was called on"
+        )
 
 
 def _is_bias(name: str) -> bool:
