@@ -114,8 +114,8 @@ def convert(
     """Write a checkpoint again as the Accelerate folder of another engine, whole or not at all.
 
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (For FSDP1 with sharded state dicts take `robust_dist.checkpoint.load_state`, which
-    mends faults of that load.) Parameters, optimizer state, groups and schedule keep their bits.
+    `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
+    load.) Parameters, optimizer state, groups and schedule keep their bits.
 
     Args:
         src: As `read`.
