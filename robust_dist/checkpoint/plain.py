@@ -98,7 +98,7 @@ def _own_names(optimizer: Any, noted: Names | None) -> list[str]:
     if noted is not None:
         return [name for group in noted.groups for name in group]
     groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
-    names = [group.get("param_names") or group["params"] for group in groups or ()]
+    names = [group.get("param_names") or group.get("params", ()) for group in groups or ()]
     found = [name for group in names for name in group]
     return bare_names(found) if all(isinstance(name, str) for name in found) else []
 
@@ -243,6 +243,18 @@ def _further_names(state: TrainingState) -> dict[str, str]:
     return found
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them; slices of one flat tensor share it."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        copy = memory in seen or not tensor.is_contiguous()
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
+        seen.add(memory)
+    return found
+
+
 def _has_bits_of(tensor: Tensor, other: Tensor) -> bool:
     if tensor.dtype != other.dtype or tensor.shape != other.shape or tensor.numel() < 2:
         return False
@@ -260,9 +272,9 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
 
     shared = dict(state.extra.get("shared") or {}) | _further_names(state)
     state.extra["shared"] = shared
-    first = {name: tensor.contiguous() for name, tensor in state.model.items() if name not in shared}
+    first = {name: tensor for name, tensor in state.model.items() if name not in shared}
     try:
-        save_file(first, folder / MODEL_FILES[0], metadata={"format": "pt"})
+        save_file(_apart(first), folder / MODEL_FILES[0], metadata={"format": "pt"})
     except KeyError:
         # Of a dtype that safetensors does not have, as complex128; Accelerate then takes the other file.
         (folder / MODEL_FILES[0]).unlink(missing_ok=True)

@@ -348,6 +348,18 @@ def test_a_shared_parameter_that_shards_hold_twice_is_told_by_its_bits(tmp_path,
     assert same(read(tmp_path / "ddp").model, weights)
 
 
+def test_slices_of_one_flat_tensor_go_to_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    flat = torch.arange(12.0)
+    weights = {"a.weight": flat[:6].view(2, 3), "a.bias": flat[6:8], "turned": flat[6:].view(3, 2).T, "all": flat}
+    step = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    optimizer = {"state": {"a.bias": step}, "param_groups": [{"lr": 0.1, "params": ["a.bias"]}]}
+    torch.save({"model": weights, "optimizer": optimizer}, tmp_path / "run.pt")
+    convert(tmp_path / "run.pt", tmp_path / "ddp", "ddp", 1)
+    assert same(load_file(tmp_path / "ddp" / "model.safetensors"), weights)
+
+
 def test_a_dtype_that_safetensors_does_not_have_is_in_torchs_file_alone(tmp_path):
     model = torch.nn.Linear(2, 1, dtype=torch.complex128)
     optimizer = RAdaBeliefW(model.parameters())
@@ -652,6 +664,20 @@ def test_the_command_converts_and_says_where_it_cannot(tmp_path, run_checkpoint,
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words[:-3], "deepspeed", *words[-2:]])
+
+
+def test_the_command_unwraps_a_file_of_ddps(tmp_path, trained, capsys):
+    model, optimizer, _ = trained
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": wrapped, "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    words = ["convert", str(tmp_path / "run.pt"), str(tmp_path / "kept"), "--to", "ddp", "--world-size", "2"]
+    assert main(words) == 0
+    assert "convert with --unwrap" in capsys.readouterr().out
+    assert set(read(tmp_path / "kept").model) == set(wrapped)
+    words[2] = str(tmp_path / "bare")
+    assert main([*words, "--unwrap"]) == 0
+    assert "--unwrap" not in capsys.readouterr().out
+    assert set(read(tmp_path / "bare").model) == set(model.state_dict())
 
 
 def test_a_run_with_masters_is_refused_by_its_name(tmp_path):

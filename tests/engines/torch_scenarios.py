@@ -345,7 +345,7 @@ def _extras(world, folder):
     return found
 
 
-FROZEN = ("DDP", "FSDP1", "FSDP1, use_orig_params=False", "FSDP2")
+FROZEN = {"one process": 1, "FSDP1": 2, "FSDP1, use_orig_params=False": 2, "FSDP2": 2}
 
 
 def _odd_moments(engine, folder):
@@ -353,7 +353,7 @@ def _odd_moments(engine, folder):
         f"{engine}/after an evaluation": lambda: odd_moments.after_an_evaluation(engine, folder, undisturbed),
         f"{engine}/a parameter without a gradient": lambda: odd_moments.without_a_gradient(engine, folder),
     }
-    if engine in FROZEN:
+    if FROZEN.get(engine) == dist.get_world_size():
         found[f"{engine}/frozen at load"] = lambda: odd_moments.frozen_at_load(engine, folder)
         found[f"{engine}/with gradients"] = lambda: odd_moments.with_gradients(engine, folder, undisturbed)
     return found
