@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.checkpoint.store import CheckpointError, write_atomically
-from robust_dist.optim.groups import clean_name
+from robust_dist.optim.groups import clean_name, reshard
 
 SIDECAR = "parameters.json"
 WRAPPED = "module."
@@ -100,6 +100,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
+    reshard(model)
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     shared: dict[str, str] = {}

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from robust_dist.checkpoint import CheckpointError, make_state
+from robust_dist.checkpoint import CheckpointError, make_state, note_parameters
 from robust_dist.engines import fsdp
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.optim import RAdaBeliefW, param_groups
@@ -132,6 +132,9 @@ def whole_parameters_are_sharded_again(folder):
     with torch.no_grad():
         model(images)
     fsdp.check(compiled, optimizer)
+    with torch.no_grad():
+        model(images)
+    note_parameters(folder, compiled, optimizer)
     made = course.groups_of(compiled)
     assert all(isinstance(param, DTensor) for group in made for param in group["params"])
     with torch.no_grad():
