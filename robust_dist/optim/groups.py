@@ -67,7 +67,7 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         # Not FSDPModule.reshard(): a module without one of its own is in the group of a parent, out of sight here.
         for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
-            if "_fully_shard" in getattr(hook, "__module__", ""):
+            if "_fully_shard" in (getattr(hook, "__module__", None) or ""):
                 hook(module, "", False)
 
 
