@@ -10,7 +10,7 @@ import torch
 
 from robust_dist.checkpoint import layout as layouts
 from robust_dist.checkpoint.layout import Layout, find_layout
-from robust_dist.checkpoint.names import Names, read_names, write_names
+from robust_dist.checkpoint.names import WRAPPED, Names, read_names, write_names
 from robust_dist.checkpoint.plain import (
     SCHEDULE_FILE,
     check_keys,
@@ -28,7 +28,7 @@ _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_di
 _ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
 
 
-def read(src: str | Path, *, number: bool = False) -> TrainingState:
+def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in a checkpoint of any engine, whole and on the CPU.
 
     Args:
@@ -36,6 +36,8 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
             DeepSpeed folder, a `torch.distributed.checkpoint` folder, or a `torch.save` file with "model" and
             "optimizer".
         number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
+        unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
+            put it there. Without this it is the model's own, unless names beside it prove that it is not.
 
     Raises:
         CheckpointError: It is no checkpoint, torn, of another optimizer, or its parameters have no names.
@@ -43,7 +45,7 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
     path = Path(src)
     found = verify(path) if (path / MANIFEST).is_file() else None
     place = find_layout(path)
-    state = _read(place, number)
+    state = _read(place, number, unwrap)
     if place.kind in _ACCELERATE:
         _read_beside(state, path)
     if found is not None:
@@ -53,11 +55,11 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
     return state
 
 
-def _read(place: Layout, number: bool) -> TrainingState:
+def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind == layouts.FILE:
-        return read_file(place.path, number=number)
+        return read_file(place.path, number=number, unwrap=unwrap)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
-        return read_folder(place.path, number=number)
+        return read_folder(place.path, number=number, unwrap=unwrap)
     if place.kind == layouts.DEEPSPEED:
         from robust_dist.checkpoint.zero import read_zero
 
@@ -66,7 +68,7 @@ def _read(place: Layout, number: bool) -> TrainingState:
 
     if place.kind == layouts.FSDP_SHARDED:
         return read_dcp(place.path / MODEL_FOLDER, place.path / OPTIMIZER_FOLDER)
-    return read_dcp(place.path)
+    return read_dcp(place.path, unwrap=unwrap)
 
 
 def _read_beside(state: TrainingState, folder: Path) -> None:
@@ -100,12 +102,20 @@ def _check(state: TrainingState, where: Path) -> None:
             )
 
 
-def convert(src: str | Path, dst: str | Path, to: str, world_size: int, *, full_state_dict: bool = False) -> list[str]:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    world_size: int,
+    *,
+    full_state_dict: bool = False,
+    unwrap: bool = False,
+) -> list[str]:
     """Write a checkpoint again as the Accelerate folder of another engine, whole or not at all.
 
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (For FSDP1 with sharded state dicts take `robust_dist.checkpoint.load_state`, which
-    mends faults of that load.) Parameters, optimizer state, groups and schedule keep their bits.
+    `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
+    load.) Parameters, optimizer state, groups and schedule keep their bits.
 
     Args:
         src: As `read`.
@@ -113,6 +123,7 @@ def convert(src: str | Path, dst: str | Path, to: str, world_size: int, *, full_
         to: "ddp", "fsdp", "zero0", "zero1", "zero2" or "zero3".
         world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
         full_state_dict: With "fsdp", write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
+        unwrap: As `read`.
 
     Returns:
         Notes for the person: what could not be carried over as it was.
@@ -129,8 +140,9 @@ def convert(src: str | Path, dst: str | Path, to: str, world_size: int, *, full_
         raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
     if dst.exists():
         raise CheckpointError(f"{dst}: is there already; name a folder that is not")
-    state = read(src)
-    notes = fill_missing_state(state) if to == "fsdp" else []
+    state = read(src, unwrap=unwrap)
+    notes = _note_on_names(src, state)
+    notes += fill_missing_state(state) if to == "fsdp" else []
     building = dst.absolute().parent / f".{dst.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     try:
@@ -224,6 +236,14 @@ def with_schedule_keys(state: TrainingState) -> TrainingState:
                 group.setdefault(key, value)
     kept = {key: value for key, value in vars(state).items() if key != "groups"}
     return TrainingState(groups=groups, **kept)
+
+
+def _note_on_names(src: Path, state: TrainingState) -> list[str]:
+    """Of a file whose writer is unknown: a "module." in front of all names may be DDP's."""
+    unknown = find_layout(src).kind in (layouts.FILE, layouts.DCP)
+    if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
+        return []
+    return [f"every name begins with {WRAPPED!r}, which is kept; if DDP's wrapper added it, convert with --unwrap"]
 
 
 def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[str]:

@@ -12,6 +12,7 @@ from robust_dist.optim.choose import check_fused, choose, counts_on_device, fuse
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
 from robust_dist.optim.gather import Gathered
+from robust_dist.optim.groups import check_sharded
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
@@ -181,13 +182,17 @@ class RAdaBeliefW(Optimizer):
             own_steps(self.state, group["params"], group["capturable"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its settings are checked as the constructor's are, before anything is added."""
+        """Add a param group; its settings are checked as the constructor's are, before anything is added.
+
+        After an evaluation under FSDP2, `model.parameters()` has parameters that no step would train: an error, too.
+        """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
             make_plain(param_group)
         super().add_param_group(param_group)
         try:
             check_fused(self.param_groups[-1])
+            check_sharded(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise

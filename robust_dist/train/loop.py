@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import CheckpointStore, note_parameters
+from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
 from robust_dist.checkpoint.zero_files import LATEST, TAG
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
@@ -269,7 +269,7 @@ class Trainer:
         # DeepSpeed's first rank would write `latest` between two barriers.
         words = {"save_latest": False} if kind.startswith("zero") else {}
         with writing_to_the_end(self.model):
-            self.accelerator.save_state(str(folder), **words)
+            save_state(self.accelerator, folder, **words)
         if words and self.accelerator.is_main_process:
             (folder / LATEST).write_text(TAG, encoding="utf-8")
         if kind == "ddp":
