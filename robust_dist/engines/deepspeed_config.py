@@ -138,7 +138,7 @@ def _of_ours(section: str, named: Mapping[str, Any], auto: bool) -> Iterator[Fin
 def _of_another_name(section: str, name: Any) -> Iterator[Finding]:
     if name is not None and not isinstance(name, str):
         yield _wrong(f"{section}.type", name, f"give a name, e.g. {OURS[section]!r}")
-    elif _is_like_ours(name) and not hasattr(_namespace(section), name):
+    elif isinstance(name, str) and _is_like_ours(name) and not hasattr(_namespace(section), name):
         yield _wrong(f"{section}.type", name, f"there is no such {section}: did you mean {OURS[section]!r}?")
 
 

@@ -28,8 +28,8 @@ _FILLED = {
 # Stands for an open total in checks of what must not exceed it.
 _ANY_TOTAL = 2**62
 
-_DECOUPLED = "RAdaBeliefW's weight decay is always decoupled from the gradient, as AdamW's: set it to true or leave it out"
-# Parameters of DeepSpeed's and torch's Adams: the values that ask for what RAdaBeliefW does anyway, and else the reason.
+_DECOUPLED = "RAdaBeliefW's weight decay is always decoupled, as AdamW's: set it to true or leave it out"
+# Parameters of DeepSpeed's and torch's Adams: the values that change nothing here, and what to say of others.
 _NO_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_adam": ((True, False), "set it to true or false, or leave it out"),
     "set_grad_none": ((True, False), "set it to true or false, or leave it out"),
