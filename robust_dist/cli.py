@@ -51,7 +51,8 @@ def _convert(words: argparse.Namespace) -> int:
 
     if words.to.startswith("zero"):
         words.extra = "deepspeed"
-    notes = convert(words.src, words.dst, words.to, words.world_size, full_state_dict=words.full_state_dict)
+    how = {"full_state_dict": words.full_state_dict, "form": words.form}
+    notes = convert(words.src, words.dst, words.to, words.world_size, **how)
     for note in notes:
         print(f"note: {note}")
     print(f"wrote {words.dst}")
@@ -105,12 +106,19 @@ def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="write a checkpoint again for another engine or number of ranks")
-    convert.add_argument("src", metavar="SRC", help="a checkpoint of Accelerate, DeepSpeed, FSDP (DCP) or torch.save")
-    convert.add_argument("dst", metavar="DST", help="the folder to write, for accelerator.load_state; must not exist")
+    convert.add_argument(
+        "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
+    )
+    convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     convert.add_argument("--to", required=True, choices=["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
     convert.add_argument(
         "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
+    )
+    convert.add_argument(
+        "--form",
+        choices=["accelerate", "trainer"],
+        help="whose load takes it: Accelerate's, Trainer's (default: as SRC)",
     )
     convert.set_defaults(run=_convert, extra="train")
 

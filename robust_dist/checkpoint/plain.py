@@ -14,6 +14,8 @@ from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
+# Accelerate's and Trainer's.
+OPTIMIZER_FILES = (OPTIMIZER_FILE, "optimizer.pt")
 SCHEDULE_FILE = "scheduler.bin"
 FULL_MODEL_FILE = "pytorch_model_fsdp.bin"
 MODEL_FILES = (
@@ -44,7 +46,7 @@ def load_file(path: Path) -> Any:
 
 
 def read_folder(folder: Path, *, number: bool = False) -> TrainingState:
-    """The training state in an Accelerate folder of DDP, or of FSDP with a full state dict.
+    """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
     Args:
         folder: The folder.
@@ -58,7 +60,8 @@ def read_folder(folder: Path, *, number: bool = False) -> TrainingState:
     model, noted = bare(_load_model(file)), read_names(folder)
     shared = {} if noted is None else noted.shared
     model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
-    path = folder / OPTIMIZER_FILE
+    there = (folder / name for name in OPTIMIZER_FILES)
+    path = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE)
     ordered = "safetensors" not in file.name
     optimizer, groups = named_optimizer(load_file(path), model, noted, ordered=ordered, where=path, number=number)
     return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp")
