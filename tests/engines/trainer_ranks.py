@@ -167,7 +167,7 @@ def check_run_and_resumes(folder, settings=dict, groups=2, exact=True):
 def go_on(folder, source, to, settings=dict):
     """Convert another world's or engine's checkpoint for this one, and go on from it to the end, as a user does."""
     step = int(source.rpartition("-")[2])
-    run = f"{folder}/from {source.replace('/', ' ')[-30:]}"
+    run = f"{folder}/to {to}"
     if rank() == 0:
         convert(source, f"{run}/checkpoint-{step}", to, world())
     if world() > 1:
