@@ -70,6 +70,9 @@ def assert_reference(parameters):
 ROWS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"} | {f"zero{stage}": f"ZeRO {stage}" for stage in (1, 2, 3)}
 
 
+CONVERTED = [*(f"{name}, converted" for name in ROWS), "fsdp2, converted, sharded"]
+
+
 def in_column(column, names):
     """Parameters with their cell; what has another name ran under DDP."""
     rows = {name: f"Trainer, {ROWS.get(name.split(',')[0], 'DDP')}" for name in names}
@@ -93,7 +96,7 @@ def test_on_one_process_too(alone, name):
 
 
 @needs_torch_2_7
-@pytest.mark.parametrize("name", in_column("convert in", [f"{name}, converted" for name in ROWS if name != "fsdp1"]))
+@pytest.mark.parametrize("name", in_column("convert in", CONVERTED))
 @pytest.mark.cell("Trainer, one process", "convert out", "1")
 def test_trainer_goes_on_from_one_processs_checkpoint_under_every_engine_at_two_ranks(two_ranks, name):
     for found in two_ranks[1]:

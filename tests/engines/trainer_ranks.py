@@ -164,12 +164,12 @@ def check_run_and_resumes(folder, settings=dict, groups=2, exact=True):
     return parameters
 
 
-def go_on(folder, source, to, settings=dict):
+def go_on(folder, source, to, settings=dict, full=False):
     """Convert another world's or engine's checkpoint for this one, and go on from it to the end, as a user does."""
     step = int(source.rpartition("-")[2])
-    run = f"{folder}/to {to}"
+    run = f"{folder}/to {to}{', full' * full}"
     if rank() == 0:
-        convert(source, f"{run}/checkpoint-{step}", to, world())
+        convert(source, f"{run}/checkpoint-{step}", to, world(), full_state_dict=full)
     if world() > 1:
         dist.barrier()
     forget_accelerate()
@@ -302,4 +302,9 @@ def under_every_engine(folder, alone):
         source = after if stage == 2 else before
         found[f"zero{stage}, converted"] = go_on(f"{folder}/ds", source, f"zero{stage}", lambda s=stage: deepspeed(s))
     found |= under_fsdp(f"{folder}/fsdp")
-    return found | {"fsdp2, converted": go_on(f"{folder}/fsdp", before, "fsdp", lambda: fsdp(2))}
+    for version, more in ((1, {"use_orig_params": True}), (2, {})):
+        settings = lambda v=version, m=more: fsdp(v, **m)  # noqa: E731
+        found[f"fsdp{version}, converted"] = go_on(f"{folder}/fsdp/{version}", before, "fsdp", settings, full=True)
+    sharded = {"state_dict_type": "SHARDED_STATE_DICT"}
+    found["fsdp2, converted, sharded"] = go_on(f"{folder}/fsdp", after, "fsdp", lambda: fsdp(2, **sharded))
+    return found
