@@ -158,7 +158,7 @@ def convert(
         _write(state, src, dst, building, to, world_size, full_state_dict, for_trainer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return notes + _notes_on_ranks(src, state, world_size)
+    return notes + _notes_on_objects(state, to) + _notes_on_ranks(src, state, world_size)
 
 
 def _write(
@@ -254,6 +254,13 @@ def with_schedule_keys(state: TrainingState) -> TrainingState:
                 group.setdefault(key, value)
     kept = {key: value for key, value in vars(state).items() if key != "groups"}
     return TrainingState(groups=groups, **kept)
+
+
+def _notes_on_objects(state: TrainingState, to: str) -> list[str]:
+    names = list(state.extra.get("objects", ()))
+    if not names or to.startswith("zero"):
+        return []
+    return [f"{names[:5]} ({len(names)} in all) are extra state of modules, which only ZeRO's files take: left out"]
 
 
 def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[str]:

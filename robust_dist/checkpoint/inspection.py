@@ -95,6 +95,8 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         rows.append(("no state", f"{len(without)} parameters: {', '.join(without[:5])}"))
     if any(name.startswith("#") for group in state.groups for name in group["params"]):
         rows.append(("names", "none: to convert it, write them with robust_dist.checkpoint.note_parameters"))
+    if "objects" in state.extra:
+        rows.append(("extra state", ", ".join(state.extra["objects"])))
     if recipe:
         rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in _recipe(recipe))))
     return rows

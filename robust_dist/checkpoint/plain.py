@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_dist.checkpoint.names import Names, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import TrainingState, split_objects
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
@@ -57,14 +57,16 @@ def read_folder(folder: Path, *, number: bool = False) -> TrainingState:
     """
     full = (folder / FULL_MODEL_FILE).is_file()
     file = folder / FULL_MODEL_FILE if full else _model_file(folder)
-    model, noted = bare(_load_model(file)), read_names(folder)
+    weights, objects = split_objects(_load_model(file))
+    model, noted = bare(weights), read_names(folder)
     shared = {} if noted is None else noted.shared
     model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
     there = (folder / name for name in OPTIMIZER_FILES)
     path = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE)
     ordered = "safetensors" not in file.name
     optimizer, groups = named_optimizer(load_file(path), model, noted, ordered=ordered, where=path, number=number)
-    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp")
+    extra = {"objects": objects} if objects else {}
+    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp", extra=extra)
 
 
 def read_file(path: Path, *, number: bool = False) -> TrainingState:
@@ -86,12 +88,15 @@ def read_file(path: Path, *, number: bool = False) -> TrainingState:
             f"{path}: has the keys {sorted(map(str, content))}, and no state_dict under one of {list(_MODEL_KEYS)} and "
             f"one of {list(_OPTIMIZER_KEYS)}"
         )
-    weights = bare(model)
+    tensors, objects = split_objects(model)
+    weights = bare(tensors)
     state, groups = named_optimizer(
         optimizer, weights, read_names(path.parent), ordered=True, where=path, number=number
     )
     schedule = _first(content, _SCHEDULE_KEYS)
-    return TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
+    found = TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
+    found.extra |= {"objects": objects} if objects else {}
+    return found
 
 
 def _first(content: Mapping[str, Any], keys: Iterable[str]) -> Any:
@@ -107,17 +112,17 @@ def _model_file(folder: Path) -> Path:
     return found[0]
 
 
-def _load_model(path: Path) -> dict[str, Tensor]:
+def _load_model(path: Path) -> dict[str, Any]:
     if path.suffix != ".json":
         content = _load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path}: is not the state_dict of a model (a name and a tensor each)")
         return dict(content)
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: torn, or no index of weights ({error!r})") from None
-    model: dict[str, Tensor] = {}
+    model: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         model.update(_load_model(path.parent / name))
     return model
