@@ -205,7 +205,7 @@ def _lacking(engine: Any, zero: Path) -> Iterator[str]:
     moments = _UNIVERSAL_STATE[1:]
     stepped = stage == 3 or any((zero / name / f"{key}.pt").is_file() for name in owned for key in moments)
     wanted = _UNIVERSAL_STATE if stepped else _UNIVERSAL_STATE[:1]
-    for name, shape in owned.items():
+    for name, shape in sorted(owned.items()):
         missing = [key for key in wanted if not (zero / name / f"{key}.pt").is_file()]
         if missing:
             yield f"{zero / name / missing[0]}.pt is missing: the universal checkpoint is torn, or of another model"
