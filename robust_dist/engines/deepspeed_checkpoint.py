@@ -32,7 +32,8 @@ def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) ->
     After `register()` every `load_checkpoint` of a RAdaBeliefW's engine begins with this, unless it loads a part, or
     there is no checkpoint at all, where DeepSpeed warns and starts anew. DeepSpeed alone takes another optimizer's
     state without a word, and ranks part or hang where the file of one is torn. Every rank reads the files that it will
-    load, tensors left on the disk, and all raise if one of them would; this is one collective.
+    load, tensors left on the disk, and all raise if one of them would; this is one collective. It asks for no more than
+    the load does: extra state, and models with load hooks of their own, are the load's to judge.
 
     Args:
         engine: What `deepspeed.initialize` returned, with RAdaBeliefW; no pipeline, expert or tensor parallelism.
