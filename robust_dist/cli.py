@@ -51,7 +51,7 @@ def _convert(words: argparse.Namespace) -> int:
 
     if words.to.startswith("zero"):
         words.extra = "deepspeed"
-    how = {"full_state_dict": words.full_state_dict, "form": words.form}
+    how = {"full_state_dict": words.full_state_dict, "unwrap": words.unwrap, "form": words.form}
     notes = convert(words.src, words.dst, words.to, words.world_size, **how)
     for note in notes:
         print(f"note: {note}")
@@ -114,6 +114,9 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
     convert.add_argument(
         "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
+    )
+    convert.add_argument(
+        "--unwrap", action="store_true", help='take away the "module." that DDP put before every name of a file'
     )
     convert.add_argument(
         "--form",

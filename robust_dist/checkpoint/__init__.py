@@ -6,7 +6,7 @@ from robust_dist.checkpoint.store import Checkpoint, CheckpointError, Checkpoint
 
 if TYPE_CHECKING:
     from robust_dist.checkpoint.conversion import convert, read
-    from robust_dist.checkpoint.fsdp1 import load_state, make_state
+    from robust_dist.checkpoint.fsdp import load_state, make_state, save_state
     from robust_dist.checkpoint.inspection import inspect
     from robust_dist.checkpoint.names import note_parameters
     from robust_dist.checkpoint.training_state import TrainingState
@@ -22,6 +22,7 @@ __all__ = [
     "make_state",
     "note_parameters",
     "read",
+    "save_state",
     "verify",
     "write_atomically",
 ]
@@ -29,10 +30,11 @@ _HOMES = {
     "TrainingState": "training_state",
     "convert": "conversion",
     "inspect": "inspection",
-    "load_state": "fsdp1",
-    "make_state": "fsdp1",
+    "load_state": "fsdp",
+    "make_state": "fsdp",
     "note_parameters": "names",
     "read": "conversion",
+    "save_state": "fsdp",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from robust_dist.checkpoint import layout as layouts
 from robust_dist.checkpoint import trainer
 from robust_dist.checkpoint.layout import Layout, find_layout
-from robust_dist.checkpoint.names import Names, read_names, write_names
+from robust_dist.checkpoint.names import WRAPPED, Names, read_names, write_names
 from robust_dist.checkpoint.plain import (
     SCHEDULE_FILE,
     check_keys,
@@ -30,7 +30,7 @@ _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_di
 _ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
 
 
-def read(src: str | Path, *, number: bool = False) -> TrainingState:
+def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in a checkpoint of any engine, whole and on the CPU.
 
     Args:
@@ -38,6 +38,8 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
             `checkpoint-N` of Trainer's under any of these, a DeepSpeed folder, a `torch.distributed.checkpoint` folder,
             or a `torch.save` file with "model" and "optimizer".
         number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
+        unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
+            put it there. Without this it is the model's own, unless names beside it prove that it is not.
 
     Raises:
         CheckpointError: It is no checkpoint, torn, of another optimizer, or its parameters have no names.
@@ -47,7 +49,7 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
     place = find_layout(path)
     if path.is_dir() and trainer.is_trainers(path):
         trainer.check_files(path, place.kind)
-    state = _read(place, number)
+    state = _read(place, number, unwrap)
     if place.kind in _ACCELERATE:
         _read_beside(state, path)
     if found is not None:
@@ -57,11 +59,11 @@ def read(src: str | Path, *, number: bool = False) -> TrainingState:
     return state
 
 
-def _read(place: Layout, number: bool) -> TrainingState:
+def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind == layouts.FILE:
-        return read_file(place.path, number=number)
+        return read_file(place.path, number=number, unwrap=unwrap)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
-        return read_folder(place.path, number=number)
+        return read_folder(place.path, number=number, unwrap=unwrap)
     if place.kind == layouts.DEEPSPEED:
         from robust_dist.checkpoint.zero import read_zero
 
@@ -70,7 +72,7 @@ def _read(place: Layout, number: bool) -> TrainingState:
 
     if place.kind == layouts.FSDP_SHARDED:
         return read_dcp(place.path / MODEL_FOLDER, place.path / OPTIMIZER_FOLDER)
-    return read_dcp(place.path)
+    return read_dcp(place.path, unwrap=unwrap)
 
 
 def _read_beside(state: TrainingState, folder: Path) -> None:
@@ -114,14 +116,15 @@ def convert(
     world_size: int,
     *,
     full_state_dict: bool = False,
+    unwrap: bool = False,
     form: str | None = None,
 ) -> list[str]:
     """Write a checkpoint again as the Accelerate or Trainer folder of another engine, whole or not at all.
 
     What was Trainer's becomes Trainer's again: `trainer.train(resume_from_checkpoint=dst)` goes on from it. Else
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (For FSDP1 with sharded state dicts take `robust_dist.checkpoint.load_state`, which
-    mends faults of that load.) Parameters, optimizer state, groups and schedule keep their bits.
+    `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
+    load.) Parameters, optimizer state, groups and schedule keep their bits.
 
     Args:
         src: As `read`.
@@ -129,6 +132,7 @@ def convert(
         to: "ddp", "fsdp", "zero0", "zero1", "zero2" or "zero3".
         world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
         full_state_dict: With "fsdp", write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
+        unwrap: As `read`.
         form: "accelerate", "trainer", or None: as `src`. Where `src` is not Trainer's, "trainer" adds a
             `trainer_state.json` that knows the step alone.
 
@@ -149,8 +153,9 @@ def convert(
         raise CheckpointError(f"form={form!r} is none of {', '.join(FORMS)}")
     if dst.exists():
         raise CheckpointError(f"{dst}: is there already; name a folder that is not")
-    state = read(src)
-    notes = fill_missing_state(state) if to == "fsdp" else []
+    state = read(src, unwrap=unwrap)
+    notes = _note_on_names(src, state)
+    notes += fill_missing_state(state) if to == "fsdp" else []
     building = dst.absolute().parent / f".{dst.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     try:
@@ -254,6 +259,14 @@ def with_schedule_keys(state: TrainingState) -> TrainingState:
                 group.setdefault(key, value)
     kept = {key: value for key, value in vars(state).items() if key != "groups"}
     return TrainingState(groups=groups, **kept)
+
+
+def _note_on_names(src: Path, state: TrainingState) -> list[str]:
+    """Of a file whose writer is unknown: a "module." in front of all names may be DDP's."""
+    unknown = find_layout(src).kind in (layouts.FILE, layouts.DCP)
+    if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
+        return []
+    return [f"every name begins with {WRAPPED!r}, which is kept; if DDP's wrapper added it, convert with --unwrap"]
 
 
 def _notes_on_objects(state: TrainingState, to: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from robust_dist.checkpoint.names import bare
+from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
@@ -95,8 +95,12 @@ def ranks_of(folder: Path) -> int:
     return len({path.name.split("_")[2] for path in folder.glob("__*_*.distcp")})
 
 
-def read_dcp(*folders: Path) -> TrainingState:
+def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     """The training state in one DCP folder, or in a model's and an optimizer's.
+
+    Args:
+        *folders: The folder or the two.
+        unwrap: As `bare_names`.
 
     Raises:
         CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
@@ -112,15 +116,17 @@ def read_dcp(*folders: Path) -> TrainingState:
             f"them; there are {list(flat)[:3]}"
         )
     before, root = found["before"], f"{found['before']}{found['name']}."
-    model = bare({name: value for name, value in _model(flat, before, root).items() if isinstance(value, Tensor)})
+    entries = {name: value for name, value in _model(flat, before, root).items() if isinstance(value, Tensor)}
+    state = _state(_below(flat, root + "state."))
+    model = bare(entries, bare_names(state), unwrap=unwrap)
     if not model:
         raise CheckpointError(f"{where}: holds an optimizer, but no model under {before + 'model.'!r}")
-    state = _state(_below(flat, root + "state."))
     check_keys(state, where)
     groups = _groups(_below(flat, root + "param_groups."), list(state))
-    renamed = dict(zip(state, bare(dict.fromkeys(state, torch.empty(0))), strict=True))
-    optimizer = {renamed[name]: entry for name, entry in state.items()}
-    groups = [{**group, "params": [renamed.get(name, name) for name in group["params"]]} for group in groups]
+    called = list(dict.fromkeys(name for group in groups for name in group["params"]))
+    renamed = dict(zip(called, bare_names(called, model), strict=True))
+    optimizer = {renamed.get(name, name): entry for name, entry in state.items()}
+    groups = [{**group, "params": [renamed[name] for name in group["params"]]} for group in groups]
     return TrainingState(
         model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks_of(folders[0]) or None
     )

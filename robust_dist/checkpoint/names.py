@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.checkpoint.store import CheckpointError, write_atomically
+from robust_dist.optim.groups import clean_name, reshard
 
 SIDECAR = "parameters.json"
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+WRAPPED = "module."
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _MOST_PATHS = 10_000
 
@@ -53,17 +54,33 @@ class Names:
         return {key: value for key, value in known.items() if value is not None}
 
 
-def bare_names(names: Iterable[str]) -> list[str]:
-    """The names without what wrappers add; "module." in front goes where every name has it, as under DDP."""
-    bare = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
-    if bare and all(name.startswith("module.") for name in bare):
-        return [name.removeprefix("module.") for name in bare]
-    return bare
+def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool = False) -> list[str]:
+    """The names without what wrappers have added, as far as names can prove it.
+
+    A "module." in front of all of them may be DDP's, or the model's own only child. It goes where `known` proves that
+    a wrapper added it, or where the caller says so.
+
+    Args:
+        names: As a file has them.
+        known: Names of the same model from elsewhere.
+        unwrap: Whether a "module." in front of all of them is a wrapper's.
+    """
+    bare = [clean_name(name) for name in names]
+    if not bare or not all(name.startswith(WRAPPED) for name in bare):
+        return bare
+    short, others = [name.removeprefix(WRAPPED) for name in bare], set(known)
+    proven = bool(others) and _agree(set(short), others) and not _agree(set(bare), others)
+    return short if unwrap or proven else bare
 
 
-def bare(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _agree(names: set[str], others: set[str]) -> bool:
+    """Whether one may name a part of what the other names, as an optimizer's names do of a model's."""
+    return names <= others or others <= names
+
+
+def bare(model: Mapping[str, Tensor], known: Iterable[str] = (), *, unwrap: bool = False) -> dict[str, Tensor]:
     """A model's state with `bare_names`."""
-    return dict(zip(bare_names(model), model.values(), strict=True))
+    return dict(zip(bare_names(model, known, unwrap=unwrap), model.values(), strict=True))
 
 
 def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
@@ -83,10 +100,11 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
+    reshard(model)
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     shared: dict[str, str] = {}
-    named = dict(zip(bare_names(name for name, _ in pairs), (tensor for _, tensor in pairs), strict=True))
+    named = {clean_name(name, model): tensor for name, tensor in pairs}
     for name, tensor in named.items():
         known = first.setdefault(id(tensor), name)
         if known != name:
@@ -158,7 +176,7 @@ def name_groups(
     if noted is not None:
         found: list[list[str]] | None = noted.groups
     elif all(isinstance(given, (list, tuple)) for given in names):
-        found = _split(bare_names(str(name) for given in names if given for name in given), sizes)
+        found = _split(bare_names((str(name) for given in names if given for name in given), model), sizes)
     else:
         wanted = [[shapes.get(number) for number in group["params"]] for group in groups]
         found = _tell(wanted, model, ordered)

@@ -45,36 +45,39 @@ def load_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: torn, or not a file of tensors and plain values ({reason})") from None
 
 
-def read_folder(folder: Path, *, number: bool = False) -> TrainingState:
+def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
     Args:
         folder: The folder.
         number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+        unwrap: As `bare_names`.
 
     Raises:
         CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another one.
     """
     full = (folder / FULL_MODEL_FILE).is_file()
     file = folder / FULL_MODEL_FILE if full else _model_file(folder)
+    there = (folder / name for name in OPTIMIZER_FILES)
+    path, noted = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE), read_names(folder)
+    saved = load_file(path)
     weights, objects = split_objects(_load_model(file))
-    model, noted = bare(weights), read_names(folder)
+    model = bare(weights, _own_names(saved, noted), unwrap=unwrap)
     shared = {} if noted is None else noted.shared
     model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
-    there = (folder / name for name in OPTIMIZER_FILES)
-    path = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE)
     ordered = "safetensors" not in file.name
-    optimizer, groups = named_optimizer(load_file(path), model, noted, ordered=ordered, where=path, number=number)
+    optimizer, groups = named_optimizer(saved, model, noted, ordered=ordered, where=path, number=number)
     extra = {"objects": objects} if objects else {}
     return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp", extra=extra)
 
 
-def read_file(path: Path, *, number: bool = False) -> TrainingState:
+def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in a `torch.save` file of {"model": ..., "optimizer": ..., "scheduler": ...}.
 
     Args:
         path: The file.
         number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+        unwrap: As `bare_names`.
 
     Raises:
         CheckpointError: It is torn or holds no model and optimizer, or as `read_folder`.
@@ -89,14 +92,23 @@ def read_file(path: Path, *, number: bool = False) -> TrainingState:
             f"one of {list(_OPTIMIZER_KEYS)}"
         )
     tensors, objects = split_objects(model)
-    weights = bare(tensors)
-    state, groups = named_optimizer(
-        optimizer, weights, read_names(path.parent), ordered=True, where=path, number=number
-    )
+    noted = read_names(path.parent)
+    weights = bare(tensors, _own_names(optimizer, noted), unwrap=unwrap)
+    state, groups = named_optimizer(optimizer, weights, noted, ordered=True, where=path, number=number)
     schedule = _first(content, _SCHEDULE_KEYS)
     found = TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
     found.extra |= {"objects": objects} if objects else {}
     return found
+
+
+def _own_names(optimizer: Any, noted: Names | None) -> list[str]:
+    """What a note, or else the optimizer itself, calls its parameters; none where neither names them all."""
+    if noted is not None:
+        return [name for group in noted.groups for name in group]
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    names = [group.get("param_names") or group.get("params", ()) for group in groups or ()]
+    found = [name for group in names for name in group]
+    return bare_names(found) if all(isinstance(name, str) for name in found) else []
 
 
 def _first(content: Mapping[str, Any], keys: Iterable[str]) -> Any:
@@ -105,6 +117,9 @@ def _first(content: Mapping[str, Any], keys: Iterable[str]) -> Any:
 
 def _model_file(folder: Path) -> Path:
     found = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    if [path.name for path in found] == [MODEL_FILES[0], MODEL_FILES[2]]:
+        # As `write_ddp` leaves them; Accelerate takes the first, too.
+        return found[0]
     if len(found) != 1:
         raise CheckpointError(
             f"{folder}: holds {[path.name for path in found] or 'no model file'}; wanted is one of {list(MODEL_FILES)}"
@@ -179,7 +194,7 @@ def _names_by_key(
 ) -> dict[Any, str]:
     keys = [key for group in groups for key in group["params"]]
     if all(isinstance(key, str) for key in keys):
-        return dict(zip(keys, bare_names(keys), strict=True))
+        return dict(zip(keys, bare_names(keys, model), strict=True))
     shapes = {key: tuple(entry["exp_avg"].shape) for key, entry in state.items()}
     try:
         found = name_groups(groups, shapes, model, noted, ordered=ordered, where=where)
@@ -215,10 +230,63 @@ def _why_refused(entry: Mapping[str, Any]) -> str:
     return f"it is of another optimizer{hint}"
 
 
+def _further_names(state: TrainingState) -> dict[str, str]:
+    """For each further name of a shared tensor its first name.
+
+    Told by the memory; or, where a checkpoint of shards holds each apart, by a trained parameter's bits under a name
+    that the optimizer does not know.
+    """
+    trained = {name for name, entry in state.optimizer.items() if float(entry[STEP]) > 0}
+    known = {name for group in state.groups for name in group["params"]} | {*state.extra.get("frozen", ())}
+    known |= {*state.extra.get("buffers", ())}
+    found: dict[str, str] = {}
+    by_memory: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, tensor in state.model.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        same = by_memory.setdefault(place, name) if tensor.numel() else name
+        if same == name and name not in known:
+            same = next((other for other in trained if _has_bits_of(tensor, state.model[other])), name)
+        if same != name:
+            found[name] = same
+    return found
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them; slices of one flat tensor share it."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        copy = memory in seen or not tensor.is_contiguous()
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
+        seen.add(memory)
+    return found
+
+
+def _has_bits_of(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.dtype != other.dtype or tensor.shape != other.shape or tensor.numel() < 2:
+        return False
+    # Equal constants, such as biases of 0, prove nothing.
+    return torch.equal(tensor, other) and not torch.equal(other, other.flatten()[:1].expand_as(other))
+
+
 def write_ddp(state: TrainingState, folder: Path) -> None:
-    """Write `pytorch_model.bin` and `optimizer.bin` as Accelerate does under DDP."""
-    # Not safetensors: Accelerate refuses such a file where it holds both names of a shared parameter.
-    torch.save(state.model, folder / "pytorch_model.bin")
+    """Write `model.safetensors` and `optimizer.bin` as Accelerate does under DDP; and `pytorch_model.bin`.
+
+    Accelerate refuses a `model.safetensors` with both names of a shared parameter: the further ones go into
+    `state.extra["shared"]`, which is noted beside it.
+    """
+    from safetensors.torch import save_file
+
+    shared = dict(state.extra.get("shared") or {}) | _further_names(state)
+    state.extra["shared"] = shared
+    first = {name: tensor for name, tensor in state.model.items() if name not in shared}
+    try:
+        save_file(_apart(first), folder / MODEL_FILES[0], metadata={"format": "pt"})
+    except KeyError:
+        # Of a dtype that safetensors does not have, as complex128; Accelerate then takes the other file.
+        (folder / MODEL_FILES[0]).unlink(missing_ok=True)
+    torch.save(state.model, folder / MODEL_FILES[2])
     numbers: dict[str, int] = {}
     for group in state.groups:
         for name in group["params"]:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from robust_dist.checkpoint.fsdp import names_with_state, only_saved, only_stepped
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.fsdp_record import describe, gathered, listed, misfits, raise_together, read, sign
-from robust_dist.optim.groups import clean_name
+from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
 from robust_dist.schedule import RankDisagreementError, base_optimizer
 from robust_dist.schedule.agreement import taking_part
@@ -34,7 +35,8 @@ def check(model: nn.Module, optimizer: Any) -> None:
 
     Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
     FSDP1's flat parameters put new ones in the place of those that an optimizer was made with, and such an optimizer
-    steps without an error and trains nothing. Call it on every rank: where one fails, all raise.
+    steps without an error and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation
+    FSDP2's parameters are sharded again.
 
     Args:
         model: The model as it is trained.
@@ -47,9 +49,11 @@ def check(model: nn.Module, optimizer: Any) -> None:
 
 
 def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
+    reshard(model)
     held = [id(param) for group in optimizer.param_groups for param in group["params"]]
-    trained = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
-    lost = [name for name, param in trained.items() if id(param) not in set(held)]
+    known_to_optimizer = set(held)
+    trained = [(clean_name(name, model), param) for name, param in model.named_parameters() if param.requires_grad]
+    lost = [name for name, param in trained if id(param) not in known_to_optimizer]
     known = {id(param) for param in model.parameters()}
     stale = sum(one not in known for one in held)
     if stale:
@@ -63,7 +67,7 @@ def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
             f"parameters in no param group, which would never be trained: {listed(lost)}; give them to the optimizer, "
             "or set requires_grad=False on them"
         )
-    flat = [name for name in trained if name.rpartition(".")[2].startswith("_flat_param")]
+    flat = [name for name, _ in trained if name.rpartition(".")[2].startswith("_flat_param")]
     if flat and len(optimizer.param_groups) > 1:
         return (
             f"{len(optimizer.param_groups)} param groups over flat parameters ({listed(flat)}), which mix weights and "
@@ -83,7 +87,8 @@ def save(
     Args:
         folder: Where the checkpoint will be; a file system that all ranks see.
         model: The model as it is trained.
-        optimizer: The optimizer, or an engine's wrapper of it. One that has not stepped is saved as that: step 0.
+        optimizer: The optimizer, or an engine's wrapper of it. What was never stepped, all of it or some parameters,
+            is saved as that: without state. Gradients that are there are not saved, and stay.
         schedule: RobustSchedule, WeightDecaySwitch, or anything with a `state_dict()` of plain values; or None.
         async_: Copy the state, return at once, and write from a thread, with a process group of its own: on the
             training's, its collectives would run into those of the training.
@@ -98,10 +103,8 @@ def save(
     path, inner = Path(folder), base_optimizer(optimizer)
     check(model, inner)
     step = _agreed_step(inner, schedule)
-    with _filled(inner) as empty:
+    with only_stepped(inner):
         state = _state(model, inner, schedule)
-        if empty:
-            _forget_the_dry_step(state["optimizer"])
     metadata = {**describe(state, inner), "world_size": _world_size()}
     if not async_:
         _write(path, state, step, metadata, None)
@@ -117,7 +120,8 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
     """Load what `save` wrote, at any number of ranks; afterwards rate and decay are those of the saved step.
 
     What the folder says of itself is compared first: nothing is changed where it does not fit. Call it on every
-    rank: where one fails, all raise.
+    rank: where one fails, all raise. State comes back for the parameters that had some, frozen ones too, and for no
+    other; gradients that are there stay.
 
     Args:
         folder: The checkpoint.
@@ -129,16 +133,19 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
         EngineError: As `check`.
         CheckpointError: The folder is torn, or of another model, optimizer, or groups; what differs is listed.
     """
+    from robust_dist.checkpoint.dcp import read_metadata
+
     path, inner = Path(folder), base_optimizer(optimizer)
     check(model, inner)
     _on_rank_0(lambda: _recover(path), None)
     saved = read(path)
-    with _filled(inner):
+    stepped = names_with_state(read_metadata(path).state_dict_metadata)
+    with only_saved(model, inner, stepped):
         state = _state(model, inner, schedule)
         found = misfits(saved, describe(state, inner))
         raise_together(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
-    _read_into(path, state)
-    _set(model, inner, state)
+        _read_into(path, state)
+        _set(model, inner, state)
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
 
@@ -155,37 +162,6 @@ def _set(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-@contextmanager
-def _filled(optimizer: Optimizer) -> Iterator[bool]:
-    """Whether no rank's optimizer has state; torch then fills it with a step at lr = 0, which is taken back."""
-    empty_here = not optimizer.state
-    # Under FSDP1 a rank that holds no element has none after any number of steps.
-    empty = all(gathered(empty_here))
-    try:
-        yield empty
-    finally:
-        if empty_here:
-            optimizer.state.clear()
-
-
-def _locals(value: Any) -> list[Tensor]:
-    """The plain tensors that a Tensor, DTensor or ShardedTensor holds on this rank."""
-    if hasattr(value, "local_shards"):
-        return [shard.tensor for shard in value.local_shards()]
-    if hasattr(value, "to_local"):
-        return [value.to_local()]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def _forget_the_dry_step(moments: dict[str, Any]) -> None:
-    for state in moments["state"].values():
-        for key, value in state.items():
-            if key == STEP and not isinstance(value, Tensor):
-                state[key] = 0
-            for local in _locals(value):
-                local.detach().zero_()
 
 
 def _copied(value: Any) -> Any:

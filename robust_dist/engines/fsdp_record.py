@@ -88,10 +88,11 @@ def _model_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list
 
 def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     lines = []
-    if saved["optimizer"] != present["optimizer"] or saved["state"] != present["state"]:
+    # A checkpoint of before the first step has no state to compare.
+    other_state = saved["state"] and saved["state"] != present["state"]
+    if saved["optimizer"] != present["optimizer"] or other_state:
         lines.append(
-            f"the checkpoint is of another optimizer: {saved['optimizer']} with state {saved['state']}, "
-            f"this is {present['optimizer']} with {present['state']}"
+            f"the checkpoint is of another optimizer: {_class_and_state(saved)}, this is {_class_and_state(present)}"
         )
     if len(saved["groups"]) != len(present["groups"]):
         lines.append(
@@ -108,6 +109,11 @@ def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> 
     if present["schedule"] and not saved["schedule"]:
         lines.append("the checkpoint has no schedule: it was saved with schedule=None")
     return lines
+
+
+def _class_and_state(described: Mapping[str, Any]) -> str:
+    state = described["state"]
+    return f"{described['optimizer']} with state {state}" if state else str(described["optimizer"])
 
 
 def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:

@@ -1,23 +1,95 @@
 """Parameter groups: weight decay for weights, none for biases and normalisation layers."""
 
+import gc
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from robust_dist.optim.settings import check_not_negative
 
-# what DDP, FSDP1, torch.compile and activation checkpointing put into parameter names
-_WRAPPERS = frozenset({"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+# class of a wrapper, by its package's name -> the children under which it holds the module
+_WRAPPERS = {
+    "torch.DistributedDataParallel": ("module",),
+    "torch.DataParallel": ("module",),
+    "torch.AveragedModel": ("module",),
+    "torch.FullyShardedDataParallel": ("_fsdp_wrapped_module",),
+    "torch.OptimizedModule": ("_orig_mod",),
+    "torch.ActivationWrapper": ("_checkpoint_wrapped_module",),
+    "deepspeed.DeepSpeedEngine": ("module",),
+    "lightning._FabricModule": ("_forward_module", "_original_module"),
+    "lightning_fabric._FabricModule": ("_forward_module", "_original_module"),
+}
+# names that no user's module has, so that they tell a wrapper without the model
+_UNMISTAKABLE = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 _NORM_CLASS = re.compile(r"Norm(?![a-z])|norm$")
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name without the components that wrappers add ("module.", "_fsdp_wrapped_module.", ...)."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def clean_name(name: str, model: nn.Module | None = None) -> str:
+    """A parameter's (or buffer's) name without the components that wrappers have added.
+
+    Args:
+        name: As the model's `named_parameters()` or `state_dict()` has it.
+        model: The model. Its modules' types tell what is a wrapper's (DDP, DataParallel, AveragedModel, FSDP1,
+            torch.compile, activation checkpointing, DeepSpeed's engine, Fabric): a child of the user's own that is
+            called `module` keeps its name. Without the model only names go that no user's module has, as "_orig_mod".
+    """
+    if model is None:
+        return ".".join(part for part in name.split(".") if part not in _UNMISTAKABLE)
+    kept: list[str] = []
+    at: Any = model
+    for part in name.split("."):
+        # some wrappers leave their component out of the names that they give
+        while (children := _children_of_wrapper(at)) and part not in children and part not in at._buffers:
+            at = getattr(at, children[0])
+        if part not in children and part not in _UNMISTAKABLE:
+            kept.append(part)
+        at = getattr(at, part, None)
+    return ".".join(kept)
+
+
+def _children_of_wrapper(module: Any) -> tuple[str, ...]:
+    classes = (f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(module).__mro__)
+    return next((_WRAPPERS[name] for name in classes if name in _WRAPPERS), ())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2's modules hold their shards, which are what an optimizer steps; nothing is sent between ranks.
+
+    After a forward pass without a backward, as in an evaluation, the root's whole parameters stand in their place
+    until the next backward. torch's own state dicts begin with this, too, and training goes on as if it had not been.
+    """
+    for module in model.modules():
+        # Not FSDPModule.reshard(): a module without one of its own is in the group of a parent, out of sight here.
+        for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
+            if "_fully_shard" in (getattr(hook, "__module__", None) or ""):
+                hook(module, "", False)
+
+
+def check_sharded(params: Iterable[Tensor]) -> None:
+    """Refuse whole parameters that stand in the place of FSDP2's shards for the moment: no step would train them.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if module is None or not torch.distributed.is_initialized():
+        return
+    # Nothing about such a parameter tells what it is; the objects that made it know.
+    makers = (one for one in gc.get_objects() if type(one) is module.FSDPParam)
+    whole = {id(maker.__dict__.get("_unsharded_param")) for maker in makers}
+    found = sum(id(param) in whole for param in params)
+    if found:
+        raise ValueError(
+            f"{found} parameters of the group are whole ones of FSDP2, which stand in the place of its shards from a "
+            "forward pass to the next backward, as after an evaluation, and which no step trains; take the group from "
+            "robust_dist.param_groups(model), or call reshard() on the modules that fully_shard was called on"
+        )
 
 
 def _is_bias(name: str) -> bool:
@@ -42,7 +114,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
                 " are mixed: call param_groups on the model before wrapping it, or wrap with use_orig_params=True"
             )
         if param.requires_grad:
-            yield clean_name(name), param
+            yield clean_name(name, model), param
 
 
 def _check_patterns(no_decay: Sequence[str]) -> tuple[str, ...]:
@@ -59,7 +131,7 @@ def param_groups(
     Parameters are told apart by name and by the module that owns them, never by their number of dimensions,
     so the split is the same before and after wrapping (DDP, FSDP1 with use_orig_params=True, FSDP2,
     torch.compile) and under DeepSpeed's ZeRO-3, where parameters are flat. A shared parameter counts once,
-    under its first name; frozen ones are left out.
+    under its first name; frozen ones are left out. Under FSDP2 they are the shards, after an evaluation too.
 
     Args:
         model: The model, wrapped or not.
@@ -81,6 +153,7 @@ def param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_not_negative("weight_decay", weight_decay)
     patterns = _check_patterns(no_decay)
+    reshard(model)
     own = [p for p in patterns if p not in ("bias", "norm")]
     norms = _norm_parameter_ids(model) if "norm" in patterns else set()
     named = list(_trainable(model))

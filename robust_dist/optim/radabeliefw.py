@@ -12,6 +12,7 @@ from robust_dist.optim.backend import Batch
 from robust_dist.optim.choose import check_fused, choose, fused_on_device, on_host
 from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
 from robust_dist.optim.gather import Gathered
+from robust_dist.optim.groups import check_sharded
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, as_dtype, check_group, hyper, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
@@ -175,7 +176,10 @@ class RAdaBeliefW(Optimizer):
             own_steps(self.state, group["params"], group["capturable"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its settings are checked as the constructor's are, before anything is added."""
+        """Add a param group; its settings are checked as the constructor's are, before anything is added.
+
+        After an evaluation under FSDP2, `model.parameters()` has parameters that no step would train: an error, too.
+        """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
             if "betas" in param_group:
@@ -185,6 +189,7 @@ class RAdaBeliefW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_fused(self.param_groups[-1])
+            check_sharded(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise

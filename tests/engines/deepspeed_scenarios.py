@@ -12,6 +12,7 @@ from robust_dist.schedule import RobustSchedule, base_optimizer
 from tests.engines import course
 from tests.engines import deepspeed_course as ds
 from tests.engines.course import DECAY, LR, TOTAL
+from tests.engines.odd_moments import SpareNet
 
 OFFLOAD = {"offload_optimizer": ds.CPU}
 ENGINES = {
@@ -93,6 +94,44 @@ def switch(kind, folder, end):
     for tag, step in (("step8", 8), ("step4", 4), ("step8", 8), ("step4", 4)):
         engine.load_checkpoint(f"{folder}/{kind}", tag=tag)
         ds.assert_same_bits(hold(engine, step), end)
+
+
+def odd_moment(kind, folder):
+    """After an evaluation, with a parameter that never had a gradient, and with gradients of a part of a step."""
+    net, path = SpareNet(torch.float32), f"{folder}/{kind}"
+    engine = client(kind, model=net)
+    steps(engine, 0, 3)
+    evaluate(engine)
+    part(engine, 3, 0)
+    engine.save_checkpoint(path, tag="odd")
+    part(engine, 3, 1)
+    net.asked = True
+    end = steps(engine, 4, 6)
+    other = SpareNet(torch.float32)
+    fresh = client(kind, model=other)
+    evaluate(fresh)
+    fresh.load_checkpoint(path, tag="odd")
+    steps(fresh, 3, 4)
+    other.asked = True
+    ds.assert_same_bits(steps(fresh, 4, 6), end)
+
+
+def part(engine, step, index):
+    ds.train_part(engine)(*course.part(step, index, dist.get_rank(), dist.get_world_size()), index == 1)
+
+
+def steps(engine, first, last):
+    for step in range(first, last):
+        for index in range(course.ACCUMULATION):
+            part(engine, step, index)
+    return ds.whole(engine)
+
+
+def evaluate(engine):
+    engine.eval()
+    with torch.no_grad():
+        engine(course.part(0, 0)[0].to(engine.device, ds.dtype_of(engine)))
+    engine.train()
 
 
 def with_an_empty_group(model):

@@ -41,7 +41,17 @@ ENGINES = (
     "Trainer, ZeRO 2",
     "Trainer, ZeRO 3",
 )
-COLUMNS = ("trajectory", "resume", "other world size", "switch", "groups", "convert in", "convert out")
+COLUMNS = (
+    "trajectory",
+    "resume",
+    "other world size",
+    "switch",
+    "groups",
+    "after an evaluation",
+    "a parameter without a gradient",
+    "convert in",
+    "convert out",
+)
 BEGIN, END = "<!-- matrix: written by `bash tests/run.sh --matrix=README.md` -->", "<!-- end of matrix -->"
 
 Cells = dict[tuple[str, str], list[tuple[str, str]]]

@@ -56,6 +56,8 @@ def of_every_kind(folder):
             found[f"{kind}: resume"] = lambda kind=kind: scenarios.resume(kind, folder, ends[kind])
             found[f"{kind}: switch"] = lambda kind=kind: scenarios.switch(kind, folder, ends[kind])
             found[f"{kind}: groups"] = partial(scenarios.groups, kind, folder)
+        if kind in FP32:
+            found[f"{kind}: odd moment"] = partial(scenarios.odd_moment, kind, folder)
     return found
 
 
@@ -184,6 +186,15 @@ def test_after_a_load_from_before_or_after_the_switch_the_decay_is_what_the_step
 @pytest.mark.parametrize(("kind", "column", "world"), cells("groups", WHOLE, (2,)))
 def test_groups_keep_their_settings_and_a_dropped_empty_group_harms_none(ranks, kind, column, world):
     assert_held(ranks, world, f"{kind}: {column}")
+
+
+ODD = ("after an evaluation", "a parameter without a gradient")
+
+
+@pytest.mark.parametrize(("kind", "column", "world"), [cell for column in ODD for cell in cells(column, FP32, (2,))])
+def test_a_save_after_an_evaluation_in_mid_accumulation_goes_on_bit_for_bit(ranks, kind, column, world):
+    """Of a model with a parameter that never had a gradient."""
+    assert_held(ranks, world, f"{kind}: odd moment")
 
 
 def moves():

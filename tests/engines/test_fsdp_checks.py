@@ -13,11 +13,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from robust_dist.checkpoint import CheckpointError
+from robust_dist.checkpoint import CheckpointError, make_state, note_parameters
 from robust_dist.engines import fsdp
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.schedule import RankDisagreementError
 from tests.engines import course
 from tests.engines.matrix import assert_passed, run_scenarios
@@ -95,6 +96,93 @@ def frozen_and_mixed_parameters_pass():
     fsdp.check(wrapped, course.optimizer_of(wrapped))
 
 
+def a_child_called_module_hides_no_lost_parameter():
+    class Scaled(course.Net):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.module = nn.Linear(3, 3, bias=False)
+
+    model = _shard(Scaled())
+    kept = [param for name, param in model.named_parameters() if name != "weight"]
+    refused(EngineError, lambda: fsdp.check(model, RAdaBeliefW(kept)), "no param group", ": weight;")
+    wrapped = nn.parallel.DistributedDataParallel(Scaled())
+    kept = [param for name, param in wrapped.named_parameters() if name != "module.module.weight"]
+    refused(EngineError, lambda: fsdp.check(wrapped, RAdaBeliefW(kept)), "no param group", ": module.weight;")
+
+
+def whole_parameters_are_sharded_again(folder):
+    """Under reshard_after_forward=False, after a part's own forward pass, and in a compiled model."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = course.Net()
+    for module in (model.up, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = course.optimizer_of(compiled)
+    images, labels = course.part(0, 0)
+    for _ in range(2):
+        course.loss_of(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model(images)
+        model.up(images)
+    assert not any(isinstance(param, DTensor) for param in model.parameters())
+    fsdp.save(folder / "never resharded", compiled, optimizer)
+    with torch.no_grad():
+        model(images)
+    fsdp.check(compiled, optimizer)
+    with torch.no_grad():
+        model(images)
+    note_parameters(folder, compiled, optimizer)
+    made = course.groups_of(compiled)
+    assert all(isinstance(param, DTensor) for group in made for param in group["params"])
+    with torch.no_grad():
+        model(images)
+    fsdp.load(folder / "never resharded", model, optimizer)
+    # Between a forward and its backward, too: the gradients are those that they would have been.
+    loss = course.loss_of(model(images), labels)
+    fsdp.check(model, optimizer)
+    loss.backward()
+    found = [param.grad.to_local().clone() for param in model.parameters()]
+    optimizer.zero_grad()
+    course.loss_of(model(images), labels).backward()
+    assert all(torch.equal(a, p.grad.to_local()) for a, p in zip(found, model.parameters(), strict=True))
+
+
+def a_group_of_whole_parameters_is_refused():
+    model = _shard(course.Net())
+    optimizer = RAdaBeliefW(model.down.parameters())
+    with torch.no_grad():
+        model(course.part(0, 0)[0])
+    # Its own shards are the group's; what the root holds now is not.
+    refused(ValueError, lambda: optimizer.add_param_group({"params": model.gate.parameters()}), "2 param", "reshard()")
+    refused(ValueError, lambda: RAdaBeliefW(model.parameters()), "6 parameters", "param_groups(model)")
+    assert len(optimizer.param_groups) == 1
+    for group in param_groups(nn.ModuleList([model.gate, model.norm, model.up]), 0.1):
+        optimizer.add_param_group(group)
+    fsdp.check(model, optimizer)
+
+
+def a_refused_load_leaves_state_gradients_and_what_is_frozen(folder):
+    path, run = _saved(folder), Run("FSDP2")
+    run.go(0, 1)
+    run.train_part(*course.part(1, 0, *run.engine.data()), True)
+    run.model.gate.requires_grad_(False)
+    groups = run.optimizer.param_groups
+    state, rates = dict(run.optimizer.state), [group["lr"] for group in groups]
+    del run.optimizer.state[run.model.up.weight]
+    before, grads = {p: dict(s) for p, s in run.optimizer.state.items()}, run.gradients()
+    groups[0]["params"], groups[1]["params"] = groups[1]["params"], groups[0]["params"]
+    load = functools.partial(fsdp.load, path, run.model, run.optimizer, run.schedule)
+    refused(CheckpointError, load, "param group 0 holds other parameters")
+    assert run.optimizer.state.keys() == before.keys() < state.keys()
+    assert all(run.optimizer.state[p][key] is value for p, one in before.items() for key, value in one.items())
+    assert all(torch.equal(a, b) for a, b in zip(run.gradients().values(), grads.values(), strict=True))
+    assert [n for n, p in run.model.named_parameters() if not p.requires_grad] == ["gate.weight", "gate.bias"]
+    assert [group["lr"] for group in groups] == rates
+
+
 def another_step_on_one_rank_is_not_saved(folder):
     run = Run("FSDP2")
     if dist.get_rank() == 1:
@@ -122,8 +210,7 @@ def a_save_before_the_first_step_is_step_0(engine, folder):
     assert not run.optimizer.state
     fresh = Run(engine)
     fsdp.load(path, fresh.model, fresh.optimizer, fresh.schedule)
-    assert {state["step"].item() for _, state in fresh.states().values()} == {0.0}
-    assert all((state["exp_avg_sq"] == 0).all() for _, state in fresh.states().values())
+    assert not fresh.optimizer.state
     end = fresh.go(0)
     assert same_bits(run.go(0), end)
     fresh.assert_ends_on_track()
@@ -230,6 +317,7 @@ def another_optimizer_is_refused(folder):
     run = Run("FSDP2")
     path = folder / "AdamW"
     adamw = torch.optim.AdamW(course.groups_of(run.model), amsgrad=True)
+    make_state(adamw)
     fsdp.save(path, run.model, adamw)
     load = functools.partial(fsdp.load, path, run.model, run.optimizer)
     refused(CheckpointError, load, "another optimizer: AdamW", "max_exp_avg_sq", "this is RAdaBeliefW")
@@ -284,6 +372,10 @@ SCENARIOS = (
     groups_over_flat_parameters_are_refused,
     a_lost_parameter_is_refused_on_every_rank,
     frozen_and_mixed_parameters_pass,
+    a_child_called_module_hides_no_lost_parameter,
+    whole_parameters_are_sharded_again,
+    a_group_of_whole_parameters_is_refused,
+    a_refused_load_leaves_state_gradients_and_what_is_frozen,
     another_step_on_one_rank_is_not_saved,
     *(functools.partial(an_asynchronous_save_is_of_its_step, engine) for engine in SHARDED),
     *(functools.partial(a_save_before_the_first_step_is_step_0, engine) for engine in (*SHARDED[::2], "DDP")),
@@ -363,3 +455,26 @@ def test_a_save_that_was_killed_between_its_two_renames_is_finished_by_the_next_
     whole.rename(cut_off)
     with pytest.raises(CheckpointError, match="no readable"):
         fsdp.load(whole, model, optimizer)
+
+
+def test_state_is_made_without_a_trace_but_the_state():
+    """No hook, no schedule and no gradient sees the step that makes it; parameters keep their bits."""
+    model = course.Net()
+    optimizer = course.optimizer_of(model)
+    schedule = course.schedule_of(optimizer)
+    seen, before = [], course.named(model)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+    grad = model.up.weight.grad = torch.ones(10, 6)
+    model.gate.requires_grad_(False)
+    make_state(optimizer)
+    assert {*optimizer.state} == {param for param in model.parameters() if param.requires_grad}
+    assert not seen
+    assert model.up.weight.grad is grad
+    assert all(param.grad is None for name, param in model.named_parameters() if name != "up.weight")
+    assert same_bits(course.named(model), before)
+    course.assert_settings(optimizer.param_groups, 0)
+    assert schedule.last_epoch == 0
+    made = {param: dict(state) for param, state in optimizer.state.items()}
+    make_state(optimizer, model.gate.parameters())
+    assert all(optimizer.state[p][key] is value for p, one in made.items() for key, value in one.items())
+    assert model.gate.weight in optimizer.state

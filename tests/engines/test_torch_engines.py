@@ -57,7 +57,7 @@ def _cell(engine, column, world):
 
 
 def _cells():
-    properties = ("resume", "switch", "groups")
+    properties = ("resume", "switch", "groups", "after an evaluation", "a parameter without a gradient")
     found = [_cell(engine, "trajectory", world) for world, engines in scenarios.AT.items() for engine in engines]
     resumed = [(world, engine) for world in scenarios.AT for engine in scenarios.resumed(world)]
     return found + [_cell(engine, column, world) for world, engine in resumed for column in properties]
@@ -86,6 +86,20 @@ def test_a_checkpoint_goes_on_at_another_number_of_ranks_on_the_track_of_one_pro
 @pytest.mark.parametrize("engine", ["FSDP1", "FSDP2"])
 def test_the_step_that_torch_makes_to_get_state_changes_nothing_and_step_0_comes_back_as_step_0(launches, engine):
     assert_passed(launches[2], f"step 0 {engine}")
+
+
+@pytest.mark.parametrize(("engine", "world"), scenarios.FROZEN.items())
+def test_state_of_parameters_that_are_frozen_when_it_is_loaded_comes_back(launches, engine, world):
+    assert_passed(launches[world], f"{engine}/frozen at load")
+
+
+@pytest.mark.parametrize(("engine", "world"), scenarios.FROZEN.items())
+def test_gradients_that_are_there_stay_and_cost_no_state_at_a_save_or_a_load(launches, engine, world):
+    assert_passed(launches[world], f"{engine}/with gradients")
+
+
+def test_groups_of_a_part_of_a_model_are_its_shards_after_an_evaluation(launches):
+    assert_passed(launches[2], "groups of a part")
 
 
 def test_an_asynchronous_checkpoint_is_of_the_step_at_which_it_was_asked_for(launches):

@@ -89,6 +89,10 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _clip(model):
     """torch's clipping; parameters of several meshes, as under tensor parallelism, are normed mesh by mesh."""
     by_mesh = {}
@@ -96,7 +100,9 @@ def _clip(model):
         by_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
     if len(by_mesh) == 1:
         return full(nn.utils.clip_grad_norm_(model.parameters(), course.CLIP))
-    norms = [full(nn.utils.get_total_norm([p.grad for p in params])) for params in by_mesh.values()]
+    norms = [
+        full(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])) for params in by_mesh.values()
+    ]
     norm = torch.stack(norms).norm()
     for params in by_mesh.values():
         nn.utils.clip_grads_with_norm_(params, course.CLIP, norm)
@@ -108,7 +114,7 @@ def _clip_flat(model):
 
 
 def _whole(model):
-    return {clean_name(n): full(p.detach()).float().clone() for n, p in model.named_parameters()}
+    return {clean_name(n, model): full(p.detach()).float().clone() for n, p in model.named_parameters()}
 
 
 def _whole_flat(model):
@@ -185,13 +191,16 @@ class Run:
 
     def __init__(self, engine, total=course.TOTAL):
         self.engine = ENGINES[engine]
-        self.model = self.engine.wrap(course.Net(self.engine.dtype))
+        self.model = self._model()
         self.optimizer = self._optimizer()
         self.schedule = course.RobustSchedule(self.optimizer, total, weight_decay_off_at=course.OFF_AT)
         self.used = []
         self.optimizer.register_step_pre_hook(
             lambda optimizer, *_: self.used.append([(g["weight_decay"], g["lr"]) for g in optimizer.param_groups])
         )
+
+    def _model(self):
+        return self.engine.wrap(course.Net(self.engine.dtype))
 
     def _optimizer(self):
         if self.engine.one_group:
@@ -208,6 +217,17 @@ class Run:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+
+    def evaluate(self):
+        """A forward pass without a backward, as an evaluation makes it."""
+        images, _ = course.part(0, 0, *self.engine.data())
+        self.model.eval()
+        with torch.no_grad():
+            self.model(images.to(self.engine.dtype))
+        self.model.train()
+
+    def gradients(self):
+        return {n: p.grad if p.grad is None else _local(p.grad).clone() for n, p in self.model.named_parameters()}
 
     def whole(self):
         return self.engine.whole(self.model)
@@ -251,7 +271,7 @@ class Run:
 
     def states(self):
         """Clean name -> (parameter, its state) of the parameters that this rank has state of."""
-        named = {clean_name(n): p for n, p in self.model.named_parameters()}
+        named = {clean_name(n, self.model): p for n, p in self.model.named_parameters()}
         return {n: (p, self.optimizer.state[p]) for n, p in named.items() if p in self.optimizer.state}
 
 

@@ -21,7 +21,7 @@ from robust_dist.engines import fsdp
 from robust_dist.optim import param_groups
 from robust_dist.optim.groups import clean_name
 from robust_dist.schedule import RankDisagreementError
-from tests.engines import course
+from tests.engines import course, odd_moments
 from tests.engines.torch_engines import Run, same_bits
 
 SAVED = (4, 8)
@@ -218,7 +218,7 @@ def switch(engine):
 
 
 def _names(model, groups):
-    names = {id(p): clean_name(n) for n, p in model.named_parameters()}
+    names = {id(p): clean_name(n, model) for n, p in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in groups]
 
 
@@ -339,8 +339,23 @@ def _extras(world, folder):
         # torch cannot stage FSDP1's ShardedTensors; robust_dist.engines.fsdp.save can.
         found["asynchronous FSDP2"] = functools.partial(asynchronous_save, "FSDP2", folder)
         found["ndim"] = functools.partial(a_split_by_ndim_is_wrong, "FSDP1")
+        found["groups of a part"] = functools.partial(odd_moments.groups_of_a_part, "FSDP2")
         for engine in ("FSDP1", "FSDP2"):
             found[f"late group {engine}"] = functools.partial(ranks_disagree, engine, "late group")
+    return found
+
+
+FROZEN = {"one process": 1, "FSDP1": 2, "FSDP1, use_orig_params=False": 2, "FSDP2": 2}
+
+
+def _odd_moments(engine, folder):
+    found = {
+        f"{engine}/after an evaluation": lambda: odd_moments.after_an_evaluation(engine, folder, undisturbed),
+        f"{engine}/a parameter without a gradient": lambda: odd_moments.without_a_gradient(engine, folder),
+    }
+    if FROZEN.get(engine) == dist.get_world_size():
+        found[f"{engine}/frozen at load"] = lambda: odd_moments.frozen_at_load(engine, folder)
+        found[f"{engine}/with gradients"] = lambda: odd_moments.with_gradients(engine, folder, undisturbed)
     return found
 
 
@@ -359,6 +374,7 @@ def plan(world, folder):
         found[f"{engine}/resume"] = functools.partial(resume, engine, folder)
         found[f"{engine}/switch"] = functools.partial(switch, engine)
         found[f"{engine}/groups"] = functools.partial(groups, engine, folder)
+        found |= _odd_moments(engine, folder)
     writing = {engine for engine, writers, _, _ in RESHARDED if writers == world} - {*resumed(world)}
     for engine in sorted(writing):
         found[f"write {engine}"] = functools.partial(write, engine, folder)

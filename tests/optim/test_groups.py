@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from robust_dist.optim import RAdaBeliefW, param_groups
+from robust_dist.optim.groups import clean_name
 
 
 class RMSNormByHand(nn.Module):
@@ -82,12 +84,47 @@ def test_a_wrapped_model_is_split_as_the_bare_one():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 1))
     patterns = ("bias", "norm", "2.weight")
     bare = param_groups(model, 0.1, no_decay=patterns)
-    outer = nn.Module()
-    outer.module = nn.Module()
-    outer.module._orig_mod = nn.Module()
-    outer.module._orig_mod._fsdp_wrapped_module = model
-    wrapped = param_groups(outer, 0.1, no_decay=patterns)
-    assert [[id(p) for p in g["params"]] for g in bare] == [[id(p) for p in g["params"]] for g in wrapped]
+    for wrapped in wrappers(model):
+        found = param_groups(wrapped, 0.1, no_decay=patterns)
+        assert [[id(p) for p in g["params"]] for g in bare] == [[id(p) for p in g["params"]] for g in found]
+
+
+def wrappers(model):
+    """The model in all that can wrap it without other processes, and in several at once."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    alone = [nn.DataParallel, torch.compile, checkpoint_wrapper]
+    for wrap in alone:
+        yield wrap(model)
+    yield nn.DataParallel(torch.compile(checkpoint_wrapper(model)))
+    yield torch.compile(nn.DataParallel(checkpoint_wrapper(model)))
+
+
+class Module(nn.Module):
+    """A user's own: a parameter, and a child called `module` with one of the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.module = nn.Linear(2, 2, bias=False)
+
+
+def test_clean_names_lose_what_a_wrapper_has_added_and_nothing_else():
+    for model in (Module(), nn.Sequential(Module(), nn.Module())):
+        own = [name for name, _ in model.named_parameters()]
+        assert [clean_name(name, model) for name in own] == own
+        for wrapped in wrappers(model):
+            assert [clean_name(name, wrapped) for name, _ in wrapped.named_parameters()] == own
+            assert {clean_name(name, wrapped) for name in wrapped.state_dict()} == set(own)
+    averaged = AveragedModel(Module())
+    assert [clean_name(name, averaged) for name in averaged.state_dict()] == ["n_averaged", "weight", "module.weight"]
+    assert clean_name("module.a._orig_mod.b") == "module.a.b"
+
+
+def test_clean_names_know_fabrics_wrapper():
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    wrapped = fabric.setup_module(Module())
+    assert [clean_name(name, wrapped) for name, _ in wrapped.named_parameters()] == ["weight", "module.weight"]
 
 
 def test_flat_parameters_are_split_by_name_not_by_dimension():
