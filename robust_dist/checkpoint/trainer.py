@@ -117,6 +117,9 @@ def turn_into_trainers(state: TrainingState, src: Path, folder: Path, kind: str,
     step = int(state.extra.get("step") or _last_step(state))
     if kind == "ddp":
         os.rename(folder / OPTIMIZER_FILES[0], folder / TRAINERS_OPTIMIZER)
+        if (folder / MODEL_FILES[0]).is_file():
+            # Trainer reads the one of the two alone.
+            (folder / "pytorch_model.bin").unlink(missing_ok=True)
     if (folder / SCHEDULE_FILE).is_file():
         os.rename(folder / SCHEDULE_FILE, folder / TRAINERS_SCHEDULE)
     if kind.startswith("zero"):
