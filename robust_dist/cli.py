@@ -52,7 +52,7 @@ def _convert(words: argparse.Namespace) -> int:
 
     if words.to.startswith("zero"):
         words.extra = "deepspeed"
-    how = {"full_state_dict": words.full_state_dict, "unwrap": words.unwrap}
+    how = {"full_state_dict": words.full_state_dict, "unwrap": words.unwrap, "form": words.form}
     notes = convert(words.src, words.dst, words.to, words.world_size, **how)
     for note in notes:
         print(f"note: {note}")
@@ -108,8 +108,10 @@ def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="write a checkpoint again for another engine or number of ranks")
-    convert.add_argument("src", metavar="SRC", help="a checkpoint of Accelerate, DeepSpeed, FSDP (DCP) or torch.save")
-    convert.add_argument("dst", metavar="DST", help="the folder to write, for accelerator.load_state; must not exist")
+    convert.add_argument(
+        "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
+    )
+    convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     convert.add_argument("--to", required=True, choices=["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
     convert.add_argument(
@@ -117,6 +119,11 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     )
     convert.add_argument(
         "--unwrap", action="store_true", help='take away the "module." that DDP put before every name of a file'
+    )
+    convert.add_argument(
+        "--form",
+        choices=["accelerate", "trainer"],
+        help="whose load takes it: Accelerate's, Trainer's (default: as SRC)",
     )
     convert.set_defaults(run=_convert, extra="train")
 

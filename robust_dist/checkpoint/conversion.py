@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from robust_dist.checkpoint import layout as layouts
+from robust_dist.checkpoint import trainer
 from robust_dist.checkpoint.layout import Layout, find_layout
 from robust_dist.checkpoint.names import WRAPPED, Names, read_names, write_names
 from robust_dist.checkpoint.plain import (
@@ -24,6 +25,7 @@ from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointSt
 from robust_dist.checkpoint.training_state import TrainingState
 
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+FORMS = ("accelerate", "trainer")
 _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
 _ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
 
@@ -33,8 +35,8 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
     Args:
         src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, DeepSpeed) with or without our manifest, a
-            DeepSpeed folder, a `torch.distributed.checkpoint` folder, or a `torch.save` file with "model" and
-            "optimizer".
+            `checkpoint-N` of Trainer's under any of these, a DeepSpeed folder, a `torch.distributed.checkpoint` folder,
+            or a `torch.save` file with "model" and "optimizer".
         number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
         unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
             put it there. Without this it is the model's own, unless names beside it prove that it is not.
@@ -45,6 +47,8 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
     path = Path(src)
     found = verify(path) if (path / MANIFEST).is_file() else None
     place = find_layout(path)
+    if path.is_dir() and trainer.is_trainers(path):
+        trainer.check_files(path, place.kind)
     state = _read(place, number, unwrap)
     if place.kind in _ACCELERATE:
         _read_beside(state, path)
@@ -75,11 +79,14 @@ def _read_beside(state: TrainingState, folder: Path) -> None:
     """The schedule, the ranks and the note of names that lie beside an Accelerate folder's model and optimizer."""
     if (folder / SCHEDULE_FILE).is_file():
         state.schedule = load_file(folder / SCHEDULE_FILE)
-    noted, ranks = read_names(folder), len(list(folder.glob("random_states_*.pkl")))
+    random_states = (*folder.glob("random_states_*.pkl"), *folder.glob(trainer.RANDOM_STATES))
+    noted, ranks = read_names(folder), len(random_states)
     if noted is not None:
         state.extra = noted.extra() | state.extra
     if state.engine in ("ddp", "fsdp"):
         state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
+    if trainer.is_trainers(folder):
+        trainer.read_beside(state, folder)
 
 
 def _check(state: TrainingState, where: Path) -> None:
@@ -110,9 +117,11 @@ def convert(
     *,
     full_state_dict: bool = False,
     unwrap: bool = False,
+    form: str | None = None,
 ) -> list[str]:
-    """Write a checkpoint again as the Accelerate folder of another engine, whole or not at all.
+    """Write a checkpoint again as the Accelerate or Trainer folder of another engine, whole or not at all.
 
+    What was Trainer's becomes Trainer's again: `trainer.train(resume_from_checkpoint=dst)` goes on from it. Else
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
     `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
     load.) Parameters, optimizer state, groups and schedule keep their bits.
@@ -124,6 +133,8 @@ def convert(
         world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
         full_state_dict: With "fsdp", write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
         unwrap: As `read`.
+        form: "accelerate", "trainer", or None: as `src`. Where `src` is not Trainer's, "trainer" adds a
+            `trainer_state.json` that knows the step alone.
 
     Returns:
         Notes for the person: what could not be carried over as it was.
@@ -138,6 +149,8 @@ def convert(
         raise CheckpointError(f"world_size={world_size!r} must be a whole number of at least 1")
     if full_state_dict and to != "fsdp":
         raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
+    if form not in (None, *FORMS):
+        raise CheckpointError(f"form={form!r} is none of {', '.join(FORMS)}")
     if dst.exists():
         raise CheckpointError(f"{dst}: is there already; name a folder that is not")
     state = read(src, unwrap=unwrap)
@@ -146,20 +159,30 @@ def convert(
     building = dst.absolute().parent / f".{dst.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     try:
-        _write(state, src, dst, building, to, world_size, full_state_dict)
+        for_trainer = form == "trainer" or (form is None and trainer.is_trainers(src))
+        _write(state, src, dst, building, to, world_size, full_state_dict, for_trainer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return notes + _notes_on_ranks(src, state, world_size)
+    return notes + _notes_on_objects(state, to) + _notes_on_ranks(src, state, world_size)
 
 
 def _write(
-    state: TrainingState, src: Path, dst: Path, building: Path, to: str, world_size: int, full_state_dict: bool
+    state: TrainingState,
+    src: Path,
+    dst: Path,
+    building: Path,
+    to: str,
+    world_size: int,
+    full_state_dict: bool,
+    for_trainer: bool,
 ) -> None:
     """Everything below `building`, then one rename; the store syncs the files to the disk."""
     store, step = CheckpointStore(building, keep=1), int(state.extra.get("step", 0))
     folder = store.begin(step)
     _write_engine(state, folder, to, world_size, full_state_dict)
     _write_common(state, src, folder, world_size)
+    if for_trainer:
+        trainer.turn_into_trainers(state, src, folder, to, world_size)
     metadata = _metadata(state, to, world_size)
     done = store.commit(step, metadata or {}).path
     if metadata is None:
@@ -244,6 +267,13 @@ def _note_on_names(src: Path, state: TrainingState) -> list[str]:
     if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
         return []
     return [f"every name begins with {WRAPPED!r}, which is kept; if DDP's wrapper added it, convert with --unwrap"]
+
+
+def _notes_on_objects(state: TrainingState, to: str) -> list[str]:
+    names = list(state.extra.get("objects", ()))
+    if not names or to.startswith("zero"):
+        return []
+    return [f"{names[:5]} ({len(names)} in all) are extra state of modules, which only ZeRO's files take: left out"]
 
 
 def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[str]:

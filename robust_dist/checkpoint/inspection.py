@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from robust_dist.checkpoint import trainer
 from robust_dist.checkpoint.conversion import read
-from robust_dist.checkpoint.layout import Layout, find_layout
+from robust_dist.checkpoint.layout import DEEPSPEED, Layout, find_layout
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, verify
 from robust_dist.checkpoint.training_state import TrainingState
 
@@ -51,7 +52,8 @@ def examine(path: str | Path) -> Report:
         except CheckpointError as error:
             reason = str(error)
         else:
-            return Report(_table([*head, ("whole", "yes"), *_rows(state)]), True)
+            beside = trainer.rows(state, path) if "trainer" in state.extra else []
+            return Report(_table([*head, ("whole", "yes"), *_rows(state), *beside]), True)
     return Report(_table([*head, ("whole", f"no: {reason}")]), False)
 
 
@@ -67,6 +69,8 @@ def _place(path: Path) -> tuple[Layout | None, str | None]:
 
 def _layout(path: Path, place: Layout | None) -> str:
     kind = "folder" if place is None else place.kind
+    if path.is_dir() and trainer.is_trainers(path):
+        kind = "Trainer folder (DeepSpeed)" if kind == DEEPSPEED else kind.replace("Accelerate", "Trainer")
     return f"{kind}, with {MANIFEST}" if (path / MANIFEST).is_file() else kind
 
 
@@ -81,7 +85,7 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         ("engine", state.engine),
         ("world size", str(state.world_size or "not recorded")),
         ("step", _step(state)),
-        ("schedule", _schedule(state.schedule)),
+        ("schedule", _schedule(state.schedule, trainer.switch_state(state))),
         *((f"group {i}", _group(group, state)) for i, group in enumerate(state.groups)),
         ("model", f"{len(state.model)} tensors, {_sizes(state.model.values())}"),
         *((f"  {key}", f"{len(tensors)} tensors, {_sizes(tensors)}") for key, tensors in _by_key(state)),
@@ -91,6 +95,8 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         rows.append(("no state", f"{len(without)} parameters: {', '.join(without[:5])}"))
     if any(name.startswith("#") for group in state.groups for name in group["params"]):
         rows.append(("names", "none: to convert it, write them with robust_dist.checkpoint.note_parameters"))
+    if "objects" in state.extra:
+        rows.append(("extra state", ", ".join(state.extra["objects"])))
     if recipe:
         rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in _recipe(recipe))))
     return rows
@@ -111,11 +117,11 @@ def _step(state: TrainingState) -> str:
     return f"{counts} (by the optimizer's state)" if noted is None else f"{noted} (optimizer's state: {counts})"
 
 
-def _schedule(schedule: dict[str, Any] | None) -> str:
+def _schedule(schedule: dict[str, Any] | None, switch: dict[str, Any] | None) -> str:
     if schedule is None:
         return "none saved"
     step = schedule.get("last_epoch", schedule.get("step", "?"))
-    switch = schedule if "switch_step" in schedule else schedule.get("weight_decay_switch")
+    switch = switch or (schedule if "switch_step" in schedule else schedule.get("weight_decay_switch"))
     return f"step {step}; {_decay(switch)}"
 
 

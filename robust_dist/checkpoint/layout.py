@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from robust_dist.checkpoint.plain import FULL_MODEL_FILE, MODEL_FILES, OPTIMIZER_FILE
+from robust_dist.checkpoint.plain import FULL_MODEL_FILE, MODEL_FILES, OPTIMIZER_FILE, OPTIMIZER_FILES
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 
 DDP = "Accelerate folder (DDP)"
@@ -12,10 +12,12 @@ FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
 DEEPSPEED = "DeepSpeed folder"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
+# What tells Trainer's folders, which are any of the first four kinds.
+TRAINER_STATE = "trainer_state.json"
 KNOWN = (
     f"a folder of Accelerate's save_state ({MODEL_FILES[0]} or {MODEL_FILES[2]} with {OPTIMIZER_FILE}; "
-    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or pytorch_model with DeepSpeed's files), a DeepSpeed "
-    "folder (latest), a DCP folder (.metadata), or a torch.save file"
+    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or pytorch_model with DeepSpeed's files), Trainer's "
+    "checkpoint-N, a DeepSpeed folder (latest), a DCP folder (.metadata), or a torch.save file"
 )
 
 
@@ -66,7 +68,16 @@ def _kinds(path: Path) -> list[str]:
         DCP: (path / ".metadata").is_file() or any(path.glob("*.distcp")),
         DEEPSPEED: is_zero(path),
     }
-    return [kind for kind, there in tests.items() if there]
+    found = [kind for kind, there in tests.items() if there]
+    if len(found) > 1 and tests[DDP] and _is_export(path):
+        found.remove(DDP)
+    return found
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a model's file is but its weights, written beside what an engine needs to go on."""
+    alone = not any((path / name).is_file() for name in OPTIMIZER_FILES)
+    return alone or (path / TRAINER_STATE).is_file()
 
 
 def _refuse_several(path: Path) -> None:
@@ -79,4 +90,5 @@ def _refuse_several(path: Path) -> None:
 def _advice(path: Path) -> str:
     """What to name instead, where a run's folder or its checkpoints were named."""
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
+    steps = steps or sorted(path.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name))
     return f", but has some: name one, such as {steps[-1]}" if steps else ""

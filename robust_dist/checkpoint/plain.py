@@ -10,10 +10,12 @@ from torch import Tensor
 
 from robust_dist.checkpoint.names import Names, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import TrainingState, split_objects
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
+# Accelerate's and Trainer's.
+OPTIMIZER_FILES = (OPTIMIZER_FILE, "optimizer.pt")
 SCHEDULE_FILE = "scheduler.bin"
 FULL_MODEL_FILE = "pytorch_model_fsdp.bin"
 MODEL_FILES = (
@@ -44,7 +46,7 @@ def load_file(path: Path) -> Any:
 
 
 def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
-    """The training state in an Accelerate folder of DDP, or of FSDP with a full state dict.
+    """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
     Args:
         folder: The folder.
@@ -56,14 +58,17 @@ def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> 
     """
     full = (folder / FULL_MODEL_FILE).is_file()
     file = folder / FULL_MODEL_FILE if full else _model_file(folder)
-    path, noted = folder / OPTIMIZER_FILE, read_names(folder)
+    there = (folder / name for name in OPTIMIZER_FILES)
+    path, noted = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE), read_names(folder)
     saved = load_file(path)
-    model = bare(_load_model(file), _own_names(saved, noted), unwrap=unwrap)
+    weights, objects = split_objects(_load_model(file))
+    model = bare(weights, _own_names(saved, noted), unwrap=unwrap)
     shared = {} if noted is None else noted.shared
     model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
     ordered = "safetensors" not in file.name
     optimizer, groups = named_optimizer(saved, model, noted, ordered=ordered, where=path, number=number)
-    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp")
+    extra = {"objects": objects} if objects else {}
+    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp", extra=extra)
 
 
 def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
@@ -86,11 +91,14 @@ def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> Trai
             f"{path}: has the keys {sorted(map(str, content))}, and no state_dict under one of {list(_MODEL_KEYS)} and "
             f"one of {list(_OPTIMIZER_KEYS)}"
         )
+    tensors, objects = split_objects(model)
     noted = read_names(path.parent)
-    weights = bare(model, _own_names(optimizer, noted), unwrap=unwrap)
+    weights = bare(tensors, _own_names(optimizer, noted), unwrap=unwrap)
     state, groups = named_optimizer(optimizer, weights, noted, ordered=True, where=path, number=number)
     schedule = _first(content, _SCHEDULE_KEYS)
-    return TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
+    found = TrainingState(weights, state, groups, schedule=dict(schedule) if isinstance(schedule, Mapping) else None)
+    found.extra |= {"objects": objects} if objects else {}
+    return found
 
 
 def _own_names(optimizer: Any, noted: Names | None) -> list[str]:
@@ -119,17 +127,17 @@ def _model_file(folder: Path) -> Path:
     return found[0]
 
 
-def _load_model(path: Path) -> dict[str, Tensor]:
+def _load_model(path: Path) -> dict[str, Any]:
     if path.suffix != ".json":
         content = _load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path}: is not the state_dict of a model (a name and a tensor each)")
         return dict(content)
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: torn, or no index of weights ({error!r})") from None
-    model: dict[str, Tensor] = {}
+    model: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         model.update(_load_model(path.parent / name))
     return model

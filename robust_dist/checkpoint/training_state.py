@@ -1,5 +1,6 @@
 """A training state that belongs to no engine and no world size: what conversion reads into and writes from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,8 @@ class TrainingState:
         schedule: `state_dict()` of the schedule, or None.
         engine: The kind of checkpoint it was read from: "ddp", "fsdp", "zero0" ... "zero3".
         world_size: How many ranks wrote it; None where nothing tells.
-        extra: JSON values to carry over (the run's recipe, its step).
+        extra: JSON values to carry over (the run's recipe, its step); "objects" are the model's entries that are no
+            parameters or buffers, by name: what its modules' `get_extra_state` gave.
     """
 
     model: dict[str, Tensor]
@@ -29,3 +31,9 @@ class TrainingState:
     engine: str = "ddp"
     world_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A model's `state_dict` as (tensors, what torch calls extra state and other entries that are no tensors)."""
+    objects = {n: v for n, v in module.items() if not isinstance(v, Tensor) or n.rpartition(".")[2] == "_extra_state"}
+    return {name: value for name, value in module.items() if name not in objects}, objects

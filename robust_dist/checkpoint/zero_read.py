@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robust_dist.checkpoint.names import Names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import TrainingState, split_objects
 from robust_dist.checkpoint.zero_files import TAG, Layout, load, model_file, optimizer_file, tag_folder
 from robust_dist.checkpoint.zero_layout import join_group, same_memory, undo_round_robin
 from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP
@@ -83,12 +83,13 @@ def read_zero(path: Path) -> TrainingState:
     file, partitioned = _first_model_file(folder)
     content = load(file)
     _check_model_file(file, content)
+    content["module"], objects = split_objects(content["module"])
     if content["param_shapes"] is None:
         state = _read_stage0(path, folder, file, content)
     else:
         state = _read_partitioned(folder, file, content, partitioned)
     state.schedule = content["lr_scheduler"] or _accelerates_schedule(folder)
-    state.extra = _extra(content, state) | state.extra
+    state.extra = _extra(content, state) | state.extra | ({"objects": objects} if objects else {})
     return state
 
 

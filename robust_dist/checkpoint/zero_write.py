@@ -225,12 +225,12 @@ class _Writer:
         }
         return {**(self.state.extra.get("client_state") or {}), **content, **self._counts()}
 
-    def _module(self) -> dict[str, Tensor]:
+    def _module(self) -> dict[str, Any]:
         model = {name: tensor.detach() for name, tensor in self.model.items()}
-        if self.stage < 3:
-            return model
-        kept = set(self.buffers)
-        return {name: tensor if name in kept else tensor.new_empty(0) for name, tensor in model.items()}
+        if self.stage == 3:
+            kept = set(self.buffers)
+            model = {name: tensor if name in kept else tensor.new_empty(0) for name, tensor in model.items()}
+        return model | self.state.extra.get("objects", {})
 
     def _counts(self) -> dict[str, int]:
         done = max((self._step(name) or 0.0 for name in self.owned), default=0.0)

@@ -1,19 +1,26 @@
 """Whether a DeepSpeed checkpoint is one that an engine can go on from, asked before any rank loads it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.settings import DEFAULTS
 from robust_dist.schedule.unwrap import base_optimizer
 
 LATEST = ("latest", "latest_universal")
 _UNIVERSAL_STATE = ("fp32", "exp_avg", "exp_avg_sq")
+# Settings that no other optimizer has.
+_OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
+# A save with elastic_checkpoint leaves the groups out, and its load needs none.
+_UNSAVED = object()
+# Entries that torch loads whatever their shape, or does without.
+_FREE = ("_extra_state", "num_batches_tracked")
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -26,7 +33,8 @@ def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) ->
     After `register()` every `load_checkpoint` of a RAdaBeliefW's engine begins with this, unless it loads a part, or
     there is no checkpoint at all, where DeepSpeed warns and starts anew. DeepSpeed alone takes another optimizer's
     state without a word, and ranks part or hang where the file of one is torn. Every rank reads the files that it will
-    load, tensors left on the disk, and all raise if one of them would; this is one collective.
+    load, tensors left on the disk, and all raise if one of them would; this is one collective. It asks for no more than
+    the load does: extra state, and models with load hooks of their own, are the load's to judge.
 
     Args:
         engine: What `deepspeed.initialize` returned, with RAdaBeliefW; no pipeline, expert or tensor parallelism.
@@ -91,9 +99,10 @@ def _findings(engine: Any, folder: Path, tag: str | None) -> Iterator[str]:
     name = "mp_rank_00_model_states.pt"
     model = _read(path / (f"zero_pp_rank_{rank}_{name}" if stage == 3 else name))
     yield from _of_another_world(engine, model, path, universal, stage)
-    yield from _of_another_model(engine, model, stage, path)
-    if universal:
+    if universal and stage > 0:
         yield from _lacking(engine, path / "zero")
+    elif not universal:
+        yield from _of_another_model(engine, model, stage, path)
     yield from _of_another_optimizer(engine, _groups(engine, model, path, universal, stage), path)
 
 
@@ -119,26 +128,95 @@ def _of_another_world(engine: Any, model: Any, path: Path, universal: bool, stag
 
 
 def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterator[str]:
+    """What the load would refuse, or (stage 3, which loads flat partitions) take for something else."""
+    own_way = loads_in_own_way(engine.module)
     if stage == 3:
-        saved = {name: tuple(shape) for group in model.get("param_shapes", []) for name, shape in group.items()}
-        mine = {name: tuple(p.ds_shape) for name, p in engine.module.named_parameters() if p.requires_grad}
+        saved = _shapes(model.get("param_shapes") or [])
+        mine = _owned_shapes(engine)
+        if own_way:
+            saved, mine = dict(enumerate(saved.values())), dict(enumerate(mine.values()))
+    elif own_way or not isinstance(model.get("module"), Mapping):
+        return
     else:
-        saved = {name: tuple(value.shape) for name, value in model["module"].items()}
+        mine = _local_state(engine.module)
+        saved = {name: _like(value, mine.get(name)) for name, value in model["module"].items() if not _is_free(name)}
         # A save may have left frozen parameters out.
-        frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad} - saved.keys()
-        mine = {name: tuple(value.shape) for name, value in engine.module.state_dict().items() if name not in frozen}
+        frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
+        mine = {name: shape for name, shape in mine.items() if name in saved or name not in frozen}
     for name in sorted(saved.keys() | mine.keys()):
         if saved.get(name) != mine.get(name):
-            has, lacks = f"has {name} {saved.get(name)}", f"has no {name}"
-            wanted = f"has it as {mine.get(name)}" if name in mine else "has none"
-            yield f"{path} is of another model: it {has if name in saved else lacks}, this model {wanted}"
+            yield _other_model(path, name, saved, mine)
+
+
+def _other_model(path: Path, name: Any, saved: Mapping[Any, Any], mine: Mapping[Any, Any]) -> str:
+    label = f"parameter number {name}" if isinstance(name, int) else name
+    has, lacks = f"has {label} {saved.get(name)}", f"has no {label}"
+    wanted = f"has it as {mine.get(name)}" if name in mine else "has none"
+    return f"{path} is of another model: it {has if name in saved else lacks}, this model {wanted}"
+
+
+def loads_in_own_way(module: nn.Module) -> bool:
+    """Whether a hook or an override decides what `load_state_dict` takes, which only the load itself can tell."""
+    return any(_has_own_load(one) for one in module.modules())
+
+
+def _has_own_load(module: nn.Module) -> bool:
+    if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+        return True
+    for name in ("load_state_dict", "_load_from_state_dict"):
+        method = getattr(module, name)
+        # Batch normalisation's own takes what the plain one does, but for `_FREE`.
+        if not getattr(method, "__module__", "").startswith(("torch.nn.modules.module", "torch.nn.modules.batchnorm")):
+            return True
+    return False
+
+
+def _local_state(module: nn.Module) -> dict[str, Any]:
+    """The shapes by name that torch asks the file for: parameters and persistent buffers."""
+    found: dict[str, Any] = {}
+    for prefix, one in module.named_modules(remove_duplicate=False):
+        buffers = {name: b for name, b in one._buffers.items() if name not in one._non_persistent_buffers_set}
+        for name, tensor in {**one._parameters, **buffers}.items():
+            if tensor is not None and name not in _FREE:
+                found[f"{prefix}.{name}" if prefix else name] = tuple(tensor.shape)
+    return found
+
+
+def _is_free(name: str) -> bool:
+    return name.rpartition(".")[2] in _FREE
+
+
+def _shapes(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
+    return {name: tuple(shape) for group in groups for name, shape in group.items()}
+
+
+def _owned_shapes(engine: Any) -> dict[Any, Any]:
+    """Of the parameters that ZeRO's optimizer holds, by name and in its order, as a save would write them."""
+    return _shapes(engine._get_zero_param_shapes())
+
+
+def _like(value: Any, wanted: Any) -> Any:
+    """The shape of what is saved; a tensor of one element is loaded into a scalar."""
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    return () if shape == (1,) and wanted == () else shape
 
 
 def _lacking(engine: Any, zero: Path) -> Iterator[str]:
-    for name, param in engine.module.named_parameters():
-        for key in _UNIVERSAL_STATE:
-            if param.requires_grad and not (zero / name / f"{key}.pt").is_file():
-                yield f"{zero / name / key}.pt is missing: the universal checkpoint is torn, or of another model"
+    """What a universal load reads of each parameter: by its name, at stages 1 and 2 whichever files are there."""
+    owned, stage = _owned_shapes(engine), int(engine.zero_optimization_stage())
+    moments = _UNIVERSAL_STATE[1:]
+    stepped = stage == 3 or any((zero / name / f"{key}.pt").is_file() for name in owned for key in moments)
+    wanted = _UNIVERSAL_STATE if stepped else _UNIVERSAL_STATE[:1]
+    for name, shape in sorted(owned.items()):
+        missing = [key for key in wanted if not (zero / name / f"{key}.pt").is_file()]
+        if missing:
+            yield f"{zero / name / missing[0]}.pt is missing: the universal checkpoint is torn, or of another model"
+            continue
+        held = _read(zero / name / "fp32.pt")
+        tensor = held.get("param") if isinstance(held, Mapping) else held
+        is_padded = isinstance(held, Mapping) and held.get("vocab_tensor")
+        if isinstance(tensor, torch.Tensor) and not is_padded and tensor.numel() != math.prod(shape):
+            yield _other_model(zero.parent, name, {name: tuple(tensor.shape)}, {name: shape})
 
 
 def _groups(engine: Any, model: Any, path: Path, universal: bool, stage: int) -> Any:
@@ -157,22 +235,25 @@ def _param_groups(state: Any) -> Any:
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         if isinstance(state, dict) and key in state:
             state = state[key]
+    if isinstance(state, list):
+        return _UNSAVED
     return state.get("param_groups") if isinstance(state, dict) else None
 
 
 def _of_another_optimizer(engine: Any, saved: Any, path: Path) -> Iterator[str]:
     groups = base_optimizer(engine.optimizer).param_groups
+    if saved is _UNSAVED:
+        return
     if not isinstance(saved, list):
         yield f"{path} holds no optimizer's param groups, or those of another stage of ZeRO; load it at its own stage"
         return
     if len(saved) != len(groups):
         yield f"{path} has {len(saved)} param groups, the optimizer has {len(groups)}; build it with the same groups"
     for index, group in enumerate(saved):
-        missing = [key for key in DEFAULTS if key not in group]
-        if missing:
+        if not any(key in group for key in _OURS):
             yield (
                 f"{path} is of another optimizer than RAdaBeliefW: its group {index} has {sorted(group)}, but no "
-                f"{', '.join(missing)}; load the weights alone (load_module_only=True)"
+                f"{', '.join(_OURS)}; load the weights alone (load_module_only=True)"
             )
 
 

@@ -1,8 +1,7 @@
 """What a DeepSpeed JSON says of optimizer and schedule, checked before an engine is built from it."""
 
-import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from robust_dist.engines.deepspeed_sections import AUTO, OURS, Finding, findings, settled
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.settings import DEFAULTS, check_group
-from robust_dist.schedule import deepspeed_params
-from robust_dist.schedule.validate import real_number
 
-AUTO = "auto"
-_OURS = {"optimizer": "RAdaBeliefW", "scheduler": "RobustSchedule"}
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
-_OPTIMIZER = tuple(inspect.signature(RAdaBeliefW).parameters)[1:]
-_SCHEDULE = ("total_steps", "warmup_steps", "weight_decay_off_at", "min_lr_ratio", "last_epoch")
-# Stands for an open total in checks of what must not exceed it.
-_ANY_TOTAL = 2**62
 
 
 def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) -> None:
     """Check a DeepSpeed JSON before `deepspeed.initialize`: names, parameters and values of ours, and what loses them.
 
-    A JSON that names another optimizer and another scheduler is left to DeepSpeed.
+    A JSON that names another optimizer and another scheduler, or none, is left to DeepSpeed. Parameters of DeepSpeed's
+    own optimizers that ask for what RAdaBeliefW does anyway pass (`"torch_adam"`, `"adam_w_mode": true`,
+    `"bias_correction": true`, `"amsgrad": false`), and so do step counts such as 1000.0.
 
     Args:
         config: The JSON as a dict, or the path of its file.
@@ -36,41 +29,54 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
     Raises:
         ValueError: A misspelt or unknown type or parameter, a value of the wrong type or out of its range, an
             "auto" that nobody fills in, `register()` forgotten, or an offload that steps with another optimizer. The
-            message names rank, setting, value and what to change.
+            message names the rank and everything that is wrong: setting, value and what to change.
         FileNotFoundError: There is no such file.
     """
     loaded = config if isinstance(config, Mapping) else _read(Path(config))
-    check_sections(loaded, auto=auto)
-    _check_offload(loaded)
-    if not auto:
-        _check_filled(loaded)
+    found = [*_of_sections(loaded, OURS, auto), *_of_offload(loaded), *([] if auto else _of_open(loaded))]
+    _refuse(found)
 
 
-def check_sections(config: Mapping[str, Any], *, auto: bool = False) -> None:
-    """The part of `check_config` that is right for every JSON that DeepSpeed is given.
+def settle_engine(engine: Any) -> None:
+    """Check what a starting DeepSpeed engine will take by name from its JSON, and hand it on as ours take it.
+
+    What DeepSpeed does not use is not looked at: a section beside a client's object, a scheduler without an optimizer.
 
     Raises:
         ValueError: As `check_config`, but for an "auto" in other sections and a client's optimizer.
     """
-    _check_section_names(config)
-    for section, check in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
-        named = config.get(section)
-        if named is None:
-            continue
-        if not isinstance(named, Mapping):
-            raise _error(section, named, 'write {"type": NAME, "params": {...}}')
-        if _is_ours(section, named.get("type")):
-            params = named.get("params") or {}
-            if not isinstance(params, Mapping):
-                raise _error(f"{section}.params", params, "write an object of names and values")
-            check(_without_auto(section, params, auto), params)
-    if _type_of(config, "optimizer") == _OURS["optimizer"]:
-        _check_steps_with_ours(config)
+    config = getattr(engine, "_config", None)
+    written = getattr(config, "_param_dict", None)
+    if not isinstance(written, dict):
+        return
+    used = _used_sections(engine, config)
+    found = list(_of_sections(written, used, auto=False))
+    if isinstance(engine.client_optimizer, RAdaBeliefW):
+        found += _of_other_steps(written)
+    _refuse(found)
+    for section in used:
+        params = getattr(config, f"{section}_params", None)
+        if _type_of(written, section) == OURS[section] and params:
+            setattr(config, f"{section}_params", settled(section, params))
 
 
-def _error(setting: str, value: Any, advice: str) -> ValueError:
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return ValueError(f"rank {rank}: the DeepSpeed JSON has {setting}={value!r}; {advice}")
+def _used_sections(engine: Any, config: Any) -> list[str]:
+    by_name = engine.client_optimizer is None
+    trains = not by_name or bool(config.optimizer_name)
+    return ["optimizer"] * by_name + ["scheduler"] * (trains and not engine.client_lr_scheduler)
+
+
+def _refuse(found: Iterable[Finding]) -> None:
+    lines: dict[str, str] = {}
+    for setting, line in found:
+        lines.setdefault(setting, line)
+    if lines:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        raise ValueError(f"rank {rank}: the DeepSpeed JSON has " + "\nand ".join(lines.values()))
+
+
+def _wrong(setting: str, value: Any, advice: str) -> Finding:
+    return setting, f"{setting}={value!r}; {advice}"
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -89,77 +95,51 @@ def _type_of(config: Mapping[str, Any], section: str) -> Any:
     return named.get("type") if isinstance(named, Mapping) else None
 
 
-def _check_section_names(config: Mapping[str, Any]) -> None:
+def _of_sections(config: Mapping[str, Any], used: Collection[str], auto: bool) -> Iterator[Finding]:
+    yield from _of_misspelt_sections(config, used)
+    for section in used:
+        named = config.get(section)
+        if named is not None and not isinstance(named, Mapping):
+            yield _wrong(section, named, 'write {"type": NAME, "params": {...}}')
+        elif _type_of(config, section) == OURS[section]:
+            yield from _of_ours(section, named or {}, auto)
+        else:
+            yield from _of_another_name(section, _type_of(config, section))
+    if "optimizer" in used and _type_of(config, "optimizer") == OURS["optimizer"]:
+        yield from _of_other_steps(config)
+
+
+def _of_misspelt_sections(config: Mapping[str, Any], used: Collection[str]) -> Iterator[Finding]:
     for name, value in config.items():
-        if name in _OURS or not (isinstance(value, Mapping) and "type" in value):
+        near = get_close_matches(name.lower(), used, 1, 0.7)
+        if name in OURS or not near or near[0] in config or not _is_like_ours(_type_of(config, name)):
             continue
-        near = get_close_matches(name.lower(), _OURS, 1, 0.7)
-        if near and near[0] not in config:
-            raise _error(name, dict(value), f"DeepSpeed ignores a section of this name; it is called {near[0]!r}")
+        yield _wrong(name, dict(value), f"DeepSpeed ignores a section of this name; it is called {near[0]!r}")
 
 
-def _is_ours(section: str, name: Any) -> bool:
-    ours = _OURS[section]
-    if not isinstance(name, str):
-        raise _error(f"{section}.type", name, f"give a name, e.g. {ours!r}")
-    namespace = torch.optim if section == "optimizer" else torch.optim.lr_scheduler
-    if name == ours:
-        if not hasattr(namespace, ours):
-            raise _error(f"{section}.type", name, "call robust_dist.register() on every rank before this")
-        return True
-    if not hasattr(namespace, name) and get_close_matches(name.lower(), _SIMILAR, 1, 0.6):
-        raise _error(f"{section}.type", name, f"there is no such {section}: did you mean {ours!r}?")
-    return False
+def _is_like_ours(name: Any) -> bool:
+    return isinstance(name, str) and bool(get_close_matches(name.lower(), _SIMILAR, 1, 0.6))
 
 
-def _without_auto(section: str, params: Mapping[str, Any], auto: bool) -> dict[str, Any]:
-    for name, value in params.items():
-        if value == AUTO and not auto:
-            raise _error(
-                f"{section}.params.{name}",
-                value,
-                'DeepSpeed alone fills in no "auto" here (Accelerate and Trainer do): give the value',
-            )
-    return {name: value for name, value in params.items() if value != AUTO}
+def _namespace(section: str) -> Any:
+    return torch.optim if section == "optimizer" else torch.optim.lr_scheduler
 
 
-def _check_optimizer(params: dict[str, Any], given: Mapping[str, Any]) -> None:
-    for name in given:
-        if name not in _OPTIMIZER:
-            raise _unknown("optimizer", name, given[name], _OPTIMIZER)
-    try:
-        check_group({**DEFAULTS, **params})
-    except (TypeError, ValueError) as error:
-        raise _wrong("optimizer", params, error) from error
+def _of_ours(section: str, named: Mapping[str, Any], auto: bool) -> Iterator[Finding]:
+    if not hasattr(_namespace(section), OURS[section]):
+        yield _wrong(f"{section}.type", OURS[section], "call robust_dist.register() on every rank before this")
+    params = named.get("params") or {}
+    if isinstance(params, Mapping):
+        yield from findings(section, params, auto=auto)
+    else:
+        yield _wrong(f"{section}.params", params, "write an object of names and values")
 
 
-def _check_scheduler(params: dict[str, Any], given: Mapping[str, Any]) -> None:
-    names = _SCHEDULE + deepspeed_params.NAMES
-    for name in given:
-        if name not in names:
-            raise _unknown("scheduler", name, given[name], names)
-    rest = {name: value for name, value in params.items() if name in deepspeed_params.NAMES}
-    total = params.get("total_steps")
-    if total is None and AUTO in (given.get("total_steps"), given.get("total_num_steps")):
-        total = _ANY_TOTAL
-    try:
-        off_at = params.get("weight_decay_off_at")
-        if off_at is not None:
-            real_number("weight_decay_off_at", off_at, 0.0, 1.0)
-        ratio, last = params.get("min_lr_ratio", 0.0), params.get("last_epoch", -1)
-        deepspeed_params.settings(total, params.get("warmup_steps", 0), ratio, last, rest)
-    except (TypeError, ValueError) as error:
-        raise _wrong("scheduler", params, error) from error
-
-
-def _unknown(section: str, name: str, value: Any, names: tuple[str, ...]) -> ValueError:
-    near = get_close_matches(name, names, 1, 0.7)
-    advice = f"did you mean {near[0]!r}?" if near else f"drop it; there are {', '.join(names)}"
-    return _error(f"{section}.params.{name}", value, f"{_OURS[section]} has no parameter {name!r}: {advice}")
-
-
-def _wrong(section: str, params: dict[str, Any], error: Exception) -> ValueError:
-    return _error(f"{section}.params", params, f"{_OURS[section]} says: {error}")
+def _of_another_name(section: str, name: Any) -> Iterator[Finding]:
+    if name is not None and not isinstance(name, str):
+        yield _wrong(f"{section}.type", name, f"give a name, e.g. {OURS[section]!r}")
+    elif isinstance(name, str) and _is_like_ours(name) and not hasattr(_namespace(section), name):
+        yield _wrong(f"{section}.type", name, f"there is no such {section}: did you mean {OURS[section]!r}?")
 
 
 def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -168,35 +148,37 @@ def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return offload if isinstance(offload, Mapping) and offload.get("device", "none") != "none" else {}
 
 
-def _check_steps_with_ours(config: Mapping[str, Any]) -> None:
+def _of_other_steps(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What makes another optimizer step some of the parameters."""
     offload, where = _offload(config), "zero_optimization.offload_optimizer"
     ratio = offload.get("ratio", 1.0)
     if ratio != 1.0:
-        raise _error(f"{where}.ratio", ratio, "torch's AdamW would step the rest of the parameters: set it to 1.0")
+        yield _wrong(f"{where}.ratio", ratio, "torch's AdamW would step the rest of the parameters: set it to 1.0")
     if offload.get("super_offload"):
-        raise _error(f"{where}.super_offload", True, "DeepSpeed's own CPU Adam would step: set it to false")
+        yield _wrong(f"{where}.super_offload", True, "DeepSpeed's own CPU Adam would step: set it to false")
     zero = config.get("zero_optimization")
     if isinstance(zero, Mapping) and zero.get("zenflow"):
-        raise _error("zero_optimization.zenflow", zero["zenflow"], "it steps with DeepSpeed's own Adam: leave it out")
+        yield _wrong("zero_optimization.zenflow", zero["zenflow"], "it steps with DeepSpeed's own Adam: leave it out")
 
 
-def _check_offload(config: Mapping[str, Any]) -> None:
+def _of_offload(config: Mapping[str, Any]) -> Iterator[Finding]:
     if not _offload(config) or _type_of(config, "optimizer") is not None:
         return
     forced = config.get("zero_force_ds_cpu_optimizer", True)
     if forced:
-        raise _error(
+        yield _wrong(
             "zero_force_ds_cpu_optimizer",
             forced,
             "with offload_optimizer DeepSpeed refuses a client's optimizer, and Accelerate puts DeepSpeedCPUAdam in "
             'its place: set it to false, or name "type": "RAdaBeliefW" under "optimizer"',
         )
-    _check_steps_with_ours(config)
+    else:
+        yield from _of_other_steps(config)
 
 
-def _check_filled(config: Mapping[str, Any]) -> None:
+def _of_open(config: Mapping[str, Any]) -> Iterator[Finding]:
     for setting in _open(config, ""):
-        raise _error(setting, AUTO, "DeepSpeed alone does not fill it in (Accelerate and Trainer do): give the value")
+        yield _wrong(setting, AUTO, "DeepSpeed alone does not fill it in (Accelerate and Trainer do): give the value")
 
 
 def _open(value: Any, where: str) -> Iterator[str]:

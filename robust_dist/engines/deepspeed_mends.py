@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from robust_dist.engines.deepspeed_checkpoint import LATEST, can_check, check_checkpoint
-from robust_dist.engines.deepspeed_config import check_sections
+from robust_dist.engines.deepspeed_config import settle_engine
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.state import own_steps
 
@@ -59,9 +59,7 @@ def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[
 
 def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def do_sanity_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = getattr(getattr(self, "_config", None), "_param_dict", None)
-        if isinstance(config, dict):
-            check_sections(config)
+        settle_engine(self)
         return original(self, *args, **kwargs)
 
     return do_sanity_check

@@ -1,11 +1,14 @@
 """Transformers: the weight-decay switch as a callback of its Trainer."""
 
+import contextlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from robust_dist.checkpoint import CheckpointError, note_parameters
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
@@ -24,7 +27,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     `weight_decay_off_at * max_steps` on use no decay, whatever the processes, the accumulation and the engine.
 
     A run that resumes takes its step from `state.global_step` and the base decays from the checkpoint's callback state,
-    so that the decay is what the step says, whatever the param groups in the checkpoint hold.
+    so that the decay is what the step says, whatever the param groups in the checkpoint hold. Each save under DDP or on
+    one process gets a `parameters.json`, with which `robust-dist convert` takes it to another engine.
 
     Args:
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.
@@ -75,6 +79,14 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         _warn_without_decay(self.switch)
         # Trainer's save fails on a callback that the checkpoint it resumed from did not have.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+        """Write the names of the optimizer's parameters beside `optimizer.pt`, which `robust-dist convert` asks for."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and (folder / "optimizer.pt").is_file():
+            # An optimizer with parameters of something else than the model trains all the same.
+            with contextlib.suppress(CheckpointError):
+                note_parameters(folder, model, optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an optimizer step.

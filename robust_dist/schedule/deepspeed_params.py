@@ -16,6 +16,12 @@ NAMES = (
     "cos_min_ratio",
     "last_batch_iteration",
 )
+# Numbers of steps, which people also write as 1000.0 or 1e4.
+COUNTS = ("total_num_steps", "warmup_num_steps", "last_batch_iteration")
+NO_TOTAL = (
+    "total_steps is missing; give the number of optimizer steps of the whole run (in a DeepSpeed JSON as "
+    '"total_num_steps", or write "total_num_steps": "auto" where Trainer or Accelerate fills it in)'
+)
 _OURS = "total_steps, warmup_steps, weight_decay_off_at, min_lr_ratio, decay, process_group, last_epoch"
 _KINDS: dict[str, WarmupKind] = {"log": "deepspeed_log", "linear": "deepspeed_linear"}
 
@@ -55,14 +61,14 @@ def settings(
             f"RobustSchedule has no parameter {', '.join(map(repr, unknown))}; it has {_OURS}, and DeepSpeed's "
             + ", ".join(NAMES)
         )
-    given = dict(deepspeed)
+    given = {name: whole(value) if name in COUNTS else value for name, value in deepspeed.items()}
     total = _either("total_steps", total_steps, None, "total_num_steps", given)
     warmup_name = "warmup_num_steps" if "warmup_num_steps" in given else "warmup_steps"
     warmup = _either("warmup_steps", warmup_steps, 0, "warmup_num_steps", given)
     ratio = _either("min_lr_ratio", min_lr_ratio, 0.0, "cos_min_ratio", given)
     last = _either("last_epoch", last_epoch, -1, "last_batch_iteration", given)
     if total is None:
-        raise ValueError("total_steps is missing; give the number of optimizer steps of the whole run")
+        raise ValueError(NO_TOTAL)
     total = whole_number("total_steps", total, 1)
     warmup = whole_number(warmup_name, warmup, 0, total)
     ratio = real_number("min_lr_ratio", ratio, 0.0, 1.0)
@@ -77,6 +83,11 @@ def settings(
         _peak_lr(peak),
         whole_number("last_epoch", last, -1),
     )
+
+
+def whole(value: Any) -> Any:
+    """A float without a fraction as the int that it is; anything else unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _either(ours: str, value: Any, default: Any, theirs: str, given: dict[str, Any]) -> Any:

@@ -689,3 +689,38 @@ def test_a_run_with_masters_is_refused_by_its_name(tmp_path):
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     with pytest.raises(CheckpointError, match="master_weights=True cannot be converted"):
         read(file)
+
+
+class WithExtra(torch.nn.Linear):
+    extra = None
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    "extra", [{"scale": 1.5, "history": [1, 2]}, torch.arange(5), None], ids=["dict", "tensor", "None"]
+)
+def test_extra_state_of_modules_goes_through_zeros_files_and_is_named_where_it_is_left_out(tmp_path, extra, capsys):
+    model = torch.nn.Sequential(WithExtra(3, 4), torch.nn.Linear(4, 2))
+    model[0].extra = extra
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer = RAdaBeliefW(model.parameters())
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    assert convert(tmp_path / "run.pt", tmp_path / "zero", "zero2", 2) == []
+    assert same(read(tmp_path / "zero").extra["objects"], {"0._extra_state": extra})
+    module = torch.load(tmp_path / "zero" / "pytorch_model" / "mp_rank_00_model_states.pt", weights_only=False)[
+        "module"
+    ]
+    assert module.keys() == model.state_dict().keys()
+    model[0].extra = "another"
+    model.load_state_dict(module)
+    assert same(model[0].extra, extra)
+    assert main(["inspect", str(tmp_path / "zero")]) == 0
+    assert "extra state:  0._extra_state" in capsys.readouterr().out
+    notes = convert(tmp_path / "zero", tmp_path / "ddp", "ddp", 2)
+    assert notes == ["['0._extra_state'] (1 in all) are extra state of modules, which only ZeRO's files take: left out"]

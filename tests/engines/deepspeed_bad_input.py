@@ -1,6 +1,7 @@
 """Wrong JSONs and wrong checkpoints: an error on every rank, in seconds, that says what to change."""
 
 import contextlib
+import copy
 import re
 import shutil
 import time
@@ -56,7 +57,7 @@ WRONG = [
     (optimizer(lr="auto"), "optimizer.params.lr='auto'", "give the value"),
     (optimizer(lr="0.1"), "lr must be a number, got '0.1'"),
     (optimizer(betas=0.9), "betas must be a pair of numbers, got 0.9"),
-    (optimizer(torch_adam=True), "no parameter 'torch_adam'"),
+    (optimizer(adam_w_mode=False), "optimizer.params.adam_w_mode=False", "always decoupled"),
     (scheduler(warmup_num_step=3), "no parameter 'warmup_num_step'", "'warmup_num_steps'"),
     (scheduler(warmup_num_steps="3"), "warmup_num_steps='3' is a str"),
     (scheduler(warmup_num_steps=99), "warmup_num_steps=99 is out of range"),
@@ -64,10 +65,81 @@ WRONG = [
 ]
 
 
+EVERYTHING = {
+    **optimizer(amsgrad=True, freeze_step=400, cuda_aware=False, betas=[0.9], max_grad_norm=1.0),
+    "scheduler": {"type": "RobustSchedule", "params": {"cycle_min_lr": 0.0, "warmup_max_lr": -1, "warmup_type": "log"}},
+}
+ALL_THAT_IS_WRONG = (
+    "params.amsgrad=True; .* no maximum",
+    "params.freeze_step=400, optimizer.params.cuda_aware=False; .* no parameter 'freeze_step', 'cuda_aware': drop them",
+    'params.max_grad_norm=1.0; .*"gradient_clipping"',
+    r"params.betas=\[0.9\]; .* must be a pair",
+    "params.cycle_min_lr=0.0; .* no parameter 'cycle_min_lr'",
+    "params.warmup_max_lr=-1; .* out of range",
+    'total_steps is missing.*"total_num_steps": "auto" where Trainer or Accelerate',
+)
+WRONG += [(EVERYTHING, *ALL_THAT_IS_WRONG)]
+
+
 def wrong_jsons():
     for wrong, *texts in WRONG:
         with error(ValueError, f"rank {dist.get_rank()}: ", *texts):
             ds.from_json({**ds.named_config(2), **wrong})
+
+
+COMMON = {
+    "optimizer": {
+        "type": "RAdaBeliefW",
+        "params": {
+            **ds.OPTIMIZER["params"],
+            "torch_adam": True,
+            "adam_w_mode": True,
+            "bias_correction": True,
+            "amsgrad": False,
+            "eps": 1e-8,
+            "betas": [0.9, 0.999],
+        },
+    },
+    "scheduler": {
+        "type": "RobustSchedule",
+        "params": {"total_num_steps": float(TOTAL), "weight_decay_off_at": course.OFF_AT, "last_batch_iteration": -1.0},
+    },
+}
+
+
+def common_jsons_train_as_if_they_said_nothing_of_adam():
+    written = copy.deepcopy(COMMON)
+    json = ds.config(2, **written)
+    ds.follow(ds.from_json(json), 0, 2)
+    assert {key: json[key] for key in COMMON} == COMMON
+
+
+AUTO = {"total_num_steps": "auto", "warmup_num_steps": "auto"}
+NOT_OURS = [
+    {},
+    {"optimizer": {"type": None}, "scheduler": {"type": None}},
+    {"optimizer": {}, "scheduler": {}},
+    {"optimizr": {"type": "AdamW"}},
+    # What Trainer leaves of our JSON for evaluate() and predict().
+    {"scheduler": {"type": "RobustSchedule", "params": {**AUTO, "total_num_steps": 0}}},
+]
+
+
+def engines_that_name_nothing_of_ours_start_as_without_us():
+    """Frozen teachers, evaluations, and a client's own optimizer beside a JSON that names one of ours."""
+    import deepspeed
+
+    trained = ds.from_json(ds.named_config(2))
+    for stage, json in [*((0, json) for json in NOT_OURS), (3, NOT_OURS[-1])]:
+        teacher = course.Net().requires_grad_(False)
+        engine = deepspeed.initialize(model=teacher, config=ds.config(stage, **json))[0]
+        engine.eval()
+        assert engine(torch.ones(2, 6)).shape == (2, 3)
+        assert engine.basic_optimizer is None
+    ignored = {**optimizer(weight_decy=1), "scheduler": {"type": "RobustScheduler"}}
+    engine = ds.from_client(ds.config(0, **ignored), adamw)
+    assert type(engine.optimizer) is torch.optim.AdamW
+    ds.follow(trained, 0, 2)
 
 
 class Wide(course.Net):

@@ -33,6 +33,13 @@ ENGINES = (
     "ZeRO 2, offload",
     "ZeRO 3, offload",
     "ZeRO 3, parameter offload",
+    "Trainer, one process",
+    "Trainer, DDP",
+    "Trainer, FSDP1",
+    "Trainer, FSDP2",
+    "Trainer, ZeRO 1",
+    "Trainer, ZeRO 2",
+    "Trainer, ZeRO 3",
 )
 COLUMNS = (
     "trajectory",

@@ -15,6 +15,7 @@ from robust_dist.optim import RAdaBeliefW
 from tests.engines import deepspeed_accelerate as by_accelerate
 from tests.engines import deepspeed_bad_input as bad
 from tests.engines import deepspeed_course as ds
+from tests.engines import deepspeed_models as models
 from tests.engines import deepspeed_scenarios as scenarios
 from tests.engines.matrix import ENGINES as ROWS
 from tests.engines.matrix import assert_passed, run_scenarios
@@ -101,6 +102,9 @@ def on_two_ranks(folder):
     found = {"register": registered_once, **dict(to_and_from(folder, 2, 4)), **of_every_kind(folder), **TRAPS}
     found["no schedule"] = partial(scenarios.load_without_the_schedule_keeps_the_engines_step, folder)
     found["wrong JSONs"] = bad.wrong_jsons
+    found["common JSONs"] = bad.common_jsons_train_as_if_they_said_nothing_of_adam
+    found["not ours"] = bad.engines_that_name_nothing_of_ours_start_as_without_us
+    found["own state"] = partial(models.checkpoints_of_models_with_state_of_their_own, f"{folder}/own state")
     found["wrong checkpoints"] = partial(bad.wrong_checkpoints, folder)
     found["accelerate"] = partial(os.environ.update, {"ACCELERATE_USE_DEEPSPEED": "true"})
     for stage in (2, 3):
@@ -227,6 +231,9 @@ def test_deepspeeds_universal_load_still_mixes_the_groups_up_where_we_do_not_men
         pytest.param(2, "missed step", id="of 2 ranks one that misses a step is named"),
         pytest.param(4, "missed step", id="of 4 ranks one that misses a step is named"),
         pytest.param(2, "register", id="registering twice registers once"),
+        pytest.param(2, "common JSONs", id="a JSON written for Adam trains with the type changed alone"),
+        pytest.param(2, "not ours", id="an engine that names nothing of ours starts as it does without us"),
+        pytest.param(2, "own state", id="extra state and what load hooks change is loaded as DeepSpeed loads it"),
     ],
 )
 def test_under_deepspeed(ranks, world, name):

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from robust_dist.engines.deepspeed import check_config, register
+from robust_dist.engines.deepspeed_sections import settled
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.schedule import RobustSchedule
 
 AUTO = {
     "optimizer": {"type": "RAdaBeliefW", "params": {"lr": "auto", "weight_decay": "auto"}},
@@ -65,7 +68,12 @@ def test_every_json_of_this_repository_passes(path):
         ({"scheduler": {"type": "RobustScheduler"}}, r"scheduler.type='RobustScheduler'; .* mean 'RobustSchedule'"),
         ({"scheduler": {"type": "WeightDecaySwitch"}}, r"scheduler.type='WeightDecaySwitch'; .* 'RobustSchedule'"),
         (params("optimizer", weight_decy=0.1), r"params.weight_decy=0.1; .* did you mean 'weight_decay'"),
-        (params("optimizer", adam_w_mode=True), r"no parameter 'adam_w_mode': drop it; there are lr, betas"),
+        (params("optimizer", momentum=0.9), r"no parameter 'momentum': drop it; there are lr, betas"),
+        (params("optimizer", adam_w_mode=False), r"adam_w_mode=False; .* decay is always decoupled"),
+        (params("optimizer", bias_correction=False), r"bias_correction=False; .* always corrects the bias"),
+        (params("optimizer", amsgrad=True), r"amsgrad=True; .* no maximum of the second moment"),
+        (params("optimizer", fp32_optimizer_states=False), r"fp32_optimizer_states=False; .*exp_avg_dtype"),
+        (params("optimizer", max_grad_norm=1.0), r"max_grad_norm=1.0; .* \"gradient_clipping\" at the top level"),
         (params("optimizer", lr="auto"), r"optimizer.params.lr='auto'; .* give the value"),
         (params("optimizer", lr="0.1"), r"lr must be a number, got '0.1'"),
         (params("optimizer", lr=-1), r"lr must be a finite number of at least 0, got -1"),
@@ -73,6 +81,8 @@ def test_every_json_of_this_repository_passes(path):
         (params("scheduler", warmup_step=1), r"params.warmup_step=1; .* did you mean 'warmup_steps'"),
         (params("scheduler", decay_fraction=1), r"no parameter 'decay_fraction': drop it; there are total_steps"),
         (params("scheduler", warmup_num_steps="2"), r"warmup_num_steps='2' is a str"),
+        (params("scheduler", warmup_num_steps=1.5), r"warmup_num_steps=1.5 is a float"),
+        (params("scheduler", total_num_steps=0), r"total_num_steps=0; .* out of range"),
         (params("scheduler", warmup_num_steps=10), r"warmup_num_steps=10 is out of range"),
         (params("scheduler", weight_decay_off_at=2), r"weight_decay_off_at=2.0 is out of range"),
         (params("scheduler", warmup_type="cosine"), r"warmup_type='cosine' is unknown"),
@@ -86,6 +96,77 @@ def test_every_json_of_this_repository_passes(path):
 def test_a_wrong_json_is_an_error_that_names_setting_value_and_what_to_change(more, message):
     with pytest.raises(ValueError, match=f"^rank 0: the DeepSpeed JSON has .*{message}"):
         check_config({**GIVEN, **more})
+
+
+def test_what_asks_an_adam_for_what_is_done_anyway_means_nothing_and_passes():
+    idle = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True, "amsgrad": False, "set_grad_none": True}
+    check_config({**GIVEN, **params("optimizer", **idle, eps=1e-8, betas=[0.9, 0.999])})
+    assert settled("optimizer", {"lr": 0.1, **idle}) == {"lr": 0.1}
+
+
+def test_step_counts_may_be_whole_floats():
+    counts = {"total_num_steps": 1e4, "warmup_num_steps": 1000.0, "last_batch_iteration": -1.0}
+    check_config({**GIVEN, **params("scheduler", **counts)})
+    check_config(
+        {**GIVEN, "scheduler": {"type": "RobustSchedule", "params": {"total_steps": 1e4, "warmup_steps": 2.0}}}
+    )
+    optimizer = RAdaBeliefW([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    curve = RobustSchedule(optimizer, total_num_steps=1e4, warmup_num_steps=1000.0).curve
+    assert (curve.total_steps, curve.warmup_steps) == (10_000, 1000)
+
+
+WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 2, "warmup_type": "linear"}
+COSINE = {"total_num_steps": 9, "warmup_min_ratio": 0.1, "warmup_num_steps": 2, "cos_min_ratio": 0.01}
+
+
+def test_the_parameters_of_deepspeeds_warmups_pass_and_without_a_total_the_message_says_what_to_write():
+    for right in (WARMUP | {"total_num_steps": 9}, COSINE):
+        check_config({**GIVEN, "scheduler": {"type": "RobustSchedule", "params": right}})
+    without = {**GIVEN, "scheduler": {"type": "RobustSchedule", "params": WARMUP}}
+    check_config(
+        without | {"scheduler": {"type": "RobustSchedule", "params": WARMUP | {"total_num_steps": "auto"}}}, auto=True
+    )
+    for auto in (False, True):
+        with pytest.raises(
+            ValueError, match=r'write "total_num_steps": "auto" where Trainer or Accelerate fills it in'
+        ):
+            check_config(without, auto=auto)
+
+
+def test_an_auto_that_nobody_fills_in_is_an_error_even_under_accelerate():
+    for section, name in (("scheduler", "total_steps"), ("scheduler", "cos_min_ratio"), ("optimizer", "seed")):
+        with pytest.raises(ValueError, match=f"{section}.params.{name}='auto'; nobody fills in"):
+            check_config({**GIVEN, **params(section, **{name: "auto"})}, auto=True)
+
+
+def test_everything_that_is_wrong_is_in_one_message():
+    one_cycle = {"cycle_min_lr": 0.0, "cycle_max_lr": 0.1, "decay_step_size": 2, "cycle_momentum": False}
+    wrong = {
+        **params("optimizer", freeze_step=400, cuda_aware=True, amsgrad=True, lr="0.1", betas=[2, 0.9]),
+        "scheduler": {"type": "RobustSchedule", "params": {**one_cycle, "warmup_max_lr": -1}},
+        "train_batch_size": "auto",
+    }
+    with pytest.raises(ValueError, match="rank 0: the DeepSpeed JSON has ") as caught:
+        check_config({**GIVEN, **wrong})
+    text = str(caught.value)
+    for part in (
+        *one_cycle,
+        "freeze_step",
+        "cuda_aware",
+        "amsgrad=True",
+        "lr='0.1'",
+        "betas=[2, 0.9]",
+        "total_num_steps",
+    ):
+        assert part in text
+    assert "warmup_max_lr=-1" in text
+    assert "train_batch_size='auto'" in text
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"type": None}, {"type": None, "params": {"lr": "0.1"}}])
+def test_a_json_that_names_neither_passes(nothing):
+    check_config({"optimizer": nothing, "scheduler": nothing, "train_batch_size": 8})
+    check_config({"optimizr": {"type": "AdamW"}, "train_batch_size": 8})
 
 
 @pytest.mark.parametrize(("name", "near"), [("optimzer", "optimizer"), ("Optimizer", "optimizer"), ("schedule", None)])

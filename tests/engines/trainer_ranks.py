@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
+from robust_dist.checkpoint import convert
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.transformers import RobustTrainerCallback
 from robust_dist.optim import RAdaBeliefW
@@ -53,6 +54,14 @@ def forget_accelerate():
             del os.environ[name]
 
 
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def make_trainer(folder, callback, accumulation=1, schedule="cosine", optimizer=None, cls=RAdaBeliefW, **more):
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -69,16 +78,15 @@ def make_trainer(folder, callback, accumulation=1, schedule="cosine", optimizer=
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             self.steps[state.global_step] = used(base_optimizer(optimizer))
 
-    world = dist.get_world_size() if dist.is_initialized() else 1
     settings = {
         "use_cpu": True,
-        "ddp_backend": "gloo" if world > 1 else None,
+        "ddp_backend": "gloo" if world() > 1 else None,
         "max_grad_norm": 1e9,
         "dataloader_pin_memory": False,
     } | more
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8 // world // accumulation,
+        per_device_train_batch_size=8 // world() // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=settings.pop("max_steps", TOTAL),
         learning_rate=LR,
@@ -154,6 +162,21 @@ def check_run_and_resumes(folder, settings=dict, groups=2, exact=True):
         for mine, theirs in zip(full_parameters(trainer), parameters, strict=True) if exact else ():
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
     return parameters
+
+
+def go_on(folder, source, to, settings=dict, full=False):
+    """Convert another world's or engine's checkpoint for this one, and go on from it to the end, as a user does."""
+    step = int(source.rpartition("-")[2])
+    run = f"{folder}/to {to}{', full' * full}"
+    if rank() == 0:
+        convert(source, f"{run}/checkpoint-{step}", to, world(), full_state_dict=full)
+    if world() > 1:
+        dist.barrier()
+    forget_accelerate()
+    trainer, notes = make_trainer(run, RobustTrainerCallback(), save_strategy="no", **settings())
+    trainer.train(resume_from_checkpoint=True)
+    check_steps(notes, step, TOTAL)
+    return full_parameters(trainer)
 
 
 def check_client_objects(folder, callback, make):
@@ -270,5 +293,18 @@ def under_deepspeed(folder):
     }
 
 
-def under_every_engine(folder):
-    return under_ddp(f"{folder}/ddp") | under_deepspeed(f"{folder}/ds") | under_fsdp(f"{folder}/fsdp")
+def under_every_engine(folder, alone):
+    """Whole runs and their resumes, and what goes on from the checkpoints of one process at `alone`."""
+    found = under_ddp(f"{folder}/ddp") | under_deepspeed(f"{folder}/ds")
+    before, after = f"{alone}/plain/checkpoint-2", f"{alone}/plain/checkpoint-6"
+    found["ddp, converted"] = go_on(f"{folder}/ddp", before, "ddp")
+    for stage in (1, 2, 3):
+        source = after if stage == 2 else before
+        found[f"zero{stage}, converted"] = go_on(f"{folder}/ds", source, f"zero{stage}", lambda s=stage: deepspeed(s))
+    found |= under_fsdp(f"{folder}/fsdp")
+    for version, more in ((1, {"use_orig_params": True}), (2, {})):
+        settings = lambda v=version, m=more: fsdp(v, **m)  # noqa: E731
+        found[f"fsdp{version}, converted"] = go_on(f"{folder}/fsdp/{version}", before, "fsdp", settings, full=True)
+    sharded = {"state_dict_type": "SHARDED_STATE_DICT"}
+    found["fsdp2, converted, sharded"] = go_on(f"{folder}/fsdp", after, "fsdp", lambda: fsdp(2, **sharded))
+    return found
