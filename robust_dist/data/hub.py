@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
+from robust_dist.data.classes import check_count
+from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, path_of, plain_labels
 from robust_dist.data.errors import DataError
 from robust_dist.data.parquet import is_remote, open_parquet
-from robust_dist.data.source import ImageSource, check_index
+from robust_dist.data.source import ImageSource, Upright, check_index, turns_upright
 from robust_dist.extras import require
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -21,12 +22,23 @@ CONVERTED = "refs/convert/parquet"
 class TableSource:
     """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest."""
 
-    def __init__(self, images: Any, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+    def __init__(
+        self,
+        images: Any,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+        name: str,
+        *,
+        beside: Sequence[str] = (),
+        upright: bool = True,
+    ) -> None:
         self.name = name
         self.classes = classes
         self.group_sizes: tuple[int, ...] = (len(labels),)
         self._images = images
         self._labels = labels
+        self._beside = tuple(beside)
+        self._kind = Upright if upright else bytes
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -35,12 +47,12 @@ class TableSource:
         """See `ImageSource.read`."""
         check_index(index, self)
         (value,) = self._images[index].values()
-        return image_bytes(value), int(self._labels[index])
+        return self._kind(image_bytes(value, self._beside)), int(self._labels[index])
 
     def where(self, index: int) -> str:
         """The set and the row; and the file, where the row only names one."""
         (value,) = self._images[index].values()
-        path = value.get("path") if isinstance(value, dict) else None
+        path = path_of(value)
         return f"{self.name}, row {index}" + (f" ({path})" if path else "")
 
 
@@ -51,6 +63,7 @@ def open_hub(
     config_name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    num_classes: int | None = None,
     streaming: bool = False,
     revision: str | None = None,
     data_files: DataFiles | None = None,
@@ -58,6 +71,7 @@ def open_hub(
     download: bool = True,
     classes: tuple[str, ...] | None = None,
     spool_dir: str | Path | None = None,
+    exif: str = "auto",
 ) -> ImageSource:
     """One split of an image set that `datasets` can load: from the Hub, or from files on a disk.
 
@@ -73,6 +87,7 @@ def open_hub(
         image_column: the column of images; found by its type where there is one only.
         label_column: the column of labels (a ClassLabel, whole numbers from 0, or strings); a ClassLabel is found by
             its type, where there is one only.
+        num_classes: how many classes there are, where labels are numbers and not all of them occur.
         streaming: read parquet row groups on demand from where they lie.
         revision: of the set on the Hub: a branch, tag or commit.
         data_files: see `datasets.load_dataset`.
@@ -82,6 +97,7 @@ def open_hub(
             latest in the cache counts). Streaming fetches what it needs in any case.
         classes: of the training split, which this one must fit.
         spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
+        exif: "auto" and "on" turn images upright by their EXIF orientation, as `datasets` does; "off" leaves them.
 
     Raises:
         DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
@@ -90,6 +106,7 @@ def open_hub(
     """
     name = f"{path} ({', '.join(part for part in (config_name, split) if part)})"
     path = os.path.expanduser(path)
+    upright = turns_upright(exif, auto=True)
     words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
     with _as_data_errors(name):
         if streaming:
@@ -99,41 +116,52 @@ def open_hub(
                 name=name,
                 image_column=image_column,
                 label_column=label_column,
+                num_classes=num_classes,
                 classes=classes,
                 features=features,
                 spool_dir=spool_dir,
+                upright=upright,
             )
-        table = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
-        return _from_table(table, image_column, label_column, classes, name)
+        table, beside = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
+        columns = find_columns(table.features, image_column, label_column, name)
+        images, labels, classes = _from_table(table, columns, classes, name, num_classes)
+        return TableSource(images, labels, classes, name, beside=beside, upright=upright)
 
 
 def _from_table(
-    table: Any, image_column: str | None, label_column: str | None, classes: tuple[str, ...] | None, name: str
-) -> TableSource:
+    table: Any, columns: tuple[str, str], classes: tuple[str, ...] | None, name: str, num_classes: int | None
+) -> tuple[Any, np.ndarray, tuple[str, ...]]:
+    """The table's images alone, as they are stored, the labels int32 [N], and the classes."""
     if not len(table):
         raise DataError(f"{name} has no rows")
-    image, label = find_columns(table.features, image_column, label_column, name)
+    image, label = columns
     column = table.select_columns([label]).with_format("arrow")[:].column(0)
     if is_class_label(table.features[label]):
         label_of, classes = class_labels(table.features[label], classes, name)
+        check_count(classes, num_classes, name)
         labels = label_of[plain_labels(column, tuple(table.features[label].names), name)[0]]
     else:
-        labels, classes = plain_labels(column, classes, name)
+        labels, classes = plain_labels(column, classes, name, num_classes)
     images = table.select_columns([image])
     if type(table.features[image]).__name__ == "Image":
         images = images.cast_column(image, _datasets().Image(decode=False))
-    return TableSource(images.with_format(None), labels, classes, name)
+    return images.with_format(None), labels, classes
 
 
-def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any:
-    """A split from the cache of `datasets`, which gets it first where it may."""
+def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> tuple[Any, list[str]]:
+    """A split from the cache of `datasets`, which gets it first where it may, and the folders of its local files."""
     builder = _datasets().load_dataset_builder(path, **words)
-    files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    of_splits = {
+        str(key): [str(file) for file in of_split] for key, of_split in (builder.config.data_files or {}).items()
+    }
+    files = [file for of_split in of_splits.values() for file in of_split]
     local = builder.repo_id is None and not any(is_remote(file) for file in files)
     if not (download or local or Path(builder.cache_dir, "dataset_info.json").is_file()):
         raise DataError(f"{path} is not in the cache of `datasets` ({builder.cache_dir}): set download=True")
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    own = [file for file in of_splits.get(split.partition("[")[0], files) if not is_remote(file)]
+    beside = dict.fromkeys(os.path.dirname(file.removeprefix("file://")) for file in own)
+    return builder.as_dataset(split=split), list(beside)
 
 
 def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
@@ -158,8 +186,8 @@ def _is_saved(path: str) -> bool:
     return any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved(path: str, split: str) -> Any:
-    """A split of a `save_to_disk` folder; a folder of one split without a name stands for any."""
+def _saved(path: str, split: str) -> tuple[Any, list[str]]:
+    """A split of a `save_to_disk` folder, and the folder; one of one split without a name stands for any."""
     loaded = _datasets().load_from_disk(path)
     if isinstance(loaded, dict):
         splits = {str(key): table for key, table in loaded.items()}
@@ -167,7 +195,7 @@ def _saved(path: str, split: str) -> Any:
         splits = {str(loaded.split or split): loaded}
     if split not in splits:
         raise DataError(f"there is no split {split!r} in {path}; there are: {', '.join(splits)}")
-    return splits[split]
+    return splits[split], [path]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from robust_dist.data.errors import BadImage, DataError
+from robust_dist.data.names import as_line, printable
 from robust_dist.train.agree import attempt
 
 SHOWN = 5
@@ -21,7 +22,8 @@ class BadImages:
 
     Args:
         accelerator: The run's ranks.
-        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong.
+        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. A name's own bytes
+            are written, UTF-8 or not, with \\n, \\t and \\\\ for what would end the line or the field.
         max_share: The largest share of bad images that is let pass.
     """
 
@@ -71,11 +73,12 @@ class BadImages:
         """Write down those that the file does not name yet; returns them."""
         if not found:
             return []
-        known = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        named = {line.partition("\t")[0] for line in known}
-        new = {image.where: image for image in found if image.where not in named}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{image.where}\t{' '.join(image.reason.split())}\n" for image in new.values())
+        known = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        named = {line.partition(b"\t")[0] for line in known}
+        new = {where: image for image in found if (where := as_line(image.where)) not in named}
+        with self.path.open("ab") as file:
+            for where, image in new.items():
+                file.write(b"%s\t%s\n" % (where, printable(" ".join(image.reason.split())).encode()))
         return list(new.values())
 
 
@@ -85,5 +88,5 @@ def is_time_to_settle(step: int) -> bool:
 
 
 def _some(images: Sequence[BadImage]) -> str:
-    shown = "; ".join(f"{image.where} ({image.reason})" for image in images[:SHOWN])
+    shown = "; ".join(printable(f"{image.where} ({image.reason})") for image in images[:SHOWN])
     return shown + (f"; and {len(images) - SHOWN} more" if len(images) > SHOWN else "")

@@ -10,12 +10,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Which keys a streamed set has beside those that all of them have; with all they are an error for other sets.
 _OF_ALL = (
     *("train", "eval", "size", "eval_size", "eval_resize", "crop_scale", "crop_ratio", "mean", "std"),
-    *("workers", "prefetch", "max_bad_share", "shuffle_window"),
+    *("workers", "prefetch", "max_bad_share", "shuffle_window", "exif"),
 )
 STREAMED = {
     "imagefolder": (),
-    "hub": ("path", "config", "revision", "data_files", "image_column", "label_column", "streaming", "spool_dir"),
-    "webdataset": ("label_key", "num_classes", "allow_torn", "index_dir"),
+    "hub": (
+        *("path", "config", "revision", "data_files", "image_column", "label_column", "num_classes", "streaming"),
+        "spool_dir",
+    ),
+    "webdataset": ("image_keys", "label_key", "num_classes", "allow_torn", "index_dir"),
 }
 
 
@@ -48,8 +51,10 @@ class DataConfig:
         streaming: hub: read parquet row groups when they are needed, and copy nothing before.
         spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
             ranks; null takes the system's temporary one.
-        label_key: webdataset: extension of the member that holds the label, or json.KEY.
-        num_classes: webdataset: how many classes there are, where labels are numbers.
+        image_keys: webdataset: endings of the member that is the image, the first that a sample has; the usual ones where
+            null.
+        label_key: webdataset: ending of the member that holds the label, or json.KEY.
+        num_classes: hub, webdataset: how many classes there are, where labels are numbers and not all of them occur.
         allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
         index_dir: webdataset: the folder for the shards' index, where their own cannot be written.
         size: Height and width of training images, after a random resized crop.
@@ -64,6 +69,8 @@ class DataConfig:
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
+        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does for hub as `datasets` does, and
+            leaves those of imagefolder and webdataset as they are stored.
     """
 
     name: str = "digits"
@@ -83,6 +90,7 @@ class DataConfig:
     label_column: str | None = None
     streaming: bool = False
     spool_dir: str | None = None
+    image_keys: list[str] | None = None
     label_key: str = "cls"
     num_classes: int | None = None
     allow_torn: bool = False
@@ -98,8 +106,12 @@ class DataConfig:
     prefetch: int = 2
     max_bad_share: float = 0.01
     shuffle_window: int = 16_384
+    exif: Literal["auto", "on", "off"] | bool = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.exif, bool):
+            # YAML reads a plain on or off so.
+            self.exif = "on" if self.exif else "off"
         require_number("data.block", self.block, 1)
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
         self._check_keys()
@@ -110,6 +122,9 @@ class DataConfig:
         require(0 <= share < 1, "data.max_bad_share", share, "in [0, 1)")
         if self.num_classes is not None:
             require_number("data.num_classes", self.num_classes, 1)
+        if self.image_keys is not None:
+            named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
+            require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
 
     @property
     def streamed(self) -> bool:

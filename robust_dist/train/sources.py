@@ -46,7 +46,7 @@ def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> Im
     from robust_dist.data.folder import open_image_folder
 
     below = getattr(data, part) or {"train": "train", "eval": "val"}[part]
-    return open_image_folder(Path(data.root).expanduser() / below, classes=classes)
+    return open_image_folder(Path(data.root).expanduser() / below, classes=classes, exif=str(data.exif))
 
 
 def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
@@ -59,27 +59,30 @@ def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> Image
         config_name=data.config,
         image_column=data.image_column,
         label_column=data.label_column,
+        num_classes=data.num_classes,
         streaming=data.streaming,
         revision=data.revision,
         data_files=data.data_files or None,
         download=download,
         classes=classes,
         spool_dir=data.spool_dir,
+        exif=str(data.exif),
     )
 
 
 def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.shards import open_webdataset
+    from robust_dist.data.shards import IMAGE_KEYS, open_webdataset
 
-    named = getattr(data, part)
-    root = Path(data.root).expanduser()
     return open_webdataset(
-        [str(root / url) for url in ([named] if isinstance(named, str) else named)],
+        getattr(data, part),
+        root=data.root,
+        image_keys=data.image_keys or IMAGE_KEYS,
         label_key=data.label_key,
         classes=classes,
         num_classes=data.num_classes,
         index_dir=data.index_dir,
         allow_torn=data.allow_torn,
+        exif=str(data.exif),
     )
 
 
