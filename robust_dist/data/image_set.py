@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data.errors import BadImage, DataError
-from robust_dist.data.sets import EvalBatch, TrainLoader
+from robust_dist.data.sets import EvalBatch, FirstSamples, TrainLoader
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +87,10 @@ class ImageSet:
         """What the images given out are."""
         return "as stored"
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
+        """The first `count` samples of an epoch's first batch."""
         indices = permutation(seed, epoch, len(self), self.device)[:count]
-        return self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices)
+        return FirstSamples(self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices), {})
 
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""

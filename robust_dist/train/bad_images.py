@@ -22,8 +22,8 @@ class BadImages:
 
     Args:
         accelerator: The run's ranks.
-        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. A name's own bytes
-            are written, UTF-8 or not, with \\n, \\t and \\\\ for what would end the line or the field.
+        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. The bytes are the
+            names' own, UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
         max_share: The largest share of bad images that is let pass.
     """
 

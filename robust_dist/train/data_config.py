@@ -51,8 +51,8 @@ class DataConfig:
         streaming: hub: read parquet row groups when they are needed, and copy nothing before.
         spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
             ranks; null takes the system's temporary one.
-        image_keys: webdataset: endings of the member that is the image, the first that a sample has; the usual ones where
-            null.
+        image_keys: webdataset: endings of the member that is the image, of which the first that a sample has counts;
+            the usual ones where null.
         label_key: webdataset: ending of the member that holds the label, or json.KEY.
         num_classes: hub, webdataset: how many classes there are, where labels are numbers and not all of them occur.
         allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
@@ -69,8 +69,8 @@ class DataConfig:
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
-        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does for hub as `datasets` does, and
-            leaves those of imagefolder and webdataset as they are stored.
+        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so for hub alone, as
+            `datasets` does; imagefolder and webdataset leave images as they are stored.
     """
 
     name: str = "digits"

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from robust_dist.data.source import ImageSource
 from robust_dist.train.data_config import DataConfig
 
 Classes = tuple[str, ...] | None
+# So many of a set's first images are looked at for an EXIF orientation.
+LOOKED_AT = 16
 
 
 def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
@@ -40,6 +43,27 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
     """The images of one part, "train" or "eval"; `classes` are the training part's, which the other must have."""
     opener: Callable[..., ImageSource] = {"imagefolder": _folder, "hub": _hub, "webdataset": _shards}[data.name]
     return opener(data, part, classes, download)
+
+
+def exif_line(data: DataConfig, source: ImageSource) -> str | None:
+    """What is done with the EXIF orientation of images, where the first ones of a set have one; else None."""
+    from robust_dist.data.decode import is_turned
+    from robust_dist.data.errors import BadImageError
+    from robust_dist.data.source import Upright
+
+    first: list[bytes] = []
+    for index in range(min(LOOKED_AT, len(source))):
+        # What cannot be read is found, and counted, by those who need it.
+        with suppress(BadImageError, OSError):
+            first.append(source.read(index)[0])
+    turned = sum(map(is_turned, first))
+    if not turned:
+        return None
+    done, other = ("turned upright", "off") if isinstance(first[0], Upright) else ("left as they are stored", "on")
+    return (
+        f"{source.name}: {turned} of the first {len(first)} images carry an EXIF orientation; they are {done} "
+        f"(data.exif={data.exif}; data.exif={other} does the other)"
+    )
 
 
 def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
