@@ -85,8 +85,8 @@ class HostSet:
 
     def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
         """The first `count` samples of an epoch's first batch."""
-        *tensors, bad = self.image_set.first_samples(seed, epoch, batch_size, count)
-        return FirstSamples(*(one.to(self.device) for one in tensors), bad)
+        images, labels, keys, bad = self.image_set.first_samples(seed, epoch, batch_size, count)
+        return FirstSamples(images.to(self.device), labels.to(self.device), keys.to(self.device), bad)
 
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""

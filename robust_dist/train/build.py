@@ -21,7 +21,6 @@ from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
-from robust_dist.data.stream_set import StreamSet
 from robust_dist.engines.accelerate import EngineError, no_fsdp_on_cpus
 from robust_dist.models import build_model
 from robust_dist.optim import param_groups
@@ -31,7 +30,7 @@ from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfi
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
-from robust_dist.train.sources import check_ranks_see_the_same, exif_line, open_streams
+from robust_dist.train.sources import check_ranks_see_the_same, open_streams, tell_exif
 
 
 def _asked_for(engine: str) -> bool:
@@ -106,14 +105,8 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
     loaded = sets or others
     assert loaded is not None
     check_ranks_see_the_same(accelerator, *loaded)
-    attempt(accelerator, lambda: _tell_exif(recipe.data, loaded), here=accelerator.is_main_process)
+    attempt(accelerator, lambda: tell_exif(recipe.data, *loaded), here=accelerator.is_main_process)
     return loaded
-
-
-def _tell_exif(data: DataConfig, sets: Sequence[LabelledSet]) -> None:
-    for line in [exif_line(data, one.source) for one in sets if isinstance(one, StreamSet)]:
-        if line:
-            print(line)
 
 
 def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:

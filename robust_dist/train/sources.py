@@ -45,6 +45,13 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
     return opener(data, part, classes, download)
 
 
+def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
+    """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
+    for line in [exif_line(data, one.source) for one in sets if hasattr(one, "source")]:
+        if line is not None:
+            print(line)
+
+
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     """What is done with the EXIF orientation of images, where the first ones of a set have one; else None."""
     from robust_dist.data.decode import is_turned
