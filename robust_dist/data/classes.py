@@ -56,7 +56,8 @@ def number_classes(
             f"{name} has numbers as labels ({some(sorted(map(str, distinct.tolist())))}), but the training split's "
             f"are names ({some(classes)}): which number stands for which name, nothing says"
         )
-    count = len(classes) if classes is not None else num_classes or int(distinct.max(initial=-1)) + 1
+    highest = int(distinct.max()) if len(distinct) else -1
+    count = len(classes) if classes is not None else num_classes or highest + 1
     outside = distinct[(distinct < 0) | (distinct >= count)]
     if len(outside):
         unlabelled = "; -1 mostly stands for a split without labels" if (outside == -1).any() else ""

@@ -175,7 +175,8 @@ def _is_struct(feature: Any) -> bool:
     if not isinstance(feature, Mapping) or not {"bytes", "path"} & set(feature):
         return False
     wanted = {"bytes": BINARY, "path": TEXT}
-    return all(_dtype(feature[key]) in types for key, types in wanted.items() if key in feature)
+    # A column without one value has the type "null".
+    return all(_dtype(feature[key]) in (*types, "null") for key, types in wanted.items() if key in feature)
 
 
 def _can_be_label(feature: Any) -> bool:

@@ -21,7 +21,7 @@ from robust_dist.augment import (
 from tests.augment.loader_ranks import SAMPLES, build, epoch_of_a_rank, samples
 from tests.ranks import run_ranks
 
-Pair = namedtuple("Pair", ["image", "label"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["image", "label"])
 STAGES = [RandomCrop(2), RandomHorizontalFlip(), TrivialAugment()]
 
 

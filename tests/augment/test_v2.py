@@ -139,14 +139,14 @@ def test_fills_are_chosen_by_type_and_in_the_images_units():
 
 
 @pytest.mark.parametrize(
-    "fill", [[123.675, 116.28, 103.53], 123.5, [0.5, 1.5, 2.5], [7.4], np.float32(9.6), {"others": 9.6}, None]
+    "fill", [[123.675, 116.28, 103.53], 123.5, [0.5, 1.5, 2.5], [7.4], [np.float32(9.6)], {"others": 9.6}, None]
 )
 def test_a_fill_between_two_levels_is_rounded_as_torchvision_does(fill):
     image, seed = noise(), seed_of("Rotate")
     plan = plan_of_seed(seed, 1)
     angle = tables.rotations(31)[int(plan.magnitude_bin)] * (-1 if plan.negative else 1)
     plain = fill["others"] if isinstance(fill, dict) else fill
-    theirs = F.rotate(image, angle, fill=float(plain) if isinstance(plain, np.float32) else plain)
+    theirs = F.rotate(image, angle, fill=list(map(float, plain)) if isinstance(plain, list) else plain)
     assert torch.equal(seeded(v2.TrivialAugmentWide(fill=fill), seed, image), theirs)
 
 
