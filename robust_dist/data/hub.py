@@ -4,25 +4,42 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
 from robust_dist.data.errors import DataError
+from robust_dist.data.identity import Stretch, fingerprint
 from robust_dist.data.parquet import is_remote, open_parquet
 from robust_dist.data.source import ImageSource, check_index
 from robust_dist.extras import require
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 CONVERTED = "refs/convert/parquet"
+SPOOL = "robust_dist-row-groups"
 
 
 class TableSource:
-    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest."""
+    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest.
 
-    def __init__(self, images: Any, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+    Attributes:
+        revision: the commit of a set of the Hub; None of others.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+        name: str,
+        *,
+        rows: Sequence[Stretch] = (),
+        revision: str | None = None,
+    ) -> None:
         self.name = name
+        self.revision = revision
+        self._rows = tuple(rows)
         self.classes = classes
         self.group_sizes: tuple[int, ...] = (len(labels),)
         self._images = images
@@ -42,6 +59,14 @@ class TableSource:
         (value,) = self._images[index].values()
         path = value.get("path") if isinstance(value, dict) else None
         return f"{self.name}, row {index}" + (f" ({path})" if path else "")
+
+    def fingerprint(self) -> str:
+        """A hash of the labels, of every image's size in bytes, and of the revision."""
+        return fingerprint(self._labels, _sizes(self._images), self.revision)
+
+    def stretches(self) -> list[Stretch]:
+        """The rows of the splits, see `shared_images`."""
+        return list(self._rows)
 
 
 def open_hub(
@@ -68,7 +93,8 @@ def open_hub(
     Args:
         path: a set's name on the Hub, a folder of parquet or other files that `datasets` knows, a `save_to_disk`
             folder, or with `data_files` a format: "parquet", "imagefolder".
-        split: "train", "validation", ...; without streaming also a slice such as "train[:10%]".
+        split: "train", "validation", ...; without streaming also a slice such as "train[:10%]". A `save_to_disk` folder
+            of one set without a split's name takes any name.
         config_name: the set's configuration ("subset"), where it has several.
         image_column: the column of images; found by its type where there is one only.
         label_column: the column of labels (a ClassLabel, whole numbers from 0, or strings); a ClassLabel is found by
@@ -81,7 +107,7 @@ def open_hub(
             Hub is still asked which version `revision` is (with HF_HUB_OFFLINE=1 in the environment it is not, and the
             latest in the cache counts). Streaming fetches what it needs in any case.
         classes: of the training split, which this one must fit.
-        spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
+        spool_dir: for streaming, a folder on this node's own disk, in which a folder is made, see `Spool`.
 
     Raises:
         DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
@@ -101,15 +127,25 @@ def open_hub(
                 label_column=label_column,
                 classes=classes,
                 features=features,
-                spool_dir=spool_dir,
+                # The oldest tables in there are removed: what else lies in the user's folder must not be.
+                spool_dir=None if spool_dir is None else Path(spool_dir, SPOOL),
             )
-        table = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
-        return _from_table(table, image_column, label_column, classes, name)
+        found = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
+        return _from_table(found, image_column, label_column, classes, name)
+
+
+class _Found(NamedTuple):
+    """A split's table, the rows of which splits it is, and the commit of a set of the Hub."""
+
+    table: Any
+    rows: list[Stretch]
+    revision: str | None = None
 
 
 def _from_table(
-    table: Any, image_column: str | None, label_column: str | None, classes: tuple[str, ...] | None, name: str
+    found: _Found, image_column: str | None, label_column: str | None, classes: tuple[str, ...] | None, name: str
 ) -> TableSource:
+    table = found.table
     if not len(table):
         raise DataError(f"{name} has no rows")
     image, label = find_columns(table.features, image_column, label_column, name)
@@ -122,10 +158,10 @@ def _from_table(
     images = table.select_columns([image])
     if type(table.features[image]).__name__ == "Image":
         images = images.cast_column(image, _datasets().Image(decode=False))
-    return TableSource(images.with_format(None), labels, classes, name)
+    return TableSource(images.with_format(None), labels, classes, name, rows=found.rows, revision=found.revision)
 
 
-def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any:
+def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> _Found:
     """A split from the cache of `datasets`, which gets it first where it may."""
     builder = _datasets().load_dataset_builder(path, **words)
     files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
@@ -133,7 +169,13 @@ def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any
     if not (download or local or Path(builder.cache_dir, "dataset_info.json").is_file()):
         raise DataError(f"{path} is not in the cache of `datasets` ({builder.cache_dir}): set download=True")
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    table = builder.as_dataset(split=split)
+    counts = {str(key): one.num_examples for key, one in builder.info.splits.items()}
+    rows = [
+        Stretch((builder.cache_dir, name), start, stop, f"{path} ({name})")
+        for name, start, stop in _slices(split, counts)
+    ]
+    return _Found(table, rows, None if builder.repo_id is None else builder.hash)
 
 
 def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
@@ -158,16 +200,49 @@ def _is_saved(path: str) -> bool:
     return any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved(path: str, split: str) -> Any:
-    """A split of a `save_to_disk` folder; a folder of one split without a name stands for any."""
+def _saved(path: str, split: str) -> _Found:
+    """A split of a `save_to_disk` folder, or slices of splits; a folder of one without a name stands for any."""
     loaded = _datasets().load_from_disk(path)
+    unnamed = not isinstance(loaded, dict) and loaded.split is None
     if isinstance(loaded, dict):
-        splits = {str(key): table for key, table in loaded.items()}
+        tables = {str(key): table for key, table in loaded.items()}
     else:
-        splits = {str(loaded.split or split): loaded}
-    if split not in splits:
-        raise DataError(f"there is no split {split!r} in {path}; there are: {', '.join(splits)}")
-    return splits[split]
+        tables = dict.fromkeys(_names(split) if unnamed else [str(loaded.split)], loaded)
+    unknown = [name for name in _names(split) if name not in tables]
+    if unknown:
+        raise DataError(f"there is no split {unknown[0]!r} in {path}; there are: {', '.join(tables)}")
+    slices = _slices(split, {name: len(table) for name, table in tables.items()})
+    place = os.path.realpath(path)
+    rows = [
+        Stretch((place, "" if unnamed else name), start, stop, path if unnamed else f"{path} ({name})")
+        for name, start, stop in slices
+    ]
+    parts = [tables[name].select(range(start, stop)) for name, start, stop in slices]
+    return _Found(parts[0] if len(parts) == 1 else _datasets().concatenate_datasets(parts), rows)
+
+
+def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The rows that "train[:80%]+test" names: split, first row, one more than the last."""
+    if split in counts:
+        return [(split, 0, counts[split])]
+    found = _datasets().ReadInstruction.from_spec(split).to_absolute(counts)
+    return [(str(one.splitname), one.from_, max(one.from_, one.to)) for one in found]
+
+
+def _names(split: str) -> list[str]:
+    """The splits' names in "train[:80%]+test"."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _sizes(images: Any) -> np.ndarray:
+    """Each image's size in bytes, int64 [N]; -1 where the column does not hold the image. Pixels are not touched."""
+    compute, types = (require(f"pyarrow.{one}", extra="data", purpose="tables") for one in ("compute", "types"))
+    column = images.with_format("arrow")[:].column(0)
+    if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = compute.struct_field(column, "bytes")
+    if not (types.is_binary(column.type) or types.is_large_binary(column.type)):
+        return np.zeros(0, dtype=np.int64)
+    return compute.fill_null(compute.binary_length(column), -1).to_numpy().astype(np.int64)
 
 
 @contextmanager

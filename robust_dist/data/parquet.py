@@ -15,6 +15,7 @@ import numpy as np
 
 from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
 from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
 from robust_dist.data.source import check_index
 from robust_dist.data.spool import Spool
 from robust_dist.extras import require
@@ -24,12 +25,16 @@ MAPPED_GROUPS = 8
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows."""
+    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows.
+
+    `content` is a digest of the footer alone, which a copy of the file has too.
+    """
 
     url: str
     digest: str
     number: int
     rows: int
+    content: str = ""
 
 
 class ParquetSource:
@@ -76,6 +81,18 @@ class ParquetSource:
         """The file, with the row group and the row in it."""
         group, row = self._place(index)
         return f"{self._groups[group].url}, row group {self._groups[group].number}, row {row}"
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names and footers, and of the labels where they were read."""
+        groups = [(os.path.basename(group.url), group.content, group.number) for group in self._groups]
+        return fingerprint(groups, *([] if self._labels is None else [self._labels]))
+
+    def stretches(self) -> list[Stretch]:
+        """The files, see `shared_images`."""
+        rows: dict[str, int] = {}
+        for group in self._groups:
+            rows[group.url] = rows.get(group.url, 0) + group.rows
+        return stretches_of_files(rows.items())
 
     def _place(self, index: int) -> tuple[int, int]:
         check_index(index, self)
@@ -143,7 +160,7 @@ def open_parquet(
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(_footer, urls))
         groups = [
-            RowGroup(u, footer.digest, k, rows)
+            RowGroup(u, footer.digest, k, rows, footer.content)
             for u, footer in zip(urls, footers, strict=True)
             for k, rows in footer.groups
             if rows
@@ -177,6 +194,7 @@ def is_remote(url: str) -> bool:
 
 
 class _Footer(NamedTuple):
+    content: str
     digest: str
     groups: list[tuple[int, int]]
     schema: Any
@@ -187,9 +205,10 @@ def _footer(url: str) -> _Footer:
         with _opened(url) as source:
             file = _parquet(source)
             metadata = file.metadata
-            digest = hashlib.sha256(pickle.dumps(metadata) + _identity(url, source).encode()).hexdigest()
+            content = hashlib.sha256(pickle.dumps(metadata)).hexdigest()
+            digest = hashlib.sha256((content + _identity(url, source)).encode()).hexdigest()
             groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
-            return _Footer(digest, groups, file.schema_arrow)
+            return _Footer(content, digest, groups, file.schema_arrow)
     except _pyarrow().ArrowInvalid as error:
         raise DataError(f"{url} is no parquet file, or is cut off: {error}") from error
 

@@ -77,6 +77,10 @@ class LabelledSet(Protocol):
         """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
         ...
 
+    def fingerprint(self) -> str:
+        """A cheap hash of names and labels: a set that has another one is another set."""
+        ...
+
     def take_bad(self) -> list[BadImage]:
         """The images that could not be read for evaluation since the last call, on this rank."""
         ...
