@@ -120,8 +120,8 @@ def _differs(dataset_class: Any, root: Path, differing: list[str]) -> str:
         f"{name} ({'torn' if _is_torn(folder / name) else 'not the published file'})" for name in differing
     )
     return (
-        f"{dataset_class.__name__}: {listed} in {folder}. Nothing was changed. Move them away to have the published ones "
-        "fetched; if they are your own, set data.own_files=true to train on them as they are."
+        f"{dataset_class.__name__}: {listed} in {folder}. Nothing was changed. Move them away to have the published "
+        "ones fetched; if they are your own, set data.own_files=true to train on them as they are."
     )
 
 

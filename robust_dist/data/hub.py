@@ -119,8 +119,8 @@ def open_hub(
     words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
     with _as_data_errors(name):
         if streaming:
-            urls, features = _parquet_files(path, split, words)
-            return open_parquet(
+            urls, features, revision = _parquet_files(path, split, words)
+            source = open_parquet(
                 urls,
                 name=name,
                 image_column=image_column,
@@ -130,6 +130,8 @@ def open_hub(
                 # The oldest tables in there are removed: what else lies in the user's folder must not be.
                 spool_dir=None if spool_dir is None else Path(spool_dir, SPOOL),
             )
+            source.revision = revision
+            return source
         found = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
         return _from_table(found, image_column, label_column, classes, name)
 
@@ -178,8 +180,8 @@ def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> _Fo
     return _Found(table, rows, None if builder.repo_id is None else builder.hash)
 
 
-def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
-    """Addresses of a split's parquet files, and the features as far as the set's description has them."""
+def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any, str | None]:
+    """Addresses of a split's parquet files, the features as far as the set's description has them, the Hub's commit."""
     if _is_saved(path):
         raise DataError(f"{path} is a save_to_disk folder, which needs no streaming: set streaming=False")
     builder = _datasets().load_dataset_builder(path, **words)
@@ -193,7 +195,7 @@ def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[s
             f"only parquet files can be streamed, not {other}: set streaming=False, or for a set on the Hub "
             f"revision={CONVERTED!r}, where the Hub keeps a copy in parquet"
         )
-    return urls, builder.info.features
+    return urls, builder.info.features, None if builder.repo_id is None else builder.hash
 
 
 def _is_saved(path: str) -> bool:

@@ -41,7 +41,12 @@ class ParquetSource:
     """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
 
     A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
+
+    Attributes:
+        revision: The commit of a set of the Hub; None of others.
     """
+
+    revision: str | None = None
 
     def __init__(
         self,
