@@ -88,6 +88,10 @@ class HostSet:
         images, labels, keys, bad = self.image_set.first_samples(seed, epoch, batch_size, count)
         return FirstSamples(images.to(self.device), labels.to(self.device), keys.to(self.device), bad)
 
+    def fingerprint(self) -> str:
+        """See `ImageSet.fingerprint`."""
+        return self.image_set.fingerprint()
+
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""
         return []

@@ -25,6 +25,7 @@ from robust_dist.data.columns import (
     plain_labels,
 )
 from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
 from robust_dist.data.source import Upright, check_index
 from robust_dist.data.spool import Spool
 from robust_dist.extras import require
@@ -34,19 +35,28 @@ MAPPED_GROUPS = 8
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows."""
+    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows.
+
+    `content` is a digest of the footer alone, which a copy of the file has too.
+    """
 
     url: str
     digest: str
     number: int
     rows: int
+    content: str = ""
 
 
 class ParquetSource:
     """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
 
     A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
+
+    Attributes:
+        revision: The commit of a set of the Hub; None of others.
     """
+
+    revision: str | None = None
 
     def __init__(
         self,
@@ -91,6 +101,18 @@ class ParquetSource:
         """The file, with the row group and the row in it."""
         group, row = self._place(index)
         return f"{self._groups[group].url}, row group {self._groups[group].number}, row {row}"
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names and footers, and of the labels where they were read."""
+        groups = [(os.path.basename(group.url), group.content, group.number) for group in self._groups]
+        return fingerprint(groups, *([] if self._labels is None else [self._labels]))
+
+    def stretches(self) -> list[Stretch]:
+        """The files, see `shared_images`."""
+        rows: dict[str, int] = {}
+        for group in self._groups:
+            rows[group.url] = rows.get(group.url, 0) + group.rows
+        return stretches_of_files(rows.items())
 
     def _place(self, index: int) -> tuple[int, int]:
         check_index(index, self)
@@ -162,7 +184,7 @@ def open_parquet(
     with ThreadPoolExecutor(READERS) as pool:
         footers = _whole(list(pool.map(_footer, urls)), name)
         groups = [
-            RowGroup(u, footer.digest, k, rows)
+            RowGroup(u, footer.digest, k, rows, footer.content)
             for u, footer in zip(urls, footers, strict=True)
             for k, rows in footer.groups
             if rows
@@ -198,6 +220,7 @@ def is_remote(url: str) -> bool:
 
 
 class _Footer(NamedTuple):
+    content: str
     digest: str
     groups: list[tuple[int, int]]
     schema: Any
@@ -208,9 +231,10 @@ def _footer(url: str) -> _Footer | DataError:
         with _opened(url) as source:
             file = _parquet(source)
             metadata = file.metadata
-            digest = hashlib.sha256(pickle.dumps(metadata) + _identity(url, source).encode()).hexdigest()
+            content = hashlib.sha256(pickle.dumps(metadata)).hexdigest()
+            digest = hashlib.sha256((content + _identity(url, source)).encode()).hexdigest()
             groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
-            return _Footer(digest, groups, file.schema_arrow)
+            return _Footer(content, digest, groups, file.schema_arrow)
     except _pyarrow().ArrowInvalid as error:
         return DataError(f"{url} is no parquet file, or is cut off: {error}")
 

@@ -93,6 +93,10 @@ class LabelledSet(Protocol):
         """The first `count` samples of an epoch's first batch."""
         ...
 
+    def fingerprint(self) -> str:
+        """A cheap hash of names and labels: a set that has another one is another set."""
+        ...
+
     def take_bad(self) -> list[BadImage]:
         """The images that could not be read for evaluation since the last call, on this rank."""
         ...

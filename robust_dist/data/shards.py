@@ -13,6 +13,7 @@ import numpy as np
 
 from robust_dist.data.classes import check_count, number_classes, some, text_classes
 from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
 from robust_dist.data.packed import PackedStrings, bounds_of
 from robust_dist.data.shard_index import ShardIndex, index_of
 from robust_dist.data.shard_members import Keys, first_members
@@ -87,6 +88,15 @@ class ShardSource:
         """The shard's path, and the name of the sample's image in it."""
         shard, number = self._place(index)
         return f"{self._shards[shard]}: {self._index.names[number] if number is not None else '(torn)'}"
+
+    def fingerprint(self) -> str:
+        """A hash of the samples' names and labels, and of how many each shard has."""
+        names = self._index.names
+        return fingerprint(names.data, names.bounds, self._labels, self._index.counts)
+
+    def stretches(self) -> list[Stretch]:
+        """The shards, see `shared_images`."""
+        return stretches_of_files(zip(self._shards, self._index.counts.tolist(), strict=True))
 
     def _place(self, index: int) -> tuple[int, int | None]:
         """The shard's number, and the sample's one in the index (None: the tear)."""

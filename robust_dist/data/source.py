@@ -10,7 +10,9 @@ class Upright(bytes):
 class ImageSource(Protocol):
     """A labelled set of encoded images (JPEG, PNG, ...) that can be read in any order.
 
-    A source is picklable and holds no open file when it is: each worker of a loader opens what it reads.
+    A source is picklable and holds no open file when it is: each worker of a loader opens what it reads. It may also
+    have `fingerprint() -> str`, a cheap hash of names and labels; `left_out`, reasons with how many files do not count
+    for each; and `stretches()`, for `identity.shared_images`.
 
     Attributes:
         name: what error messages call the set.

@@ -11,6 +11,7 @@ from torch import Tensor
 from robust_dist.augment.keys import sample_keys
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.errors import BadImage
+from robust_dist.data.identity import fingerprint
 from robust_dist.data.moving import Mover, Moving
 from robust_dist.data.order import EpochOrder
 from robust_dist.data.reading import ImageReader, Pack, Request, Workers
@@ -118,6 +119,11 @@ class StreamSet:
         slots = [] if pack.weights is None else (pack.weights == 0).nonzero().flatten().tolist()
         bad = dict(zip(slots, pack.bad, strict=True))
         return FirstSamples(pack.images.to(self.device), pack.labels.to(self.device), keys.to(self.device), bad)
+
+    def fingerprint(self) -> str:
+        """The source's, or of one that has none a hash of its classes and groups."""
+        own = getattr(self.source, "fingerprint", None)
+        return own() if own is not None else fingerprint(self.classes, self.group_sizes)
 
     def take_bad(self) -> list[BadImage]:
         """The bad images that `eval_batches` met since the last call."""

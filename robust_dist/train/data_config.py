@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from robust_dist.data.registry import CHECKED
 from robust_dist.train.settings import require, require_number
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,6 +35,8 @@ class DataConfig:
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
             holds those of `train` and `eval`; of webdataset, that to which shards' paths are relative; hub uses it not.
         download: Fetch missing files (one process a host does it, the others wait).
+        own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
+            refused. They are pickles, which can run any code.
         block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
         drop_last: Leave out the last global batch of an epoch where it is short.
         keep_on: Where a set by name lies: device; host, whence batches are copied a step ahead; auto takes the device
@@ -76,6 +79,7 @@ class DataConfig:
     name: str = "digits"
     root: str = "data"
     download: bool = True
+    own_files: bool = False
     block: int = 8
     drop_last: bool = False
     keep_on: Literal["auto", "device", "host"] = "auto"
@@ -153,6 +157,8 @@ class DataConfig:
                     f"data.{key}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
                     f"leave data.{key} out, or change data.name"
                 )
+        if self.own_files:
+            require(self.name in CHECKED, "data.own_files", True, f"false, unless data.name is {' or '.join(CHECKED)}")
         if self.name == "hub":
             require(self.path is not None, "data.path", self.path, "a set's name on the Hub, or a folder")
         for key in ("train", "eval"):

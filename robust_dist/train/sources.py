@@ -1,6 +1,5 @@
 """From the recipe's data keys to the streamed sets of a run."""
 
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from robust_dist.data.identity import fingerprint
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
 from robust_dist.train.data_config import DataConfig
@@ -136,7 +136,6 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
             )
 
 
-def _fingerprint(one: LabelledSet) -> tuple[int, int, int]:
-    """Images, classes, and a checksum of the classes' names and the groups' sizes."""
-    described = repr((one.classes, one.group_sizes)).encode()
-    return len(one), len(one.classes), zlib.crc32(described)
+def _fingerprint(one: LabelledSet) -> tuple[int, int, str]:
+    """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
+    return len(one), len(one.classes), fingerprint(one.classes, one.group_sizes, one.fingerprint())

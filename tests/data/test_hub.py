@@ -164,9 +164,7 @@ def write_tables(root, *tables):
 def test_a_part_that_lacks_classes_is_opened_with_their_number(tmp_path, load, streaming):
     root = write_tables(tmp_path / "set", {"image": [b"x"] * 3, "label": [3, 0, 1]})
     words = {"image_column": "image", "label_column": "label", "streaming": streaming}
-    with pytest.raises(
-        DataError, match=r"labels up to 3, but no sample has '2': labels must be 0 to n - 1. Set num_classes"
-    ):
+    with pytest.raises(DataError, match=r"up to 3, but no sample has '2': labels must be 0 to n - 1. Set num_classes"):
         load(root, **words)
     source = load(root, num_classes=5, **words)
     assert [label for _, label in rows(source)] == [3, 0, 1]
