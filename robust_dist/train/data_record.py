@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data.identity import are_copies, shared_images
+from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
 from robust_dist.train.build import Look
 from robust_dist.train.data_config import DataConfig
@@ -129,7 +130,7 @@ def _classes(here: list[str], there: list[str]) -> list[str]:
     lines = [
         f"class {number} is {ours!r} here, {theirs!r} in the folder"
         for number, (ours, theirs) in enumerate(zip(here, there, strict=True))
-        if ours != theirs
+        if composed(ours) != composed(theirs)
     ]
     return lines[:NAMED] + ([f"and {len(lines) - NAMED:,} more classes"] if len(lines) > NAMED else [])
 

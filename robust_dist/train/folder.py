@@ -101,7 +101,7 @@ class RunFolder:
         if recipe_path.exists():
             self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
         if data is not None and self._is_new_data(data):
-            write_atomically(self.data_path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
         self._note_start(environment)
         (self.path / STOPPED).unlink(missing_ok=True)

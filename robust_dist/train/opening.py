@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.choose import choose, fused_on_device
@@ -25,7 +26,7 @@ def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
     """A line each for the training and the evaluation images: how many, of which classes, what was left out."""
     train, test = sets
     first = f"train: {_count(len(train), 'image')} of {_classes(train.classes)}, {train.name}{_left_out(train)}"
-    return [first, f"eval: {_count(len(test), 'image')}, {test.name}{_left_out(test)}"]
+    return [printable(line) for line in (first, f"eval: {_count(len(test), 'image')}, {test.name}{_left_out(test)}")]
 
 
 def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any) -> str:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from robust_dist.data.identity import fingerprint
+from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
 from robust_dist.train.data_config import DataConfig
@@ -49,7 +50,7 @@ def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
     """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
     for line in [exif_line(data, one.source) for one in sets if hasattr(one, "source")]:
         if line is not None:
-            print(line)
+            print(printable(line))
 
 
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
