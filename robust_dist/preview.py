@@ -1,18 +1,23 @@
 """`robust-dist preview`: a PNG of what the augmentation does to the user's own data."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
+from robust_dist.data.errors import BadImage, DataError
+from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.extras import require
 
 CELL_INCHES = 1.55
 DPI = 150
+SHOWN = 5
+STAND_IN = "not readable:\na stand-in"
 ENHANCERS = {"Brightness", "Color", "Contrast", "Sharpness"}
 
 
@@ -25,12 +30,14 @@ class Column:
         images: uint8 [rows, C, H, W].
         captions: what happened to each sample, one a row.
         boxes: per row (x1, y1, x2, y2) in pixels of what was pasted, or None.
+        stand_ins: rows whose own image could not be read, so that another one's stands there.
     """
 
     title: str
     images: Tensor
     captions: Sequence[str]
     boxes: Sequence[tuple[int, ...]] | None = None
+    stand_ins: frozenset[int] = frozenset()
 
 
 def preview(
@@ -46,7 +53,9 @@ def preview(
     """Write a PNG with one row a sample and one column a stage: stored, crop and flip, TrivialAugment, CutMix.
 
     The samples are the first of the epoch's first global batch, with the keys that training gives them, so what is
-    seen is what training sees (before normalisation). Stages that `augment` leaves out have no column.
+    seen is what training sees (before normalisation). Stages that `augment` leaves out have no column. A sample that
+    cannot be read is crossed out in every column, and warned of: what stands there is another one's image, as in
+    training, where it counts for nothing.
 
     Args:
         image_set: the user's data.
@@ -59,6 +68,7 @@ def preview(
 
     Raises:
         ValueError: rows below 1, or more than the batch or the set holds.
+        DataError: none of the samples can be read.
         ImportError: matplotlib is not installed.
     """
     size = min(batch_size, len(image_set))
@@ -71,7 +81,8 @@ def columns(
     image_set: LabelledSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
 ) -> list[Column]:
     """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
-    images, labels, keys = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
+    images, labels, keys, bad = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
+    _tell_bad(bad, len(images), image_set.name)
     names = [image_set.classes[label] for label in labels.tolist()]
     found = [Column(image_set.stage, images[:rows], names[:rows])]
     if augment.crop is not None or augment.flip is not None:
@@ -85,7 +96,18 @@ def columns(
         found.append(Column("TrivialAugment", images[:rows], captions))
     if augment.cutmix is not None:
         found.append(_cutmix_column(augment.cutmix, images, labels, keys, names, rows))
-    return found
+    stand_ins = frozenset(row for row in bad if row < rows)
+    return [replace(column, stand_ins=stand_ins) for column in found]
+
+
+def _tell_bad(bad: Mapping[int, BadImage], count: int, name: str) -> None:
+    if not bad:
+        return
+    shown = "; ".join(printable(f"{image.where} ({image.reason})") for image in list(bad.values())[:SHOWN])
+    said = f"{name}: {len(bad)} of the first {count} images cannot be read: {shown}"
+    if len(bad) == count:
+        raise DataError(said)
+    warnings.warn(said, stacklevel=3)
 
 
 def _needed(cutmix: CutMix | None, rows: int, size: int) -> int:
@@ -172,10 +194,20 @@ def draw(shown: Sequence[Column], path: Path) -> None:
 def _draw_cell(place: Any, column: Column, row: int) -> None:
     image = column.images[row].permute(1, 2, 0).cpu()
     place.imshow(image.expand(-1, -1, 3).numpy(), interpolation="nearest", vmin=0, vmax=255)
-    place.set_xlabel(column.captions[row], fontsize=8)
+    if row in column.stand_ins:
+        _cross_out(place)
+    # A class's name is no formula, whatever it holds.
+    place.set_xlabel(printable(column.captions[row]), fontsize=8, parse_math=False)
     place.set(xticks=[], yticks=[])
     if column.boxes is not None:
         _outline(place, column.boxes[row])
+
+
+def _cross_out(place: Any) -> None:
+    for low, high in ((0, 1), (1, 0)):
+        place.plot((0, 1), (low, high), color="tab:red", linewidth=1.2, transform=place.transAxes)
+    box = {"facecolor": "white", "edgecolor": "tab:red"}
+    place.text(0.5, 0.5, STAND_IN, fontsize=7, ha="center", va="center", transform=place.transAxes, bbox=box)
 
 
 def _outline(place: Any, box: tuple[int, ...]) -> None:

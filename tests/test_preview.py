@@ -1,12 +1,16 @@
 """The preview shows what training does: the same samples, keys, stages and shares."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from robust_dist.augment import RobustAugment, TrivialAugment, tables
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data import DeviceLoader, ImageSet
-from robust_dist.preview import columns, mixture, operation, preview
+from robust_dist.data.errors import DataError
+from robust_dist.preview import columns, draw, mixture, operation, preview
+from tests.data.tiny_sets import encoded
 
 pytest.importorskip("matplotlib")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -172,3 +176,52 @@ def test_the_crop_and_the_flip_are_told_as_they_happened(pets):
         top, left = 2 - down, 2 - right
         assert torch.equal(unmirrored, padded[:, top : top + SIZE, left : left + SIZE])
     assert 0 < sum("mirrored" in caption for caption in moved.captions) < BATCH
+
+
+class Junk:
+    """Images of which those at some places cannot be read."""
+
+    name, classes, group_sizes = "junk", ("a\nb", "caf\udce9", "$x_$"), (12,)
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __len__(self):
+        return 12
+
+    def read(self, index):
+        return (b"junk" if index in self.bad else encoded(index, index % 3)), index % 3
+
+    def where(self, index):
+        return f"{index}\n.jpg"
+
+
+def junk(bad):
+    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.stream_set import StreamSet
+
+    return StreamSet(Junk(bad), RandomCrop(SIZE, (0.1, 1), (1, 1)), torch.device("cpu"), workers=0)
+
+
+def test_stand_ins_are_marked_in_every_column_and_warned_of(tmp_path):
+    indices = permutation(3, 0, 12)[:4].tolist()
+    augment = pipeline(crop=None)
+    with pytest.warns(
+        UserWarning, match=rf"junk: 2 of the first \d+ images cannot be read: {indices[1]}\\n.jpg \(not an"
+    ):
+        stages = columns(junk({indices[1], indices[3]}), augment, rows=4, seed=3, epoch=0, size=12)
+    assert [column.stand_ins for column in stages] == [{1, 3}] * len(stages)
+    draw(stages, tmp_path / "marked.png")
+    draw([replace(column, stand_ins=frozenset()) for column in stages], tmp_path / "plain.png")
+    assert (tmp_path / "marked.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_set_of_which_nothing_can_be_read_has_no_preview(tmp_path):
+    with pytest.raises(DataError, match=r"junk: 12 of the first 12 images cannot be read: .*not an image"):
+        preview(junk(set(range(12))), pipeline(crop=None, cutmix_mode="batch"), tmp_path / "none.png", rows=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_that_are_no_utf_8_have_line_feeds_or_formulas_are_drawn(tmp_path):
+    preview(junk(set()), pipeline(crop=None), tmp_path / "names.png", rows=6)
+    assert (tmp_path / "names.png").stat().st_size > 1000

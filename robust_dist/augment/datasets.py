@@ -1,6 +1,6 @@
 """Map-style data sets that know which sample is which: for loaders and for workers that augment."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robust_dist.augment.keys import sample_keys
+
+# By name: torchvision's and timm's are no part of this package.
+_MIXING = ("CutMix", "MixUp", "Mixup", "RobustAugment")
 
 
 def _length(dataset: Any) -> int:
@@ -24,11 +27,14 @@ class Indexed(Dataset[Any]):
     so that their augmentation depends neither on the order nor on the world size.
 
     Args:
-        dataset: With `len(dataset)` and `dataset[i]`; samples are tuples, dicts, or single values.
-        name: Of the index in samples that are dicts.
+        dataset: With `len(dataset)` and `dataset[i]`; samples are tuples, mappings (given out as dicts), or single
+            values.
+        name: Of the index in samples that are mappings.
 
     Raises:
-        TypeError: For a data set without a length.
+        TypeError: For a data set without a length. When a sample is fetched, for named tuples, which have no room for
+            an index.
+        ValueError: When a sample is fetched that has something under `name` already.
     """
 
     def __init__(self, dataset: Any, name: str = "index") -> None:
@@ -45,14 +51,22 @@ class Indexed(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """A batch at once, where the data set can fetch one."""
+        places = range(len(self))
+        indices = [places[index] for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples: Iterable[Any] = fetch(list(indices)) if fetch else (self.dataset[i] for i in indices)
+        samples: Iterable[Any] = fetch(indices) if fetch else (self.dataset[i] for i in indices)
         return [self._named(sample, index) for sample, index in zip(samples, indices, strict=True)]
 
     def _named(self, sample: Any, index: int) -> Any:
-        if isinstance(sample, dict):
-            return {**sample, self.name: int(index)}
-        return (*sample, int(index)) if isinstance(sample, (tuple, list)) else (sample, int(index))
+        if isinstance(sample, Mapping):
+            if self.name in sample:
+                raise ValueError(
+                    f"samples have {self.name!r} already: give the index another name, Indexed(..., name=NAME)"
+                )
+            return {**sample, self.name: index}
+        if hasattr(sample, "_fields"):
+            raise TypeError(f"samples must not be named tuples, got {type(sample).__name__}: give tuples or dicts")
+        return (*sample, index) if isinstance(sample, (tuple, list)) else (sample, index)
 
 
 class Augmented(Dataset[Any]):
@@ -65,10 +79,12 @@ class Augmented(Dataset[Any]):
         dataset: With `len(dataset)` and `dataset[i]`; images are uint8 tensors [C, H, W].
         stages: Called in turn as `stage(images, keys)`: `RandomCrop`, `RandomHorizontalFlip`, `TrivialAugment`.
         seed: Of the run.
-        image: Where the image is in a sample: a place in a tuple, or a name in a dict.
+        image: Where the image is in a sample: a place in a tuple, or a name in a mapping (given out as a dict) or in a
+            named tuple.
 
     Raises:
-        TypeError: For a data set without a length, and for images that are no tensors; names their type.
+        TypeError: For a data set without a length, and for stages that mix samples. When a sample is fetched, for
+            images that are no tensors, and stages that do not give one; names the type.
     """
 
     def __init__(
@@ -82,6 +98,8 @@ class Augmented(Dataset[Any]):
         _length(dataset)
         self.dataset = dataset
         self.stages = list(stages)
+        for stage in self.stages:
+            _check_stage(stage)
         self.seed = seed
         self.image = image
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -101,13 +119,22 @@ class Augmented(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
         sample = self.dataset[index]
-        if isinstance(sample, dict):
-            return {**sample, self.image: self._augment(sample.get(str(self.image)), index)}
-        if not isinstance(sample, (tuple, list)) or not isinstance(self.image, int):
+        if isinstance(sample, Mapping):
+            return {**sample, self.image: self._augment(sample.get(self.image), index)}
+        if not isinstance(sample, (tuple, list)):
             raise TypeError(f"samples must be tuples, or dicts with image=NAME, got {type(sample).__name__}")
-        parts = list(sample)
-        parts[self.image] = self._augment(parts[self.image], index)
-        return tuple(parts)
+        place, parts = self._place(sample), list(sample)
+        parts[place] = self._augment(parts[place], index)
+        # Named tuples are made of their fields, other ones of one sequence.
+        return type(sample)(*parts) if hasattr(sample, "_fields") else tuple(parts)
+
+    def _place(self, sample: Sequence[Any]) -> int:
+        place = self.image
+        if isinstance(place, str) and place in getattr(sample, "_fields", ()):
+            place = sample._fields.index(place)  # type: ignore[attr-defined]
+        if not isinstance(place, int) or not -len(sample) <= place < len(sample):
+            raise TypeError(f"image={self.image!r} is no place in samples that are tuples of {len(sample)}")
+        return place
 
     def _augment(self, image: Any, index: int) -> Tensor:
         if not isinstance(image, Tensor):
@@ -115,4 +142,17 @@ class Augmented(Dataset[Any]):
         images, keys = image.unsqueeze(0), sample_keys(self.seed, self.epoch, [index])
         for stage in self.stages:
             images = stage(images, keys)
+            if not isinstance(images, Tensor) or images.shape[:1] != (1,):
+                shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+                name = type(stage).__name__
+                raise TypeError(f"stages must give images [1, C, H, W] for images and keys, {name} gave {shape}")
         return images.squeeze(0)
+
+
+def _check_stage(stage: Any) -> None:
+    """Raise for what cannot augment a sample on its own."""
+    mixing = [kind.__name__ for kind in type(stage).__mro__ if kind.__name__ in _MIXING]
+    if mixing:
+        raise TypeError(f"{mixing[0]} mixes samples, which Augmented has one at a time: call it with the batch")
+    if not callable(stage):
+        raise TypeError(f"stages must be called as stage(images, keys), got {type(stage).__name__}")

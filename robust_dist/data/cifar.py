@@ -1,67 +1,130 @@
 """CIFAR-10 and CIFAR-100 through torchvision's classes, whole, without one PIL image."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robust_dist.data.errors import DataError
+from robust_dist.data.fetching import fetched_beside
 from robust_dist.data.image_set import ImageSet
 from robust_dist.extras import require
 
 
-def load_cifar10(root: Path, train: bool, download: bool) -> ImageSet:
+def load_cifar10(root: Path, train: bool, download: bool, own_files: bool = False) -> ImageSet:
     """CIFAR-10 from `root`/cifar-10-batches-py; see `load_with`."""
-    return load_with(_torchvision().CIFAR10, root, train=train, download=download)
+    return load_with(_torchvision().CIFAR10, root, train=train, download=download, own_files=own_files)
 
 
-def load_cifar100(root: Path, train: bool, download: bool) -> ImageSet:
+def load_cifar100(root: Path, train: bool, download: bool, own_files: bool = False) -> ImageSet:
     """CIFAR-100 (100 fine classes) from `root`/cifar-100-python; see `load_with`."""
-    return load_with(_torchvision().CIFAR100, root, train=train, download=download)
+    return load_with(_torchvision().CIFAR100, root, train=train, download=download, own_files=own_files)
 
 
-def load_with(dataset_class: Any, root: Path, *, train: bool, download: bool) -> ImageSet:
+def load_with(dataset_class: Any, root: Path, *, train: bool, download: bool, own_files: bool = False) -> ImageSet:
     """Load a set through torchvision's `CIFAR10` or a subclass of it.
 
-    All files of both splits are checked by their MD5 first. Nothing is fetched or written where they are right, or
-    where `download` is false.
+    All files of both splits are compared with the published MD5 sums first. A file that differs is the user's and is
+    never written over; what is missing is fetched where `download` is true.
+
+    Args:
+        dataset_class: the class.
+        root: the folder that holds the set's own folder.
+        train: the training split, else the test split.
+        download: fetch missing files.
+        own_files: take files that differ from the published ones as they are. They are pickles, which can run any
+            code: only for files that you trust.
 
     Raises:
-        DataError: a file is missing or torn and cannot be fetched; names the files, the folder and what to do.
+        DataError: a file differs or is missing and cannot be fetched; names the files, the folder and what to do.
     """
-    bad = broken_files(dataset_class, root)
-    if bad and not download:
-        raise DataError(_message(dataset_class, root, bad))
+    missing, differing = missing_files(dataset_class, root), differing_files(dataset_class, root)
+    if differing and not own_files:
+        raise DataError(_differs(dataset_class, root, differing))
+    if missing and not download:
+        raise DataError(_message(dataset_class, root, missing))
+    if missing:
+        _fetch(dataset_class, root, missing)
+    found = _unchecked(dataset_class) if differing else dataset_class
     try:
-        data = dataset_class(str(root), train=train, download=bool(bad))
-    except (OSError, EOFError, RuntimeError) as error:
-        raise DataError(f"{_message(dataset_class, root, bad)} The download failed: {error}") from error
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    labels = torch.tensor(data.targets, dtype=torch.int64)
+        data = found(str(root), train=train, download=False)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(data.targets, dtype=torch.int64)
+    except Exception as error:  # Reading a pickle of unknown origin can raise anything.
+        folder = Path(root, dataset_class.base_folder).absolute()
+        raise DataError(f"{dataset_class.__name__}: the files in {folder} cannot be read: {error!r}") from error
     name = f"{dataset_class.__name__} ({'train' if train else 'test'})"
     return ImageSet(images, labels, tuple(data.classes), name)
 
 
-def broken_files(dataset_class: Any, root: Path) -> list[str]:
-    """The set's files that are missing or torn (wrong MD5), each with which of the two it is."""
-    check = require("torchvision.datasets.utils", extra="train", purpose="CIFAR").check_integrity
+def missing_files(dataset_class: Any, root: Path) -> list[str]:
+    """Names of the set's files that are not there."""
     folder = Path(root, dataset_class.base_folder)
-    meta = [dataset_class.meta["filename"], dataset_class.meta["md5"]]
-    listed = [*dataset_class.train_list, *dataset_class.test_list, meta]
-    return [
-        f"{name} ({'torn' if (folder / name).exists() else 'missing'})"
-        for name, md5 in listed
-        if not check(str(folder / name), md5)
-    ]
+    return [name for name, _ in _published(dataset_class) if not (folder / name).is_file()]
+
+
+def differing_files(dataset_class: Any, root: Path) -> list[str]:
+    """Names of the set's files that are there and are not the published ones, by their MD5."""
+    folder = Path(root, dataset_class.base_folder)
+    found = [(name, md5) for name, md5 in _published(dataset_class) if (folder / name).is_file()]
+    return [name for name, md5 in found if not _utils().check_integrity(str(folder / name), md5)]
+
+
+def _published(dataset_class: Any) -> list[tuple[str, str]]:
+    """Each file's name and MD5."""
+    meta = dataset_class.meta["filename"], dataset_class.meta["md5"]
+    return [*dataset_class.train_list, *dataset_class.test_list, meta]
+
+
+def _fetch(dataset_class: Any, root: Path, missing: list[str]) -> None:
+    """Put the missing files of the archive into their place; an archive that is there and whole is taken."""
+    archive = Path(root, dataset_class.filename)
+    try:
+        with fetched_beside(Path(root)) as beside:
+            if _utils().check_integrity(str(archive), dataset_class.tgz_md5):
+                (beside / archive.name).symlink_to(archive.absolute())
+            _utils().download_and_extract_archive(
+                dataset_class.url, str(beside), filename=archive.name, md5=dataset_class.tgz_md5
+            )
+    except (OSError, EOFError, RuntimeError) as error:
+        raise DataError(f"{_message(dataset_class, root, missing)} The download failed: {error}") from error
+
+
+def _unchecked(dataset_class: Any) -> Any:
+    """The class without MD5 sums, which then takes any files."""
+    lists = {key: [[name, None] for name, _ in getattr(dataset_class, key)] for key in ("train_list", "test_list")}
+    return type(dataset_class.__name__, (dataset_class,), {**lists, "meta": {**dataset_class.meta, "md5": None}})
 
 
 def _torchvision() -> Any:
     return require("torchvision.datasets", extra="train", purpose="CIFAR")
 
 
-def _message(dataset_class: Any, root: Path, bad: list[str]) -> str:
+def _utils() -> Any:
+    return require("torchvision.datasets.utils", extra="train", purpose="CIFAR")
+
+
+def _message(dataset_class: Any, root: Path, missing: list[str]) -> str:
     folder = Path(root, dataset_class.base_folder).absolute()
+    listed = ", ".join(f"{name} (missing)" for name in missing)
     return (
-        f"{dataset_class.__name__}: {', '.join(bad) or 'the files'} in {folder}. Allow the download, or fetch "
+        f"{dataset_class.__name__}: {listed} in {folder}. Allow the download, or fetch "
         f"{dataset_class.url}, put it into {Path(root).absolute()} and unpack it there."
     )
+
+
+def _differs(dataset_class: Any, root: Path, differing: list[str]) -> str:
+    folder = Path(root, dataset_class.base_folder).absolute()
+    listed = ", ".join(
+        f"{name} ({'torn' if _is_torn(folder / name) else 'not the published file'})" for name in differing
+    )
+    return (
+        f"{dataset_class.__name__}: {listed} in {folder}. Nothing was changed. Move them away to have the published "
+        "ones fetched; if they are your own, set data.own_files=true to train on them as they are."
+    )
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether a pickle has lost its end."""
+    return not file.read_bytes().endswith(pickle.STOP)

@@ -5,32 +5,41 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from robust_dist.data.errors import DataError
+from robust_dist.data.names import composed
 
 NAMED = 5
 
 
+class Names(tuple[str, ...]):
+    """Classes of labels that were names, sorted: a number in another split is no place among them."""
+
+
 def check_same_classes(found: Iterable[str], wanted: Iterable[str], name: str) -> None:
-    """Raise where a set's classes are not those of the split that it belongs to.
+    """Raise where a set's classes are not those of the split that it belongs to; NFC and NFD are one name.
 
     Raises:
         DataError: names the classes that `name` lacks, and those that it has beyond `wanted`.
     """
-    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    ours, theirs = ({composed(one): one for one in names} for names in (found, wanted))
+    missing = sorted(theirs[one] for one in theirs.keys() - ours.keys())
+    extra = sorted(ours[one] for one in ours.keys() - theirs.keys())
     parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(extra)} beyond them"] * bool(extra)
     if parts:
         raise DataError(f"{name} must have the training split's classes, but {' and '.join(parts)}")
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few names, quoted, and how many more there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(map(repr, names[:NAMED])) + more
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first few names, quoted, and how many more there are (of `count`, where not all are given)."""
+    more = (len(names) if count is None else count) - NAMED
+    return ", ".join(map(repr, names[:NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def number_classes(
     distinct: np.ndarray, classes: tuple[str, ...] | None, name: str, num_classes: int | None = None
 ) -> tuple[str, ...]:
     """The classes of labels that are whole numbers: named by the number, where `classes` gives no names.
+
+    The work grows with the labels that occur, not with the highest of them.
 
     Args:
         distinct: the numbers that occur, each once, in any order.
@@ -39,20 +48,29 @@ def number_classes(
         num_classes: how many there are, or None: then 0 to the highest number must all occur.
 
     Raises:
-        DataError: a number that is negative or too high, or one that does not occur.
+        DataError: a number that is negative or too high, one that does not occur, or numbers where the training
+            split's labels are names.
     """
-    count = len(classes) if classes is not None else num_classes or int(distinct.max(initial=-1)) + 1
-    outside = sorted(distinct[(distinct < 0) | (distinct >= count)].tolist())
-    if outside:
-        unlabelled = "; -1 mostly stands for a split without labels" if -1 in outside else ""
+    if isinstance(classes, Names):
         raise DataError(
-            f"{name} has the label {outside[0]}, outside of its {count} classes (0 to {count - 1}){unlabelled}"
+            f"{name} has numbers as labels ({some(sorted(map(str, distinct.tolist())))}), but the training split's "
+            f"are names ({some(classes)}): which number stands for which name, nothing says"
         )
-    missing = sorted(set(range(count)) - set(distinct.tolist()))
-    if missing and classes is None and num_classes is None:
+    highest = int(distinct.max()) if len(distinct) else -1
+    count = len(classes) if classes is not None else num_classes or highest + 1
+    outside = distinct[(distinct < 0) | (distinct >= count)]
+    if len(outside):
+        unlabelled = "; -1 mostly stands for a split without labels" if (outside == -1).any() else ""
         raise DataError(
-            f"{name} has labels up to {count - 1}, but no sample has {some([str(number) for number in missing])}: "
-            "labels must be 0 to n - 1"
+            f"{name} has the label {outside.min()}, outside of its {count} classes (0 to {count - 1}){unlabelled}"
+        )
+    if classes is None and num_classes is None and len(distinct) < count:
+        missing = np.setdiff1d(np.arange(len(distinct) + NAMED), distinct)[:NAMED].tolist()
+        raise DataError(
+            f"{name} has labels up to {count - 1}, but no sample has "
+            f"{some([str(number) for number in missing if number < count], count - len(distinct))}: "
+            "labels must be 0 to n - 1. Set num_classes where this part of the set lacks some; numbers that are no "
+            "places, as ids are, are no labels"
         )
     return classes if classes is not None else tuple(str(number) for number in range(count))
 
@@ -62,12 +80,27 @@ def text_classes(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """For labels that are names: each name's label, int32 [n], and the classes: the names, sorted, or the given ones.
 
+    A name in NFC and in NFD is one class.
+
     Raises:
         DataError: names that are not in `classes`.
     """
-    classes = classes if classes is not None else tuple(sorted(distinct))
-    place = {one: number for number, one in enumerate(classes)}
-    foreign = sorted(set(distinct) - set(classes))
+    if classes is None:
+        # Of two forms of a name the first one stays.
+        first = {composed(one): one for one in sorted(distinct, reverse=True)}
+        classes = Names(sorted(first.values()))
+    place = {composed(one): number for number, one in enumerate(classes)}
+    foreign = sorted(one for one in distinct if composed(one) not in place)
     if foreign:
         raise DataError(f"{name} must have the training split's classes, but has {some(foreign)} beyond them")
-    return np.array([place[one] for one in distinct], dtype=np.int32), classes
+    return np.array([place[composed(one)] for one in distinct], dtype=np.int32), classes
+
+
+def check_count(classes: tuple[str, ...], num_classes: int | None, name: str) -> None:
+    """Raise where the classes are not as many as was said.
+
+    Raises:
+        DataError: names both numbers.
+    """
+    if num_classes not in (None, len(classes)):
+        raise DataError(f"{name}: num_classes={num_classes}, but its labels are of {len(classes)} classes")

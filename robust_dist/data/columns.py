@@ -1,17 +1,22 @@
 """Which columns of a table of images count, and what its labels are, by the feature types of `datasets`."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from robust_dist.data.classes import check_same_classes, number_classes, text_classes
+from robust_dist.data.classes import check_count, check_same_classes, number_classes, text_classes
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.extras import require
 
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-TEXT = ("string", "large_string")
-BINARY = ("binary", "large_binary")
+TEXT = ("string", "large_string", "string_view")
+BINARY = ("binary", "large_binary", "binary_view")
+RIGHT = {
+    "image_column": f"an Image, {', '.join(BINARY)}, a struct of bytes and path, or, for paths, {', '.join(TEXT)}",
+    "label_column": f"a ClassLabel, {', '.join((*WHOLE, *TEXT))}",
+}
 
 
 def find_columns(features: Mapping[str, Any], image: str | None, label: str | None, name: str) -> tuple[str, str]:
@@ -33,7 +38,9 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
     )
 
 
-def plain_labels(column: Any, classes: tuple[str, ...] | None, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def plain_labels(
+    column: Any, classes: tuple[str, ...] | None, name: str, num_classes: int | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels int32 [N] and classes of a column of whole numbers or of strings.
 
     See `number_classes` and `text_classes`.
@@ -42,18 +49,27 @@ def plain_labels(column: Any, classes: tuple[str, ...] | None, name: str) -> tup
         column: a `pyarrow.ChunkedArray`.
         classes: of the training split, or None.
         name: what error messages call the set.
+        num_classes: how many classes there are, where not all numbers occur.
 
     Raises:
-        DataError: a missing label (names the first row without one), or one that is outside of the classes.
+        DataError: a missing label, which an empty string is too (names the first row without one), or one that is
+            outside of the classes.
     """
-    if column.null_count:
-        first = column.is_null().to_pylist().index(True)
-        raise DataError(f"{name}: {column.null_count:,} samples have no label, the first is row {first}")
-    pyarrow = require("pyarrow", extra="data", purpose="labels from a table")
-    if not pyarrow.types.is_integer(column.type):
-        return _strings(column.dictionary_encode(), classes, name)
-    values = column.to_numpy().astype(np.int64)
-    return values.astype(np.int32), number_classes(np.unique(values), classes, name)
+    types = require("pyarrow", extra="data", purpose="labels from a table").types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    values = column if types.is_integer(column.type) else _without_empty(column)
+    if values.null_count:
+        first = values.is_null().to_pylist().index(True)
+        raise DataError(f"{name}: {values.null_count:,} samples have no label, the first is row {first}")
+    if types.is_integer(column.type):
+        numbers = values.to_numpy()
+        found = number_classes(np.unique(numbers), classes, name, num_classes)
+        labels = numbers.astype(np.int32)
+    else:
+        labels, found = _strings(values.dictionary_encode(), classes, name)
+    check_count(found, num_classes, name)
+    return labels, found
 
 
 def class_labels(feature: Any, classes: tuple[str, ...] | None, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -70,23 +86,47 @@ def class_labels(feature: Any, classes: tuple[str, ...] | None, name: str) -> tu
     return np.array([place[one] for one in names], dtype=np.int32), classes
 
 
-def image_bytes(value: Any) -> bytes:
-    """The encoded image in a cell: bytes, or a struct of bytes and path, of which the path may name a local file.
+def image_bytes(value: Any, beside: Sequence[str] = ()) -> bytes:
+    """The encoded image in a cell: bytes, a path of a local file, or a struct of bytes and path.
+
+    Args:
+        value: the cell.
+        beside: the folders of the table's files, in which a relative path is looked for before the working folder.
 
     Raises:
-        BadImageError: the cell is empty, or its file cannot be read.
+        BadImageError: the cell is empty, its file cannot be read, or several files fit.
     """
-    content = value.get("bytes") if isinstance(value, dict) else value
+    content, path = _parts(value)
     if content is not None:
         return bytes(content)
-    path = value.get("path") if isinstance(value, dict) else None
     if path is None:
         raise BadImageError("the cell holds neither bytes nor a path")
     try:
-        with open(path, "rb") as file:
+        with open(_found(path, beside), "rb") as file:
             return file.read()
     except OSError as error:
         raise BadImageError(f"{path}: {error.strerror or error}") from error
+
+
+def path_of(value: Any) -> str | None:
+    """The path that a cell names, if any."""
+    return _parts(value)[1]
+
+
+def _parts(value: Any) -> tuple[Any, str | None]:
+    """A cell's bytes and path, of which each may be missing."""
+    if isinstance(value, Mapping):
+        return value.get("bytes"), value.get("path")
+    return (None, value) if isinstance(value, str) else (value, None)
+
+
+def _found(path: str, beside: Sequence[str]) -> str:
+    if os.path.isabs(path):
+        return path
+    found = [file for folder in beside if os.path.exists(file := os.path.join(folder, path))]
+    if len(found) > 1:
+        raise BadImageError(f"{path} is {found[0]} as well as {found[1]}: the table's files lie in several folders")
+    return found[0] if found else path
 
 
 def is_class_label(feature: Any) -> bool:
@@ -107,21 +147,36 @@ def _find(
         if wanted not in features:
             raise DataError(f"{name} has no column {setting}={wanted!r}; it has: {listed}")
         if not allowed(features[wanted]):
-            raise DataError(f"{name}: {setting}={wanted!r} has no type for that; the columns are: {listed}")
+            raise DataError(
+                f"{name}: {setting}={wanted!r} has no type for that: it must be {RIGHT[setting]}; "
+                f"the columns are: {listed}"
+            )
         return wanted
     found = [column for column, feature in features.items() if told(feature)]
     if len(found) == 1:
         return found[0]
     count = "none" if not found else f"{len(found)} ({', '.join(found)})"
-    raise DataError(f"{name}: {count} of the columns can be {setting} by type; set {setting}. There are: {listed}")
+    raise DataError(
+        f"{name}: {count} of the columns can be {setting} by type; set {setting}. It must be {RIGHT[setting]}. "
+        f"There are: {listed}"
+    )
 
 
 def _is_image(feature: Any) -> bool:
-    return type(feature).__name__ == "Image" or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
+    return type(feature).__name__ == "Image" or (_is_struct(feature) and {"bytes"} <= set(feature) <= {"bytes", "path"})
 
 
 def _can_be_image(feature: Any) -> bool:
-    return _is_image(feature) or _dtype(feature) in BINARY
+    return type(feature).__name__ == "Image" or _dtype(feature) in (*BINARY, *TEXT) or _is_struct(feature)
+
+
+def _is_struct(feature: Any) -> bool:
+    """Whether a feature is a struct whose bytes and path, of which it has one at least, are of such types."""
+    if not isinstance(feature, Mapping) or not {"bytes", "path"} & set(feature):
+        return False
+    wanted = {"bytes": BINARY, "path": TEXT}
+    # A column without one value has the type "null".
+    return all(_dtype(feature[key]) in (*types, "null") for key, types in wanted.items() if key in feature)
 
 
 def _can_be_label(feature: Any) -> bool:
@@ -133,7 +188,16 @@ def _dtype(feature: Any) -> str:
 
 
 def _type_name(feature: Any) -> str:
+    if isinstance(feature, Mapping):
+        return f"struct of {', '.join(f'{key}: {_type_name(one)}' for key, one in feature.items())}"
     return _dtype(feature) or type(feature).__name__
+
+
+def _without_empty(column: Any) -> Any:
+    """A column of strings, empty ones turned to missing ones; views have no functions of their own."""
+    compute = require("pyarrow.compute", extra="data", purpose="labels from a table")
+    text = column.cast("large_string")
+    return compute.if_else(compute.equal(compute.utf8_trim_whitespace(text), ""), None, text)
 
 
 def _strings(column: Any, classes: tuple[str, ...] | None, name: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robust_dist.augment.keys import Stream, uniforms
 from robust_dist.data.errors import BadImageError
+from robust_dist.data.source import Upright
 
 # PIL's others would run Ghostscript (EPS), have no signature, or fill up a file that is cut off (JPEG 2000).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -21,14 +22,27 @@ CROP_TRIES = 10
 
 Box = tuple[int, int, int, int]
 
+# What makes an image upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode an image file's bytes to 8-bit RGB, whole or not at all.
 
     Grey, palette and CMYK images become RGB by PIL's rules (a JPEG of Adobe's with inverted CMYK is righted), 16-bit
     ones keep the upper byte of each value, transparency is dropped as torchvision's ImageFolder drops it, and of an
-    animation the first frame counts. EXIF orientation is not applied, as torchvision's ImageFolder does not: the
-    published figures and weights for ImageNet were made so. Whoever needs it turns the files once.
+    animation the first frame counts. A colour profile (ICC) is not applied. EXIF orientation is applied to `Upright`
+    bytes alone, as `datasets` does; torchvision's ImageFolder does not, and the published figures and weights for
+    ImageNet were made so.
 
     What no decoder reports cannot be found: JPEG has no checksums, so bytes changed within a file may only change
     pixels.
@@ -44,7 +58,37 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BadImageError("an empty file")
     with _strict_and_quiet:
         try:
-            return _to_rgb(_loaded(data))
+            image = _loaded(data)
+            turn = _TURNS.get(_orientation(image)) if isinstance(data, Upright) else None
+            return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
+        except (BadImageError, MemoryError):
+            raise
+        except Exception as error:  # What a decoder raises over a bad file can be of any type.
+            raise BadImageError(_reason(error)) from error
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether an image's EXIF orientation says that it does not stand upright; only its header is decoded."""
+    with _strict_and_quiet:
+        try:
+            image = _open(data)
+            # Pillow turns TIFFs itself.
+            return image.format != "TIFF" and _orientation(image) in _TURNS
+        except Exception:  # What a decoder raises over a bad file can be of any type.
+            return False
+
+
+def check_header(data: bytes) -> None:
+    """Look at an image file's header alone, which costs a hundredth of decoding.
+
+    Raises:
+        BadImageError: as `decode_rgb`, as far as the header tells.
+    """
+    if not data:
+        raise BadImageError("an empty file")
+    with _strict_and_quiet:
+        try:
+            _check_size(_open(data))
         except (BadImageError, MemoryError):
             raise
         except Exception as error:  # What a decoder raises over a bad file can be of any type.
@@ -159,10 +203,14 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     return Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _loaded(data: bytes) -> Image.Image:
-    image = _open(data)
+def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = _open(data)
+    _check_size(image)
     if image.format == "PNG":
         # Loading does not look at PNG's checksums; verifying uses the image up.
         image.verify()
@@ -171,10 +219,20 @@ def _loaded(data: bytes) -> Image.Image:
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 0 where there is none, or none that can be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+        return found if isinstance(found, int) else 0
+    except Exception:  # Of an image that is whole nothing is lost by a torn EXIF block.
+        return 0
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+    # Pillow before 10.3 has 16-bit PNGs in 32 bits, as all have such PGMs; neither format has more than 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

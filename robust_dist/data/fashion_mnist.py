@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robust_dist.data.errors import DataError
+from robust_dist.data.fetching import fetched_beside
 from robust_dist.data.idx import read_idx
 from robust_dist.data.image_set import ImageSet
 from robust_dist.extras import require
@@ -34,7 +35,9 @@ def load_fashion_mnist(root: Path, train: bool, download: bool) -> ImageSet:
     The files (plain or .gz) are looked for in this order: `root`/FashionMNIST/raw (torchvision's layout),
     `root`/fashion-mnist, /usr/share/datasets/fashion-mnist (Debian's package dataset-fashion-mnist). The first folder
     that has both files of the split counts. Where none has and `download` is true, torchvision fetches them into the
-    first. Magic numbers, shapes and counts are checked, not the .gz files' checksums: Debian's are recompressed.
+    first, and no file that is there is written over.
+
+    Magic numbers, shapes and counts are checked, not the .gz files' checksums: Debian's are recompressed.
 
     Raises:
         DataError: no folder has the files and they cannot be fetched, or a file is torn; names what to do.
@@ -95,8 +98,12 @@ def _missing(folder: Path, prefix: str) -> list[str]:
 
 def _download(root: Path) -> None:
     datasets: Any = require("torchvision.datasets", extra="train", purpose="the download of Fashion-MNIST")
+    raw = folders(root)[0]
+    have = [name for prefix in COUNTS for name in _names(prefix) if _file(raw, name).is_file()]
     try:
-        datasets.FashionMNIST(str(root), download=True)
+        # A file in one spelling, plain or .gz, is not joined by the other, which might be read in its place.
+        with fetched_beside(root, lambda name: name.removesuffix(".gz") not in have) as beside:
+            datasets.FashionMNIST(str(beside), download=True)
     except (OSError, EOFError, RuntimeError) as error:
         raise DataError(f"{_message(root, 'train')} The download failed: {error}") from error
 

@@ -1,35 +1,61 @@
 """A folder of images, a sub-folder a class: the layout of torchvision's ImageFolder."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from robust_dist.data.classes import check_same_classes, some
+from robust_dist.data.classes import Names, check_same_classes, some
 from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.identity import fingerprint
+from robust_dist.data.names import composed
 from robust_dist.data.packed import PackedStrings
-from robust_dist.data.source import check_index
+from robust_dist.data.source import Upright, check_index, turns_upright
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".gif", ".jfif", ".avif"),
 )
 SCANNERS = 16
+# Parts of a set, which are no classes.
+PARTS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing"}
+HIDDEN, LOOSE = "hidden", "outside of the class folders"
 LAYOUT = "an image folder has one sub-folder a class: <folder>/<class>/<image>"
 
 
 class ImageFolderSource:
-    """The images of a folder of class folders; see `open_image_folder`, and `ImageSource` for what it can do."""
+    """The images of a folder of class folders; see `open_image_folder`, and `ImageSource` for what it can do.
 
-    def __init__(self, folder: str, classes: tuple[str, ...], files: list[list[str]], name: str) -> None:
+    Attributes:
+        folder: which has the class folders.
+        left_out: reasons, each with how many files (or hidden folders) do not count for it.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        below: Sequence[str],
+        labels: Sequence[int],
+        classes: tuple[str, ...],
+        files: Sequence[Sequence[str]],
+        name: str,
+        *,
+        left_out: Mapping[str, int] = MappingProxyType({}),
+        upright: bool = False,
+    ) -> None:
+        """Take the class folders `below` the folder, and for each of them its label and its files."""
         self.name = name
         self.classes = classes
-        self._folder = folder
-        self._files = PackedStrings.of(file for of_class in files for file in of_class)
-        counts = [len(of_class) for of_class in files]
-        self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self.folder = folder
+        self.left_out = tuple(sorted(left_out.items()))
+        self._below, self._label_of = tuple(below), np.array(labels, dtype=np.int32)
+        self._files = PackedStrings.of(file for of_folder in files for file in of_folder)
+        self._folder_of = np.repeat(np.arange(len(below), dtype=np.int32), [len(one) for one in files])
+        self._kind = Upright if upright else bytes
         self.group_sizes: tuple[int, ...] = (len(self._files),)
 
     def __len__(self) -> int:
@@ -40,88 +66,132 @@ class ImageFolderSource:
         check_index(index, self)
         try:
             with open(self.where(index), "rb") as file:
-                return file.read(), int(self._labels[index])
+                return self._kind(file.read()), int(self._label_of[self._folder_of[index]])
         except OSError as error:
             raise BadImageError(error.strerror or str(error)) from error
 
     def where(self, index: int) -> str:
         """The file's path."""
-        return os.path.join(self._folder, self.classes[self._labels[index]], self._files[index])
+        return os.path.join(self.folder, self._below[self._folder_of[index]], self._files[index])
+
+    def fingerprint(self) -> str:
+        """A hash of the files' paths below their class folders, and of their labels."""
+        return fingerprint(self._files.data, self._files.bounds, self._label_of[self._folder_of])
 
 
 def open_image_folder(
-    folder: str | Path, *, classes: tuple[str, ...] | None = None, name: str | None = None
+    folder: str | Path, *, classes: tuple[str, ...] | None = None, name: str | None = None, exif: str = "auto"
 ) -> ImageFolderSource:
     """The images in a folder that has a sub-folder for each class, as torchvision's ImageFolder takes them.
 
     Classes are the sub-folders, sorted; a class's images are sorted by folder, then by name, however the file system
     lists them, and may lie in folders of their own below it. Links are followed. Files count by their extension
-    (ImageFolder's, and .gif, .jfif, .avif); hidden ones never do. Listing takes one look at every folder and none at a
-    file. All is in the order and with the labels of ImageFolder, where its extensions are the only ones.
+    (ImageFolder's, and .gif, .jfif, .avif); hidden ones never do; `left_out` counts the others. Listing takes one look
+    at every folder and none at a file. All is in the order and with the labels of ImageFolder, where its extensions are
+    the only ones. Folders whose names are one in Unicode's two forms (NFC, NFD) are one class, here and in the training
+    split.
 
     Args:
         folder: which has the class folders.
         classes: of the training split, which this one must have; a class's place in it is its label.
         name: what error messages call the set; the folder where not given.
+        exif: "on" turns images upright by their EXIF orientation; "auto" and "off" leave them, as ImageFolder does.
 
     Raises:
-        DataError: no such folder, no class folders, a class without an image, a link that leads back into itself, or
-            other classes than `classes`; says what would be right.
+        DataError: no such folder, no class folders, a class without an image, a link that leads back into itself,
+            other classes than `classes`, or a folder above the one of the class folders; says what would be right.
     """
     root = os.path.expanduser(folder)
     name = name or root
-    found = _class_folders(root, name)
+    upright = turns_upright(exif, auto=False)
+    names, left_out = _class_folders(root, name)
+    of_class: dict[str, list[str]] = {}
+    for one in names:
+        of_class.setdefault(composed(one), []).append(one)
+    found = Names(folders[0] for folders in of_class.values())
     if classes is not None:
         check_same_classes(found, classes, name)
     classes = classes or found
+    places = [(label, below) for label, one in enumerate(classes) for below in of_class[composed(one)]]
     with ThreadPoolExecutor(SCANNERS) as pool:
-        files = list(pool.map(lambda one: _images(os.path.join(root, one)), classes))
-    empty = [one for one, of_class in zip(classes, files, strict=True) if not of_class]
+        listed = list(pool.map(lambda one: _images(os.path.join(root, one[1])), places))
+    files = [of_folder for of_folder, _ in listed]
+    labels, folders = zip(*places, strict=True)
+    filled = {label for label, of_folder in zip(labels, files, strict=True) if of_folder}
+    empty = [one for label, one in enumerate(classes) if label not in filled]
     if empty:
         raise DataError(f"{name}: no image in the class folder {some(empty)}. Images end in {', '.join(EXTENSIONS)}")
-    return ImageFolderSource(root, classes, files, name)
+    _check_level(classes, files, name)
+    for _, more in listed:
+        left_out += more
+    return ImageFolderSource(root, folders, labels, classes, files, name, left_out=left_out, upright=upright)
 
 
-def _class_folders(root: str, name: str) -> tuple[str, ...]:
+def _check_level(classes: tuple[str, ...], files: list[list[str]], name: str) -> None:
+    """Refuse a folder whose sub-folders have the classes' folders, and none of the images, themselves."""
+    if len(classes) > 1 and not {one.lower() for one in classes} <= PARTS:
+        return
+    below = sorted({file.partition(os.sep)[0] for of_class in files for file in of_class if os.sep in file})
+    if len(below) > 1 and all(os.sep in file for of_class in files for file in of_class):
+        raise DataError(
+            f"{name} is one folder too high: its only class{'es' * (len(classes) > 1)} would be {some(classes)}, which "
+            f"has no images of its own and the sub-folders {some(below)}; name the folder that holds those. {LAYOUT}"
+        )
+
+
+def _class_folders(root: str, name: str) -> tuple[tuple[str, ...], Counter[str]]:
+    """The class folders' names, sorted, and what lies beside them."""
     where = f"{name}: " if name != root else ""
     if not os.path.exists(root):
         raise DataError(f"{where}there is no folder {os.path.abspath(root)}; {LAYOUT}")
     if not os.path.isdir(root):
         raise DataError(f"{where}{root} is a file; {LAYOUT}")
+    found: list[str] = []
+    left_out: Counter[str] = Counter()
     with os.scandir(root) as entries:
-        found = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            if not hidden and entry.is_dir():
+                found.append(entry.name)
+            else:
+                left_out[HIDDEN if hidden else LOOSE] += 1
     if not found:
         raise DataError(f"{where}{root} has no sub-folders; {LAYOUT}")
-    return tuple(found)
+    return tuple(sorted(found)), left_out
 
 
-def _images(folder: str) -> list[str]:
-    """Paths below a class folder, in torchvision's order: by the folder's path, then by name."""
-    listed = sorted(_walk(folder, "", ()))
-    return [os.path.join(below, file) for below, files in listed for file in files]
+def _images(folder: str) -> tuple[list[str], Counter[str]]:
+    """Paths below a class folder, in torchvision's order: by the folder's path, then by name; and what is left out."""
+    left_out: Counter[str] = Counter()
+    listed = sorted(_walk(folder, "", (), left_out))
+    return [os.path.join(below, file) for below, files in listed for file in files], left_out
 
 
-def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
+def _walk(
+    folder: str, below: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]
+) -> Iterator[tuple[str, list[str]]]:
     """Each folder's path below `folder`, with the sorted names of its images; `above` are the folders on the way."""
     here = os.path.join(folder, below)
     stat = os.stat(here)
     identity = stat.st_dev, stat.st_ino
     if identity in above:
         raise DataError(f"{here} lies below itself through a link; remove the link")
-    files, folders = _entries(here)
+    files, folders = _entries(here, left_out)
     yield below, files
     for one in folders:
-        yield from _walk(folder, os.path.join(below, one), (*above, identity))
+        yield from _walk(folder, os.path.join(below, one), (*above, identity), left_out)
 
 
-def _entries(folder: str) -> tuple[list[str], list[str]]:
+def _entries(folder: str, left_out: Counter[str]) -> tuple[list[str], list[str]]:
     files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
+                left_out[HIDDEN] += 1
+            elif entry.is_dir():
                 folders.append(entry.name)
             elif entry.name.lower().endswith(EXTENSIONS):
                 files.append(entry.name)
+            else:
+                left_out[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
     return sorted(files), folders

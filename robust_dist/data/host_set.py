@@ -14,7 +14,7 @@ from robust_dist.data.errors import BadImage
 from robust_dist.data.image_set import ImageSet
 from robust_dist.data.loader import DeviceLoader
 from robust_dist.data.moving import Mover, Moving
-from robust_dist.data.sets import EvalBatch
+from robust_dist.data.sets import EvalBatch, FirstSamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +83,14 @@ class HostSet:
         for moving in ahead:
             yield _evaluated(mover, moving)
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
-        images, labels, keys = self.image_set.first_samples(seed, epoch, batch_size, count)
-        return images.to(self.device), labels.to(self.device), keys.to(self.device)
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
+        """The first `count` samples of an epoch's first batch."""
+        images, labels, keys, bad = self.image_set.first_samples(seed, epoch, batch_size, count)
+        return FirstSamples(images.to(self.device), labels.to(self.device), keys.to(self.device), bad)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet.fingerprint`."""
+        return self.image_set.fingerprint()
 
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""

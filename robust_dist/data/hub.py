@@ -4,29 +4,51 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
+from robust_dist.data.classes import check_count
+from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, path_of, plain_labels
 from robust_dist.data.errors import DataError
+from robust_dist.data.identity import Stretch, fingerprint
 from robust_dist.data.parquet import is_remote, open_parquet
-from robust_dist.data.source import ImageSource, check_index
+from robust_dist.data.source import ImageSource, Upright, check_index, turns_upright
 from robust_dist.extras import require
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 CONVERTED = "refs/convert/parquet"
+SPOOL = "robust_dist-row-groups"
 
 
 class TableSource:
-    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest."""
+    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest.
 
-    def __init__(self, images: Any, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+    Attributes:
+        revision: the commit of a set of the Hub; None of others.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+        name: str,
+        *,
+        beside: Sequence[str] = (),
+        upright: bool = True,
+        rows: Sequence[Stretch] = (),
+        revision: str | None = None,
+    ) -> None:
         self.name = name
+        self.revision = revision
+        self._rows = tuple(rows)
         self.classes = classes
         self.group_sizes: tuple[int, ...] = (len(labels),)
         self._images = images
         self._labels = labels
+        self._beside = tuple(beside)
+        self._kind = Upright if upright else bytes
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -35,13 +57,21 @@ class TableSource:
         """See `ImageSource.read`."""
         check_index(index, self)
         (value,) = self._images[index].values()
-        return image_bytes(value), int(self._labels[index])
+        return self._kind(image_bytes(value, self._beside)), int(self._labels[index])
 
     def where(self, index: int) -> str:
         """The set and the row; and the file, where the row only names one."""
         (value,) = self._images[index].values()
-        path = value.get("path") if isinstance(value, dict) else None
+        path = path_of(value)
         return f"{self.name}, row {index}" + (f" ({path})" if path else "")
+
+    def fingerprint(self) -> str:
+        """A hash of the labels, of every image's size in bytes, and of the revision."""
+        return fingerprint(self._labels, _sizes(self._images), self.revision)
+
+    def stretches(self) -> list[Stretch]:
+        """The rows of the splits, see `shared_images`."""
+        return list(self._rows)
 
 
 def open_hub(
@@ -51,6 +81,7 @@ def open_hub(
     config_name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    num_classes: int | None = None,
     streaming: bool = False,
     revision: str | None = None,
     data_files: DataFiles | None = None,
@@ -58,6 +89,7 @@ def open_hub(
     download: bool = True,
     classes: tuple[str, ...] | None = None,
     spool_dir: str | Path | None = None,
+    exif: str = "auto",
 ) -> ImageSource:
     """One split of an image set that `datasets` can load: from the Hub, or from files on a disk.
 
@@ -68,11 +100,13 @@ def open_hub(
     Args:
         path: a set's name on the Hub, a folder of parquet or other files that `datasets` knows, a `save_to_disk`
             folder, or with `data_files` a format: "parquet", "imagefolder".
-        split: "train", "validation", ...; without streaming also a slice such as "train[:10%]".
+        split: "train", "validation", ...; without streaming also a slice such as "train[:10%]". A `save_to_disk` folder
+            of one set without a split's name takes any name.
         config_name: the set's configuration ("subset"), where it has several.
         image_column: the column of images; found by its type where there is one only.
         label_column: the column of labels (a ClassLabel, whole numbers from 0, or strings); a ClassLabel is found by
             its type, where there is one only.
+        num_classes: how many classes there are, where labels are numbers and not all of them occur.
         streaming: read parquet row groups on demand from where they lie.
         revision: of the set on the Hub: a branch, tag or commit.
         data_files: see `datasets.load_dataset`.
@@ -81,7 +115,8 @@ def open_hub(
             Hub is still asked which version `revision` is (with HF_HUB_OFFLINE=1 in the environment it is not, and the
             latest in the cache counts). Streaming fetches what it needs in any case.
         classes: of the training split, which this one must fit.
-        spool_dir: for streaming, a folder on this node's own disk, see `Spool`.
+        spool_dir: for streaming, a folder on this node's own disk, in which a folder is made, see `Spool`.
+        exif: "auto" and "on" turn images upright by their EXIF orientation, as `datasets` does; "off" leaves them.
 
     Raises:
         DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
@@ -90,54 +125,93 @@ def open_hub(
     """
     name = f"{path} ({', '.join(part for part in (config_name, split) if part)})"
     path = os.path.expanduser(path)
+    upright = turns_upright(exif, auto=True)
     words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
     with _as_data_errors(name):
         if streaming:
-            urls, features = _parquet_files(path, split, words)
-            return open_parquet(
+            urls, features, revision = _parquet_files(path, split, words)
+            source = open_parquet(
                 urls,
                 name=name,
                 image_column=image_column,
                 label_column=label_column,
+                num_classes=num_classes,
                 classes=classes,
                 features=features,
-                spool_dir=spool_dir,
+                # The oldest tables in there are removed: what else lies in the user's folder must not be.
+                spool_dir=None if spool_dir is None else Path(spool_dir, SPOOL),
+                upright=upright,
             )
-        table = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
-        return _from_table(table, image_column, label_column, classes, name)
+            source.revision = revision
+            return source
+        found = _saved(path, split) if _is_saved(path) else _loaded(path, split, words, download)
+        columns = find_columns(found.table.features, image_column, label_column, name)
+        images, labels, classes = _from_table(found.table, columns, classes, name, num_classes)
+        return TableSource(
+            images,
+            labels,
+            classes,
+            name,
+            beside=found.beside,
+            upright=upright,
+            rows=found.rows,
+            revision=found.revision,
+        )
+
+
+class _Found(NamedTuple):
+    """A split's table, the rows of which splits it is, the folders of its local files, a Hub set's commit."""
+
+    table: Any
+    rows: list[Stretch]
+    beside: list[str]
+    revision: str | None = None
 
 
 def _from_table(
-    table: Any, image_column: str | None, label_column: str | None, classes: tuple[str, ...] | None, name: str
-) -> TableSource:
+    table: Any, columns: tuple[str, str], classes: tuple[str, ...] | None, name: str, num_classes: int | None
+) -> tuple[Any, np.ndarray, tuple[str, ...]]:
+    """The table's images alone, as they are stored, the labels int32 [N], and the classes."""
     if not len(table):
         raise DataError(f"{name} has no rows")
-    image, label = find_columns(table.features, image_column, label_column, name)
+    image, label = columns
     column = table.select_columns([label]).with_format("arrow")[:].column(0)
     if is_class_label(table.features[label]):
         label_of, classes = class_labels(table.features[label], classes, name)
+        check_count(classes, num_classes, name)
         labels = label_of[plain_labels(column, tuple(table.features[label].names), name)[0]]
     else:
-        labels, classes = plain_labels(column, classes, name)
+        labels, classes = plain_labels(column, classes, name, num_classes)
     images = table.select_columns([image])
     if type(table.features[image]).__name__ == "Image":
         images = images.cast_column(image, _datasets().Image(decode=False))
-    return TableSource(images.with_format(None), labels, classes, name)
+    return images.with_format(None), labels, classes
 
 
-def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> Any:
+def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> _Found:
     """A split from the cache of `datasets`, which gets it first where it may."""
     builder = _datasets().load_dataset_builder(path, **words)
-    files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    of_splits = {
+        str(key): [str(file) for file in of_split] for key, of_split in (builder.config.data_files or {}).items()
+    }
+    files = [file for of_split in of_splits.values() for file in of_split]
     local = builder.repo_id is None and not any(is_remote(file) for file in files)
     if not (download or local or Path(builder.cache_dir, "dataset_info.json").is_file()):
         raise DataError(f"{path} is not in the cache of `datasets` ({builder.cache_dir}): set download=True")
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    table = builder.as_dataset(split=split)
+    counts = {str(key): one.num_examples for key, one in builder.info.splits.items()}
+    rows = [
+        Stretch((builder.cache_dir, name), start, stop, f"{path} ({name})")
+        for name, start, stop in _slices(split, counts)
+    ]
+    own = [file for name in _names(split) for file in of_splits.get(name, []) if not is_remote(file)]
+    beside = dict.fromkeys(os.path.dirname(file.removeprefix("file://")) for file in own)
+    return _Found(table, rows, list(beside), None if builder.repo_id is None else builder.hash)
 
 
-def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any]:
-    """Addresses of a split's parquet files, and the features as far as the set's description has them."""
+def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any, str | None]:
+    """Addresses of a split's parquet files, the features as far as the set's description has them, the Hub's commit."""
     if _is_saved(path):
         raise DataError(f"{path} is a save_to_disk folder, which needs no streaming: set streaming=False")
     builder = _datasets().load_dataset_builder(path, **words)
@@ -151,23 +225,57 @@ def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[s
             f"only parquet files can be streamed, not {other}: set streaming=False, or for a set on the Hub "
             f"revision={CONVERTED!r}, where the Hub keeps a copy in parquet"
         )
-    return urls, builder.info.features
+    return urls, builder.info.features, None if builder.repo_id is None else builder.hash
 
 
 def _is_saved(path: str) -> bool:
     return any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved(path: str, split: str) -> Any:
-    """A split of a `save_to_disk` folder; a folder of one split without a name stands for any."""
+def _saved(path: str, split: str) -> _Found:
+    """A split of a `save_to_disk` folder, or slices of splits; a folder of one without a name stands for any."""
     loaded = _datasets().load_from_disk(path)
+    unnamed = not isinstance(loaded, dict) and loaded.split is None
     if isinstance(loaded, dict):
-        splits = {str(key): table for key, table in loaded.items()}
+        tables = {str(key): table for key, table in loaded.items()}
     else:
-        splits = {str(loaded.split or split): loaded}
-    if split not in splits:
-        raise DataError(f"there is no split {split!r} in {path}; there are: {', '.join(splits)}")
-    return splits[split]
+        tables = dict.fromkeys(_names(split) if unnamed else [str(loaded.split)], loaded)
+    unknown = [name for name in _names(split) if name not in tables]
+    if unknown:
+        raise DataError(f"there is no split {unknown[0]!r} in {path}; there are: {', '.join(tables)}")
+    slices = _slices(split, {name: len(table) for name, table in tables.items()})
+    place = os.path.realpath(path)
+    rows = [
+        Stretch((place, "" if unnamed else name), start, stop, path if unnamed else f"{path} ({name})")
+        for name, start, stop in slices
+    ]
+    parts = [tables[name].select(range(start, stop)) for name, start, stop in slices]
+    table = parts[0] if len(parts) == 1 else _datasets().concatenate_datasets(parts)
+    return _Found(table, rows, [path])
+
+
+def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The rows that "train[:80%]+test" names: split, first row, one more than the last."""
+    if split in counts:
+        return [(split, 0, counts[split])]
+    found = _datasets().ReadInstruction.from_spec(split).to_absolute(counts)
+    return [(str(one.splitname), one.from_, max(one.from_, one.to)) for one in found]
+
+
+def _names(split: str) -> list[str]:
+    """The splits' names in "train[:80%]+test"."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _sizes(images: Any) -> np.ndarray:
+    """Each image's size in bytes, int64 [N]; -1 where the column does not hold the image. Pixels are not touched."""
+    compute, types = (require(f"pyarrow.{one}", extra="data", purpose="tables") for one in ("compute", "types"))
+    column = images.with_format("arrow")[:].column(0)
+    if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = compute.struct_field(column, "bytes")
+    if not (types.is_binary(column.type) or types.is_large_binary(column.type)):
+        return np.zeros(0, dtype=np.int64)
+    return compute.fill_null(compute.binary_length(column), -1).to_numpy().astype(np.int64)
 
 
 @contextmanager

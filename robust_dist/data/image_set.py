@@ -9,7 +9,11 @@ from torch import Tensor
 
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data.errors import BadImage, DataError
-from robust_dist.data.sets import EvalBatch, TrainLoader
+from robust_dist.data.identity import fingerprint, spread
+from robust_dist.data.sets import EvalBatch, FirstSamples, TrainLoader
+
+# Images that a fingerprint looks at.
+SPREAD = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +91,15 @@ class ImageSet:
         """What the images given out are."""
         return "as stored"
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
+        """The first `count` samples of an epoch's first batch."""
         indices = permutation(seed, epoch, len(self), self.device)[:count]
-        return self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices)
+        return FirstSamples(self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices), {})
+
+    def fingerprint(self) -> str:
+        """A hash of the labels and of a few of the images, evenly spread."""
+        few = self.images[torch.tensor(spread(len(self), SPREAD), device=self.device)]
+        return fingerprint(self.labels.cpu().numpy(), few.cpu().numpy(), list(self.images.shape))
 
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""

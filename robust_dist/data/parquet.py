@@ -13,9 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, plain_labels
+from robust_dist.data.classes import NAMED, check_count
+from robust_dist.data.columns import (
+    BINARY,
+    TEXT,
+    WHOLE,
+    class_labels,
+    find_columns,
+    image_bytes,
+    is_class_label,
+    plain_labels,
+)
 from robust_dist.data.errors import BadImageError, DataError
-from robust_dist.data.source import check_index
+from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
+from robust_dist.data.source import Upright, check_index
 from robust_dist.data.spool import Spool
 from robust_dist.extras import require
 
@@ -24,19 +35,28 @@ MAPPED_GROUPS = 8
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows."""
+    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows.
+
+    `content` is a digest of the footer alone, which a copy of the file has too.
+    """
 
     url: str
     digest: str
     number: int
     rows: int
+    content: str = ""
 
 
 class ParquetSource:
     """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
 
     A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
+
+    Attributes:
+        revision: The commit of a set of the Hub; None of others.
     """
+
+    revision: str | None = None
 
     def __init__(
         self,
@@ -48,6 +68,7 @@ class ParquetSource:
         label_of: np.ndarray | None,
         name: str,
         spool: Spool,
+        upright: bool = True,
     ) -> None:
         self.name = name
         self.classes = classes
@@ -58,6 +79,7 @@ class ParquetSource:
         self._labels = labels
         self._label_of = label_of
         self._spool = spool
+        self._kind = Upright if upright else bytes
         self._cache: tuple[int, Callable[[int], Any]] | None = None
 
     def __len__(self) -> int:
@@ -70,12 +92,27 @@ class ParquetSource:
         """See `ImageSource.read`; where a remote host fails, its error comes after the retries of `datasets`."""
         group, row = self._place(index)
         table = self._table(group)
-        return image_bytes(table[self._columns[0]][row].as_py()), self._label(index, table, row)
+        url = self._groups[group].url
+        beside = () if is_remote(url) else (os.path.dirname(url.removeprefix("file://")),)
+        content = image_bytes(table[self._columns[0]][row].as_py(), beside)
+        return self._kind(content), self._label(index, table, row)
 
     def where(self, index: int) -> str:
         """The file, with the row group and the row in it."""
         group, row = self._place(index)
         return f"{self._groups[group].url}, row group {self._groups[group].number}, row {row}"
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names and footers, and of the labels where they were read."""
+        groups = [(os.path.basename(group.url), group.content, group.number) for group in self._groups]
+        return fingerprint(groups, *([] if self._labels is None else [self._labels]))
+
+    def stretches(self) -> list[Stretch]:
+        """The files, see `shared_images`."""
+        rows: dict[str, int] = {}
+        for group in self._groups:
+            rows[group.url] = rows.get(group.url, 0) + group.rows
+        return stretches_of_files(rows.items())
 
     def _place(self, index: int) -> tuple[int, int]:
         check_index(index, self)
@@ -117,9 +154,11 @@ def open_parquet(
     name: str,
     image_column: str | None = None,
     label_column: str | None = None,
+    num_classes: int | None = None,
     classes: tuple[str, ...] | None = None,
     features: Any = None,
     spool_dir: str | Path | None = None,
+    upright: bool = True,
 ) -> ParquetSource:
     """Samples of parquet files in the order given, of which only the footers are read now.
 
@@ -131,19 +170,21 @@ def open_parquet(
         name: what error messages call the set.
         image_column: see `find_columns`.
         label_column: see `find_columns`.
+        num_classes: see `plain_labels`.
         classes: of the training split, where this is another one.
         features: `datasets.Features`, where known from elsewhere than the files.
         spool_dir: a folder on this node's own disk for the row groups under way; see `Spool`.
+        upright: whether images are turned by their EXIF orientation.
 
     Raises:
-        DataError: no row, a file that is no parquet file or has other columns than the first; or see `find_columns`,
+        DataError: no row, files that are no parquet files or have other columns than the first; or see `find_columns`,
             `plain_labels` and `class_labels`.
         OSError: a remote file cannot be reached.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        footers = list(pool.map(_footer, urls))
+        footers = _whole(list(pool.map(_footer, urls)), name)
         groups = [
-            RowGroup(u, footer.digest, k, rows)
+            RowGroup(u, footer.digest, k, rows, footer.content)
             for u, footer in zip(urls, footers, strict=True)
             for k, rows in footer.groups
             if rows
@@ -152,16 +193,18 @@ def open_parquet(
             raise DataError(f"{name} has no rows in its {len(urls)} parquet files")
         features = features or _features(footers[0].schema)
         columns = find_columns(features, image_column, label_column, name)
-        _check_schemas(urls, footers, columns)
+        _check_schemas(urls, footers, columns, name)
+        labels = label_of = None
         if is_class_label(features[columns[1]]):
             label_of, classes = class_labels(features[columns[1]], classes, name)
-            return ParquetSource(
-                groups, columns, classes, labels=None, label_of=label_of, name=name, spool=Spool(spool_dir)
-            )
-        parts = list(pool.map(lambda group: read_columns(group.url, [columns[1]], group.number)[0], groups))
-    column = _pyarrow().chunked_array([chunk for part in parts for chunk in part.chunks])
-    labels, classes = plain_labels(column, classes, name)
-    return ParquetSource(groups, columns, classes, labels=labels, label_of=None, name=name, spool=Spool(spool_dir))
+            check_count(classes, num_classes, name)
+        else:
+            parts = list(pool.map(lambda group: read_columns(group.url, [columns[1]], group.number)[0], groups))
+            labels, classes = plain_labels(_joined(parts), classes, name, num_classes)
+    spool = Spool(spool_dir)
+    return ParquetSource(
+        groups, columns, classes, labels=labels, label_of=label_of, name=name, spool=spool, upright=upright
+    )
 
 
 def read_columns(url: str, columns: list[str], group: int) -> Any:
@@ -177,21 +220,36 @@ def is_remote(url: str) -> bool:
 
 
 class _Footer(NamedTuple):
+    content: str
     digest: str
     groups: list[tuple[int, int]]
     schema: Any
 
 
-def _footer(url: str) -> _Footer:
+def _footer(url: str) -> _Footer | DataError:
     try:
         with _opened(url) as source:
             file = _parquet(source)
             metadata = file.metadata
-            digest = hashlib.sha256(pickle.dumps(metadata) + _identity(url, source).encode()).hexdigest()
+            content = hashlib.sha256(pickle.dumps(metadata)).hexdigest()
+            digest = hashlib.sha256((content + _identity(url, source)).encode()).hexdigest()
             groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
-            return _Footer(digest, groups, file.schema_arrow)
+            return _Footer(content, digest, groups, file.schema_arrow)
     except _pyarrow().ArrowInvalid as error:
-        raise DataError(f"{url} is no parquet file, or is cut off: {error}") from error
+        return DataError(f"{url} is no parquet file, or is cut off: {error}")
+
+
+def _whole(footers: Sequence[_Footer | DataError], name: str) -> list[_Footer]:
+    torn = [str(one) for one in footers if isinstance(one, DataError)]
+    if torn:
+        raise DataError(_listed(torn, name))
+    return [one for one in footers if isinstance(one, _Footer)]
+
+
+def _listed(faults: Sequence[str], name: str) -> str:
+    """What is wrong with the first few files, and with how many more."""
+    more = f"; and {len(faults) - NAMED:,} more files" if len(faults) > NAMED else ""
+    return f"{name}: " + "; ".join(faults[:NAMED]) + more
 
 
 def _opened(url: str) -> Any:
@@ -218,12 +276,46 @@ def _features(schema: Any) -> Any:
     return require("datasets", extra="data", purpose="parquet files").Features.from_arrow_schema(schema)
 
 
-def _check_schemas(urls: Sequence[str], footers: Sequence[_Footer], columns: tuple[str, str]) -> None:
+def _check_schemas(urls: Sequence[str], footers: Sequence[_Footer], columns: tuple[str, str], name: str) -> None:
+    """Compare the files' columns with the first one's; the widths of numbers, strings and offsets may differ."""
     first = footers[0].schema
+    faults = []
     for url, footer in zip(urls, footers, strict=True):
         for column in columns:
-            if column not in footer.schema.names or footer.schema.field(column).type != first.field(column).type:
-                raise DataError(f"{url} has no column {column!r} of the type that it has in {urls[0]}")
+            ours = footer.schema.field(column).type if column in footer.schema.names else None
+            if _sort(ours) != _sort(first.field(column).type):
+                has = "none of that name" if ours is None else str(ours)
+                faults.append(
+                    f"{url} has no column {column!r} of the type that it has in {urls[0]}, "
+                    f"{first.field(column).type}: it has {has}"
+                )
+    if faults:
+        raise DataError(_listed(faults, name))
+
+
+def _sort(arrow_type: Any) -> str:
+    """A type without its width: one of "whole", "text" and "bytes", or the type itself."""
+    if arrow_type is None:
+        return ""
+    types = _pyarrow().types
+    if types.is_dictionary(arrow_type):
+        return _sort(arrow_type.value_type)
+    if types.is_struct(arrow_type):
+        return str(sorted((one.name, _sort(one.type)) for one in arrow_type))
+    sorts = {"whole": WHOLE, "text": TEXT, "bytes": BINARY}
+    return next((name for name, known in sorts.items() if str(arrow_type) in known), str(arrow_type))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The label columns of several files as one, of a type that holds all of them."""
+    pyarrow = _pyarrow()
+    if len({part.type for part in parts}) > 1:
+        text = _sort(parts[0].type) == "text"
+        try:
+            parts = [part.cast(pyarrow.large_string() if text else pyarrow.int64()) for part in parts]
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"labels that 64 bits do not hold: {error}") from error
+    return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks])
 
 
 def _pyarrow() -> Any:

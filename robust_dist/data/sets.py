@@ -1,6 +1,6 @@
 """What the training loop asks of a data set, whether it lies on the device or is streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,22 @@ class EvalBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     good: Tensor | None = None
+
+
+class FirstSamples(NamedTuple):
+    """The first samples of an epoch's first batch, on the device.
+
+    Attributes:
+        images: uint8 [count, C, H, W].
+        labels: int64 [count].
+        keys: int64 [count].
+        bad: by place, those that could not be read, whose image and label are a stand-in's.
+    """
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+    bad: Mapping[int, BadImage]
 
 
 class LabelledSet(Protocol):
@@ -73,8 +89,12 @@ class LabelledSet(Protocol):
         """What the images given out are: as they are stored, or what was made of them."""
         ...
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [count, C, H, W], labels and keys int64 [count]: the first of an epoch's first batch."""
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
+        """The first `count` samples of an epoch's first batch."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A cheap hash of names and labels: a set that has another one is another set."""
         ...
 
     def take_bad(self) -> list[BadImage]:

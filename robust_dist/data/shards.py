@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from robust_dist.data.classes import number_classes, some, text_classes
+from robust_dist.data.classes import check_count, number_classes, some, text_classes
 from robust_dist.data.errors import BadImageError, DataError
+from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
 from robust_dist.data.packed import PackedStrings, bounds_of
-from robust_dist.data.shard_index import Keys, ShardIndex, index_of
-from robust_dist.data.source import check_index
+from robust_dist.data.shard_index import ShardIndex, index_of
+from robust_dist.data.shard_members import Keys, first_members
+from robust_dist.data.source import Upright, check_index, turns_upright
 from robust_dist.extras import require
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff", "avif")
 OPEN_SHARDS = 32
 UNLABELLED = -1
+NUMBER = re.compile(r"-?[0-9]{1,400}")
 RIGHT = "shards must be plain .tar files on a disk that all ranks see"
 
 
@@ -31,7 +34,14 @@ class ShardSource:
     """
 
     def __init__(
-        self, shards: Sequence[str], index: ShardIndex, labels: np.ndarray, classes: tuple[str, ...], name: str
+        self,
+        shards: Sequence[str],
+        index: ShardIndex,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+        name: str,
+        *,
+        upright: bool = False,
     ) -> None:
         self.name = name
         self.classes = classes
@@ -43,6 +53,7 @@ class ShardSource:
         self._index_starts = bounds_of(index.counts)
         self._index = replace(index, labels=PackedStrings.of([]))
         self._labels = labels
+        self._kind = Upright if upright else bytes
         self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
 
     def __len__(self) -> int:
@@ -71,12 +82,21 @@ class ShardSource:
             raise BadImageError(f"the shard cannot be read: {error.strerror or error}") from error
         if len(content) < size:
             raise BadImageError(f"the shard ends {size - len(content):,} bytes before the image does")
-        return content, int(self._labels[number])
+        return self._kind(content), int(self._labels[number])
 
     def where(self, index: int) -> str:
         """The shard's path, and the name of the sample's image in it."""
         shard, number = self._place(index)
         return f"{self._shards[shard]}: {self._index.names[number] if number is not None else '(torn)'}"
+
+    def fingerprint(self) -> str:
+        """A hash of the samples' names and labels, and of how many each shard has."""
+        names = self._index.names
+        return fingerprint(names.data, names.bounds, self._labels, self._index.counts)
+
+    def stretches(self) -> list[Stretch]:
+        """The shards, see `shared_images`."""
+        return stretches_of_files(zip(self._shards, self._index.counts.tolist(), strict=True))
 
     def _place(self, index: int) -> tuple[int, int | None]:
         """The shard's number, and the sample's one in the index (None: the tear)."""
@@ -89,12 +109,14 @@ class ShardSource:
 def open_webdataset(
     urls: str | Sequence[str],
     *,
+    root: str | Path | None = None,
     image_keys: Sequence[str] = IMAGE_KEYS,
     label_key: str = "cls",
     classes: tuple[str, ...] | None = None,
     num_classes: int | None = None,
     index_dir: str | Path | None = None,
     allow_torn: bool = False,
+    exif: str = "auto",
     name: str | None = None,
 ) -> ShardSource:
     """Samples of WebDataset tar shards, which are reached alone by an index of them.
@@ -105,47 +127,57 @@ def open_webdataset(
 
     Args:
         urls: paths of shards, with braces ("train-{000..146}.tar") and wildcards ("train-*.tar"), or a list of such.
-        image_keys: extensions of the image; the first that a sample has counts.
-        label_key: the extension of the member that holds the label as text: a number, or a class's name. For a key of
-            the .json member "json.KEY" ("json.annotation.label" for one within another).
+            What exists by the very name is taken for it, a folder on the way to the shards too.
+        root: the folder that paths are relative to; it has no wildcards.
+        image_keys: endings of the image, in any case; the first that a sample has counts.
+        label_key: the ending, in any case, of the member that holds the label as text: a number, or a class's name. For
+            a key of the .json member "json.KEY" ("json.annotation.label" for one within another).
         classes: the classes by number; of the training split, where this is another one. Where not given, names are
-            sorted, and numbers are named by themselves.
+            sorted, and numbers are named by themselves. Numbers are no places among classes that were names.
         num_classes: how many classes there are, where labels are numbers and not all of them occur.
         index_dir: the folder for the index, where the shards' own cannot be written.
         allow_torn: take a torn shard's samples before the tear, with the tear as one more sample, which cannot be read
             and so is counted; else it is an error.
+        exif: "on" turns images upright by their EXIF orientation; "auto" and "off" leave them, as the webdataset
+            package does.
         name: what error messages call the set; the urls where not given.
 
     Raises:
-        DataError: no shard, one that is remote, compressed, torn or no tar file, no sample with such a member, or
-            labels outside of the classes; says what would be right.
+        DataError: no shard, one that is remote, compressed, torn or no tar file, no sample with such a member, samples
+            whose members cannot be told apart, or labels that are none or outside of the classes; says what would be
+            right.
         ImportError: `braceexpand`, which comes with webdataset, is not installed.
     """
-    name = name or (urls if isinstance(urls, str) else ", ".join(urls))
-    shards = expand(urls, name)
-    keys = Keys(tuple(key.lower() for key in image_keys), _label_key(label_key))
+    listed = [urls] if isinstance(urls, str) else list(urls)
+    name = name or ", ".join(os.path.join(root or "", url) for url in listed)
+    upright = turns_upright(exif, auto=False)
+    shards = expand(listed, name, root)
+    keys = Keys.of(image_keys, label_key)
     folder = Path(index_dir).expanduser() if index_dir is not None else Path(shards[0]).parent
-    index = index_of(shards, keys, folder)
+    index = index_of(shards, keys, folder, name)
     torn = [f"{shard} (at byte {at:,})" for shard, at in zip(shards, index.torn_at.tolist(), strict=True) if at >= 0]
     if torn and not allow_torn:
         raise DataError(
             f"{name}: {len(torn)} shards are torn: {some(torn)}. Copy them again, or set allow_torn=True for the "
             "samples before the tear"
         )
-    _check_members(index, keys, name)
+    _check_members(index, keys, shards, label_key, name)
     labels, classes = _labels(index.labels, classes, num_classes, name)
-    return ShardSource(shards, index, labels, classes, name)
+    return ShardSource(shards, index, labels, classes, name, upright=upright)
 
 
-def expand(urls: str | Sequence[str], name: str) -> list[str]:
-    """The shards' paths: braces as in a shell, in their order, then wildcards, sorted.
+def expand(urls: str | Sequence[str], name: str, root: str | Path | None = None) -> list[str]:
+    """The shards' paths: what exists by the very name, else braces as in a shell, in order, then wildcards, sorted.
 
     Raises:
         DataError: a remote address, a pipe, a compressed file, nothing that fits, or a shard twice.
     """
     braces = require("braceexpand", extra="data", purpose="WebDataset shards").braceexpand
-    patterns = [pattern for url in ([urls] if isinstance(urls, str) else urls) for pattern in braces(_local(url, name))]
-    shards = [shard for pattern in patterns for shard in _files(pattern, name)]
+    shards = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        folder, rest = _literal(os.path.expanduser(root or ""), _local(url, name))
+        patterns = [rest] if os.path.isfile(os.path.join(folder, rest)) else list(braces(rest))
+        shards += [shard for pattern in patterns for shard in _files(folder, pattern, name)]
     if not shards:
         raise DataError(f"{name}: no shards are given; {RIGHT}")
     twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
@@ -175,30 +207,45 @@ def _local(url: str, name: str) -> str:
     return os.path.expanduser(url)
 
 
-def _files(pattern: str, name: str) -> list[str]:
-    files = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-    bad = next((file for file in files if not file.endswith(".tar")), None)
+def _literal(folder: str, path: str) -> tuple[str, str]:
+    """The longest way down to a path by folders that exist by the very name, and the rest, which may be a pattern."""
+    folder, rest = ("/", path.lstrip("/")) if path.startswith("/") else (folder, path)
+    while "/" in rest and os.path.isdir(os.path.join(folder, rest.partition("/")[0])):
+        one, _, rest = rest.partition("/")
+        folder, rest = os.path.join(folder, one), rest.lstrip("/")
+    return folder, rest
+
+
+def _files(folder: str, pattern: str, name: str) -> list[str]:
+    folder, pattern = _literal(folder, pattern)
+    files = [os.path.join(folder, pattern)]
+    if glob.has_magic(pattern) and not os.path.exists(files[0]):
+        found = glob.glob(pattern, root_dir=folder or None)
+        files = sorted(os.path.join(folder, one) for one in found) or files
+    bad = next((file for file in files if not file.lower().endswith(".tar")), None)
     if bad is not None:
         raise DataError(f"{name}: {bad} does not end in .tar; {RIGHT}: unpack what is compressed")
-    missing = pattern if not files else next((file for file in files if not os.path.isfile(file)), None)
+    missing = next((file for file in files if not os.path.isfile(file)), None)
     if missing is not None:
         raise DataError(f"{name}: there is no file {os.path.abspath(missing)}; {RIGHT}")
     return files
 
 
-def _label_key(key: str) -> str:
-    if key == "json":
-        raise DataError("label_key='json' must name a key of the .json member: 'json.label'")
-    return key
-
-
-def _check_members(index: ShardIndex, keys: Keys, name: str) -> None:
+def _check_members(index: ShardIndex, keys: Keys, shards: Sequence[str], label_key: str, name: str) -> None:
     if not len(index.names):
         raise DataError(f"{name} has no samples in its {len(index.counts)} shards")
-    if not (index.places[:, 0] >= 0).any():
-        raise DataError(f"{name}: no sample has an image: a member that ends in .{', .'.join(keys.image)} (image_keys)")
-    if not len(index.labels.data):
-        raise DataError(f"{name}: no sample has a label at label_key={keys.label!r}")
+    images, labels = index.places[:, 0] >= 0, np.diff(index.labels.bounds) > 0
+    lacking = []
+    if not images.any():
+        lacking.append(f"an image: a member that ends in .{', .'.join(keys.image)} (image_keys)")
+    if not labels.any():
+        lacking.append(
+            f"a label at label_key={label_key!r}" + " (null, NaN, true and false are none)" * bool(keys.path)
+        )
+    if lacking or not (images & labels).any():
+        shard = next(one for one, count in zip(shards, index.counts, strict=True) if count)
+        what = " or ".join(lacking) or "both an image and a label"
+        raise DataError(f"{name}: no sample has {what}. The first sample has {first_members(shard, keys)}")
 
 
 def _labels(
@@ -208,13 +255,13 @@ def _labels(
     codes: dict[str, int] = {}
     coded = np.fromiter((codes.setdefault(text, len(codes)) for text in texts), dtype=np.int64, count=len(texts))
     distinct = [text for text in codes if text]
-    if all(re.fullmatch(r"-?\d{1,18}", text) for text in distinct) and not set(distinct) <= set(classes or ()):
-        values = np.array([int(text) for text in distinct], dtype=np.int64)
-        classes, of_distinct = number_classes(values, classes, name, num_classes), values
+    if all(NUMBER.fullmatch(text) for text in distinct) and not set(distinct) <= set(classes or ()):
+        # numpy makes objects of numbers beyond 64 bits.
+        values = np.array([int(text) for text in distinct])
+        classes, of_distinct = number_classes(np.unique(values), classes, name, num_classes), values
     else:
         of_distinct, classes = text_classes(distinct, classes, name)
-    if num_classes not in (None, len(classes)):
-        raise DataError(f"{name}: num_classes={num_classes}, but its labels are of {len(classes)} classes")
+    check_count(classes, num_classes, name)
     label_of = np.full(len(codes), UNLABELLED, dtype=np.int32)
     label_of[[codes[text] for text in distinct]] = of_distinct
     return label_of[coded], classes

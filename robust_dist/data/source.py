@@ -3,10 +3,16 @@
 from typing import Protocol
 
 
+class Upright(bytes):
+    """An encoded image that `decode_rgb` turns as its EXIF orientation says; other bytes it leaves as they are."""
+
+
 class ImageSource(Protocol):
     """A labelled set of encoded images (JPEG, PNG, ...) that can be read in any order.
 
-    A source is picklable and holds no open file when it is: each worker of a loader opens what it reads.
+    A source is picklable and holds no open file when it is: each worker of a loader opens what it reads. It may also
+    have `fingerprint() -> str`, a cheap hash of names and labels; `left_out`, reasons with how many files do not count
+    for each; and `stretches()`, for `identity.shared_images`.
 
     Attributes:
         name: what error messages call the set.
@@ -24,7 +30,7 @@ class ImageSource(Protocol):
         ...
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and the label of one sample.
+        """The encoded image (`Upright`, where EXIF is to turn it) and the label of one sample.
 
         Raises:
             BadImageError: this sample cannot be read (the file is gone, its entry is torn); others may be.
@@ -44,3 +50,14 @@ def check_index(index: int, source: ImageSource) -> None:
     """
     if not 0 <= index < len(source):
         raise IndexError(f"index {index} is outside of the {len(source):,} samples of {source.name}")
+
+
+def turns_upright(exif: str, *, auto: bool) -> bool:
+    """Whether a source turns images by EXIF, of "auto", "on" or "off"; `auto` is what this kind of source does.
+
+    Raises:
+        ValueError: another word.
+    """
+    if exif not in ("auto", "on", "off"):
+        raise ValueError(f"exif must be 'auto', 'on' or 'off', not {exif!r}")
+    return exif == "on" or (exif == "auto" and auto)

@@ -11,10 +11,11 @@ from torch import Tensor
 from robust_dist.augment.keys import sample_keys
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.errors import BadImage
+from robust_dist.data.identity import fingerprint
 from robust_dist.data.moving import Mover, Moving
 from robust_dist.data.order import EpochOrder
 from robust_dist.data.reading import ImageReader, Pack, Request, Workers
-from robust_dist.data.sets import EvalBatch
+from robust_dist.data.sets import EvalBatch, FirstSamples
 from robust_dist.data.source import ImageSource
 from robust_dist.data.stream import SHUFFLE_WINDOW, StreamLoader
 
@@ -110,12 +111,19 @@ class StreamSet:
         """What the images given out are."""
         return "random crop" if isinstance(self.crop, RandomCrop) else "central crop"
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [count, 3, size, size], labels and keys int64 [count]: the first of an epoch's first batch."""
+    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
+        """The first `count` samples of an epoch's first batch, cropped."""
         indices = EpochOrder(seed, epoch, self.group_sizes, self.shuffle_window).batch(0, batch_size)[:count]
         keys = sample_keys(seed, epoch, indices)
         pack = next(self._packs(iter([Request(indices, keys)]), workers=0))
-        return pack.images.to(self.device), pack.labels.to(self.device), keys.to(self.device)
+        slots = [] if pack.weights is None else (pack.weights == 0).nonzero().flatten().tolist()
+        bad = dict(zip(slots, pack.bad, strict=True))
+        return FirstSamples(pack.images.to(self.device), pack.labels.to(self.device), keys.to(self.device), bad)
+
+    def fingerprint(self) -> str:
+        """The source's, or of one that has none a hash of its classes and groups."""
+        own = getattr(self.source, "fingerprint", None)
+        return own() if own is not None else fingerprint(self.classes, self.group_sizes)
 
     def take_bad(self) -> list[BadImage]:
         """The bad images that `eval_batches` met since the last call."""

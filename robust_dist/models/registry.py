@@ -1,5 +1,6 @@
 """Classifiers by name: our own for small images, torchvision's, timm's."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -89,7 +90,12 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     except TypeError as error:
         if not options:
             raise
-        raise ValueError(f"model {name!r} does not take the options {options}: {error}") from error
+        raise ValueError(f"model {name!r} does not take the options {options}: {_plain(error)}") from error
+
+
+def _plain(error: TypeError) -> str:
+    """What the error says of an argument, without the name of a function that the user has not called."""
+    return re.sub(r"^\S+\(\) ", "it ", str(error)).replace("keyword argument", "option")
 
 
 def _builder(name: str) -> Builder:

@@ -1,15 +1,31 @@
 """What becomes of images that could not be read: counted, their names kept, and too many of them an error."""
 
+import random
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from robust_dist.data.errors import BadImage, DataError
-from robust_dist.train.agree import attempt
+from robust_dist.data.cuts import even_cuts
+from robust_dist.data.decode import check_header
+from robust_dist.data.errors import BadImage, BadImageError, DataError
+from robust_dist.data.identity import spread
+from robust_dist.data.names import as_line, printable
+from robust_dist.data.parquet import is_remote
+from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import ImageSource
+from robust_dist.train.agree import attempt, raise_everywhere
 
 SHOWN = 5
+# Of the look at the evaluation images before the first step: its readers, its end, and how many it takes at most.
+READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
+
+
+class TooManyBadImagesError(DataError):
+    """More images cannot be read than are let pass."""
 
 
 class BadImages:
@@ -21,7 +37,8 @@ class BadImages:
 
     Args:
         accelerator: The run's ranks.
-        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong.
+        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. The bytes are the
+            names' own, UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
         max_share: The largest share of bad images that is let pass.
     """
 
@@ -33,49 +50,74 @@ class BadImages:
         """Keep this rank's bad images until the ranks next speak."""
         self._unsaid += found
 
-    def settle(self, count: int, of: int, name: str) -> int:
+    def count(self, count: int) -> int:
         """Tell the main process of this rank's bad images; all ranks must call it.
 
         Args:
             count: This rank's bad images of the epoch, or of the evaluation, so far.
-            of: Images of the whole epoch or evaluation.
-            name: Of the set.
 
         Returns:
             How many there are on all ranks.
-
-        Raises:
-            DataError: More than the share that is let pass; on every rank.
         """
         mine = [(count, self._unsaid)]
         ranks = mine if self.accelerator.num_processes == 1 else gather_object(mine)
         self._unsaid = []
-        total: int = sum(one for one, _ in ranks)
         unsaid = [image for _, images in ranks for image in images]
-        judge = self.accelerator.is_main_process
-        attempt(self.accelerator, lambda: self._judge(unsaid, total, of, name), here=judge)
-        return total
+        attempt(self.accelerator, lambda: self._tell(unsaid), here=self.accelerator.is_main_process)
+        return sum(one for one, _ in ranks)
 
-    def _judge(self, found: Sequence[BadImage], total: int, of: int, name: str) -> None:
+    def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
+        """Stop the run where there are too many; all ranks must call it.
+
+        Args:
+            total: Bad images on all ranks.
+            of: Images of the whole epoch or evaluation.
+            name: Of the set.
+            forgiven: How many of them the run was stopped over before; they do not stop it once more.
+
+        Raises:
+            TooManyBadImagesError: More than the share that is let pass; on every rank.
+        """
+        if total - forgiven > self.max_share * of:
+            error = TooManyBadImagesError(
+                f"{name}: {total} of {of} images could not be read, more than data.max_bad_share={self.max_share} "
+                f"lets pass; they are named in {self.path}. Mend them where they are, or raise data.max_bad_share, and "
+                "start again: the run goes on from here"
+            )
+            raise_everywhere(self.accelerator, error)
+
+    def look(self, test_set: LabelledSet) -> None:
+        """Look at the headers of the evaluation images, before an epoch is trained that could not be evaluated.
+
+        The ranks share the images. After a few seconds the look ends, and what was not seen is found by evaluation.
+
+        Raises:
+            TooManyBadImagesError: More cannot be read than are let pass; on every rank.
+        """
+        source = getattr(test_set, "source", None)
+        if source is None or any(is_remote(one.name) for one in getattr(source, "stretches", list)()):
+            return
+        accelerator = self.accelerator
+        start, stop = even_cuts(len(source), accelerator.num_processes)[accelerator.process_index]
+        found = unreadable(source, start, stop)
+        self.note(found)
+        self.judge(self.count(len(found)), len(source), test_set.name)
+
+    def _tell(self, found: Sequence[BadImage]) -> None:
         new = self._keep(found)
         if new:
             self.accelerator.print(f"{len(new)} images could not be read (see {self.path}): {_some(new)}")
-        if total > self.max_share * of:
-            raise DataError(
-                f"{name}: {total} of {of} images could not be read, more than data.max_bad_share={self.max_share} "
-                f"lets pass; they are named in {self.path}. Mend or remove them, or raise "
-                "data.max_bad_share"
-            )
 
     def _keep(self, found: Sequence[BadImage]) -> list[BadImage]:
         """Write down those that the file does not name yet; returns them."""
         if not found:
             return []
-        known = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        named = {line.partition("\t")[0] for line in known}
-        new = {image.where: image for image in found if image.where not in named}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{image.where}\t{' '.join(image.reason.split())}\n" for image in new.values())
+        known = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        named = {line.partition(b"\t")[0] for line in known}
+        new = {where: image for image in found if (where := as_line(image.where)) not in named}
+        with self.path.open("ab") as file:
+            for where, image in new.items():
+                file.write(b"%s\t%s\n" % (where, printable(" ".join(image.reason.split())).encode()))
         return list(new.values())
 
 
@@ -84,6 +126,26 @@ def is_time_to_settle(step: int) -> bool:
     return step & (step - 1) == 0
 
 
+def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECONDS) -> list[BadImage]:
+    """The images from start to stop that their headers tell to be bad, as far as `seconds` suffice to look."""
+    end = time.monotonic() + seconds
+
+    def look(index: int) -> BadImage | None:
+        if time.monotonic() > end:
+            return None
+        try:
+            check_header(source.read(index)[0])
+        except BadImageError as error:
+            return BadImage(source.where(index), str(error))
+        return None
+
+    # In no order, so that a look that ends early has seen some of every part.
+    indices = [start + index for index in spread(stop - start, LOOKED_AT)]
+    random.Random(0).shuffle(indices)
+    with ThreadPoolExecutor(READERS) as pool:
+        return [bad for bad in pool.map(look, indices) if bad is not None]
+
+
 def _some(images: Sequence[BadImage]) -> str:
-    shown = "; ".join(f"{image.where} ({image.reason})" for image in images[:SHOWN])
+    shown = "; ".join(printable(f"{image.where} ({image.reason})") for image in images[:SHOWN])
     return shown + (f"; and {len(images) - SHOWN} more" if len(images) > SHOWN else "")

@@ -27,10 +27,11 @@ from robust_dist.optim import param_groups
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from robust_dist.train.launched import check_launch
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
-from robust_dist.train.sources import check_ranks_see_the_same, open_streams
+from robust_dist.train.sources import check_ranks_see_the_same, open_streams, tell_exif
 
 
 def _asked_for(engine: str) -> bool:
@@ -58,9 +59,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers.
 
     Raises:
-        EngineError: FSDP where there is no GPU, or a mesh of another number of ranks.
+        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
     """
     _check_mesh()
+    check_launch()
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
@@ -105,6 +107,7 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
     loaded = sets or others
     assert loaded is not None
     check_ranks_see_the_same(accelerator, *loaded)
+    attempt(accelerator, lambda: tell_exif(recipe.data, *loaded), here=accelerator.is_main_process)
     return loaded
 
 
@@ -113,7 +116,10 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
     if data.streamed:
         return open_streams(data, device, download=download)
     # The training images first: they are read more often.
-    sets = [load_dataset(data.name, Path(data.root), train=part, download=download) for part in (True, False)]
+    sets = [
+        load_dataset(data.name, Path(data.root), train=part, download=download, own_files=data.own_files)
+        for part in (True, False)
+    ]
     train, test = place(sets, device, data.keep_on)
     return train, test
 
@@ -196,8 +202,9 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded
             FSDP1 cannot save them, DeepSpeed cannot broadcast them. Images alone keep convolutions in channels_last.
 
     Raises:
-        ValueError: An unknown model, or batch normalisation over ranks on a CPU.
+        ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
     """
+    _check_options(recipe)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model.name, num_classes, in_channels=channels, **recipe.model.options)
     if recipe.model.sync_batchnorm:
@@ -207,6 +214,26 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded
     if recipe.model.channels_last and not sharded:
         return model.to(memory_format=torch.channels_last)
     return model
+
+
+# What the run itself gives a model's constructor.
+_GIVEN = {
+    **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
+    **dict.fromkeys(("pretrained_cfg", "checkpoint_path"), "models start from fresh weights here"),
+    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
+    "name": "model.name says it",
+    "model_name": "model.name says it",
+}
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Refuse options that the run itself gives to the model."""
+    bad = {key: value for key, value in recipe.model.options.items() if key in _GIVEN}
+    if bad:
+        raise ValueError(
+            "; ".join(f"model.options.{key}={value!r} cannot be set: {_GIVEN[key]}" for key, value in bad.items())
+            + "; leave it out"
+        )
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:

@@ -4,18 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from robust_dist.data.registry import CHECKED
 from robust_dist.train.settings import require, require_number
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Which keys a streamed set has beside those that all of them have; with all they are an error for other sets.
 _OF_ALL = (
     *("train", "eval", "size", "eval_size", "eval_resize", "crop_scale", "crop_ratio", "mean", "std"),
-    *("workers", "prefetch", "max_bad_share", "shuffle_window"),
+    *("workers", "prefetch", "max_bad_share", "shuffle_window", "exif"),
 )
 STREAMED = {
     "imagefolder": (),
-    "hub": ("path", "config", "revision", "data_files", "image_column", "label_column", "streaming", "spool_dir"),
-    "webdataset": ("label_key", "num_classes", "allow_torn", "index_dir"),
+    "hub": (
+        *("path", "config", "revision", "data_files", "image_column", "label_column", "num_classes", "streaming"),
+        "spool_dir",
+    ),
+    "webdataset": ("image_keys", "label_key", "num_classes", "allow_torn", "index_dir"),
 }
 
 
@@ -31,6 +35,8 @@ class DataConfig:
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
             holds those of `train` and `eval`; of webdataset, that to which shards' paths are relative; hub uses it not.
         download: Fetch missing files (one process a host does it, the others wait).
+        own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
+            refused. They are pickles, which can run any code.
         block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
         drop_last: Leave out the last global batch of an epoch where it is short.
         keep_on: Where a set by name lies: device; host, whence batches are copied a step ahead; auto takes the device
@@ -48,8 +54,10 @@ class DataConfig:
         streaming: hub: read parquet row groups when they are needed, and copy nothing before.
         spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
             ranks; null takes the system's temporary one.
-        label_key: webdataset: extension of the member that holds the label, or json.KEY.
-        num_classes: webdataset: how many classes there are, where labels are numbers.
+        image_keys: webdataset: endings of the member that is the image, of which the first that a sample has counts;
+            the usual ones where null.
+        label_key: webdataset: ending of the member that holds the label, or json.KEY.
+        num_classes: hub, webdataset: how many classes there are, where labels are numbers and not all of them occur.
         allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
         index_dir: webdataset: the folder for the shards' index, where their own cannot be written.
         size: Height and width of training images, after a random resized crop.
@@ -64,11 +72,14 @@ class DataConfig:
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
+        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so for hub alone, as
+            `datasets` does; imagefolder and webdataset leave images as they are stored.
     """
 
     name: str = "digits"
     root: str = "data"
     download: bool = True
+    own_files: bool = False
     block: int = 8
     drop_last: bool = False
     keep_on: Literal["auto", "device", "host"] = "auto"
@@ -83,6 +94,7 @@ class DataConfig:
     label_column: str | None = None
     streaming: bool = False
     spool_dir: str | None = None
+    image_keys: list[str] | None = None
     label_key: str = "cls"
     num_classes: int | None = None
     allow_torn: bool = False
@@ -98,8 +110,12 @@ class DataConfig:
     prefetch: int = 2
     max_bad_share: float = 0.01
     shuffle_window: int = 16_384
+    exif: Literal["auto", "on", "off"] | bool = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.exif, bool):
+            # YAML reads a plain on or off so.
+            self.exif = "on" if self.exif else "off"
         require_number("data.block", self.block, 1)
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
         self._check_keys()
@@ -110,6 +126,9 @@ class DataConfig:
         require(0 <= share < 1, "data.max_bad_share", share, "in [0, 1)")
         if self.num_classes is not None:
             require_number("data.num_classes", self.num_classes, 1)
+        if self.image_keys is not None:
+            named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
+            require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
 
     @property
     def streamed(self) -> bool:
@@ -138,6 +157,8 @@ class DataConfig:
                     f"data.{key}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
                     f"leave data.{key} out, or change data.name"
                 )
+        if self.own_files:
+            require(self.name in CHECKED, "data.own_files", True, f"false, unless data.name is {' or '.join(CHECKED)}")
         if self.name == "hub":
             require(self.path is not None, "data.path", self.path, "a set's name on the Hub, or a folder")
         for key in ("train", "eval"):

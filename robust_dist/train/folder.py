@@ -16,6 +16,7 @@ import yaml
 from robust_dist.checkpoint import write_atomically
 from robust_dist.checkpoint.space import write_failure
 from robust_dist.train.claim import Claim, FolderInUseError
+from robust_dist.train.data_record import Record, differences
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
 STOPPED = "stopped.json"
@@ -26,7 +27,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """What one run writes: `recipe.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
+    """What one run writes: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and more.
 
     Args:
         path: The folder; made by `claim`.
@@ -51,19 +52,25 @@ class RunFolder:
         """Whether a run came to its end here: the curves are drawn then."""
         return (self.path / "curves.png").exists()
 
-    def claim(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+    @property
+    def data_path(self) -> Path:
+        """What the run is trained on."""
+        return self.path / "data.json"
+
+    def claim(self, recipe: Recipe, environment: dict[str, Any], data: Record | None = None) -> None:
         """Take the folder for this process, or say why not; nothing is written unless all is well.
 
         Args:
             recipe: The recipe that is to run here.
             environment: What `environment.json` notes about this start.
+            data: What `data.json` is to hold; None leaves it as it is.
 
         Raises:
-            RunFolderError: Another live run holds the folder, it holds a run with other settings, or it
-                holds files that are no run's.
+            RunFolderError: Another live run holds the folder, it holds a run with other settings or on other data,
+                or it holds files that are no run's.
         """
         try:
-            self._claim_for(recipe, environment)
+            self._claim_for(recipe, environment, data)
         except OSError as error:
             self.release()
             raise RunFolderError(
@@ -91,13 +98,15 @@ class RunFolder:
             return {}
         return note if isinstance(note, dict) else {}
 
-    def _claim_for(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+    def _claim_for(self, recipe: Recipe, environment: dict[str, Any], data: Record | None) -> None:
         self._check_is_run_or_empty()
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
+        if data is not None and self._is_new_data(data):
+            write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
         if not self.metrics():
             # From here on its absence is somebody's doing.
@@ -166,6 +175,28 @@ class RunFolder:
                 f"run_dir={str(self.path)!r} holds a run with other settings; give the same ones, or another "
                 "run_dir:\n  " + "\n  ".join(differing)
             )
+
+    def _is_new_data(self, data: Record) -> bool:
+        """Whether the folder does not say yet what it is trained on; other data than it says is an error."""
+        if not self.data_path.exists() or not self._has_begun():
+            return True
+        try:
+            there = json.loads(self.data_path.read_text(encoding="utf-8"))
+            differing = differences(data, there)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            differing = [f"{self.data_path} cannot be read: {error!r}"]
+        if differing:
+            self.release()
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} holds a run on other data; bring its data back, or choose another run_dir "
+                f"(to go on with these all the same, remove {self.data_path}):\n  " + "\n  ".join(differing)
+            )
+        return False
+
+    def _has_begun(self) -> bool:
+        """Whether anything was trained here."""
+        steps = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
     def _note_start(self, environment: dict[str, Any]) -> None:
         path = self.path / "environment.json"

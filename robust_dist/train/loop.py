@@ -17,8 +17,8 @@ from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.deepspeed_checkpoint import writing_to_the_end
-from robust_dist.train.agree import attempt
-from robust_dist.train.bad_images import BadImages, is_time_to_settle
+from robust_dist.train.agree import attempt, from_main
+from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
@@ -73,6 +73,7 @@ class Trainer:
         sharded = engine_kind(accelerator) != "ddp"
         model = build_classifier(recipe, classes, train_set.channels, sharded=sharded)
         check_model(accelerator, recipe, model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
@@ -91,6 +92,9 @@ class Trainer:
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
+        # Of an epoch that is trained and not yet recorded: its figures, of `metrics.jsonl`.
+        self.unfinished: dict[str, Any] | None = None
+        self.resumed_step, self.forgiven = -1, 0
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
         self.step = TrainStep(
             recipe,
@@ -113,10 +117,11 @@ class Trainer:
             CheckpointError: Checkpoints are there, but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
             Stopped: A signal asked for it; all is saved.
+            TooManyBadImagesError: More images cannot be read than are let pass; all is saved.
         """
         tick("taking up the run", patient=True)
         self._resume()
-        steps_per_epoch, done = self.loader.steps_per_epoch, self.progress.step
+        done = self.progress.step
         self.trackers.start(done)
         # The first step compiles, tunes and connects.
         tick("the first step", patient=True)
@@ -126,18 +131,34 @@ class Trainer:
             Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
             Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
         ):
-            while self.progress.step < self.total_steps:
-                epoch, start = divmod(self.progress.step, steps_per_epoch)
-                figures = self._train_epoch(epoch, start, display, profiling)
-                row = self._finish_epoch(epoch, figures)
-                display.epoch(row)
-                if self.stopper.stop and self.progress.step < self.total_steps:
-                    self._leave()
+            try:
+                self._run(display, profiling)
+            except TooManyBadImagesError:
+                # When they are mended, the run goes on from here.
+                if self.progress.step not in (self.saver.saved, self.resumed_step):
+                    self._save(refused=True)
+                self.saver.settle()
+                raise
             tick("the last checkpoint", patient=True)
             self.saver.settle()
         if self.saver.count:
             self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
+
+    def _run(self, display: Display, profiling: Profiling) -> None:
+        """Train and evaluate epoch after epoch."""
+        if self.bad is not None and (self.unfinished or self.progress.step < self.total_steps):
+            tick("a look at the evaluation images", patient=True)
+            self.bad.look(self.test_set)
+            tick("the first step", patient=True)
+        if self.unfinished:
+            display.epoch(self._record_epoch(None))
+        while self.progress.step < self.total_steps:
+            epoch, start = divmod(self.progress.step, self.loader.steps_per_epoch)
+            figures = self._train_epoch(epoch, start, display, profiling)
+            display.epoch(self._finish_epoch(epoch, figures))
+            if self.stopper.stop and self.progress.step < self.total_steps:
+                self._leave()
 
     def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
         """The rest of an epoch; returns what was measured in it."""
@@ -178,63 +199,94 @@ class Trainer:
             found = self.loader.take_bad()
             self.progress.bad_images += len(found)
             self.bad.note(found)
-            if is_time_to_settle((self.progress.step - 1) % self.loader.steps_per_epoch + 1):
-                self._settle_bad_images()
+            step = self.progress.step % self.loader.steps_per_epoch
+            # What the epoch's last step found is judged when the epoch's figures are there.
+            if step and is_time_to_settle(step):
+                self._judge_bad_images(self._count_bad_images())
 
-    def _settle_bad_images(self) -> int:
-        """The epoch's bad images so far, on all ranks; too many are an error on each."""
-        if self.bad is None:
-            return 0
-        return self.bad.settle(self.progress.bad_images, self.loader.samples_per_epoch, self.train_set.name)
+    def _count_bad_images(self) -> int:
+        """The epoch's bad images so far, on all ranks."""
+        return 0 if self.bad is None else self.bad.count(self.progress.bad_images)
+
+    def _judge_bad_images(self, total: int) -> None:
+        """Too many are an error on every rank."""
+        if self.bad is not None:
+            self.bad.judge(total, self.loader.samples_per_epoch, self.train_set.name, forgiven=self.forgiven)
 
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
         tick(f"the end of epoch {epoch + 1}")
         use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self.step.inputs(batch)[0])
         average_buffers(self.bare_model)
-        bad_images = self._settle_bad_images()
+        bad_images = self._count_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
         check_finite(train_loss, self.progress.step, self.recipe.optimizer)
+        self.unfinished = {
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "lr": self.progress.lr,
+            "weight_decay": self.progress.weight_decay,
+            "bad_images": bad_images,
+        }
+        try:
+            self._judge_bad_images(bad_images)
+            return self._record_epoch(figures)
+        except TooManyBadImagesError:
+            self.unfinished["measured"] = measured(self.meter, figures, self.accelerator)
+            raise
+
+    def _record_epoch(self, figures: Figures | None) -> dict[str, Any]:
+        """Evaluate, record and save the epoch that is trained; `figures` are None where it was measured before."""
+        trained, accelerator = self.unfinished, self.accelerator
+        assert trained is not None
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
-            self.model if forward_is_collective(self.accelerator) else whole,
+            self.model if forward_is_collective(accelerator) else whole,
             self.test_set,
             self.eval_augment,
             batch_size=self.recipe.data.eval_batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
             dtype=self.step.input_dtype,
         )
         row = {
-            "epoch": epoch + 1,
+            "epoch": trained["epoch"],
             "step": self.progress.step,
-            "train_loss": train_loss,
+            "train_loss": trained["train_loss"],
             "eval_accuracy": score.accuracy,
             "eval_loss": score.loss,
             "eval_samples": score.samples,
-            "lr": self.progress.lr,
-            "weight_decay": self.progress.weight_decay,
-        } | measured(self.meter, figures, self.accelerator)
+            "lr": trained["lr"],
+            "weight_decay": trained["weight_decay"],
+        }
+        row |= trained["measured"] if figures is None else measured(self.meter, figures, accelerator)
         row["checkpoint_seconds"] = self.saver.take_seconds()
         if self.bad is not None:
-            row["bad_images"] = bad_images
+            row["bad_images"] = trained["bad_images"]
             row["eval_bad_images"] = self._settle_bad_eval()
-        attempt(self.accelerator, lambda: self.folder.append(row), here=self.accelerator.is_main_process)
+        attempt(accelerator, lambda: self.folder.append(row), here=accelerator.is_main_process)
         self.trackers.log(row)
-        self.progress.loss_sum.zero_()
-        self.progress.bad_images = 0
-        due = (epoch + 1) % self.recipe.checkpoint.every_epochs == 0 or epoch + 1 == self.recipe.epochs
-        if due or self.stopper.stop:
+        self._begin_epoch()
+        every = self.recipe.checkpoint.every_epochs
+        due = trained["epoch"] % every == 0 or trained["epoch"] == self.recipe.epochs
+        if (due or self.stopper.stop) and self.progress.step != self.resumed_step:
             self._save(score.accuracy)
         tick(f"step {self.progress.step + 1}")
         return row
+
+    def _begin_epoch(self) -> None:
+        self.unfinished = None
+        self.progress.loss_sum.zero_()
+        self.progress.bad_images = self.forgiven = 0
 
     def _settle_bad_eval(self) -> int:
         assert self.bad is not None
         found = self.test_set.take_bad()
         self.bad.note(found)
-        return self.bad.settle(len(found), len(self.test_set), self.test_set.name)
+        total = self.bad.count(len(found))
+        self.bad.judge(total, len(self.test_set), self.test_set.name)
+        return total
 
     def _build_ema(self) -> AveragedModel | None:
         if self.recipe.ema_decay is None:
@@ -244,12 +296,19 @@ class Trainer:
         self.accelerator.register_for_checkpointing(ema)
         return ema
 
-    def _save(self, accuracy: float | None = None) -> None:
-        """Save; the checkpoint counts once it is whole."""
+    def _save(self, accuracy: float | None = None, *, refused: bool = False) -> None:
+        """Save; the checkpoint counts once it is whole.
+
+        Args:
+            accuracy: Of the evaluation at this step, where there was one.
+            refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
+        """
         tick(f"the checkpoint of step {self.progress.step}")
         losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         check_finite(sum(losses), self.progress.step, self.recipe.optimizer)
-        bad_images = self._settle_bad_images()
+        bad_images = self._count_bad_images()
+        if not refused:
+            self._judge_bad_images(bad_images)
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
@@ -261,7 +320,7 @@ class Trainer:
             "bad_images": bad_images,
             "eval_accuracy": accuracy,
             "train_images": len(self.train_set),
-        }
+        } | ({"refused": True, "unfinished": self.unfinished} if refused else {})
         self.saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
@@ -291,8 +350,19 @@ class Trainer:
             self.progress.step = found.step
             self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
             self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
+            self.resumed_step = found.step
+            if found.metadata.get("refused"):
+                self._resume_refused(found.metadata)
             accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
             for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
                 accelerator.print(line)
         step = self.progress.step
         attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)
+
+    def _resume_refused(self, metadata: dict[str, Any]) -> None:
+        """Go on with an epoch over whose images the run was stopped: they do not count again."""
+        self.forgiven, self.unfinished = metadata["bad_images"], metadata["unfinished"]
+        step = self.progress.step
+        if from_main(self.accelerator, lambda: any(row["step"] == step for row in self.folder.metrics())):
+            # Recorded since, by a start that saved nothing later.
+            self._begin_epoch()

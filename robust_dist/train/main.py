@@ -14,21 +14,24 @@ from accelerate import Accelerator
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
-from robust_dist.train.build import build_accelerator, load_sets
+from robust_dist.train.build import build_accelerator, load_sets, look_of
 from robust_dist.train.claim import FolderLostError
 from robust_dist.train.curves import plot_curves
+from robust_dist.train.data_record import check_parts, data_record
 from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
 from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.output import LastingOutput
+from robust_dist.train.opening import oddities, part_lines, ranks_on_this_cpu, run_line
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 from robust_dist.train.whereabouts import Rank
+from robust_dist.train.words import check_words
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -67,13 +70,18 @@ def train(
     attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
     tick("loading the data", patient=True)
     sets = load_sets(recipe, accelerator)
-    for line in data_lines(sets, recipe.data.keep_on):
+    warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
+    for line in [*data_lines(sets, recipe.data.keep_on), *part_lines(sets)]:
         accelerator.print(line)
     tick("building the model", patient=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
+    accelerator.print(run_line(recipe, accelerator, trainer))
+    for warning in [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_on_this_cpu(accelerator))]:
+        accelerator.print(f"warning: {warning}")
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note["data"] = data_notes(sets)
-    attempt(accelerator, lambda: folder.claim(asked, note), here=main)
+    record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)
+    attempt(accelerator, lambda: folder.claim(asked, note, record), here=main)
     attempt(accelerator, lambda: set_aside(folder.path), here=main)
     on_claim(folder.path)
     try:
@@ -90,6 +98,7 @@ def train(
 def _parse(args: Sequence[str] | None) -> Recipe:
     """Every rank parses; the first one of each host tells what is wrong."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+    check_words(sys.argv[1:] if args is None else args)
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         return parse_recipe(args)
 

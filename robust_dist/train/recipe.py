@@ -298,7 +298,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 FREE = (
     *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
     *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
-    *("data.keep_on", "cuda_graph"),
+    *("data.keep_on", "data.own_files", "cuda_graph"),
     *("accumulation", "micro_batch_size"),
 )
 

@@ -1,7 +1,7 @@
 """From the recipe's data keys to the streamed sets of a run."""
 
-import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from robust_dist.data.identity import fingerprint
+from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
 from robust_dist.train.data_config import DataConfig
 
 Classes = tuple[str, ...] | None
+# So many of a set's first images are looked at for an EXIF orientation.
+LOOKED_AT = 16
 
 
 def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
@@ -42,11 +46,39 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
     return opener(data, part, classes, download)
 
 
+def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
+    """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
+    for line in [exif_line(data, one.source) for one in sets if hasattr(one, "source")]:
+        if line is not None:
+            print(printable(line))
+
+
+def exif_line(data: DataConfig, source: ImageSource) -> str | None:
+    """What is done with the EXIF orientation of images, where the first ones of a set have one; else None."""
+    from robust_dist.data.decode import is_turned
+    from robust_dist.data.errors import BadImageError
+    from robust_dist.data.source import Upright
+
+    first: list[bytes] = []
+    for index in range(min(LOOKED_AT, len(source))):
+        # What cannot be read is found, and counted, by those who need it.
+        with suppress(BadImageError, OSError):
+            first.append(source.read(index)[0])
+    turned = sum(map(is_turned, first))
+    if not turned:
+        return None
+    done, other = ("turned upright", "off") if isinstance(first[0], Upright) else ("left as they are stored", "on")
+    return (
+        f"{source.name}: {turned} of the first {len(first)} images carry an EXIF orientation; they are {done} "
+        f"(data.exif={data.exif}; data.exif={other} does the other)"
+    )
+
+
 def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
     from robust_dist.data.folder import open_image_folder
 
     below = getattr(data, part) or {"train": "train", "eval": "val"}[part]
-    return open_image_folder(Path(data.root).expanduser() / below, classes=classes)
+    return open_image_folder(Path(data.root).expanduser() / below, classes=classes, exif=str(data.exif))
 
 
 def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
@@ -59,27 +91,30 @@ def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> Image
         config_name=data.config,
         image_column=data.image_column,
         label_column=data.label_column,
+        num_classes=data.num_classes,
         streaming=data.streaming,
         revision=data.revision,
         data_files=data.data_files or None,
         download=download,
         classes=classes,
         spool_dir=data.spool_dir,
+        exif=str(data.exif),
     )
 
 
 def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.shards import open_webdataset
+    from robust_dist.data.shards import IMAGE_KEYS, open_webdataset
 
-    named = getattr(data, part)
-    root = Path(data.root).expanduser()
     return open_webdataset(
-        [str(root / url) for url in ([named] if isinstance(named, str) else named)],
+        getattr(data, part),
+        root=data.root,
+        image_keys=data.image_keys or IMAGE_KEYS,
         label_key=data.label_key,
         classes=classes,
         num_classes=data.num_classes,
         index_dir=data.index_dir,
         allow_torn=data.allow_torn,
+        exif=str(data.exif),
     )
 
 
@@ -102,7 +137,6 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
             )
 
 
-def _fingerprint(one: LabelledSet) -> tuple[int, int, int]:
-    """Images, classes, and a checksum of the classes' names and the groups' sizes."""
-    described = repr((one.classes, one.group_sizes)).encode()
-    return len(one), len(one.classes), zlib.crc32(described)
+def _fingerprint(one: LabelledSet) -> tuple[int, int, str]:
+    """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
+    return len(one), len(one.classes), fingerprint(one.classes, one.group_sizes, one.fingerprint())

@@ -2,15 +2,26 @@
 
 import copy
 import pickle
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from robust_dist.augment import Augmented, Indexed, RandomCrop, RandomHorizontalFlip, TrivialAugment, sample_keys
+from robust_dist.augment import (
+    Augmented,
+    CutMix,
+    Indexed,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RobustAugment,
+    TrivialAugment,
+    sample_keys,
+)
 from tests.augment.loader_ranks import SAMPLES, build, epoch_of_a_rank, samples
 from tests.ranks import run_ranks
 
+Pair = namedtuple("Pair", ["image", "label"])
 STAGES = [RandomCrop(2), RandomHorizontalFlip(), TrivialAugment()]
 
 
@@ -99,6 +110,51 @@ def test_an_augmented_data_set_takes_dicts_copies_and_pickles():
 def test_what_is_no_set_of_tensors_is_refused_by_name(dataset, settings, words):
     with pytest.raises(TypeError, match=words):
         Augmented(dataset, STAGES, **settings)[0]
+
+
+def test_stages_that_mix_samples_are_refused_by_name_when_they_are_given():
+    torchvision = pytest.importorskip("torchvision.transforms.v2")
+    mixing = [CutMix(10), RobustAugment(10, 32, (0.5,), (0.2,)), torchvision.MixUp(num_classes=10)]
+    for stage, name in zip(mixing, ("CutMix", "RobustAugment", "MixUp"), strict=True):
+        with pytest.raises(TypeError, match=f"{name} mixes samples, .* call it with the batch"):
+            Augmented(Rows(), [*STAGES, stage])
+    with pytest.raises(TypeError, match="stages must be called as stage\\(images, keys\\), got int"):
+        Augmented(Rows(), [3])
+    with pytest.raises(TypeError, match=r"ColorJitter gave tuple"):
+        Augmented(Rows(), [torchvision.ColorJitter()], image="image")[0]
+
+
+def test_negative_indices_are_named_as_the_samples_they_are():
+    rows = Rows()
+    assert [sample["index"] for sample in Indexed(rows).__getitems__([-1, 3])] == [SAMPLES - 1, 3]
+    assert [index for _, index in Indexed(range(9)).__getitems__([-9, torch.tensor(8)])] == [0, 8]
+
+
+def test_an_index_of_the_samples_own_is_not_written_over():
+    rows = [{"index": 77, "x": 1}]
+    with pytest.raises(ValueError, match=r"samples have 'index' already: .* Indexed\(..., name=NAME\)"):
+        Indexed(rows)[0]
+    assert Indexed(rows, name="place")[0] == {"index": 77, "x": 1, "place": 0}
+
+
+def test_mappings_and_named_tuples_are_right_or_refused_by_name():
+    images = samples()[0]
+    mapping, pair = UserDict(image=images[3], label=7), Pair(images[3], 7)
+    ours = Indexed([mapping])[0]
+    assert ours["label"] == 7
+    assert ours["index"] == 0
+    assert "index" not in mapping
+    with pytest.raises(TypeError, match="samples must not be named tuples, got Pair"):
+        Indexed([pair])[0]
+    expected = on_the_batch(images[3:4], 0, 0)[0]
+    assert torch.equal(Augmented([mapping], STAGES, image="image")[0]["image"], expected)
+    for place in (0, -2, "image"):
+        augmented = Augmented([pair], STAGES, image=place)[0]
+        assert type(augmented) is Pair
+        assert torch.equal(augmented.image, expected)
+        assert augmented.label == 7
+    with pytest.raises(TypeError, match="image=2 is no place in samples that are tuples of 2"):
+        Augmented([pair], STAGES, image=2)[0]
 
 
 def test_accelerates_ranks_give_the_samples_pairs_and_targets_of_one_process():

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import one_hot
@@ -137,6 +138,23 @@ def test_fills_are_chosen_by_type_and_in_the_images_units():
     assert set((floating * 255).round().unique().tolist()) == {50, 51}
 
 
+@pytest.mark.parametrize(
+    "fill", [[123.675, 116.28, 103.53], 123.5, [0.5, 1.5, 2.5], [7.4], [np.float32(9.6)], {"others": 9.6}, None]
+)
+def test_a_fill_between_two_levels_is_rounded_as_torchvision_does(fill):
+    image, seed = noise(), seed_of("Rotate")
+    plan = plan_of_seed(seed, 1)
+    angle = tables.rotations(31)[int(plan.magnitude_bin)] * (-1 if plan.negative else 1)
+    plain = fill["others"] if isinstance(fill, dict) else fill
+    theirs = F.rotate(image, angle, fill=list(map(float, plain)) if isinstance(plain, list) else plain)
+    assert torch.equal(seeded(v2.TrivialAugmentWide(fill=fill), seed, image), theirs)
+
+
+def test_a_fill_above_1_of_a_floating_image_is_refused_in_its_own_units():
+    with pytest.raises(ValueError, match=r"fill of floating images must lie in \[0, 1\].*got 255$"):
+        v2.TrivialAugmentWide(fill=255)(torch.rand(3, *SIZE))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", 2, torchvision_v2.InterpolationMode.BILINEAR])
 def test_bilinear_may_be_named_as_torchvision_names_it(interpolation):
     image, seed = noise(), seed_of("Rotate")
@@ -164,6 +182,11 @@ def test_manual_seed_governs_and_calls_differ():
     ("make", "error", "words"),
     [
         (lambda: v2.TrivialAugmentWide(1), ValueError, "num_bins must be at least 2"),
+        (lambda: v2.TrivialAugmentWide(fill=256), ValueError, r"fill must lie in \[0, 255\].*got 256"),
+        (lambda: v2.TrivialAugmentWide(fill=float("nan")), ValueError, r"fill must lie in \[0, 255\]"),
+        (lambda: v2.TrivialAugmentWide(fill=(1, 2)), TypeError, r"one for each channel \(1 or 3\), got \(1, 2\)"),
+        (lambda: v2.TrivialAugmentWide(fill="black"), TypeError, "fill must be a number or one for each channel"),
+        (lambda: v2.TrivialAugmentWide(fill={tv_tensors.Mask: 0.5}), TypeError, "fill of masks must be one whole"),
         (lambda: v2.TrivialAugmentWide(interpolation="bicubic"), ValueError, "interpolation must be"),
         (lambda: v2.TrivialAugmentWide()({"label": 3}), TypeError, "exactly one image, batch or video, got 0"),
         (lambda: v2.TrivialAugmentWide()([tv_tensors.Image(noise())] * 2), TypeError, "exactly one image.*got 2"),

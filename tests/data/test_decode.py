@@ -1,19 +1,28 @@
 """Odd images become right RGB, bad ones an error, and the crops are torchvision's."""
 
 import contextlib
+import io
 import threading
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from robust_dist.augment import sample_keys
 from robust_dist.data import decode
-from robust_dist.data.decode import crop_box, decode_rgb, random_resized_crop, resize_center_crop, to_tensor
+from robust_dist.data.decode import (
+    crop_box,
+    decode_rgb,
+    is_turned,
+    random_resized_crop,
+    resize_center_crop,
+    to_tensor,
+)
 from robust_dist.data.errors import BadImageError
-from tests.data.tiny_sets import bad_images, encode, encoded, odd_images, picture
+from robust_dist.data.source import Upright
+from tests.data.tiny_sets import bad_images, encode, encoded, odd_images, picture, turned_image
 
 transforms = pytest.importorskip("torchvision.transforms")
 functional = transforms.functional
@@ -36,6 +45,29 @@ def test_odd_images_become_right_rgb(name):
     assert image.mode == "RGB"
     assert image.size == right.size
     assert np.abs(pixels(image) - pixels(right)).max() <= tolerance
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_upright_bytes_as_pillow_does_and_no_others(orientation, format):
+    data = turned_image(orientation, format)
+    stored = Image.open(io.BytesIO(data))
+    assert np.array_equal(decode_rgb(Upright(data)), ImageOps.exif_transpose(stored).convert("RGB"))
+    assert np.array_equal(decode_rgb(data), stored.convert("RGB"))
+    assert is_turned(data) == (2 <= orientation <= 8)
+
+
+def test_an_exif_block_that_is_torn_turns_nothing():
+    data = encode(picture(3, 1), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(decode_rgb(Upright(data)), decode_rgb(data))
+    assert not is_turned(data)
+    assert not is_turned(b"no image")
+
+
+def test_a_16_bit_png_is_read_as_well_in_32_bits_as_older_pillows_have_it():
+    wide = Image.fromarray(np.array([[0, 255, 256, 65_535]], dtype=np.int32))
+    wide.format = "PNG"
+    assert np.asarray(decode._to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
 @pytest.mark.parametrize("name", bad_images())

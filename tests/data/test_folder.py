@@ -7,10 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.folder import open_image_folder
 from robust_dist.data.packed import PackedStrings
-from tests.data.tiny_sets import encoded, write_image_folder
+from tests.data.tiny_sets import encoded, turned_image, write_image_folder
 
 LABELS = [2, 0, 1, 1, 0, 2, 2]
 
@@ -70,7 +71,7 @@ def test_a_source_is_pickled_without_an_object_a_sample_and_reads_the_same_after
     source = open_image_folder(write_image_folder(tmp_path, LABELS))
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(i) for i in range(7)] == [source.read(i) for i in range(7)]
-    arrays = [value for value in vars(source).values() if not isinstance(value, (str, tuple, np.ndarray))]
+    arrays = [value for value in vars(source).values() if not isinstance(value, (str, tuple, np.ndarray, type))]
     assert [type(value) for value in arrays] == [PackedStrings]
 
 
@@ -81,6 +82,29 @@ def test_packed_strings_are_the_strings(strings):
     assert len(packed) == len(strings)
     with pytest.raises(IndexError):
         packed[len(strings)]
+
+
+def test_class_folders_in_both_forms_of_unicode_are_one_class(tmp_path):
+    composed, parted = "caf\u00e9", "cafe\u0301"
+    for part, names in {"train": [composed, parted, "zoo"], "val": [parted, "zoo"], "one": ["ant", parted]}.items():
+        for name in names:
+            put(tmp_path / part / name / "1.jpg", f"{part} {name}".encode())
+    train = open_image_folder(tmp_path / "train")
+    assert train.classes == (parted, "zoo")
+    assert [train.read(i) for i in range(3)] == [
+        (f"train {name}".encode(), label) for name, label in [(parted, 0), (composed, 0), ("zoo", 1)]
+    ]
+    val = open_image_folder(tmp_path / "val", classes=(composed, "zoo"))
+    assert [val.read(i)[1] for i in range(2)] == [0, 1]
+    assert val.where(0) == str(tmp_path / "val" / parted / "1.jpg")
+    with pytest.raises(DataError, match="lacks 'zoo' and has 'ant' beyond them"):
+        open_image_folder(tmp_path / "one", classes=train.classes)
+
+
+def test_exif_of_a_folder_is_left_unless_it_is_asked_for(tmp_path):
+    put(tmp_path / "a" / "1.jpg", turned_image())
+    read = [open_image_folder(tmp_path, exif=exif).read(0)[0] for exif in ("auto", "off", "on")]
+    assert [decode_rgb(data).size for data in read] == [(48, 40), (48, 40), (40, 48)]
 
 
 def test_a_file_that_is_gone_is_a_bad_image(tmp_path):

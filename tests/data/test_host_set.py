@@ -63,7 +63,8 @@ def test_it_has_the_face_of_a_set_and_its_samples_to_look_at(noise):
     assert (streamed.group_sizes, streamed.stage, streamed.take_bad()) == ((N,), noise.stage, [])
     assert torch.equal(streamed.filler(), noise.filler())
     ours, theirs = streamed.first_samples(1, 2, 8, 3), noise.first_samples(1, 2, 8, 3)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+    assert ours.bad == theirs.bad == {}
     assert (loader.steps_per_epoch, loader.samples_per_epoch, loader.take_bad()) == (3, N, [])
 
 

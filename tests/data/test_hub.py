@@ -11,12 +11,23 @@ import pytest
 pytest.importorskip("datasets")
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robust_dist.data import parquet
+from robust_dist.data.classes import Names
+from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.hub import open_hub
-from tests.data.tiny_sets import CLASSES, encoded, metadata, write_arrow, write_image_folder, write_parquet
+from tests.data.tiny_sets import (
+    CLASSES,
+    encoded,
+    metadata,
+    turned_image,
+    write_arrow,
+    write_image_folder,
+    write_parquet,
+)
 
 LABELS = [3, 1, 0, 2, 2, 1, 0]
 BOTH = pytest.mark.parametrize("streaming", [False, True])
@@ -118,7 +129,18 @@ def test_numbers_and_strings_are_labels_where_the_column_is_named(
         ("int64", [0, 2, 0], {}, "labels up to 2, but no sample has '1'"),
         ("int64", [0, -1, 0], {}, "has the label -1"),
         ("int64", [0, None, 1], {}, "1 samples have no label, the first is row 1"),
+        ("string", ["a", "b", "  "], {}, "1 samples have no label, the first is row 2"),
         ("int64", [0, 5, 1], {"classes": ("a", "b")}, "has the label 5, outside of its 2 classes"),
+        (
+            "int64",
+            [0, 0, 1],
+            {"classes": Names(("a", "b"))},
+            r"numbers as labels \('0', '1'\), .* are names \('a', 'b'\)",
+        ),
+        ("int64", [0, 10**15, 1], {}, r"labels up to 1000000000000000, but no sample has '2', .* num_classes"),
+        ("int64", [0, 3, 1], {"num_classes": 3}, "has the label 3, outside of its 3 classes"),
+        ("string", ["a", "b", "a"], {"num_classes": 3}, "num_classes=3, but its labels are of 2 classes"),
+        ("bool", [True, False, True], {}, r"has no type for that: it must be a ClassLabel, int8, .*kind \(bool\)"),
         ("string", ["a", "c", "a"], {"classes": ("a", "b")}, "has 'c' beyond them"),
         ("float32", [0.0, 1.0, 2.0], {}, "label_column='kind' has no type for that"),
     ],
@@ -128,6 +150,104 @@ def test_labels_that_are_none_are_an_error(tmp_path, load, streaming, type_, val
     root = write(tmp_path / "set", {"picture": [IMAGE] * 3, "kind": values}, features)
     with pytest.raises(DataError, match=words):
         load(root, label_column="kind", streaming=streaming, **settings)
+
+
+def write_tables(root, *tables):
+    """One parquet file a table, below `root`/data; returns the folder."""
+    (root / "data").mkdir(parents=True)
+    for number, columns in enumerate(tables):
+        pq.write_table(pa.table(columns), root / "data" / f"train-{number}.parquet")
+    return root
+
+
+@BOTH
+def test_a_part_that_lacks_classes_is_opened_with_their_number(tmp_path, load, streaming):
+    root = write_tables(tmp_path / "set", {"image": [b"x"] * 3, "label": [3, 0, 1]})
+    words = {"image_column": "image", "label_column": "label", "streaming": streaming}
+    with pytest.raises(DataError, match=r"up to 3, but no sample has '2': labels must be 0 to n - 1. Set num_classes"):
+        load(root, **words)
+    source = load(root, num_classes=5, **words)
+    assert [label for _, label in rows(source)] == [3, 0, 1]
+    assert source.classes == ("0", "1", "2", "3", "4")
+    wide = {"image": [b"x"] * 2, "label": pa.array([0, 2**64 - 1], pa.uint64())}
+    with pytest.raises(DataError, match=r"labels up to 18446744073709551615, but no sample has '1'"):
+        load(write_tables(tmp_path / "wide", wide), **words)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        (pa.int32(), pa.int64(), [0, 1]),
+        (pa.uint64(), pa.int8(), [0, 1]),
+        (pa.string(), pa.large_string(), ["a", "b"]),
+        (pa.string_view(), pa.string_view(), ["a", "b"]),
+        (pa.dictionary(pa.int8(), pa.string()), pa.string(), ["a", "b"]),
+    ],
+)
+def test_files_whose_types_differ_in_width_alone_are_one_set(tmp_path, load, streaming, first, second, labels):
+    images = {pa.string_view(): pa.binary_view()}.get(first, pa.large_binary())
+    tables = [
+        {"image": pa.array([b"x", b"y"], of), "label": pa.array(labels, pa.string()).cast(kind)}
+        if isinstance(labels[0], str)
+        else {"image": pa.array([b"x", b"y"], of), "label": pa.array(labels, kind)}
+        for kind, of in ((first, images), (second, pa.binary()))
+    ]
+    source = load(
+        write_tables(tmp_path / "set", *tables), streaming=streaming, image_column="image", label_column="label"
+    )
+    assert rows(source) == [(b"x", 0), (b"y", 1)] * 2
+
+
+def test_files_of_other_types_are_all_named_with_theirs(tmp_path, load):
+    tables = [{"image": [b"x"], "label": label} for label in ([0], ["a"], [0.5])]
+    root = write_tables(tmp_path / "set", *tables, {"image": [b"x"]})
+    with pytest.raises(DataError) as error:
+        load(root, streaming=True, image_column="image", label_column="label")
+    for number, words in {1: "int64: it has string", 2: "int64: it has double", 3: "int64: it has none"}.items():
+        assert re.search(f"train-{number}.parquet has no column 'label' .*train-0.parquet, {words}", str(error.value))
+
+
+@BOTH
+def test_structs_of_bytes_and_paths_are_images(tmp_path, load, streaming):
+    (tmp_path / "set" / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "pictures" / "1.jpg").write_bytes(b"beside")
+    structs = pa.array([{"bytes": b"inside"}, {"bytes": None}], pa.struct([("bytes", pa.binary())]))
+    paths = pa.array(["pictures/1.jpg", "pictures/2.jpg"])
+    both = pa.array([{"bytes": None, "path": path} for path in paths.to_pylist()])
+    columns = {"one": structs, "y": [0, 0]}
+    source = load(write_tables(tmp_path / "structs", columns), streaming=streaming, label_column="y")
+    assert source.read(0) == (b"inside", 0)
+    with pytest.raises(BadImageError, match="neither bytes nor a path"):
+        source.read(1)
+    for column in (paths, both):
+        pq.write_table(pa.table({"file": column, "y": [0, 0]}), tmp_path / "set" / "data" / "train-0.parquet")
+        source = load(tmp_path / "set", streaming=streaming, image_column="file", label_column="y")
+        assert source.read(0) == (b"beside", 0)
+        with pytest.raises(BadImageError, match=r"pictures/2.jpg: No such file"):
+            source.read(1)
+
+
+def test_a_relative_path_that_two_folders_have_is_a_bad_image_and_not_one_of_them(tmp_path, load):
+    for part in "ab":
+        write_tables(tmp_path / part, {"file": ["1.jpg"], "y": [0]})
+        (tmp_path / part / "data" / "1.jpg").write_bytes(part.encode())
+    files = {"train": [str(tmp_path / part / "data" / "train-0.parquet") for part in "ab"]}
+    words = {"data_files": files, "image_column": "file", "label_column": "y"}
+    with pytest.raises(BadImageError, match=r"1.jpg is .*a/data/1.jpg as well as .*b/data/1.jpg"):
+        load("parquet", **words).read(0)
+    assert rows(load("parquet", streaming=True, **words)) == [(b"a", 0), (b"b", 0)]
+
+
+@BOTH
+def test_exif_turns_images_as_datasets_does_unless_it_is_off(tmp_path, load, streaming):
+    columns = {"image": [{"bytes": turned_image(), "path": None}], "label": [0]}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+    root = write(tmp_path / "set", columns, features)
+    (file,) = (root / "data").iterdir()
+    theirs = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))[0]["image"].size
+    sizes = [decode_rgb(load(root, streaming=streaming, exif=exif).read(0)[0]).size for exif in ("auto", "on", "off")]
+    assert sizes == [theirs, theirs, (48, 40)]
 
 
 @BOTH
@@ -240,6 +360,13 @@ def test_a_torn_or_foreign_parquet_file_is_named(tmp_path, load):
     second.write_bytes(whole[:-50])
     with pytest.raises(DataError, match=f"{re.escape(second.name)} is no parquet file, or is cut off"):
         load(root, streaming=True)
+    kept = first.read_bytes()
+    first.write_bytes(b"no parquet")
+    with pytest.raises(
+        DataError, match=f"{re.escape(first.name)} is no parquet.*{re.escape(second.name)} is no parquet"
+    ):
+        load(root, streaming=True)
+    first.write_bytes(kept)
     pq.write_table(pq.read_table(first).rename_columns(["image", "other"]), second)
     with pytest.raises(
         DataError, match=f"{re.escape(second.name)} has no column 'label' of the type that it has in .*{first.name}"

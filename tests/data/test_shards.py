@@ -1,6 +1,7 @@
 """WebDataset shards: an index that is right, whole and made again when needed, and faults that name the shard."""
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ from robust_dist.data.errors import BadImageError, DataError
 
 pytest.importorskip("braceexpand")
 
+from robust_dist.data.classes import Names
 from robust_dist.data.shards import expand, open_webdataset
-from tests.data.tiny_sets import add_label, add_member, encoded, write_shards
+from tests.data.tiny_sets import add_label, add_member, encoded, turned_image, write_shards
 
 LABELS = [3, 1, 0, 2, 2, 1, 0]
 
@@ -273,7 +275,7 @@ def test_labels_outside_of_the_classes_are_an_error(tmp_path, texts, settings, w
 
 def test_a_member_twice_in_a_sample_is_an_error(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.jpg", b"y"), ("0.cls", b"0")])
-    with pytest.raises(DataError, match=r"a.tar has a member twice in its sample 0"):
+    with pytest.raises(DataError, match=r"1 samples have a member twice \('.*a.tar: 0'\)"):
         open_webdataset(path)
 
 
@@ -312,7 +314,7 @@ def test_a_compressed_shard_with_a_plain_name_is_named(tmp_path):
     (path,) = write_shards(tmp_path, LABELS, per_shard=9)
     with open(path, "rb") as plain, gzip.open(tmp_path / "zipped.tar", "wb") as zipped:
         shutil.copyfileobj(plain, zipped)
-    with pytest.raises(DataError, match=r"zipped.tar is compressed \(gzip\)"):
+    with pytest.raises(DataError, match=r"1 shards are compressed.*unpack them .*zipped.tar: gzip"):
         open_webdataset(str(tmp_path / "zipped.tar"))
     with pytest.raises(DataError, match="label_key='json' must name a key"):
         open_webdataset(str(path), label_key="json")
@@ -327,3 +329,157 @@ def test_an_index_keeps_no_object_a_sample(tmp_path):
     assert len(source) == 3_000
     assert all(not isinstance(value, (list, dict)) for value in vars(source).values())
     assert isinstance(source._labels, np.ndarray)
+
+
+def labelled(labels, ending="cls"):
+    """Members of samples "000", "001", ...: an image and a label, which is bytes, text, or what becomes JSON."""
+    content = [one if isinstance(one, bytes) else str(one).encode() for one in labels]
+    return [pair for i, one in enumerate(content) for pair in ((f"{i:03}.jpg", b"%d" % i), (f"{i:03}.{ending}", one))]
+
+
+def jsons(labels):
+    return labelled([json.dumps({"label": label}) for label in labels], "json")
+
+
+def kept(source):
+    """The labels of a source, None for a bad sample."""
+    found = []
+    for index in range(len(source)):
+        try:
+            found.append(source.read(index)[1])
+        except BadImageError:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("none", [None, float("nan"), float("inf"), True, False, "", "  "])
+def test_null_nan_and_bool_in_json_are_no_labels(tmp_path, none):
+    source = open_webdataset(write_tar(tmp_path / "a.tar", jsons(["cat", none, "dog"])), label_key="json.label")
+    assert source.classes == ("cat", "dog")
+    assert kept(source) == [0, None, 1]
+
+
+def test_a_whole_number_of_json_is_the_same_label_however_it_is_written(tmp_path):
+    source = open_webdataset(write_tar(tmp_path / "a.tar", jsons([0, 1.0, "2", 1])), label_key="json.label")
+    assert kept(source) == [0, 1, 2, 1]
+    assert source.classes == ("0", "1", "2")
+
+
+def test_lists_objects_fractions_and_text_that_is_no_utf_8_are_refused_together_with_their_names(tmp_path):
+    one = write_tar(tmp_path / "a.tar", jsons(["cat", [3], {"id": 3}, 0.5, "\ud800", "dog"]))
+    two = write_tar(tmp_path / "b.tar", jsons(["cat", *[[3]] * 8]))
+    with pytest.raises(DataError) as error:
+        open_webdataset([one, two], label_key="json.label")
+    words = str(error.value)
+    assert "11 labels are a list, an object or a fraction" in words
+    assert f"'{one}: 001.json', '{one}: 002.json', '{one}: 003.json', '{two}: 001.json'" in words
+    assert "and 6 more" in words
+    assert f"1 labels are not UTF-8 text ('{one}: 004.json')" in words
+    assert not list(tmp_path.glob(".index-*"))
+    with pytest.raises(DataError, match=r"2 labels are not UTF-8 text \('.*000.cls', '.*001.cls'\)"):
+        open_webdataset(write_tar(tmp_path / "c.tar", labelled([b"caf\xe9", "cat".encode("utf-16"), "cat"])))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
+    source = open_webdataset(write_tar(tmp_path / "a.tar", labelled([b"\xef\xbb\xbf1\r\n", "0"])))
+    assert kept(source) == [1, 0]
+
+
+def test_numbers_are_places_only_where_the_training_labels_were_numbers(tmp_path):
+    names = open_webdataset(write_tar(tmp_path / "a.tar", labelled(["cat", "dog"]))).classes
+    numbers = open_webdataset(write_tar(tmp_path / "b.tar", labelled(["0", "1"]))).classes
+    path = write_tar(tmp_path / "c.tar", labelled(["1", "0"]))
+    assert kept(open_webdataset(path, classes=numbers)) == [1, 0]
+    with pytest.raises(
+        DataError, match=r"numbers as labels \('0', '1'\), .* training split's are names \('cat', 'dog'\)"
+    ):
+        open_webdataset(path, classes=names)
+    assert kept(open_webdataset(path, classes=Names(("1", "0")))) == [0, 1]
+    with pytest.raises(DataError, match="has 'cat', 'dog' beyond them"):
+        open_webdataset(str(tmp_path / "a.tar"), classes=numbers)
+
+
+@pytest.mark.parametrize("highest", [10**9, 10**15, 10**30])
+def test_labels_that_are_ids_are_an_error_at_once(tmp_path, highest):
+    path = write_tar(tmp_path / "a.tar", labelled([0, highest, 2]))
+    with pytest.raises(DataError, match=rf"labels up to {highest}, but no sample has '1', '3', .* more: .*num_classes"):
+        open_webdataset(path)
+
+
+def test_members_that_are_not_next_to_each_other_are_told_with_the_cause(tmp_path):
+    members = [(f"{i}.jpg", b"x") for i in range(8)] + [(f"{i}.cls", b"0") for i in range(8)]
+    with pytest.raises(
+        DataError, match=r"8 samples have members that are not next to each other; .*--sort=name \('.*: 0'"
+    ):
+        open_webdataset(write_tar(tmp_path / "a.tar", members))
+    twice = [("0.jpg", b"x"), ("0.cls", b"0"), ("1.jpg", b"y"), ("1.cls", b"1"), ("0.jpg", b"z"), ("0.cls", b"1")]
+    assert kept(open_webdataset(write_tar(tmp_path / "b.tar", twice))) == [0, 1, 1]
+
+
+def test_names_with_dots_are_samples_each_of_its_own(tmp_path):
+    dotted = [pair for i in range(3) for pair in ((f"dsc.{i:04}.JPG", b"%d" % i), (f"dsc.{i:04}.cls", b"%d" % i))]
+    source = open_webdataset(
+        write_tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("a.cls", b"2"), *dotted, ("dsc.9.jpg", b"")])
+    )
+    assert kept(source) == [2, 0, 1, 2, None]
+    assert source.where(1).endswith("a.tar: dsc.0000.JPG")
+    assert source.where(4).endswith("a.tar: dsc.9.jpg")
+    turned = [*(pair for pair in dotted if pair[0].endswith("cls")), *(p for p in dotted if p[0].endswith("JPG"))]
+    assert kept(open_webdataset(write_tar(tmp_path / "b.tar", turned))) == [0, 1, 2]
+
+
+def test_several_images_of_a_sample_of_which_none_is_named_are_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.left.jpg", b"l"), ("0.right.jpg", b"r"), ("0.cls", b"0")])
+    with pytest.raises(
+        DataError, match=r"1 samples have images, but none .* image_keys .*a.tar: 0 \('left.jpg', 'right"
+    ):
+        open_webdataset(path)
+    assert rows(open_webdataset(path, image_keys=["right.jpg"])) == [(b"r", 0)]
+
+
+def test_keys_are_found_in_any_case_and_with_dots(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.Input.JPG", b"x"), ("0.OUTPUT.Cls", b"0"), ("0.Meta.JSON", b'{"Y": 0}')])
+    assert rows(open_webdataset(path, image_keys=["input.jpg"], label_key="Output.CLS")) == [(b"x", 0)]
+    assert rows(open_webdataset(path, image_keys=[".Input.jpg"], label_key="meta.json.Y")) == [(b"x", 0)]
+    with pytest.raises(DataError, match=r"both an image and a label. The first sample has .input.jpg, .output.cls"):
+        open_webdataset(path)
+    with pytest.raises(
+        DataError, match=r"no sample has a label .*true and false are none\).*.meta.json \(with the keys 'Y'"
+    ):
+        open_webdataset(path, image_keys=["input.jpg"], label_key="meta.json.y")
+    with pytest.raises(DataError, match=r"label_key='meta.json' must name a key"):
+        open_webdataset(path, label_key="meta.json")
+
+
+def test_a_member_whose_name_has_a_line_feed_or_is_no_utf_8_is_a_sample(tmp_path):
+    name = "a\nb/" + os.fsdecode(b"caf\xe9")
+    source = open_webdataset(write_tar(tmp_path / "a.tar", [(f"{name}.jpg", b"x"), (f"{name}.cls", b"0")]))
+    assert rows(source) == [(b"x", 0)]
+    assert source.where(0).endswith(f"a.tar: {name}.jpg")
+
+
+@pytest.mark.parametrize("name", ["set[1]", "set{1,2}", "set*", "set?"])
+def test_what_exists_by_the_very_name_is_taken_and_no_sibling(tmp_path, name):
+    for folder in (name, "set1", "set2"):
+        (tmp_path / folder).mkdir()
+    mine = write_tar(tmp_path / name / "s-[0].tar", labelled(["0", "1"]))
+    write_tar(tmp_path / name / "s-0.tar", labelled(["0"]))
+    write_tar(tmp_path / "set1" / "s-0.tar", labelled(["0", "1", "2"]))
+    assert expand(mine, "set") == [mine]
+    for url in ("s-*.tar", "s-{[0],0}.tar"):
+        wanted = sorted([mine, f"{tmp_path}/{name}/s-0.tar"], reverse="{" in url)
+        assert expand(f"{tmp_path}/{name}/{url}", "set") == wanted
+        assert expand(url, "set", tmp_path / name) == wanted
+    with pytest.raises(DataError, match=r"there is no file .*no\[1\]/s-0.tar"):
+        expand("s-0.tar", "set", tmp_path / "no[1]")
+    with pytest.raises(DataError, match=r"there is no file .*set\[x1\]/s-\*.tar"):
+        expand("s-*.tar", "set", tmp_path / "set[x1]")
+
+
+def test_exif_of_shards_is_left_unless_it_is_asked_for(tmp_path):
+    decode = pytest.importorskip("robust_dist.data.decode")
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", turned_image()), ("0.cls", b"0")])
+    sizes = [decode.decode_rgb(open_webdataset(path, exif=exif).read(0)[0]).size for exif in ("auto", "off", "on")]
+    assert sizes == [(48, 40), (48, 40), (40, 48)]
+    with pytest.raises(ValueError, match="exif must be 'auto', 'on' or 'off', not 'yes'"):
+        open_webdataset(path, exif="yes")

@@ -145,6 +145,7 @@ def odd_images():
         "animated.png": (encode(frames[0], "PNG", save_all=True, append_images=frames[1:]), frames[0], 0),
         "turned_by_exif.jpg": (encode(rgb, quality=95, exif=_turned()), rgb, 12),
         "two_pictures.mpo": (encode(rgb, "MPO", save_all=True, append_images=frames, quality=95), rgb, 12),
+        "with_a_profile.png": (encode(rgb, "PNG", icc_profile=b"any profile" * 20), rgb, 0),
         "plain.bmp": (encode(rgb, "BMP"), rgb, 0),
         "plain.ppm": (encode(rgb, "PPM"), rgb, 0),
         "one_pixel.png": (encode(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), Image.new("RGB", (1, 1), (9, 8, 7)), 0),
@@ -172,9 +173,14 @@ def bad_images():
     }
 
 
-def _turned():
+def turned_image(orientation=6, format="JPEG"):
+    """A file of 48 x 40 pixels that its EXIF tag says how to turn: 6 makes it 40 x 48."""
+    return encode(picture(3, 1), format, exif=_turned(orientation))
+
+
+def _turned(orientation=6):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return exif
 
 

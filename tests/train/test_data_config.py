@@ -3,7 +3,7 @@
 import pytest
 
 from robust_dist.train.build import build_augment, look_of
-from robust_dist.train.recipe import DataConfig, Recipe, conflicts, parse_recipe, recipe_dict
+from robust_dist.train.recipe import DataConfig, Recipe, conflicts, load_recipe, parse_recipe, recipe_dict
 
 FOLDER = {"name": "imagefolder"}
 HUB = {"name": "hub", "path": "someone/pets"}
@@ -23,7 +23,10 @@ def test_each_kind_of_set_takes_its_own_keys(settings):
         ({**FOLDER, "keep_on": "host"}, "data.keep_on='host' .* auto, as the images of data.name=imagefolder are read"),
         ({**FOLDER, "streaming": True}, "data.streaming=True is for data.name=hub, and data.name is 'imagefolder'"),
         ({**FOLDER, "path": "a/b"}, "data.path='a/b' is for data.name=hub"),
-        ({**HUB, "num_classes": 3}, "data.num_classes=3 is for data.name=webdataset"),
+        ({**FOLDER, "num_classes": 3}, "data.num_classes=3 is for data.name=hub or webdataset"),
+        ({**HUB, "image_keys": ["jpg"]}, r"data.image_keys=\['jpg'\] is for data.name=webdataset"),
+        ({**SHARDS, "image_keys": []}, r"data.image_keys=\[\] .*endings of image members, such as \[jpg, png\]"),
+        ({"exif": "on"}, "data.exif='on' is for data.name=imagefolder or hub or webdataset"),
         ({**SHARDS, "image_column": "img"}, "data.image_column='img' is for data.name=hub"),
         ({"name": "hub"}, "data.path=None .* a set's name on the Hub, or a folder"),
         ({"name": "webdataset", "train": "a.tar"}, r"data.eval=None .*'train-\{000..146\}.tar'"),
@@ -46,6 +49,15 @@ def test_each_kind_of_set_takes_its_own_keys(settings):
 def test_what_the_set_would_not_look_at_or_cannot_be_is_an_error_that_names_the_key(settings, match):
     with pytest.raises(ValueError, match=match):
         DataConfig(**settings)
+
+
+@pytest.mark.parametrize(("word", "exif"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_exif_is_on_off_or_auto_however_yaml_reads_that(tmp_path, word, exif):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {{name: hub, path: a/b, num_classes: 4, exif: {word}}}")
+    assert load_recipe(path).data.exif == exif
+    with pytest.raises(SystemExit):
+        parse_recipe(["--config", str(path), "--data.exif", "upright"])
 
 
 def test_evaluation_images_have_imagenets_proportions_unless_told():

@@ -109,7 +109,8 @@ MESH = "error: parallelism_config: dp_replicate_size=2 x dp_shard_size=2 is a me
 )
 def test_an_engine_that_the_machine_or_the_ranks_cannot_be_is_one_message(tmp_path, name, ranks, message):
     words = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "--num_processes", str(ranks)]
-    script = [str(ROOT / "launch" / "train.py"), "--run_dir", str(tmp_path / "run")]
+    recipe = ["--config", str(ROOT / "configs" / "recipes" / "quickstart.yaml")]
+    script = [str(ROOT / "launch" / "train.py"), *recipe, "--run_dir", str(tmp_path / "run")]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     done = subprocess.run([*launch, *words, *script], capture_output=True, text=True)
     assert done.returncode != 0

@@ -1,6 +1,7 @@
 """TrivialAugment with torchvision's call: images, batches, videos, PIL images, and their masks and boxes."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,12 +51,14 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
     Args:
         num_magnitude_bins: Magnitudes from none to the widest, at least 2.
         interpolation: "nearest" or "bilinear", as a string, an InterpolationMode or Pillow's number.
-        fill: Outside the image, in its own units: None, a number, one for each channel, or a dict of them by type with
-            "others" for the rest; for masks one whole number.
+        fill: Outside the image, in its own units (0 to 255, of floating images 0 to 1): None, a number, one for each
+            channel, or a dict of them by type with "others" for the rest; for masks one whole number. What lies between
+            two levels is rounded, as torchvision does.
 
     Raises:
         TypeError: For arguments of a wrong type.
-        ValueError: For arguments out of range. In a call, for masks and boxes that do not belong to the images.
+        ValueError: For arguments out of range. In a call, for masks and boxes that do not belong to the images, and for
+            floating ones with a fill above 1.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         if name not in _INTERPOLATIONS:
             raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
         mode = _INTERPOLATIONS[name]
+        for kind, one in (fill if isinstance(fill, dict) else {"others": fill}).items():
+            _check_fill(kind, one)
         try:
             super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
         except ValueError:  # older torchvision takes no names
@@ -108,10 +113,8 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         return self.fill.get(type(value), self.fill.get("others"))
 
     def _image(self, value: Any, call: _Call) -> Any:
-        fill, images = self._fill_of(value), call.pixels.images
-        levels = tuple(fill) if isinstance(fill, Sequence) else (0 if fill is None else fill,)
-        if images.is_floating_point():
-            levels = tuple(round(255 * level) for level in levels)
+        images = call.pixels.images
+        levels = _levels(self._fill_of(value), floating=images.is_floating_point())
         plan, frames = call.plan, call.pixels.frames
         if frames != 1:
             plan = _changed(plan, lambda t: t.repeat_interleave(frames))
@@ -119,8 +122,7 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
 
     def _mask(self, mask: Tensor, call: _Call) -> Tensor:
         fill, lead = self._fill_of(mask) or 0, call.pixels.lead
-        if not isinstance(fill, (int, float)) or fill != int(fill):
-            raise TypeError(f"fill of masks must be one whole number, got {fill!r}: give fill={{tv_tensors.Mask: ...}}")
+        _check_mask_fill(fill)
         if tuple(mask.shape[: len(lead)]) != lead or tuple(mask.shape[-2:]) != call.pixels.size:
             wanted = ", ".join(map(str, [*lead, "...", *call.pixels.size]))
             raise ValueError(f"masks of these images must have shape [{wanted}], got {list(mask.shape)}")
@@ -129,6 +131,32 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         maps = check_masks(shaped, int(fill))
         plan = _changed(call.plan, lambda t: t.to(maps.device))
         return restore(warp_masks(self._module(maps.device, (0,)), maps, plan, int(fill)), mask)
+
+
+def _check_fill(kind: Any, fill: Any) -> None:
+    """Raise for what can be no image's, or no mask's, fill."""
+    if fill is None:
+        return
+    if isinstance(kind, type) and issubclass(kind, tv_tensors.Mask):
+        return _check_mask_fill(fill)
+    values = fill if isinstance(fill, (list, tuple)) else [fill]
+    if len(values) not in (1, 3) or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
+        raise TypeError(f"fill must be a number or one for each channel (1 or 3), got {fill!r}")
+    if not all(0 <= v <= 255 for v in values):
+        raise ValueError(f"fill must lie in [0, 255], and in [0, 1] for floating images, got {fill!r}")
+
+
+def _check_mask_fill(fill: Any) -> None:
+    if isinstance(fill, bool) or not isinstance(fill, numbers.Real) or not float(fill).is_integer():
+        raise TypeError(f"fill of masks must be one whole number, got {fill!r}: give fill={{tv_tensors.Mask: ...}}")
+
+
+def _levels(fill: Any, *, floating: bool) -> tuple[int, ...]:
+    """A fill in an image's own units as whole levels, rounded in torchvision's precision."""
+    values = torch.tensor(fill if isinstance(fill, (list, tuple)) else [fill or 0], dtype=torch.float32)
+    if floating and values.max() > 1:
+        raise ValueError(f"fill of floating images must lie in [0, 1], as their values do, got {fill!r}")
+    return tuple(int(level) for level in (values * 255 if floating else values).round().tolist())
 
 
 def _changed(plan: TrivialAugmentPlan, change: Callable[[Tensor], Tensor]) -> TrivialAugmentPlan:

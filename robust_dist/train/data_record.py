@@ -1,0 +1,149 @@
+"""`data.json` of a run's folder: what the run is trained on, and whether a later start brings the same."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robust_dist.data.identity import are_copies, shared_images
+from robust_dist.data.names import composed
+from robust_dist.data.sets import LabelledSet
+from robust_dist.train.build import Look
+from robust_dist.train.data_config import DataConfig
+from robust_dist.train.recipe import Recipe
+
+Record = dict[str, Any]
+NAMED = 5
+PARTS = ("train", "eval")
+
+
+def data_record(recipe: Recipe, sets: Sequence[LabelledSet], look: Look) -> Record:
+    """What `data.json` holds, as plain JSON values.
+
+    Args:
+        recipe: Of the run.
+        sets: Training and evaluation images.
+        look: Of the training images.
+
+    Returns:
+        The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set
+        of the Hub) and the fingerprint, and what was left out; and what is done to images before the model sees them.
+    """
+    record = {
+        "name": recipe.data.name,
+        "classes": list(sets[0].classes),
+        **{part: _part(one) for part, one in zip(PARTS, sets, strict=True)},
+        "preprocessing": {"mean": list(look.mean), "std": list(look.std), **_sizes(recipe, look)},
+    }
+    plain: Record = json.loads(json.dumps(record))
+    return plain
+
+
+def left_out(one: LabelledSet) -> dict[str, int]:
+    """How many files of a set do not count, by the reason."""
+    return dict(getattr(getattr(one, "source", None), "left_out", ()))
+
+
+def differences(here: Record, there: Record) -> list[str]:
+    """What a start brings that is not the data of the folder's run, a line each.
+
+    Args:
+        here: Of the start.
+        there: What the folder holds.
+    """
+    lines = _classes(here["classes"], there.get("classes", []))
+    for part in PARTS:
+        lines += _part_differences(part, here[part], there.get(part, {}))
+    ours, theirs = here["preprocessing"], there.get("preprocessing", {})
+    return lines + [
+        f"{key}: {ours[key]} here, {theirs[key]} in the folder"
+        for key in ours
+        if key in theirs and ours[key] != theirs[key]
+    ]
+
+
+def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
+    """Refuse training and evaluation images that are the same ones.
+
+    Returns:
+        Warnings: the parts are one because the recipe says so, or the one looks like a copy of the other.
+
+    Raises:
+        ValueError: Images are in both parts; names both settings, what they share and what would be right.
+    """
+    train, test = (getattr(one, "source", None) for one in sets)
+    shared = None if train is None or test is None else shared_images(train, test)
+    names = [_named(data, part) for part in PARTS]
+    if shared and names[0] == names[1]:
+        return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
+    if shared:
+        raise ValueError(
+            f"data.train={names[0]!r} and data.eval={names[1]!r} have the same images ({shared}), so that evaluation "
+            f"would be on what was trained on; give parts without common images{_advice(data)}, or the same name twice "
+            "if that is what you want"
+        )
+    if are_copies(*sets):
+        return [f"evaluation may be on the training images: {sets[1].name} looks like a copy of {sets[0].name}"]
+    return []
+
+
+def _named(data: DataConfig, part: str) -> Any:
+    value = getattr(data, part)
+    if data.name == "webdataset":
+        return list([value] if isinstance(value, str) else value)
+    default = {"train": "train", "eval": "validation" if data.name == "hub" else "val"}[part]
+    return str(Path(value or default)) if data.name == "imagefolder" else value or default
+
+
+def _advice(data: DataConfig) -> str:
+    return ", such as 'train[:80%]' and 'train[80%:]'" if data.name == "hub" and not data.streaming else ""
+
+
+def _part(one: LabelledSet) -> Record:
+    source = getattr(one, "source", None)
+    made: Record = {"name": one.name, "images": len(one), "fingerprint": one.fingerprint()}
+    revision = getattr(source, "revision", None)
+    return made | ({"revision": revision} if revision else {}) | ({"left_out": out} if (out := left_out(one)) else {})
+
+
+def _sizes(recipe: Recipe, look: Look) -> Record:
+    """Sides in pixels, crops and flip; the padding of the random crop on the device where there is one."""
+    data, augment = recipe.data, recipe.augment
+    common = {
+        "crop_padding": look.crop if augment.crop is None else augment.crop,
+        "flip": look.flip if augment.flip is None else augment.flip,
+    }
+    if not data.streamed:
+        return {"train_size": look.size, "eval_size": look.size, "eval_resize": None, **common}
+    size, resize = data.eval_sides
+    crops = {"crop_scale": data.crop_scale, "crop_ratio": data.crop_ratio}
+    return {"train_size": data.size, "eval_size": size, "eval_resize": resize, **crops, **common}
+
+
+def _classes(here: list[str], there: list[str]) -> list[str]:
+    if len(here) != len(there):
+        gone, new = ([repr(one) for one in a if one not in set(b)] for a, b in ((there, here), (here, there)))
+        more = "".join(
+            f"; {word}: {', '.join(names[:NAMED])}" for word, names in (("new", new), ("gone", gone)) if names
+        )
+        return [f"classes: {len(here)} here, {len(there)} in the folder{more}"]
+    lines = [
+        f"class {number} is {ours!r} here, {theirs!r} in the folder"
+        for number, (ours, theirs) in enumerate(zip(here, there, strict=True))
+        if composed(ours) != composed(theirs)
+    ]
+    return lines[:NAMED] + ([f"and {len(lines) - NAMED:,} more classes"] if len(lines) > NAMED else [])
+
+
+def _part_differences(part: str, here: Record, there: Record) -> list[str]:
+    if there.get("images", here["images"]) != here["images"]:
+        doing = {"train": "training", "eval": "evaluating"}[part]
+        return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]
+    if here.get("revision") != there.get("revision"):
+        return [
+            f"{part}: revision {here.get('revision')} of the Hub here, {there.get('revision')} in the folder; "
+            "data.revision names one"
+        ]
+    if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
+        return [f"{part}: {here['name']} has as many images as before, but other names or labels"]
+    return []

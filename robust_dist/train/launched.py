@@ -1,0 +1,85 @@
+"""What `accelerate launch` was asked for, as far as a rank can see: a GPUs' configuration is not for a processor."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from robust_dist.engines.accelerate import EngineError
+
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+
+
+def check_launch() -> None:
+    """Refuse ranks that a configuration for GPUs started on a host that has none.
+
+    FSDP is refused elsewhere; DeepSpeed finds the processor by itself. With ACCELERATE_USE_CPU=true ranks on a
+    processor are what was asked for.
+
+    Raises:
+        EngineError: Says how the same is started on the processor.
+    """
+    if torch.cuda.is_available() or any(_is_true(name) for name in (*_SHARDING, "ACCELERATE_USE_CPU")):
+        return
+    words = _launcher_words()
+    problem = gpus_wanted(words)
+    if problem:
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        raise EngineError(
+            f"{problem}, and torch sees no GPU here; {ranks} ranks on the processor would be slow and may need more "
+            "memory than there is. If you want them: accelerate launch --config_file configs/accelerate/cpu.yaml "
+            f"--num_processes {min(int(ranks), len(os.sched_getaffinity(0)))} {shlex.join(_script(words))}"
+        )
+
+
+def gpus_wanted(words: Sequence[str]) -> str | None:
+    """Which file of a launcher's command line is a configuration for the GPUs of one host; None where none is.
+
+    Args:
+        words: The launcher's command line, `accelerate launch --config_file FILE ... SCRIPT ...`.
+    """
+    if not any(word.startswith("accelerate") or "/accelerate" in word for word in words):
+        return None
+    name = _option(words, "--config_file")
+    try:
+        config: Any = yaml.safe_load(Path(name).read_text(encoding="utf-8")) if name else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(config, dict) or config.get("use_cpu") or config.get("distributed_type") != "MULTI_GPU":
+        return None
+    if int(_option(words, "--num_machines") or config.get("num_machines") or 1) > 1:
+        return None
+    return f"{name} is for GPUs (distributed_type: MULTI_GPU, use_cpu: false)"
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _script(words: Sequence[str]) -> list[str]:
+    """The training command in a launcher's words."""
+    starts = [number for number, word in enumerate(words) if word.endswith("train.py")]
+    return list(words[starts[0] :]) if starts else ["launch/train.py"]
+
+
+def _launcher_words() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    if "RANK" not in os.environ:
+        return []
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
