@@ -23,8 +23,8 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
-from robust_dist.train.output import LastingOutput
 from robust_dist.train.opening import oddities, part_lines, ranks_on_this_cpu, run_line
+from robust_dist.train.output import LastingOutput
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
