@@ -1,6 +1,7 @@
 """What `accelerate launch` was asked for, as far as a rank can see: a GPUs' configuration is not for a processor."""
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from robust_dist.engines.accelerate import EngineError
 
+_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
 _SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -42,7 +44,7 @@ def gpus_wanted(words: Sequence[str]) -> str | None:
     Args:
         words: The launcher's command line, `accelerate launch --config_file FILE ... SCRIPT ...`.
     """
-    if not any(word.startswith("accelerate") or "/accelerate" in word for word in words):
+    if not any(_LAUNCHER.search(word) for word in words):
         return None
     name = _option(words, "--config_file")
     try:
