@@ -34,7 +34,7 @@ def check_launch() -> None:
         raise EngineError(
             f"{problem}, and torch sees no GPU here; {ranks} ranks on the processor would be slow and may need more "
             "memory than there is. If you want them: accelerate launch --config_file configs/accelerate/cpu.yaml "
-            f"--num_processes {min(int(ranks), len(os.sched_getaffinity(0)))} {shlex.join(_script(words))}"
+            f"--num_processes {min(int(ranks), cores_here())} {shlex.join(_script(words))}"
         )
 
 
@@ -56,6 +56,11 @@ def gpus_wanted(words: Sequence[str]) -> str | None:
     if int(_option(words, "--num_machines") or config.get("num_machines") or 1) > 1:
         return None
     return f"{name} is for GPUs (distributed_type: MULTI_GPU, use_cpu: false)"
+
+
+def cores_here() -> int:
+    """Cores of this host that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
