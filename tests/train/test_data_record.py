@@ -72,6 +72,11 @@ def test_the_same_data_elsewhere_and_mended_images_are_the_same(recipe, tmp_path
     assert (tmp_path / "run" / "data.json").read_bytes() == before
 
 
+def contents(folder):
+    """All files but the lock, which names the last process that looked."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def rename_class(root):
     for part in LABELS:
         os.rename(root / part / "ant", root / part / "cat")
@@ -105,10 +110,10 @@ def test_a_start_with_other_data_is_refused_with_the_difference(recipe, tmp_path
     begin(recipe, tmp_path / "run", record_of(recipe))
     alter, message = CHANGES[change]
     alter(tmp_path / "set")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    before = contents(tmp_path / "run")
     with pytest.raises(RunFolderError, match=rf"(?s)holds a run on other data.*remove .*data.json.*{message}"):
         claim(recipe, tmp_path / "run")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"} == before
+    assert contents(tmp_path / "run") == before
     # Whoever insists removes the file.
     (tmp_path / "run" / "data.json").unlink()
     claim(recipe, tmp_path / "run")
