@@ -77,11 +77,24 @@ def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkey
     monkeypatch.setattr(launched.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(launched, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
     cores = min(8, len(os.sched_getaffinity(0)))
     command = rf"configs/accelerate/cpu.yaml --num_processes {cores} launch/train.py --config R.yaml$"
     with pytest.raises(EngineError, match=rf"ddp.yaml is for GPUs .*torch sees no GPU here; 8 ranks .*{command}"):
         check_launch()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_launch()
+
+
+def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(monkeypatch):
+    monkeypatch.setattr(launched.torch.cuda, "is_available", lambda: False)
+    words = ["/bin/accelerate", "launch", "--num_processes=2", "launch/train.py", "--config", "R.yaml"]
+    monkeypatch.setattr(launched, "_launcher_words", lambda: words)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
+        check_launch()
+    # The recipe's own key says nothing of the launcher.
+    monkeypatch.setattr(launched, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
     check_launch()
 
 
