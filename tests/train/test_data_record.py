@@ -9,7 +9,7 @@ import torch
 
 from robust_dist.data.identity import are_copies
 from robust_dist.train.build import look_of, open_sets
-from robust_dist.train.data_record import check_parts, data_record
+from robust_dist.train.data_record import check_parts, data_record, differences
 from robust_dist.train.folder import RunFolder, RunFolderError
 from robust_dist.train.recipe import DataConfig, Recipe
 from tests.data.tiny_sets import encoded, write_image_folder, write_shards
@@ -140,6 +140,16 @@ def test_a_torn_data_json_is_named_and_not_taken_for_a_match(recipe, tmp_path):
         (tmp_path / "run" / "data.json").write_text(content)
         with pytest.raises(RunFolderError, match=r"data\.json cannot be read|classes: 2 here, 0 in the folder"):
             claim(recipe, tmp_path / "run")
+
+
+def test_another_revision_of_the_hub_counts_where_the_data_are_other_ones():
+    part = {"name": "pets", "images": 3, "fingerprint": "a", "revision": "1"}
+    there = {"classes": ["ant"], "train": part, "eval": part, "preprocessing": {}}
+    commit = {**there, "train": {**part, "revision": "2"}}
+    assert differences(commit, there) == []
+    moved = {**there, "train": {**part, "revision": "2", "fingerprint": "b"}}
+    (line,) = differences(moved, there)
+    assert line.endswith("(revision 2 of the Hub here, 1 in the folder: set data.revision)")
 
 
 def changed_labels(one):
