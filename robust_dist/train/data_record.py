@@ -141,8 +141,6 @@ def _part_differences(part: str, here: Record, there: Record) -> list[str]:
     if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
         ours, theirs = here.get("revision"), there.get("revision")
         # A commit alone, as of a set's description, changes nothing.
-        moved = (
-            f" (revision {ours} of the Hub here, {theirs} in the folder: set data.revision)" if ours != theirs else ""
-        )
+        moved = f" (the Hub's revision is {ours}, and was {theirs}: set data.revision)" if ours != theirs else ""
         return [f"{part}: {here['name']} has as many images as before, but other names or labels{moved}"]
     return []

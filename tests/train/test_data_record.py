@@ -149,7 +149,7 @@ def test_another_revision_of_the_hub_counts_where_the_data_are_other_ones():
     assert differences(commit, there) == []
     moved = {**there, "train": {**part, "revision": "2", "fingerprint": "b"}}
     (line,) = differences(moved, there)
-    assert line.endswith("(revision 2 of the Hub here, 1 in the folder: set data.revision)")
+    assert line.endswith("(the Hub's revision is 2, and was 1: set data.revision)")
 
 
 def changed_labels(one):
