@@ -115,6 +115,7 @@ address="${MASTER_ADDR:-${hosts[0]##*@}}"
 probe_all
 check_alike
 echo "${#hosts[@]} hosts, alike: $(alike 0)"
+case "${RETRIES:-0}" in *[!0-9]*) fail "RETRIES=$RETRIES is not valid: it must be a whole number" ;; esac
 retries="${RETRIES:-0}"
 while :; do
   run_once "$@"

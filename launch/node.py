@@ -27,8 +27,15 @@ SOURCES = {
     "address": ("MASTER_ADDR",),
     "port": ("MASTER_PORT",),
 }
+# Of each number that is passed on: the lowest, the highest, the default. Seconds: up to ten years.
+LIMITS = {
+    "JOIN_SECONDS": (1, 315_360_000, "600"),
+    "RESTARTS": (0, 1_000_000, "0"),
+    "GRACE_SECONDS": (0, 315_360_000, "300"),
+}
+MOST_HOSTS, MOST_RANKS = 100_000, 1_024
 # What asks a run to save and to end.
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PACKAGES = ("robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy")
 
 
@@ -55,36 +62,60 @@ class Place:
     port: int
 
 
-def _first(environ: Mapping[str, str], setting: str, default: str | None = None) -> str:
-    for name in SOURCES[setting]:
-        if environ.get(name):
-            return environ[name]
-    if default is None:
-        raise PlaceError(f"none of {', '.join(SOURCES[setting])} is set: say where this host stands in the job")
-    return default
+class _Reader:
+    """Reads the environment's variables, and keeps all that is wrong with them for one message."""
 
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ, self.problems = environ, list[str]()
 
-def _number(environ: Mapping[str, str], setting: str, low: int, default: str | None = None) -> int:
-    text = _first(environ, setting, default)
-    if not text.isdigit() or int(text) < low:
-        raise PlaceError(f"{SOURCES[setting][0]}={text!r} is not valid: it must be a whole number, at least {low}")
-    return int(text)
+    def text(self, names: Sequence[str], default: str | None = None) -> tuple[str, str]:
+        """The first variable of `names` that is set, and its value; the first name with the default where none is."""
+        for name in names:
+            if self.environ.get(name):
+                return name, self.environ[name]
+        if default is None:
+            self.problems.append(f"none of {', '.join(names)} is set: say where this host stands in the job")
+        return names[0], default or ""
+
+    def number(self, names: Sequence[str], low: int, high: int, default: str | None = None) -> int:
+        """A whole number from `low` to `high`."""
+        name, text = self.text(names, default)
+        if text.isascii() and text.isdigit() and low <= int(text[:20]) <= high:
+            return int(text)
+        if text:
+            self.problems.append(f"{name}={text!r} is not valid: it must be a whole number from {low} to {high:,}")
+        return low
+
+    def check(self) -> None:
+        """Raise a PlaceError that says all that is wrong."""
+        if self.problems:
+            raise PlaceError("\n  ".join(self.problems))
 
 
 def place(environ: Mapping[str, str]) -> Place:
     """Where this host stands, from its environment.
 
     Raises:
-        PlaceError: A variable that is missing or makes no sense, by name.
+        PlaceError: Every variable that is missing or makes no sense, by name.
     """
-    nodes = _number(environ, "nodes", 1, "1")
-    rank = _number(environ, "rank", 0, "0" if nodes == 1 else None)
+    read = _Reader(environ)
+    nodes = read.number(SOURCES["nodes"], 1, MOST_HOSTS, "1")
+    rank = read.number(SOURCES["rank"], 0, MOST_HOSTS, "0" if nodes == 1 else None)
     if rank >= nodes:
-        raise PlaceError(f"NODE_RANK={rank} is not valid: a job of {nodes} hosts has 0 to {nodes - 1}")
+        name, _ = read.text(SOURCES["rank"])
+        read.problems.append(f"{name}={rank} is not valid: a job of {nodes} hosts has 0 to {nodes - 1}")
     found = 0 if any(environ.get(name) for name in SOURCES["gpus"]) else count_gpus()
-    gpus = _number(environ, "gpus", 1, str(found) if found else None)
-    address = _first(environ, "address", "127.0.0.1" if nodes == 1 else None)
-    return Place(nodes, rank, gpus, address, _number(environ, "port", 1, "29500"))
+    gpus = read.number(SOURCES["gpus"], 1, MOST_RANKS, str(found) if found else None)
+    _, address = read.text(SOURCES["address"], "127.0.0.1" if nodes == 1 else None)
+    port = read.number(SOURCES["port"], 1, 65_535, "29500")
+    for name, (low, high, default) in LIMITS.items():
+        read.number((name,), low, high, default)
+    read.check()
+    return Place(nodes, rank, gpus, address, port)
+
+
+def _limit(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name) or LIMITS[name][2]
 
 
 def count_gpus() -> int:
@@ -108,8 +139,8 @@ def options(here: Place, environ: Mapping[str, str]) -> list[str]:
     words = ["--config_file", str(config), "--num_machines", str(here.nodes), "--machine_rank", str(here.rank)]
     words += ["--num_processes", str(ranks), "--main_process_ip", here.address, "--main_process_port", str(here.port)]
     # A host that does not come ends the others' wait after so many seconds.
-    words += ["--same_network", "--rdzv_conf", f"timeout={environ.get('JOIN_SECONDS', '600')}"]
-    words += ["--max_restarts", environ.get("RESTARTS", "0")]
+    words += ["--same_network", "--rdzv_conf", f"timeout={_limit(environ, 'JOIN_SECONDS')}"]
+    words += ["--max_restarts", _limit(environ, "RESTARTS")]
     if engine == "hsdp":
         words += ["--parallelism_config_dp_replicate_size", str(here.nodes)]
         words += ["--parallelism_config_dp_shard_size", str(here.gpus)]
@@ -155,17 +186,19 @@ def _stop_ranks(number: int, grace: float) -> None:
 
 
 def _watch_signals(grace: float) -> None:
-    """Pass SIGTERM and SIGUSR1 on to the ranks, also while this process waits for other hosts in C++."""
+    """Pass what asks for a stop on to the ranks, also while this process waits for other hosts in C++."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in STOPS:
+    # nohup and a shell's background jobs start this ignoring what a terminal sends.
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:
         signal.signal(number, lambda *_: None)
 
     def listen() -> None:
         while numbers := os.read(read, 64):
             for number in numbers:
-                if number in STOPS:
+                if number in heard:
                     _stop_ranks(number, grace)
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
@@ -225,11 +258,11 @@ def main(words: Sequence[str] | None = None) -> None:
     except PlaceError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    # torchrun takes its defaults from them: none but this one, which leaves SIGTERM to the listener here.
+    # torchrun takes its defaults from them: none but this one, which leaves the signals to the listener here.
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
-    grace = float(os.environ.get("GRACE_SECONDS", "300"))
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    grace = float(_limit(os.environ, "GRACE_SECONDS"))
     _watch_signals(grace)
     if os.environ.get("END_WITH_INPUT"):
         _watch_input(grace)

@@ -16,4 +16,16 @@ __all__ = [
     "register",
     "sample_keys",
 ]
-__version__ = "0.3.0"
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """The installed distribution's version, read when it is asked for; "0+unknown" in a bare folder."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("robust_dist")
+    except PackageNotFoundError:
+        return "0+unknown"

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+import robust_dist
 from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
@@ -68,6 +69,7 @@ def _inspect(words: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-dist", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"robust_dist {robust_dist.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, what would go wrong and how to mend it")

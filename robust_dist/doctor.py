@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+import robust_dist
 from robust_dist import surroundings
 from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version_tuple
 
@@ -71,6 +73,7 @@ def _guarded(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 
 def _versions() -> Iterator[Check]:
+    yield Check(PACKAGE, "ok", f"{robust_dist.__version__} in {Path(robust_dist.__file__).parent}")
     yield _at_least("python", platform.python_version(), LOWEST_PYTHON, None)
     yield _at_least("torch", torch.__version__, LOWEST_TORCH, "pip install -U torch torchvision")
     found = {name: _installed(name) for name in VERSIONED}

@@ -1,7 +1,10 @@
 """The commands, as a person types them."""
 
+from importlib.metadata import version
+
 import pytest
 
+import robust_dist
 from robust_dist.cli import main
 
 
@@ -17,6 +20,16 @@ def test_doctor_says_what_is_here(capsys):
     output = capsys.readouterr().out
     for word in ("torch", "accelerate", "foreach"):
         assert word in output
+
+
+def test_the_version_is_the_distribution_s_wherever_it_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == ["robust_dist", version("robust_dist")]
+    assert robust_dist.__version__ == version("robust_dist")
+    main(["doctor"])
+    assert capsys.readouterr().out.split()[:3] == ["ok", "robust_dist", version("robust_dist")]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -32,6 +33,8 @@ from robust_dist.checkpoint.store import (
 _STAGED = "robust_dist-staged-"
 _LOCK = ".lock"
 _CHUNK = 1 << 22
+# Seconds within which a staging folder that was begun has its lock and its name.
+_BIRTH = 60.0
 # How long a run that ends by an error waits for the notes of ranks that may be dead.
 _LAST_PATIENCE = 20.0
 
@@ -70,15 +73,35 @@ class Staging:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove the staged files of processes that no longer live; returns their folders."""
+    """Remove the staged files of processes of this user that no longer live; returns their folders."""
     removed = []
-    for path in root.glob(f"{_STAGED}*"):
-        # Another user's, or one that another process removes just now.
-        with contextlib.suppress(OSError), (path / _LOCK).open("r+", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+    for path in [*root.glob(f"{_STAGED}*"), *root.glob(f".{_STAGED}*")]:
+        # One that another process removes just now.
+        with contextlib.suppress(OSError):
+            if _is_dead(path):
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
     return removed
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether a staging folder of this user is locked by no process, and is not being made just now."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return False
+    if path.name.startswith(".") and time.time() - found.st_mtime < _BIRTH:
+        return False
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def copy_synced(source: Path, target: Path) -> list[int]:

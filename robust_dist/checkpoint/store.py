@@ -118,7 +118,8 @@ class CheckpointStore:
         keep_best: How many of the highest `metadata["eval_accuracy"]` stay beside these.
         token: Marks the unfinished folders of this start, so that a process of an earlier one that is still alive
             somewhere can never write into them.
-        guard: Called before a checkpoint becomes whole; raises where the folder is another run's by now.
+        guard: Called before a checkpoint is begun and before it becomes whole; raises where the folder is another
+            run's by now.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """An empty folder into which the files of step `step` are to be written."""
+        self.guard()
         partial = self._partial(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

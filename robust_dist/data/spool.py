@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,24 +27,26 @@ class Spool:
     fetched by one process, while the others that want it wait, and mapped by all. Files stay for the next run.
 
     Args:
-        folder: which is made when it is used; this user's folder in the system's temporary one where not given.
+        folder: which is made when it is used. Where not given: `robust_dist-UID` in the system's temporary folder, or,
+            where that name is a link or belongs to somebody else, a private folder that goes with this process.
         most_bytes: what all tables may take up; never more than half of the space there is.
     """
 
     def __init__(self, folder: str | Path | None = None, most_bytes: int = MOST_BYTES) -> None:
-        self.folder = Path(folder) if folder is not None else Path(tempfile.gettempdir(), f"robust_dist-{os.getuid()}")
+        self.folder = Path(folder) if folder is not None else self._shared_or_private()
+        self._named = folder is not None
         self.most_bytes = most_bytes
 
     def table(self, name: str, fetch: Callable[[], Any]) -> Any:
         """The `pyarrow.Table` of a name, from its file, or from `fetch` and then put there.
 
         Raises:
-            DataError: the folder is another user's.
+            DataError: the folder is another user's, or a link that another user made.
         """
+        self._check_folder()
         file = self.folder / f"{name}.arrow"
         with contextlib.suppress(OSError, _invalid()):
             return _mapped(file)
-        self._make_folder()
         with self._lock(name):
             with contextlib.suppress(OSError, _invalid()):
                 return _mapped(file)
@@ -53,17 +57,34 @@ class Spool:
                 return _mapped(file)
             return table
 
-    def _make_folder(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.folder.stat().st_uid != os.getuid():
-            raise DataError(f"the temporary folder {self.folder} is another user's: set spool_dir, or TMPDIR")
+    def _shared_or_private(self) -> Path:
+        """Anybody can make the shared name first, so it is used only where it is this user's own folder."""
+        shared = Path(tempfile.gettempdir(), f"robust_dist-{os.getuid()}")
+        reason = _not_ours(shared)
+        if reason is None:
+            return shared
+        private = Path(tempfile.mkdtemp(prefix="robust_dist-"))
+        print(f"{shared} is not used: {reason}; this process keeps its row groups in {private}", flush=True)
+        weakref.finalize(self, _remove_in, os.getpid(), private)
+        return private
+
+    def _check_folder(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = _not_ours(self.folder, links=self._named)
+        if reason is not None:
+            raise DataError(f"the folder {self.folder} is not used: {reason}; set spool_dir, or TMPDIR")
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         # The system takes back the lock of a process that is killed.
-        with open(self.folder / f"lock-{zlib.crc32(name.encode()) % LOCKS}", "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self.folder / f"lock-{zlib.crc32(name.encode()) % LOCKS}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     def _put(self, file: Path, table: Any) -> None:
         ipc = require("pyarrow.ipc", extra="data", purpose="parquet files")
@@ -92,6 +113,33 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             used -= size
+
+
+def _not_ours(folder: Path, *, links: bool = False) -> str | None:
+    """Why `folder` cannot be trusted with files; None where it can, or is not there yet.
+
+    Args:
+        folder: which is looked at and not changed.
+        links: whether a link that this user made to a folder of theirs will do; they then named it themselves.
+    """
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(found.st_mode) and not (links and found.st_uid == os.getuid() and folder.is_dir()):
+        return "it is a link"
+    found = folder.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is no folder"
+    if found.st_uid != os.getuid():
+        return "it belongs to another user"
+    return "other users can write into it" if found.st_mode & 0o022 and not links else None
+
+
+def _remove_in(pid: int, folder: Path) -> None:
+    """A worker that was forked from the process that made the folder leaves it alone."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mapped(file: Path) -> Any:

@@ -1,6 +1,7 @@
 """Whether a DeepSpeed checkpoint is one that an engine can go on from, asked before any rank loads it."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,42 @@ def _of_another_optimizer(engine: Any, saved: Any, path: Path) -> Iterator[str]:
                 f"{path} is of another optimizer than RAdaBeliefW: its group {index} has {sorted(group)}, but no "
                 f"{', '.join(missing)}; load the weights alone (load_module_only=True)"
             )
+
+
+@contextlib.contextmanager
+def writing_to_the_end(engine: Any) -> Iterator[None]:
+    """Within it, `engine.save_checkpoint` comes to its end on a rank that cannot write; the error is raised on leaving.
+
+    DeepSpeed's ranks meet in barriers around their writes, where the others would wait for the one that has raised.
+    What is no DeepSpeed engine is left as it is.
+
+    Args:
+        engine: What `deepspeed.initialize` returned.
+
+    Raises:
+        Exception: The first one of a write that failed on this rank.
+    """
+    errors: list[Exception] = []
+
+    def held_back(action: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return action(*args, **kwargs)
+            except Exception as error:
+                errors.append(error)
+                return None
+
+        return call
+
+    writer = getattr(engine, "checkpoint_engine", None)
+    wanted = [] if writer is None else [(writer, name) for name in ("makedirs", "create", "save", "commit")]
+    changed = [*wanted, *([(engine, "_copy_recovery_script")] if writer is not None else [])]
+    for owner, name in changed:
+        setattr(owner, name, held_back(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in changed:
+            delattr(owner, name)
+        if errors:
+            raise errors[0]

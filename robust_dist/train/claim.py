@@ -35,7 +35,7 @@ class FolderInUseError(ValueError):
 
 
 class FolderLostError(RuntimeError):
-    """The folder went over to another run, because this one gave no sign of life for too long."""
+    """The folder was deleted or renamed, or went over to another run while this one gave no sign of life."""
 
 
 def host_id() -> str:
@@ -88,8 +88,13 @@ class Claim:
         """Make sure that the folder is still this process's.
 
         Raises:
-            FolderLostError: It is another run's.
+            FolderLostError: It is another run's, or is not there any more.
         """
+        if not self.folder.is_dir():
+            raise FolderLostError(
+                f"{self.folder} is gone: it was deleted or renamed while this run was training; nothing was made in "
+                "its place. Where it was renamed, the same command with its new run_dir goes on from there"
+            )
         newest = self._newest()
         if not self._is_mine(newest):
             raise FolderLostError(

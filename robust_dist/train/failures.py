@@ -93,7 +93,8 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
     if rank.folder is not None:
         with contextlib.suppress(OSError):
             folder = rank.folder / "errors"
-            folder.mkdir(parents=True, exist_ok=True)
+            # A run's folder that is gone is not made again.
+            folder.mkdir(exist_ok=True)
             write_atomically(folder / f"rank-{rank.number}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record
 

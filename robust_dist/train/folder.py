@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether a run came to its end here: the curves are drawn then."""
+        return (self.path / "curves.png").exists()
+
+    @property
     def data_path(self) -> Path:
         """What the run is trained on."""
         return self.path / "data.json"
@@ -103,6 +108,9 @@ class RunFolder:
         if data is not None and self._is_new_data(data):
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
+        if not self.metrics():
+            # From here on its absence is somebody's doing.
+            self.checkpoints.mkdir(exist_ok=True)
         self._note_start(environment)
         (self.path / STOPPED).unlink(missing_ok=True)
 

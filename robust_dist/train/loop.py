@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters
+from robust_dist.checkpoint.zero_files import LATEST, TAG
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
+from robust_dist.engines.deepspeed_checkpoint import writing_to_the_end
 from robust_dist.train.agree import attempt, from_main
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
@@ -218,7 +220,7 @@ class Trainer:
         average_buffers(self.bare_model)
         bad_images = self._count_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
-        train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
+        train_loss = total_loss / max(1, self.loader.samples_per_epoch - bad_images)
         check_finite(train_loss, self.progress.step, self.recipe.optimizer)
         self.unfinished = {
             "epoch": epoch + 1,
@@ -322,8 +324,14 @@ class Trainer:
         self.saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        if engine_kind(self.accelerator) == "ddp":
+        kind = engine_kind(self.accelerator)
+        # DeepSpeed's first rank would write `latest` between two barriers.
+        words = {"save_latest": False} if kind.startswith("zero") else {}
+        with writing_to_the_end(self.model):
+            self.accelerator.save_state(str(folder), **words)
+        if words and self.accelerator.is_main_process:
+            (folder / LATEST).write_text(TAG, encoding="utf-8")
+        if kind == "ddp":
             # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
             note_parameters(folder, self.model, self.optimizer)
 
@@ -337,7 +345,7 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest usable checkpoint, or start at step 0 where there is none."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        found = load_newest(accelerator, self.recipe, self.store, self.train_set)
+        found = load_newest(accelerator, self.recipe, self.store, self.train_set, self.folder)
         if found is not None:
             self.progress.step = found.step
             self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))

@@ -23,7 +23,8 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
-from robust_dist.train.opening import oddities, part_lines, ranks_on_this_cpu, run_line
+from robust_dist.train.opening import part_lines, say_run
+from robust_dist.train.output import LastingOutput
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
@@ -34,7 +35,7 @@ from robust_dist.train.words import check_words
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
-_SECONDS_TO_LEAVE = 60.0
+_SECONDS_TO_LEAVE, _SECONDS_TO_END = 60.0, 5.0
 # Exit status of a run whose loss is no longer finite: a result rather than a mistake.
 DIVERGED = 3
 
@@ -70,13 +71,11 @@ def train(
     tick("loading the data", patient=True)
     sets = load_sets(recipe, accelerator)
     warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
-    for line in [*data_lines(sets, recipe.data.keep_on), *part_lines(sets)]:
-        accelerator.print(line)
+    if main:
+        print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", patient=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
-    accelerator.print(run_line(recipe, accelerator, trainer))
-    for warning in [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_on_this_cpu(accelerator))]:
-        accelerator.print(f"warning: {warning}")
+    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, warnings), here=main)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note["data"] = data_notes(sets)
     record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)
@@ -113,10 +112,15 @@ def main(args: Sequence[str] | None = None) -> None:
     rank = Rank()
     if not faulthandler.is_enabled():
         faulthandler.enable(STDERR)
+    with LastingOutput(rank) as output:
+        _run(args, rank, output)
+
+
+def _run(args: Sequence[str] | None, rank: Rank, output: LastingOutput) -> None:
     try:
         recipe = _parse(args)
         with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
-            rows = train(recipe, on_claim=rank.claimed)
+            rows = train(recipe, on_claim=output.claimed)
     except Stopped as stopped:
         if rank.number == 0:
             print(f"\n{stopped}", flush=True)
@@ -151,6 +155,9 @@ def _fail(error: Exception, rank: Rank) -> int:
         report_shared(error, origin, rank)
     else:
         report_failure(error, rank)
+    if rank.world_size > 1:
+        # All is said; the ranks that still wait for this one learn of its end by its end.
+        faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 
 

@@ -1,5 +1,6 @@
 """Where a run goes on: the newest whole checkpoint of this recipe, fitted to the engine and the ranks of this start."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore,
 from robust_dist.data.sets import LabelledSet
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.engine import engine_kind
+from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
 _CONVERTED = ".converted"
 
 
 def load_newest(
-    accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, train_set: LabelledSet
+    accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, train_set: LabelledSet, folder: RunFolder
 ) -> Checkpoint | None:
     """Load the newest usable checkpoint into what the accelerator prepared; None where there is none at all.
 
@@ -26,11 +28,13 @@ def load_newest(
         recipe: Of this start.
         store: The run's checkpoints; this process holds the run's folder.
         train_set: The training images of this start.
+        folder: The run's, with the epochs that are recorded.
 
     Raises:
-        CheckpointError: On every rank: checkpoints are there, but none can be used, or the newest was written while
-            training on another number of images.
+        CheckpointError: On every rank: checkpoints are there, but none can be used; they are gone though epochs are
+            recorded; or the newest was written while training on another number of images.
     """
+    attempt(accelerator, lambda: check_not_lost(recipe, store, folder), here=accelerator.is_main_process)
     found = from_main(accelerator, lambda: _find(accelerator, recipe, store))
     if found is None:
         return None
@@ -51,6 +55,37 @@ def loss_of(found: Checkpoint, rank: int, world_size: int) -> float:
     """This rank's summed loss since the epoch began; at another world size the first one carries all of it."""
     losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
     return float(losses[rank] if before == world_size else sum(losses) * (rank == 0))
+
+
+def check_not_lost(recipe: Recipe, store: CheckpointStore, folder: RunFolder) -> None:
+    """Refuse to begin anew beside the record of a run whose checkpoints somebody took away, or hid.
+
+    Raises:
+        CheckpointError: Epochs are recorded, and their checkpoints are gone or cannot be read.
+    """
+    rows = folder.metrics()
+    if not rows:
+        return
+    missing = _what_is_missing(store.folder)
+    due = [row for row in rows if row["epoch"] % recipe.checkpoint.every_epochs == 0 or row["epoch"] == recipe.epochs]
+    # Before the second of them was begun the first was complete; a kill before that leaves none.
+    if missing is None and (any(store.folder.iterdir()) or (len(due) < 3 and not folder.is_finished)):
+        return
+    raise CheckpointError(
+        f"{folder.metrics_path} has {len(rows)} epochs, but {store.folder} {missing or 'holds no checkpoint'}: bring "
+        "it back (is a file system not mounted?), or, to begin anew on purpose, choose another run_dir or move this "
+        "one away"
+    )
+
+
+def _what_is_missing(folder: Path) -> str | None:
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> Checkpoint | None:

@@ -18,14 +18,19 @@ from robust_dist.train.elastic import Stopped, launchers
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
 
-# What SLURM's --signal, Kubernetes, spot notices and launchers send.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# What SLURM's --signal, Kubernetes, spot notices and launchers send; then what a terminal sends: Ctrl-C, and its end.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
 _ECHO_SECONDS = 10.0
+# A person's second Ctrl-C is a wish; the launcher, which had the first one too, passes it on within this time.
+_TYPED_ECHO_SECONDS = 1.0
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 while it is entered; a second one, 10 s later or more, ends the process at once.
+    """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is entered; a second one ends the process at once.
+
+    A second SIGINT counts from 1 s after the first, any other pair from 10 s: launchers pass the same notice on. What
+    the process was started ignoring (nohup, a shell's background job) stays ignored.
 
     A thread does the noting, so that the second signal also ends a rank whose main thread hangs in a collective.
     Outside the main thread, where Python lets nobody handle signals, nothing is noted.
@@ -50,7 +55,8 @@ class StopSignals:
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # The C handler writes the number; the Python one only has to be there.
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         threading.Thread(target=self._listen, args=(read,), name="stop-signals", daemon=True).start()
         StopSignals._entered = self
         return self
@@ -77,7 +83,9 @@ class StopSignals:
     def _note(self, received: signal.Signals) -> None:
         if self.received is None:
             self.received, self._at = received, time.monotonic()
-        elif time.monotonic() - self._at > _ECHO_SECONDS:
+            return
+        typed = received is self.received is signal.SIGINT
+        if time.monotonic() - self._at > (_TYPED_ECHO_SECONDS if typed else _ECHO_SECONDS):
             print(f"a second {received.name}: leaving at once, nothing more is saved", file=sys.stderr, flush=True)
             os._exit(128 + received)
 
@@ -85,11 +93,11 @@ class StopSignals:
 def _forget_in_child() -> None:
     """A forked child (a data worker) ends by a signal as ever, and does not speak for its parent."""
     if StopSignals._entered is not None:
-        StopSignals._entered = None
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
+            for number in StopSignals._entered._before:
                 signal.signal(number, signal.SIG_DFL)
+        StopSignals._entered = None
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

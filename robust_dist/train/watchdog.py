@@ -125,7 +125,7 @@ class Watchdog:
         path = self._path
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         names = ", ".join(f"{thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate())
         with path.open("w", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self.rank}, pid {os.getpid()}\n{what}\n")

@@ -136,6 +136,34 @@ def test_what_a_killed_process_staged_is_removed_by_the_next_and_a_live_one_s_is
     assert [path.name for path in memory.iterdir()] == [staging.path.name]
 
 
+def old(path):
+    os.utime(path, (time.time() - 3600,) * 2)
+
+
+def test_what_was_killed_while_it_was_made_or_removed_is_swept_and_what_is_no_folder_of_ours_is_kept(tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / ".lock").write_text("kept")
+    root = tmp_path / "memory"
+    root.mkdir()
+    half_made, unlocked, being_made = (
+        root / f"{name}1" for name in (".robust_dist-staged-", "robust_dist-staged-", ".robust_dist-staged-x")
+    )
+    for path in (half_made, unlocked, being_made):
+        path.mkdir()
+    (unlocked / "model.bin").write_bytes(b"x")
+    old(half_made)
+    (root / "robust_dist-staged-link").symlink_to(precious)
+    (root / "robust_dist-staged-file").write_text("kept")
+    assert set(sweep(root)) == {half_made, unlocked}
+    assert sorted(path.name for path in root.iterdir()) == [
+        being_made.name,
+        "robust_dist-staged-file",
+        "robust_dist-staged-link",
+    ]
+    assert (precious / ".lock").read_text() == "kept"
+
+
 @pytest.mark.skipif(not can_mount(), reason="mounting needs root, and a container that allows it")
 def test_a_full_disk_is_named_and_its_space_given_back(tmp_path, staging):
     with small_disk(tmp_path / "disk", "64k"):

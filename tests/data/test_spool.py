@@ -97,5 +97,52 @@ def test_a_full_disk_costs_the_file_and_not_the_table(tmp_path, monkeypatch):
 
 def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(spool_module.os, "getuid", lambda: os.geteuid() + 1)
-    with pytest.raises(DataError, match="another user's: set spool_dir"):
+    with pytest.raises(DataError, match="belongs to another user; set spool_dir"):
         Spool(tmp_path).table("a", lambda: table(1))
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """The name in the temporary folder that anybody could have made first."""
+    monkeypatch.setattr(spool_module.tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"robust_dist-{os.getuid()}"
+
+
+def test_a_link_at_the_shared_name_is_not_followed_and_a_private_folder_serves(shared, tmp_path, capsys):
+    mine = tmp_path / "dataset"
+    mine.mkdir()
+    kept = {mine / "data.arrow": "rows", **{mine / f"lock-{n}": "precious" for n in range(spool_module.LOCKS)}}
+    for path, text in kept.items():
+        path.write_text(text)
+    shared.symlink_to(mine)
+    spool = Spool(most_bytes=100)
+    assert spool.table("n", lambda: table(1)).equals(table(1))
+    assert {path: path.read_text() for path in mine.iterdir()} == kept
+    assert f"{shared} is not used: it is a link" in capsys.readouterr().out
+    private = spool.folder
+    assert private.stat().st_mode & 0o077 == 0
+    del spool
+    assert not private.exists()
+
+
+@pytest.mark.parametrize("spoil", ["file", "writable"])
+def test_a_shared_name_that_is_no_private_folder_is_left_alone(shared, spoil, capsys):
+    if spoil == "file":
+        shared.write_text("kept")
+    else:
+        shared.mkdir()
+        shared.chmod(0o777)
+    assert Spool().table("n", lambda: table(1)).equals(table(1))
+    assert "is not used" in capsys.readouterr().out
+    assert shared.read_text() == "kept" if spoil == "file" else not list(shared.iterdir())
+
+
+def test_a_link_at_a_lock_s_name_is_refused_and_its_target_kept(tmp_path):
+    target, folder = tmp_path / "target", tmp_path / "spool"
+    target.write_text("kept")
+    folder.mkdir()
+    for number in range(spool_module.LOCKS):
+        (folder / f"lock-{number}").symlink_to(target)
+    with pytest.raises(OSError, match="lock-"):
+        Spool(folder).table("n", lambda: table(1))
+    assert target.read_text() == "kept"

@@ -36,6 +36,15 @@ def test_a_hosts_place_is_read_from_each_scheduler(environ, place):
         ({"GPUS_PER_NODE": ""}, "GPUS_PER_NODE, SLURM_GPUS_ON_NODE"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536'"),
+        ({"NODES": "\N{SUPERSCRIPT TWO}"}, "NODES="),
+        ({"NODES": "9" * 5000}, "NODES='999"),
+        ({"GRACE_SECONDS": "soon"}, "GRACE_SECONDS='soon'"),
+        ({"GRACE_SECONDS": "1e9"}, "GRACE_SECONDS='1e9'"),
+        ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS='0'"),
+        ({"RESTARTS": "-1"}, "RESTARTS='-1'"),
+        ({"NODE_RANK": "", "SLURM_NODEID": "x"}, "SLURM_NODEID='x'"),
+        ({"NODES": "x", "MASTER_PORT": "y", "RESTARTS": "z"}, r"(?s)NODES='x'.*MASTER_PORT='y'.*RESTARTS='z'"),
     ],
 )
 def test_a_place_that_makes_no_sense_is_named(change, said, monkeypatch):

@@ -49,6 +49,9 @@ def start_by_command(world_size: int, *words: str) -> subprocess.Popen:
 
 def _script(rank: int, words: list[str], env: dict[str, str]) -> None:
     begin(env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in env else {}))
+    # As in a terminal, wherever the tests run: nohup and a background job ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = [SCRIPT, *words]
     runpy.run_path(SCRIPT, run_name="__main__")
 

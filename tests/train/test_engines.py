@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
@@ -26,6 +27,7 @@ pytest.importorskip("deepspeed")
 ON_TWO = ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
 HANDED_ON = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "fsdp1"), ("fsdp1", "zero1"), ("zero1", "ddp")]
 STOPPED = ["fsdp2", "zero2"]
+REFUSING = ["ddp", "zero2", "zero3"]
 STEP, TOTAL = 10, 12
 
 
@@ -128,6 +130,27 @@ def full_disk(name, folder):
         dist.barrier()
 
 
+def one_rank_cannot_write(name, folder):
+    """Rank 1 alone fails, in the middle of a save for which all wait: one error on all ranks, long before a timeout."""
+    real, run = torch.save, f"{folder}/{name}-refusing"
+
+    def refusing(value, file, *args, **kwargs):
+        if dist.get_rank() == 1 and "step-" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        return real(value, file, *args, **kwargs)
+
+    torch.save = refusing
+    try:
+        out = train_under(name, run, "--checkpoint.background", "false")
+    finally:
+        torch.save = real
+    assert dist.get_rank() or "could not be written: No space left on device" in out, out
+    assert dist.get_rank() or "waited in vain" not in out, out
+    # The first rank removes what was half-written while the others leave.
+    dist.barrier()
+    assert checkpoints(run) == []
+
+
 def signal_after(run, step):
     while not Path(run, "checkpoints", f"step-{step:08d}").exists():
         time.sleep(0.01)
@@ -204,6 +227,7 @@ def everything_on_two(folder):
     scenarios |= {f"stops {name}": lambda name=name: stops(name, folder) for name in STOPPED}
     if can_mount():
         scenarios |= {f"full disk {name}": lambda name=name: full_disk(name, folder) for name in STOPPED}
+    scenarios |= {f"refusing {name}": lambda name=name: one_rank_cannot_write(name, folder) for name in REFUSING}
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
@@ -261,6 +285,11 @@ def test_a_signal_at_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_
 @pytest.mark.parametrize("name", possible(STOPPED))
 def test_a_full_disk_stops_all_ranks_with_one_error_and_costs_no_whole_checkpoint(two, name):
     assert_passed(two, f"full disk {name}")
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_rank_that_cannot_write_its_part_leaves_no_other_waiting(two, name):
+    assert_passed(two, f"refusing {name}")
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in HANDED_ON if possible([" ".join(pair)])])

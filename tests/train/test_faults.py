@@ -100,14 +100,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert "run_dir='/proc/nowhere/run' cannot be written" in output
 
 
-def hang(seconds_ago):
+def hang(number, seconds_ago):
     """Be signalled twice while the main thread hangs in C code, as in a collective."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         while signals.received is None:
             time.sleep(0.01)
         signals._at -= seconds_ago
-        threading.Thread(target=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), os._exit(3))).start()
+        threading.Thread(target=lambda: (os.kill(os.getpid(), number), time.sleep(1), os._exit(3))).start()
         lock = threading.Lock()
         with lock:
             lock.acquire()
@@ -134,9 +135,35 @@ def status_of(function, *args):
     return process.exitcode
 
 
-@pytest.mark.parametrize(("seconds_ago", "status"), [(0.0, 3), (11.0, 143)])
-def test_a_second_signal_is_an_echo_at_first_and_then_ends_a_rank_at_once(seconds_ago, status):
-    assert status_of(hang, seconds_ago) == status
+@pytest.mark.parametrize(
+    ("number", "seconds_ago", "status"),
+    [
+        (signal.SIGTERM, 0.0, 3),
+        (signal.SIGTERM, 11.0, 143),
+        # A launcher passes a Ctrl-C on within moments; a person presses it again later.
+        (signal.SIGINT, 0.0, 3),
+        (signal.SIGINT, 1.5, 130),
+    ],
+)
+def test_a_second_signal_is_an_echo_at_first_and_then_ends_a_rank_at_once(number, seconds_ago, status):
+    assert status_of(hang, number, seconds_ago) == status
+
+
+def heed():
+    """What nohup made this process ignore stays ignored; SIGTERM is still heard."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signals.received is None:
+            time.sleep(0.01)
+    os._exit(0 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signals.received is signal.SIGTERM else 4)
+
+
+def test_a_run_that_was_started_ignoring_the_terminal_s_end_goes_on_ignoring_it():
+    assert status_of(heed) == 0
 
 
 def test_a_forked_child_ends_by_the_signal_and_does_not_speak_for_its_parent():

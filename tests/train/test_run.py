@@ -50,10 +50,10 @@ def test_a_run_killed_at_a_random_step_then_stopped_by_a_signal_equals_an_undist
     # All the ranks stop where one of them is asked to; a launcher makes 1 of their status 75.
     wait_for_step(process, killed, newest_step(killed) + 1)
     rank = ranks_of(process)[-1]
-    os.kill(rank, signal.SIGUSR1 if world_size == 2 else signal.SIGTERM)
+    os.kill(rank, signal.SIGHUP if world_size == 2 else signal.SIGINT)
     code, output = finish(process)
     assert code == (75 if world_size == 1 else 1), output
-    assert f"stopped by {'SIGUSR1' if world_size == 2 else 'SIGTERM'} at step" in output
+    assert f"stopped by {'SIGHUP' if world_size == 2 else 'SIGINT'} at step" in output
     note = json.loads((killed / "stopped.json").read_text())
     assert note["step"] == newest_step(killed)
     assert Path(note["checkpoint"]).is_dir()
