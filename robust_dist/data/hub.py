@@ -66,8 +66,8 @@ class TableSource:
         return f"{self.name}, row {index}" + (f" ({path})" if path else "")
 
     def fingerprint(self) -> str:
-        """A hash of the labels, of every image's size in bytes, and of the revision."""
-        return fingerprint(self._labels, _sizes(self._images), self.revision)
+        """A hash of the labels and of every image's size in bytes."""
+        return fingerprint(self._labels, _sizes(self._images))
 
     def stretches(self) -> list[Stretch]:
         """The rows of the splits, see `shared_images`."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # Of a folder's images, so many are looked at one by one, and of two parts so many are compared byte by byte.
-LOOKED_AT, COMPARED = 1_000, 16
+LOOKED_AT, COMPARED = 300, 16
 NAMED = 3
 
 

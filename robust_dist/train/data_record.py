@@ -139,11 +139,9 @@ def _part_differences(part: str, here: Record, there: Record) -> list[str]:
     if there.get("images", here["images"]) != here["images"]:
         doing = {"train": "training", "eval": "evaluating"}[part]
         return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]
-    if here.get("revision") != there.get("revision"):
-        return [
-            f"{part}: revision {here.get('revision')} of the Hub here, {there.get('revision')} in the folder; "
-            "data.revision names one"
-        ]
     if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
-        return [f"{part}: {here['name']} has as many images as before, but other names or labels"]
+        ours, theirs = here.get("revision"), there.get("revision")
+        # A commit alone, as of a set's description, changes nothing.
+        moved = f" (the Hub's revision is {ours}, and was {theirs}: set data.revision)" if ours != theirs else ""
+        return [f"{part}: {here['name']} has as many images as before, but other names or labels{moved}"]
     return []

@@ -220,7 +220,7 @@ class Trainer:
         average_buffers(self.bare_model)
         bad_images = self._count_bad_images()
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
-        train_loss = total_loss / (self.loader.samples_per_epoch - bad_images)
+        train_loss = total_loss / max(1, self.loader.samples_per_epoch - bad_images)
         check_finite(train_loss, self.progress.step, self.recipe.optimizer)
         self.unfinished = {
             "epoch": epoch + 1,

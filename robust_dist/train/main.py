@@ -23,7 +23,7 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
-from robust_dist.train.opening import oddities, part_lines, ranks_on_this_cpu, run_line
+from robust_dist.train.opening import part_lines, say_run
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
@@ -71,13 +71,11 @@ def train(
     tick("loading the data", patient=True)
     sets = load_sets(recipe, accelerator)
     warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
-    for line in [*data_lines(sets, recipe.data.keep_on), *part_lines(sets)]:
-        accelerator.print(line)
+    if main:
+        print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", patient=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
-    accelerator.print(run_line(recipe, accelerator, trainer))
-    for warning in [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_on_this_cpu(accelerator))]:
-        accelerator.print(f"warning: {warning}")
+    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, warnings), here=main)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note["data"] = data_notes(sets)
     record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)

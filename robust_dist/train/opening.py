@@ -14,6 +14,7 @@ from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.choose import choose, fused_on_device
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
+from robust_dist.train.launched import cores_here
 from robust_dist.train.optimizers import second_beta
 from robust_dist.train.recipe import Recipe
 
@@ -27,6 +28,15 @@ def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
     train, test = sets
     first = f"train: {_count(len(train), 'image')} of {_classes(train.classes)}, {train.name}{_left_out(train)}"
     return [printable(line) for line in (first, f"eval: {_count(len(test), 'image')}, {test.name}{_left_out(test)}")]
+
+
+def say_run(
+    recipe: Recipe, accelerator: Accelerator, sets: Sequence[LabelledSet], trainer: Any, warnings: Sequence[str]
+) -> None:
+    """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
+    ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    odd = [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
+    print(run_line(recipe, accelerator, trainer), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
 
 
 def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any) -> str:
@@ -65,7 +75,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
         ranks_here: Ranks on this host that share its processor; 0 where they have GPUs.
     """
     train = sets[0]
-    classes, cores = len(train.classes), len(os.sched_getaffinity(0))
+    classes, cores = len(train.classes), cores_here()
     found = []
     if classes == 1:
         found.append(f"there is one class, {train.classes[0]!r}: whatever the model answers is right ({train.name})")
@@ -82,13 +92,6 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
     if ranks_here > cores:
         found.append(f"{ranks_here} ranks share {_count(cores, 'core')} of this host: start no more ranks than cores")
     return found
-
-
-def ranks_on_this_cpu(accelerator: Accelerator) -> int:
-    """Ranks of this host that train on its processor."""
-    if accelerator.device.type != "cpu":
-        return 0
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
 def _steps_needed(recipe: Recipe, total_steps: int) -> int:

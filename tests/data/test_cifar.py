@@ -83,6 +83,72 @@ def test_a_label_outside_the_classes_is_named(small):
         load_with(dataset_class, root, train=False, download=False)
 
 
+def contents(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("name", ["a", "t", "meta"])
+def test_a_file_that_is_not_the_published_one_is_refused_and_left_as_it_is(small, name, download):
+    dataset_class, root = small
+    archive(dataset_class, root, root / "small.tar.gz")
+    write(root / dataset_class.base_folder, name, {**batch(7, 6, dataset_class.key), "label_names": CLASSES})
+    before = contents(root)
+    with pytest.raises(DataError, match=rf"{name} \(not the published file\) in .*Nothing was changed.*data.own_files"):
+        load_with(dataset_class, root, train=True, download=download)
+    assert contents(root) == before
+
+
+def test_own_files_are_trained_on_as_they_are_where_that_is_asked_for(small):
+    dataset_class, root = small
+    labels = [9] * 6
+    write(root / dataset_class.base_folder, "a", {**dataset_class.content["a"], dataset_class.key: labels})
+    before = contents(root)
+    loaded = load_with(dataset_class, root, train=True, download=True, own_files=True)
+    assert loaded.labels.tolist() == labels + dataset_class.content["b"][dataset_class.key]
+    assert contents(root) == before
+
+
+def test_a_missing_file_comes_from_the_archive_beside_own_ones_and_changes_no_other_file(small):
+    dataset_class, root = small
+    folder = root / dataset_class.base_folder
+    archive(dataset_class, root, root / "small.tar.gz")
+    write(folder, "a", {**dataset_class.content["a"], dataset_class.key: [9] * 6})
+    (folder / "notes.txt").write_text("mine")
+    (folder / "t").unlink()
+    before = contents(root)
+    loaded = load_with(dataset_class, root, train=False, download=True, own_files=True)
+    assert loaded.labels.tolist() == dataset_class.content["t"][dataset_class.key]
+    after = contents(root)
+    assert {path: after[path] for path in before} == before
+    assert [path.name for path in after if path not in before] == ["t"]
+
+
+def test_an_archive_of_the_user_s_is_not_written_over(small):
+    dataset_class, root = small
+    archive(dataset_class, root, root / "small.tar.gz")
+    (root / "small.tar.gz").write_bytes(b"mine")
+    (root / dataset_class.base_folder / "t").unlink()
+    with pytest.raises(DataError, match="The download failed"):
+        load_with(dataset_class, root, train=True, download=True)
+    assert (root / "small.tar.gz").read_bytes() == b"mine"
+
+
+def test_own_files_that_are_no_set_are_named(small):
+    dataset_class, root = small
+    (root / dataset_class.base_folder / "a").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match=r"the files in .* cannot be read"):
+        load_with(dataset_class, root, train=True, download=False, own_files=True)
+
+
+def archive(dataset_class, root, path):
+    """Pack the set's folder, and let the class know the archive; no address answers."""
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(root / dataset_class.base_folder, dataset_class.base_folder)
+    dataset_class.url, dataset_class.filename = "http://127.0.0.1:1/none", path.name
+    dataset_class.tgz_md5 = hashlib.md5(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def server(tmp_path_factory):
     """A local web server over an empty folder."""

@@ -1,7 +1,9 @@
 """Fashion-MNIST from plain or recompressed IDX files, wherever they lie."""
 
 import gzip
+import itertools
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,26 @@ def test_a_failed_download_keeps_the_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision_class, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(DataError, match=r"(?s)lacks train-images.*The download failed: .*train-images-idx3-ubyte.gz"):
         load_dataset("fashion_mnist", tmp_path / "data", train=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_download_joins_own_files_and_changes_none(tmp_path, monkeypatch, packed):
+    torchvision_class = pytest.importorskip("torchvision.datasets").FashionMNIST
+    raw = tmp_path / "data/FashionMNIST/raw"
+    write(raw, "train", packed=packed)
+    before = {path.name: path.read_bytes() for path in raw.iterdir()}
+
+    def download(self):
+        for prefix, plain in itertools.product(fashion.COUNTS, (True, False)):
+            write(Path(self.raw_folder), prefix, packed=not plain)
+
+    monkeypatch.setattr(torchvision_class, "download", download)
+    load_dataset("fashion_mnist", tmp_path / "data", train=False)
+    after = {path.name: path.read_bytes() for path in raw.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert sorted(name.removesuffix(".gz") for name in after if name not in before) == sorted(
+        2 * ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])

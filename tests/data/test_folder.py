@@ -67,6 +67,40 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
     assert (source.classes, len(source)) == (("ant", "bee"), 2)
 
 
+def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
+    write_image_folder(tmp_path, [0, 1])
+    for name in (
+        "ant/a.HEIC",
+        "ant/deep/b.heic",
+        "bee/c.jp2",
+        "bee/none",
+        "bee/.hidden.jpg",
+        "loose.jpg",
+        "ant/deep/.d/x",
+    ):
+        put(tmp_path / name)
+    reasons = dict(open_image_folder(tmp_path).left_out)
+    assert reasons == {".heic": 2, ".jp2": 1, "no extension": 1, "hidden": 2, "outside of the class folders": 1}
+    (tmp_path / "clean").mkdir()
+    assert open_image_folder(write_image_folder(tmp_path / "clean", [0, 1])).left_out == ()
+
+
+@pytest.mark.parametrize("parts", [["images"], ["train", "Val"]])
+def test_a_folder_one_level_too_high_is_an_error(tmp_path, parts):
+    for part in parts:
+        write_image_folder(tmp_path / part, [0, 1])
+    with pytest.raises(DataError, match=rf"one folder too high.*{parts[0]}.* the sub-folders 'ant', 'bee'"):
+        open_image_folder(tmp_path)
+
+
+def test_classes_may_have_their_images_in_folders_of_their_own(tmp_path):
+    for name in ("ant/images/1.jpg", "bee/images/1.jpg", "cat/day/1.jpg", "cat/night/1.jpg"):
+        put(tmp_path / name)
+    assert open_image_folder(tmp_path).classes == ("ant", "bee", "cat")
+    put(tmp_path / "one" / "only" / "images" / "1.jpg")
+    assert open_image_folder(tmp_path / "one").classes == ("only",)
+
+
 def test_a_source_is_pickled_without_an_object_a_sample_and_reads_the_same_after_it(tmp_path):
     source = open_image_folder(write_image_folder(tmp_path, LABELS))
     copy = pickle.loads(pickle.dumps(source))

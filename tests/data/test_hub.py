@@ -19,6 +19,7 @@ from robust_dist.data.classes import Names
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.hub import open_hub
+from robust_dist.data.spool import Spool
 from tests.data.tiny_sets import (
     CLASSES,
     encoded,
@@ -465,3 +466,24 @@ def test_the_features_of_a_set_are_known_again_by_datasets(folder):
     (file,) = (folder / "data").glob("validation*")
     table = datasets.Dataset.from_parquet(str(file))
     assert pq.read_schema(file).metadata[b"huggingface"].decode() == metadata(table)["huggingface"]
+
+
+def test_streaming_removes_none_of_the_user_s_files_beside_its_own(tmp_path, folder, monkeypatch):
+    own = tmp_path / "spool" / "saved.arrow"
+    own.parent.mkdir()
+    own.write_bytes(b"mine" * 1_000)
+    monkeypatch.setattr(Spool.__init__, "__defaults__", (None, 1))
+    source = open_hub(str(folder), "train", streaming=True, cache_dir=str(tmp_path / "cache"), spool_dir=own.parent)
+    assert rows(source) == right(LABELS)
+    assert own.read_bytes() == b"mine" * 1_000
+    assert [path.name for path in own.parent.iterdir() if path != own] == ["robust_dist-row-groups"]
+
+
+def test_opening_a_saved_set_changes_nothing_of_its_folder(tmp_path, folder):
+    table = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    table.save_to_disk(tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    source = open_hub(str(tmp_path / "saved"), "train[1:]+validation[:2]")
+    assert rows(source) == right(LABELS)[1:] + right(LABELS)[:2]
+    assert source.fingerprint() != open_hub(str(tmp_path / "saved"), "train").fingerprint()
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == before

@@ -129,12 +129,19 @@ def under_engine(engine, sets, folder):
 
 def too_many_bad(sets, folder):
     """Two of 52 are more than 2 %, whichever of the five come first."""
-    run_dir = f"{folder}/too bad"
-    words = ["--data.root", f"{folder}/bad", "--data.max_bad_share", "0.02"]
+    run_dir, root = f"{folder}/too bad", f"{folder}/bad training images"
+
+    def prepare():
+        shutil.copytree(f"{folder}/bad/train", f"{root}/train")
+        shutil.copytree(f"{sets}/folder/val", f"{root}/val")
+
+    on_first_rank(prepare)
+    words = ["--data.root", root, "--data.max_bad_share", "0.02"]
     out = run("imagefolder", sets, run_dir, *words, fails=True)
     assert dist.get_rank() or "of 52 images could not be read, more than data.max_bad_share=0.02" in out, out
     assert dist.get_rank() or f"{run_dir}/bad_images.txt" in out
     assert Path(run_dir, "metrics.jsonl").read_text() == ""
+    assert 0 < max(steps(run_dir)) < STEPS
     assert 2 <= len(Path(run_dir, "bad_images.txt").read_text().splitlines()) <= BAD
 
 

@@ -1,0 +1,115 @@
+"""What is wrong with a command line, a launcher's file or a model's options is said before anything is built."""
+
+import os
+
+import pytest
+
+from robust_dist.engines.accelerate import EngineError
+from robust_dist.train import launched
+from robust_dist.train.build import build_classifier
+from robust_dist.train.launched import check_launch, gpus_wanted
+from robust_dist.train.main import main
+from robust_dist.train.recipe import ModelConfig, Recipe
+from robust_dist.train.words import check_words
+from tests.train.under_engines import ROOT
+
+CONFIGS = ROOT / "configs" / "accelerate"
+
+
+@pytest.mark.parametrize("words", [[], ["--run_dir", "here"], ["--epochs=3", "--data.root", "images"]])
+def test_a_start_without_a_recipe_lists_the_recipes(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: no recipe is given: name one with --config FILE.yaml" in said
+    assert all(path.name in said for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("--optimizer.lrr", "--optimizer.lr"),
+        ("--optimiser.weight_decay=1", "--optimizer.weight_decay"),
+        ("--lr", "--optimizer.lr"),
+        ("--epoch", "--epochs"),
+        ("--data.rot", "--data.root"),
+    ],
+)
+def test_an_unknown_setting_says_the_nearest_ones(word, near):
+    with pytest.raises(ValueError, match=rf"unknown setting {word.partition('=')[0]}: did you mean .*{near}\b"):
+        check_words(["--config", "r.yaml", word, "1"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config=r.yaml", "--data.train+", "a.tar"],
+        ["--model.name", "resnet8", "--model.options.depth", "3"],
+        ["--data.name", "digits", "--optimizer", "{lr: -1}", "--optimizer.lr", "-1"],
+        ["--help"],
+        ["--print_config"],
+    ],
+)
+def test_what_the_parser_takes_is_let_through(words):
+    check_words(words)
+
+
+def launcher(config, *options):
+    words = ["python", "-m", "accelerate.commands.launch", "--config_file", str(config), *options]
+    return [*words, "launch/train.py", "--config", "R.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("ddp", True), ("cpu", False), ("zero2", False), ("fsdp2", False), ("multinode_ddp", False)]
+)
+def test_a_file_for_the_gpus_of_one_host_is_known(name, wanted):
+    assert bool(gpus_wanted(launcher(CONFIGS / f"{name}.yaml", "--num_processes", "8"))) == wanted
+
+
+def test_what_is_no_launcher_or_no_file_says_nothing(tmp_path):
+    assert gpus_wanted(["python", "-m", "pytest", "--config_file", str(CONFIGS / "ddp.yaml")]) is None
+    assert gpus_wanted(launcher(tmp_path / "absent.yaml")) is None
+    assert gpus_wanted(["accelerate", "launch", "--multi_gpu", "launch/train.py"]) is None
+
+
+def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkeypatch):
+    monkeypatch.setattr(launched.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launched, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    cores = min(8, len(os.sched_getaffinity(0)))
+    command = rf"configs/accelerate/cpu.yaml --num_processes {cores} launch/train.py --config R.yaml$"
+    with pytest.raises(EngineError, match=rf"ddp.yaml is for GPUs .*torch sees no GPU here; 8 ranks .*{command}"):
+        check_launch()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_launch()
+
+
+def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(monkeypatch):
+    monkeypatch.setattr(launched.torch.cuda, "is_available", lambda: False)
+    words = ["/bin/accelerate", "launch", "--num_processes=2", "launch/train.py", "--config", "R.yaml"]
+    monkeypatch.setattr(launched, "_launcher_words", lambda: words)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
+        check_launch()
+    # The recipe's own key says nothing of the launcher.
+    monkeypatch.setattr(launched, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
+    check_launch()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: models start from fresh"),
+        ("resnet18", {"weights": "DEFAULT"}, "model.options.weights='DEFAULT' cannot be set"),
+        ("resnet8", {"pretrained": True}, "model.options.pretrained=True cannot be set"),
+        ("timm/test_vit", {"in_chans": 1}, "model.options.in_chans=1 cannot be set: it follows from the data"),
+        ("resnet18", {"dropuot": 1}, r"model 'resnet18' does not take the options \{'dropuot': 1\}: .*'dropuot'"),
+    ],
+)
+def test_options_that_a_model_cannot_have_are_named_without_a_library_s_words(name, options, message):
+    recipe = Recipe(model=ModelConfig(name=name, options=options))
+    with pytest.raises(ValueError, match=message) as error:
+        build_classifier(recipe, 10, 3)
+    assert "()" not in str(error.value)
