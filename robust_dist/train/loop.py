@@ -134,8 +134,9 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # When they are mended, the run goes on from here.
-                if self.progress.step not in (self.saver.saved, self.resumed_step):
+                # When they are mended, the run goes on from here. Before a step sharded optimizers have no state.
+                begun = self.progress.step > 0 or engine_kind(self.accelerator) == "ddp"
+                if begun and self.progress.step not in (self.saver.saved, self.resumed_step):
                     self._save(refused=True)
                 self.saver.settle()
                 raise
