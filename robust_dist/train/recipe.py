@@ -1,6 +1,7 @@
 """The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -260,6 +261,9 @@ class Recipe:
     profile: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
+        self.run_dir = os.path.expanduser(self.run_dir)
+        wanted = "a folder, below a home that is there where it begins with ~"
+        _require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
         _require_number("epochs", self.epochs, 1)
         _require_number("batch_size", self.batch_size, 1)
         _require_number("accumulation", self.accumulation, 1)
@@ -326,17 +330,19 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
 
+    A recipe is data: nothing that it says is imported or called.
+
     Args:
         args: Command-line words; `sys.argv` where None.
 
     Raises:
-        SystemExit: An unknown key or a wrong type; the message names the key.
-        ValueError: A value out of its range.
+        SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
+        ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
+            of its range.
     """
-    from jsonargparse import auto_cli
+    from robust_dist.train.parse import parse
 
-    usage = "train.py --config FILE.yaml [--run_dir DIR] [--optimizer.lr 0.05 ...]   (--help lists every key)"
-    return cast(Recipe, auto_cli(Recipe, as_positional=False, args=None if args is None else list(args), usage=usage))
+    return cast(Recipe, parse(Recipe, args))
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -1,0 +1,415 @@
+"""The one reader of this package's own YAML and JSON files: plain data, or an error that names file, line and key."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Place = tuple[Any, ...]
+
+MOST_BYTES = 1 << 20
+_MOST_NODES = 50_000
+_MOST_DEPTH = 40
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+)
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+_NULL = ("", "~", "null", "Null", "NULL")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+_JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]')
+
+
+class DocumentError(ValueError):
+    """A file that cannot be read as what it should be; the message names the file, and the line or the key."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file's content.
+
+    Attributes:
+        data: dict, list, str, int, float, bool or None, nested.
+        name: The file, for messages.
+        lines: Where each value's key stands, by its place: a tuple of keys and indices.
+        texts: How the unquoted scalars were written.
+    """
+
+    data: Any
+    name: str
+    lines: dict[Place, int] = field(default_factory=dict)
+    texts: dict[Place, str] = field(default_factory=dict)
+
+    def where(self, place: Place) -> str:
+        """The file and line of a value."""
+        return f"{self.name}, line {self.lines[place]}" if place in self.lines else self.name
+
+
+def read_text(path: str | Path, most: int | None = None) -> str:
+    """The text of a regular file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DocumentError: It is a folder or a device, cannot be read, is too long, or is not UTF-8.
+    """
+    try:
+        # Not to wait for ever where a pipe bears the name.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise DocumentError(f"{path}: is not a regular file")
+            if most is not None and found.st_size > most:
+                raise DocumentError(f"{path}: has {found.st_size} bytes, and at most {most} are read")
+            content = file.read()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DocumentError(f"{path}: cannot be read ({reason})") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DocumentError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+
+
+def read_yaml(path: str | Path) -> Document:
+    """A YAML file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DocumentError: As `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, MOST_BYTES), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Document:
+    """YAML as plain data, with nothing left to chance.
+
+    Refused are keys that stand twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
+    another base than people do: 010 (octal) and 1:30 (base 60).
+
+    Args:
+        text: The YAML; an empty one is None.
+        name: Where it is from, for messages.
+
+    Raises:
+        DocumentError: It is no such YAML.
+    """
+    import yaml
+
+    document = Document(None, name)
+    try:
+        node = _loader()(text).get_single_node()
+        data = None if node is None else _Reader(document).value(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DocumentError(f"{name}{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DocumentError(f"{name}: is no YAML ({_first_line(error)})") from None
+    return dataclasses.replace(document, data=data)
+
+
+@cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "tag", None) is not None:
+                raise yaml.MarkedYAMLError(None, None, f"tags are not taken: {event.tag!r}", event.start_mark)
+            self.depth += 1
+            if self.depth > _MOST_DEPTH:
+                raise yaml.MarkedYAMLError(None, None, f"nested in more than {_MOST_DEPTH} levels", event.start_mark)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Loader
+
+
+class _Reader:
+    """From YAML's nodes to plain data; notes lines and spellings in the document."""
+
+    def __init__(self, document: Document) -> None:
+        self.document, self.nodes = document, 0
+
+    def value(self, node: Any, place: Place) -> Any:
+        self.nodes += 1
+        self.document.lines.setdefault(place, node.start_mark.line + 1)
+        if self.nodes > _MOST_NODES:
+            raise DocumentError(f"{self.document.name}: has more than {_MOST_NODES} values, its aliases written out")
+        if len(place) > _MOST_DEPTH:
+            raise DocumentError(f"{self.document.where(place)}: nested in more than {_MOST_DEPTH} levels")
+        if node.id == "sequence":
+            return [self.value(inner, (*place, index)) for index, inner in enumerate(node.value)]
+        if node.id == "mapping":
+            return self._mapping(node, place)
+        if node.style is not None:
+            return str(node.value)
+        self.document.texts[place] = node.value
+        return scalar(node.value, self.document.where(place))
+
+    def _mapping(self, node: Any, place: Place) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        lines: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            here = f"{self.document.name}, line {line}"
+            if key_node.id != "scalar":
+                raise DocumentError(f"{here}: a key must be a word or a number")
+            key = "<<" if key_node.value == "<<" else self._key(key_node, here)
+            if key in lines:
+                raise DocumentError(
+                    f"{self.document.name}: the key {_dotted((*place, key))!r} stands twice, in lines {lines[key]} and "
+                    f"{line}; leave one"
+                )
+            lines[key] = line
+            if key == "<<" and key_node.style is None:
+                merged = self._merged(value_node, place, here)
+                continue
+            below = (*place, key)
+            self.document.lines[below] = line
+            found[key] = self.value(value_node, below)
+        return merged | found
+
+    def _key(self, node: Any, here: str) -> Any:
+        key = str(node.value) if node.style is not None else scalar(node.value, here)
+        # A number equal to a bool, or a NaN that equals nothing, would not be found again.
+        return str(node.value) if isinstance(key, bool) or key != key else key
+
+    def _merged(self, node: Any, place: Place, here: str) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        for one in node.value if node.id == "sequence" else [node]:
+            if one.id != "mapping":
+                raise DocumentError(f"{here}: << takes a mapping, or a list of them")
+            self.nodes += 1
+            merged = self._mapping(one, place) | merged
+        return merged
+
+
+def scalar(text: str, where: str = "") -> Any:
+    """What an unquoted word of YAML is: None, bool, int, float or str.
+
+    Raises:
+        DocumentError: 010 or 1:30, which YAML 1.1 reads in another base; or too large a number.
+    """
+    if text in _NULL:
+        return None
+    if text.lower() in _TRUE + _FALSE and text in (text.lower(), text.upper(), text.capitalize()):
+        return text.lower() in _TRUE
+    before = f"{where}: " if where else ""
+    if _OCTAL.fullmatch(text) or _BASE_60.fullmatch(text):
+        base = "octal" if ":" not in text else "base 60"
+        raise DocumentError(
+            f"{before}{text} is a number in {base} to YAML 1.1 and something else to people; write the number in "
+            "decimal, or quote it as text"
+        )
+    if _INT.fullmatch(text):
+        try:
+            return int(text.replace("_", ""), 0)
+        except ValueError:
+            raise DocumentError(f"{before}{reprlib.repr(text)} is too long a number, or none") from None
+    if _FLOAT.fullmatch(text):
+        number = float(re.sub(r"\.(?=inf|nan)", "", text.replace("_", "").lower()))
+        if math.isinf(number) and "inf" not in text.lower():
+            raise DocumentError(f"{before}{reprlib.repr(text)} is too large a number")
+        return number
+    return text
+
+
+def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> Any:
+    """A JSON file of a known shape.
+
+    Args:
+        path: The file.
+        kind: A type hint, or a dataclass whose fields the object has: what is checked, and what is returned.
+        most: Bytes that it may have.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DocumentError: It is torn, or of another shape.
+    """
+    return parse_json(read_text(path, most), str(path), kind)
+
+
+def parse_json(text: str, name: str, kind: Any = Any) -> Any:
+    """JSON of a known shape; keys that stand twice are an error.
+
+    Args:
+        text: The JSON.
+        name: Where it is from, for messages.
+        kind: As `read_json`.
+
+    Raises:
+        DocumentError: It is torn, or of another shape.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_object)
+        return data if kind is Any else typed(data, kind, name)
+    except _TwiceError as error:
+        raise DocumentError(f"{name}: {_both_lines(text, str(error))}") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{name}, line {error.lineno}: is no whole JSON ({error.msg})") from None
+    except RecursionError:
+        raise DocumentError(f"{name}: is nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError(f"{name}: {_first_line(error)}") from None
+
+
+class _TwiceError(Exception):
+    """A key that stands twice in an object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def _both_lines(text: str, key: str) -> str:
+    """Where the first object that has a key twice has it."""
+    open_objects: list[dict[str, int]] = []
+    before, at = "", 0
+    for token in _JSON_TOKEN.finditer(text):
+        word = token.group()
+        if word in "{[":
+            open_objects.append({})
+        elif word in "}]" and open_objects:
+            open_objects.pop()
+        elif word == ":" and open_objects and before.startswith('"'):
+            found, line = json.loads(before, strict=False), text.count("\n", 0, at) + 1
+            if found in open_objects[-1]:
+                return f"the key {found!r} stands twice, in lines {open_objects[-1][found]} and {line}; leave one"
+            open_objects[-1][found] = line
+        before, at = word, token.start()
+    return f"the key {key!r} stands twice"
+
+
+def typed(value: Any, hint: Any, where: str) -> Any:
+    """A plain value as a type hint says: ints become floats, lists tuples, dicts dataclasses; nothing else changes.
+
+    Keys that a dataclass does not know are left out, so that files of later versions can be read.
+
+    Args:
+        value: Of YAML or JSON.
+        hint: bool, int, float, str, None, Any, Literal, a union, list, tuple, dict or a dataclass of such.
+        where: The key, for the message.
+
+    Raises:
+        DocumentError: It is of another type.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _one_of(value, hint, inner, where)
+    if origin is Literal:
+        _require(any(value == one and type(value) is type(one) for one in inner), value, hint, where)
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _filled(value, hint, where)
+    if origin in (list, tuple):
+        return _listed(value, hint, origin, inner, where)
+    if origin is dict or hint is dict:
+        _require(isinstance(value, Mapping), value, hint, where)
+        kinds = inner or (Any, Any)
+        return {typed(k, kinds[0], f"a key of {where}"): typed(v, kinds[1], f"{where}.{k}") for k, v in value.items()}
+    return _leaf(value, hint, where)
+
+
+def _leaf(value: Any, hint: Any, where: str) -> Any:
+    kind = type(None) if hint is None else hint
+    if kind is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            _require(False, value, hint, where)
+    _require(type(value) is kind, value, hint, where)
+    return value
+
+
+def _one_of(value: Any, hint: Any, inner: tuple[Any, ...], where: str) -> Any:
+    # The exact type first: 1 is an int before it is a float.
+    for one in sorted(inner, key=lambda one: one is not type(value)):
+        try:
+            return typed(value, one, where)
+        except DocumentError:
+            continue
+    _require(False, value, hint, where)
+
+
+def _listed(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...], where: str) -> Any:
+    _require(isinstance(value, (list, tuple)), value, hint, where)
+    if origin is tuple and inner[-1] is not Ellipsis:
+        _require(len(value) == len(inner), value, hint, where)
+        return tuple(typed(one, kind, f"{where}[{i}]") for i, (one, kind) in enumerate(zip(value, inner, strict=True)))
+    return origin(typed(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
+
+
+def _filled(value: Any, hint: Any, where: str) -> Any:
+    _require(isinstance(value, Mapping), value, hint, where)
+    hints, given = get_type_hints(hint), {}
+    for one in dataclasses.fields(hint):
+        if one.name in value:
+            given[one.name] = typed(value[one.name], hints[one.name], f"{where}: {one.name}")
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise DocumentError(f"{where}: {one.name!r} is missing")
+    return hint(**given)
+
+
+def _require(ok: bool, value: Any, hint: Any, where: str) -> None:
+    if not ok:
+        raise DocumentError(f"{where}={reprlib.repr(value)} is not valid: it must be {described(hint)}")
+
+
+def described(hint: Any) -> str:
+    """A type hint in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(described(one) for one in inner)
+    if origin is Literal:
+        return " or ".join(str(one) for one in inner)
+    if origin is list:
+        return f"a list, each {described(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {described(inner[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    return "null" if hint in (None, type(None)) else words.get(hint, str(hint))
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(str(part) for part in place)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
