@@ -211,6 +211,26 @@ class _Reader:
         return merged
 
 
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back the same: text that looks like a number is quoted."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: Any, text: str) -> Any:
+        try:
+            plain = scalar(text) == text
+        except DocumentError:
+            plain = False
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+    Dumper.add_representer(str, represent)
+    # No alias where two values are one object.
+    Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
 def scalar(text: str, where: str = "") -> Any:
     """What an unquoted word of YAML is: None, bool, int, float or str.
 

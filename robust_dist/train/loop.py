@@ -15,6 +15,7 @@ from robust_dist.checkpoint import CheckpointStore, note_parameters
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
+from robust_dist.private import hidden
 from robust_dist.train.agree import attempt
 from robust_dist.train.bad_images import BadImages, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
@@ -252,7 +253,7 @@ class Trainer:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
         metadata = {
-            "recipe": recipe_dict(self.recipe),
+            "recipe": hidden(recipe_dict(self.recipe)),
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
@@ -286,5 +287,8 @@ class Trainer:
             accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
             for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
                 accelerator.print(line)
-        step = self.progress.step
-        attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)
+        step, each = self.progress.step, self.loader.steps_per_epoch
+        for line in (
+            attempt(accelerator, lambda: self.folder.rewind(step, each), here=accelerator.is_main_process) or ()
+        ):
+            accelerator.print(f"warning: {line}")

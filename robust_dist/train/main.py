@@ -22,6 +22,7 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
+from robust_dist.train.metrics import last_row
 from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.recipe import Recipe, parse_recipe
@@ -115,8 +116,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         sys.exit(_fail(error, rank))
     if rank.number == 0:
-        last = rows[-1]
-        print(f"\naccuracy {last['eval_accuracy']:.2%} on {last['eval_samples']} held-out images of {recipe.data.name}")
+        last = last_row(rows, recipe.epochs)
+        if last is None:
+            print("\nfinished; metrics.jsonl has no row of the last epoch, hence no accuracy to show")
+        else:
+            seen = f"{last['eval_samples']} held-out images of {recipe.data.name}"
+            print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
         print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
 
 

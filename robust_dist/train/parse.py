@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from robust_dist.documents import Document, DocumentError, Place, parse_yaml, read_yaml, scalar, typed
+from robust_dist.private import HIDDEN, without_hidden
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -147,14 +148,16 @@ class Settings:
             try:
                 if name in self.keys.mappings:
                     check_plain(value, name, where)
-                    found[name] = typed(value, dict[str, Any], name)
+                    found[name] = without_hidden(typed(value, dict[str, Any], name))
                 else:
                     found[name] = self._checked(name, value)
+                if HIDDEN in str(found[name]):
+                    raise DocumentError(f"{name} has {HIDDEN} for a password in a URL; give the whole URL again")
             except _CodeError:
                 raise
             except DocumentError as error:
                 said = str(error)
-                self.problems.append(said if where == f"--{name}" else f"{where}: {said}")
+                self.problems.append(said if where in (name, f"--{name}") else f"{where}: {said}")
         if self.problems:
             raise SettingsError("\n  ".join(self.problems))
         return _build(self.kind, found)
@@ -246,6 +249,12 @@ def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
         again = parse_yaml(value, document.where(place)).data
         return _fitted(Document(again, document.name), (), again, hint) if isinstance(again, list) else again
     return value
+
+
+def fitted(kind: type, document: Document, place: Place, value: Any, key: str) -> Any:
+    """A value of a document as a key of the recipe's class takes it; see `Settings.set`."""
+    hint = keys_of(kind).values.get(key)
+    return value if hint is None else _fitted(document, place, value, hint)
 
 
 def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
