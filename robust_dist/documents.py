@@ -293,7 +293,8 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
     except _TwiceError as error:
         raise DocumentError(f"{name}: {_both_lines(text, str(error))}") from None
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{name}, line {error.lineno}: is no whole JSON ({error.msg})") from None
+        line = f", in line {error.lineno}" if "\n" in text.strip() else ""
+        raise DocumentError(f"{name} is no JSON: {error.msg}{line}") from None
     except RecursionError:
         raise DocumentError(f"{name}: is nested too deeply") from None
     except ValueError as error:

@@ -1,7 +1,6 @@
 """What a DeepSpeed JSON says of optimizer and schedule, checked before an engine is built from it."""
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from robust_dist.documents import read_json
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.settings import DEFAULTS, check_group
 from robust_dist.schedule import deepspeed_params
@@ -74,11 +74,7 @@ def _error(setting: str, value: Any, advice: str) -> ValueError:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        loaded = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    loaded = read_json(path)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; a DeepSpeed JSON is an object")
     return loaded

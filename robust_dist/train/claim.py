@@ -234,7 +234,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text(path: Path | None) -> str:
     noted = _read(path) if path is not None else {}
-    return f"pid {noted['pid']} on {noted['host'].partition('/')[0]}" if "pid" in noted else "another process"
+    return f"pid {noted['pid']} on {str(noted.get('host')).partition('/')[0]}" if "pid" in noted else "another process"
 
 
 def _number(path: Path | None) -> int:

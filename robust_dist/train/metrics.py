@@ -44,8 +44,7 @@ def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
             typed(row, _Row, f"line {number}")
             rows.append(row)
         except DocumentError as error:
-            reason = str(error).removeprefix(f"line {number}, line 1: ").removeprefix(f"line {number}: ")
-            faults.append((f"line {number}: {reason}", line))
+            faults.append((str(error), line))
     return rows, faults
 
 
