@@ -44,12 +44,14 @@ class Document:
         name: The file, for messages.
         lines: Where each value's key stands, by its place: a tuple of keys and indices.
         texts: How the unquoted scalars were written.
+        doubts: Why a scalar, such as 010, is no number that everybody reads the same; only where they were asked for.
     """
 
     data: Any
     name: str
     lines: dict[Place, int] = field(default_factory=dict)
     texts: dict[Place, str] = field(default_factory=dict)
+    doubts: dict[Place, str] = field(default_factory=dict)
 
     def where(self, place: Place) -> str:
         """The file and line of a value."""
@@ -91,17 +93,21 @@ def read_text(path: str | Path, most: int | None = None) -> str:
         raise DocumentError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
-def read_yaml(path: str | Path) -> Document:
+def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
     """A YAML file.
+
+    Args:
+        path: The file.
+        doubts: As `parse_yaml`.
 
     Raises:
         FileNotFoundError: There is none.
         DocumentError: As `read_text` and `parse_yaml`.
     """
-    return parse_yaml(read_text(path, MOST_BYTES), str(path))
+    return parse_yaml(read_text(path, MOST_BYTES), str(path), doubts=doubts)
 
 
-def parse_yaml(text: str, name: str) -> Document:
+def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
     """YAML as plain data, with nothing left to chance.
 
     Refused are keys that stand twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
@@ -110,6 +116,7 @@ def parse_yaml(text: str, name: str) -> Document:
     Args:
         text: The YAML; an empty one is None.
         name: Where it is from, for messages.
+        doubts: Keep such numbers as text, and note them: the caller knows where text is wanted.
 
     Raises:
         DocumentError: It is no such YAML.
@@ -119,7 +126,7 @@ def parse_yaml(text: str, name: str) -> Document:
     document = Document(None, name)
     try:
         node = _loader()(text).get_single_node()
-        data = None if node is None else _Reader(document).value(node, ())
+        data = None if node is None else _Reader(document, doubts).value(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -153,8 +160,8 @@ def _loader() -> Any:
 class _Reader:
     """From YAML's nodes to plain data; notes lines and spellings in the document."""
 
-    def __init__(self, document: Document) -> None:
-        self.document, self.nodes = document, 0
+    def __init__(self, document: Document, doubts: bool) -> None:
+        self.document, self.doubts, self.nodes = document, doubts, 0
 
     def value(self, node: Any, place: Place) -> Any:
         self.nodes += 1
@@ -170,7 +177,13 @@ class _Reader:
         if node.style is not None:
             return str(node.value)
         self.document.texts[place] = node.value
-        return scalar(node.value, self.document.where(place))
+        try:
+            return scalar(node.value, self.document.where(place))
+        except DocumentError as error:
+            if not self.doubts:
+                raise
+            self.document.doubts[place] = str(error)
+            return str(node.value)
 
     def _mapping(self, node: Any, place: Place) -> dict[Any, Any]:
         found: dict[Any, Any] = {}

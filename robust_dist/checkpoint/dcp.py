@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from robust_dist.checkpoint import dcp_metadata
-from robust_dist.checkpoint.dcp_metadata import METADATA, plain_reading
+from robust_dist.checkpoint.dcp_metadata import METADATA, plain_failures, plain_reading
 from robust_dist.checkpoint.names import bare
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
@@ -71,7 +71,7 @@ def load_flat(folder: Path) -> dict[str, Any]:
             flat[key] = None
             if isinstance(entry, TensorStorageMetadata):
                 flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with plain_reading():
+        with plain_reading(), plain_failures(folder):
             _alone(load, flat, storage_reader=FileSystemReader(folder), planner=planner)
     except Exception as error:
         raise CheckpointError(f"{folder}: could not be read: torn, or not of plain values ({error})") from None

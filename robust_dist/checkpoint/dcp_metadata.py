@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -82,6 +83,24 @@ class _Pickle:
     """In place of the module `pickle` where torch reads and writes `.metadata`."""
 
     dump, dumps, load = staticmethod(pickle.dump), staticmethod(pickle.dumps), staticmethod(_load)
+
+
+@contextmanager
+def plain_failures(folder: str | Path) -> Iterator[None]:
+    """Inside, what DCP's `save` or `load` raises is an Exception: its own is none, and passes every `except Exception`.
+
+    Args:
+        folder: What is written or read, for the message.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        one = next((cause for cause in causes.values() if isinstance(cause, OSError)), None)
+        if one is not None:
+            raise one from None
+        said = "; ".join(f"rank {rank}: {(str(x) or type(x).__name__).splitlines()[0]}" for rank, x in causes.items())
+        raise CheckpointError(f"{folder}: {said}") from None
 
 
 @contextmanager

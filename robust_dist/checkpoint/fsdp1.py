@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import default_planner
 
-from robust_dist.checkpoint.dcp_metadata import plain_reading
+from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import CheckpointError
 
@@ -35,7 +35,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     Raises:
         CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
     """
-    with plain_reading(), _plain_objects():
+    with plain_reading(), plain_failures(folder), _plain_objects():
         if _is_sharded_fsdp1(accelerator):
             for optimizer in accelerator._optimizers:
                 make_state(optimizer)

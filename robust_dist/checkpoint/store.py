@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.documents import DocumentError, parse_json, read_json, read_text
+from robust_dist.private import has_options
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -246,7 +247,7 @@ class CheckpointStore:
         for note in partial.glob(f"{PART}*"):
             note.unlink()
         manifest = Manifest(FORMAT, step, {name: (size, crc) for name, (size, crc) in files.items()}, metadata)
-        write_atomically(partial / MANIFEST, manifest.text())
+        write_atomically(partial / MANIFEST, manifest.text(), private=has_options(metadata.get("recipe")))
         self.guard()
         self._discard(final)
         os.replace(partial, final)

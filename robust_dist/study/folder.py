@@ -99,7 +99,8 @@ class StudyFolder:
 
     def write_result(self, run: Run, result: Result) -> None:
         """Note a finished run."""
-        write_atomically(self.make("results", run, ".json"), json.dumps(vars(result), indent=1) + "\n")
+        text = json.dumps(vars(result), indent=1) + "\n"
+        write_atomically(self.make("results", run, ".json"), text, private=has_options(result.recipe))
         self.of("failed", run, ".json").unlink(missing_ok=True)
 
     def write_failure(self, run: Run, failure: Failure) -> None:

@@ -59,10 +59,10 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
     return study, _recipes(study.cells(), base, shared, path)
 
 
-def _read(path: Path) -> Document:
+def _read(path: Path, *, doubts: bool = False) -> Document:
     advice = "give a study's YAML file, as those of configs/studies"
     try:
-        return read_yaml(path)
+        return read_yaml(path, doubts=doubts)
     except FileNotFoundError:
         raise StudyError(f"{path}: there is no such file; {advice}") from None
     except DocumentError as error:
@@ -174,7 +174,7 @@ def _shared(document: Document, axes: tuple[Axis, ...], path: Path) -> tuple[Doc
     twice = [key for axis in axes for places in axis.settings for key in places if key in settings]
     if twice:
         raise StudyError(f"{path}: {twice[0]!r} is set for all cells and by an axis, too")
-    return _read(base), _QUIET | settings
+    return _read(base, doubts=True), _QUIET | settings
 
 
 def _budget(budget: Any, axes: tuple[Axis, ...], settings: dict[str, Any], path: Path) -> dict[str, Any]:

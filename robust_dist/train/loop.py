@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters
+from robust_dist.checkpoint.dcp_metadata import plain_failures
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
@@ -264,7 +265,8 @@ class Trainer:
         self.saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
+        with plain_failures(folder):
+            self.accelerator.save_state(str(folder))
         if engine_kind(self.accelerator) == "ddp":
             # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
             note_parameters(folder, self.model, self.optimizer)

@@ -66,7 +66,7 @@ class Settings:
             DocumentError: It is missing, no YAML, or has a key twice.
         """
         try:
-            document = read_yaml(path)
+            document = read_yaml(path, doubts=True)
         except FileNotFoundError:
             raise DocumentError(f"--config {path}: there is no such file") from None
         self.take(document, document.data, (), "")
@@ -109,8 +109,10 @@ class Settings:
         if name in self.keys.values:
             self._note(name, _fitted(document, place, value, self.keys.values[name]), where)
         elif name in self.keys.mappings:
+            _refuse_doubts(document, place)
             self._note(name, {} if value is None else value, where)
         elif owner is not None:
+            _refuse_doubts(document, place)
             self._set_below(owner, name, value, where)
         else:
             near = get_close_matches(name, [*self.keys.values, *self.keys.mappings, *self.keys.sections], n=1)
@@ -245,6 +247,7 @@ def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
     text = document.texts.get(place)
     if text is not None and value is not None and _takes_text(hint, text):
         return text
+    _refuse_doubts(document, place)
     if isinstance(value, str) and hint is not Any and not _takes_text(hint, value):
         again = parse_yaml(value, document.where(place)).data
         return _fitted(Document(again, document.name), (), again, hint) if isinstance(again, list) else again
@@ -255,6 +258,12 @@ def fitted(kind: type, document: Document, place: Place, value: Any, key: str) -
     """A value of a document as a key of the recipe's class takes it; see `Settings.set`."""
     hint = keys_of(kind).values.get(key)
     return value if hint is None else _fitted(document, place, value, hint)
+
+
+def _refuse_doubts(document: Document, place: Place) -> None:
+    for at, why in document.doubts.items():
+        if at[: len(place)] == place:
+            raise DocumentError(why)
 
 
 def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
