@@ -1,5 +1,6 @@
 """Optuna's journal, from which workers take the next run."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._states = optuna, optuna.trial.TrialState
         self._study, self._runs = study, {run.name: run for run in study.runs()}
-        _check(path)
+        lock = optuna.storages.journal.JournalFileSymlinkLock(str(path))
+        _check(path, lock)
         try:
-            backend = optuna.storages.journal.JournalFileBackend(str(path))
+            backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
             self._storage = optuna.storages.JournalStorage(backend)
             self._optuna_study = optuna.create_study(
                 storage=self._storage, study_name=study.name, direction="maximize", load_if_exists=True
@@ -107,10 +109,21 @@ class Queue:
         return [(name, trial) for name, trial in named if name in self._runs]
 
 
-def _check(path: Path) -> None:
-    """Refuse a journal with a line that is no JSON, but for a last one that a killed worker left."""
+def _check(path: Path, lock: Any) -> None:
+    """Refuse a journal with a line that is no JSON, and cut off a last one that a killed worker did not end.
+
+    Optuna would write the next line behind it, and never read the two again.
+    """
     try:
         lines = read_text(path).split("\n")
+        if lines[-1]:
+            # Not while another worker writes it.
+            lock.acquire()
+            try:
+                lines = read_text(path).split("\n")
+                os.truncate(path, path.stat().st_size - len(lines[-1].encode()))
+            finally:
+                lock.release()
     except FileNotFoundError:
         return
     except DocumentError as error:
