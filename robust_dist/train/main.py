@@ -118,7 +118,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if rank.number == 0:
         last = last_row(rows, recipe.epochs)
         if last is None:
-            print("\nfinished; metrics.jsonl has no row of the last epoch, hence no accuracy to show")
+            print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
         else:
             seen = f"{last['eval_samples']} held-out images of {recipe.data.name}"
             print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from robust_dist.documents import Document, DocumentError, Place, parse_yaml, read_yaml, scalar, typed
-from robust_dist.private import HIDDEN, without_hidden
+from robust_dist.documents import Document, DocumentError, Place, dump_yaml, parse_yaml, read_yaml, scalar, typed
+from robust_dist.private import HIDDEN, hidden, without_hidden
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -297,21 +297,27 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
         words: `sys.argv`'s where None.
 
     Raises:
-        SystemExit: Unknown keys or wrong types, which stderr names; or `--help`.
+        SystemExit: Unknown keys or wrong types, which stderr names; or `--help`, `--print_config`.
         ValueError: A file that is no recipe, options that name code, or values out of range.
     """
     words = sys.argv[1:] if words is None else list(words)
     parser = _parser(kind, words)
-    settings = Settings(kind)
-    for name, raw in getattr(parser.parse_args(words), "given", []):
+    settings, found = Settings(kind), parser.parse_args(words)
+    for name, raw in getattr(found, "given", []):
         if name == "config":
             settings.read(raw)
         else:
             settings.word(name, raw)
     try:
-        return settings.recipe()
+        recipe = settings.recipe()
     except SettingsError as error:
         parser.error(str(error))
+    if getattr(found, "print_config", False):
+        from robust_dist.train.recipe import recipe_dict
+
+        print(dump_yaml(hidden(recipe_dict(recipe))), end="")
+        parser.exit()
+    return recipe
 
 
 class _Collect(argparse.Action):
@@ -327,6 +333,7 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
     )
     options: dict[str, Any] = {"action": _Collect}
     parser.add_argument("--config", metavar="FILE", help="a recipe in YAML; keys after it change it", **options)
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe, and stop")
     keys = keys_of(kind)
     _add_options(parser, kind, "", options)
     for name, section in keys.sections.items():

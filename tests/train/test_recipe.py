@@ -8,7 +8,7 @@ import yaml
 
 from robust_dist.documents import dump_yaml
 from robust_dist.private import HIDDEN, hidden, hidden_words
-from robust_dist.train.recipe import Recipe, conflicts, load_recipe, parse_recipe, recipe_dict
+from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
 
 RECIPES = sorted(Path(__file__).parents[2].glob("configs/recipes/*.yaml"))
 
@@ -283,3 +283,16 @@ def test_a_secret_is_given_again_and_makes_no_other_run(tmp_path):
     assert (again.tracking.options, again.model.options) == ({"tensorboard": {}}, {})
     assert conflicts(recipe_dict(again), hidden(recipe_dict(recipe))) == []
     assert conflicts(recipe_dict(recipe), hidden(recipe_dict(recipe))) == []
+
+
+def test_the_whole_recipe_can_be_printed_and_every_key_has_its_help(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_recipe(["--epochs", "7", "--print_config"])
+    path = tmp_path / "r.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert load_recipe(path) == Recipe(epochs=7)
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{key} " in said for key in flatten(recipe_dict(Recipe())))
