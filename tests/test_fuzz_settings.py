@@ -151,7 +151,7 @@ def test_a_damaged_recipe_is_a_named_error_or_says_what_a_plain_reader_reads(fuz
     def check(content, changes):
         return check_recipe(damaged(content, changes))
 
-    fuzz(check, st.sampled_from(RECIPES), CHANGES, few=60)
+    fuzz(check, st.sampled_from(RECIPES), CHANGES, few=30)
 
 
 SCALARS = st.one_of(
@@ -189,7 +189,7 @@ def test_a_key_with_any_value_is_a_named_error_or_that_value(fuzz):
     def check(pairs):
         return check_recipe("".join(f"{key}: {text}\n" for key, text in pairs).encode("utf-8", "surrogatepass"))
 
-    fuzz(check, st.lists(PAIRS, max_size=3), few=60)
+    fuzz(check, st.lists(PAIRS, max_size=3), few=30)
 
 
 def test_a_command_line_is_a_named_error_or_what_it_says(fuzz):
@@ -207,7 +207,7 @@ def test_a_command_line_is_a_named_error_or_what_it_says(fuzz):
             assert under or key == "run_dir" or ours == raw or agrees(ours, parse_yaml(raw, "").data), (key, ours, raw)
         return "right"
 
-    fuzz(check, st.lists(st.tuples(PAIRS, st.booleans()), max_size=3), st.lists(SCALARS, max_size=1), few=60)
+    fuzz(check, st.lists(st.tuples(PAIRS, st.booleans()), max_size=3), st.lists(SCALARS, max_size=1), few=30)
 
 
 def test_nothing_that_a_recipe_names_is_imported(fuzz):
@@ -231,7 +231,7 @@ def test_nothing_that_a_recipe_names_is_imported(fuzz):
         check,
         st.sampled_from([b"class_path: %s\n", b"{class_path: %s}", b"[{a: {class_path: %s, init_args: {}}}]"]),
         KEYS,
-        few=40,
+        few=25,
     )
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_deepspeed_json_is_a_named_error_or_without_fault(fuzz):
             assert all(len(set(keys)) == len(keys) for keys in pairs)
             return "right"
 
-    fuzz(check, st.sampled_from(JSONS), CHANGES, few=40)
+    fuzz(check, st.sampled_from(JSONS), CHANGES, few=25)
 
 
 def test_a_damaged_manifest_is_passed_over_for_the_good_checkpoint_before(fuzz):
@@ -288,7 +288,7 @@ def test_a_damaged_manifest_is_passed_over_for_the_good_checkpoint_before(fuzz):
             assert (found.step, found.metadata) == (8, whole["metadata"])
             return "right"
 
-    fuzz(check, CHANGES, few=40)
+    fuzz(check, CHANGES, few=25)
 
 
 ROWS = "".join(
@@ -318,7 +318,7 @@ def test_no_row_is_lost_and_what_is_odd_is_said(fuzz):
             assert notes or [row["step"] for row in kept] == list(range(12, 12 * epochs + 1, 12))
             return "right"
 
-    fuzz(check, CHANGES, st.integers(0, 5), few=40)
+    fuzz(check, CHANGES, st.integers(0, 5), few=25)
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +358,7 @@ def test_damaged_files_of_a_run_are_named_errors(fuzz, homes):
                 assert before in (place / "run" / "environment.damaged.json").read_bytes()
             return "right" if error is None else "named"
 
-    fuzz(check, st.sampled_from(files), CHANGES, few=40)
+    fuzz(check, st.sampled_from(files), CHANGES, few=25)
 
 
 def test_damaged_files_of_a_study_are_named_errors(fuzz, homes):
@@ -384,7 +384,7 @@ def test_damaged_files_of_a_study_are_named_errors(fuzz, homes):
             assert all(error is None or str(place / "study") in error for error in errors)
             return "named" if any(errors) else "right"
 
-    fuzz(check, st.sampled_from(files), CHANGES, few=40)
+    fuzz(check, st.sampled_from(files), CHANGES, few=25)
 
 
 @pytest.fixture(scope="module")
@@ -404,4 +404,4 @@ def test_a_damaged_dcp_folder_is_a_named_error_and_runs_nothing(fuzz, metadata):
             assert found is not None or str(place / ".metadata") in error
             return "right" if error is None else "named"
 
-    fuzz(check, CHANGES, few=60)
+    fuzz(check, CHANGES, few=30)
