@@ -29,7 +29,7 @@ class StudyFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @property
     def journal(self) -> Path:

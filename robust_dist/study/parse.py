@@ -1,6 +1,7 @@
 """A study's YAML file, checked to the last cell before anything runs."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _paper(data: Any, axes: tuple[Axis, ...], path: Path) -> dict[tuple[str, ...
 def _shared(document: Document, axes: tuple[Axis, ...], path: Path) -> tuple[Document, dict[str, Any]]:
     """What all cells share: the base recipe, and settings from `set` and the budget."""
     data = document.data
-    base = path.parent / data["base"]
+    base = path.parent / os.path.expanduser(data["base"])
     if not base.is_file():
         raise StudyError(f"{path}: base={data['base']!r} is no file beside it ({base})")
     settings = _row(document, ("set",), data.get("set"), f"{path}: set", moves_weights=False)

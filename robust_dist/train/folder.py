@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -87,10 +87,10 @@ class RunFolder:
     def stop_note(self) -> dict[str, Any]:
         """What `stopped.json` says; empty where no signal stopped the run."""
         try:
-            note: dict[str, Any] = read_json(self.path / STOPPED, dict[str, Any])
+            note: _Stop = read_json(self.path / STOPPED, _Stop)
         except (OSError, ValueError):
             return {}
-        return note
+        return vars(note)
 
     def _claim_for(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         self._check_is_run_or_empty()
@@ -224,6 +224,17 @@ class RunFolder:
             starts = []
         text = json.dumps({"starts": [*starts, environment]}, indent=1) + "\n"
         write_atomically(path, text, private=private)
+
+
+@dataclass
+class _Stop:
+    """What `stopped.json` holds."""
+
+    signal: str
+    step: int
+    total_steps: int
+    checkpoint: str
+    launchers: list[str] = field(default_factory=list)
 
 
 @dataclass
