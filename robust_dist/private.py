@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from robust_dist.documents import DocumentError, parse_yaml
+from robust_dist.documents import DocumentError
+from robust_dist.yaml_file import parse_yaml
 
 HIDDEN = "(hidden)"
 _WORDS = {"apikey", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password", "pwd"}

@@ -24,7 +24,6 @@ from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
 from robust_dist.checkpoint.dcp_metadata import read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.documents import dump_yaml, parse_yaml, scalar
 from robust_dist.engines.deepspeed_config import check_config
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import study_dict, study_from_dict
@@ -37,6 +36,7 @@ from robust_dist.train.folder import RunFolder
 from robust_dist.train.metrics import read_rows
 from robust_dist.train.parse import keys_of
 from robust_dist.train.recipe import Recipe, flatten, load_recipe, parse_recipe, recipe_dict
+from robust_dist.yaml_file import dump_yaml, parse_yaml, scalar
 from tests.damage import CHANGES, SNIPPETS, damaged
 from tests.study.studies import result
 

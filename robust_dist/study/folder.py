@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robust_dist.checkpoint import write_atomically
-from robust_dist.documents import DocumentError, dump_yaml, read_json, read_yaml
+from robust_dist.documents import DocumentError, read_json
 from robust_dist.private import has_options, hidden
 from robust_dist.study.grid import Axis, Run, Study, study_dict, study_from_dict
 from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Failure, Result
 from robust_dist.train.recipe import conflicts
+from robust_dist.yaml_file import dump_yaml, read_yaml
 
 T = TypeVar("T")
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust_dist.documents import Document, DocumentError, Place, read_yaml
+from robust_dist.documents import DocumentError
 from robust_dist.study.grid import Axis, Cell, Study
 from robust_dist.study.keys import StudyError, check_key, label_of
 from robust_dist.train.optimizers import check_fits
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.yaml_file import Document, Place, read_yaml
 
 _KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper")
 _MOST_CELLS = 10_000

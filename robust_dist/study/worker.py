@@ -12,7 +12,6 @@ from multiprocessing.process import BaseProcess
 from typing import IO, Any
 
 from robust_dist.checkpoint import write_atomically
-from robust_dist.documents import dump_yaml
 from robust_dist.private import has_options, hidden
 from robust_dist.study import claims
 from robust_dist.study.child import GRACE_SECONDS, Launcher
@@ -24,6 +23,7 @@ from robust_dist.study.outcome import Result, judge
 from robust_dist.study.queue import Queue
 from robust_dist.train.parse import keys_of
 from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.yaml_file import dump_yaml
 
 POLL_SECONDS = 0.5
 # How often a worker without a run looks whether another's has died: it costs a file or two a run.

@@ -365,7 +365,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
             of its range.
     """
-    from robust_dist.train.parse import parse
+    from robust_dist.train.command_line import parse
 
     return cast(Recipe, parse(Recipe, args))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from robust_dist.documents import dump_yaml
 from robust_dist.private import HIDDEN, hidden, hidden_words
 from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
+from robust_dist.yaml_file import dump_yaml
 
 RECIPES = sorted(Path(__file__).parents[2].glob("configs/recipes/*.yaml"))
 
