@@ -36,7 +36,7 @@ from robust_dist.train.folder import RunFolder
 from robust_dist.train.metrics import read_rows
 from robust_dist.train.parse import keys_of
 from robust_dist.train.recipe import Recipe, flatten, load_recipe, parse_recipe, recipe_dict
-from robust_dist.yaml_file import dump_yaml, parse_yaml, scalar
+from robust_dist.yaml_file import dump_yaml, parse_yaml
 from tests.damage import CHANGES, SNIPPETS, damaged
 from tests.study.studies import result
 
@@ -121,7 +121,7 @@ def agrees(ours, theirs):
         return True
     if isinstance(ours, str) and not isinstance(theirs, str):
         # 007 and no, where text is wanted, are as they are spelt.
-        return scalar(ours) == theirs or isinstance(theirs, (bool, int, float)) or str(theirs) == ours
+        return theirs != theirs or yaml.safe_load(ours) == theirs
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         return float(ours) == float(theirs)
     if isinstance(theirs, str):
