@@ -106,7 +106,7 @@ def read_part(folder: Path, rank: int) -> dict[str, list[int]] | None:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` holds, in the order of the file.
+    """What `manifest.json` holds.
 
     Attributes:
         format: Of the manifest.
@@ -129,8 +129,8 @@ class Manifest:
         return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
 
     def text(self) -> str:
-        """The file, signed."""
-        return json.dumps(vars(self) | {"crc32": self.signature()}, indent=1)
+        """The file, signed in its first line: no piece that is cut out takes the checksum and a value along."""
+        return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature()}, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
