@@ -25,6 +25,8 @@ def _preview(words: argparse.Namespace) -> int:
     from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
+    if words.epoch < 0:
+        raise ValueError(f"--epoch={words.epoch} is not valid: it must be at least 0")
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))

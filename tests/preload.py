@@ -17,7 +17,6 @@ MODULES = (
     "torch.utils.tensorboard",
     "accelerate",
     "hypothesis",
-    "jsonargparse",
     "matplotlib.pyplot",
     "pytest",
     "safetensors.torch",

@@ -16,12 +16,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from robust_dist.checkpoint import dcp_metadata
+from robust_dist.checkpoint.dcp_metadata import METADATA, plain_failures, plain_reading
 from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
 
-METADATA = ".metadata"
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
 _OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
@@ -45,10 +46,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     if not (folder / METADATA).is_file():
         raise CheckpointError(f"{folder / METADATA}: is missing: the folder was not written to its end")
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except Exception as error:
-        raise CheckpointError(f"{folder / METADATA}: torn ({error!r})") from None
+    metadata = dcp_metadata.read_metadata(folder)
     ends: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -66,13 +64,15 @@ def load_flat(folder: Path) -> dict[str, Any]:
         CheckpointError: As `read_metadata`, or a file whose content is damaged.
     """
     flat: dict[str, Any] = {}
-    for key, entry in read_metadata(folder).state_dict_metadata.items():
-        flat[key] = None
-        if isinstance(entry, TensorStorageMetadata):
-            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = read_metadata(folder).state_dict_metadata
     planner = _PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        _alone(load, flat, storage_reader=FileSystemReader(folder), planner=planner)
+        for key, entry in entries.items():
+            flat[key] = None
+            if isinstance(entry, TensorStorageMetadata):
+                flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with plain_reading(), plain_failures(folder):
+            _alone(load, flat, storage_reader=FileSystemReader(folder), planner=planner)
     except Exception as error:
         raise CheckpointError(f"{folder}: could not be read: torn, or not of plain values ({error})") from None
     return flat

@@ -6,16 +6,21 @@ holds state of what was stepped: fewer parameters, or some that are frozen now.
 """
 
 import functools
+import random
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import default_planner
 from torch.optim import Optimizer
 
+from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading
+from robust_dist.checkpoint.plain import load_file
+from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.optim.groups import reshard
 
 _STATE = "optimizer.state."
@@ -43,14 +48,23 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they drop
     the state of parameters that are frozen now, and all of it where gradients are there, as under FSDP1 before a first
     step, without a word. And torch 2.14's planner fails under FSDP1 ("Missing key ... optimizer.param_groups") where a
-    parameter has fewer rows than there are ranks. Under every other engine this is `accelerator.load_state`.
+    parameter has fewer rows than there are ranks.
+
+    Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
+    through `dcp_metadata.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    over a random state that it cannot read: here it is an error.
 
     Args:
         accelerator: The Accelerator, after `prepare`; every rank calls this.
         folder: What `accelerator.save_state` or `convert` wrote.
         **options: Of `accelerator.load_state`.
+
+    Raises:
+        CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
     """
     with ExitStack() as stack:
+        for context in (plain_reading(), plain_failures(folder), _plain_objects()):
+            stack.enter_context(context)
         if accelerator.distributed_type.value == "FSDP":
             for index, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=False)):
                 names = _names_in(accelerator, Path(folder), index)
@@ -59,6 +73,44 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
             if accelerator.state.fsdp_plugin.fsdp_version == 1:
                 stack.enter_context(_planner_that_keeps_empty_shards())
         accelerator.load_state(str(folder), **options)
+    _set_random_state(Path(folder, f"random_states_{accelerator.process_index}.pkl"))
+
+
+@contextmanager
+def _plain_objects() -> Iterator[None]:
+    """Accelerate reads registered objects with weights_only=False."""
+    from accelerate import accelerator as module
+
+    def load_plain(obj: Any, path: str, index: int = 0) -> None:
+        obj.load_state_dict(load_file(Path(path, f"custom_checkpoint_{index}.pkl")))
+
+    place: Any = module
+    own = place.load_custom_state
+    place.load_custom_state = load_plain
+    try:
+        yield
+    finally:
+        place.load_custom_state = own
+
+
+def _set_random_state(path: Path) -> None:
+    """As Accelerate does, which says nothing where it fails; a rank that was not there before has no file."""
+    from accelerate.utils import load
+
+    if not path.exists():
+        return
+    try:
+        states = load(path)
+        random.setstate(states["random_state"])
+        np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
+        torch.set_rng_state(states["torch_manual_seed"])
+        devices = states.get("torch_cuda_manual_seed", [])
+        # With another number of GPUs there is no state for each, as on another machine.
+        if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: the random state cannot be read ({reason})") from None
 
 
 def _base(optimizer: Any) -> Optimizer:
@@ -74,7 +126,6 @@ def _saves_whole(accelerator: Any) -> bool:
 def _names_in(accelerator: Any, folder: Path, index: int) -> set[str] | None:
     """The parameters of which an Accelerate folder's optimizer has state; None where its load needs no help."""
     from robust_dist.checkpoint.dcp import read_metadata
-    from robust_dist.checkpoint.plain import load_file
 
     plugin = accelerator.state.fsdp_plugin
     if plugin.state_dict_type.name == "SHARDED_STATE_DICT":

@@ -80,7 +80,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 def _rows(state: TrainingState) -> list[tuple[str, str]]:
     metadata: dict[str, Any] = state.extra.get("metadata", {})
-    recipe = metadata.get("recipe") or {}
+    recipe = metadata.get("recipe")
     rows = [
         ("engine", state.engine),
         ("world size", str(state.world_size or "not recorded")),
@@ -97,7 +97,7 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         rows.append(("names", "none: to convert it, write them with robust_dist.checkpoint.note_parameters"))
     if "objects" in state.extra:
         rows.append(("extra state", ", ".join(state.extra["objects"])))
-    if recipe:
+    if isinstance(recipe, dict):
         rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in _recipe(recipe))))
     return rows
 

@@ -7,6 +7,7 @@ highest step: no clock is asked.
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robust_dist.documents import DocumentError, parse_json, read_json, read_text
+from robust_dist.private import has_options
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 PART = ".part-"
 ACCURACY = "eval_accuracy"
 _PREFIX = "step-"
+_NAMED = re.compile(rf"\.?{_PREFIX}([0-9]{{8,}})(?:\..*)?")
 _CHUNK = 1 << 22
 
 
@@ -59,10 +64,19 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file by a whole newer one; a crash leaves the old or the new, never a part."""
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a text file by a whole newer one; a crash leaves the old or the new, never a part.
+
+    Args:
+        path: The file.
+        text: All of it.
+        private: Let nobody else read it, whatever the umask allows.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
+    # A part that a killed process left, which others may be able to read, is not written on.
+    beside.unlink(missing_ok=True)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -84,29 +98,93 @@ def part_path(folder: Path, rank: int) -> Path:
 def read_part(folder: Path, rank: int) -> dict[str, list[int]] | None:
     """A rank's note: name -> [size, CRC-32]; None where it is not there yet."""
     try:
-        note: dict[str, list[int]] = json.loads(part_path(folder, rank).read_text(encoding="utf-8"))
+        note: dict[str, list[int]] = read_json(part_path(folder, rank), dict[str, list[int]])
     except FileNotFoundError:
         return None
     return note
+
+
+@dataclass
+class Manifest:
+    """What `manifest.json` holds.
+
+    Attributes:
+        format: Of the manifest.
+        step: Optimizer steps done.
+        files: Name -> (size, CRC-32).
+        metadata: JSON values that the writer noted.
+        crc32: Of the rest, as `signature` computes it; None in manifests before 0.4.5.
+    """
+
+    format: int
+    step: int
+    files: dict[str, tuple[int, int]]
+    metadata: dict[str, Any]
+    crc32: int | None = None
+
+    def signature(self) -> int:
+        """The CRC-32 of what the manifest says, whatever its spelling in the file."""
+        said = [self.format, self.step, {name: list(entry) for name, entry in self.files.items()}, self.metadata]
+        # As they are read again: keys that are numbers become text, and then have another order.
+        return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
+
+    def text(self) -> str:
+        """The file, signed in its first line: no piece that is cut out takes the checksum and a value along."""
+        return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature()}, indent=1)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, after it was compared with its own checksum and with the folder's name.
+
+    Raises:
+        CheckpointError: There is none, it is torn or changed, of another format, or of another step than the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        text = read_text(path)
+        kind: _Format = parse_json(text, str(path), _Format)
+        if kind.format != FORMAT:
+            raise CheckpointError(f"{path}: format {kind.format} is not {FORMAT}, which this version reads")
+        found: Manifest = parse_json(text, str(path), Manifest)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {MANIFEST}; it was not written to its end") from None
+    except DocumentError as error:
+        raise CheckpointError(f"{error}; the {MANIFEST} is damaged, or was not written to its end") from None
+    if found.crc32 is not None and found.crc32 != found.signature():
+        raise CheckpointError(f"{path}: changed since it was written (its checksum is another)")
+    named = _NAMED.fullmatch(folder.name)
+    if named is not None and int(named[1]) != found.step:
+        raise CheckpointError(f"{path}: says step {found.step}, and the folder is of step {int(named[1])}")
+    outside = [name for name in found.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise CheckpointError(f"{path}: names {outside[0]}, which is outside the folder")
+    return found
+
+
+@dataclass
+class _Format:
+    """What is looked at first: other formats may have other keys."""
+
+    format: int
 
 
 def verify(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, after every file's size and CRC-32 were compared with its manifest.
 
     Raises:
-        CheckpointError: No manifest, a manifest of another format, or a file that is missing, short or changed.
+        CheckpointError: No manifest, a damaged one or one of another format, or a file that is missing, short or
+            changed.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error}); it was not written to its end") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not {FORMAT}, which this version reads")
-    for name, (size, crc) in manifest["files"].items():
+    manifest = read_manifest(folder)
+    for name, (size, crc) in manifest.files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or file_crc32(path) != crc:
+        try:
+            whole = path.is_file() and path.stat().st_size == size and file_crc32(path) == crc
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if not whole:
             raise CheckpointError(f"{path}: missing, short or changed since it was written")
-    return Checkpoint(folder, manifest["step"], manifest["metadata"])
+    return Checkpoint(folder, manifest.step, manifest.metadata)
 
 
 class CheckpointStore:
@@ -170,8 +248,8 @@ class CheckpointStore:
         self.guard()
         for note in partial.glob(f"{PART}*"):
             note.unlink()
-        manifest = {"format": FORMAT, "step": step, "files": files, "metadata": metadata}
-        write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+        manifest = Manifest(FORMAT, step, {name: (size, crc) for name, (size, crc) in files.items()}, metadata)
+        write_atomically(partial / MANIFEST, manifest.text(), private=has_options(metadata.get("recipe")))
         self.guard()
         self._discard(final)
         os.replace(partial, final)
@@ -220,11 +298,11 @@ class CheckpointStore:
 
     def _names(self) -> list[Path]:
         """Checkpoint folders, newest first."""
-        return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+        return sorted(self.folder.glob(f"{_PREFIX}*"), key=_order, reverse=True)
 
     def _retire(self, final: Path) -> None:
         # A torn folder of a later step must not push out what was just written.
-        known = [folder for folder in self._names() if folder.name <= final.name]
+        known = [folder for folder in self._names() if _order(folder) <= _order(final)]
         kept = {*known[: self.keep], *self._best(known)}
         for folder in known:
             if folder not in kept:
@@ -232,7 +310,7 @@ class CheckpointStore:
 
     def _best(self, folders: list[Path]) -> list[Path]:
         """The `keep_best` of highest accuracy; the newer one where two are equal."""
-        scored = [(score, folder.name, folder) for folder in folders if (score := _accuracy(folder)) is not None]
+        scored = [(score, *_order(folder), folder) for folder in folders if (score := _accuracy(folder)) is not None]
         return [folder for *_, folder in sorted(scored, reverse=True)[: self.keep_best]]
 
     def _discard(self, folder: Path) -> None:
@@ -261,10 +339,16 @@ def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
             raise CheckpointError(f"{path}: missing or short when the checkpoint was to be completed")
 
 
+def _order(folder: Path) -> tuple[int, str]:
+    """Steps by number, since the names of some have more digits than others; what is no step is the oldest."""
+    named = _NAMED.fullmatch(folder.name)
+    return (int(named[1]) if named else -1), folder.name
+
+
 def _accuracy(folder: Path) -> float | None:
     """The accuracy that a checkpoint notes, None for a torn one or one of mid-epoch."""
     try:
-        score = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metadata"].get(ACCURACY)
-    except (OSError, ValueError, KeyError, AttributeError):
+        score = read_manifest(folder).metadata.get(ACCURACY)
+    except CheckpointError:
         return None
     return float(score) if isinstance(score, (int, float)) else None

@@ -1,6 +1,5 @@
 """What a DeepSpeed JSON says of optimizer and schedule, checked before an engine is built from it."""
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from robust_dist.documents import read_json
 from robust_dist.engines.deepspeed_sections import AUTO, OURS, Finding, findings, settled
 from robust_dist.optim import RAdaBeliefW
 
@@ -80,11 +80,7 @@ def _wrong(setting: str, value: Any, advice: str) -> Finding:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        loaded = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    loaded = read_json(path)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; a DeepSpeed JSON is an object")
     return loaded

@@ -286,7 +286,9 @@ def _read_into(folder: Path, state: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
+    from robust_dist.checkpoint.dcp_metadata import plain_reading
+
     # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
-    with torch.no_grad(), _without_advice():
+    with torch.no_grad(), _without_advice(), plain_reading():
         load_state(state, checkpoint_id=folder, planner=planner, **_alone(load_state, None))

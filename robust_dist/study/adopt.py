@@ -1,10 +1,10 @@
 """Runs that an earlier report has are not trained again."""
 
-import json
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robust_dist.documents import read_json, typed
 from robust_dist.study.folder import StudyFolder, differences
 from robust_dist.study.grid import Run, Study, study_from_dict
 from robust_dist.study.keys import StudyError
@@ -43,11 +43,12 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
             cell or no seed of this one.
     """
     try:
-        noted = json.loads(Path(path).read_text(encoding="utf-8"))
-        theirs, runs = study_from_dict(noted["study"]), noted["runs"]
-        found = {(tuple(run["labels"]), run["seed"]): _result(run) for run in runs if not run.get("missing")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"--from {path} is no study's report.json: {type(error).__name__}: {error}") from error
+        noted: _Report = read_json(path, _Report)
+        theirs = study_from_dict(noted.study, f"{path}: study")
+        runs = [(run, f"{path}: runs[{i}]") for i, run in enumerate(noted.runs) if not run.get("missing")]
+        found = {_key(run, where): typed(run, Result, where) for run, where in runs}
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--from {path} is no study's report.json: {error}") from error
     differing = differences(study, theirs, "the report", common=True)
     if differing:
         raise StudyError(f"--from {path} is of a study with other settings:\n  " + "\n  ".join(differing))
@@ -60,5 +61,14 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
     return {name: found[key] for name, key in keys if key in found}
 
 
-def _result(run: dict[str, Any]) -> Result:
-    return Result(**{one.name: run[one.name] for one in fields(Result)})
+@dataclass
+class _Report:
+    """What is read of a `report.json`."""
+
+    study: dict[str, Any]
+    runs: list[dict[str, Any]]
+
+
+def _key(run: dict[str, Any], where: str) -> tuple[tuple[str, ...], int]:
+    labels: list[str] = typed(run.get("labels"), list[str], f"{where}: labels")
+    return tuple(labels), typed(run.get("seed"), int, f"{where}: seed")

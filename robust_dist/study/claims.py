@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from robust_dist.documents import read_json
+
 BEAT_SECONDS = 10.0
 # A holder on another machine that has not touched its claim for so long is taken for dead.
 STALE_SECONDS = 120.0
@@ -95,9 +97,11 @@ def _is_free(path: Path) -> bool:
 
 def _holder(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        found: Holder = read_json(path, Holder)
+    except (OSError, ValueError):
+        # Empty where it was given back; torn where its writer was killed, which the lock tells better.
         return None
+    return found
 
 
 def _age(path: Path) -> float:

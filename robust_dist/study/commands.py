@@ -91,8 +91,11 @@ def _status(words: argparse.Namespace) -> int:
 
 def _report(words: argparse.Namespace) -> int:
     from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.keys import StudyError
     from robust_dist.study.report import write_report
 
+    if words.diverged_as is not None and not 0 <= words.diverged_as <= 1:
+        raise StudyError(f"--diverged-as={words.diverged_as} is not valid: it must be a share, from 0 to 1")
     folder = StudyFolder(words.dir)
     out = Path(words.out) if words.out else folder.path / "report"
     against = StudyFolder(words.against) if words.against else None

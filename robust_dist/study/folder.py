@@ -3,17 +3,20 @@
 import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.documents import DocumentError, read_json
+from robust_dist.private import has_options, hidden
 from robust_dist.study.grid import Axis, Run, Study, study_dict, study_from_dict
 from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Failure, Result
 from robust_dist.train.recipe import conflicts
+from robust_dist.yaml_file import dump_yaml, read_yaml
+
+T = TypeVar("T")
 
 
 class StudyFolder:
@@ -27,7 +30,7 @@ class StudyFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @property
     def journal(self) -> Path:
@@ -63,10 +66,10 @@ class StudyFolder:
                         f"--from {self.path}/report/report.json, to take the runs that both have):\n  "
                         + "\n  ".join(differing)
                     )
-            write_atomically(path, yaml.safe_dump(study_dict(study), sort_keys=False))
+            write_atomically(path, dump_yaml(hidden(study_dict(study))), private=has_options(study.base))
 
     def _is_new(self) -> bool:
-        return {entry.name for entry in self.path.iterdir()} <= {".lock"}
+        return {entry.name for entry in self.path.iterdir()} <= {".lock", ".study.yaml.partial"}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -83,23 +86,22 @@ class StudyFolder:
         """
         path = self.path / "study.yaml"
         try:
-            return study_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise StudyError(f"{self.path} is no study's folder: {path.name}: {error}") from error
+            return study_from_dict(read_yaml(path).data, str(path))
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{self.path} is no study's folder: {error}") from error
 
     def result(self, run: Run) -> Result | None:
         """What a run came to, or None while it is not finished."""
-        found = _read_json(self.of("results", run, ".json"))
-        return None if found is None else Result(**found)
+        return _read(self.of("results", run, ".json"), Result)
 
     def failure(self, run: Run) -> Failure | None:
         """How a run's last start failed, or None."""
-        found = _read_json(self.of("failed", run, ".json"))
-        return None if found is None else Failure(**found)
+        return _read(self.of("failed", run, ".json"), Failure)
 
     def write_result(self, run: Run, result: Result) -> None:
         """Note a finished run."""
-        write_atomically(self.make("results", run, ".json"), json.dumps(vars(result), indent=1) + "\n")
+        text = json.dumps(vars(result), indent=1) + "\n"
+        write_atomically(self.make("results", run, ".json"), text, private=has_options(result.recipe))
         self.of("failed", run, ".json").unlink(missing_ok=True)
 
     def write_failure(self, run: Run, failure: Failure) -> None:
@@ -137,15 +139,28 @@ def differences(ours: Study, theirs: Study, where: str = "the folder", *, common
 def _places(axis: Axis) -> dict[str, str]:
     # A list's labels are its values; rows are told apart by what they set, too.
     named = zip(axis.labels, axis.settings, strict=True)
-    return {label: f"{label} {sorted(settings.items(), key=str)}" for label, settings in named}
+    return {label: f"{label} {sorted(_numbers(hidden(settings)).items(), key=str)}" for label, settings in named}
+
+
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with numbers as numbers: earlier versions kept 1e-3 as a file spelt it."""
+    found = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            with suppress(ValueError):
+                found[key] = float(value)
+    return found
 
 
 def _listed(places: dict[str, str] | None) -> str:
     return "(no such axis)" if places is None else ", ".join(places.values())
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, kind: type[T]) -> T | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: T = read_json(path, kind)
     except FileNotFoundError:
         return None
+    except DocumentError as error:
+        raise StudyError(f"{error}; remove the file, and its run is trained again") from error
+    return found

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from robust_dist.documents import DocumentError, typed
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -132,9 +134,33 @@ def study_dict(study: Study) -> dict[str, Any]:
     }
 
 
-def study_from_dict(data: dict[str, Any]) -> Study:
-    """The study that `study_dict` wrote down."""
-    axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["settings"])) for axis in data["axes"])
-    paper = {tuple(row[:-1]): row[-1] for row in data["paper"]}
-    rest = {key: data[key] for key in ("name", "description", "base", "compare", "reference")}
-    return Study(axes=axes, seeds=tuple(data["seeds"]), paper=paper, **rest)
+@dataclass
+class _Noted:
+    """What `study_dict` writes, for the reader."""
+
+    name: str
+    description: str
+    base: dict[str, Any]
+    axes: list[Axis]
+    seeds: list[int]
+    compare: str | None
+    reference: str | None
+    paper: list[list[Any]]
+
+
+def study_from_dict(data: Any, where: str = "study") -> Study:
+    """The study that `study_dict` wrote down.
+
+    Raises:
+        DocumentError: It is none; `where` says in the message where it is from.
+    """
+    noted: _Noted = typed(data, _Noted, where)
+    if any(len(axis.labels) != len(axis.settings) for axis in noted.axes):
+        raise DocumentError(f"{where}: axes: labels and settings are not equally many")
+    if not all(0 < len(row) == len(noted.axes) + 1 for row in noted.paper):
+        raise DocumentError(f"{where}: paper: each row must have a label of every axis, and a figure")
+    if noted.compare is not None and noted.compare not in [axis.name for axis in noted.axes]:
+        raise DocumentError(f"{where}: compare={noted.compare!r} is no axis")
+    paper = {tuple(map(str, row[:-1])): row[-1] for row in noted.paper}
+    rest = {key: getattr(noted, key) for key in ("name", "description", "base", "compare", "reference")}
+    return Study(axes=tuple(noted.axes), seeds=tuple(noted.seeds), paper=paper, **rest)

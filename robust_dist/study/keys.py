@@ -66,8 +66,3 @@ def label_of(value: Any) -> str:
         return f"{float(value):g}"
     except (TypeError, ValueError):
         return value if isinstance(value, str) else json.dumps(value)
-
-
-def word_of(value: Any) -> str:
-    """A value as a word of the recipe's command line."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,14 +1,16 @@
 """What a run of a study came to."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from robust_dist.data import dataset_info
+from robust_dist.documents import DocumentError
+from robust_dist.private import hidden
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.main import DIVERGED
+from robust_dist.train.metrics import last_row
 from robust_dist.train.recipe import Recipe, recipe_dict
 
 _LOG_LINES = 15
@@ -74,17 +76,18 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
     rows = RunFolder(run_dir).metrics()
     if status == DIVERGED:
         return _result(run_dir, recipe, rows, None, "the training loss was no longer finite")
-    if status != 0 or not rows or rows[-1]["epoch"] != recipe.epochs:
+    last = last_row(rows, recipe.epochs)
+    if status != 0 or last is None:
         return Failure(status, end_of(log))
     chance = chance_of(recipe)
     guessing = math.inf if chance is None else -math.log(chance)
-    seen, held_out = rows[-1]["train_loss"], rows[-1]["eval_loss"]
+    seen, held_out = (math.nan if last.get(key) is None else last[key] for key in ("train_loss", "eval_loss"))
     why = (
         f"the last losses, {seen:.3f} in training and {held_out:.3f} in evaluation, are above guessing's {guessing:.3f}"
     )
     # Written so that a loss that is no number counts.
     learned = seen <= guessing or held_out <= guessing
-    return _result(run_dir, recipe, rows, rows[-1]["eval_accuracy"], None if learned else why)
+    return _result(run_dir, recipe, rows, last["eval_accuracy"], None if learned else why)
 
 
 def chance_of(recipe: Recipe) -> float | None:
@@ -110,7 +113,7 @@ def _result(
     run_dir: Path, recipe: Recipe, rows: list[dict[str, Any]], accuracy: float | None, diverged: str | None
 ) -> Result:
     last = rows[-1] if rows else {}
-    speeds = [row["images_per_second"] for row in rows]
+    speeds = [row["images_per_second"] for row in rows if row.get("images_per_second") is not None]
     return Result(
         accuracy=accuracy,
         diverged=diverged,
@@ -121,14 +124,18 @@ def _result(
         eval_samples=last.get("eval_samples", 0),
         images_per_second=sum(speeds) / len(speeds) if speeds else 0.0,
         # The folder is where the study lies, which is nothing of the result.
-        recipe={key: value for key, value in recipe_dict(recipe).items() if key != "run_dir"},
+        recipe={key: value for key, value in hidden(recipe_dict(recipe)).items() if key != "run_dir"},
         environment=_environment(run_dir),
     )
 
 
 def _environment(run_dir: Path) -> dict[str, Any]:
-    starts = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["starts"]
-    noted = {key: value for key, value in starts[-1].items() if key not in ("command", "time")}
+    try:
+        starts = RunFolder(run_dir).starts()
+    except DocumentError:
+        # A result counts, whatever became of the note beside it.
+        starts = []
+    noted = {key: value for key, value in (starts[-1] if starts else {}).items() if key not in ("command", "time")}
     return noted | {"processor": _processor()}
 
 

@@ -1,19 +1,23 @@
 """A study's YAML file, checked to the last cell before anything runs."""
 
-import contextlib
-import io
-import re
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from robust_dist.documents import DocumentError
 from robust_dist.study.grid import Axis, Cell, Study
-from robust_dist.study.keys import StudyError, check_key, label_of, word_of
+from robust_dist.study.keys import StudyError, check_key, label_of
 from robust_dist.train.optimizers import check_fits
-from robust_dist.train.recipe import Recipe, parse_recipe, recipe_dict
+from robust_dist.train.parse import Settings, fitted
+from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.yaml_file import Document, Place, read_yaml
 
 _KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper")
+_MOST_CELLS = 10_000
+# Of a file's name, with the seed and what is put beside it.
+_MOST_LETTERS = 200
 # A run of a study shows itself in the study's own lines, and its last checkpoint is enough to go on.
 _QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1}
 
@@ -32,32 +36,39 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
             cell, ...; the message names it.
     """
     path = Path(path)
-    data = _mapping(yaml.safe_load(_read(path)), str(path))
+    document = _read(path)
+    data = _mapping(document.data, str(path))
     unknown = [key for key in data if key not in _KEYS]
     if unknown:
-        raise StudyError(f"{path}: unknown key {unknown[0]!r}; a study has {', '.join(_KEYS)}")
+        raise StudyError(f"{document.where((unknown[0],))}: unknown key {unknown[0]!r}; a study has {', '.join(_KEYS)}")
     missing = [key for key in ("base", "axes", "seeds") if key not in data]
     if missing:
         raise StudyError(f"{path}: {missing[0]!r} is missing")
-    axes = _axes(data["axes"], path)
-    words = _shared_words(data, axes, path)
+    for key in ("description", "base"):
+        if key in data and not isinstance(data[key], str):
+            raise StudyError(f"{document.where((key,))}: {key}={data[key]!r} must be text")
+    axes = _axes(document, path)
+    base, shared = _shared(document, axes, path)
     study = Study(
         name=path.stem,
-        description=str(data.get("description", "")),
-        base=recipe_dict(_recipe(words, f"{path}: base and set")),
+        description=data.get("description", ""),
+        base=recipe_dict(_recipe(base, shared, f"{path}: base and set")),
         axes=axes,
         seeds=_seeds(data["seeds"], path),
         **_comparison(data, axes, path),
         paper=_paper(data.get("paper"), axes, path),
     )
-    return study, _recipes(study.cells(), words, path)
+    return study, _recipes(study.cells(), base, shared, path)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, *, doubts: bool = False) -> Document:
+    advice = "give a study's YAML file, as those of configs/studies"
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{path}: {error.strerror}; give a study's YAML file, as those of configs/studies") from error
+        return read_yaml(path, doubts=doubts)
+    except FileNotFoundError:
+        raise StudyError(f"{path}: there is no such file; {advice}") from None
+    except DocumentError as error:
+        raise StudyError(f"{error}; {advice}") from error
 
 
 def _mapping(data: Any, where: str) -> dict[Any, Any]:
@@ -66,10 +77,14 @@ def _mapping(data: Any, where: str) -> dict[Any, Any]:
     return data
 
 
-def _axes(data: Any, path: Path) -> tuple[Axis, ...]:
-    axes = tuple(_axis(str(name), places, f"{path}: axes.{name}") for name, places in _mapping(data, "axes").items())
+def _axes(document: Document, path: Path) -> tuple[Axis, ...]:
+    rows = _mapping(document.data["axes"], f"{document.where(('axes',))}: axes")
+    axes = tuple(_axis(document, name, f"{path}: axes.{name}") for name in rows)
     if not axes:
         raise StudyError(f"{path}: axes is empty; name at least one")
+    cells = math.prod(len(axis.labels) for axis in axes)
+    if cells > _MOST_CELLS:
+        raise StudyError(f"{path}: axes make {cells} cells, and a study has at most {_MOST_CELLS}")
     owners: dict[str, str] = {}
     for axis in axes:
         for key in dict.fromkeys(key for settings in axis.settings for key in settings):
@@ -78,41 +93,49 @@ def _axes(data: Any, path: Path) -> tuple[Axis, ...]:
     return axes
 
 
-def _axis(name: str, places: Any, where: str) -> Axis:
+def _axis(document: Document, name: Any, where: str) -> Axis:
+    places, place = document.data["axes"][name], ("axes", name)
     if isinstance(places, list):
         key = check_key(name, where, moves_weights=True)
-        labels, settings = [label_of(value) for value in places], [{key: value} for value in places]
+        settings = [{key: fitted(Recipe, document, (*place, i), value, key)} for i, value in enumerate(places)]
+        labels = [label_of(one[key]) for one in settings]
     else:
         rows = _mapping(places, f"{where} (values, or rows by their labels)")
-        labels, settings = [label_of(label) for label in rows], [_row(row, where) for row in rows.values()]
+        labels = [label_of(label) for label in rows]
+        settings = [_row(document, (*place, label), row, where) for label, row in rows.items()]
     if not labels:
         raise StudyError(f"{where} is empty; give at least one value")
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise StudyError(f"{where} has {twice[0]!r} twice")
-    return Axis(name, tuple(labels), tuple(settings))
+    return Axis(str(name), tuple(labels), tuple(settings))
 
 
-def _row(row: Any, where: str) -> dict[str, Any]:
-    return {check_key(key, where, moves_weights=True): value for key, value in _mapping(row or {}, where).items()}
+def _row(document: Document, place: Place, row: Any, where: str, *, moves_weights: bool = True) -> dict[str, Any]:
+    """A mapping of recipe keys to values; an empty one sets nothing."""
+    given = {} if row is None else _mapping(row, where)
+    keys = {check_key(key, where, moves_weights=moves_weights): value for key, value in given.items()}
+    return {key: fitted(Recipe, document, (*place, key), value, key) for key, value in keys.items()}
 
 
 def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise StudyError(f"{path}: seeds={seeds!r} must be a list of whole numbers, as [0, 1, 2]")
+    if max(seeds) >= 2**63:
+        raise StudyError(f"{path}: seeds={seeds!r} must be below 2**63")
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"{path}: seeds={seeds!r} has a number twice")
     return tuple(seeds)
 
 
-def _comparison(data: dict[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, str | None]:
+def _comparison(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, str | None]:
     compare, reference = data.get("compare"), data.get("reference")
     named = {axis.name: axis for axis in axes}
     if compare is None:
         if reference is not None:
             raise StudyError(f"{path}: reference={reference!r} needs compare, the axis that it is a place of")
         return {"compare": None, "reference": None}
-    if compare not in named:
+    if not isinstance(compare, str) or compare not in named:
         raise StudyError(f"{path}: compare={compare!r} is no axis; there are {', '.join(named)}")
     labels = named[compare].labels
     reference = labels[0] if reference is None else label_of(reference)
@@ -128,7 +151,7 @@ def _paper(data: Any, axes: tuple[Axis, ...], path: Path) -> dict[tuple[str, ...
     def walk(node: Any, labels: tuple[str, ...]) -> None:
         where = f"{path}: paper" + "".join(f".{label}" for label in labels)
         if len(labels) == len(axes):
-            if node != "diverged" and not isinstance(node, (int, float)):
+            if node != "diverged" and (type(node) not in (int, float) or not 0 <= node <= 100):
                 raise StudyError(f"{where}={node!r} must be a percentage or 'diverged'")
             found[labels] = node
             return
@@ -138,22 +161,22 @@ def _paper(data: Any, axes: tuple[Axis, ...], path: Path) -> dict[tuple[str, ...
                 raise StudyError(f"{where}: {label!r} is no place of {axis.name!r} ({', '.join(axis.labels)})")
             walk(inner, (*labels, label))
 
-    walk(data or {}, ())
+    walk({} if data is None else data, ())
     return found
 
 
-def _shared_words(data: dict[str, Any], axes: tuple[Axis, ...], path: Path) -> list[str]:
-    """The command line that all cells share: the base recipe, `set`, and the budget."""
-    base = path.parent / str(data["base"])
+def _shared(document: Document, axes: tuple[Axis, ...], path: Path) -> tuple[Document, dict[str, Any]]:
+    """What all cells share: the base recipe, and settings from `set` and the budget."""
+    data = document.data
+    base = path.parent / os.path.expanduser(data["base"])
     if not base.is_file():
         raise StudyError(f"{path}: base={data['base']!r} is no file beside it ({base})")
-    where = f"{path}: set"
-    settings = {check_key(k, where, moves_weights=False): v for k, v in _mapping(data.get("set") or {}, where).items()}
+    settings = _row(document, ("set",), data.get("set"), f"{path}: set", moves_weights=False)
     settings |= _budget(data.get("budget"), axes, settings, path)
     twice = [key for axis in axes for places in axis.settings for key in places if key in settings]
     if twice:
         raise StudyError(f"{path}: {twice[0]!r} is set for all cells and by an axis, too")
-    return ["--config", str(base), *_words(_QUIET | settings)]
+    return _read(base, doubts=True), _QUIET | settings
 
 
 def _budget(budget: Any, axes: tuple[Axis, ...], settings: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -171,29 +194,28 @@ def _budget(budget: Any, axes: tuple[Axis, ...], settings: dict[str, Any], path:
     return given
 
 
-def _words(settings: dict[str, Any]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", word_of(value))]
-
-
-def _recipes(cells: list[Cell], words: list[str], path: Path) -> dict[str, Recipe]:
+def _recipes(cells: list[Cell], base: Document, shared: dict[str, Any], path: Path) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     for cell in cells:
         if cell.name in found:
             raise StudyError(f"{path}: two cells would share the file name {cell.name!r}; choose other labels")
-        found[cell.name] = _recipe([*words, *_words(cell.settings)], f"{path}: cell {', '.join(cell.labels)}")
+        if len(cell.name) > _MOST_LETTERS:
+            raise StudyError(
+                f"{path}: the file name {cell.name[:40]!r}... of a cell is too long; choose shorter labels"
+            )
+        found[cell.name] = _recipe(base, shared | cell.settings, f"{path}: cell {', '.join(cell.labels)}")
     return found
 
 
-def _recipe(words: list[str], where: str) -> Recipe:
-    """The recipe's own parser; what it finds is said with the place in the study."""
-    said = io.StringIO()
+def _recipe(base: Document, given: dict[str, Any], where: str) -> Recipe:
+    """The base recipe with settings; what is wrong with it is said with the place in the study."""
+    settings = Settings(Recipe)
     try:
-        with contextlib.redirect_stderr(said):
-            recipe = parse_recipe(words)
+        settings.take(base, base.data, (), "")
+        for key, value in given.items():
+            settings.set(key, Document(value, key), value)
+        recipe: Recipe = settings.recipe()
         check_fits(recipe)
-    except SystemExit as error:
-        message = re.sub(r"(?s)^.*?error: ", "", said.getvalue(), count=1).strip()
-        raise StudyError(f"{where}: {message}") from error
     except ValueError as error:
         raise StudyError(f"{where}: {error}") from error
     return recipe

@@ -1,12 +1,17 @@
 """Optuna's journal, from which workers take the next run."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from robust_dist.documents import DocumentError, parse_json, read_text
 from robust_dist.extras import require
 from robust_dist.study.grid import Run, Study
+from robust_dist.study.keys import StudyError
 
 _RUN = "run"
+_REMEDY = "while no worker runs, the file can be removed: the results tell what is left to train"
 
 
 class Queue:
@@ -24,19 +29,26 @@ class Queue:
 
     Raises:
         ImportError: Optuna is not installed.
+        StudyError: The journal is damaged.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
         optuna = require("optuna", extra="study", purpose="a study")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._states = optuna, optuna.trial.TrialState
-        backend = optuna.storages.journal.JournalFileBackend(str(path))
-        self._storage = optuna.storages.JournalStorage(backend)
-        self._optuna_study = optuna.create_study(
-            storage=self._storage, study_name=study.name, direction="maximize", load_if_exists=True
-        )
-        self._id = self._storage.get_study_id_from_name(study.name)
         self._study, self._runs = study, {run.name: run for run in study.runs()}
+        lock = optuna.storages.journal.JournalFileSymlinkLock(str(path))
+        _check(path, lock)
+        try:
+            backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
+            self._storage = optuna.storages.JournalStorage(backend)
+            self._optuna_study = optuna.create_study(
+                storage=self._storage, study_name=study.name, direction="maximize", load_if_exists=True
+            )
+            self._id = self._storage.get_study_id_from_name(study.name)
+            self._trials(*self._states)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise StudyError(f"{path}: is no journal of this study ({error!r}); {_REMEDY}") from error
 
     def fill(self, finished: Iterable[str]) -> None:
         """Queue every run that is neither finished nor queued nor running; failed ones get another start."""
@@ -92,4 +104,32 @@ class Queue:
 
     def _trials(self, *states: object) -> list[tuple[str, int]]:
         trials = self._storage.get_all_trials(self._id, deepcopy=False, states=states)
-        return [(trial.user_attrs[_RUN], trial._trial_id) for trial in trials]
+        # A run that the study no longer has, or a trial that somebody else put in, is nobody's to take.
+        named = [(trial.user_attrs.get(_RUN), trial._trial_id) for trial in trials]
+        return [(name, trial) for name, trial in named if name in self._runs]
+
+
+def _check(path: Path, lock: Any) -> None:
+    """Refuse a journal with a line that is no JSON, and cut off a last one that a killed worker did not end.
+
+    Optuna would write the next line behind it, and never read the two again.
+    """
+    try:
+        lines = read_text(path).split("\n")
+        if lines[-1]:
+            # Not while another worker writes it.
+            lock.acquire()
+            try:
+                lines = read_text(path).split("\n")
+                os.truncate(path, path.stat().st_size - len(lines[-1].encode()))
+            finally:
+                lock.release()
+    except FileNotFoundError:
+        return
+    except DocumentError as error:
+        raise StudyError(f"{error}; {_REMEDY}") from error
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            parse_json(line, "the line", dict[str, Any])
+        except DocumentError as error:
+            raise StudyError(f"{path}, line {number}: {error}; {_REMEDY}") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.private import hidden
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import study_dict
 from robust_dist.study.plots import plot_heat_map, plot_learning_rates
@@ -64,11 +65,11 @@ def _machine(noted: dict[str, Any]) -> str:
 
 def _as_json(summary: Summary, tests: list[Comparison], diverged_as: float | None) -> dict[str, Any]:
     return {
-        "study": study_dict(summary.study),
+        "study": hidden(study_dict(summary.study)),
         "complete": summary.is_complete,
         "diverged_as": "guessing" if diverged_as is None else diverged_as,
         "runs": [
-            {"labels": list(run.cell.labels), "seed": run.seed, "settings": run.cell.settings}
+            {"labels": list(run.cell.labels), "seed": run.seed, "settings": hidden(run.cell.settings)}
             | (vars(summary.results[run.name]) if run.name in summary.results else {"missing": True})
             | ({"failure": vars(summary.failures[run.name])} if run.name in summary.failures else {})
             for run in summary.study.runs()

@@ -21,7 +21,7 @@ def status(folder: StudyFolder) -> str:
     counts: Counter[str] = Counter()
     lines = []
     for run in study.runs():
-        kind, line = _state(folder, run, int(study.base["epochs"]))
+        kind, line = _state(folder, run, study.base.get("epochs", "?"))
         counts[kind] += 1
         if line:
             lines.append(line)
@@ -30,17 +30,18 @@ def status(folder: StudyFolder) -> str:
     return "\n".join([head, *lines])
 
 
-def _state(folder: StudyFolder, run: Run, epochs: int) -> tuple[str, str]:
+def _state(folder: StudyFolder, run: Run, epochs: object) -> tuple[str, str]:
     result = folder.result(run)
     if result is not None:
         return ("diverged", f"{run}: diverged: {result.diverged}") if result.diverged else ("finished", "")
     holder = claims.look(folder.of("claims", run))
     if holder is not None:
         rows = RunFolder(folder.of("runs", run)).metrics()
-        seen = f", accuracy {rows[-1]['eval_accuracy']:.2%}" if rows else ""
+        accuracy = rows[-1].get("eval_accuracy") if rows else None
+        seen = "" if accuracy is None else f", accuracy {accuracy:.2%}"
         of = run.cell.settings.get("epochs", epochs)
         where = f"process {holder.pid} on {holder.host}"
-        return "running", f"{run}: epoch {rows[-1]['epoch'] if rows else 0} of {of}{seen} ({where})"
+        return "running", f"{run}: epoch {rows[-1].get('epoch') if rows else 0} of {of}{seen} ({where})"
     failure = folder.failure(run)
     if failure is not None:
         end = failure.log.splitlines()[-1] if failure.log else ""

@@ -1,6 +1,7 @@
 """Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -8,11 +9,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
-from typing import IO
-
-import yaml
+from typing import IO, Any
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.private import has_options, hidden
 from robust_dist.study import claims
 from robust_dist.study.child import GRACE_SECONDS, Launcher
 from robust_dist.study.claims import Claim
@@ -21,7 +21,9 @@ from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run, Study
 from robust_dist.study.outcome import Result, judge
 from robust_dist.study.queue import Queue
+from robust_dist.train.parse import keys_of
 from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.yaml_file import dump_yaml
 
 POLL_SECONDS = 0.5
 # How often a worker without a run looks whether another's has died: it costs a file or two a run.
@@ -143,9 +145,10 @@ class Workers:
 
     def _launch(self, slot: int, run: Run, trial: int, claim: Claim) -> _Training:
         recipe = self.folder.make("recipes", run, ".yaml")
-        write_atomically(recipe, yaml.safe_dump(recipe_dict(self._recipe(run)), sort_keys=False))
+        ours = recipe_dict(self._recipe(run))
+        write_atomically(recipe, dump_yaml(hidden(ours)), private=has_options(ours))
         log = self.folder.make("logs", run, ".log").open("ab")
-        words = ["--config", str(recipe), "--run_dir", str(self.folder.of("runs", run))]
+        words = ["--config", str(recipe), *_secret_words(ours), "--run_dir", str(self.folder.of("runs", run))]
         env = slot_environment(slot, self.num_workers, self.gpus, os.environ)
         process = self.launcher.start(words, env, log, claim.fileno)
         return _Training(run, trial, claim, process, log, time.monotonic())
@@ -206,6 +209,17 @@ def _interrupted_later() -> Iterator[None]:
             signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
+
+
+def _secret_words(recipe: dict[str, Any]) -> list[str]:
+    """What no file has, as words for the started process, which shows them to nobody."""
+    keys, words = keys_of(Recipe), []
+    for name in (*keys.mappings, *keys.values):
+        section, _, key = name.rpartition(".")
+        value = recipe[section][key] if section else recipe[key]
+        if hidden(value, key) != value:
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def _came_to(result: Result) -> str:

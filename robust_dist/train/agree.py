@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from robust_dist.private import hidden
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
 T = TypeVar("T")
@@ -101,7 +102,8 @@ def check_ranks_agree(accelerator: Accelerator, recipe: Recipe) -> None:
     Raises:
         ValueError: On every rank, with each differing setting and its value on each rank.
     """
-    recipes = [recipe_dict(recipe)] if accelerator.num_processes == 1 else gather_object([recipe_dict(recipe)])
+    ours = hidden(recipe_dict(recipe))
+    recipes = [ours] if accelerator.num_processes == 1 else gather_object([ours])
     flat = [flatten(one) for one in recipes]
     keys = sorted(set().union(*flat))
     differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from robust_dist.documents import read_json
+
 _LOCK = ".lock"
 _OWNER = ".owner-"
 _LENGTH = 512
@@ -231,15 +233,15 @@ class Claim:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted: dict[str, Any] = read_json(path, dict[str, Any])
     except (OSError, ValueError):
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return noted
 
 
 def _text(path: Path | None) -> str:
     noted = _read(path) if path is not None else {}
-    return f"pid {noted['pid']} on {noted['host'].partition('/')[0]}" if "pid" in noted else "another process"
+    return f"pid {noted['pid']} on {str(noted.get('host')).partition('/')[0]}" if "pid" in noted else "another process"
 
 
 def _number(path: Path | None) -> int:
@@ -249,7 +251,7 @@ def _number(path: Path | None) -> int:
 def _alive(pid: Any) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+    except (OverflowError, ProcessLookupError, TypeError, ValueError):
         return False
     except PermissionError:
         return True

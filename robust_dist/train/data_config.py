@@ -1,5 +1,6 @@
 """The recipe's data keys: sets that lie on the device, and sets whose images are read while training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -120,8 +121,9 @@ class DataConfig:
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
         self._check_keys()
         self._check_sizes()
-        for key, low in {"workers": 0, "prefetch": 1, "shuffle_window": 1}.items():
-            require_number(f"data.{key}", getattr(self, key), low)
+        require_number("data.workers", self.workers, 0, 4096)
+        for key in ("prefetch", "shuffle_window"):
+            require_number(f"data.{key}", getattr(self, key), 1)
         share = self.max_bad_share
         require(0 <= share < 1, "data.max_bad_share", share, "in [0, 1)")
         if self.num_classes is not None:
@@ -174,17 +176,18 @@ class DataConfig:
     def _check_sizes(self) -> None:
         for key in ("size", "eval_size", "eval_resize"):
             if getattr(self, key) is not None:
-                require_number(f"data.{key}", getattr(self, key), 1)
+                require_number(f"data.{key}", getattr(self, key), 1, 65_536)
         size, resize = self.eval_sides
         require(resize >= size, "data.eval_resize", resize, f"at least the evaluation images' size, {size}")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares in (0, 1], the lower one first")
         low, high = self.crop_ratio
-        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two numbers above 0, the lower one first")
+        fits = 0 < low <= high < math.inf
+        require(fits, "data.crop_ratio", self.crop_ratio, "two finite numbers above 0, the lower one first")
         for number in self.mean or ():
             require(0 <= number <= 1, "data.mean", self.mean, "three numbers in [0, 1]")
         for number in self.std or ():
-            require(number > 0, "data.std", self.std, "three numbers above 0")
+            require(0 < number < math.inf, "data.std", self.std, "three finite numbers above 0")
 
 
 def _default(one: Any) -> Any:

@@ -1,6 +1,7 @@
 """What the loop asks of the engine: its kind, how a DeepSpeed JSON and the recipe go together, what it cannot do."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from robust_dist.documents import read_json
 from robust_dist.train.graph import check_graph
 from robust_dist.train.optimizers import WHOLE_ONLY
 from robust_dist.train.recipe import Recipe
@@ -90,6 +92,10 @@ def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Rec
     from robust_dist.engines.deepspeed import check_config, register
 
     register()
+    # Of a key that stands twice Accelerate has kept the last without a word.
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if os.path.isfile(named):
+        read_json(named)
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         # Else Accelerate puts DeepSpeedCPUAdam in the place of the recipe's optimizer.
         config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.documents import read_json
 from robust_dist.train.agree import Origin
 from robust_dist.train.whereabouts import Rank
 
@@ -101,10 +102,10 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
 
 def read_records(run_dir: str | Path) -> list[Record]:
     """The records of a run's last start, first cause first; files that cannot be read are left out."""
-    records = []
+    records: list[Record] = []
     for path in sorted(Path(run_dir, "errors").glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            records.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
+        with contextlib.suppress(OSError, ValueError):
+            records.append(read_json(path, Record))
     order = ("failed", "hang", "lost", "waited")
     return sorted(records, key=lambda record: (order.index(record.kind), record.time, record.rank))
 

@@ -5,21 +5,28 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from robust_dist.checkpoint import write_atomically
 from robust_dist.checkpoint.space import write_failure
+from robust_dist.documents import DocumentError, read_json, typed
+from robust_dist.private import has_options, hidden, hidden_words
 from robust_dist.train.claim import Claim, FolderInUseError
 from robust_dist.train.data_record import Record, differences
-from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
+from robust_dist.train.metrics import read_rows, sort_rows
+from robust_dist.train.parse import fitted
+from robust_dist.train.recipe import Recipe, conflicts, flatten, recipe_dict
+from robust_dist.yaml_file import dump_yaml, read_yaml
 
 STOPPED = "stopped.json"
+# What a start that died, or found the disk full, may leave in a folder before its recipe.yaml.
+_LEFT_OVER = {".lock", ".recipe.yaml.partial", "errors", "stacks", "log.txt"}
 
 
 class RunFolderError(ValueError):
@@ -34,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._claim: Claim | None = None
 
     @property
@@ -93,25 +100,27 @@ class RunFolder:
     def stop_note(self) -> dict[str, Any]:
         """What `stopped.json` says; empty where no signal stopped the run."""
         try:
-            note = json.loads((self.path / STOPPED).read_text(encoding="utf-8"))
+            note: _Stop = read_json(self.path / STOPPED, _Stop)
         except (OSError, ValueError):
             return {}
-        return note if isinstance(note, dict) else {}
+        return vars(note)
 
     def _claim_for(self, recipe: Recipe, environment: dict[str, Any], data: Record | None) -> None:
         self._check_is_run_or_empty()
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
-        recipe_path = self.path / "recipe.yaml"
+        recipe_path, ours = self.path / "recipe.yaml", recipe_dict(recipe)
         if recipe_path.exists():
-            self._check_same(recipe, yaml.safe_load(recipe_path.read_text(encoding="utf-8")) or {})
+            self._check_same(ours, recipe_path)
         if data is not None and self._is_new_data(data):
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
-        write_atomically(recipe_path, yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
+        # Others may read what became of a run, but not the accounts and hosts that its options name.
+        private = has_options(ours)
+        write_atomically(recipe_path, dump_yaml(hidden(ours)), private=private)
         if not self.metrics():
             # From here on its absence is somebody's doing.
             self.checkpoints.mkdir(exist_ok=True)
-        self._note_start(environment)
+        self._note_start(hidden(environment), private)
         (self.path / STOPPED).unlink(missing_ok=True)
 
     def release(self) -> None:
@@ -121,16 +130,40 @@ class RunFolder:
             self._claim = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, oldest first."""
-        if not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if _is_whole(line)]
+        """The epochs recorded so far, oldest first; lines that are no epoch's are left out.
 
-    def rewind(self, step: int) -> None:
-        """Forget the epochs that ended after optimizer step `step`: they are trained again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
+        Raises:
+            DocumentError: The file cannot be read.
+        """
+        return read_rows(self.metrics_path)[0]
+
+    def rewind(self, step: int, steps_per_epoch: int | None = None) -> list[str]:
+        """Bring `metrics.jsonl` to optimizer step `step`: the epochs that ended after it are trained again.
+
+        What is taken out (later epochs, lines that are no rows, rows that stand twice or are of no epoch's end) is
+        first added to `metrics.erased.jsonl`.
+
+        Args:
+            step: Of the checkpoint that is taken up; 0 where there is none.
+            steps_per_epoch: Optimizer steps of an epoch, with which missing and odd rows are told; None tells neither.
+
+        Returns:
+            A line for each thing that is not as it should be.
+        """
+        rows, faults = read_rows(self.metrics_path)
+        kept, erased, notes = sort_rows(rows, step, steps_per_epoch)
+        notes = [f"{self.metrics_path}, {said}" for said, _ in faults] + [f"{self.metrics_path}: {x}" for x in notes]
+        texts = [text for _, text in faults] + [json.dumps(row) for row in erased]
+        if texts:
+            beside = self.metrics_path.with_name("metrics.erased.jsonl")
+            with beside.open("a", encoding="utf-8") as file:
+                file.write("".join(text + "\n" for text in texts))
+                file.flush()
+                os.fsync(file.fileno())
+        if notes:
+            notes.append(f"what was taken out of {self.metrics_path.name} is in {self.path / 'metrics.erased.jsonl'}")
         write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        return notes
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one epoch's object and bring it to the disk.
@@ -152,7 +185,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"run_dir={str(self.path)!r} is a file; name a folder")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        foreign = {name for name in names if name != ".lock" and not name.startswith(".owner-")}
+        foreign = {name for name in names if name not in _LEFT_OVER and not name.startswith(".owner-")}
         if foreign and "recipe.yaml" not in names:
             raise RunFolderError(
                 f"run_dir={str(self.path)!r} holds files but no recipe.yaml, so it is no run's folder; "
@@ -167,8 +200,18 @@ class RunFolder:
             raise RunFolderError(str(error)) from None
         self._claim = claim
 
-    def _check_same(self, recipe: Recipe, there: dict[str, Any]) -> None:
-        differing = conflicts(recipe_dict(recipe), there)
+    def _check_same(self, recipe: dict[str, Any], path: Path) -> None:
+        try:
+            document = read_yaml(path)
+            there: dict[str, Any] = typed(document.data, dict[str, Any], str(path))
+        except DocumentError as error:
+            self.release()
+            raise RunFolderError(
+                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which tells what runs there: {error}; bring "
+                f"it back from a copy, or choose another run_dir"
+            ) from None
+        spelt = {k: fitted(Recipe, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}
+        differing = conflicts(recipe, spelt)
         if differing:
             self.release()
             raise RunFolderError(
@@ -198,20 +241,47 @@ class RunFolder:
         steps = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
         return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
-    def _note_start(self, environment: dict[str, Any]) -> None:
+    def starts(self) -> list[dict[str, Any]]:
+        """What `environment.json` notes of each start, oldest first.
+
+        Raises:
+            DocumentError: It is damaged.
+        """
+        try:
+            noted: _Starts = read_json(self.path / "environment.json", _Starts)
+        except FileNotFoundError:
+            return []
+        return noted.starts
+
+    def _note_start(self, environment: dict[str, Any], private: bool) -> None:
         path = self.path / "environment.json"
         try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        except (OSError, ValueError, KeyError):
+            starts = self.starts()
+        except DocumentError as error:
+            aside = path.with_name("environment.damaged.json")
+            print(f"warning: {error}; it is kept as {aside}", flush=True)
+            os.replace(path, aside)
             starts = []
-        write_atomically(path, json.dumps({"starts": [*starts, environment]}, indent=1) + "\n")
+        text = json.dumps({"starts": [*starts, environment]}, indent=1) + "\n"
+        write_atomically(path, text, private=private)
 
 
-def _is_whole(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+@dataclass
+class _Stop:
+    """What `stopped.json` holds."""
+
+    signal: str
+    step: int
+    total_steps: int
+    checkpoint: str
+    launchers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Starts:
+    """What `environment.json` holds."""
+
+    starts: list[dict[str, Any]]
 
 
 def _version(package: str) -> str | None:
@@ -242,7 +312,7 @@ def environment(num_processes: int, device: torch.device, engine: str) -> dict[s
     packages = ["robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy"]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": hidden_words(sys.argv),
         "revision": _revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),

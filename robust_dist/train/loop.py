@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
+from robust_dist.checkpoint.dcp_metadata import plain_failures
 from robust_dist.checkpoint.zero_files import LATEST, TAG
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.deepspeed_checkpoint import writing_to_the_end
+from robust_dist.private import hidden
 from robust_dist.train.agree import attempt, from_main
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
@@ -314,7 +316,7 @@ class Trainer:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
         metadata = {
-            "recipe": recipe_dict(self.recipe),
+            "recipe": hidden(recipe_dict(self.recipe)),
             "engine": engine_kind(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
@@ -328,7 +330,7 @@ class Trainer:
         kind = engine_kind(self.accelerator)
         # DeepSpeed's first rank would write `latest` between two barriers.
         words = {"save_latest": False} if kind.startswith("zero") else {}
-        with writing_to_the_end(self.model):
+        with plain_failures(folder), writing_to_the_end(self.model):
             save_state(self.accelerator, folder, **words)
         if words and self.accelerator.is_main_process:
             (folder / LATEST).write_text(TAG, encoding="utf-8")
@@ -357,8 +359,11 @@ class Trainer:
             accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
             for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
                 accelerator.print(line)
-        step = self.progress.step
-        attempt(accelerator, lambda: self.folder.rewind(step), here=accelerator.is_main_process)
+        step, each = self.progress.step, self.loader.steps_per_epoch
+        for line in (
+            attempt(accelerator, lambda: self.folder.rewind(step, each), here=accelerator.is_main_process) or ()
+        ):
+            accelerator.print(f"warning: {line}")
 
     def _resume_refused(self, metadata: dict[str, Any]) -> None:
         """Go on with an epoch over whose images the run was stopped: they do not count again."""

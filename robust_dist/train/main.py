@@ -23,6 +23,7 @@ from robust_dist.train.engine import fit_engine
 from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
+from robust_dist.train.metrics import last_row
 from robust_dist.train.opening import part_lines, say_run
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.placing import data_lines, data_notes
@@ -128,8 +129,12 @@ def _run(args: Sequence[str] | None, rank: Rank, output: LastingOutput) -> None:
     except Exception as error:
         sys.exit(_fail(error, rank))
     if rank.number == 0:
-        last = rows[-1]
-        print(f"\naccuracy {last['eval_accuracy']:.2%} on {last['eval_samples']} held-out images of {recipe.data.name}")
+        last = last_row(rows, recipe.epochs)
+        if last is None:
+            print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
+        else:
+            seen = f"{last['eval_samples']} held-out images of {recipe.data.name}"
+            print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
         print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
 
 

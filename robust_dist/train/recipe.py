@@ -1,11 +1,13 @@
 """The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
+from robust_dist.private import HIDDEN, hidden
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.settings import require as _require
 from robust_dist.train.settings import require_number as _require_number
@@ -27,6 +29,9 @@ class ModelConfig:
     channels_last: bool = False
     sync_batchnorm: bool = False
 
+
+# What the transports and the system count in milliseconds of 32 bits: 23 days.
+_MOST_SECONDS = 2_000_000
 
 OptimizerName = Literal[
     "RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"
@@ -133,8 +138,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.crop is not None:
             _require_number("augment.crop", self.crop, 0)
-        _require_number("augment.num_bins", self.num_bins, 2)
-        _require(self.cutmix_alpha > 0, "augment.cutmix_alpha", self.cutmix_alpha, "above 0")
+        _require_number("augment.num_bins", self.num_bins, 2, 65_536)
+        _require(0 < self.cutmix_alpha < math.inf, "augment.cutmix_alpha", self.cutmix_alpha, "a finite number above 0")
         _require_number("augment.cutmix_p", self.cutmix_p, 0, 1)
 
 
@@ -200,12 +205,16 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.project), "tracking.project", self.project, "a name")
-        for name in self.options:
-            _require(
-                name in self.trackers, f"tracking.options.{name}", self.options[name], "of one of tracking.trackers"
-            )
+        place = PurePath(self.project)
+        inside = ".." not in place.parts and not ("tensorboard" in self.trackers and place.is_absolute())
+        _require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
+        for name, given in self.options.items():
+            wanted = "of one of tracking.trackers"
+            _require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
+            _require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
         if self.peak_tflops is not None:
-            _require(self.peak_tflops > 0, "tracking.peak_tflops", self.peak_tflops, "above 0, or null")
+            fits = 0 < self.peak_tflops < math.inf
+            _require(fits, "tracking.peak_tflops", self.peak_tflops, "a finite number above 0, or null")
 
 
 @dataclass
@@ -260,6 +269,9 @@ class Recipe:
     profile: bool | tuple[int, int] = False
 
     def __post_init__(self) -> None:
+        self.run_dir = os.path.expanduser(self.run_dir)
+        wanted = "a folder, below a home that is there where it begins with ~"
+        _require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
         _require_number("epochs", self.epochs, 1)
         _require_number("batch_size", self.batch_size, 1)
         _require_number("accumulation", self.accumulation, 1)
@@ -269,10 +281,25 @@ class Recipe:
         if self.ema_decay is not None:
             _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
         _require_number("seed", self.seed, 0, 2**63 - 1)
-        _require_number("timeout_seconds", self.timeout_seconds, 1)
+        if self.num_processes is not None:
+            _require_number("num_processes", self.num_processes, 1)
+        _require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
+        self._check_crop()
         if not isinstance(self.profile, bool):
             fits = self.profile[0] >= 1 and self.profile[1] >= 1
             _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
+
+    def _check_crop(self) -> None:
+        """Refuse padding that leaves next to nothing of an image."""
+        if not self.augment.crop:
+            return
+        from robust_dist.data import DATASETS
+
+        # An unknown name is told where the set is opened.
+        side = self.data.size if self.data.streamed else getattr(DATASETS.get(self.data.name), "size", None)
+        if side is not None:
+            wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
+            _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -313,8 +340,10 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
         where: What holds it, for the lines.
     """
     defaults = flatten(recipe_dict(Recipe()))
-    here, there = flatten(ours), defaults | flatten(theirs)
+    here, there = flatten(hidden(ours)), defaults | flatten(hidden(theirs))
     keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
+    # No file tells which secret a run had, and the next start may have it from the environment.
+    keys = [k for k in keys if HIDDEN not in (here.get(k), there.get(k))]
     missing = "(not set)"
     return [
         f"{key}: {here.get(key, missing)!r} here, {there.get(key, missing)!r} in {where}"
@@ -326,17 +355,19 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
 
+    A recipe is data: nothing that it says is imported or called.
+
     Args:
         args: Command-line words; `sys.argv` where None.
 
     Raises:
-        SystemExit: An unknown key or a wrong type; the message names the key.
-        ValueError: A value out of its range.
+        SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
+        ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
+            of its range.
     """
-    from jsonargparse import auto_cli
+    from robust_dist.train.command_line import parse
 
-    usage = "train.py --config FILE.yaml [--run_dir DIR] [--optimizer.lr 0.05 ...]   (--help lists every key)"
-    return cast(Recipe, auto_cli(Recipe, as_positional=False, args=None if args is None else list(args), usage=usage))
+    return cast(Recipe, parse(Recipe, args))
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -2,18 +2,33 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state
 from robust_dist.data.sets import LabelledSet
+from robust_dist.documents import DocumentError, typed
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.engine import engine_kind
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
 _CONVERTED = ".converted"
+
+
+@dataclass
+class _Noted:
+    """What a run notes in a checkpoint's manifest, as far as it is read again."""
+
+    recipe: dict[str, Any]
+    num_processes: int
+    loss_sums: list[float]
+    engine: str = "ddp"
+    bad_images: int = 0
+    train_images: int | None = None
 
 
 def load_newest(
@@ -92,6 +107,10 @@ def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> C
     ours = recipe_dict(recipe)
 
     def refuse(checkpoint: Checkpoint) -> str | None:
+        try:
+            typed(checkpoint.metadata, _Noted, "its metadata")
+        except DocumentError as error:
+            return f"of no run ({error})"
         differing = conflicts(ours, checkpoint.metadata["recipe"])
         return "of another recipe (" + "; ".join(differing) + ")" if differing else None
 

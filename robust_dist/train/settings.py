@@ -1,15 +1,23 @@
 """Checks of a recipe's values, with errors that name the setting."""
 
 import math
+import reprlib
 
 
 def require(ok: bool, setting: str, value: object, wanted: str) -> None:
     """Raise a ValueError that names the setting, its value and what would be right."""
     if not ok:
-        raise ValueError(f"{setting}={value!r} is not valid: it must be {wanted}")
+        raise ValueError(f"{setting}={reprlib.repr(value)} is not valid: it must be {wanted}")
 
 
-def require_number(setting: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise a ValueError unless `value` is finite and lies in low to high."""
-    bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    require(math.isfinite(value) and low <= value <= high, setting, value, f"a finite number, {bound}")
+# More than any count, size or number of steps of a run; beyond it tensors and file names overflow.
+MOST = 2**31 - 1
+
+
+def require_number(setting: str, value: float, low: float, high: float | None = None) -> None:
+    """Raise a ValueError unless `value` is finite and lies in low to high (`MOST` for whole numbers where None)."""
+    most = (MOST if isinstance(value, int) else math.inf) if high is None else high
+    bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+    bound += f", and at most {MOST}" if high is None and isinstance(value, int) and value > MOST else ""
+    # Not math.isfinite, which fails for ints beyond a float.
+    require(low <= value <= most and value != math.inf, setting, value, f"a finite number, {bound}")

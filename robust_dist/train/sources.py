@@ -97,7 +97,7 @@ def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> Image
         data_files=data.data_files or None,
         download=download,
         classes=classes,
-        spool_dir=data.spool_dir,
+        spool_dir=None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
         exif=str(data.exif),
     )
 

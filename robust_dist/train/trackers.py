@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from robust_dist.checkpoint import write_atomically
+from robust_dist.documents import read_json
+from robust_dist.private import hidden
 from robust_dist.train.agree import attempt
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
@@ -95,7 +97,7 @@ class Trackers:
 
     def _start(self, done: int) -> None:
         known, started, names = self._known_runs(), [], self.recipe.tracking.trackers
-        settings = {key: _scalar(value) for key, value in flatten(recipe_dict(self.recipe)).items()}
+        settings = {key: _scalar(value) for key, value in flatten(hidden(recipe_dict(self.recipe))).items()}
         for name in names:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One at a time, so that an error is known to be one's own.
@@ -118,10 +120,13 @@ class Trackers:
 
     def _known_runs(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.notes.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found: dict[str, str | None] = read_json(self.notes, dict[str, str | None])
+        except FileNotFoundError:
             return {}
-        return found if isinstance(found, dict) else {}
+        except (OSError, ValueError) as error:
+            self.accelerator.print(f"the trackers begin new runs, because their note of this run's is damaged: {error}")
+            return {}
+        return found
 
     def _options(self, name: str, run: str | None, done: int) -> dict[str, Any]:
         """What a tracker is started with: our wishes, and over them the user's."""

@@ -1,9 +1,16 @@
-"""DCP as torch 2.6 has it, where no keyword says that this process is alone."""
+"""DCP as torch 2.6 has it, where no keyword says that this process is alone; and folders that hold code."""
+
+import os
+import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from robust_dist.checkpoint import dcp
+from robust_dist.checkpoint import CheckpointError, dcp
+from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading, read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.engines import fsdp
 
@@ -32,3 +39,49 @@ def test_one_process_writes_and_reads_whatever_ranks_there_are(tmp_path, monkeyp
 def test_the_keyword_is_given_to_functions_that_have_it():
     assert fsdp._alone(lambda state, no_dist=False: None, None) == {"no_dist": True}
     assert fsdp._alone(save_of_2_6, None) == {}
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("evil", [print, pickle.loads, torch.load, os.PathLike, eval, torch.nn.Linear])
+def test_a_dcp_folder_that_names_a_function_is_refused(tmp_path, evil):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(evil))
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*names"):
+        read_metadata(tmp_path)
+
+
+def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
+    made, folder = tmp_path / "made", tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(made)))
+    with pytest.raises(CheckpointError, match=r"mkdir, which is nothing of a checkpoint"):
+        dcp.load_flat(folder)
+    with plain_reading(), pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        FileSystemReader(folder).read_metadata()
+    assert not made.exists()
+    value = tmp_path / "value"
+    value.mkdir()
+    dcp._alone(dcp.save, {"x": Evil(made)}, storage_writer=dcp.FileSystemWriter(value))
+    with pytest.raises(CheckpointError, match="plain values"):
+        dcp.load_flat(value)
+    with pytest.raises(CheckpointError, match="Weights only"), plain_reading(), plain_failures(value):
+        dcp._alone(load, {"x": 0}, storage_reader=FileSystemReader(value), planner=DefaultLoadPlanner())
+    assert not made.exists()
+
+
+def test_a_dcp_folder_that_names_files_outside_is_refused(tmp_path):
+    dcp._alone(dcp.save, {"x": torch.ones(2)}, storage_writer=dcp.FileSystemWriter(tmp_path))
+    metadata = read_metadata(tmp_path)
+    for entry in metadata.storage_data.values():
+        entry.relative_path = "../elsewhere.distcp"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        read_metadata(tmp_path)

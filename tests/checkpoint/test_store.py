@@ -153,3 +153,58 @@ def test_a_file_that_shrank_before_the_commit_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.bin: missing or short"):
         store.commit(1, {}, files={"model.bin": [3, 0]})
     assert store.newest() == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"step": 8', '"step": 9'),
+        ('"files"', '"fides"'),
+        ('"metadata"', '"metadatc"'),
+        ('"loss": 0.1', '"loss": 0.3'),
+        ('"crc32": ', '"crc32": 1'),
+        ('"format": 1', '"format": "1"'),
+        ("model.bin", "../model.bin"),
+        ('"step": 8', '"step": 8, "step": 8'),
+        ('"step": 8', '"step": true'),
+        ("{", "["),
+        ("{", "{" * 100_000),
+    ],
+)
+def test_a_manifest_that_says_another_thing_than_was_written_is_passed_over(tmp_path, old, new):
+    store = CheckpointStore(tmp_path, keep=5)
+    save(store, 4)
+    path = save(store, 8).path / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    found, rejected = store.newest()
+    assert found.step == 4
+    assert len(rejected) == 1
+    assert "step-00000008" in rejected[0]
+
+
+def test_a_manifest_of_an_earlier_version_vouches_for_its_files_and_not_for_itself(tmp_path):
+    store = CheckpointStore(tmp_path, keep=5)
+    for step in (4, 8):
+        path = save(store, step).path / "manifest.json"
+        noted = json.loads(path.read_text())
+        del noted["crc32"]
+        path.write_text(json.dumps(noted, indent=1))
+    assert store.newest()[0].step == 8
+    path.write_text(path.read_text().replace('"step": 8', '"step": 9'))
+    assert store.newest()[0].step == 4
+
+
+def test_metadata_of_any_json_values_is_vouched_for(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.begin(1)
+    store.commit(1, {"by": {10: 1, 9: (1, 2)}, "loss": float("nan"), "text": "é"})
+    assert store.newest()[0].metadata["by"] == {"10": 1, "9": [1, 2]}
+
+
+def test_steps_are_told_by_their_number_and_not_by_their_digits(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        scored(store, step, None)
+    assert names(tmp_path) == [100_000_000, 100_000_001]
+    assert store.newest()[0].step == 100_000_001

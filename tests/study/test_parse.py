@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from robust_dist.study.folder import StudyFolder, differences
 from robust_dist.study.grid import study_dict, study_from_dict
 from robust_dist.study.keys import StudyError
 from robust_dist.study.parse import load_study
+from robust_dist.study.worker import _secret_words
+from robust_dist.train.recipe import parse_recipe, recipe_dict
 from tests.study.studies import write
 
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))
@@ -69,6 +72,64 @@ LR = {"optimizer.lr": [0.1, 0.2]}
 def test_a_mistake_is_an_error_that_names_it(tmp_path, keys, named):
     with pytest.raises(StudyError, match=named):
         load_study(write(tmp_path / "s.yaml", **keys))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("base: x.yaml\n\tseeds: [0]\n", "line 2: found character"),
+        ("axes: {a: [1, 2}\n", "line 1: expected"),
+        ("seeds: [0]\nbase: x\nseeds: [1]\n", "'seeds' stands twice, in lines 1 and 3"),
+        ("axes:\n  a: !!python/name:os.system\n", "line 2: tags are not taken"),
+        ("- a\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("base: [a]\nseeds: [0]\naxes: {}\n", "line 1: base=.'a'. must be text"),
+    ],
+)
+def test_a_file_that_is_no_study_is_an_error_that_names_the_line(tmp_path, text, named):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError, match=named):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"axes": LR, "compare": ["optimizer.lr"]}, "is no axis"),
+        ({"axes": {f"row{i}": {str(j): {} for j in range(9)} for i in range(9)}}, "axes make 387420489 cells"),
+        ({"axes": {"rows": {"x" * 300: {}}}}, "too long"),
+        ({"axes": LR, "seeds": [2**63]}, "below 2..63"),
+        ({"axes": {"model.options": [{"class_path": "os.system"}]}}, "model.options.class_path is not taken"),
+        ({"axes": LR, "set": {"model.options.class_path": "os.system"}}, "model.options.class_path is not taken"),
+        ({"axes": LR, "set": {"batch_size": None}}, "batch_size is empty"),
+    ],
+)
+def test_what_no_study_can_have_is_an_error_that_names_it(tmp_path, keys, named):
+    with pytest.raises(StudyError, match=named):
+        load_study(write(tmp_path / "s.yaml", **keys))
+
+
+def test_text_is_text_in_a_study_and_numbers_are_the_same_however_they_are_spelt(tmp_path):
+    path = write(tmp_path / "s.yaml", axes={"precision.mixed": [False], "optimizer.lr": ["1e-3"]})
+    path.write_text(path.read_text().replace("- false", "- no"))
+    study, recipes = load_study(path)
+    assert [(one.precision.mixed, one.optimizer.lr) for one in recipes.values()] == [("no", 1e-3)]
+    # As version 0.4.4 kept it.
+    older = study_from_dict(study_dict(study))
+    older.axes[1].settings[0]["optimizer.lr"] = "1e-3"
+    assert differences(study, older) == []
+
+
+def test_secrets_of_a_study_reach_its_runs_and_none_of_its_files(tmp_path):
+    shared = {"tracking.trackers": ["tensorboard"], "tracking.options": {"tensorboard": {"api_key": "XYZ-1"}}}
+    study, recipes = load_study(write(tmp_path / "s.yaml", axes=LR, set=shared))
+    StudyFolder(tmp_path / "study").claim(study)
+    StudyFolder(tmp_path / "study").claim(study)
+    assert "XYZ-1" not in (tmp_path / "study" / "study.yaml").read_text()
+    assert (tmp_path / "study" / "study.yaml").stat().st_mode & 0o077 == 0
+    ours = next(iter(recipes.values()))
+    assert parse_recipe(_secret_words(recipe_dict(ours))).tracking.options == ours.tracking.options
 
 
 def test_epochs_can_be_an_axis_where_there_is_no_budget(tmp_path):

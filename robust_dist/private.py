@@ -1,0 +1,90 @@
+"""What must not be shown: values of settings that look like secrets, in files, trackers and messages."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from robust_dist.documents import DocumentError
+from robust_dist.yaml_file import parse_yaml
+
+HIDDEN = "(hidden)"
+_WORDS = {"apikey", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password", "pwd"}
+_WORDS |= {"secret", "token"}
+_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key"), ("auth", "key")}
+_URL = re.compile(r"(://[^/@\s:]*:)[^/@\s]+(?=@)")
+_IN_TEXT = re.compile(
+    r"(?i)([\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credentials?|api[_-]?key|access[_-]?key|private[_-]?key)"
+    r"[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;}&\]]+)"
+)
+
+
+def is_secret(key: object) -> bool:
+    """Whether a setting's name, the last part of a dotted one, looks like that of a secret."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key).rpartition(".")[2])
+    words = [word for word in re.split(r"[^A-Za-z0-9]+", name.lower()) if word]
+    return not _WORDS.isdisjoint(words) or not _PAIRS.isdisjoint(pairwise(words))
+
+
+def hidden(value: Any, key: object = "") -> Any:
+    """A copy of plain values with `HIDDEN` for what looks like a secret, at any depth; passwords in URLs, too.
+
+    Numbers and truth values of a model's `class_token`, say, are no secrets; those of a password are.
+
+    Args:
+        value: Nested mappings, lists and values.
+        key: What it is the value of.
+    """
+    if isinstance(value, Mapping):
+        return {name: hidden(inner, name if not is_secret(key) else key) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hidden(inner, key) for inner in value]
+    if is_secret(key) and (isinstance(value, str) or (type(value) is int and "token" not in str(key).lower())):
+        return HIDDEN
+    return _URL.sub(rf"\g<1>{HIDDEN}", value) if isinstance(value, str) else value
+
+
+def hidden_text(text: str) -> str:
+    """A text without what follows a secret's name and a colon or an equals sign, and without passwords in URLs."""
+    return _URL.sub(rf"\g<1>{HIDDEN}", _IN_TEXT.sub(rf"\g<1>{HIDDEN}", text))
+
+
+def hidden_words(words: Sequence[str]) -> list[str]:
+    """A command line without secrets: of `--a.api_key X`, of `--a.api_key=X` and of `--a '{api_key: X}'`."""
+    shown: list[str] = []
+    before = ""
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if word.startswith("--") and not equals:
+            shown.append(word)
+        else:
+            shown.append((f"{option}=" if equals else "") + _hidden_word(option, value))
+        before = option if word.startswith("--") and not equals else ""
+    return shown
+
+
+def _hidden_word(option: str, value: str) -> str:
+    if option.startswith("--") and is_secret(option):
+        return HIDDEN
+    try:
+        data = parse_yaml(value, option).data if value[:1] in ("{", "[") else None
+    except DocumentError:
+        data = None
+    if isinstance(data, (dict, list)):
+        without = hidden(data)
+        return value if without == data else json.dumps(without)
+    return hidden_text(value)
+
+
+def without_hidden(value: Any) -> Any:
+    """Nested values without the entries that `hidden` has put `HIDDEN` for: they are to be given again."""
+    if isinstance(value, Mapping):
+        return {key: without_hidden(inner) for key, inner in value.items() if inner != HIDDEN}
+    return [without_hidden(inner) for inner in value if inner != HIDDEN] if isinstance(value, list) else value
+
+
+def has_options(recipe: Any) -> bool:
+    """Whether a recipe, as nested mappings, has options of a tracker, a model or an optimizer."""
+    sections = recipe.values() if isinstance(recipe, Mapping) else ()
+    return any(isinstance(one, Mapping) and bool(one.get("options")) for one in sections)

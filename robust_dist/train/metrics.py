@@ -1,0 +1,93 @@
+"""The rows of `metrics.jsonl`: read with a word about each line that is none, and fitted to a step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_dist.documents import DocumentError, parse_json, read_text, typed
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class _Row:
+    """What every reader of a row relies on."""
+
+    step: int
+    epoch: int | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+    eval_samples: int | None = None
+    images_per_second: float | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
+    """The rows of a file, in its order, and for each line that is none what is wrong with it, and the line.
+
+    Raises:
+        DocumentError: The file cannot be read.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return [], []
+    rows: Rows = []
+    faults = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, f"line {number}")
+            typed(row, _Row, f"line {number}")
+            rows.append(row)
+        except DocumentError as error:
+            faults.append((str(error), line))
+    return rows, faults
+
+
+def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows, Rows, list[str]]:
+    """The rows of a run that stands at an optimizer step.
+
+    Args:
+        rows: Those of the file.
+        step: Steps done.
+        steps_per_epoch: Steps of an epoch, with which missing and odd rows are told; None tells neither.
+
+    Returns:
+        The rows to keep, one an epoch, oldest first; those to take out; and a line for each thing that is odd.
+    """
+    erased: Rows = [row for row in rows if row["step"] > step]
+    notes: list[str] = []
+    kept: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if row["step"] > step:
+            continue
+        if steps_per_epoch and not _is_end(row, steps_per_epoch):
+            notes.append(f"a row of epoch {row.get('epoch')} and step {row['step']} is of no epoch's end")
+            erased.append(row)
+            continue
+        if row["step"] in kept:
+            notes.append(f"step {row['step']} has several rows; the last one is kept")
+            erased.append(kept[row["step"]])
+        kept[row["step"]] = row
+    if steps_per_epoch:
+        ends = range(steps_per_epoch, step + 1, steps_per_epoch)
+        missing = [str(end // steps_per_epoch) for end in ends if end not in kept]
+        if missing:
+            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            notes.append(f"has no row of epoch {shown}, and the checkpoint is of step {step}")
+    return [kept[end] for end in sorted(kept)], erased, notes
+
+
+def _is_end(row: dict[str, Any], steps_per_epoch: int) -> bool:
+    epoch, rest = divmod(row["step"], steps_per_epoch)
+    return rest == 0 and epoch >= 1 and row.get("epoch", epoch) == epoch
+
+
+def last_row(rows: Rows, epochs: int) -> dict[str, Any] | None:
+    """The row of the last epoch of a run of so many, if it is there, with an accuracy."""
+    found = rows[-1] if rows else {}
+    return found if found.get("epoch") == epochs and found.get("eval_accuracy") is not None else None

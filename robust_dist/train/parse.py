@@ -1,0 +1,285 @@
+"""From YAML files and a command line to a recipe. A recipe is data: nothing that it says is imported or called."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from robust_dist.documents import DocumentError, typed
+from robust_dist.private import HIDDEN, without_hidden
+from robust_dist.yaml_file import Document, Place, parse_yaml, read_yaml, scalar
+
+_CODE = ("class_path", "init_args")
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class Keys(NamedTuple):
+    """The dotted keys of a recipe: its sections' classes, and the type hints of mappings and of single values."""
+
+    sections: dict[str, type]
+    mappings: dict[str, Any]
+    values: dict[str, Any]
+
+
+@cache
+def keys_of(kind: type) -> Keys:
+    """The keys of a dataclass of dataclasses."""
+    keys = Keys({}, {}, {})
+    for name, hint in _walk(kind, ""):
+        place = keys.sections if is_dataclass(hint) else keys.mappings if get_origin(hint) is dict else keys.values
+        place[name] = hint
+    return keys
+
+
+def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        yield prefix + one.name, hints[one.name]
+        if is_dataclass(hints[one.name]):
+            yield from _walk(hints[one.name], f"{prefix}{one.name}.")
+
+
+class Settings:
+    """What files, words and studies set of a recipe; later ones over earlier ones.
+
+    Args:
+        kind: The recipe's class.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.keys = kind, keys_of(kind)
+        self._given: dict[str, Any] = {}
+        self._where: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def read(self, path: str | Path) -> None:
+        """Take a YAML file.
+
+        Raises:
+            DocumentError: It is missing, no YAML, or has a key twice.
+        """
+        try:
+            document = read_yaml(path, doubts=True)
+        except FileNotFoundError:
+            raise DocumentError(f"--config {path}: there is no such file") from None
+        self.take(document, document.data, (), "")
+
+    def take(
+        self, document: Document, data: Any, place: Place, prefix: str, seen: dict[str, str] | None = None
+    ) -> None:
+        """Take a mapping of a document; an empty one sets nothing.
+
+        Args:
+            document: Where it is from.
+            data: The mapping.
+            place: Its place there.
+            prefix: The section that it is, with a dot behind.
+            seen: Where the document has the keys that it has set so far.
+        """
+        if data is None:
+            return
+        if not isinstance(data, Mapping):
+            self.problems.append(f"{document.where(place)}: {prefix[:-1] or 'a recipe'} must be a mapping of keys")
+            return
+        seen = {} if seen is None else seen
+        for key, value in data.items():
+            name, below = f"{prefix}{key}", (*place, key)
+            where = document.where(below)
+            if name in seen:
+                raise DocumentError(
+                    f"{where}: the key {name!r} stands twice, the first time in {seen[name]}; leave one"
+                )
+            seen[name] = where
+            if name in self.keys.sections:
+                self.take(document, value, below, f"{name}.", seen)
+            else:
+                self.set(name, document, value, below)
+
+    def set(self, name: str, document: Document, value: Any, place: Place = ()) -> None:
+        """Set one key to a value of a document, in its spelling there where the key takes text."""
+        where = document.where(place)
+        owner = self._owner(name)
+        if name in self.keys.values:
+            self._note(name, _fitted(document, place, value, self.keys.values[name]), where)
+        elif name in self.keys.mappings:
+            _refuse_doubts(document, place)
+            self._note(name, {} if value is None else value, where)
+        elif owner is not None:
+            _refuse_doubts(document, place)
+            self._set_below(owner, name, value, where)
+        else:
+            near = get_close_matches(name, [*self.keys.values, *self.keys.mappings, *self.keys.sections], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            self.problems.append(f"{where}: a recipe has no key {name!r}{hint}")
+
+    def word(self, name: str, raw: str) -> None:
+        """Set one key from a word of the command line."""
+        option = f"--{name}"
+        if name in self.keys.sections:
+            document = parse_yaml(raw, option)
+            self.take(document, document.data, (), f"{name}.")
+        elif name in self.keys.values:
+            hint = self.keys.values[name]
+            text = (
+                _takes_text(hint, raw) and not (raw in _NULLS and NoneType in _kinds(hint)) and not _is_list(raw, hint)
+            )
+            document = Document(raw, option) if text else parse_yaml(raw, option)
+            self.set(name, document, document.data)
+        else:
+            # An option of an option: text, unless it is written as a number, a truth value, a list or a mapping.
+            value = parse_yaml(raw, option).data if raw[:1] in ("[", "{", '"', "'") else scalar(raw, option)
+            self.set(name, Document(value, option), value)
+
+    def recipe(self) -> Any:
+        """The recipe.
+
+        Raises:
+            SettingsError: Unknown keys, empty ones, values of a wrong type.
+            ValueError: Options that name code, values out of range.
+        """
+        found: dict[str, Any] = {}
+        for name, value in self._given.items():
+            where = self._where[name]
+            try:
+                if name in self.keys.mappings:
+                    check_plain(value, name, where)
+                    found[name] = without_hidden(typed(value, dict[str, Any], name))
+                else:
+                    found[name] = self._checked(name, value)
+                if HIDDEN in str(found[name]):
+                    raise DocumentError(f"{name} has {HIDDEN} for a password in a URL; give the whole URL again")
+            except _CodeError:
+                raise
+            except DocumentError as error:
+                said = str(error)
+                self.problems.append(said if where in (name, f"--{name}") else f"{where}: {said}")
+        if self.problems:
+            raise SettingsError("\n  ".join(self.problems))
+        return _build(self.kind, found)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        hint = self.keys.values[name]
+        if value is None and NoneType not in _kinds(hint):
+            raise DocumentError(f"{name} is empty; give it a value, or leave the key out for its default")
+        return typed(value, hint, name)
+
+    def _note(self, name: str, value: Any, where: str) -> None:
+        self._given[name], self._where[name] = value, where
+
+    def _owner(self, name: str) -> str | None:
+        return next((one for one in self.keys.mappings if name.startswith(f"{one}.")), None)
+
+    def _set_below(self, owner: str, name: str, value: Any, where: str) -> None:
+        held = self._given.get(owner, {})
+        self._note(owner, _with(held, name.removeprefix(f"{owner}.").split("."), value), where)
+
+
+class SettingsError(DocumentError):
+    """Keys that a recipe does not have, and values of another type; all of them."""
+
+
+class _CodeError(DocumentError):
+    """Data that asks for code to be run."""
+
+
+def _with(held: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """The mapping with one more entry at the end of a path; the one given is left as it is."""
+    copy = dict(held) if isinstance(held, Mapping) else {}
+    copy[path[0]] = value if len(path) == 1 else _with(copy.get(path[0]), path[1:], value)
+    return copy
+
+
+def check_plain(value: Any, key: str, where: str) -> None:
+    """Refuse options that are more than plain values.
+
+    Raises:
+        DocumentError: A mapping has `class_path` or `init_args`, by which libraries are told to import and call what a
+            file names; or a value is of no plain type.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in _CODE:
+                raise _CodeError(
+                    f"{where}: {key}.{name} is not taken: a recipe is data, and nothing that it names is imported or "
+                    "called"
+                )
+            check_plain(inner, f"{key}.{name}", where)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            check_plain(inner, f"{key}[{index}]", where)
+    elif not isinstance(value, (str, int, float, NoneType)):
+        raise DocumentError(f"{key} must be of plain values, not {type(value).__name__}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _takes_text(hint: Any, text: str) -> bool:
+    return any(one is str or (get_origin(one) is Literal and text in get_args(one)) for one in _kinds(hint))
+
+
+def _is_list(raw: str, hint: Any) -> bool:
+    """Whether a word for a key that takes text or a list is a list; [0-9]*.tar is none."""
+    if not raw.startswith("[") or not any(get_origin(one) is list for one in _kinds(hint)):
+        return False
+    try:
+        return isinstance(parse_yaml(raw, "").data, list)
+    except DocumentError:
+        return False
+
+
+def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
+    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number where not."""
+    if isinstance(value, list):
+        inner = next((get_args(one) for one in _kinds(hint) if get_origin(one) in (list, tuple)), ())
+        hints = [inner[min(index, len(inner) - 1)] if inner else Any for index in range(len(value))]
+        return [
+            _fitted(document, (*place, i), one, kind) for i, (one, kind) in enumerate(zip(value, hints, strict=True))
+        ]
+    text = document.texts.get(place)
+    if text is not None and value is not None and _takes_text(hint, text):
+        return text
+    _refuse_doubts(document, place)
+    if isinstance(value, str) and hint is not Any and not _takes_text(hint, value):
+        again = parse_yaml(value, document.where(place)).data
+        return _fitted(Document(again, document.name), (), again, hint) if isinstance(again, list) else again
+    return value
+
+
+def fitted(kind: type, document: Document, place: Place, value: Any, key: str) -> Any:
+    """A value of a document as a key of the recipe's class takes it; see `Settings.set`."""
+    hint = keys_of(kind).values.get(key)
+    return value if hint is None else _fitted(document, place, value, hint)
+
+
+def _refuse_doubts(document: Document, place: Place) -> None:
+    for at, why in document.doubts.items():
+        if at[: len(place)] == place:
+            raise DocumentError(why)
+
+
+def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass from dotted keys; what its parts refuse is said together."""
+    refused: list[str] = []
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for one in fields(kind):
+        name, hint = prefix + one.name, hints[one.name]
+        try:
+            if is_dataclass(hint):
+                given[one.name] = _build(hint, found, f"{name}.")  # type: ignore[arg-type]
+            elif name in found:
+                given[one.name] = found[name]
+        except ValueError as error:
+            refused.append(str(error))
+    try:
+        built = kind(**given)
+    except ValueError as error:
+        refused.append(str(error))
+    if refused:
+        raise ValueError("\n  ".join(refused))
+    return built
