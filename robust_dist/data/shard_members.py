@@ -149,7 +149,7 @@ class _Members:
     def __init__(self, file: Any, read: str) -> None:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
-        self.read = read
+        self.read, self.dotted = read, f".{read}"
         self.torn_at = -1
 
     def __iter__(self) -> Iterator[_Member]:
@@ -175,7 +175,7 @@ class _Members:
             return None
         ending = match[2].lower()
         content = b""
-        if ending.endswith(self.read) and ending.removesuffix(self.read)[-1:] in ("", "."):
+        if ending == self.read or ending.endswith(self.dotted):
             self.file.seek(info.offset_data)
             content = self.file.read(info.size)
         return _Member(info.name, match[1], ending, (info.offset_data, info.size), content)
@@ -208,7 +208,9 @@ def _samples(shard: str, members: list[_Member], keys: Keys, faults: Faults) -> 
     if len(found) < len(members):
         faults.add(TWICE, f"{shard}: {key}")
     image, label = _pair(found, keys)
-    dotted = _dotted(found, keys) if len(found) > (image is not None) + (label is not None) else {}
+    if len(found) == 2 and image is not None and label is not None:
+        return [_sample(shard, key, image, label, keys, faults)]
+    dotted = _dotted(found, keys)
     if image is None and label is not None:
         unnamed = [one.ending for one, others in dotted.values() if one is not None and others is None]
         if unnamed:
