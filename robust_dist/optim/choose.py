@@ -54,7 +54,7 @@ def choose(group: Mapping[str, Any], params: list[Tensor]) -> Backend:
     if wanted is None:
         wanted = _supports_foreach(params)
         # A compiled step compiles foreach operations; a call into C would break its graph.
-        fuses = not (group["fused"] is False or torch.compiler.is_compiling() or is_fake(params[0]))
+        fuses = not (group["fused"] is False or torch.compiler.is_compiling() or any(map(is_fake, params[:1])))
         if wanted and fuses and fused_cpu.library() is not None:
             return fused_cpu.fused_cpu
     return foreach if wanted else single

@@ -54,11 +54,14 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any) -> str:
 
 
 def optimizer_backend(optimizer: Optimizer) -> str:
-    """Which code of RAdaBeliefW steps, in words that follow its name; empty for another optimizer."""
+    """Which code of RAdaBeliefW steps, in words that follow its name; empty for another optimizer.
+
+    Empty, too, under ZeRO-3, which fills the groups for a step alone.
+    """
     inner = base_optimizer(optimizer)
-    if not isinstance(inner, RAdaBeliefW):
-        return ""
     group = inner.param_groups[0]
+    if not isinstance(inner, RAdaBeliefW) or not group["params"]:
+        return ""
     if fused_on_device(group):
         return " fused (Triton)"
     name = getattr(choose(group, group["params"]), "__name__", "")
