@@ -88,7 +88,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 
     DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
     written later, too, by a script that builds the same model and optimizer. FSDP's and DeepSpeed's files carry the
-    names themselves. Every rank may call this; rank 0 writes.
+    names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
 
     Args:
         folder: The checkpoint's folder.
@@ -98,9 +98,10 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
+    # On every rank, or the next forward pass gathers on some of them alone.
+    reshard(model)
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    reshard(model)
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     shared: dict[str, str] = {}
