@@ -390,6 +390,10 @@ def test_names_lose_what_a_wrapper_has_surely_added_and_nothing_else():
     assert bare_names(wrapped) == ["module.a.weight", "module.b"]
     assert bare_names(wrapped, unwrap=True) == ["a.weight", "b"]
     assert bare_names(wrapped, ["a.weight"]) == bare_names(wrapped, ["a.weight", "b", "c"]) == ["a.weight", "b"]
+    reserved = ["weight", "_orig_mod.weight"]
+    assert bare_names(reserved) == bare_names([f"_orig_mod.{name}" for name in reserved]) == reserved
+    assert bare_names(reserved[1:]) == ["weight"]
+    assert bare_names(reserved[1:], reserved) == reserved[1:]
     assert bare_names(wrapped, ["module.b"]) == bare_names(wrapped, ["elsewhere"]) == ["module.a.weight", "module.b"]
 
 
