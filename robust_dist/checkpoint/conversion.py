@@ -163,7 +163,7 @@ def convert(
         _write(state, src, dst, building, to, world_size, full_state_dict, for_trainer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return notes + _notes_on_objects(state, to) + _notes_on_ranks(src, state, world_size)
+    return notes + _notes_on_ranks(src, state, world_size)
 
 
 def _write(
@@ -267,13 +267,6 @@ def _note_on_names(src: Path, state: TrainingState) -> list[str]:
     if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
         return []
     return [f"every name begins with {WRAPPED!r}, which is kept; if DDP's wrapper added it, convert with --unwrap"]
-
-
-def _notes_on_objects(state: TrainingState, to: str) -> list[str]:
-    names = list(state.extra.get("objects", ()))
-    if not names or to.startswith("zero"):
-        return []
-    return [f"{names[:5]} ({len(names)} in all) are extra state of modules, which only ZeRO's files take: left out"]
 
 
 def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -27,6 +28,7 @@ MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
 _OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
 _GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
+_EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
 _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
@@ -106,8 +108,10 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
         CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
     """
     flat: dict[str, Any] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
     for folder in folders:
         flat.update(load_flat(folder))
+        paths.update(read_metadata(folder).planner_data or {})
     where = folders[-1]
     found = next((match for match in map(_OPTIMIZER.match, flat) if match), None)
     if found is None:
@@ -116,9 +120,15 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
             f"them; there are {list(flat)[:3]}"
         )
     before, root = found["before"], f"{found['before']}{found['name']}."
-    entries = {name: value for name, value in _model(flat, before, root).items() if isinstance(value, Tensor)}
+    found_model = _model(flat, before, root)
+    objects = _extra_states(found_model, paths)
+    weights = {name: value for name, value in found_model.items() if not _EXTRA_STATE.match(name)}
+    entries = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     state = _state(_below(flat, root + "state."))
     model = bare(entries, bare_names(state), unwrap=unwrap)
+    if objects:
+        every = bare_names([*entries, *objects], bare_names(state), unwrap=unwrap)
+        objects = dict(zip(every[len(entries) :], objects.values(), strict=True))
     if not model:
         raise CheckpointError(f"{where}: holds an optimizer, but no model under {before + 'model.'!r}")
     check_keys(state, where)
@@ -127,8 +137,9 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     renamed = dict(zip(called, bare_names(called, model), strict=True))
     optimizer = {renamed.get(name, name): entry for name, entry in state.items()}
     groups = [{**group, "params": [renamed[name] for name in group["params"]]} for group in groups]
+    ranks, extra = ranks_of(folders[0]) or None, {"objects": objects} if objects else {}
     return TrainingState(
-        model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks_of(folders[0]) or None
+        model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks, extra=extra
     )
 
 
@@ -143,6 +154,20 @@ def _model(flat: Mapping[str, Any], before: str, optimizer: str) -> dict[str, An
         return nested
     others = (optimizer, *(f"{before}{name}." for name in (*_SCHEDULES, "dataloader", "train_state")))
     return {key.removeprefix(before): value for key, value in flat.items() if not key.startswith(others)}
+
+
+def _extra_states(entries: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]) -> dict[str, Any]:
+    """Modules' extra state by name, put together again where DCP has taken it apart by `paths`."""
+    found: dict[str, Any] = {}
+    inner: dict[str, tuple[str | int, ...]] = {}
+    for path in paths.values():
+        at = next((i for i, part in enumerate(path) if _EXTRA_STATE.fullmatch(str(part))), len(path))
+        inner[".".join(map(str, path[at:]))] = path[at:]
+    for name, value in entries.items():
+        if match := _EXTRA_STATE.match(name):
+            rest = name[match.end() + 1 :]
+            set_element(found, inner.get(name) or (match[0], *(rest.split(".") if rest else ())), value)
+    return found
 
 
 def _state(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -198,6 +223,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def write_dcp(state: TrainingState, folder: Path) -> None:
     """Write the folders `pytorch_model_fsdp_0` and `optimizer_0`, which FSDP1 and FSDP2 load at any world size."""
     optimizer = {"state": state.optimizer, "param_groups": state.groups}
-    for name, content in ((MODEL_FOLDER, {"model": state.model}), (OPTIMIZER_FOLDER, {"optimizer": optimizer})):
+    for name, content in ((MODEL_FOLDER, {"model": state.entries()}), (OPTIMIZER_FOLDER, {"optimizer": optimizer})):
         (folder / name).mkdir()
         _alone(save, content, storage_writer=FileSystemWriter(folder / name))

@@ -20,6 +20,7 @@ from robust_dist.optim.groups import clean_name, reshard
 
 SIDECAR = "parameters.json"
 WRAPPED = "module."
+_COMPILED = "_orig_mod."
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _MOST_PATHS = 10_000
 
@@ -65,12 +66,23 @@ def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool 
         known: Names of the same model from elsewhere.
         unwrap: Whether a "module." in front of all of them is a wrapper's.
     """
-    bare = [clean_name(name) for name in names]
+    given, others = list(names), set(known)
+    bare = _without_wrappers(given, others)
     if not bare or not all(name.startswith(WRAPPED) for name in bare):
         return bare
-    short, others = [name.removeprefix(WRAPPED) for name in bare], set(known)
+    short = [name.removeprefix(WRAPPED) for name in bare]
     proven = bool(others) and _agree(set(short), others) and not _agree(set(bare), others)
     return short if unwrap or proven else bare
+
+
+def _without_wrappers(given: list[str], others: set[str]) -> list[str]:
+    """The names without the components that no user's module has, but for a user's who has them all the same."""
+    clean = [clean_name(name) for name in given]
+    compiled = all(name.startswith(_COMPILED) for name in given)
+    outer = [name.removeprefix(_COMPILED) for name in given] if compiled else given
+    proven = next((names for names in (given, outer) if others and _agree(set(names), others)), None)
+    # Two parameters with one name afterwards were none of a wrapper's making.
+    return proven or (outer if len(set(clean)) < len(set(given)) else clean)
 
 
 def _agree(names: set[str], others: set[str]) -> bool:
@@ -88,7 +100,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 
     DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
     written later, too, by a script that builds the same model and optimizer. FSDP's and DeepSpeed's files carry the
-    names themselves. Every rank may call this; rank 0 writes.
+    names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
 
     Args:
         folder: The checkpoint's folder.
@@ -98,9 +110,10 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
+    # On every rank, or the next forward pass gathers on some of them alone.
+    reshard(model)
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    reshard(model)
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     shared: dict[str, str] = {}

@@ -274,19 +274,13 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
     """Write `model.safetensors` and `optimizer.bin` as Accelerate does under DDP; and `pytorch_model.bin`.
 
     Accelerate refuses a `model.safetensors` with both names of a shared parameter: the further ones go into
-    `state.extra["shared"]`, which is noted beside it.
+    `state.extra["shared"]`, which is noted beside it. Extra state that is no tensor leaves `pytorch_model.bin` alone.
     """
-    from safetensors.torch import save_file
-
     shared = dict(state.extra.get("shared") or {}) | _further_names(state)
     state.extra["shared"] = shared
-    first = {name: tensor for name, tensor in state.model.items() if name not in shared}
-    try:
-        save_file(_apart(first), folder / MODEL_FILES[0], metadata={"format": "pt"})
-    except KeyError:
-        # Of a dtype that safetensors does not have, as complex128; Accelerate then takes the other file.
-        (folder / MODEL_FILES[0]).unlink(missing_ok=True)
-    torch.save(state.model, folder / MODEL_FILES[2])
+    entries = state.entries()
+    _write_safetensors({name: value for name, value in entries.items() if name not in shared}, folder / MODEL_FILES[0])
+    torch.save(entries, folder / MODEL_FILES[2])
     numbers: dict[str, int] = {}
     for group in state.groups:
         for name in group["params"]:
@@ -296,7 +290,20 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
     torch.save(saved, folder / OPTIMIZER_FILE)
 
 
+def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
+    """Write the file, or none where it cannot hold an entry; Accelerate then takes `pytorch_model.bin`."""
+    from safetensors.torch import save_file
+
+    if not all(isinstance(value, Tensor) for value in entries.values()):
+        return
+    try:
+        save_file(_apart(entries), file, metadata={"format": "pt"})
+    except KeyError:
+        # Of a dtype that safetensors does not have, as complex128.
+        file.unlink(missing_ok=True)
+
+
 def write_full(state: TrainingState, folder: Path) -> None:
     """Write `pytorch_model_fsdp.bin` and `optimizer.bin` as Accelerate does under FSDP with FULL_STATE_DICT."""
-    torch.save(state.model, folder / FULL_MODEL_FILE)
+    torch.save(state.entries(), folder / FULL_MODEL_FILE)
     torch.save({"state": state.optimizer, "param_groups": state.groups}, folder / OPTIMIZER_FILE)

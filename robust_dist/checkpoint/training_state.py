@@ -32,6 +32,10 @@ class TrainingState:
     world_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def entries(self) -> dict[str, Any]:
+        """The model's whole `state_dict`, extra state too."""
+        return {**self.model, **self.extra.get("objects", {})}
+
 
 def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A model's `state_dict` as (tensors, what torch calls extra state and other entries that are no tensors)."""

@@ -107,7 +107,7 @@ def _wrong_values(section: str, known: Mapping[str, Any], auto: bool) -> Iterato
     rest = {name: value for name, value in given.items() if name not in wrong}
     if section == "scheduler" and not {"total_steps", "total_num_steps"} & known.keys():
         yield f"{section}.params.total_num_steps", f"{section}.params={rest}; {deepspeed_params.NO_TOTAL}"
-    if not wrong and (reason := _reason(check, rest)):
+    if reason := _reason(check, rest):
         yield section, f"{section}.params={rest}; {OURS[section]} says: {reason}"
 
 

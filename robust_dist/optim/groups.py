@@ -47,10 +47,17 @@ def clean_name(name: str, model: nn.Module | None = None) -> str:
         # some wrappers leave their component out of the names that they give
         while (children := _children_of_wrapper(at)) and part not in children and part not in at._buffers:
             at = getattr(at, children[0])
-        if part not in children and part not in _UNMISTAKABLE:
+        if part not in children and not (part in _UNMISTAKABLE and _holds_one_module(at)):
             kept.append(part)
         at = getattr(at, part, None)
     return ".".join(kept)
+
+
+def _holds_one_module(module: Any) -> bool:
+    """Whether it may be a wrapper of an unknown class: one that has tensors or further children of its own is none."""
+    if not isinstance(module, nn.Module):
+        return True
+    return len(module._modules) == 1 and not module._parameters and not module._buffers
 
 
 def _children_of_wrapper(module: Any) -> tuple[str, ...]:

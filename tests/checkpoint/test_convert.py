@@ -390,6 +390,10 @@ def test_names_lose_what_a_wrapper_has_surely_added_and_nothing_else():
     assert bare_names(wrapped) == ["module.a.weight", "module.b"]
     assert bare_names(wrapped, unwrap=True) == ["a.weight", "b"]
     assert bare_names(wrapped, ["a.weight"]) == bare_names(wrapped, ["a.weight", "b", "c"]) == ["a.weight", "b"]
+    reserved = ["weight", "_orig_mod.weight"]
+    assert bare_names(reserved) == bare_names([f"_orig_mod.{name}" for name in reserved]) == reserved
+    assert bare_names(reserved[1:]) == ["weight"]
+    assert bare_names(reserved[1:], reserved) == reserved[1:]
     assert bare_names(wrapped, ["module.b"]) == bare_names(wrapped, ["elsewhere"]) == ["module.a.weight", "module.b"]
 
 
@@ -704,7 +708,9 @@ class WithExtra(torch.nn.Linear):
 @pytest.mark.parametrize(
     "extra", [{"scale": 1.5, "history": [1, 2]}, torch.arange(5), None], ids=["dict", "tensor", "None"]
 )
-def test_extra_state_of_modules_goes_through_zeros_files_and_is_named_where_it_is_left_out(tmp_path, extra, capsys):
+def test_extra_state_of_modules_goes_through_every_engines_files(tmp_path, extra, capsys):
+    from safetensors.torch import load_file
+
     model = torch.nn.Sequential(WithExtra(3, 4), torch.nn.Linear(4, 2))
     model[0].extra = extra
     model(torch.ones(2, 3)).sum().backward()
@@ -722,5 +728,17 @@ def test_extra_state_of_modules_goes_through_zeros_files_and_is_named_where_it_i
     assert same(model[0].extra, extra)
     assert main(["inspect", str(tmp_path / "zero")]) == 0
     assert "extra state:  0._extra_state" in capsys.readouterr().out
-    notes = convert(tmp_path / "zero", tmp_path / "ddp", "ddp", 2)
-    assert notes == ["['0._extra_state'] (1 in all) are extra state of modules, which only ZeRO's files take: left out"]
+    source = tmp_path / "zero"
+    for number, (engine, full) in enumerate([("fsdp", False), ("ddp", False), ("fsdp", True), ("ddp", False)]):
+        folder = tmp_path / f"{number}"
+        assert convert(source, folder, engine, 2, full_state_dict=full) == []
+        state = read(folder)
+        assert same(state.extra["objects"], {"0._extra_state": extra})
+        assert state.entries().keys() == model.state_dict().keys()
+        source = folder
+    file = "model.safetensors" if isinstance(extra, torch.Tensor) else "pytorch_model.bin"
+    saved = load_file(source / file) if file == "model.safetensors" else torch.load(source / file)
+    model[0].extra = "another"
+    model.load_state_dict(saved)
+    assert same(model[0].extra, extra)
+    assert (source / "model.safetensors").exists() == isinstance(extra, torch.Tensor)

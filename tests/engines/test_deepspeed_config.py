@@ -161,6 +161,8 @@ def test_everything_that_is_wrong_is_in_one_message():
         assert part in text
     assert "warmup_max_lr=-1" in text
     assert "train_batch_size='auto'" in text
+    with pytest.raises(ValueError, match=r"(?s)cos_min_ratio=3.*warmup_num_steps=200"):
+        check_config({**GIVEN, **params("scheduler", warmup_num_steps=200, cos_min_ratio=3)})
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"type": None}, {"type": None, "params": {"lr": "0.1"}}])

@@ -119,6 +119,11 @@ def test_clean_names_lose_what_a_wrapper_has_added_and_nothing_else():
     averaged = AveragedModel(Module())
     assert [clean_name(name, averaged) for name in averaged.state_dict()] == ["n_averaged", "weight", "module.weight"]
     assert clean_name("module.a._orig_mod.b") == "module.a.b"
+    reserved = Module()
+    reserved._orig_mod = nn.Linear(2, 2)
+    own = [name for name, _ in reserved.named_parameters()]
+    for wrapped in (reserved, *wrappers(reserved)):
+        assert [clean_name(name, wrapped) for name, _ in wrapped.named_parameters()] == own
 
 
 def test_clean_names_know_fabrics_wrapper():
