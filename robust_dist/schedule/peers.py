@@ -87,11 +87,19 @@ class Peers:
         needed = {"any": 1, "all": voters, "majority": voters // 2 + 1}[reduce]
         return self._ask(lambda store: self.vote.cast(wish, needed, dist.get_rank(), store))
 
-    def decided(self, group: dist.ProcessGroup | None) -> int | None:
-        """As `cast`, without a vote; for one rank alone, too."""
+    def decided(self, group: dist.ProcessGroup | None, *, settle: bool = False) -> int | None:
+        """As `cast`, without a vote; for one rank alone, too. `settle` waits a little for votes of this call."""
         # To begin with a process group is for a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
-        return self._ask(self.vote.decided) if begun else None
+        if not begun:
+            return None
+
+        def question(store: "Store") -> int | None:
+            if settle:
+                self.vote.settle(store, len(self._ranks))
+            return self.vote.decided(store)
+
+        return self._ask(question)
 
     def out_of_reach(self, group: dist.ProcessGroup | None) -> bool:
         """Whether there are other ranks that cannot be asked."""

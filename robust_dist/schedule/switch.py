@@ -129,9 +129,12 @@ class WeightDecaySwitch:
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the base decays, and what the ranks have decided up to now; waits for no rank."""
+        """The step, the base decays, and what the ranks have decided up to now.
+
+        Before an own trigger has decided it waits for the votes of ranks that are at this step, a second at most.
+        """
         self._decays.follow()
-        self._take_in_decision()
+        self._take_in_decision(settle=True)
         return {
             "step": self._step,
             "switch_step": self._switch_step if self.is_off or self.should_switch is not None else None,
@@ -217,9 +220,9 @@ class WeightDecaySwitch:
         marks = (self._switch_step, self.total_steps)
         return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)
 
-    def _take_in_decision(self) -> None:
+    def _take_in_decision(self, *, settle: bool = False) -> None:
         if self.should_switch is not None and self._switch_step is None:
-            self._decide(self._peers.decided(self.process_group))
+            self._decide(self._peers.decided(self.process_group, settle=settle))
             self._write()
 
     def _decide(self, call: int | None) -> None:

@@ -1,5 +1,6 @@
 """Votes between ranks that no step waits for."""
 
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ if TYPE_CHECKING:
 
 # Seconds in which a rank that has begun to decide, two calls of the store, must have done so.
 _DECIDING = 30.0
+# Seconds for which a save waits for votes that are about to be cast.
+_PATIENCE = 1.0
 # Steps after which votes that decided nothing are deleted.
 _KEPT = 1024
 
@@ -62,6 +65,26 @@ class Vote:
                 return since
         return None
 
+    def settle(self, store: "Store", ranks: int) -> None:
+        """Wait, a second at most, until the other voters have made this rank's last call: it may decide.
+
+        Who votes is known from the second call on; at the first it may be all of these many ranks.
+        """
+        if not self._known:
+            return
+        wanted = ranks if self.calls == 1 else 1
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            calls = self._calls(store)
+            if min(calls) >= self.calls and len(calls) >= wanted:
+                return
+            time.sleep(0.01)
+
+    def _calls(self, store: "Store") -> list[int]:
+        """The call that each voter has reached."""
+        keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
+        return list(map(int, store.multi_get(keys)))
+
     def _add(self, store: "Store") -> int:
         key = f"votes/{self.calls}"
         votes = store.add(key, 1)
@@ -73,6 +96,4 @@ class Vote:
 
     def _decide(self, rank: int, store: "Store") -> None:
         if store.compare_set(f"{self._number}/decider", "", str(rank)).decode() == str(rank):
-            keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
-            foremost = max(map(int, store.multi_get(keys)))
-            store.set(f"{self._number}/decision", f"{self.calls} {foremost + 1}")
+            store.set(f"{self._number}/decision", f"{self.calls} {max(self._calls(store)) + 1}")

@@ -298,6 +298,19 @@ def own_trigger_resumed(saved_at, saver):
         assert used + rest == undisturbed, (used + rest, taker.switch_step)
 
 
+def check_a_state_saved_before_the_others_have_voted_has_their_decision():
+    rank = dist.get_rank()
+    for call in (1, 2):
+        optimizer, calls = make(), iter(range(1, 100))
+        switch = WeightDecaySwitch(optimizer, 99, should_switch=lambda c=calls, n=call: next(c) == n and rank == 1)
+        for _ in range(call - 1):
+            train_step(optimizer, switch)
+        dist.barrier()
+        time.sleep(0.2 * rank)
+        train_step(optimizer, switch)
+        assert switch.state_dict()["switch_step"] == call + 1
+
+
 def the_host_of_the_store_ends_first():
     """Rank 0 returns, and its process ends; rank 1 goes on to the end of its run."""
     optimizer = make()
@@ -331,6 +344,7 @@ def two_ranks():
     for saved_at in range(7):
         for saver in (None, 1):
             own_trigger_resumed(saved_at, saver)
+    check_a_state_saved_before_the_others_have_voted_has_their_decision()
     uneven_batches(with_join=True)
     uneven_batches(with_join=False)
     dist.barrier()
