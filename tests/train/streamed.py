@@ -70,16 +70,21 @@ class Logged:
 
 def log_reads(log):
     """From now on this process's training reads are added to the file; returns what undoes that."""
-    from robust_dist.train import sources
+    from robust_dist.train import build, sources
 
-    real = sources.open_source
+    real, told = sources.open_source, build.tell_exif
 
     def logging(data, part, classes, *, download):
         source = real(data, part, classes, download=download)
         return Logged(source, log) if part == "train" else source
 
+    def undo():
+        sources.open_source, build.tell_exif = real, told
+
     sources.open_source = logging
-    return lambda: setattr(sources, "open_source", real)
+    # The start's look at the first images is no reading of an epoch's.
+    build.tell_exif = lambda *args: None
+    return undo
 
 
 def run(recipe, sets, run_dir, *words, log=None, fails=False, engine="ddp"):

@@ -67,6 +67,7 @@ def watched(name, folder):
         # A pipe that nobody reads takes the opening for ever, as a dead file system does.
         (place / "stacks").mkdir(parents=True)
         os.mkfifo(place / "stacks" / "rank-0.txt")
+    place.mkdir(exist_ok=True)
     with Watchdog(Rank(0, 1, "host", place), TIMEOUT, lambda reason: print(f"given up: {reason}")):
         CASES[name]()
     # Nothing of it is left to go off.
