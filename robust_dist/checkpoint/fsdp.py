@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import default_planner
@@ -95,6 +94,7 @@ def _plain_objects() -> Iterator[None]:
 
 def _set_random_state(path: Path) -> None:
     """As Accelerate does, which says nothing where it fails; a rank that was not there before has no file."""
+    import numpy as np
     from accelerate.utils import load
 
     if not path.exists():
