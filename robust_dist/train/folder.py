@@ -112,11 +112,13 @@ class RunFolder:
         recipe_path, ours = self.path / "recipe.yaml", recipe_dict(recipe)
         if recipe_path.exists():
             self._check_same(ours, recipe_path)
-        if data is not None and self._is_new_data(data):
-            write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
+        is_new_data = data is not None and self._is_new_data(data)
         # Others may read what became of a run, but not the accounts and hosts that its options name.
         private = has_options(ours)
+        # First, since it makes the folder a run's.
         write_atomically(recipe_path, dump_yaml(hidden(ours)), private=private)
+        if is_new_data:
+            write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         if not self.metrics():
             # From here on its absence is somebody's doing.
             self.checkpoints.mkdir(exist_ok=True)
