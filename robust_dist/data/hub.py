@@ -12,7 +12,7 @@ from robust_dist.data.classes import check_count
 from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, path_of, plain_labels
 from robust_dist.data.errors import DataError
 from robust_dist.data.identity import Stretch, fingerprint
-from robust_dist.data.parquet import is_remote, open_parquet
+from robust_dist.data.parquet import check_whole, is_remote, open_parquet
 from robust_dist.data.source import ImageSource, Upright, check_index, turns_upright
 from robust_dist.extras import require
 
@@ -127,7 +127,7 @@ def open_hub(
     path = os.path.expanduser(path)
     upright = turns_upright(exif, auto=True)
     words = {"name": config_name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
-    with _as_data_errors(name):
+    with _as_data_errors(name, path):
         if streaming:
             urls, features, revision = _parquet_files(path, split, words)
             source = open_parquet(
@@ -279,13 +279,15 @@ def _sizes(images: Any) -> np.ndarray:
 
 
 @contextmanager
-def _as_data_errors(name: str) -> Iterator[None]:
+def _as_data_errors(name: str, path: str) -> Iterator[None]:
     errors = require("datasets.exceptions", extra="data", purpose="sets of the Hub or its formats")
     try:
         yield
     except DataError:
         raise
     except (errors.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # What `datasets` says of a torn file does not name it.
+        check_whole(path, name)
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"{name}: {error}{cause}") from error
 

@@ -246,6 +246,19 @@ def _whole(footers: Sequence[_Footer | DataError], name: str) -> list[_Footer]:
     return [one for one in footers if isinstance(one, _Footer)]
 
 
+def check_whole(path: str | Path, name: str) -> None:
+    """Look at the footers of a local parquet file, or of a folder's.
+
+    Raises:
+        DataError: Names the files that are no parquet or are cut off.
+    """
+    root = Path(path)
+    files = (
+        sorted(root.rglob("*.parquet")) if root.is_dir() else [root] * (root.suffix == ".parquet" and root.is_file())
+    )
+    _whole([_footer(str(file)) for file in files], name)
+
+
 def _listed(faults: Sequence[str], name: str) -> str:
     """What is wrong with the first few files, and with how many more."""
     more = f"; and {len(faults) - NAMED:,} more files" if len(faults) > NAMED else ""

@@ -359,8 +359,9 @@ def test_a_torn_or_foreign_parquet_file_is_named(tmp_path, load):
     first, second = sorted((root / "data").iterdir())
     whole = second.read_bytes()
     second.write_bytes(whole[:-50])
-    with pytest.raises(DataError, match=f"{re.escape(second.name)} is no parquet file, or is cut off"):
-        load(root, streaming=True)
+    for streaming in (True, False):
+        with pytest.raises(DataError, match=f"{re.escape(second.name)} is no parquet file, or is cut off"):
+            load(root, streaming=streaming)
     kept = first.read_bytes()
     first.write_bytes(b"no parquet")
     with pytest.raises(
