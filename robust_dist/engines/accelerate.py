@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import SequentialLR
 
+from robust_dist.engines.schedule_facts import repeated
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
-from robust_dist.schedule.ticks import repeated
 
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 

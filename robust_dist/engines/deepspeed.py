@@ -6,8 +6,8 @@ from robust_dist.engines import deepspeed_mends as mends
 from robust_dist.engines.deepspeed_checkpoint import check_checkpoint
 from robust_dist.engines.deepspeed_config import check_config
 from robust_dist.engines.deepspeed_imports import when_imported
+from robust_dist.engines.deepspeed_schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.schedule import RobustSchedule
 
 __all__ = ["check_checkpoint", "check_config", "register"]
 
@@ -26,7 +26,7 @@ def register() -> None:
     or after `import deepspeed`, which it does not import.
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
-    torch.optim.lr_scheduler.RobustSchedule = RobustSchedule  # type: ignore[attr-defined]
+    torch.optim.lr_scheduler.RobustSchedule = DeepSpeedRobustSchedule  # type: ignore[attr-defined]
     when_imported(
         {
             "deepspeed.runtime.zero.utils": mends.pass_gate,

@@ -1,4 +1,4 @@
-"""Which calls of a scheduler's step() are copies of one call."""
+"""What the schedule must know of the engines: which calls repeat another, and how large a parameter is."""
 
 import sys
 from types import CodeType, FrameType
@@ -6,11 +6,13 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
+from robust_dist.schedule import engine_facts
+
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
-_DEPTH = 10
+_DEPTH = 12
 
 
-def is_copy() -> bool:
+def repeats_a_call() -> bool:
     """Whether the call under way repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
 
     That makes one call per process for one optimizer step, unless split_batches is set or it does not step with the
@@ -81,3 +83,15 @@ def _accelerates_frame() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...] | None:
+    """The whole shape of a parameter that FSDP1 or ZeRO-3 has cut up; () for FSDP1's, which do not tell it."""
+    if hasattr(parameter, "_fsdp_flattened"):
+        return ()
+    return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else None
+
+
+def tell_schedule() -> None:
+    """Answer the schedule's questions; `import robust_dist` does so, and imports no engine for it."""
+    engine_facts.tell(repeats_a_call=repeats_a_call, whole_shape=whole_shape)
