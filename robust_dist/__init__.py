@@ -2,7 +2,6 @@
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, sample_keys
 from robust_dist.engines.deepspeed import register
-from robust_dist.engines.schedule_facts import tell_schedule as _tell_schedule
 from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch
 
@@ -18,8 +17,6 @@ __all__ = [
     "sample_keys",
 ]
 __version__: str
-
-_tell_schedule()
 
 
 def __getattr__(name: str) -> str:

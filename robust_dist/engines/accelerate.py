@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import SequentialLR
 
-from robust_dist.engines.schedule_facts import repeated
+from robust_dist.engines.accelerate_scheduler import miscounted
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
 
@@ -72,7 +72,7 @@ def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_ste
             f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; make it with the "
             "optimizer that is handed to accelerator.prepare, and prepare both in one call"
         )
-    problem = repeated(schedule) if hasattr(schedule, "step_with_optimizer") else None
+    problem = miscounted(schedule) if hasattr(schedule, "step_with_optimizer") else None
     if problem:
         raise EngineError(problem)
     in_parts = isinstance(getattr(schedule, "scheduler", schedule), SequentialLR)

@@ -1,4 +1,4 @@
-"""What an engine tells the schedule about itself: two questions, answered by `robust_dist.engines.schedule_facts`."""
+"""What engines tell the schedule: two questions, whose answers `robust_dist.engines` gives when it is imported."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,20 @@ _repeats: list[Callable[[], bool]] = []
 _shapes: list[Callable[[Any], Shape | None]] = []
 
 
-def tell(*, repeats_a_call: Callable[[], bool], whole_shape: Callable[[Any], Shape | None]) -> None:
+def tell(
+    *, repeats_call: Callable[[], bool] | None = None, whole_shape: Callable[[Any], Shape | None] | None = None
+) -> None:
     """Add an engine's answers.
 
     Args:
-        repeats_a_call: Whether the call of a scheduler's `step()` under way repeats one that its caller made already.
+        repeats_call: Whether the call of a scheduler's `step()` under way repeats one that its caller made already.
         whole_shape: The shape of a parameter whose own shape depends on the rank, () where ranks cannot know it; None
             for any other parameter.
     """
-    _repeats.append(repeats_a_call)
-    _shapes.append(whole_shape)
+    if repeats_call is not None:
+        _repeats.append(repeats_call)
+    if whole_shape is not None:
+        _shapes.append(whole_shape)
 
 
 def is_repeated_call() -> bool:

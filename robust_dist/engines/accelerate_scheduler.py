@@ -1,4 +1,4 @@
-"""What the schedule must know of the engines: which calls repeat another, and how large a parameter is."""
+"""Accelerate's wrapper of schedulers: which of its calls of step() are copies of one call."""
 
 import sys
 from types import CodeType, FrameType
@@ -6,13 +6,11 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
-from robust_dist.schedule import engine_facts
-
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
-_DEPTH = 12
+_MAX_FRAMES = 10
 
 
-def repeats_a_call() -> bool:
+def is_copy() -> bool:
     """Whether the call under way repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
 
     That makes one call per process for one optimizer step, unless split_batches is set or it does not step with the
@@ -28,7 +26,7 @@ def repeats_a_call() -> bool:
     number = wrapper.f_locals.get("_")
     if number is None:
         return False
-    problem = repeated(wrapper.f_locals["self"])
+    problem = miscounted(wrapper.f_locals["self"])
     if problem:
         raise RuntimeError(problem)
     return bool(number > 0)
@@ -43,7 +41,7 @@ def _check_version(code: CodeType) -> None:
         )
 
 
-def repeated(wrapper: Any) -> str | None:
+def miscounted(wrapper: Any) -> str | None:
     """What is wrong with a scheduler of torch's that counts each of an AcceleratedScheduler's copies of a call.
 
     Args:
@@ -76,22 +74,10 @@ def counts_itself(scheduler: Any) -> bool:
 def _accelerates_frame() -> FrameType | None:
     """The frame of the AcceleratedScheduler.step() that makes the call under way."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_FRAMES):
         if frame is None:
             return None
         if frame.f_code.co_name == "step" and frame.f_globals.get("__name__") == "accelerate.scheduler":
             return frame
         frame = frame.f_back
     return None
-
-
-def whole_shape(parameter: Any) -> tuple[int, ...] | None:
-    """The whole shape of a parameter that FSDP1 or ZeRO-3 has cut up; () for FSDP1's, which do not tell it."""
-    if hasattr(parameter, "_fsdp_flattened"):
-        return ()
-    return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else None
-
-
-def tell_schedule() -> None:
-    """Answer the schedule's questions; `import robust_dist` does so, and imports no engine for it."""
-    engine_facts.tell(repeats_a_call=repeats_a_call, whole_shape=whole_shape)
