@@ -64,7 +64,7 @@ def trajectory(kind, folder=None):
     engine = named(kind)
     base = base_optimizer(engine.optimizer)
     assert type(base) is RAdaBeliefW
-    assert type(engine.lr_scheduler) is RobustSchedule
+    assert isinstance(engine.lr_scheduler, RobustSchedule)
     assert engine.lr_scheduler.optimizer is base
     assert steps_of(engine) <= {0.0}
     for first, last in ((0, 4), (4, 8), (8, TOTAL)):
