@@ -23,7 +23,6 @@ from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.engines.accelerate import EngineError, no_fsdp_on_cpus
-from robust_dist.models import build_model
 from robust_dist.optim import param_groups
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
@@ -182,69 +181,14 @@ def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False)
         num_classes: Of the data set.
         evaluation: For the size of evaluation images, where only `normalize` is of use.
     """
-    look, ours = look_of(recipe.data, evaluation=evaluation), recipe.augment
-    return RobustAugment(
-        num_classes,
-        look.size,
-        look.mean,
-        look.std,
-        crop=look.crop if ours.crop is None else ours.crop,
-        flip=look.flip if ours.flip is None else ours.flip,
-        trivial=ours.trivial,
-        num_bins=ours.num_bins,
-        interpolation=ours.interpolation,
-        cutmix=ours.cutmix,
-        cutmix_mode=ours.cutmix_mode,
-        cutmix_alpha=ours.cutmix_alpha,
-        cutmix_p=ours.cutmix_p,
-        block=recipe.data.block,
-        channels_last=recipe.model.channels_last,
-    )
+    look = look_of(recipe.data, evaluation=evaluation)
+    kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
+    return recipe.augment.build(num_classes, look.size, look.mean, look.std, crop=look.crop, flip=look.flip, **kept)
 
 
 def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded: bool = False) -> nn.Module:
-    """The model of the recipe, with the same initial weights on every rank.
-
-    Args:
-        recipe: All settings.
-        num_classes: Outputs.
-        channels: Channels of the images.
-        sharded: Whether FSDP or DeepSpeed takes the weights. They take contiguous ones alone: FSDP2 refuses others,
-            FSDP1 cannot save them, DeepSpeed cannot broadcast them. Images alone keep convolutions in channels_last.
-
-    Raises:
-        ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
-    """
-    _check_options(recipe)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model.name, num_classes, in_channels=channels, **recipe.model.options)
-    if recipe.model.sync_batchnorm:
-        if not torch.cuda.is_available():
-            raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if recipe.model.channels_last and not sharded:
-        return model.to(memory_format=torch.channels_last)
-    return model
-
-
-# What the run itself gives a model's constructor.
-_GIVEN = {
-    **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
-    **dict.fromkeys(("pretrained_cfg", "checkpoint_path"), "models start from fresh weights here"),
-    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
-    "name": "model.name says it",
-    "model_name": "model.name says it",
-}
-
-
-def _check_options(recipe: Recipe) -> None:
-    """Refuse options that the run itself gives to the model."""
-    bad = {key: value for key, value in recipe.model.options.items() if key in _GIVEN}
-    if bad:
-        raise ValueError(
-            "; ".join(f"model.options.{key}={value!r} cannot be set: {_GIVEN[key]}" for key, value in bad.items())
-            + "; leave it out"
-        )
+    """The model of the recipe; see `ModelConfig.build`."""
+    return recipe.model.build(num_classes, channels, seed=recipe.seed, sharded=sharded)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
@@ -266,12 +210,4 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
     """Learning rate and weight decay of every step."""
-    ours = recipe.schedule
-    return RobustSchedule(
-        optimizer,
-        total_steps,
-        warmup_steps=ours.warmup_steps,
-        weight_decay_off_at=ours.weight_decay_off_at,
-        min_lr_ratio=ours.min_lr_ratio,
-        decay=ours.name,
-    )
+    return RobustSchedule(optimizer, total_steps, **recipe.schedule.arguments)

@@ -11,7 +11,7 @@ from torch import nn
 
 from robust_dist.documents import read_json
 from robust_dist.train.graph import check_graph
-from robust_dist.train.optimizers import WHOLE_ONLY
+from robust_dist.train.optimizers import adam_arguments, chosen
 from robust_dist.train.recipe import Recipe
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -55,7 +55,7 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
             f"ema_decay={recipe.ema_decay} averages whole weights, and {kind} shards them; set ema_decay to null, or "
             "use DDP or ZeRO 0 to 2"
         )
-    if recipe.optimizer.name in WHOLE_ONLY and kind != "ddp":
+    if chosen(recipe.optimizer).needs_whole_parameters and kind != "ddp":
         raise ValueError(
             f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {kind} does not give them: use DDP"
         )
@@ -112,19 +112,12 @@ def _fit_deepspeed(config: dict[str, Any], accelerator: Accelerator, recipe: Rec
 
 def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
     ours = recipe.optimizer
-    betas = list(ours.betas) if ours.beta2 is None else [ours.betas[0], ours.beta2]
-    return {"lr": ours.lr, "betas": betas, "eps": ours.eps, "weight_decay": ours.weight_decay}
+    betas = ours.betas if ours.beta2 is None else (ours.betas[0], ours.beta2)
+    return adam_arguments(ours, betas) | {"betas": list(betas)}
 
 
 def _schedule_params(recipe: Recipe) -> dict[str, Any]:
-    ours = recipe.schedule
-    return {
-        "warmup_steps": ours.warmup_steps,
-        "weight_decay_off_at": ours.weight_decay_off_at,
-        "min_lr_ratio": ours.min_lr_ratio,
-        "cos_min_ratio": ours.min_lr_ratio,
-        "decay": ours.name,
-    }
+    return recipe.schedule.arguments | {"cos_min_ratio": recipe.schedule.min_lr_ratio}
 
 
 def _drop_named(config: dict[str, Any], section: str, name: str, params: dict[str, Any]) -> None:

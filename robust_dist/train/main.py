@@ -16,6 +16,7 @@ from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.build import build_accelerator, load_sets, look_of
 from robust_dist.train.claim import FolderLostError
+from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record
 from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
@@ -32,7 +33,6 @@ from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 from robust_dist.train.whereabouts import Rank
-from robust_dist.train.words import check_words
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -97,9 +97,10 @@ def train(
 def _parse(args: Sequence[str] | None) -> Recipe:
     """Every rank parses; the first one of each host tells what is wrong."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-    check_words(sys.argv[1:] if args is None else args)
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        return parse_recipe(args)
+        recipe = parse_recipe(args)
+    check_recipe_is_named(sys.argv[1:] if args is None else args)
+    return recipe
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,12 +15,11 @@ from robust_dist.optim.choose import choose, fused_on_device
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
 from robust_dist.train.launched import cores_here
-from robust_dist.train.optimizers import second_beta
+from robust_dist.train.optimizers import chosen, second_beta
 from robust_dist.train.recipe import Recipe
 
 NAMED = 10
 _BACKENDS = {"fused_cpu": "fused (C)", "foreach": "foreach", "single": "single-tensor"}
-RECTIFIED = ("RAdaBeliefW", "radam")
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
@@ -99,7 +98,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
 
 def _steps_needed(recipe: Recipe, total_steps: int) -> int:
     """About how many steps the rectification of eq. 13 holds the optimizer back, 0 for those that have none."""
-    if recipe.optimizer.name not in RECTIFIED:
+    if not chosen(recipe.optimizer).is_rectified:
         return 0
     return round(1 / (1 - second_beta(recipe.optimizer, total_steps)))
 
