@@ -10,8 +10,8 @@ from robust_dist.schedule import deepspeed_params
 from robust_dist.schedule.curve import DecayKind
 from robust_dist.schedule.hooks import attach, is_dry
 from robust_dist.schedule.learning_rates import LearningRates
+from robust_dist.schedule.repeated_calls import is_copy
 from robust_dist.schedule.switch import WeightDecaySwitch
-from robust_dist.schedule.ticks import is_copy
 from robust_dist.schedule.unwrap import base_optimizer
 from robust_dist.schedule.validate import whole_number
 
