@@ -15,6 +15,7 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.loader import DeviceLoader
 from robust_dist.data.moving import Mover, Moving
 from robust_dist.data.sets import EvalBatch, FirstSamples
+from robust_dist.data.source import ImageSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,16 @@ class HostSet:
     def nbytes(self) -> int:
         """Bytes that images and labels take in the host's memory."""
         return self.image_set.nbytes
+
+    @property
+    def source(self) -> ImageSource | None:
+        """See `ImageSet`."""
+        return self.image_set.source
+
+    @property
+    def unreadable(self) -> tuple[BadImage, ...]:
+        """See `ImageSet`."""
+        return self.image_set.unreadable
 
     @property
     def stage(self) -> str:

@@ -11,6 +11,7 @@ from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.identity import fingerprint, spread
 from robust_dist.data.sets import EvalBatch, FirstSamples, TrainLoader
+from robust_dist.data.source import ImageSource
 
 # Images that a fingerprint looks at.
 SPREAD = 64
@@ -25,6 +26,8 @@ class ImageSet:
         labels: int64 [N], each in [0, len(classes)).
         classes: the name of each class, in the labels' order.
         name: what error messages call the set.
+        source: the files that the images were decoded from; None of a set by name.
+        unreadable: images of the source that were left out.
 
     Raises:
         TypeError: images or labels of another dtype.
@@ -36,6 +39,8 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    source: ImageSource | None = None
+    unreadable: tuple[BadImage, ...] = ()
 
     def __post_init__(self) -> None:
         _check_dtypes(self)
@@ -97,7 +102,10 @@ class ImageSet:
         return FirstSamples(self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices), {})
 
     def fingerprint(self) -> str:
-        """A hash of the labels and of a few of the images, evenly spread."""
+        """A hash of the labels and of a few of the images, evenly spread; the source's own, where it has one."""
+        own = getattr(self.source, "fingerprint", None)
+        if own is not None:
+            return str(own())
         few = self.images[torch.tensor(spread(len(self), SPREAD), device=self.device)]
         return fingerprint(self.labels.cpu().numpy(), few.cpu().numpy(), list(self.images.shape))
 

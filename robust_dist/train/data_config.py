@@ -28,7 +28,8 @@ STREAMED = {
 class DataConfig:
     """Which images are trained on, and how they reach the ranks.
 
-    The keys from `train` on are for imagefolder, hub and webdataset, whose images workers read while training.
+    The keys from `train` on are for imagefolder, hub and webdataset. Workers read their images while training; images
+    of one size may be decoded once and lie whole in memory, as sets by name do (see `crop_scale` and `keep_on`).
 
     Attributes:
         name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
@@ -40,8 +41,9 @@ class DataConfig:
             refused. They are pickles, which can run any code.
         block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
         drop_last: Leave out the last global batch of an epoch where it is short.
-        keep_on: Where a set by name lies: device; host, whence batches are copied a step ahead; auto takes the device
-            where the set needs at most half of its free memory, else the host.
+        keep_on: Where a set lies that is whole in memory: device; host, from which batches are copied a step ahead;
+            auto takes the device where the set needs at most half of its free memory, else the host. Of imagefolder,
+            hub and webdataset, device and host keep the set whole in memory; with auto, crop_scale null does.
         eval_batch_size: Images that one rank evaluates at a time.
         train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
             shards, with braces or wildcards (webdataset).
@@ -61,10 +63,11 @@ class DataConfig:
         num_classes: hub, webdataset: how many classes there are, where labels are numbers and not all of them occur.
         allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
         index_dir: webdataset: the folder for the shards' index, where their own cannot be written.
-        size: Height and width of training images, after a random resized crop.
+        size: Height and width of training images, after a random resized crop; in memory, that of the files.
         eval_size: Height and width of evaluation images, after a central crop; size where null.
         eval_resize: Their shorter side before that crop; null takes eval_size * 256 / 224.
-        crop_scale: Lowest and highest share of an image's area that the random crop takes.
+        crop_scale: Lowest and highest share of an image's area that the random crop takes. null leaves images as they
+            are stored, all of one size: they are decoded once and lie whole in memory (keep_on).
         crop_ratio: Lowest and highest width / height of that crop.
         mean: Of each channel, on the scale 0 to 1; ImageNet's where null.
         std: Likewise.
@@ -103,7 +106,7 @@ class DataConfig:
     size: int = 224
     eval_size: int | None = None
     eval_resize: int | None = None
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] | None = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -135,7 +138,12 @@ class DataConfig:
     @property
     def streamed(self) -> bool:
         """Whether workers read the images while training."""
-        return self.name in STREAMED
+        return self.name in STREAMED and not self.in_memory
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether files are decoded once, and lie whole in memory as a set by name does."""
+        return self.name in STREAMED and (self.keep_on != "auto" or self.crop_scale is None)
 
     @property
     def eval_sides(self) -> tuple[int, int]:
@@ -145,12 +153,11 @@ class DataConfig:
 
     def _check_keys(self) -> None:
         """Refuse what the set would not look at, and ask for what it cannot do without."""
-        known = (*_OF_ALL, *STREAMED[self.name]) if self.streamed else ()
+        known = (*_OF_ALL, *STREAMED[self.name]) if self.name in STREAMED else ()
         every = (*_OF_ALL, *(key for keys in STREAMED.values() for key in keys))
         defaults = {one.name: _default(one) for one in fields(self)}
-        if self.streamed:
-            wanted = f"auto, as the images of data.name={self.name} are read while training"
-            require(self.keep_on == "auto", "data.keep_on", self.keep_on, wanted)
+        if self.in_memory:
+            self._check_in_memory(defaults)
         for key in every:
             value = getattr(self, key)
             if key not in known and value != defaults[key]:
@@ -166,6 +173,18 @@ class DataConfig:
         for key in ("train", "eval"):
             self._check_part(key, getattr(self, key))
 
+    def _check_in_memory(self, defaults: dict[str, Any]) -> None:
+        """Refuse crops of a set whose images stay as they are stored."""
+        why = "data.crop_scale=null" if self.crop_scale is None else f"data.keep_on={self.keep_on}"
+        for key in ("crop_scale", "crop_ratio", "eval_resize"):
+            value = getattr(self, key)
+            wanted = (
+                f"left out: {why} keeps images whole in memory, as they are stored; augment.crop crops on the device"
+            )
+            require(value is None or value == defaults[key], f"data.{key}", value, wanted)
+        # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
+        self.crop_scale = None
+
     def _check_part(self, key: str, value: str | Sequence[str] | None) -> None:
         if self.name == "webdataset":
             require(bool(value), f"data.{key}", value, "paths of shards, such as 'train-{000..146}.tar'")
@@ -179,7 +198,7 @@ class DataConfig:
                 require_number(f"data.{key}", getattr(self, key), 1, 65_536)
         size, resize = self.eval_sides
         require(resize >= size, "data.eval_resize", resize, f"at least the evaluation images' size, {size}")
-        low, high = self.crop_scale
+        low, high = self.crop_scale or (1.0, 1.0)
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares in (0, 1], the lower one first")
         low, high = self.crop_ratio
         fits = 0 < low <= high < math.inf

@@ -41,7 +41,9 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], look: Look) -> Reco
 
 def left_out(one: LabelledSet) -> dict[str, int]:
     """How many files of a set do not count, by the reason."""
-    return dict(getattr(getattr(one, "source", None), "left_out", ()))
+    found = dict(getattr(getattr(one, "source", None), "left_out", ()))
+    unreadable = len(getattr(one, "unreadable", ()))
+    return found | ({"that cannot be read": unreadable} if unreadable else {})
 
 
 def differences(here: Record, there: Record) -> list[str]:
@@ -114,7 +116,8 @@ def _sizes(recipe: Recipe, look: Look) -> Record:
         "flip": look.flip if augment.flip is None else augment.flip,
     }
     if not data.streamed:
-        return {"train_size": look.size, "eval_size": look.size, "eval_resize": None, **common}
+        size = data.eval_sides[0] if data.in_memory else look.size
+        return {"train_size": look.size, "eval_size": size, "eval_resize": None, **common}
     size, resize = data.eval_sides
     crops = {"crop_scale": data.crop_scale, "crop_ratio": data.crop_ratio}
     return {"train_size": data.size, "eval_size": size, "eval_resize": resize, **crops, **common}

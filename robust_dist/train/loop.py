@@ -150,6 +150,12 @@ class Trainer:
 
     def _run(self, display: Display, profiling: Profiling) -> None:
         """Train and evaluate epoch after epoch."""
+        if self.recipe.data.in_memory:
+            # Every rank has decoded all of them.
+            bad = BadImages(self.accelerator, self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
+            if self.accelerator.is_main_process:
+                bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
+            bad.count(0)
         if self.bad is not None and (self.unfinished or self.progress.step < self.total_steps):
             tick("a look at the evaluation images", patient=True)
             self.bad.look(self.test_set)

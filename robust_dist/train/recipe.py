@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
 from robust_dist.private import HIDDEN, hidden
-from robust_dist.train.data_config import DataConfig
+from robust_dist.train.data_config import STREAMED, DataConfig
 from robust_dist.train.settings import require as _require
 from robust_dist.train.settings import require_number as _require_number
 
@@ -296,7 +296,8 @@ class Recipe:
         from robust_dist.data import DATASETS
 
         # An unknown name is told where the set is opened.
-        side = self.data.size if self.data.streamed else getattr(DATASETS.get(self.data.name), "size", None)
+        named = DATASETS.get(self.data.name)
+        side = named.size if named else self.data.size if self.data.name in STREAMED else None
         if side is not None:
             wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
             _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)

@@ -1,4 +1,4 @@
-"""From the recipe's data keys to the streamed sets of a run."""
+"""From the recipe's data keys to the sets of a run whose images are files."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from robust_dist.checkpoint.space import free_memory
 from robust_dist.data.identity import fingerprint
+from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
@@ -30,6 +32,7 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     from robust_dist.data.crops import CentralCrop, RandomCrop
     from robust_dist.data.stream_set import StreamSet
 
+    assert data.crop_scale is not None
     train = open_source(data, "train", None, download=download)
     test = open_source(data, "eval", train.classes, download=download)
     reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch)
@@ -40,6 +43,22 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     )
 
 
+def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
+    """Training and evaluation images of one size, decoded once, on the CPU.
+
+    Raises:
+        DataError: As `open_streams`; or images of other sizes, too many that cannot be read, or no room for them.
+    """
+    from robust_dist.data.in_memory import load_into_memory
+
+    train = open_source(data, "train", None, download=download)
+    test = open_source(data, "eval", train.classes, download=download)
+    return [
+        load_into_memory(source, size, workers=data.workers, max_bad_share=data.max_bad_share, free=free_memory())
+        for source, size in ((train, data.size), (test, data.eval_sides[0]))
+    ]
+
+
 def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool) -> ImageSource:
     """The images of one part, "train" or "eval"; `classes` are the training part's, which the other must have."""
     opener: Callable[..., ImageSource] = {"imagefolder": _folder, "hub": _hub, "webdataset": _shards}[data.name]
@@ -48,7 +67,8 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
     """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
-    for line in [exif_line(data, one.source) for one in sets if hasattr(one, "source")]:
+    sources = [getattr(one, "source", None) for one in sets]
+    for line in [exif_line(data, source) for source in sources if source is not None]:
         if line is not None:
             print(printable(line))
 

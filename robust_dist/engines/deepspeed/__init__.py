@@ -7,8 +7,8 @@ from robust_dist.engines.deepspeed.check_checkpoint import check_checkpoint
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.engines.deepspeed.engine import ENGINES
 from robust_dist.engines.deepspeed.import_hook import when_imported
+from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.schedule import RobustSchedule
 
 __all__ = ["ENGINES", "check_checkpoint", "check_config", "register"]
 
@@ -27,7 +27,7 @@ def register() -> None:
     or after `import deepspeed`, which it does not import.
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
-    torch.optim.lr_scheduler.RobustSchedule = RobustSchedule  # type: ignore[attr-defined]
+    torch.optim.lr_scheduler.RobustSchedule = DeepSpeedRobustSchedule  # type: ignore[attr-defined]
     when_imported(
         {
             "deepspeed.runtime.zero.utils": patches.pass_gate,
