@@ -1,4 +1,4 @@
-"""One file per engine: what it does to optimizers, schedules and checkpoints."""
+"""The engines: what each one does to optimizers, schedules and checkpoints, in a file or folder of its own."""
 
 from typing import Any
 

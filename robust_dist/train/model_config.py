@@ -32,15 +32,14 @@ class ModelConfig:
     channels_last: bool = False
     sync_batchnorm: bool = False
 
-    def build(self, num_classes: int, channels: int, *, seed: int, sharded: bool = False) -> nn.Module:
+    def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
         """The model, with the same initial weights on every rank.
 
         Args:
             num_classes: Outputs.
             channels: Channels of the images.
             seed: Of the weights.
-            sharded: Whether the engine takes contiguous weights alone (FSDP2 refuses others, FSDP1 cannot save them,
-                DeepSpeed cannot broadcast them). Images alone keep convolutions in channels_last.
+            contiguous: Whether the engine takes contiguous weights alone; then images alone are channels_last.
 
         Raises:
             ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
@@ -54,7 +53,7 @@ class ModelConfig:
             if not torch.cuda.is_available():
                 raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if self.channels_last and not sharded:
+        if self.channels_last and not contiguous:
             return model.to(memory_format=torch.channels_last)
         return model
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from robust_dist.engines.deepspeed_schedule import DeepSpeedRobustSchedule
+from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RankDisagreementError, RobustSchedule, base_optimizer
 from tests.engines import course

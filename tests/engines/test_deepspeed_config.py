@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robust_dist.engines.deepspeed import check_config, register
-from robust_dist.engines.deepspeed_sections import settled
+from robust_dist.engines.deepspeed.sections import settled
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 from tests.schedule.toys import make

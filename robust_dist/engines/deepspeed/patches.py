@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.engines.deepspeed_checkpoint import LATEST, can_check, check_checkpoint
-from robust_dist.engines.deepspeed_config import settle_engine
+from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
+from robust_dist.engines.deepspeed.config import settle_engine
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.state import own_steps
 
@@ -30,18 +30,18 @@ def pass_gate(module: ModuleType) -> None:
         supported.append(RAdaBeliefW)
 
 
-def mend_dry_step(module: ModuleType) -> None:
+def patch_dry_step(module: ModuleType) -> None:
     """ZeRO-0's wrapper for bfloat16 and float16 steps once to get state, which decays the masters and counts."""
     _wrap(getattr(module, "FP16_UnfusedOptimizer", None), DRY_STEP, _without_a_trace)
     _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
 
 
-def mend_universal_load(module: ModuleType) -> None:
+def patch_universal_load(module: ModuleType) -> None:
     """ZeRO-3's universal load gives all groups the first one's settings, and all parameters one step tensor."""
     _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
 
 
-def mend_engine(module: ModuleType) -> None:
+def patch_engine(module: ModuleType) -> None:
     """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
     # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _after_a_check)
