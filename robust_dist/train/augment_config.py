@@ -67,6 +67,6 @@ class AugmentConfig:
             flip: Likewise, whether images are mirrored.
             **more: What other sections say of the pipeline, under RobustAugment's names.
         """
-        own = values_of(self, "compile")
+        own = values_of(self, AugmentConfig, "compile")
         own |= {"crop": crop if self.crop is None else self.crop, "flip": flip if self.flip is None else self.flip}
         return RobustAugment(num_classes, size, mean, std, **own, **more)

@@ -86,6 +86,18 @@ class BadImages:
             )
             raise_everywhere(self.accelerator, error)
 
+    def settle_evaluation(self, test_set: LabelledSet) -> int:
+        """Count the bad images of an evaluation that has ended, on all ranks; all ranks must call it.
+
+        Raises:
+            TooManyBadImagesError: More than the share that is let pass; on every rank.
+        """
+        found = test_set.take_bad()
+        self.note(found)
+        total = self.count(len(found))
+        self.judge(total, len(test_set), test_set.name)
+        return total
+
     def look(self, test_set: LabelledSet) -> None:
         """Look at the headers of the evaluation images, before an epoch is trained that could not be evaluated.
 

@@ -114,11 +114,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def values_of(section: Any, *left_out: str) -> dict[str, Any]:
+def values_of(section: Any, kind: type, *left_out: str) -> dict[str, Any]:
     """A section's values by name, for a call that takes them under the same names.
 
     Args:
         section: One section of a recipe.
+        kind: The class whose keys are wanted, where the section's own may have more.
         *left_out: Names that the call does not take.
     """
-    return {of.name: getattr(section, of.name) for of in fields(section) if of.name not in left_out}
+    return {of.name: getattr(section, of.name) for of in fields(kind) if of.name not in left_out}

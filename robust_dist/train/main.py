@@ -94,17 +94,21 @@ def train(
     return rows
 
 
-def _parse(args: Sequence[str] | None) -> Recipe:
+def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:
     """Every rank parses; the first one of each host tells what is wrong."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        recipe = parse_recipe(args)
+        recipe = parse_recipe(args, kind)
     check_recipe_is_named(sys.argv[1:] if args is None else args)
     return recipe
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> None:
     """Train from the command line, under a watchdog.
+
+    Args:
+        args: Command-line words; `sys.argv` where None.
+        kind: The recipe's class: Recipe, or one that adds keys of your own.
 
     Raises:
         SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
@@ -115,12 +119,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if not faulthandler.is_enabled():
         faulthandler.enable(STDERR)
     with LastingOutput(rank) as output:
-        _run(args, rank, output)
+        _run(args, kind, rank, output)
 
 
-def _run(args: Sequence[str] | None, rank: Rank, output: LastingOutput) -> None:
+def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: LastingOutput) -> None:
     try:
-        recipe = _parse(args)
+        recipe = _parse(args, kind)
         with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
             rows = train(recipe, on_claim=output.claimed)
     except Stopped as stopped:

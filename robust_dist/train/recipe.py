@@ -65,7 +65,7 @@ class ScheduleConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """The section under RobustSchedule's names."""
-        return values_of(self, "name") | {"decay": self.name}
+        return values_of(self, ScheduleConfig, "name") | {"decay": self.name}
 
 
 @dataclass
@@ -228,7 +228,9 @@ class Recipe:
             _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
 
 
-def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder") -> list[str]:
+def conflicts(
+    ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder", kind: type = Recipe
+) -> list[str]:
     """Settings that differ between two recipes and change the result, one line each.
 
     Args:
@@ -236,10 +238,11 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
         theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
             count as their defaults.
         where: What holds it, for the lines.
+        kind: The class of the recipe that starts.
     """
-    defaults = flatten(recipe_dict(Recipe()))
+    defaults = flatten(recipe_dict(kind()))
     here, there = flatten(hidden(ours)), defaults | flatten(hidden(theirs))
-    known = keys_of(Recipe)
+    known = keys_of(kind)
     keys = sorted(k for k in here.keys() | there.keys() if not known.is_free(k))
     # No file tells which secret a run had, and the next start may have it from the environment.
     keys = [k for k in keys if HIDDEN not in (here.get(k), there.get(k))]
@@ -251,20 +254,21 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
     ]
 
 
-def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
+def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
 
     A recipe is data: nothing that it says is imported or called.
 
     Args:
         args: Command-line words; `sys.argv` where None.
+        kind: The recipe's class.
 
     Raises:
         SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
         ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
             of its range.
     """
-    return cast(Recipe, parse(Recipe, args))
+    return cast(Recipe, parse(kind, args))
 
 
 def load_recipe(path: str | Path) -> Recipe:
