@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
+from robust_dist.train.backends import backends_of
 from robust_dist.train.build import build_accelerator, load_sets, look_of
 from robust_dist.train.claim import FolderLostError
 from robust_dist.train.command_line import check_recipe_is_named
@@ -76,9 +78,10 @@ def train(
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", patient=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
-    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, warnings), here=main)
+    backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
+    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings), here=main)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
-    note["data"] = data_notes(sets)
+    note |= {"data": data_notes(sets), "backends": asdict(backends)}
     record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)
     attempt(accelerator, lambda: folder.claim(asked, note, record), here=main)
     attempt(accelerator, lambda: set_aside(folder.path), here=main)

@@ -6,20 +6,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim import Optimizer
 
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import cores_here
-from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.choose import choose, fused_on_device
-from robust_dist.schedule import base_optimizer
+from robust_dist.train.backends import Backends
 from robust_dist.train.data_record import left_out
 from robust_dist.train.optimizers import chosen, second_beta
 from robust_dist.train.recipe import Recipe
 
 NAMED = 10
-_BACKENDS = {"fused_cpu": "fused (C)", "foreach": "foreach", "single": "single-tensor"}
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
@@ -30,41 +26,31 @@ def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
 
 
 def say_run(
-    recipe: Recipe, accelerator: Accelerator, sets: Sequence[LabelledSet], trainer: Any, warnings: Sequence[str]
+    recipe: Recipe,
+    accelerator: Accelerator,
+    sets: Sequence[LabelledSet],
+    trainer: Any,
+    backends: Backends,
+    warnings: Sequence[str],
 ) -> None:
     """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
     ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     odd = [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
-    print(run_line(recipe, accelerator, trainer), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
+    print(run_line(recipe, accelerator, trainer, backends), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
 
 
-def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any) -> str:
+def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: Backends) -> str:
     """A line for what will be done with them: model, steps, devices and backends; `trainer` is the run's Trainer."""
     steps, epochs = trainer.loader.steps_per_epoch, recipe.epochs
     ranks, device = accelerator.num_processes, accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    augments = "torch.compile" if recipe.augment.compile else trainer.augment.backend_for(device)
+    steps_by = "" if backends.optimizer is None else f" {backends.optimizer}"
     return (
         f"run: {recipe.model.name}, {trainer.num_parameters:,} parameters; {_count(epochs, 'epoch')} of "
         f"{_count(steps, 'step')} are {trainer.total_steps:,} steps of {recipe.batch_size:,} images; "
-        f"{_count(ranks, 'rank')} on {name}; {recipe.optimizer.name}{optimizer_backend(trainer.optimizer)}, "
-        f"augmentation by {augments}"
+        f"{_count(ranks, 'rank')} on {name}; {recipe.optimizer.name}{steps_by}, "
+        f"augmentation by {backends.augmentation}"
     )
-
-
-def optimizer_backend(optimizer: Optimizer) -> str:
-    """Which code of RAdaBeliefW steps, in words that follow its name; empty for another optimizer.
-
-    Empty, too, under ZeRO-3, which fills the groups for a step alone.
-    """
-    inner = base_optimizer(optimizer)
-    group = inner.param_groups[0]
-    if not isinstance(inner, RAdaBeliefW) or not group["params"]:
-        return ""
-    if fused_on_device(group):
-        return " fused (Triton)"
-    name = getattr(choose(group, group["params"]), "__name__", "")
-    return f" {_BACKENDS.get(name, name)}"
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:

@@ -1,6 +1,7 @@
 """An optimizer and a recipe key are each added in one place, from outside the package (robust_dist/train/README.md)."""
 
 import importlib
+import json
 from dataclasses import dataclass, field
 
 import pytest
@@ -75,13 +76,16 @@ TINY = ["--model.name", "resnet8", "--batch_size", "512", "--epochs", "1", "--tr
 TINY += ["--tracking.progress", "false", "--augment.cutmix", "false"]
 
 
-def test_an_optimizer_and_a_key_from_outside_train_and_the_folder_knows_them(installed, tmp_path):
+def test_an_optimizer_and_a_key_from_outside_train_and_the_folder_knows_them(installed, tmp_path, capsys):
     words = [*TINY, "--optimizer.name", "signed", "--optimizer.options.dead_zone", "1e-9", "--optimizer.lr", "1e-3"]
     words += ["--augment.brightness", "0.5", "--run_dir", str(tmp_path / "run")]
     recipe = parse_recipe(words, BrightRecipe)
     assert recipe.augment.brightness == 0.5
     (row,) = train(recipe)
     assert row["eval_samples"] == 359
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert set(start["backends"]) == {"optimizer", "augmentation"}
+    assert f"signed, augmentation by {start['backends']['augmentation']}" in capsys.readouterr().out
     noted = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "brightness: 0.5" in noted
     assert "name: signed" in noted
