@@ -83,7 +83,7 @@ def test_an_optimizer_and_a_key_from_outside_train_and_the_folder_knows_them(ins
     assert recipe.augment.brightness == 0.5
     (row,) = train(recipe)
     assert row["eval_samples"] == 359
-    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    start = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][-1]
     assert set(start["backends"]) == {"optimizer", "augmentation"}
     assert f"signed, augmentation by {start['backends']['augmentation']}" in capsys.readouterr().out
     noted = (tmp_path / "run" / "recipe.yaml").read_text()
