@@ -12,6 +12,7 @@ from torch import Tensor
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.engine import engine_of
+from robust_dist.optim.dry_step import dry_step
 from robust_dist.schedule import base_optimizer
 
 
@@ -106,20 +107,7 @@ def make_state(optimizer: Any, params: Iterable[Tensor] | None = None) -> None:
     chosen = list(params)
     if not chosen:
         return
-    grads = [param.grad for param in held]
-    rated = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
-    try:
-        for param in held:
-            param.grad = None
-        for param in chosen:
-            param.grad = torch.zeros_like(param)
-        for group, lr in rated:
-            group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+    with dry_step(optimizer, chosen):
         step = type(optimizer).step
         # torch wraps a class's step in one that calls the hooks.
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
-    finally:
-        for group, lr in rated:
-            group["lr"] = lr
-        for param, grad in zip(held, grads, strict=True):
-            param.grad = grad

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
 from robust_dist.engines.deepspeed.config import settle_engine
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -94,14 +95,10 @@ def _without_a_trace(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = self.optimizer
         if not isinstance(optimizer, RAdaBeliefW) or optimizer.state:
             return original(self, *args, **kwargs)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         try:
-            return original(self, *args, **kwargs)
+            with dry_step(optimizer):
+                return original(self, *args, **kwargs)
         finally:
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr
             # State is made lazily: the first true step starts from nothing.
             optimizer.state.clear()
 
