@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import robust_dist
+from robust_dist.engines.engine import engine_named, kinds
 from robust_dist.study.commands import add_study_commands
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
@@ -58,8 +59,7 @@ def _verify(words: argparse.Namespace) -> int:
 def _convert(words: argparse.Namespace) -> int:
     from robust_dist.checkpoint import convert
 
-    if words.to.startswith("zero"):
-        words.extra = "deepspeed"
+    words.extra = engine_named(words.to).extra or words.extra
     how = {"full_state_dict": words.full_state_dict, "unwrap": words.unwrap, "form": words.form}
     notes = convert(words.src, words.dst, words.to, words.world_size, **how)
     for note in notes:
@@ -129,7 +129,7 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
         "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    convert.add_argument("--to", required=True, choices=["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
+    convert.add_argument("--to", required=True, choices=kinds())
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
     convert.add_argument(
         "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"

@@ -24,7 +24,7 @@ from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
 from robust_dist.checkpoint.dcp_metadata import read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.engines.deepspeed_config import check_config
+from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import study_dict, study_from_dict
 from robust_dist.study.outcome import Failure

@@ -6,9 +6,9 @@ from robust_dist.checkpoint.store import Checkpoint, CheckpointError, Checkpoint
 
 if TYPE_CHECKING:
     from robust_dist.checkpoint.conversion import convert, read
-    from robust_dist.checkpoint.fsdp import load_state, make_state, save_state
     from robust_dist.checkpoint.inspection import inspect
     from robust_dist.checkpoint.names import note_parameters
+    from robust_dist.checkpoint.save_load import load_state, make_state, save_state
     from robust_dist.checkpoint.training_state import TrainingState
 
 __all__ = [
@@ -30,11 +30,11 @@ _HOMES = {
     "TrainingState": "training_state",
     "convert": "conversion",
     "inspect": "inspection",
-    "load_state": "fsdp",
-    "make_state": "fsdp",
+    "load_state": "save_load",
+    "make_state": "save_load",
     "note_parameters": "names",
     "read": "conversion",
-    "save_state": "fsdp",
+    "save_state": "save_load",
 }
 
 

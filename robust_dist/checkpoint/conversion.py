@@ -18,13 +18,11 @@ from robust_dist.checkpoint.plain import (
     load_file,
     read_file,
     read_folder,
-    write_ddp,
-    write_full,
 )
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore, verify
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.engines.engine import Engine, engine_named, kinds
 
-ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 FORMS = ("accelerate", "trainer")
 _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
 _ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
@@ -51,7 +49,7 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
         trainer.check_files(path, place.kind)
     state = _read(place, number, unwrap)
     if place.kind in _ACCELERATE:
-        _read_beside(state, path)
+        _read_beside(state, place)
     if found is not None:
         state.extra |= {"step": found.step, "metadata": found.metadata}
         state.world_size = found.metadata.get("num_processes", state.world_size)
@@ -75,15 +73,16 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     return read_dcp(place.path, unwrap=unwrap)
 
 
-def _read_beside(state: TrainingState, folder: Path) -> None:
+def _read_beside(state: TrainingState, place: Layout) -> None:
     """The schedule, the ranks and the note of names that lie beside an Accelerate folder's model and optimizer."""
+    folder = place.path
     if (folder / SCHEDULE_FILE).is_file():
         state.schedule = load_file(folder / SCHEDULE_FILE)
     random_states = (*folder.glob("random_states_*.pkl"), *folder.glob(trainer.RANDOM_STATES))
     noted, ranks = read_names(folder), len(random_states)
     if noted is not None:
         state.extra = noted.extra() | state.extra
-    if state.engine in ("ddp", "fsdp"):
+    if place.kind != layouts.DEEPSPEED:
         state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
     if trainer.is_trainers(folder):
         trainer.read_beside(state, folder)
@@ -129,9 +128,9 @@ def convert(
     Args:
         src: As `read`.
         dst: The folder to write; there must be none.
-        to: "ddp", "fsdp", "zero0", "zero1", "zero2" or "zero3".
+        to: "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", or the kind of an engine that was added.
         world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
-        full_state_dict: With "fsdp", write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
+        full_state_dict: For FSDP, write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
         unwrap: As `read`.
         form: "accelerate", "trainer", or None: as `src`. Where `src` is not Trainer's, "trainer" adds a
             `trainer_state.json` that knows the step alone.
@@ -143,11 +142,12 @@ def convert(
         CheckpointError: As `read`; or `dst` is there, `to` is no engine, `world_size` is below 1.
     """
     src, dst = Path(src), Path(dst)
-    if to not in ENGINES:
-        raise CheckpointError(f"to={to!r} is none of {', '.join(ENGINES)}")
+    if to not in kinds():
+        raise CheckpointError(f"to={to!r} is none of {', '.join(kinds())}")
+    engine = engine_named(to)
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise CheckpointError(f"world_size={world_size!r} must be a whole number of at least 1")
-    if full_state_dict and to != "fsdp":
+    if full_state_dict and not engine.has_full_state_dict:
         raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
     if form not in (None, *FORMS):
         raise CheckpointError(f"form={form!r} is none of {', '.join(FORMS)}")
@@ -155,12 +155,11 @@ def convert(
         raise CheckpointError(f"{dst}: is there already; name a folder that is not")
     state = read(src, unwrap=unwrap)
     notes = _note_on_names(src, state)
-    notes += fill_missing_state(state) if to == "fsdp" else []
     building = dst.absolute().parent / f".{dst.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     try:
         for_trainer = form == "trainer" or (form is None and trainer.is_trainers(src))
-        _write(state, src, dst, building, to, world_size, full_state_dict, for_trainer)
+        notes += _write(state, src, dst, building, engine, world_size, full_state_dict, for_trainer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return notes + _notes_on_ranks(src, state, world_size)
@@ -171,38 +170,24 @@ def _write(
     src: Path,
     dst: Path,
     building: Path,
-    to: str,
+    engine: Engine,
     world_size: int,
     full_state_dict: bool,
     for_trainer: bool,
-) -> None:
+) -> list[str]:
     """Everything below `building`, then one rename; the store syncs the files to the disk."""
     store, step = CheckpointStore(building, keep=1), int(state.extra.get("step", 0))
     folder = store.begin(step)
-    _write_engine(state, folder, to, world_size, full_state_dict)
+    notes = engine.write(state, folder, world_size, whole=full_state_dict)
     _write_common(state, src, folder, world_size)
     if for_trainer:
-        trainer.turn_into_trainers(state, src, folder, to, world_size)
-    metadata = _metadata(state, to, world_size)
+        trainer.turn_into_trainers(state, src, folder, world_size)
+    metadata = _metadata(state, engine.kind, world_size)
     done = store.commit(step, metadata or {}).path
     if metadata is None:
         (done / MANIFEST).unlink()
     os.rename(done, dst)
-
-
-def _write_engine(state: TrainingState, folder: Path, to: str, world_size: int, full_state_dict: bool) -> None:
-    if to == "ddp":
-        write_ddp(state, folder)
-    elif full_state_dict:
-        write_full(with_schedule_keys(state), folder)
-    elif to == "fsdp":
-        from robust_dist.checkpoint.dcp import write_dcp
-
-        write_dcp(with_schedule_keys(state), folder)
-    else:
-        from robust_dist.checkpoint.zero import write_zero
-
-        write_zero(state, folder, stage=int(to[-1]), world_size=world_size)
+    return notes
 
 
 def _write_common(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
@@ -228,37 +213,6 @@ def _metadata(state: TrainingState, to: str, world_size: int) -> dict[str, Any] 
         # Only the sum over the ranks matters; the first one carries it.
         after["loss_sums"] = [sum(losses)] + [0.0] * (world_size - 1)
     return after
-
-
-def fill_missing_state(state: TrainingState) -> list[str]:
-    """Give parameters without state the one that their first step would start from; returns a note for each case.
-
-    FSDP2 loads a state for every parameter that is trained, or fails.
-    """
-    held = {*state.optimizer, *state.extra.get("frozen", ())}
-    missing = [name for group in state.groups for name in group["params"] if name not in held]
-    for name in missing:
-        param = state.model[name]
-        zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
-        step = torch.zeros((), dtype=torch.float32)
-        state.optimizer[name] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    return [f"no state was saved for {missing[:5]} ({len(missing)} in all): written as before a first step"] * bool(
-        missing
-    )
-
-
-def with_schedule_keys(state: TrainingState) -> TrainingState:
-    """The state with the groups' base values that a RobustSchedule keeps there; FSDP2 asks the file for them."""
-    schedule = state.schedule or {}
-    switch = schedule.get("weight_decay_switch") or {}
-    bases = {"initial_lr": schedule.get("base_lrs"), "initial_weight_decay": switch.get("base_weight_decay")}
-    groups = [dict(group) for group in state.groups]
-    for key, values in bases.items():
-        if isinstance(values, list) and len(values) == len(groups):
-            for group, value in zip(groups, values, strict=True):
-                group.setdefault(key, value)
-    kept = {key: value for key, value in vars(state).items() if key != "groups"}
-    return TrainingState(groups=groups, **kept)
 
 
 def _note_on_names(src: Path, state: TrainingState) -> list[str]:

@@ -50,7 +50,7 @@ def find_layout(path: str | Path) -> Layout:
     if path.name.startswith(".") and path.name.endswith(".partial"):
         raise CheckpointError(f"{path}: was not written to its end; name an earlier one")
     _refuse_several(path)
-    kinds = _kinds(path)
+    kinds = kinds_in(path)
     if len(kinds) > 1:
         raise CheckpointError(f"{path}: holds {' and '.join(kinds)}; move one of them to a folder of its own")
     if not kinds:
@@ -58,7 +58,8 @@ def find_layout(path: str | Path) -> Layout:
     return Layout(kinds[0], path, (path / MANIFEST).is_file())
 
 
-def _kinds(path: Path) -> list[str]:
+def kinds_in(path: Path) -> list[str]:
+    """The kinds whose files are in a folder."""
     from robust_dist.checkpoint.zero import is_zero
 
     tests = {

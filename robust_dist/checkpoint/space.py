@@ -1,17 +1,18 @@
 """Room for checkpoints: what is free, what one takes, and what to say where it does not fit."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.engines.engine import Engine
 
 SHARED_MEMORY = Path("/dev/shm")
 # Headers, random states, the schedule, names.
 _SMALL = 1 << 20
-_MOMENTS = 2 * 4
 
 
 def free_bytes(path: Path) -> int:
@@ -82,38 +83,54 @@ def _held(param: nn.Parameter) -> int:
     return int(local.numel())
 
 
-def checkpoint_bytes(
-    engine: str, model: nn.Module, *, rank: int, world_size: int, full_state_dict: bool = False, averaged: bool = False
-) -> int:
-    """About what this rank writes into one checkpoint, in bytes, from above.
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model decides on the size of its checkpoints.
 
-    Weights in their own type and two float32 moments for each; ZeRO writes a float32 copy of the weights, too.
+    Attributes:
+        elements: Elements of all parameters.
+        held: Those that this rank holds.
+        bytes_each: Of one element.
+        buffers: Bytes of all buffers.
+        moments: Bytes of the optimizer's state for one element: two float32 moments.
+    """
+
+    elements: int
+    held: int
+    bytes_each: int
+    buffers: int
+    moments: int = 2 * 4
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Sizes":
+        """Of a prepared model, without its outermost wrapper."""
+        params = list(model.parameters())
+        return cls(
+            # ZeRO-3 leaves the size of the whole parameter at the shard.
+            elements=sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
+            held=sum(_held(param) for param in params),
+            bytes_each=max((param.element_size() for param in params), default=4),
+            buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        )
+
+
+def checkpoint_bytes(
+    engine: Engine, model: nn.Module, *, rank: int, world_size: int, whole: bool = False, averaged: bool = False
+) -> int:
+    """An upper estimate of what this rank writes into one checkpoint, in bytes.
 
     Args:
-        engine: "ddp", "fsdp", "zero0" ... "zero3".
+        engine: The engine that writes it.
         model: The prepared model, without its outermost wrapper.
         rank: This rank.
         world_size: All ranks.
-        full_state_dict: FSDP gathers everything on the first rank.
+        whole: The first rank gathers everything, as `Engine.saves_whole`.
         averaged: An exponential moving average of the weights is saved, too.
     """
-    first = rank == 0
-    params = list(model.parameters())
-    size = max((param.element_size() for param in params), default=4)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    whole = sum(int(getattr(param, "ds_numel", param.numel())) for param in params)
-    extra = buffers + first * averaged * (whole * size + buffers)
-    if engine == "fsdp":
-        held = sum(_held(param) for param in params)
-        share = held * world_size * first if full_state_dict else held
-        return int((share * (size + _MOMENTS) + extra) * 1.1) + _SMALL
-    if engine in ("ddp", "zero0"):
-        # ZeRO 0 under bf16 keeps float32 weights beside the moments.
-        each = size + _MOMENTS + (4 if engine == "zero0" else 0)
-        return int((whole * each * first + extra) * 1.1) + _SMALL
-    share = -(-whole // world_size)
-    weights = share * size if engine == "zero3" else whole * size * first
-    return int((share * (4 + _MOMENTS) + weights + extra) * 1.1) + _SMALL
+    sizes = Sizes.of(model)
+    average = sizes.elements * sizes.bytes_each + sizes.buffers if averaged and rank == 0 else 0
+    saved = engine.saved_bytes(sizes, rank, world_size, whole=whole) + sizes.buffers + average
+    return int(saved * 1.1) + _SMALL
 
 
 def unlike_memory(path: Path) -> bool:

@@ -104,29 +104,29 @@ def _files(folder: Path) -> list[str]:
     return [name for name in names if name not in {*shards, *states}] + counted
 
 
-def turn_into_trainers(state: TrainingState, src: Path, folder: Path, kind: str, world_size: int) -> None:
+def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
     """Give an Accelerate folder that was just written the names that Trainer looks for, and all that lies beside `src`.
 
     Args:
         state: What was written.
         src: Where it was read from: a Trainer's folder, or another, which then gets a `trainer_state.json` of its step.
         folder: What was written, for Accelerate.
-        kind: Its engine: "ddp", "fsdp" or "zero0" to "zero3".
         world_size: The ranks that will load it.
     """
     step = int(state.extra.get("step") or _last_step(state))
-    if kind == "ddp":
+    kind = layout.kinds_in(folder)[0]
+    if kind == layout.DDP:
         os.rename(folder / OPTIMIZER_FILES[0], folder / TRAINERS_OPTIMIZER)
         if (folder / MODEL_FILES[0]).is_file():
             # Trainer reads the one of the two alone.
             (folder / "pytorch_model.bin").unlink(missing_ok=True)
     if (folder / SCHEDULE_FILE).is_file():
         os.rename(folder / SCHEDULE_FILE, folder / TRAINERS_SCHEDULE)
-    if kind.startswith("zero"):
+    if kind == layout.DEEPSPEED:
         os.rename(folder / TAG, folder / f"global_step{step}")
         (folder / LATEST).write_text(f"global_step{step}", encoding="utf-8")
     if src.is_dir() and is_trainers(src):
-        _copy_beside(src, folder, with_weights=kind != "ddp")
+        _copy_beside(src, folder, with_weights=kind != layout.DDP)
         _copy_random_states(src, folder, world_size)
     else:
         noted = {"global_step": step, "train_batch_size": 0, "stateful_callbacks": {}}

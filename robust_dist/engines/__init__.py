@@ -1,1 +1,16 @@
-"""One file per engine: what it does to optimizers, schedules and checkpoints."""
+"""The engines: what each one does to optimizers, schedules and checkpoints, in a file or folder of its own."""
+
+from typing import Any
+
+from robust_dist.engines.accelerate_scheduler import is_copy
+from robust_dist.schedule.engine_facts import tell
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...] | None:
+    """The whole shape of a parameter that FSDP1 or ZeRO-3 has cut up; () for FSDP1's, which do not tell it."""
+    if hasattr(parameter, "_fsdp_flattened"):
+        return ()
+    return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else None
+
+
+tell(repeats_call=is_copy, whole_shape=_whole_shape)

@@ -9,15 +9,12 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import SequentialLR
 
+from robust_dist.engines.accelerate_scheduler import miscounted
+from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
-from robust_dist.schedule.ticks import repeated
 
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
-
-
-class EngineError(RuntimeError):
-    """The engine runs something else than was asked for; the message says which line to change."""
 
 
 def check(
@@ -72,7 +69,7 @@ def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_ste
             f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; make it with the "
             "optimizer that is handed to accelerator.prepare, and prepare both in one call"
         )
-    problem = repeated(schedule) if hasattr(schedule, "step_with_optimizer") else None
+    problem = miscounted(schedule) if hasattr(schedule, "step_with_optimizer") else None
     if problem:
         raise EngineError(problem)
     in_parts = isinstance(getattr(schedule, "scheduler", schedule), SequentialLR)
@@ -159,7 +156,7 @@ def _launcher_wanted_more() -> bool:
 
 
 def _how_to_join() -> str:
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
         return 'on CPUs pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator'
     return "on CPUs set ACCELERATE_USE_CPU=true, or make the Accelerator with cpu=True"
 
@@ -174,16 +171,17 @@ def no_fsdp_on_cpus(engine: str) -> EngineError:
 
 def _check_engine(accelerator: Any) -> None:
     engine = accelerator.distributed_type.value
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and engine != "DEEPSPEED":
+    if is_set("ACCELERATE_USE_DEEPSPEED") and engine != "DEEPSPEED":
         raise EngineError(
             f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED=true), but the engine is {engine}; leave "
             "ACCELERATE_USE_CPU and Accelerator(cpu=True) out: DeepSpeed finds the CPU by itself"
         )
-    if _is_set("ACCELERATE_USE_FSDP") and engine != "FSDP" and accelerator.num_processes > 1:
+    if is_set("ACCELERATE_USE_FSDP") and engine != "FSDP" and accelerator.num_processes > 1:
         raise no_fsdp_on_cpus(engine)
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
+    """Whether an environment variable is switched on."""
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 

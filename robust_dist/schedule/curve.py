@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-WarmupKind = Literal["linear", "deepspeed_linear", "deepspeed_log"]
+from robust_dist.schedule.validate import one_of, real_number, whole_number
+
 DecayKind = Literal["cosine", "step", "constant"]
 DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")
 _Rate = TypeVar("_Rate", float, Tensor)
@@ -21,7 +22,7 @@ class Curve:
 
     With T = total_steps, W = warmup_steps, r = min_lr_ratio and the base learning rate eta, step s (from 0) has
 
-    - s < W: eta (s + 1)/(W + 1), a line that is never zero and reaches eta at s = W;
+    - s < W: eta (s + 1)/(W + 1), a line that is never 0 and reaches eta at s = W;
     - s >= W: eta (r + (1 - r)(1 + cos(pi p))/2) with p = min(1, (s - W)/(T - W)), hence r eta from T on.
 
     The paper's t and T are in epochs; here they are steps, so that the rate falls within an epoch, too, and
@@ -31,10 +32,6 @@ class Curve:
         total_steps: T.
         warmup_steps: W.
         min_lr_ratio: r.
-        warmup: "linear" is the line above. "deepspeed_log" and "deepspeed_linear" are DeepSpeed's warm-up from a
-            start to eta, whose step s uses its iteration s - 1: the share log(s)/log(W) or (s - 1)/W for s <= W.
-        start_ratio: Where DeepSpeed's warm-up starts, in units of eta.
-        start_lr: The same as a learning rate; added to `start_ratio`'s.
         decay: "cosine" is the line above. "step": eta, eta/10 for s >= T/2, eta/100 for s >= 3 T/4 (the paper's
             baseline, epochs 150 and 225 of 300). "constant": eta.
     """
@@ -42,19 +39,12 @@ class Curve:
     total_steps: int
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
-    warmup: WarmupKind = "linear"
-    start_ratio: float = 0.0
-    start_lr: float = 0.0
     decay: DecayKind = "cosine"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
-        if self.warmup == "linear":
-            if step < self.warmup_steps:
-                return base_lr * ((step + 1) / (self.warmup_steps + 1))
-        elif self.warmup_steps and step <= self.warmup_steps:
-            start = self.start_ratio * base_lr + self.start_lr
-            return start + (base_lr - start) * self._deepspeed_share(step)
+        if step < self.warmup_steps:
+            return base_lr * ((step + 1) / (self.warmup_steps + 1))
         return base_lr * self._decayed(step)
 
     def scaled(self, step: int, base_lr: float, rate: _Rate) -> _Rate:
@@ -89,7 +79,18 @@ class Curve:
         cosine = (1 + math.cos(math.pi * progress)) / 2
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine
 
-    def _deepspeed_share(self, step: int) -> float:
-        if self.warmup == "deepspeed_log":
-            return math.log(max(1, step)) / math.log(self.warmup_steps)
-        return max(0, step - 1) / self.warmup_steps
+
+def checked_curve(total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, decay: Any) -> Curve:
+    """The curve of a user's settings.
+
+    Raises:
+        TypeError: A setting of the wrong type.
+        ValueError: A setting outside its range, or a floor under a decay that has none.
+    """
+    total = whole_number("total_steps", total_steps, 1)
+    warmup = whole_number("warmup_steps", warmup_steps, 0, total)
+    ratio = real_number("min_lr_ratio", min_lr_ratio, 0.0, 1.0)
+    one_of("decay", decay, DECAYS)
+    if decay != "cosine" and ratio:
+        raise ValueError(f"min_lr_ratio={ratio} is where the cosine ends; with decay={decay!r} it must be 0")
+    return Curve(total_steps=total, warmup_steps=warmup, min_lr_ratio=ratio, decay=decay)

@@ -22,7 +22,7 @@ class GroupValues:
     """The base values of one hyperparameter, by the group's place in the optimizer's whole list.
 
     Engines cut `param_groups` down to one group during a step and write one group's settings over all others
-    when they load (DeepSpeed). So a group is known by its dict, kept from the last whole list, and the base values
+    when they load. So a group is known by its dict, kept from the last whole list, and the base values
     here are the authority; the group's copy of its own serves only an optimizer that was restored before this was made.
 
     A value that is a tensor may also be `optimizer.defaults`', another group's or the user's. So the first write puts a
@@ -112,5 +112,5 @@ class GroupValues:
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
-        # A value that is not zero cannot have been switched off: the group's own is then the newest.
+        # A value that is not 0 cannot have been switched off: the group's own is then the newest.
         return value if value != 0.0 else float(group.get(self.initial_key, value))

@@ -1,13 +1,38 @@
-"""Calls from an optimizer to what schedules it, without keeping that alive."""
+"""From an optimizer, which may be wrapped, to what schedules it: hooks that keep no schedule alive."""
 
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+
+def base_optimizer(optimizer: Any) -> Optimizer:
+    """The innermost torch optimizer of a chain of wrappers.
+
+    Engines' wrappers keep what they wrap as `.optimizer`; some of them are torch optimizers themselves, but their hooks
+    never fire.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper of one.
+
+    Returns:
+        The optimizer whose `step()` changes the parameters.
+
+    Raises:
+        TypeError: There is no torch optimizer at the end of the chain.
+    """
+    inner = optimizer
+    while hasattr(inner, "optimizer") and hasattr(inner.optimizer, "param_groups"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, which is neither a torch.optim.Optimizer nor a wrapper that "
+            "keeps one as .optimizer"
+        )
+    return inner
 
 
 class Scheduled(Protocol):
@@ -67,12 +92,3 @@ def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
 def _remove(*handles: RemovableHandle) -> None:
     for handle in handles:
         handle.remove()
-
-
-def is_dry(optimizer: Optimizer) -> bool:
-    """Whether the step about to be made is one that engines make with lr = 0 to get state, not to train."""
-    return all(_is_zero(group["lr"]) for group in optimizer.param_groups if "lr" in group)
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    return float(lr) == 0.0

@@ -1,18 +1,18 @@
 """The paper's schedule: warm-up, cosine, and weight decay off for the last quarter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from robust_dist.schedule import deepspeed_params
-from robust_dist.schedule.curve import DecayKind
-from robust_dist.schedule.hooks import attach, is_dry
+from robust_dist.optim.dry_step import is_dry
+from robust_dist.schedule.curve import Curve, DecayKind, checked_curve
+from robust_dist.schedule.engine_facts import is_repeated_call
+from robust_dist.schedule.hooks import attach, base_optimizer
 from robust_dist.schedule.learning_rates import LearningRates
 from robust_dist.schedule.switch import WeightDecaySwitch
-from robust_dist.schedule.ticks import is_copy
-from robust_dist.schedule.unwrap import base_optimizer
 from robust_dist.schedule.validate import whole_number
 
 _STATE_KEYS = ("last_epoch", "_step_count", "base_lrs", "weight_decay_switch")
@@ -27,9 +27,9 @@ class RobustSchedule(LRScheduler):
     epochs; here they are steps. The weight decay is off for every s >= weight_decay_off_at * T; see
     `WeightDecaySwitch`, which also says what the ranks compare and when.
 
-    Call `step()` after each `optimizer.step()`. Calls are counted, with one exception: what Accelerate's `prepare`
-    returns makes one call per process for each call of its own, and these count once. `total_steps` is therefore the
-    number of optimizer steps that the run makes, under every engine.
+    Call `step()` after each `optimizer.step()`. Calls are counted; several that an engine's wrapper makes for one call
+    of its own count once (`engine_facts`). `total_steps` is therefore the number of optimizer steps that the run makes,
+    under every engine.
 
     After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
     settings; the state holds the step and the base values. Where somebody else sets or scales a group's rate, too
@@ -39,11 +39,6 @@ class RobustSchedule(LRScheduler):
 
     Where a group's rate or decay is a tensor, the group gets a tensor of its own when this is made, which is filled in
     place from then on. So make the schedule before a step is captured as a CUDA graph.
-
-    A DeepSpeed JSON may name the settings as DeepSpeed's schedulers do (total_num_steps, warmup_num_steps,
-    warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type, cos_min_ratio, last_batch_iteration). Then the warm-up
-    is DeepSpeed's, step by step ("log" unless warmup_type is "linear"); without warmup_num_steps there is none, and
-    without warmup_max_lr the groups' own rates are the peak.
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
@@ -55,17 +50,16 @@ class RobustSchedule(LRScheduler):
         decay: "cosine"; "step": eta/10 for s >= T/2 and eta/100 for s >= 3 T/4, the paper's baseline; "constant".
         process_group: The ranks that must agree; None is the default group.
         last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
-        **deepspeed: DeepSpeed's names.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An unknown name or a value outside its range.
+        ValueError: A value outside its range.
     """
 
     def __init__(
         self,
         optimizer: Any,
-        total_steps: int | None = None,
+        total_steps: int,
         *,
         warmup_steps: int = 0,
         weight_decay_off_at: float | None = 0.75,
@@ -73,25 +67,36 @@ class RobustSchedule(LRScheduler):
         decay: DecayKind = "cosine",
         process_group: dist.ProcessGroup | None = None,
         last_epoch: int = -1,
-        **deepspeed: Any,
     ) -> None:
-        settings = deepspeed_params.settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, deepspeed, decay)
+        curve = checked_curve(total_steps, warmup_steps, min_lr_ratio, decay)
+        done = whole_number("last_epoch", last_epoch, -1)
+        self._start(optimizer, curve, weight_decay_off_at, process_group, done)
+
+    def _start(
+        self,
+        optimizer: Any,
+        curve: Curve,
+        weight_decay_off_at: float | None,
+        process_group: dist.ProcessGroup | None,
+        last_epoch: int,
+        base_lrs: Sequence[float] | None = None,
+    ) -> None:
+        """Take charge of the optimizer; `base_lrs`, one per group, replace the groups' own."""
         self.optimizer = base_optimizer(optimizer)
-        self.curve = settings.curve
+        self.curve = curve
         self.weight_decay_switch: WeightDecaySwitch | None = None
         if weight_decay_off_at is not None:
             self.weight_decay_switch = WeightDecaySwitch(
                 self.optimizer, self.curve.total_steps, off_at=weight_decay_off_at, process_group=process_group
             )
-        self._set_peak(settings.peak_lr)
+        for group, lr in zip(self.optimizer.param_groups, base_lrs or (), strict=base_lrs is not None):
+            group["initial_lr"] = lr
         self._rates = LearningRates(self.optimizer)
         # Rates that no scheduler of this process has set are what an optimizer was made with, or loaded.
-        self._rates_are_nobodys = settings.peak_lr is not None or not hasattr(
-            self.optimizer.step, "_wrapped_by_lr_sched"
-        )
+        self._rates_are_nobodys = base_lrs is not None or not hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
         self._just_loaded = False
         attach(self.optimizer, self)
-        super().__init__(self.optimizer, settings.last_epoch)
+        super().__init__(self.optimizer, last_epoch)
         self._rates_are_nobodys = False
         # One list: groups that are added later join it.
         self.base_lrs = self._rates.base  # type: ignore[assignment]
@@ -101,14 +106,14 @@ class RobustSchedule(LRScheduler):
 
         Args:
             epoch: Go to this step instead, as torch's schedulers do.
-            **ignored: DeepSpeed passes on its caller's.
+            **ignored: Some engines pass on what their caller gave.
 
         Raises:
             RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
-            RuntimeError: Accelerate steps a SequentialLR or ChainedScheduler that holds this once per process.
+            RuntimeError: An engine steps a SequentialLR or ChainedScheduler that holds this once per process.
             ValueError: `epoch` is no whole number.
         """
-        if is_copy():
+        if is_repeated_call():
             return
         first = self._step_count == 0
         self._step_count += 1
@@ -122,7 +127,7 @@ class RobustSchedule(LRScheduler):
 
     def _update_lr(self, epoch: int | None = None) -> None:
         # SequentialLR calls this in place of step() when a scheduler's turn comes; torch 2.6 calls step(0).
-        if not is_copy():
+        if not is_repeated_call():
             self._go_to(self.last_epoch + 1 if epoch is None else _step_number(epoch))
 
     def get_lr(self) -> list[float | Tensor]:
@@ -208,7 +213,7 @@ class RobustSchedule(LRScheduler):
 
     def _before_step(self) -> None:
         self._rates.notice()
-        # DeepSpeed's universal load replaces all settings without a load hook; dry steps need their lr = 0.
+        # Some loads replace all settings without a load hook; dry steps need their lr = 0.
         if self._just_loaded and not is_dry(self.optimizer):
             self._just_loaded = False
             self._rates.mend(self._rate_of)
@@ -218,22 +223,10 @@ class RobustSchedule(LRScheduler):
         self._rates.after_load(None if self.last_epoch < 0 else self._rate_of)
         self._last_lr = self.get_lr()
 
-    def _set_peak(self, peak: float | list[float] | None) -> None:
-        groups = self.optimizer.param_groups
-        if peak is None:
-            return
-        peaks = peak if isinstance(peak, list) else [peak] * len(groups)
-        if len(peaks) != len(groups):
-            raise ValueError(
-                f"warmup_max_lr={peak} has {len(peaks)} values for {len(groups)} param groups; give one each"
-            )
-        for group, lr in zip(groups, peaks, strict=True):
-            group["initial_lr"] = lr
-
 
 def _step_number(epoch: Any) -> int:
     try:
         return whole_number("epoch", epoch, 0)
     except TypeError as error:
-        # DeepSpeed swallows a TypeError and calls step(train_batch_size).
+        # An engine that calls schedulers of many kinds may take a TypeError for one without this argument.
         raise ValueError(str(error)) from error

@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from robust_dist.schedule.engine_facts import shape_on_every_rank
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -23,7 +24,7 @@ _begun: "Counter[str]" = Counter()
 
 def kind_of(optimizer: Optimizer) -> str:
     """What ranks that share an optimizer have alike in it: its class and the shapes of its first two parameters."""
-    shapes = [_shape(p) for group in optimizer.param_groups for p in group["params"]][:2]
+    shapes = [shape_on_every_rank(p) for group in optimizer.param_groups for p in group["params"]][:2]
     return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
 
 
@@ -56,13 +57,6 @@ def _collectives(group: dist.ProcessGroup) -> int:
 def part_of(store: "Store", name: str) -> "Store":
     """A store whose keys are those of `store` under `name`."""
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    # FSDP1 gives each rank another piece of a parameter; DTensors tell the whole shape.
-    if is_lazy(parameter) or hasattr(parameter, "_fsdp_flattened"):
-        return ()
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _training_store() -> "Store | None":

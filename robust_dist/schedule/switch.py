@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from robust_dist.optim.dry_step import is_dry
 from robust_dist.schedule.agreement import TRIGGERS, Report
 from robust_dist.schedule.group_values import GroupValues
-from robust_dist.schedule.hooks import in_charge, is_dry, take_charge
+from robust_dist.schedule.hooks import base_optimizer, in_charge, take_charge
 from robust_dist.schedule.peers import Peers
-from robust_dist.schedule.unwrap import base_optimizer
 from robust_dist.schedule.validate import one_of, real_number, whole_number
 
 _REDUCE = dict(zip(("any", "all", "majority"), TRIGGERS[1:], strict=True))

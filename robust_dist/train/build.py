@@ -1,7 +1,5 @@
 """From a recipe to the things that a run needs."""
 
-import math
-import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,11 +8,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,38 +15,16 @@ from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
-from robust_dist.engines.accelerate import EngineError, no_fsdp_on_cpus
+from robust_dist.engines.launch import make_accelerator
 from robust_dist.models import build_model
 from robust_dist.optim import param_groups
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from robust_dist.train.launched import check_launch
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
 from robust_dist.train.sources import check_ranks_see_the_same, open_in_memory, open_streams, tell_exif
-
-
-def _asked_for(engine: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-
-
-def _check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
-    # Another launcher's ranks, as MPI's, are counted by Accelerate.
-    if not _asked_for("PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
-        return
-    names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
-    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
-    ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
-    # All ones are DDP; DeepSpeed's sequence parallelism has groups of its own.
-    if wanted not in (1, ranks) and sizes["sp_size"] == 1:
-        set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
-        raise EngineError(
-            f"parallelism_config: {set_here} is a mesh of {wanted} ranks, but {ranks} were launched; launch {wanted} "
-            "(--num_processes), or set the sizes so that their product is the number of ranks"
-        )
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -62,34 +33,15 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
     """
-    _check_mesh()
-    check_launch()
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
-    on_cpu, sharded = not torch.cuda.is_available(), _asked_for("DEEPSPEED") or _asked_for("FSDP")
-    try:
-        return Accelerator(
-            # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
-            cpu=on_cpu and not sharded,
-            mixed_precision=recipe.precision.mixed,
-            gradient_accumulation_steps=recipe.accumulation,
-            project_config=ProjectConfiguration(
-                project_dir=recipe.run_dir, logging_dir=os.path.join(recipe.run_dir, "trackers")
-            ),
-            kwargs_handlers=[
-                InitProcessGroupKwargs(
-                    backend="gloo" if on_cpu and sharded else "nccl",
-                    init_method=init_method(),
-                    timeout=timedelta(seconds=recipe.timeout_seconds),
-                ),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
-        )
-    except RuntimeError as error:
-        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
-        if on_cpu and _asked_for("FSDP") and "no available devices" in str(error):
-            raise no_fsdp_on_cpus("NO") from None
-        raise
+    return make_accelerator(
+        mixed_precision=recipe.precision.mixed,
+        accumulation=recipe.accumulation,
+        folder=recipe.run_dir,
+        timeout=timedelta(seconds=recipe.timeout_seconds),
+        init_method=init_method(),
+    )
 
 
 def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:
@@ -202,15 +154,14 @@ def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False)
     )
 
 
-def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded: bool = False) -> nn.Module:
+def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contiguous: bool = False) -> nn.Module:
     """The model of the recipe, with the same initial weights on every rank.
 
     Args:
         recipe: All settings.
         num_classes: Outputs.
         channels: Channels of the images.
-        sharded: Whether FSDP or DeepSpeed takes the weights. They take contiguous ones alone: FSDP2 refuses others,
-            FSDP1 cannot save them, DeepSpeed cannot broadcast them. Images alone keep convolutions in channels_last.
+        contiguous: Whether the engine takes contiguous weights alone. Images alone keep convolutions in channels_last.
 
     Raises:
         ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
@@ -222,7 +173,7 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, sharded
         if not torch.cuda.is_available():
             raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if recipe.model.channels_last and not sharded:
+    if recipe.model.channels_last and not contiguous:
         return model.to(memory_format=torch.channels_last)
     return model
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from robust_dist.engines.engine import UNNOTED
 from robust_dist.train.claim import host_id
 from robust_dist.train.recipe import Recipe
 
@@ -87,12 +88,12 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
     Args:
         recipe: Of this start, after `fit_ranks`.
         num_processes: Ranks of this start.
-        engine: `engine_kind` of this start.
+        engine: Kind of the engine of this start.
         before: The checkpoint's metadata.
         model: The model, wrapped or not.
     """
     was_ranks, was = int(before["num_processes"]), before["recipe"].get("accumulation", 1)
-    was_engine = before.get("engine", "ddp")
+    was_engine = before.get("engine", UNNOTED)
     lines = []
     if was_engine != engine:
         lines.append(f"the run was under {was_engine} and is under {engine}: it goes on, but not bit for bit")

@@ -13,18 +13,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
 from robust_dist.checkpoint.dcp_metadata import plain_failures
-from robust_dist.checkpoint.zero_files import LATEST, TAG
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
-from robust_dist.engines.deepspeed_checkpoint import writing_to_the_end
+from robust_dist.engines.engine import engine_of
 from robust_dist.private import hidden
 from robust_dist.train.agree import attempt, from_main
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.elastic import changes
-from robust_dist.train.engine import check_model, engine_kind, forward_is_collective
+from robust_dist.train.engine import check_model
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
@@ -72,14 +71,15 @@ class Trainer:
         classes = len(train_set.classes)
         self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
-        sharded = engine_kind(accelerator) != "ddp"
-        model = build_classifier(recipe, classes, train_set.channels, sharded=sharded)
+        self.engine = engine_of(accelerator)
+        contiguous = not self.engine.trains_any_memory_format
+        model = build_classifier(recipe, classes, train_set.channels, contiguous=contiguous)
         check_model(accelerator, recipe, model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = self.engine.prepare(accelerator, model, optimizer, schedule)
         check(
             accelerator,
             self.optimizer,
@@ -136,8 +136,8 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # When they are mended, the run goes on from here. Before a step sharded optimizers have no state.
-                begun = self.progress.step > 0 or engine_kind(self.accelerator) == "ddp"
+                # When they are mended, the run goes on from here. Before a step an optimizer over shards has no state.
+                begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.resumed_step):
                     self._save(refused=True)
                 self.saver.settle()
@@ -251,7 +251,7 @@ class Trainer:
         assert trained is not None
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
-            self.model if forward_is_collective(accelerator) else whole,
+            self.model if self.engine.forward_is_collective else whole,
             self.test_set,
             self.eval_augment,
             batch_size=self.recipe.data.eval_batch_size,
@@ -323,7 +323,7 @@ class Trainer:
             broadcast_buffers(self.bare_model)
         metadata = {
             "recipe": hidden(recipe_dict(self.recipe)),
-            "engine": engine_kind(self.accelerator),
+            "engine": self.engine.kind,
             "num_processes": self.accelerator.num_processes,
             "loss_sums": losses,
             "bad_images": bad_images,
@@ -333,15 +333,10 @@ class Trainer:
         self.saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
-        kind = engine_kind(self.accelerator)
-        # DeepSpeed's first rank would write `latest` between two barriers.
-        words = {"save_latest": False} if kind.startswith("zero") else {}
-        with plain_failures(folder), writing_to_the_end(self.model):
-            save_state(self.accelerator, folder, **words)
-        if words and self.accelerator.is_main_process:
-            (folder / LATEST).write_text(TAG, encoding="utf-8")
-        if kind == "ddp":
-            # Its optimizer file has numbers for the parameters; conversion to another engine wants names.
+        with plain_failures(folder):
+            save_state(self.accelerator, folder)
+        if not self.engine.names_parameters:
+            # Conversion to another engine wants names.
             note_parameters(folder, self.model, self.optimizer)
 
     def _leave(self) -> None:
@@ -363,7 +358,7 @@ class Trainer:
             if found.metadata.get("refused"):
                 self._resume_refused(found.metadata)
             accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
-            for line in changes(self.recipe, world, engine_kind(accelerator), found.metadata, self.bare_model):
+            for line in changes(self.recipe, world, self.engine.kind, found.metadata, self.bare_model):
                 accelerator.print(line)
         step, each = self.progress.step, self.loader.steps_per_epoch
         for line in (

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
+from robust_dist.engines.launch import cores_here
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.choose import choose, fused_on_device
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
-from robust_dist.train.launched import cores_here
 from robust_dist.train.optimizers import second_beta
 from robust_dist.train.recipe import Recipe
 

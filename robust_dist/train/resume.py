@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore, convert, load_state
 from robust_dist.data.sets import LabelledSet
 from robust_dist.documents import DocumentError, typed
+from robust_dist.engines.engine import UNNOTED, engine_of
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
-from robust_dist.train.engine import engine_kind
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
@@ -26,7 +26,7 @@ class _Noted:
     recipe: dict[str, Any]
     num_processes: int
     loss_sums: list[float]
-    engine: str = "ddp"
+    engine: str = UNNOTED
     bad_images: int = 0
     train_images: int | None = None
 
@@ -138,18 +138,11 @@ def _check_same_set(found: Checkpoint, train_set: LabelledSet) -> None:
 
 def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint) -> Path:
     """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
-    here = engine_kind(accelerator), accelerator.num_processes
-    there = found.metadata.get("engine", "ddp"), found.metadata["num_processes"]
-    if here[0] == there[0] and (here[1] == there[1] or not here[0].startswith("zero")):
+    engine, ranks = engine_of(accelerator), accelerator.num_processes
+    same_ranks = ranks == found.metadata["num_processes"]
+    if found.metadata.get("engine", UNNOTED) == engine.kind and (same_ranks or engine.loads_on_any_ranks):
         return found.path
     converted = store.folder / _CONVERTED
-    convert(found.path, converted, to=here[0], world_size=here[1], full_state_dict=saves_whole(accelerator))
+    whole = engine.saves_whole(accelerator)
+    convert(found.path, converted, to=engine.kind, world_size=ranks, full_state_dict=whole)
     return converted
-
-
-def saves_whole(accelerator: Accelerator) -> bool:
-    """Whether FSDP gathers its state on the first rank (FULL_STATE_DICT)."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    return (
-        engine_kind(accelerator) == "fsdp" and plugin is not None and plugin.state_dict_type.name == "FULL_STATE_DICT"
-    )

@@ -21,11 +21,10 @@ from robust_dist.checkpoint.space import (
     text_of,
     write_failure,
 )
+from robust_dist.engines.engine import engine_of
 from robust_dist.train.agree import attempt, from_main, raise_everywhere
 from robust_dist.train.claim import host_id
-from robust_dist.train.engine import engine_kind
 from robust_dist.train.recipe import CheckpointConfig, Recipe
-from robust_dist.train.resume import saves_whole
 
 Write = Callable[[Path], None]
 
@@ -239,12 +238,13 @@ def _explained(path: Path, action: Callable[[], Any]) -> Any:
 
 def build_saver(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, model: nn.Module) -> Saver:
     """The saver of a run of `model`, without the engine's wrappers, that knows what a checkpoint takes on the disk."""
+    engine = engine_of(accelerator)
     need = checkpoint_bytes(
-        engine_kind(accelerator),
+        engine,
         model,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        full_state_dict=saves_whole(accelerator),
+        whole=engine.saves_whole(accelerator),
         averaged=recipe.ema_decay is not None,
     )
     return Saver(accelerator, store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from robust_dist.data import Batch
 from robust_dist.data.batch import Pipeline
-from robust_dist.train.engine import input_dtype
+from robust_dist.engines.engine import engine_of
 from robust_dist.train.graph import StaticStep
 from robust_dist.train.recipe import Recipe
 
@@ -40,7 +40,7 @@ class TrainStep:
     ) -> None:
         self.recipe, self.accelerator, self.pipeline = recipe, accelerator, pipeline
         self.model, self.optimizer, self.schedule, self.loss_sum = model, optimizer, schedule, loss_sum
-        self.input_dtype = input_dtype(accelerator, accelerator.unwrap_model(model))
+        self.input_dtype = engine_of(accelerator).input_dtype(accelerator.unwrap_model(model))
         self._static: StaticStep | None = None
         if recipe.cuda_graph:
             self._static = StaticStep(self._learn, optimizer, accelerator.device, full_size)

@@ -653,7 +653,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, run_checkpoint, monkey
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("robust_dist.checkpoint.conversion.write_ddp", fail)
+    monkeypatch.setattr("robust_dist.checkpoint.plain.write_ddp", fail)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="no space"):
         convert(run_checkpoint, tmp_path / "new", "ddp", 2)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from robust_dist.checkpoint import CheckpointError, dcp
 from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading, read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.engines import fsdp
+from robust_dist.engines.fsdp import plain_loop
 
 
 def save_of_2_6(content, *, storage_writer=None, planner=None):
@@ -37,8 +37,8 @@ def test_one_process_writes_and_reads_whatever_ranks_there_are(tmp_path, monkeyp
 
 
 def test_the_keyword_is_given_to_functions_that_have_it():
-    assert fsdp._alone(lambda state, no_dist=False: None, None) == {"no_dist": True}
-    assert fsdp._alone(save_of_2_6, None) == {}
+    assert plain_loop._alone(lambda state, no_dist=False: None, None) == {"no_dist": True}
+    assert plain_loop._alone(save_of_2_6, None) == {}
 
 
 class Evil:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from robust_dist.engines.deepspeed import check_checkpoint
-from robust_dist.engines.deepspeed_checkpoint import CheckpointMismatchError
+from robust_dist.engines.deepspeed.check_checkpoint import CheckpointMismatchError
 from robust_dist.optim import RAdaBeliefW
 from tests.engines import course
 from tests.engines import deepspeed_course as ds

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_dist.engines.deepspeed_checkpoint import CheckpointMismatchError
+from robust_dist.engines.deepspeed.check_checkpoint import CheckpointMismatchError
 from robust_dist.optim import RAdaBeliefW
 from tests.engines import deepspeed_course as ds
 from tests.engines.course import LR

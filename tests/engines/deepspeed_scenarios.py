@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RankDisagreementError, RobustSchedule, base_optimizer
 from tests.engines import course
@@ -63,7 +64,7 @@ def trajectory(kind, folder=None):
     engine = named(kind)
     base = base_optimizer(engine.optimizer)
     assert type(base) is RAdaBeliefW
-    assert type(engine.lr_scheduler) is RobustSchedule
+    assert isinstance(engine.lr_scheduler, RobustSchedule)
     assert engine.lr_scheduler.optimizer is base
     assert steps_of(engine) <= {0.0}
     for first, last in ((0, 4), (4, 8), (8, TOTAL)):
@@ -292,7 +293,7 @@ def deepspeeds_warmup_is_taken_over():
 
 def compare(theirs, params, steps, added=None):
     optimizers = [torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2)]
-    schedules = [theirs(optimizers[0], **params), RobustSchedule(optimizers[1], **params, **(added or {}))]
+    schedules = [theirs(optimizers[0], **params), DeepSpeedRobustSchedule(optimizers[1], **params, **(added or {}))]
     for step in range(steps):
         a, b = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
         assert abs(a - b) < 1e-15, (theirs.__name__, params, step, a, b)

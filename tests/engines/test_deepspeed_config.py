@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from robust_dist.engines.deepspeed import check_config, register
-from robust_dist.engines.deepspeed_sections import settled
+from robust_dist.engines.deepspeed.sections import settled
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
+from tests.schedule.toys import make
 
 AUTO = {
     "optimizer": {"type": "RAdaBeliefW", "params": {"lr": "auto", "weight_decay": "auto"}},
@@ -111,8 +113,35 @@ def test_step_counts_may_be_whole_floats():
         {**GIVEN, "scheduler": {"type": "RobustSchedule", "params": {"total_steps": 1e4, "warmup_steps": 2.0}}}
     )
     optimizer = RAdaBeliefW([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    curve = RobustSchedule(optimizer, total_num_steps=1e4, warmup_num_steps=1000.0).curve
+    schedule = torch.optim.lr_scheduler.RobustSchedule(optimizer, total_num_steps=1e4, warmup_num_steps=1000.0)
+    assert isinstance(schedule, RobustSchedule)
+    curve = schedule.curve
     assert (curve.total_steps, curve.warmup_steps) == (10_000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_steps": None}, r"total_steps is missing"),
+        ({"warmup_num_step": 3}, r"no parameter 'warmup_num_step'; .*warmup_num_steps"),
+        ({"total_num_steps": 10}, r"total_steps=10 and total_num_steps=10 are the same"),
+        ({"warmup_steps": 2, "warmup_num_steps": 2}, r"warmup_steps=2 and warmup_num_steps=2"),
+        ({"warmup_num_steps": 12}, r"warmup_num_steps=12"),
+        ({"warmup_num_steps": 2, "warmup_type": "cubic"}, r"warmup_type='cubic' .*'log', 'linear'"),
+        ({"warmup_min_lr": 0.1, "warmup_min_ratio": 0.1}, r"warmup_min_lr=0.1 and warmup_min_ratio"),
+        ({"warmup_min_lr": -1.0}, r"warmup_min_lr=-1.0"),
+        ({"warmup_max_lr": [0.1, 0.2]}, r"2 values for 3 param groups"),
+        ({"warmup_max_lr": math.nan}, r"warmup_max_lr=nan"),
+        ({"cos_min_ratio": 1.5}, r"min_lr_ratio=1.5"),
+        ({"warmup_max_lr": 0.3, "weight_decay_off_at": 2}, r"off_at=2"),
+    ],
+)
+def test_a_wrong_setting_of_a_schedule_made_by_name_names_it_and_touches_nothing(settings, message):
+    optimizer = make()
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=message):
+        torch.optim.lr_scheduler.RobustSchedule(optimizer, **({"total_steps": 10} | settings))
+    assert [dict(group) for group in optimizer.param_groups] == before
 
 
 WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 2, "warmup_type": "linear"}
@@ -226,7 +255,7 @@ register()
 print(supported.count(torch.optim.RAdaBeliefW))
 """
     lines = [line for line in printed(code) if not line.startswith("[")]
-    words = ["False", "False", "RAdaBeliefW", "RobustSchedule", "False", "1", "1"]
+    words = ["False", "False", "RAdaBeliefW", "DeepSpeedRobustSchedule", "False", "1", "1"]
     assert [word for word in lines if word in {*words, "0", "2", "True"}] == words
 
 

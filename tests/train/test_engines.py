@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
+from robust_dist.engines.engine import engines
 from robust_dist.train import saving
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
@@ -91,10 +94,10 @@ def trains(name, folder):
     close(rows(f"{folder}/{name}"), rows(f"{folder}/ddp"))
 
 
-def goes_on(name, folder):
+def goes_on(name, folder, config=None):
     whole = rows(f"{folder}/{name}")
     on_first_rank(lambda: cut_back(f"{folder}/{name}"))
-    out = train_under(name, f"{folder}/{name}")
+    out = train_under(config or name, f"{folder}/{name}")
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
     assert rows(f"{folder}/{name}") == whole
 
@@ -149,6 +152,42 @@ def one_rank_cannot_write(name, folder):
     # The first rank removes what was half-written while the others leave.
     dist.barrier()
     assert checkpoints(run) == []
+
+
+def install_added_engine(place):
+    """What the page says of adding an engine, as an installed distribution."""
+    page = Path(ROOT, "robust_dist", "engines", "README.md").read_text().partition("## Adding an engine")[2]
+    code, entry = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "toml"))
+    Path(place, "compressed_ddp-1.dist-info").mkdir(parents=True)
+    Path(place, "compressed_ddp-1.dist-info", "METADATA").write_text("Name: compressed_ddp\nVersion: 1\n")
+    group, line = entry.strip().splitlines()
+    name = group.removeprefix('[project.entry-points."').removesuffix('"]')
+    said = f"[{name}]\n" + line.replace('"', "") + "\n"
+    Path(place, "compressed_ddp-1.dist-info", "entry_points.txt").write_text(said)
+    Path(place, "compressed_ddp.py").write_text(code)
+
+
+def added_engine(folder):
+    """An engine of somebody else's file trains, is noted in its checkpoints, and FSDP takes its run up."""
+    run = f"{folder}/compressed_ddp"
+    on_first_rank(lambda: install_added_engine(f"{folder}/outside"))
+    sys.path.insert(0, f"{folder}/outside")
+    os.environ["COMPRESS_GRADIENTS"] = "1"
+    engines.cache_clear()
+    try:
+        out = train_under("ddp", run)
+        assert dist.get_rank() or "checkpoints: 3" in out, out
+        assert verify(Path(run, "checkpoints", f"step-{TOTAL:08d}")).metadata["engine"] == "compressed_ddp"
+        loss, plain = rows(run)[0]["train_loss"], rows(f"{folder}/ddp")[0]["train_loss"]
+        # The gradients went another way than DDP's.
+        assert loss != plain
+        assert loss == pytest.approx(plain, rel=0.02)
+        goes_on("compressed_ddp", folder, "ddp")
+    finally:
+        del os.environ["COMPRESS_GRADIENTS"]
+    takes_up("compressed_ddp", "fsdp1", folder, f"{folder}/compressed_ddp-fsdp1")
+    sys.path.remove(f"{folder}/outside")
+    engines.cache_clear()
 
 
 def signal_after(run, step):
@@ -231,6 +270,7 @@ def everything_on_two(folder):
     for source, target in HANDED_ON:
         copy = f"{folder}/{source}-{target}"
         scenarios[f"{source} {target}"] = lambda s=source, t=target, c=copy: takes_up(s, t, folder, c)
+    scenarios["added engine"] = lambda: added_engine(folder)
     return run_possible(scenarios | refusals(folder))
 
 
@@ -295,6 +335,10 @@ def test_a_rank_that_cannot_write_its_part_leaves_no_other_waiting(two, name):
 @pytest.mark.parametrize(("source", "target"), [pair for pair in HANDED_ON if possible([" ".join(pair)])])
 def test_a_run_is_taken_up_by_another_engine(two, source, target):
     assert_passed(two, f"{source} {target}")
+
+
+def test_an_engine_is_added_by_one_file_as_the_page_says(two):
+    assert_passed(two, "added engine")
 
 
 @pytest.mark.parametrize("name", possible(REFUSALS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.train.build import _check_mesh
+from robust_dist.engines.launch import check_mesh
 from tests.train.launching import train
 from tests.train.under_engines import ROOT
 
@@ -130,4 +130,4 @@ def test_a_mesh_that_accelerate_takes_is_not_refused(monkeypatch, name, size, fi
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", str(size))
     refused = pytest.raises(EngineError, match="tp_size=4 is a mesh of 4 ranks, but 2 were launched")
     with contextlib.nullcontext() if fits else refused:
-        _check_mesh()
+        check_mesh()

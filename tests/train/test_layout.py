@@ -21,7 +21,7 @@ def test_images_alone_keep_every_convolution_in_channels_last(sharded):
     recipe = load_recipe(str(RECIPE))
     assert recipe.model.channels_last
     recipe.model.name = "resnet8"
-    model = build_classifier(recipe, 10, 3, sharded=sharded)
+    model = build_classifier(recipe, 10, 3, contiguous=sharded)
     wide = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert [last(p) for p in wide] == [not sharded] * len(wide)
     assert all(p.is_contiguous() for p in model.parameters()) == sharded

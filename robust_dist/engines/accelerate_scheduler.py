@@ -1,4 +1,4 @@
-"""Which calls of a scheduler's step() are copies of one call."""
+"""Accelerate's wrapper of schedulers: which of its calls of step() are copies of one call."""
 
 import sys
 from types import CodeType, FrameType
@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
-_DEPTH = 10
+_MAX_FRAMES = 10
 
 
 def is_copy() -> bool:
@@ -26,7 +26,7 @@ def is_copy() -> bool:
     number = wrapper.f_locals.get("_")
     if number is None:
         return False
-    problem = repeated(wrapper.f_locals["self"])
+    problem = miscounted(wrapper.f_locals["self"])
     if problem:
         raise RuntimeError(problem)
     return bool(number > 0)
@@ -41,7 +41,7 @@ def _check_version(code: CodeType) -> None:
         )
 
 
-def repeated(wrapper: Any) -> str | None:
+def miscounted(wrapper: Any) -> str | None:
     """What is wrong with a scheduler of torch's that counts each of an AcceleratedScheduler's copies of a call.
 
     Args:
@@ -74,7 +74,7 @@ def counts_itself(scheduler: Any) -> bool:
 def _accelerates_frame() -> FrameType | None:
     """The frame of the AcceleratedScheduler.step() that makes the call under way."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_FRAMES):
         if frame is None:
             return None
         if frame.f_code.co_name == "step" and frame.f_globals.get("__name__") == "accelerate.scheduler":

@@ -2,14 +2,15 @@
 
 import torch
 
-from robust_dist.engines import deepspeed_mends as mends
-from robust_dist.engines.deepspeed_checkpoint import check_checkpoint
-from robust_dist.engines.deepspeed_config import check_config
-from robust_dist.engines.deepspeed_imports import when_imported
+from robust_dist.engines.deepspeed import patches
+from robust_dist.engines.deepspeed.check_checkpoint import check_checkpoint
+from robust_dist.engines.deepspeed.config import check_config
+from robust_dist.engines.deepspeed.engine import ENGINES
+from robust_dist.engines.deepspeed.import_hook import when_imported
+from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.schedule import RobustSchedule
 
-__all__ = ["check_checkpoint", "check_config", "register"]
+__all__ = ["ENGINES", "check_checkpoint", "check_config", "register"]
 
 
 def register() -> None:
@@ -26,13 +27,13 @@ def register() -> None:
     or after `import deepspeed`, which it does not import.
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
-    torch.optim.lr_scheduler.RobustSchedule = RobustSchedule  # type: ignore[attr-defined]
+    torch.optim.lr_scheduler.RobustSchedule = DeepSpeedRobustSchedule  # type: ignore[attr-defined]
     when_imported(
         {
-            "deepspeed.runtime.zero.utils": mends.pass_gate,
-            "deepspeed.runtime.engine": mends.mend_engine,
-            "deepspeed.runtime.fp16.fused_optimizer": mends.mend_dry_step,
-            "deepspeed.runtime.fp16.unfused_optimizer": mends.mend_dry_step,
-            "deepspeed.runtime.zero.stage3": mends.mend_universal_load,
+            "deepspeed.runtime.zero.utils": patches.pass_gate,
+            "deepspeed.runtime.engine": patches.patch_engine,
+            "deepspeed.runtime.fp16.fused_optimizer": patches.patch_dry_step,
+            "deepspeed.runtime.fp16.unfused_optimizer": patches.patch_dry_step,
+            "deepspeed.runtime.zero.stage3": patches.patch_universal_load,
         }
     )

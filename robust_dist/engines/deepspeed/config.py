@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from robust_dist.documents import read_json
-from robust_dist.engines.deepspeed_sections import AUTO, OURS, Finding, findings, settled
+from robust_dist.engines.deepspeed.sections import AUTO, OURS, Finding, findings, settled
 from robust_dist.optim import RAdaBeliefW
 
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")

@@ -1,19 +1,81 @@
-"""What `accelerate launch` was asked for, as far as a rank can see; a configuration for GPUs needs GPUs."""
+"""From what the launcher was asked for to an `Accelerator`: a configuration for GPUs needs GPUs, a mesh its ranks."""
 
+import math
 import os
 import re
 import shlex
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
-from robust_dist.engines.accelerate import EngineError
+from robust_dist.engines.accelerate import is_set, no_fsdp_on_cpus
+from robust_dist.engines.engine import EngineError
 
 _LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
-_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+_FSDP = "ACCELERATE_USE_FSDP"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
+
+
+def make_accelerator(
+    *, mixed_precision: str, accumulation: int, folder: str, timeout: timedelta, init_method: str | None = None
+) -> Accelerator:
+    """The Accelerator of the engine that this rank was launched with.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16".
+        accumulation: Parts of a batch that a rank takes one after the other.
+        folder: The run's; trackers write below it.
+        timeout: After which a rank gives up waiting for another one.
+        init_method: How the ranks meet; None as the launcher says.
+
+    Raises:
+        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
+    """
+    check_mesh()
+    check_launch()
+    on_cpu, sharded = not torch.cuda.is_available(), any(map(is_set, _SHARDING))
+    try:
+        return Accelerator(
+            # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
+            cpu=on_cpu and not sharded,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend="gloo" if on_cpu and sharded else "nccl", init_method=init_method, timeout=timeout
+                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except RuntimeError as error:
+        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
+        if on_cpu and is_set(_FSDP) and "no available devices" in str(error):
+            raise no_fsdp_on_cpus("NO") from None
+        raise
+
+
+def check_mesh() -> None:
+    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
+    # Another launcher's ranks, as MPI's, are counted by Accelerate.
+    if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
+        return
+    names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
+    ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
+    # All ones are DDP; DeepSpeed's sequence parallelism has groups of its own.
+    if wanted not in (1, ranks) and sizes["sp_size"] == 1:
+        set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise EngineError(
+            f"parallelism_config: {set_here} is a mesh of {wanted} ranks, but {ranks} were launched; launch {wanted} "
+            "(--num_processes), or set the sizes so that their product is the number of ranks"
+        )
 
 
 def check_launch() -> None:
@@ -25,7 +87,7 @@ def check_launch() -> None:
     Raises:
         EngineError: Says how the same is started on the processor.
     """
-    if torch.cuda.is_available() or any(_is_true(name) for name in (*_SHARDING, "ACCELERATE_USE_CPU")):
+    if torch.cuda.is_available() or any(is_set(name) for name in (*_SHARDING, "ACCELERATE_USE_CPU")):
         return
     words = _launcher_words()
     wanted, found = gpus_wanted(words), int(os.environ.get("WORLD_SIZE", "1"))
@@ -100,7 +162,3 @@ def _launcher_words() -> list[str]:
         return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
         return []
-
-
-def _is_true(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

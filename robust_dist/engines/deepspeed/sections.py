@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from robust_dist.engines.deepspeed import schedule
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.settings import DEFAULTS, check_group
-from robust_dist.schedule import deepspeed_params
 from robust_dist.schedule.validate import real_number
 
 AUTO = "auto"
@@ -18,7 +18,7 @@ Finding = tuple[str, str]
 _SCHEDULE = ("total_steps", "warmup_steps", "weight_decay_off_at", "min_lr_ratio", "decay", "last_epoch")
 _NAMES = {
     "optimizer": tuple(inspect.signature(RAdaBeliefW).parameters)[1:],
-    "scheduler": _SCHEDULE + deepspeed_params.NAMES,
+    "scheduler": _SCHEDULE + schedule.NAMES,
 }
 # What Accelerate or Trainer fill in.
 _FILLED = {
@@ -82,8 +82,8 @@ def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator
 def settled(section: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """The params as ours take them: without what has no meaning here, step counts as whole numbers."""
     kept = params if section == "scheduler" else {n: v for n, v in params.items() if n not in _NO_MEANING}
-    counts = (*deepspeed_params.COUNTS, "total_steps", "warmup_steps", "last_epoch")
-    whole = deepspeed_params.whole
+    counts = (*schedule.COUNTS, "total_steps", "warmup_steps", "last_epoch")
+    whole = schedule.whole
     return {name: whole(value) if section == "scheduler" and name in counts else value for name, value in kept.items()}
 
 
@@ -106,7 +106,7 @@ def _wrong_values(section: str, known: Mapping[str, Any], auto: bool) -> Iterato
             yield setting, f"{setting}={value!r}; {_open(section, name)}"
     rest = {name: value for name, value in given.items() if name not in wrong}
     if section == "scheduler" and not {"total_steps", "total_num_steps"} & known.keys():
-        yield f"{section}.params.total_num_steps", f"{section}.params={rest}; {deepspeed_params.NO_TOTAL}"
+        yield f"{section}.params.total_num_steps", f"{section}.params={rest}; {schedule.NO_TOTAL}"
     if reason := _reason(check, rest):
         yield section, f"{section}.params={rest}; {OURS[section]} says: {reason}"
 
@@ -135,7 +135,7 @@ def _check_schedule(given: Mapping[str, Any]) -> None:
     off_at = given.get("weight_decay_off_at")
     if off_at is not None:
         real_number("weight_decay_off_at", off_at, 0.0, 1.0)
-    theirs = {name: value for name, value in given.items() if name in deepspeed_params.NAMES}
+    theirs = {name: value for name, value in given.items() if name in schedule.NAMES}
     total = given.get("total_steps", None if "total_num_steps" in theirs else _ANY_TOTAL)
     ours = (given.get("warmup_steps", 0), given.get("min_lr_ratio", 0.0), given.get("last_epoch", -1))
-    deepspeed_params.settings(total, *ours, theirs, given.get("decay", "cosine"))
+    schedule.settings(total, *ours, theirs, given.get("decay", "cosine"))

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.fsdp import names_with_state, only_saved, only_stepped
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.fsdp_record import describe, gathered, listed, misfits, raise_together, read, sign
+from robust_dist.engines.fsdp.description import describe, gathered, listed, misfits, raise_together, read, sign
+from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
 from robust_dist.schedule import RankDisagreementError, base_optimizer

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.engines.deepspeed_checkpoint import LATEST, can_check, check_checkpoint
-from robust_dist.engines.deepspeed_config import settle_engine
+from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
+from robust_dist.engines.deepspeed.config import settle_engine
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -30,18 +31,18 @@ def pass_gate(module: ModuleType) -> None:
         supported.append(RAdaBeliefW)
 
 
-def mend_dry_step(module: ModuleType) -> None:
+def patch_dry_step(module: ModuleType) -> None:
     """ZeRO-0's wrapper for bfloat16 and float16 steps once to get state, which decays the masters and counts."""
     _wrap(getattr(module, "FP16_UnfusedOptimizer", None), DRY_STEP, _without_a_trace)
     _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
 
 
-def mend_universal_load(module: ModuleType) -> None:
+def patch_universal_load(module: ModuleType) -> None:
     """ZeRO-3's universal load gives all groups the first one's settings, and all parameters one step tensor."""
     _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
 
 
-def mend_engine(module: ModuleType) -> None:
+def patch_engine(module: ModuleType) -> None:
     """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
     # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _after_a_check)
@@ -94,14 +95,10 @@ def _without_a_trace(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = self.optimizer
         if not isinstance(optimizer, RAdaBeliefW) or optimizer.state:
             return original(self, *args, **kwargs)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         try:
-            return original(self, *args, **kwargs)
+            with dry_step(optimizer):
+                return original(self, *args, **kwargs)
         finally:
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr
             # State is made lazily: the first true step starts from nothing.
             optimizer.state.clear()
 

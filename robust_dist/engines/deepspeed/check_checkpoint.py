@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.schedule.unwrap import base_optimizer
+from robust_dist.schedule.hooks import base_optimizer
 
 LATEST = ("latest", "latest_universal")
 _UNIVERSAL_STATE = ("fp32", "exp_avg", "exp_avg_sq")

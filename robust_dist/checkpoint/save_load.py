@@ -1,0 +1,114 @@
+"""Accelerate's save and load of a run's whole state, with what the engine needs besides."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading
+from robust_dist.checkpoint.plain import load_file
+from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.engines.engine import engine_of
+from robust_dist.optim.dry_step import dry_step
+from robust_dist.schedule import base_optimizer
+
+
+def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
+    """As `accelerator.save_state`, and right under every engine.
+
+    Under FSDP, parameters that were never stepped are saved as that; under DeepSpeed, a rank that cannot write does not
+    keep the others waiting.
+
+    Args:
+        accelerator: The Accelerator, after `prepare`; every rank calls this.
+        folder: Where the checkpoint will be.
+        **options: Of `accelerator.save_state`.
+    """
+    engine_of(accelerator).save(accelerator, Path(folder), **options)
+
+
+def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
+    """As `accelerator.load_state`, and right under every engine.
+
+    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.loading`).
+
+    Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
+    through `dcp_metadata.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    over a random state that it cannot read: here it is an error.
+
+    Args:
+        accelerator: The Accelerator, after `prepare`; every rank calls this.
+        folder: What `accelerator.save_state` or `convert` wrote.
+        **options: Of `accelerator.load_state`.
+
+    Raises:
+        CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
+    """
+    place = Path(folder)
+    with plain_reading(), plain_failures(place), _plain_objects(), engine_of(accelerator).loading(accelerator, place):
+        accelerator.load_state(str(place), **options)
+    _set_random_state(Path(folder, f"random_states_{accelerator.process_index}.pkl"))
+
+
+@contextmanager
+def _plain_objects() -> Iterator[None]:
+    """Accelerate reads registered objects with weights_only=False."""
+    from accelerate import accelerator as module
+
+    def load_plain(obj: Any, path: str, index: int = 0) -> None:
+        obj.load_state_dict(load_file(Path(path, f"custom_checkpoint_{index}.pkl")))
+
+    place: Any = module
+    own = place.load_custom_state
+    place.load_custom_state = load_plain
+    try:
+        yield
+    finally:
+        place.load_custom_state = own
+
+
+def _set_random_state(path: Path) -> None:
+    """As Accelerate does, which says nothing where it fails; a rank that was not there before has no file."""
+    import numpy as np
+    from accelerate.utils import load
+
+    if not path.exists():
+        return
+    try:
+        states = load(path)
+        random.setstate(states["random_state"])
+        np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
+        torch.set_rng_state(states["torch_manual_seed"])
+        devices = states.get("torch_cuda_manual_seed", [])
+        # With another number of GPUs there is no state for each, as on another machine.
+        if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: the random state cannot be read ({reason})") from None
+
+
+def make_state(optimizer: Any, params: Iterable[Tensor] | None = None) -> None:
+    """Make parameters' state by a step with zero gradients and a learning rate of 0.
+
+    Gradients that are there stay, and no hook or schedule of the optimizer sees the step.
+
+    Args:
+        optimizer: The optimizer, or an engine's wrapper of it.
+        params: Some of its parameters; None: the trainable ones without state.
+    """
+    optimizer = base_optimizer(optimizer)
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    if params is None:
+        params = [param for param in held if param.requires_grad and not optimizer.state.get(param)]
+    chosen = list(params)
+    if not chosen:
+        return
+    with dry_step(optimizer, chosen):
+        step = type(optimizer).step
+        # torch wraps a class's step in one that calls the hooks.
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
