@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.engine import engine_of
+from robust_dist.optim.dry_step import dry_step
 from robust_dist.schedule import base_optimizer
 
 
@@ -36,7 +36,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.loading`).
 
     Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    through `dcp_metadata.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    through `dcp_files.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
     over a random state that it cannot read: here it is an error.
 
     Args:
@@ -48,7 +48,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
         CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
     """
     place = Path(folder)
-    with plain_reading(), plain_failures(place), _plain_objects(), engine_of(accelerator).loading(accelerator, place):
+    with _plain_objects(), engine_of(accelerator).loading(accelerator, place):
         accelerator.load_state(str(place), **options)
     _set_random_state(Path(folder, f"random_states_{accelerator.process_index}.pkl"))
 
@@ -107,20 +107,7 @@ def make_state(optimizer: Any, params: Iterable[Tensor] | None = None) -> None:
     chosen = list(params)
     if not chosen:
         return
-    grads = [param.grad for param in held]
-    rated = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
-    try:
-        for param in held:
-            param.grad = None
-        for param in chosen:
-            param.grad = torch.zeros_like(param)
-        for group, lr in rated:
-            group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+    with dry_step(optimizer, chosen):
         step = type(optimizer).step
         # torch wraps a class's step in one that calls the hooks.
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
-    finally:
-        for group, lr in rated:
-            group["lr"] = lr
-        for param, grad in zip(held, grads, strict=True):
-            param.grad = grad

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -93,12 +92,3 @@ def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
 def _remove(*handles: RemovableHandle) -> None:
     for handle in handles:
         handle.remove()
-
-
-def is_dry(optimizer: Optimizer) -> bool:
-    """Whether the step about to be made is one that engines make with lr = 0 to get state, not to train."""
-    return all(_is_nothing(group["lr"]) for group in optimizer.param_groups if "lr" in group)
-
-
-def _is_nothing(lr: float | Tensor) -> bool:
-    return float(lr) == 0.0

@@ -9,9 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from robust_dist.optim.dry_step import is_dry
 from robust_dist.schedule.comparison import TRIGGERS, Report
 from robust_dist.schedule.group_values import GroupValues
-from robust_dist.schedule.hooks import base_optimizer, in_charge, is_dry, take_charge
+from robust_dist.schedule.hooks import base_optimizer, in_charge, take_charge
 from robust_dist.schedule.peers import Peers
 from robust_dist.schedule.validate import one_of, real_number, whole_number
 

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
-from robust_dist.checkpoint.dcp_metadata import plain_failures
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.engine import engine_of
 from robust_dist.private import hidden
@@ -118,8 +117,7 @@ class RunCheckpoints:
         saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
-        with plain_failures(folder):
-            save_state(self.accelerator, folder)
+        save_state(self.accelerator, folder)
         if not self.engine.names_parameters:
             # Conversion to another engine wants names.
             note_parameters(folder, self.model, self.optimizer)

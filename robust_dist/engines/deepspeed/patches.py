@@ -1,6 +1,6 @@
-"""What DeepSpeed does wrong to RAdaBeliefW, mended where it happens; other optimizers are left alone.
+"""What DeepSpeed does wrong to RAdaBeliefW, patched where it happens; other optimizers are left alone.
 
-Each mend is given a module of DeepSpeed and looks for what it changes: a version without it needs no mend.
+Each patch is given a module of DeepSpeed and looks for what it changes: a version without it needs no patch.
 """
 
 import functools
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
 from robust_dist.engines.deepspeed.config import settle_engine
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -44,20 +45,20 @@ def patch_universal_load(module: ModuleType) -> None:
 def patch_engine(module: ModuleType) -> None:
     """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
     # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
-    _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _after_a_check)
-    _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _after_a_look)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
 
 
 def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(cls, name, None)
-    if original is None or getattr(original, "mended_by_robust_dist", False):
+    if original is None or getattr(original, "patched_by_robust_dist", False):
         return
-    mended = functools.wraps(original)(wrapper(original))
-    mended.mended_by_robust_dist = True  # type: ignore[attr-defined]
-    setattr(cls, name, mended)
+    patched = functools.wraps(original)(wrapper(original))
+    patched.patched_by_robust_dist = True  # type: ignore[attr-defined]
+    setattr(cls, name, patched)
 
 
-def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_config_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def do_sanity_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         settle_engine(self)
         return original(self, *args, **kwargs)
@@ -65,7 +66,7 @@ def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return do_sanity_check
 
 
-def _after_a_look(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,14 +95,10 @@ def _without_a_trace(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = self.optimizer
         if not isinstance(optimizer, RAdaBeliefW) or optimizer.state:
             return original(self, *args, **kwargs)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         try:
-            return original(self, *args, **kwargs)
+            with dry_step(optimizer):
+                return original(self, *args, **kwargs)
         finally:
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr
             # State is made lazily: the first true step starts from nothing.
             optimizer.state.clear()
 
