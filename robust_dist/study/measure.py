@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robust_dist.augment import sample_keys
 from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
-from robust_dist.train.build import build_augment, build_classifier, build_optimizer, look_of, open_sets
+from robust_dist.train.build import build_augment, build_classifier, build_optimizer, open_sets, preprocessing_of
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
@@ -145,7 +145,7 @@ def measure(recipe: Recipe) -> tuple[float, float]:
 
 
 def _noise(recipe: Recipe, channels: int, device: torch.device, *, evaluation: bool) -> Tensor:
-    side = look_of(recipe.data, evaluation=evaluation).size
+    side = preprocessing_of(recipe.data, evaluation=evaluation).size
     shape = (recipe.batch_size, channels, side, side)
     return torch.randint(256, shape, dtype=torch.uint8, device=device)
 

@@ -97,7 +97,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
     )
 
 
-class Look(NamedTuple):
+class Preprocessing(NamedTuple):
     """What the device's pipeline must know of a set: side in pixels, mean and std of each channel, its own crop, flip.
 
     `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
@@ -111,8 +111,8 @@ class Look(NamedTuple):
     flip: bool
 
 
-def look_of(data: DataConfig, *, evaluation: bool = False) -> Look:
-    """The look of the training images, or of those for evaluation.
+def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
+    """How training images are prepared, or those for evaluation.
 
     Raises:
         ValueError: An unknown data set.
@@ -120,9 +120,9 @@ def look_of(data: DataConfig, *, evaluation: bool = False) -> Look:
     if data.streamed or data.in_memory:
         size = data.eval_sides[0] if evaluation else data.size
         padding = round(size / 8) if data.in_memory else 0
-        return Look(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
+        return Preprocessing(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
     info = dataset_info(data.name)
-    return Look(info.size, info.mean, info.std, info.crop_padding, info.flip)
+    return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
 
 
 def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False) -> RobustAugment:
@@ -133,9 +133,11 @@ def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False)
         num_classes: Of the data set.
         evaluation: For the size of evaluation images, where only `normalize` is of use.
     """
-    look = look_of(recipe.data, evaluation=evaluation)
+    image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
-    return recipe.augment.build(num_classes, look.size, look.mean, look.std, crop=look.crop, flip=look.flip, **kept)
+    return recipe.augment.build(
+        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, **kept
+    )
 
 
 def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contiguous: bool = False) -> nn.Module:

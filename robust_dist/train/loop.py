@@ -14,18 +14,17 @@ from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
 from robust_dist.train.agree import attempt
-from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
+from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
 from robust_dist.train.engine import check_model
-from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
+from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.run_checkpoints import RunCheckpoints
-from robust_dist.train.schedule_free import use_averaged_weights
 from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
@@ -115,12 +114,12 @@ class Trainer:
             Stopped: A signal asked for it; all is saved.
             TooManyBadImagesError: More images cannot be read than are let pass; all is saved.
         """
-        tick("taking up the run", patient=True)
+        tick("taking up the run", may_be_slow=True)
         self.checkpoints.take_up(self.total_steps, self.loader.steps_per_epoch)
         done = self.progress.step
         self.trackers.start(done)
         # The first step compiles, tunes and connects.
-        tick("the first step", patient=True)
+        tick("the first step", may_be_slow=True)
         with (
             self.checkpoints.saver() as self.saver,
             Stopper(self.accelerator, self.saver) as self.stopper,
@@ -134,10 +133,10 @@ class Trainer:
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)
-                self.saver.settle()
+                self.saver.wait()
                 raise
-            tick("the last checkpoint", patient=True)
-            self.saver.settle()
+            tick("the last checkpoint", may_be_slow=True)
+            self.saver.wait()
         if self.saver.count:
             self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
@@ -151,9 +150,9 @@ class Trainer:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
             bad.count(0)
         if self.bad is not None and (self.progress.unfinished or self.progress.step < self.total_steps):
-            tick("a look at the evaluation images", patient=True)
-            self.bad.look(self.test_set)
-            tick("the first step", patient=True)
+            tick("the check of the evaluation images", may_be_slow=True)
+            self.bad.check_headers(self.test_set)
+            tick("the first step", may_be_slow=True)
         if self.progress.unfinished:
             display.epoch(self._record_epoch(None))
         while self.progress.step < self.total_steps:
@@ -204,7 +203,7 @@ class Trainer:
             self.bad.note(found)
             step = self.progress.step % self.loader.steps_per_epoch
             # What the epoch's last step found is judged when the epoch's figures are there.
-            if step and is_time_to_settle(step):
+            if step and is_time_to_count(step):
                 self._judge_bad_images(self._count_bad_images())
 
     def _count_bad_images(self) -> int:
@@ -267,7 +266,7 @@ class Trainer:
         row["checkpoint_seconds"] = self.saver.take_seconds()
         if self.bad is not None:
             row["bad_images"] = trained["bad_images"]
-            row["eval_bad_images"] = self.bad.settle_evaluation(self.test_set)
+            row["eval_bad_images"] = self.bad.count_evaluation(self.test_set)
         attempt(accelerator, lambda: self.folder.append(row), here=accelerator.is_main_process)
         self.trackers.log(row)
         self.progress.begin_epoch()
@@ -306,6 +305,6 @@ class Trainer:
     def _leave(self) -> None:
         if self.saver.saved != self.progress.step:
             self._save()
-        tick("the last checkpoint", patient=True)
-        self.saver.settle()
+        tick("the last checkpoint", may_be_slow=True)
+        self.saver.wait()
         self.stopper.leave(self.folder, self.progress.step, self.total_steps)

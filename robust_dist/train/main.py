@@ -16,7 +16,7 @@ from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.backends import backends_of
-from robust_dist.train.build import build_accelerator, load_sets, look_of
+from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
 from robust_dist.train.claim import FolderLostError
 from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.curves import plot_curves
@@ -27,14 +27,13 @@ from robust_dist.train.failures import record_failure, report_failure, report_sh
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
-from robust_dist.train.opening import part_lines, say_run
+from robust_dist.train.opening import data_lines, data_notes, part_lines, say_run
 from robust_dist.train.output import LastingOutput
-from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
-from robust_dist.train.whereabouts import Rank
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -71,24 +70,24 @@ def train(
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
     attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
-    tick("loading the data", patient=True)
+    tick("loading the data", may_be_slow=True)
     sets = load_sets(recipe, accelerator)
     warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
     if main:
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
-    tick("building the model", patient=True)
+    tick("building the model", may_be_slow=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
     backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
     attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings), here=main)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note |= {"data": data_notes(sets), "backends": asdict(backends)}
-    record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)
+    record = attempt(accelerator, lambda: data_record(recipe, sets, preprocessing_of(recipe.data)), here=main)
     attempt(accelerator, lambda: folder.claim(asked, note, record), here=main)
     attempt(accelerator, lambda: set_aside(folder.path), here=main)
     on_claim(folder.path)
     try:
         rows = trainer.fit()
-        tick("the end", patient=True)
+        tick("the end", may_be_slow=True)
         attempt(accelerator, lambda: plot_curves(rows, folder.path / "curves.png"), here=main)
         accelerator.wait_for_everyone()
     finally:

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from robust_dist.checkpoint.space import text_of
+from robust_dist.data.host_set import HostSet
+from robust_dist.data.image_set import ImageSet, free_bytes
 from robust_dist.data.names import printable
+from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import cores_here
 from robust_dist.train.backends import Backends
@@ -104,3 +108,61 @@ def _left_out(one: LabelledSet) -> str:
         return ""
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]))
     return f"; left out: {listed}"
+
+
+def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
+    """What `environment.json` notes of each set; those that are read while training have no bytes to tell.
+
+    Args:
+        sets: Of the run.
+
+    Returns:
+        For each: its name, images, bytes, where it lies, and how many of its bytes lie on the training device.
+    """
+    return [
+        {
+            "name": one.name,
+            "images": len(one),
+            "bytes": one.nbytes,
+            "kept_on": str(one.device) if isinstance(one, ImageSet) else "host",
+            "device_bytes": one.nbytes if isinstance(one, ImageSet) else 0,
+        }
+        for one in sets
+        if isinstance(one, (ImageSet, HostSet))
+    ]
+
+
+def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
+    """What a person is told: a line a place.
+
+    Args:
+        sets: Of the run.
+        keep_on: The recipe's `data.keep_on`.
+    """
+    placed = [one for one in sets if isinstance(one, ImageSet)]
+    streamed = [one for one in sets if isinstance(one, HostSet)]
+    lines = []
+    if placed:
+        device = placed[0].device
+        free = free_bytes(device)
+        left = "" if free is None else f" ({text_of(free)} are free there)"
+        lines.append(f"{_total(placed)} of data on {device}{left}: {_listed(placed)}")
+    if streamed:
+        where = f"in the host's memory{_reason(streamed[0].device, keep_on)}"
+        lines.append(f"{_total(streamed)} of data {where}; batches are copied a step ahead: {_listed(streamed)}")
+    return lines
+
+
+def _reason(device: torch.device, keep_on: str) -> str:
+    free = free_bytes(device)
+    if keep_on == "host" or free is None:
+        return f" (data.keep_on={keep_on})"
+    return f", too much for {SHARE:.0%} of the {text_of(free)} that are free on {device} (data.keep_on={keep_on})"
+
+
+def _total(sets: Sequence[ImageSet | HostSet]) -> str:
+    return text_of(sum(one.nbytes for one in sets))
+
+
+def _listed(sets: Sequence[ImageSet | HostSet]) -> str:
+    return "; ".join(f"{one.name}, {text_of(one.nbytes)} in {len(one):,} images" for one in sets)
