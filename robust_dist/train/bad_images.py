@@ -31,8 +31,8 @@ class TooManyBadImagesError(DataError):
 class BadImages:
     """Counts an epoch's bad images, over all ranks, and stops the run on every rank where there are too many.
 
-    The ranks exchange counts after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end. The limit is a share
-    of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
+    The ranks exchange counts after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end. The limit is a
+    share of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
 
     Args:
         accelerator: The run's ranks.
