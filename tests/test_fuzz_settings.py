@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
-from robust_dist.checkpoint.dcp_metadata import read_metadata
+from robust_dist.checkpoint.dcp_files import read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.study.folder import StudyFolder

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
-from robust_dist.checkpoint.dcp_metadata import plain_failures
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
@@ -333,8 +332,7 @@ class Trainer:
         self.saver.save(self.progress.step, self._write_state, metadata)
 
     def _write_state(self, folder: Path) -> None:
-        with plain_failures(folder):
-            save_state(self.accelerator, folder)
+        save_state(self.accelerator, folder)
         if not self.engine.names_parameters:
             # Conversion to another engine wants names.
             note_parameters(folder, self.model, self.optimizer)
