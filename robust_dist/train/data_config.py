@@ -136,6 +136,12 @@ class DataConfig:
         return self.name in FORMATS and (self.keep_on != "auto" or self.crop_scale is None)
 
     @property
+    def own_keys(self) -> dict[str, Any]:
+        """Values of the keys that belong to this format and not to all of them, by name."""
+        mine = [of for of in fields(self) if self.name in of.metadata.get("only_for", ())]
+        return {of.name: getattr(self, of.name) for of in mine if of.metadata["only_for"] != FORMATS}
+
+    @property
     def eval_sides(self) -> tuple[int, int]:
         """Evaluation images' size, and their shorter side before the central crop."""
         size = self.eval_size or self.size

@@ -104,22 +104,14 @@ def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> Im
 def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
     from robust_dist.data.hub import open_hub
 
-    assert data.path is not None
-    return open_hub(
-        data.path,
-        getattr(data, part) or {"train": "train", "eval": "validation"}[part],
-        config_name=data.config,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        num_classes=data.num_classes,
-        streaming=data.streaming,
-        revision=data.revision,
-        data_files=data.data_files or None,
-        download=download,
-        classes=classes,
-        spool_dir=None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
-        exif=str(data.exif),
-    )
+    own = data.own_keys
+    split = getattr(data, part) or {"train": "train", "eval": "validation"}[part]
+    own |= {
+        "data_files": data.data_files or None,
+        "spool_dir": None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
+        "config_name": own.pop("config"),
+    }
+    return open_hub(own.pop("path"), split, **own, download=download, classes=classes, exif=str(data.exif))
 
 
 def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
@@ -128,13 +120,9 @@ def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> Im
     return open_webdataset(
         getattr(data, part),
         root=data.root,
-        image_keys=data.image_keys or IMAGE_KEYS,
-        label_key=data.label_key,
         classes=classes,
-        num_classes=data.num_classes,
-        index_dir=data.index_dir,
-        allow_torn=data.allow_torn,
         exif=str(data.exif),
+        **data.own_keys | {"image_keys": data.image_keys or IMAGE_KEYS},
     )
 
 
