@@ -19,7 +19,7 @@ _ORIGIN = "_robust_dist_origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an error that every rank raises came from.
+    """The origin of an error that every rank raises.
 
     Attributes:
         rank: The lowest rank that raised it by itself.
@@ -47,7 +47,7 @@ def raise_everywhere(accelerator: Accelerator, error: Exception | None) -> None:
 
 
 def origin_of(error: BaseException) -> Origin | None:
-    """Where an error came from that every rank raises, None for one that this rank raised alone."""
+    """The origin of an error that every rank raises; None for an error of this rank alone."""
     return getattr(error, _ORIGIN, None)
 
 

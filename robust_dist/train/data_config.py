@@ -16,7 +16,7 @@ FORMATS = ("imagefolder", "hub", "webdataset")
 
 @dataclass
 class DataConfig:
-    """Which images are trained on, and how they reach the ranks.
+    """The training and evaluation images, and their way to the ranks.
 
     The keys from `train` on are for imagefolder, hub and webdataset. Workers read their images while training; images
     of one size may be decoded once and lie whole in memory, as sets by name do (see `crop_scale` and `keep_on`).
@@ -25,7 +25,8 @@ class DataConfig:
         name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
             imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads) or webdataset.
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
-            holds those of `train` and `eval`; of webdataset, that to which shards' paths are relative; hub uses it not.
+            holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. hub does not
+            use it.
         download: Fetch missing files (one process a host does it, the others wait).
         own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
             refused. They are pickles, which can run any code.
@@ -40,7 +41,7 @@ class DataConfig:
         eval: The evaluation images, likewise (defaults: val for imagefolder, validation for hub).
         path: hub: a set's name on the Hub, a folder, or with data_files a format such as parquet.
         config: hub: the set's configuration ("subset"), where it has several.
-        revision: hub: a branch, tag or commit; name one, lest the set changes under a run.
+        revision: hub: a branch, tag or commit; name one, so that the set cannot change under a run.
         data_files: hub: split to files, as `datasets.load_dataset` takes them.
         image_column: hub: the column of images; found by its type where null.
         label_column: hub: the column of labels; found by its type where null.

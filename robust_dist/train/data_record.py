@@ -18,7 +18,7 @@ PARTS = ("train", "eval")
 
 
 def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessing) -> Record:
-    """What `data.json` holds, as plain JSON values.
+    """The content of `data.json`, as plain JSON values.
 
     Args:
         recipe: Of the run.
@@ -40,14 +40,14 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
 
 
 def left_out(one: LabelledSet) -> dict[str, int]:
-    """How many files of a set do not count, by the reason."""
+    """The number of a set's files that do not count, by reason."""
     found = dict(getattr(getattr(one, "source", None), "left_out", ()))
     unreadable = len(getattr(one, "unreadable", ()))
     return found | ({"that cannot be read": unreadable} if unreadable else {})
 
 
 def differences(here: Record, there: Record) -> list[str]:
-    """What a start brings that is not the data of the folder's run, a line each.
+    """Differences between this start's data and the folder's, a line each.
 
     Args:
         here: Of the start.

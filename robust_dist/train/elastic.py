@@ -83,7 +83,7 @@ def _blocks(recipe: Recipe) -> int:
 
 
 def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, Any], model: nn.Module) -> list[str]:
-    """What a person has to know where ranks, engine or the parts of a batch are others than in the checkpoint.
+    """Lines for the user where ranks, engine or the parts of a batch differ from the checkpoint's.
 
     Args:
         recipe: Of this start, after `fit_ranks`.
@@ -112,7 +112,7 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
 
 
 def launcher() -> list[Any]:
-    """What tells the process that started this rank from any other."""
+    """The identity of the process that started this rank."""
     return [host_id(), os.getppid()]
 
 

@@ -1,4 +1,4 @@
-"""What a run says at its start: what it understood of the data, what it will do, and what is odd about it."""
+"""The first lines of a run: the data it found, the work it will do, and warnings."""
 
 import os
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: B
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
-    """What is likely to be a mistake though nothing is wrong, a line each.
+    """Likely mistakes where nothing is wrong, a line each.
 
     Args:
         recipe: All settings.
@@ -111,7 +111,7 @@ def _left_out(one: LabelledSet) -> str:
 
 
 def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
-    """What `environment.json` notes of each set; those that are read while training have no bytes to tell.
+    """The notes of each set in `environment.json`; sets that are read while training have none.
 
     Args:
         sets: Of the run.
@@ -133,7 +133,7 @@ def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
 
 
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
-    """What a person is told: a line a place.
+    """Lines for the user, one per memory.
 
     Args:
         sets: Of the run.

@@ -16,7 +16,7 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class Settings:
-    """What files, words and studies set of a recipe; later ones over earlier ones.
+    """The settings of a recipe by files, command-line words and studies; later ones replace earlier ones.
 
     Args:
         kind: The recipe's class.

@@ -74,7 +74,7 @@ def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
 
 
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
-    """What is done with the EXIF orientation of images, where the first ones of a set have one; else None."""
+    """A line on the EXIF orientation of a set's images, where the first ones carry one; else None."""
     from robust_dist.data.decode import is_turned
     from robust_dist.data.errors import BadImageError
     from robust_dist.data.source import Upright
