@@ -115,9 +115,9 @@ def check_same(accelerator: Accelerator, ours: dict[str, Any], problem: str) -> 
     ranks = [ours] if accelerator.num_processes == 1 else gather_object([ours])
     names = sorted(set().union(*ranks))
     lines = [
-        f"{name}: " + ", ".join(f"rank {rank}: {one.get(name)!r}" for rank, one in enumerate(ranks))
+        f"{name}: " + ", ".join(f"rank {rank}: {values.get(name)!r}" for rank, values in enumerate(ranks))
         for name in names
-        if any(one.get(name) != ours.get(name) for one in ranks)
+        if any(values.get(name) != ours.get(name) for values in ranks)
     ]
     if lines:
         raise ValueError(f"{problem}:\n  " + "\n  ".join(lines))

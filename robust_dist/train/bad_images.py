@@ -63,7 +63,7 @@ class BadImages:
         self._unsaid = []
         unsaid = [image for _, images in ranks for image in images]
         attempt(self.accelerator, lambda: self._tell(unsaid), here=self.accelerator.is_main_process)
-        return sum(one for one, _ in ranks)
+        return sum(count for count, _ in ranks)
 
     def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
         """Stop the run where there are too many; all ranks must call it.
@@ -106,7 +106,7 @@ class BadImages:
             TooManyBadImagesError: More than the allowed share; on every rank.
         """
         source = getattr(test_set, "source", None)
-        if source is None or any(is_remote(one.name) for one in getattr(source, "stretches", list)()):
+        if source is None or any(is_remote(stretch.name) for stretch in getattr(source, "stretches", list)()):
             return
         accelerator = self.accelerator
         start, stop = even_cuts(len(source), accelerator.num_processes)[accelerator.process_index]

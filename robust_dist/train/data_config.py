@@ -25,8 +25,8 @@ class DataConfig:
         name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
             imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads) or webdataset.
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
-            holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. hub does not
-            use it.
+            holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. Not used by
+            hub.
         download: Fetch missing files (one process a host does it, the others wait).
         own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
             refused. They are pickles, which can run any code.

@@ -120,7 +120,7 @@ def launchers(accelerator: Accelerator) -> list[list[Any]]:
     """The launchers of all ranks, each one once."""
     mine = launcher()
     found = [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    return [list(one) for one in sorted({tuple(one) for one in found})]
+    return [list(pair) for pair in sorted({tuple(pair) for pair in found})]
 
 
 def check_not_stopped(note: dict[str, Any]) -> None:

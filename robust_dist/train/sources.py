@@ -67,7 +67,7 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
     """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
-    sources = [getattr(one, "source", None) for one in sets]
+    sources = [getattr(dataset, "source", None) for dataset in sets]
     for line in [exif_line(data, source) for source in sources if source is not None]:
         if line is not None:
             print(printable(line))
@@ -134,7 +134,7 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
     """
     if accelerator.num_processes == 1:
         return
-    for number, seen in enumerate(zip(*gather_object([[_fingerprint(one) for one in sets]]), strict=True)):
+    for number, seen in enumerate(zip(*gather_object([[_fingerprint(dataset) for dataset in sets]]), strict=True)):
         if len(set(seen)) > 1:
             lines = [
                 f"rank {rank}: {images} images of {classes} classes" for rank, (images, classes, _) in enumerate(seen)
@@ -145,6 +145,6 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
             )
 
 
-def _fingerprint(one: LabelledSet) -> tuple[int, int, str]:
+def _fingerprint(dataset: LabelledSet) -> tuple[int, int, str]:
     """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
-    return len(one), len(one.classes), fingerprint(one.classes, one.group_sizes, one.fingerprint())
+    return len(dataset), len(dataset.classes), fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
