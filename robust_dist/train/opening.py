@@ -12,14 +12,18 @@ from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import cores_here
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.choose import choose, fused_on_device
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
 from robust_dist.train.optimizers import second_beta
 from robust_dist.train.recipe import Recipe
 
 NAMED = 10
-_BACKENDS = {"fused_cpu": "fused (C)", "foreach": "foreach", "single": "single-tensor"}
+_BACKENDS = {
+    "fused_triton": "fused (Triton)",
+    "fused_cpu": "fused (C)",
+    "foreach": "foreach",
+    "single": "single-tensor",
+}
 RECTIFIED = ("RAdaBeliefW", "radam")
 
 
@@ -59,13 +63,8 @@ def optimizer_backend(optimizer: Optimizer) -> str:
     Empty, too, under ZeRO-3, which fills the groups for a step alone.
     """
     inner = base_optimizer(optimizer)
-    group = inner.param_groups[0]
-    if not isinstance(inner, RAdaBeliefW) or not group["params"]:
-        return ""
-    if fused_on_device(group):
-        return " fused (Triton)"
-    name = getattr(choose(group, group["params"]), "__name__", "")
-    return f" {_BACKENDS.get(name, name)}"
+    name = inner.backend_in_use() if isinstance(inner, RAdaBeliefW) else None
+    return "" if name is None else f" {_BACKENDS.get(name, name)}"
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
