@@ -1,4 +1,4 @@
-"""`robust-dist doctor | preview | bench | plan | study | convert | inspect`: what a person runs beside training."""
+"""`robust-dist doctor | verify | preview | bench | plan | study | convert | inspect`: what one runs beside training."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import robust_dist
 from robust_dist.engines.engine import engine_named, kinds
 from robust_dist.study.commands import add_study_commands
+from robust_dist.validate import whole_number
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -26,8 +27,7 @@ def _preview(words: argparse.Namespace) -> int:
     from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
-    if words.epoch < 0:
-        raise ValueError(f"--epoch={words.epoch} is not valid: it must be at least 0")
+    whole_number("--epoch", words.epoch, 0)
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))
@@ -46,6 +46,12 @@ def _bench(words: argparse.Namespace) -> int:
 
 def _plan(words: argparse.Namespace) -> int:
     from robust_dist.plan.command import run
+
+    return run(words)
+
+
+def _verify(words: argparse.Namespace) -> int:
+    from robust_dist.verify.__main__ import run
 
     return run(words)
 
@@ -78,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, backends, what would go wrong and how to mend it")
     doctor.set_defaults(run=_doctor, extra="train")
 
+    _add_verify_command(commands)
     preview = commands.add_parser("preview", help="a PNG of what the augmentation does to your own data")
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
@@ -90,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     add_study_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.verify.__main__ import add_arguments
+
+    verify = commands.add_parser("verify", help="whether all is right on this machine, and how fast; writes a report")
+    add_arguments(verify)
+    verify.set_defaults(run=_verify, extra="train")
 
 
 def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,24 +1,16 @@
 """Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
 
-import inspect
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from robust_dist.checkpoint import dcp_metadata
-from robust_dist.checkpoint.dcp_metadata import METADATA, plain_failures, plain_reading
+from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
 from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
@@ -32,33 +24,6 @@ _EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
 _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
-class _PlainPlanner(DefaultLoadPlanner):
-    """Reads values that are no tensors without running code of the file, which torch's own planner would run."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        key = read_item.dest_index.fqn
-        self.state_dict[key] = torch.load(value, map_location="cpu", weights_only=True)
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """What a DCP folder says it holds, after every file that it names was found there in full.
-
-    Raises:
-        CheckpointError: No `.metadata`, an unreadable one, or a file that is missing or short.
-    """
-    if not (folder / METADATA).is_file():
-        raise CheckpointError(f"{folder / METADATA}: is missing: the folder was not written to its end")
-    metadata = dcp_metadata.read_metadata(folder)
-    ends: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in ends.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size < end:
-            raise CheckpointError(f"{path}: missing or short (wanted {end} bytes)")
-    return metadata
-
-
 def load_flat(folder: Path) -> dict[str, Any]:
     """Every value of a DCP folder by its flat key, whole and on the CPU.
 
@@ -67,29 +32,15 @@ def load_flat(folder: Path) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     entries = read_metadata(folder).state_dict_metadata
-    planner = _PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         for key, entry in entries.items():
             flat[key] = None
             if isinstance(entry, TensorStorageMetadata):
                 flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with plain_reading(), plain_failures(folder):
-            _alone(load, flat, storage_reader=FileSystemReader(folder), planner=planner)
+        load_into(folder, flat, alone=True, flatten=False)
     except Exception as error:
         raise CheckpointError(f"{folder}: could not be read: torn, or not of plain values ({error})") from None
     return flat
-
-
-def _alone(function: Callable[..., Any], content: dict[str, Any], **how: Any) -> None:
-    """Call DCP's `load` or `save` for this process alone, whatever ranks there are."""
-    if "no_dist" not in inspect.signature(function).parameters:
-        # In torch 2.6 only the deprecated functions leave the other ranks out.
-        old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
-        function = old[function]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*_state_dict` is deprecated")
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)|TypedStorage")
-        function(content, no_dist=True, **how)
 
 
 def ranks_of(folder: Path) -> int:
@@ -225,4 +176,4 @@ def write_dcp(state: TrainingState, folder: Path) -> None:
     optimizer = {"state": state.optimizer, "param_groups": state.groups}
     for name, content in ((MODEL_FOLDER, {"model": state.entries()}), (OPTIMIZER_FOLDER, {"optimizer": optimizer})):
         (folder / name).mkdir()
-        _alone(save, content, storage_writer=FileSystemWriter(folder / name))
+        save_into(folder / name, content, alone=True)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.engine import engine_of
@@ -37,7 +36,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.loading`).
 
     Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    through `dcp_metadata.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    through `dcp_files.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
     over a random state that it cannot read: here it is an error.
 
     Args:
@@ -49,7 +48,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
         CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
     """
     place = Path(folder)
-    with plain_reading(), plain_failures(place), _plain_objects(), engine_of(accelerator).loading(accelerator, place):
+    with _plain_objects(), engine_of(accelerator).loading(accelerator, place):
         accelerator.load_state(str(place), **options)
     _set_random_state(Path(folder, f"random_states_{accelerator.process_index}.pkl"))
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after it was compared with its own checksum and with the folder's name.
+    """The manifest of a checkpoint, after it was compared with its own checksum.
 
     Raises:
-        CheckpointError: There is none, it is torn or changed, of another format, or of another step than the folder.
+        CheckpointError: There is none, it is torn or changed, of another format, or names files outside the folder.
     """
     path = folder / MANIFEST
     try:
@@ -152,9 +152,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{error}; the {MANIFEST} is damaged, or was not written to its end") from None
     if found.crc32 is not None and found.crc32 != found.signature():
         raise CheckpointError(f"{path}: changed since it was written (its checksum is another)")
-    named = _NAMED.fullmatch(folder.name)
-    if named is not None and int(named[1]) != found.step:
-        raise CheckpointError(f"{path}: says step {found.step}, and the folder is of step {int(named[1])}")
     outside = [name for name in found.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise CheckpointError(f"{path}: names {outside[0]}, which is outside the folder")
@@ -172,19 +169,96 @@ def verify(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, after every file's size and CRC-32 were compared with its manifest.
 
     Raises:
-        CheckpointError: No manifest, a damaged one or one of another format, or a file that is missing, short or
-            changed.
+        CheckpointError: No manifest, a damaged one, one of another format or of another step than the folder's name
+            says, or a file that is missing, short or changed.
     """
     manifest = read_manifest(folder)
-    for name, (size, crc) in manifest.files.items():
-        path = folder / name
+    named = _NAMED.fullmatch(folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: says step {manifest.step}, and the folder is of step {int(named[1])}"
+        )
+    check_files(folder, manifest, manifest.files)
+    return Checkpoint(folder, manifest.step, manifest.metadata)
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compare files' size and CRC-32 with the manifest.
+
+    Raises:
+        CheckpointError: One is missing, short or changed, or cannot be read.
+    """
+    for name in names:
+        path, (size, crc) = folder / name, manifest.files[name]
         try:
             whole = path.is_file() and path.stat().st_size == size and file_crc32(path) == crc
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         if not whole:
             raise CheckpointError(f"{path}: missing, short or changed since it was written")
-    return Checkpoint(folder, manifest.step, manifest.metadata)
+
+
+def synced(folder: Path, names: Iterable[str] | None = None) -> dict[str, list[int]]:
+    """Bring files below `folder`, and the folders that they are in, to the disk.
+
+    Args:
+        folder: An unfinished checkpoint.
+        names: Of the files, relative to `folder`; None: all of them.
+
+    Returns:
+        Name -> [size, CRC-32].
+    """
+    if names is None:
+        names = [str(path.relative_to(folder)) for path in files_in(folder)]
+    files = {name: [(folder / name).stat().st_size, file_crc32(folder / name)] for name in names}
+    for name in files:
+        fsync(folder / name)
+    for below in {(folder / name).parent for name in files}:
+        fsync(below)
+    return files
+
+
+def partial_of(folder: Path, token: str = "") -> Path:
+    """Where the files of what will be the checkpoint `folder` are written; `token` marks the start that does."""
+    return folder.with_name(f".{folder.name}{'.' * bool(token)}{token}.partial")
+
+
+def sign(partial: Path, step: int, files: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> None:
+    """Write the manifest of a complete folder: from here on it is a checkpoint, whatever happens to the rename.
+
+    Args:
+        partial: The folder.
+        step: Optimizer steps done.
+        files: What `synced` gave of all its files.
+        metadata: JSON values to note beside the files.
+    """
+    for note in partial.glob(f"{PART}*"):
+        note.unlink()
+    entries = {name: (entry[0], entry[1]) for name, entry in files.items()}
+    text = Manifest(FORMAT, step, entries, dict(metadata)).text()
+    write_atomically(partial / MANIFEST, text, private=has_options(metadata.get("recipe")))
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a signed folder its name, in place of an older checkpoint of that name."""
+    discard(folder)
+    os.replace(partial, folder)
+    fsync(folder.parent)
+
+
+def recover(partial: Path, folder: Path) -> None:
+    """Finish a publication that was cut off between the manifest and the rename."""
+    if not folder.exists() and (partial / MANIFEST).is_file():
+        os.replace(partial, folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder in two moves, so that a half-removed one never has a checkpoint's name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.partial-removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 class CheckpointStore:
@@ -242,18 +316,13 @@ class CheckpointStore:
         """
         partial, final = self._partial(step), self.path_of(step)
         if files is None:
-            files = _sync(partial)
+            files = synced(partial)
         _check_sizes(partial, files)
         # From its manifest on a reader takes it for whole, wherever the rename was cut off.
         self.guard()
-        for note in partial.glob(f"{PART}*"):
-            note.unlink()
-        manifest = Manifest(FORMAT, step, {name: (size, crc) for name, (size, crc) in files.items()}, metadata)
-        write_atomically(partial / MANIFEST, manifest.text(), private=has_options(metadata.get("recipe")))
+        sign(partial, step, files, metadata)
         self.guard()
-        self._discard(final)
-        os.replace(partial, final)
-        fsync(self.folder)
+        publish(partial, final)
         self._retire(final)
         return Checkpoint(final, step, metadata)
 
@@ -288,13 +357,10 @@ class CheckpointStore:
     def _recover(self) -> None:
         """Finish a commit that was cut off between its manifest and its rename."""
         for partial in self.folder.glob(f".{_PREFIX}*.partial"):
-            final = self.folder / partial.name[1:].partition(".")[0]
-            if not final.exists() and (partial / MANIFEST).exists():
-                os.replace(partial, final)
+            recover(partial, self.folder / partial.name[1:].partition(".")[0])
 
     def _partial(self, step: int) -> Path:
-        mark = f".{self.token}" if self.token else ""
-        return self.folder / f".{_PREFIX}{step:08d}{mark}.partial"
+        return partial_of(self.path_of(step), self.token)
 
     def _names(self) -> list[Path]:
         """Checkpoint folders, newest first."""
@@ -306,30 +372,12 @@ class CheckpointStore:
         kept = {*known[: self.keep], *self._best(known)}
         for folder in known:
             if folder not in kept:
-                self._discard(folder)
+                discard(folder)
 
     def _best(self, folders: list[Path]) -> list[Path]:
         """The `keep_best` of highest accuracy; the newer one where two are equal."""
         scored = [(score, *_order(folder), folder) for folder in folders if (score := _accuracy(folder)) is not None]
         return [folder for *_, folder in sorted(scored, reverse=True)[: self.keep_best]]
-
-    def _discard(self, folder: Path) -> None:
-        """Remove a folder in two moves, so that a half-removed one never has a checkpoint's name."""
-        if folder.exists():
-            doomed = folder.with_name(f".{folder.name}.partial-removed")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(folder: Path) -> dict[str, list[int]]:
-    """Bring all files and folders below `folder` to the disk; name -> [size, CRC-32]."""
-    files = {str(path.relative_to(folder)): [path.stat().st_size, file_crc32(path)] for path in files_in(folder)}
-    for name in files:
-        fsync(folder / name)
-    for below in {(folder / name).parent for name in files}:
-        fsync(below)
-    return files
 
 
 def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:

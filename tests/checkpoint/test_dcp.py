@@ -9,10 +9,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from robust_dist.checkpoint import CheckpointError, dcp
-from robust_dist.checkpoint.dcp_metadata import plain_failures, plain_reading, read_metadata
+from robust_dist.checkpoint import CheckpointError, dcp, dcp_files
+from robust_dist.checkpoint.dcp_files import plain_failures, plain_reading, read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.engines.fsdp import plain_loop
 
 
 def save_of_2_6(content, *, storage_writer=None, planner=None):
@@ -26,19 +25,14 @@ def load_of_2_6(content, *, storage_reader=None, planner=None):
 @pytest.mark.parametrize("old", [False, True])
 def test_one_process_writes_and_reads_whatever_ranks_there_are(tmp_path, monkeypatch, old):
     if old:
-        monkeypatch.setattr(dcp, "save", save_of_2_6)
-        monkeypatch.setattr(dcp, "load", load_of_2_6)
+        monkeypatch.setattr(dcp_files, "save", save_of_2_6)
+        monkeypatch.setattr(dcp_files, "load", load_of_2_6)
     weight = torch.arange(6.0).reshape(2, 3)
     state = {"weight": {"step": torch.tensor(3.0), "exp_avg": weight + 1, "exp_avg_sq": weight + 2}}
     dcp.write_dcp(TrainingState({"weight": weight}, state, [{"params": ["weight"], "lr": 0.1}]), tmp_path)
     assert torch.equal(dcp.load_flat(tmp_path / dcp.MODEL_FOLDER)["model.weight"], weight)
     optimizer = dcp.load_flat(tmp_path / dcp.OPTIMIZER_FOLDER)
     assert torch.equal(optimizer["optimizer.state.weight.exp_avg_sq"], weight + 2)
-
-
-def test_the_keyword_is_given_to_functions_that_have_it():
-    assert plain_loop._alone(lambda state, no_dist=False: None, None) == {"no_dist": True}
-    assert plain_loop._alone(save_of_2_6, None) == {}
 
 
 class Evil:
@@ -58,6 +52,7 @@ def test_a_dcp_folder_that_names_a_function_is_refused(tmp_path, evil):
         read_metadata(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*single process")
 def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
     made, folder = tmp_path / "made", tmp_path / "dcp"
     folder.mkdir()
@@ -69,16 +64,18 @@ def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
     assert not made.exists()
     value = tmp_path / "value"
     value.mkdir()
-    dcp._alone(dcp.save, {"x": Evil(made)}, storage_writer=dcp.FileSystemWriter(value))
+    dcp_files.save_into(value, {"x": Evil(made)}, alone=True)
     with pytest.raises(CheckpointError, match="plain values"):
         dcp.load_flat(value)
     with pytest.raises(CheckpointError, match="Weights only"), plain_reading(), plain_failures(value):
-        dcp._alone(load, {"x": 0}, storage_reader=FileSystemReader(value), planner=DefaultLoadPlanner())
+        load({"x": 0}, storage_reader=FileSystemReader(value), planner=DefaultLoadPlanner())
+    with pytest.raises(CheckpointError, match="Weights only"):
+        dcp_files.load_into(value, {"x": 0}, alone=True)
     assert not made.exists()
 
 
 def test_a_dcp_folder_that_names_files_outside_is_refused(tmp_path):
-    dcp._alone(dcp.save, {"x": torch.ones(2)}, storage_writer=dcp.FileSystemWriter(tmp_path))
+    dcp_files.save_into(tmp_path, {"x": torch.ones(2)}, alone=True)
     metadata = read_metadata(tmp_path)
     for entry in metadata.storage_data.values():
         entry.relative_path = "../elsewhere.distcp"

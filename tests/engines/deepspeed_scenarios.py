@@ -346,7 +346,7 @@ def load_from_another_world(stage, folder):
 
 
 def deepspeeds_universal_fault_is_still_there(folder):
-    """Without our mend, ZeRO-3 gives both groups the first one's settings and both parameters one step tensor."""
+    """Without our patch, ZeRO-3 gives both groups the first one's settings and both parameters one step tensor."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
     name = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"

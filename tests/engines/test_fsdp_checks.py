@@ -261,7 +261,13 @@ def _change_a_bit(path):
     file.write_bytes(content)
 
 
+def _change_a_step(path):
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 4', '"step": 5'))
+
+
 TEARS = {
+    "another step": (_change_a_step, "its checksum is another"),
     "cut short": (_cut_short, "__1_0.distcp"),
     "changed": (_change_a_bit, "__0_0.distcp"),
     "a file gone": (lambda path: next(path.glob("__1_*")).unlink(), "__1_0.distcp"),
@@ -453,7 +459,7 @@ def test_a_save_that_was_killed_between_its_two_renames_is_finished_by_the_next_
     fsdp.load(whole, model, optimizer)
     (whole / "manifest.json").unlink()
     whole.rename(cut_off)
-    with pytest.raises(CheckpointError, match="no readable"):
+    with pytest.raises(CheckpointError, match="has no manifest"):
         fsdp.load(whole, model, optimizer)
 
 

@@ -138,7 +138,7 @@ def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterat
     elif own_way or not isinstance(model.get("module"), Mapping):
         return
     else:
-        mine = _local_state(engine.module)
+        mine = {name: _like(value) for name, value in engine.module.state_dict().items() if not _is_free(name)}
         saved = {name: _like(value, mine.get(name)) for name, value in model["module"].items() if not _is_free(name)}
         # A save may have left frozen parameters out.
         frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
@@ -171,17 +171,6 @@ def _has_own_load(module: nn.Module) -> bool:
     return False
 
 
-def _local_state(module: nn.Module) -> dict[str, Any]:
-    """The shapes by name that torch asks the file for: parameters and persistent buffers."""
-    found: dict[str, Any] = {}
-    for prefix, one in module.named_modules(remove_duplicate=False):
-        buffers = {name: b for name, b in one._buffers.items() if name not in one._non_persistent_buffers_set}
-        for name, tensor in {**one._parameters, **buffers}.items():
-            if tensor is not None and name not in _FREE:
-                found[f"{prefix}.{name}" if prefix else name] = tuple(tensor.shape)
-    return found
-
-
 def _is_free(name: str) -> bool:
     return name.rpartition(".")[2] in _FREE
 
@@ -195,8 +184,8 @@ def _owned_shapes(engine: Any) -> dict[Any, Any]:
     return _shapes(engine._get_zero_param_shapes())
 
 
-def _like(value: Any, wanted: Any) -> Any:
-    """The shape of what is saved; a tensor of one element is loaded into a scalar."""
+def _like(value: Any, wanted: Any = None) -> Any:
+    """The shape of a model's entry; a tensor of one element is loaded into a scalar."""
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     return () if shape == (1,) and wanted == () else shape
 

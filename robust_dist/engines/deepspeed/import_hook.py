@@ -1,4 +1,4 @@
-"""Code that runs when a module of DeepSpeed is imported, so that nobody waits for DeepSpeed who does not use it."""
+"""Code that runs when a module of DeepSpeed is imported, so that nobody who does not use DeepSpeed waits for it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,34 +7,34 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-Mend = Callable[[ModuleType], None]
+Patch = Callable[[ModuleType], None]
 
 
-def when_imported(mends: dict[str, Mend]) -> None:
-    """Call `mends[name](module)` for each module: now where it is imported, else right after its import.
+def when_imported(patches: dict[str, Patch]) -> None:
+    """Call `patches[name](module)` for each module: now where it is imported, else right after its import.
 
-    A mend may be called for the same module again and must then do nothing.
+    A patch may be called for the same module again, and must then do nothing.
     """
-    for name, mend in mends.items():
+    for name, patch in patches.items():
         module = sys.modules.get(name)
         if module is not None:
-            mend(module)
+            patch(module)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(mends))
+        sys.meta_path.insert(0, _Finder(patches))
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, mends: dict[str, Mend]) -> None:
-        self.mends = mends
+    def __init__(self, patches: dict[str, Patch]) -> None:
+        self.patches = patches
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.mends:
+        if fullname not in self.patches:
             return None
         spec = self._spec_of_others(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            _add_to(spec.loader, self.mends[fullname])
+            _add_to(spec.loader, self.patches[fullname])
         return spec
 
     def _spec_of_others(
@@ -44,11 +44,11 @@ class _Finder(MetaPathFinder):
         return next((spec for spec in found if spec is not None), None)
 
 
-def _add_to(loader: Any, mend: Mend) -> None:
+def _add_to(loader: Any, patch: Patch) -> None:
     execute = loader.exec_module
 
-    def execute_and_mend(module: ModuleType) -> None:
+    def execute_and_patch(module: ModuleType) -> None:
         execute(module)
-        mend(module)
+        patch(module)
 
-    loader.exec_module = execute_and_mend
+    loader.exec_module = execute_and_patch

@@ -1,6 +1,6 @@
-"""What DeepSpeed does wrong to RAdaBeliefW, mended where it happens; other optimizers are left alone.
+"""What DeepSpeed does wrong to RAdaBeliefW, patched where it happens; other optimizers are left alone.
 
-Each mend is given a module of DeepSpeed and looks for what it changes: a version without it needs no mend.
+Each patch is given a module of DeepSpeed and looks for what it changes: a version without it needs no patch.
 """
 
 import functools
@@ -45,20 +45,20 @@ def patch_universal_load(module: ModuleType) -> None:
 def patch_engine(module: ModuleType) -> None:
     """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
     # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
-    _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _after_a_check)
-    _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _after_a_look)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
 
 
 def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(cls, name, None)
-    if original is None or getattr(original, "mended_by_robust_dist", False):
+    if original is None or getattr(original, "patched_by_robust_dist", False):
         return
-    mended = functools.wraps(original)(wrapper(original))
-    mended.mended_by_robust_dist = True  # type: ignore[attr-defined]
-    setattr(cls, name, mended)
+    patched = functools.wraps(original)(wrapper(original))
+    patched.patched_by_robust_dist = True  # type: ignore[attr-defined]
+    setattr(cls, name, patched)
 
 
-def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_config_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def do_sanity_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         settle_engine(self)
         return original(self, *args, **kwargs)
@@ -66,7 +66,7 @@ def _after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return do_sanity_check
 
 
-def _after_a_look(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:

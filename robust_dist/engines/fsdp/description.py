@@ -1,17 +1,13 @@
 """What a sharded checkpoint says of itself, so that a load can tell what does not fit before anything is changed."""
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.store import MANIFEST, CheckpointError, file_crc32, fsync, write_atomically
 from robust_dist.schedule.agreement import taking_part
 
-FORMAT = 1
 _NAMES_SHOWN = 6
 
 
@@ -114,59 +110,3 @@ def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> 
 def _class_and_state(described: Mapping[str, Any]) -> str:
     state = described["state"]
     return f"{described['optimizer']} with state {state}" if state else str(described["optimizer"])
-
-
-def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
-    """This rank's part of the files, so that no rank reads them all."""
-    if not taking_part(group):
-        return sorted(names)
-    return sorted(names)[dist.get_rank(group) :: dist.get_world_size(group)]
-
-
-def _synchronised(path: Path) -> list[int]:
-    fsync(path)
-    return [path.stat().st_size, file_crc32(path)]
-
-
-def sign(folder: Path, step: int, metadata: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Write the manifest of a folder whose files are complete; each rank reads its share of them."""
-    names = [path.name for path in folder.iterdir() if path.name != MANIFEST]
-    parts = gathered({name: _synchronised(folder / name) for name in _share(names, group)}, group)
-    if not taking_part(group) or dist.get_rank(group) == 0:
-        files = {name: entry for part in parts for name, entry in part.items()}
-        manifest = {"format": FORMAT, "step": step, "files": files, "metadata": dict(metadata)}
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The metadata of a whole checkpoint.
-
-    Raises:
-        CheckpointError: On every rank, where any finds the folder torn; the message names the file.
-    """
-    manifest, problem = _manifest(folder)
-    if problem is None:
-        problem = next(
-            (text for name in _share(manifest["files"], None) if (text := _torn(folder, name, manifest))), None
-        )
-    raise_together(CheckpointError, problem)
-    metadata: dict[str, Any] = manifest["metadata"]
-    return metadata
-
-
-def _torn(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
-    path, (size, crc) = folder / name, manifest["files"][name]
-    if path.is_file() and path.stat().st_size == size and file_crc32(path) == crc:
-        return None
-    return f"{path}: missing, short or changed since it was written; take the checkpoint before it"
-
-
-def _manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = f"{folder}: no readable {MANIFEST} ({error}); it is no checkpoint of robust_dist.engines.fsdp.save"
-        return {"files": {}}, f"{reason}, or was not written to its end"
-    if manifest.get("format") != FORMAT or "groups" not in manifest.get("metadata", {}):
-        return {"files": {}}, f"{folder}: {MANIFEST} is not one of robust_dist.engines.fsdp.save in format {FORMAT}"
-    return manifest, None

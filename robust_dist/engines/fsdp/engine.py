@@ -43,11 +43,17 @@ class FSDP(Engine):
         return bool(accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT")
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """As `accelerator.save_state`; parameters that were never stepped are saved as that."""
+        """As `accelerator.save_state`; parameters that were never stepped are saved as that.
+
+        Raises:
+            CheckpointError: DCP could not write a file; an OSError where the system said why.
+        """
+        from robust_dist.checkpoint.dcp_files import plain_failures
         from robust_dist.engines.fsdp.state import only_stepped
         from robust_dist.optim.groups import reshard
 
         with ExitStack() as stack:
+            stack.enter_context(plain_failures(folder))
             for model, optimizer in zip(accelerator._models, accelerator._optimizers, strict=False):
                 reshard(model)
                 stack.enter_context(only_stepped(optimizer))
@@ -62,10 +68,13 @@ class FSDP(Engine):
         a first step, without a word. And torch 2.14's planner fails under FSDP1 ("Missing key ...
         optimizer.param_groups") where a parameter has fewer rows than there are ranks.
         """
+        from robust_dist.checkpoint.dcp_files import plain_failures, plain_reading
         from robust_dist.engines.fsdp.state import names_in, only_saved, planner_that_keeps_empty_shards
 
         plugin, whole = accelerator.state.fsdp_plugin, self.saves_whole(accelerator)
         with ExitStack() as stack:
+            stack.enter_context(plain_reading())
+            stack.enter_context(plain_failures(folder))
             for index, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=False)):
                 names = names_in(plugin, folder, index)
                 if names is not None:

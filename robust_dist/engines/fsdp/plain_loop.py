@@ -1,24 +1,21 @@
 """FSDP1, FSDP2, HSDP (and DDP, and one process): a check before the first step, and whole checkpoints on DCP."""
 
-import inspect
-import os
 import shutil
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.store import MANIFEST, CheckpointError
+from robust_dist.checkpoint import store
+from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
+from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.fsdp.description import describe, gathered, listed, misfits, raise_together, read, sign
+from robust_dist.engines.fsdp.description import describe, gathered, listed, misfits, raise_together
 from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
@@ -133,18 +130,17 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
         EngineError: As `check`.
         CheckpointError: The folder is torn, or of another model, optimizer, or groups; what differs is listed.
     """
-    from robust_dist.checkpoint.dcp import read_metadata
-
     path, inner = Path(folder), base_optimizer(optimizer)
     check(model, inner)
-    _on_rank_0(lambda: _recover(path), None)
-    saved = read(path)
-    stepped = names_with_state(read_metadata(path).state_dict_metadata)
-    with only_saved(model, inner, stepped):
+    _on_rank_0(lambda: store.recover(store.partial_of(path), path), None)
+    saved = _checked_metadata(path)
+    keys = read_metadata(path).state_dict_metadata
+    with only_saved(model, inner, names_with_state(keys)):
         state = _state(model, inner, schedule)
         found = misfits(saved, describe(state, inner))
         raise_together(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
-        _read_into(path, state)
+        _leave_out_news(state, keys)
+        load_into(path, state)
         _set(model, inner, state)
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
@@ -207,14 +203,6 @@ def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
     return int(counted)
 
 
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        yield
-
-
 def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
     """Rank 0 acts, the others wait; its failure is everyone's."""
     problem = None
@@ -226,69 +214,56 @@ def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> N
     raise_together(OSError, problem, group)
 
 
+def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
+    """This rank's part of the files, so that no rank reads them all."""
+    if not taking_part(group):
+        return sorted(names)
+    return sorted(names)[dist.get_rank(group) :: dist.get_world_size(group)]
+
+
 def _write(
     folder: Path, state: dict[str, Any], step: int, metadata: dict[str, Any], group: dist.ProcessGroup | None
 ) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save as save_state
-
-    partial = _partial(folder)
+    partial = store.partial_of(folder)
 
     def begin() -> None:
-        _recover(folder)
+        store.recover(partial, folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
+    def complete() -> None:
+        store.sign(partial, step, files, metadata)
+        store.publish(partial, folder)
+
     _on_rank_0(begin, group)
-    with _without_advice():
-        save_state(state, checkpoint_id=partial, process_group=group, **_alone(save_state, group))
-    sign(partial, step, metadata, group)
-    _on_rank_0(lambda: _publish(partial, folder), group)
+    save_into(partial, state, group)
+    written = [str(path.relative_to(partial)) for path in store.files_in(partial)]
+    parts = gathered(store.synced(partial, _share(written, group)), group)
+    files = {name: entry for part in parts for name, entry in part.items()}
+    _on_rank_0(complete, group)
 
 
-def _alone(function: Callable[..., Any], group: dist.ProcessGroup | None) -> dict[str, bool]:
-    """Tells DCP's `save` or `load` that no other rank takes part; torch 2.6 has no word for it and sees it itself."""
-    known = "no_dist" in inspect.signature(function).parameters
-    return {"no_dist": True} if known and not taking_part(group) else {}
+def _checked_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of a whole checkpoint, each rank reading its share of the files.
+
+    Raises:
+        CheckpointError: On every rank, where any finds the folder torn; the message names the file.
+    """
+    problem, metadata = None, {}
+    try:
+        manifest = store.read_manifest(folder)
+        metadata = manifest.metadata
+        if "groups" not in metadata:
+            raise CheckpointError(f"{folder}: was not written by robust_dist.engines.fsdp.save")
+        store.check_files(folder, manifest, _share(manifest.files, None))
+    except CheckpointError as error:
+        problem = str(error)
+    raise_together(CheckpointError, problem)
+    return metadata
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _recover(folder: Path) -> None:
-    """Finish a save that was cut off between taking the older checkpoint away and putting the newer in its place."""
-    partial = _partial(folder)
-    if not folder.exists() and (partial / MANIFEST).is_file():
-        os.replace(partial, folder)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """An older checkpoint of that name goes in two moves, so that a half-removed one never bears it."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    if folder.exists():
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-    os.replace(partial, folder)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _leave_out_news(folder: Path, state: dict[str, Any]) -> None:
+def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
     """Take out of the schedule's state what an older version did not write: DCP would miss it."""
-    from robust_dist.checkpoint.dcp import read_metadata
-
-    written = {".".join(name.split(".")[:2]) for name in read_metadata(folder).state_dict_metadata}
+    written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
         state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}
-
-
-def _read_into(folder: Path, state: dict[str, Any]) -> None:
-    _leave_out_news(folder, state)
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import load as load_state
-
-    from robust_dist.checkpoint.dcp_metadata import plain_reading
-
-    # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
-    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
-    with torch.no_grad(), _without_advice(), plain_reading():
-        load_state(state, checkpoint_id=folder, planner=planner, **_alone(load_state, None))

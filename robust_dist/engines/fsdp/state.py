@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import default_planner
 from torch.optim import Optimizer
 
+from robust_dist.checkpoint.dcp_files import read_metadata
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.save_load import make_state
 from robust_dist.optim.groups import reshard
@@ -31,8 +32,6 @@ def names_in(plugin: Any, folder: Path, index: int) -> set[str] | None:
         folder: What `accelerator.save_state` wrote.
         index: The optimizer's number.
     """
-    from robust_dist.checkpoint.dcp import read_metadata
-
     if plugin.state_dict_type.name == "SHARDED_STATE_DICT":
         sharded = folder / f"optimizer_{index}"
         return names_with_state(read_metadata(sharded).state_dict_metadata) if sharded.is_dir() else None

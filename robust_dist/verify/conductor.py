@@ -1,0 +1,266 @@
+"""Runs the parts one after the other, each in processes of its own, so that one that dies or hangs stops no other."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+import robust_dist
+from robust_dist.verify.claims import read_claims
+from robust_dist.verify.parts import PARTS, Part
+from robust_dist.verify.report import Outcome, write_report
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+# Seconds between the ranks' ends of a part, and characters of a part's output that the report keeps.
+GRACE, KEPT = 20.0, 3000
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a verification, as this process sees them.
+
+    Attributes:
+        rank: This process; it starts the part's process of that rank.
+        world_size: How many ranks there are.
+        here: The ranks whose processes this one starts: its own, or all where no launcher started the others.
+        store: Seen by all of them.
+        env: What their processes need to find each other.
+    """
+
+    rank: int
+    world_size: int
+    here: tuple[int, ...]
+    store: "Store"
+    env: dict[str, str]
+
+
+def find_ranks(asked: int | None) -> Ranks:
+    """The launcher's ranks; without one as many as asked for, all on this machine.
+
+    Args:
+        asked: How many; None takes one a GPU, or 2 on a machine without.
+
+    Raises:
+        ValueError: Another number than the launcher started.
+    """
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=120)))
+        if asked not in (None, world_size):
+            raise ValueError(f"--ranks={asked} is not valid under a launcher, which started {world_size}; leave it out")
+        return Ranks(rank, world_size, (rank,), store, {**_AS_CLIENTS})
+    count = asked or torch.cuda.device_count() or 2
+    hosted = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(hosted.port), "WORLD_SIZE": str(count), **_AS_CLIENTS}
+    return Ranks(0, count, tuple(range(count)), hosted, {**env, "LOCAL_WORLD_SIZE": str(count)})
+
+
+_OF_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "ROLE_RANK",
+)
+# A part's processes come and go; the store is the launcher's, or this process's, and stays.
+_AS_CLIENTS = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def verify(minutes: float, out: Path | None, ranks: Ranks, names: Sequence[str] = ()) -> tuple[int, Path]:
+    """Run the parts within the time, and write the report after each.
+
+    Args:
+        minutes: For all; parts that are left when it is over are not run.
+        out: The report's folder, new or empty; None makes one below runs/verify.
+        ranks: From `find_ranks`.
+        names: Parts to run; all where empty.
+
+    Returns:
+        0, or 1 where anything is wrong; the same on every rank. And the report's folder.
+
+    Raises:
+        ValueError: The folder holds something.
+    """
+    store = dist.PrefixStore("verify/outcomes", ranks.store)  # type: ignore[attr-defined]
+    folder = _agreed_folder(store, ranks, out)
+    about = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": f"{socket.gethostname()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
+        "versions": f"robust_dist {robust_dist.__version__}, torch {torch.__version__}",
+        "ranks": ranks.world_size,
+    }
+    end, outcomes = time.monotonic() + 60 * minutes, []
+    for part in PARTS:
+        if names and part.name not in names:
+            continue
+        left = end - time.monotonic()
+        # Rank 0's clock decides, or a rank could start what another leaves out.
+        runs = _said(store, ranks, f"run/{part.name}", left > 5)
+        outcome = Outcome(part.name, "not run")
+        if runs:
+            mine = _run(part, ranks, folder, min(part.seconds, max(left, 10)))
+            outcome = _of_all(store, ranks, part, mine)
+        outcomes.append(outcome)
+        if ranks.rank == 0:
+            write_report(folder, outcomes, about)
+            mark = "WRONG" if outcome.is_wrong else "ok" if outcome.state == "done" else "-"
+            print(f"{mark:5} {outcome.part}: {outcome.summary} ({outcome.seconds:.0f} s)", flush=True)
+    wrong = _said(store, ranks, "wrong", any(outcome.is_wrong for outcome in outcomes))
+    return int(wrong), folder
+
+
+def _agreed_folder(store: "Store", ranks: Ranks, out: Path | None) -> Path:
+    """Rank 0's folder, made by it."""
+    problem = folder = ""
+    if ranks.rank == 0:
+        folder = str((out or Path("runs", "verify", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute())
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if any(Path(folder).iterdir()):
+                problem = f"--out={folder} is not valid: it holds files already, which stay; name a new folder"
+        except OSError as error:
+            problem = f"--out={folder} is not valid: {error.strerror or error}"
+    folder, problem = _said(store, ranks, "folder", [folder, problem])
+    if problem:
+        raise ValueError(problem)
+    return Path(folder)
+
+
+def _said(store: "Store", ranks: Ranks, key: str, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if ranks.rank == 0:
+        store.set(key, json.dumps(value))
+        return value
+    store.wait([key], timedelta(seconds=max(part.seconds for part in PARTS) * 3))
+    return json.loads(store.get(key))
+
+
+def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[str, Any]]:
+    """Run the part's processes of this process's ranks; returns what became of each."""
+    if part.ranks == "first" and 0 not in ranks.here:
+        return []
+    here = (0,) if part.ranks == "first" else ranks.here
+    shared = folder / "work" / part.name.replace(" ", "-")
+    if part.ranks == "all":
+        shared.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="robust-dist-verify-") as own:
+        for phase in part.phases:
+            states = _phase(part, phase, ranks, here, Path(own), shared, began + seconds)
+            if any(state != "done" for state in states.values()):
+                break
+        found = [
+            {
+                "rank": rank,
+                "state": states[rank],
+                "seconds": time.monotonic() - began,
+                "claims": read_claims(Path(own, f"{rank}.jsonl")),
+                "log": _end_of(Path(own, f"{rank}.log")) if states[rank] != "done" else "",
+            }
+            for rank in here
+        ]
+    if ranks.rank == 0:
+        shutil.rmtree(folder / "work", ignore_errors=True)
+    return found
+
+
+def _phase(
+    part: Part, phase: str, ranks: Ranks, here: Sequence[int], own: Path, shared: Path, end: float
+) -> dict[int, str]:
+    """Start a process a rank, wait for all of them, and say what became of each."""
+    started = {}
+    for rank in here:
+        env = _environment(part, ranks, rank)
+        words = ["--part", part.name, "--phase", phase, "--local-rank", _local(ranks, rank)]
+        words += ["--claims", str(own / f"{rank}.jsonl"), "--work", str(shared)]
+        with (own / f"{rank}.log").open("ab") as log:
+            started[rank] = subprocess.Popen(
+                [sys.executable, "-m", "robust_dist.verify", *words],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+    wanted = -signal.SIGKILL if phase in part.killed else 0
+    with _ended_with_this(started.values()):
+        return {rank: _state(process, wanted, end) for rank, process in started.items()}
+
+
+def _local(ranks: Ranks, rank: int) -> str:
+    """The rank's number on its host."""
+    return str(rank) if len(ranks.here) > 1 else os.environ.get("LOCAL_RANK", "0")
+
+
+def _environment(part: Part, ranks: Ranks, rank: int) -> dict[str, str]:
+    """What a part's process of a rank finds; one that runs alone is no rank to Accelerate, torch and DeepSpeed."""
+    env = dict(os.environ)
+    if part.ranks == "all":
+        return env | ranks.env | {"RANK": str(rank), "LOCAL_RANK": _local(ranks, rank)}
+    for name in list(env):
+        if name in _OF_RANKS or name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_")):
+            del env[name]
+    return env
+
+
+def _state(process: "subprocess.Popen[bytes]", wanted: int, end: float) -> str:
+    try:
+        return "done" if process.wait(max(0.1, end - time.monotonic())) == wanted else "failed"
+    except subprocess.TimeoutExpired:
+        return "hung"
+
+
+@contextlib.contextmanager
+def _ended_with_this(processes: Any) -> Iterator[None]:
+    """Kill what is left of processes, and of what they started, however this ends."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _end_of(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return text[-KEPT:]
+
+
+def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]) -> Outcome:
+    """What became of the part on all ranks, as rank 0 knows it."""
+    if ranks.rank != 0:
+        store.set(f"{part.name}/{ranks.rank}", json.dumps(mine))
+        return Outcome(part.name, "done")
+    found, silent = list(mine), []
+    for rank in () if part.ranks == "first" else sorted({*range(ranks.world_size)} - {*ranks.here}):
+        try:
+            store.wait([f"{part.name}/{rank}"], timedelta(seconds=part.seconds + GRACE))
+            found += json.loads(store.get(f"{part.name}/{rank}"))
+        except (RuntimeError, ValueError):
+            silent.append(rank)
+    claims = [{**claim, "rank": one["rank"]} for one in found for claim in one["claims"]]
+    states = {one["state"] for one in found}
+    state = next((bad for bad in ("failed", "hung") if bad in states), "failed" if silent else "done")
+    logs = [f"rank {one['rank']} {one['state']}:\n{one['log']}" for one in found if one["state"] != "done"]
+    logs += [f"rank {rank} did not answer" for rank in silent]
+    return Outcome(part.name, state, max((one["seconds"] for one in found), default=0.0), claims, "\n".join(logs))
