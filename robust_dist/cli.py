@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import robust_dist
 from robust_dist.engines.engine import EngineError, engine_named
 from robust_dist.study.commands import add_study_commands
+from robust_dist.validate import whole_number
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
 
@@ -26,8 +27,7 @@ def _preview(words: argparse.Namespace) -> int:
     from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
-    if words.epoch < 0:
-        raise ValueError(f"--epoch={words.epoch} is not valid: it must be at least 0")
+    whole_number("--epoch", words.epoch, 0)
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))

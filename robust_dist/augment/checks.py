@@ -88,12 +88,3 @@ def check_share(name: str, value: float, *, positive: bool = False) -> float:
     if not good:
         raise ValueError(f"{name} must be {'finite and above 0' if positive else 'in [0, 1]'}, got {value}")
     return float(value)
-
-
-def check_count(name: str, value: int, low: int) -> int:
-    """An int of at least `low`; raises otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robust_dist.augment.checks import check_count, check_images, check_share, check_vector
+from robust_dist.augment.checks import check_images, check_share, check_vector
 from robust_dist.augment.keys import Stream, randint, random_keys, uniform
 from robust_dist.augment.layout import Stage, choose, memory_format
+from robust_dist.validate import whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class RandomCrop(Stage):
 
     def __init__(self, padding: int = 4, *, fill: float = 0) -> None:
         super().__init__()
-        self.padding = check_count("padding", padding, 0)
+        self.padding = whole_number("padding", padding, 0)
         if isinstance(fill, (bool, str, Sequence)):
             raise TypeError(f"fill must be one number, got {fill!r}")
         self.fill = fill

@@ -8,7 +8,6 @@ from torch import Tensor
 from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.beta import beta_share, beta_table
 from robust_dist.augment.checks import (
-    check_count,
     check_images,
     check_labels,
     check_range,
@@ -18,6 +17,7 @@ from robust_dist.augment.checks import (
 )
 from robust_dist.augment.keys import Stream, bits, bits_of_each, random_keys, to_int, to_uniform
 from robust_dist.augment.layout import Stage, bits_of, choose, keep_bits, memory_format
+from robust_dist.validate import whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +91,13 @@ class CutMix(Stage):
     ) -> None:
         super().__init__()
         self.backend = check_backend(backend)
-        self.num_classes = check_count("num_classes", num_classes, 1)
+        self.num_classes = whole_number("num_classes", num_classes, 1)
         self.alpha = check_share("alpha", alpha, positive=True)
         self.p = check_share("p", p)
         if mode not in ("batch", "elem"):
             raise ValueError(f'mode must be "batch" or "elem", got {mode!r}')
         self.mode = mode
-        self.block = check_count("block", block, 1)
+        self.block = whole_number("block", block, 1)
         if self.alpha != 1:
             keep_bits(self, "_beta", beta_table(self.alpha))
 

@@ -147,6 +147,6 @@ def random_keys(
 def permutation(seed: int | Tensor, epoch: int | Tensor, n: int, device: torch.device | str | None = None) -> Tensor:
     """The order of an epoch: int64 [n] permutation of range(n), a function of (seed, epoch, n) alone."""
     if n < 0:
-        raise ValueError(f"n must be at least 0, got {n}")
+        raise ValueError(f"n={n} is below 0: it must be a whole number in range")
     keys = sample_keys(seed, epoch, _counting(range(n), device))
     return torch.argsort(bits(keys, Stream.ORDER), stable=True)

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from robust_dist.augment.backends import check_backend, choose, module_of
-from robust_dist.augment.checks import check_count, check_images, check_index, check_labels, check_vector
+from robust_dist.augment.checks import check_images, check_index, check_labels, check_vector
 from robust_dist.augment.crop_flip import RandomCrop, RandomHorizontalFlip
 from robust_dist.augment.cutmix import CutMix, soft_targets
 from robust_dist.augment.keys import random_keys
 from robust_dist.augment.layout import bits_of, keep_bits, memory_format, select, to_grid
 from robust_dist.augment.trivial import TrivialAugment
+from robust_dist.validate import whole_number
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2:
         raise ValueError(f"size must be an int or (height, width), got {size!r}")
-    return check_count("size", sides[0], 1), check_count("size", sides[1], 1)
+    return whole_number("size", sides[0], 1), whole_number("size", sides[1], 1)
 
 
 def _channel_values(name: str, values: Sequence[float]) -> Tensor:
@@ -88,7 +89,7 @@ class RobustAugment(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.num_classes = check_count("num_classes", num_classes, 1)
+        self.num_classes = whole_number("num_classes", num_classes, 1)
         self.size = _size(size)
         self._set_scale(mean, std, dtype)
         self.channels_last = channels_last

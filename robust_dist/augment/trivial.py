@@ -9,10 +9,11 @@ from torch import Tensor
 
 from robust_dist.augment import levels, tables, warp
 from robust_dist.augment.backends import check_backend, choose_stage
-from robust_dist.augment.checks import check_count, check_images, check_range, check_vector, readable
+from robust_dist.augment.checks import check_images, check_range, check_vector, readable
 from robust_dist.augment.groups import Grouped, Kind, Masked
 from robust_dist.augment.keys import Stream, bits_of_each, random_keys, to_int
 from robust_dist.augment.layout import Stage, bits_of, from_grid, keep_bits, memory_format, to_grid
+from robust_dist.validate import whole_number
 
 _KINDS = (
     Kind.NOTHING,
@@ -95,7 +96,7 @@ class TrivialAugment(Stage):
     ) -> None:
         super().__init__()
         self.backend = check_backend(backend)
-        self.num_bins = check_count("num_bins", num_bins, 2)
+        self.num_bins = whole_number("num_bins", num_bins, 2)
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
         self.interpolation = interpolation

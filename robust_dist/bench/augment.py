@@ -26,6 +26,7 @@ from robust_dist.bench.augment_peers import (
 from robust_dist.bench.counting import Counts, count
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.validate import whole_number
 
 LOOK_SIDE, PIPELINE_LOOK_SIDE = 32, 16
 TASKS = ("TrivialAugment", "CutMix", "pipeline")
@@ -181,8 +182,7 @@ def run(
 ) -> Result:
     """Time our augmentations and the peers' in turn; arguments and errors as in `bench_augment`."""
     for name, value, low in (("batch_32", batch_32, 0), ("batch_224", batch_224, 0), ("rounds", rounds, 1)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+        whole_number(name, value, low)
     where, result = pick_device(device), Result([], {})
     builders = {"TrivialAugment": trivial_task, "CutMix": mix_task, "pipeline": pipeline_task}
     with thread_count(threads), warnings.catch_warnings():

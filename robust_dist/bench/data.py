@@ -19,6 +19,7 @@ from torch import Tensor
 from robust_dist.bench.data_files import Files, write_files
 from robust_dist.bench.timing import Timing, interleaved, machine
 from robust_dist.extras import require
+from robust_dist.validate import whole_number
 
 SIZE = 224
 BATCH = 64
@@ -251,8 +252,7 @@ def bench_data(
     cores = len(os.sched_getaffinity(0))
     workers = cores if workers is None else workers
     for name, value, low in (("images", images, max(workers, 1)), ("workers", workers, 0), ("rounds", rounds, 1)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+        whole_number(name, value, low)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         root = Path(folder)
         files = write_files(root, images, shards=max(8, 2 * workers))

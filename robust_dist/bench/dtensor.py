@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from robust_dist.bench.timing import Timing, machine
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.validate import whole_number
 
 WORLD, TENSORS, WIDTH = 2, 200, 32
 _WARM_UP = 6  # past the unrectified steps
@@ -176,8 +177,7 @@ def bench_dtensor(*, rounds: int = 25, tensors: int = TENSORS) -> str:
     Raises:
         ValueError: rounds below 1, or tensors no even number above 0.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    whole_number("rounds", rounds, 1)
     if tensors < 2 or tensors % 2:
         raise ValueError(f"tensors must be an even number above 0 (weights and biases), got {tensors}")
     with tempfile.TemporaryDirectory() as folder:

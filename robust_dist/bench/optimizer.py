@@ -14,6 +14,7 @@ from robust_dist.bench.optimizer_peers import ADAMW_FUSED, OURS, Maker, makers
 from robust_dist.bench.parameter_sets import SETS, numel, parameters
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.checkpoint.space import free_memory
+from robust_dist.validate import whole_number
 
 BYTES_PER_PARAMETER = 28  # float32: read p, g, m, v and write p, m, v
 TRIAD = "a += 0.5 b (the memory's speed)"
@@ -136,8 +137,7 @@ def _check(sets: Sequence[str], rounds: int) -> None:
     unknown = [name for name in sets if name not in SETS]
     if unknown or not sets:
         raise ValueError(f"sets must name some of {tuple(SETS)}, got {tuple(sets)}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    whole_number("rounds", rounds, 1)
 
 
 def run(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from robust_dist.validate import whole_number
+
 _BURST = 8  # calls, few enough for a GPU's queue to take them all
 
 Call = Callable[[], object]
@@ -63,8 +65,8 @@ def thread_count(number: int | None) -> Iterator[None]:
     Raises:
         ValueError: A number below 1.
     """
-    if number is not None and number < 1:
-        raise ValueError(f"threads must be at least 1 or None, got {number}")
+    if number is not None:
+        whole_number("threads", number, 1)
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(number or before)
     os.environ["OMP_NUM_THREADS"] = str(number or before)

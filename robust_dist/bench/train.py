@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, random_set, recipes
+from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")
 _ALONE = "alone: "
@@ -82,8 +83,7 @@ def _row(model: str, name: str, times: dict[str, Timing]) -> Row:
 
 def _check(batch: int, rounds: int | None, precision: str | None, models: Sequence[str]) -> None:
     for name, value in (("batch", batch), ("rounds", 1 if rounds is None else rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        whole_number(name, value, 1)
     if precision not in (None, "no", "bf16"):
         raise ValueError(f'precision must be "no" or "bf16", got {precision!r}')
     if not models:

@@ -22,6 +22,7 @@ from robust_dist.checkpoint.plain import (
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore, verify
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.engines.engine import Engine, engine_named, kinds
+from robust_dist.validate import whole_number
 
 FORMS = ("accelerate", "trainer")
 _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
@@ -145,8 +146,10 @@ def convert(
     if to not in kinds():
         raise CheckpointError(f"to={to!r} is none of {', '.join(kinds())}")
     engine = engine_named(to)
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise CheckpointError(f"world_size={world_size!r} must be a whole number of at least 1")
+    try:
+        whole_number("world_size", world_size, 1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
     if full_state_dict and not engine.has_full_state_dict:
         raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
     if form not in (None, *FORMS):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from robust_dist.data.cuts import Run, can_cut, cut_batch
+from robust_dist.validate import whole_number
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,9 @@ def _largest_block(size: int, world_size: int, accumulation: int) -> int:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise a TypeError for what is no int, and a ValueError for what is below 1, by its name."""
+    """Raise a TypeError for what is no whole number, and a ValueError for what is below 1, by its name."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, not {type(value).__name__} ({value!r})")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        whole_number(name, value, 1)
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -13,7 +13,7 @@ from robust_dist.engines.accelerate import EngineError
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
-from robust_dist.schedule.validate import real_number
+from robust_dist.validate import real_number
 
 __all__ = ["RobustTrainerCallback"]
 

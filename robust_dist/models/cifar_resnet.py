@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
+from robust_dist.validate import whole_number
+
 WIDTHS = (16, 32, 64)
 
 
@@ -46,13 +48,13 @@ class CifarResNet(nn.Module):
         stem_stride: stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
 
     Raises:
-        ValueError: stem_stride is no int of 1 or more.
+        TypeError: stem_stride is no whole number.
+        ValueError: stem_stride is below 1.
     """
 
     def __init__(self, num_blocks: int, num_classes: int, in_channels: int = 3, *, stem_stride: int = 1) -> None:
         super().__init__()
-        if isinstance(stem_stride, bool) or not isinstance(stem_stride, int) or stem_stride < 1:
-            raise ValueError(f"stem_stride must be an int of 1 or more, got {stem_stride!r}")
+        whole_number("stem_stride", stem_stride, 1)
         self.conv1 = _conv3x3(in_channels, WIDTHS[0], stem_stride)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.layer1 = _stage(WIDTHS[0], WIDTHS[0], num_blocks, stride=1)

@@ -18,6 +18,7 @@ from robust_dist.models.peers import (
     timm_names,
     torchvision_names,
 )
+from robust_dist.validate import whole_number
 
 Builder = Callable[..., nn.Module]
 FAMILIES = "ours: {ours}; torchvision's classifiers by their names (resnet18); timm's as timm/NAME"
@@ -123,5 +124,4 @@ def _installed(names: Callable[[], list[str]]) -> list[str]:
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        whole_number(name, value, 1)

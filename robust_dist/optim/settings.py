@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.reference import PAPER_THRESHOLD
+from robust_dist.validate import whole_number
 
 INSIDE = "inside"
 OUTSIDE = "outside"
@@ -181,10 +182,7 @@ def _check_memory(group: Mapping[str, Any]) -> None:
         raise TypeError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
     if _as_dtype(dtype) not in (None, torch.bfloat16):
         raise ValueError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed!r}")
+    whole_number("seed", seed, 0, 2**63 - 1)
     if group["differentiable"]:
         for name, default in MEMORY_DEFAULTS.items():
             if name != "seed" and option(group, name) != default:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from robust_dist.schedule.validate import one_of, real_number, whole_number
+from robust_dist.validate import one_of, real_number, whole_number
 
 DecayKind = Literal["cosine", "step", "constant"]
 DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")

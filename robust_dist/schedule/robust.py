@@ -13,7 +13,7 @@ from robust_dist.schedule.engine_facts import is_repeated_call
 from robust_dist.schedule.hooks import attach, base_optimizer
 from robust_dist.schedule.learning_rates import LearningRates
 from robust_dist.schedule.switch import WeightDecaySwitch
-from robust_dist.schedule.validate import whole_number
+from robust_dist.validate import whole_number
 
 _STATE_KEYS = ("last_epoch", "_step_count", "base_lrs", "weight_decay_switch")
 

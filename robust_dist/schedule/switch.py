@@ -14,7 +14,7 @@ from robust_dist.schedule.agreement import TRIGGERS, Report
 from robust_dist.schedule.group_values import GroupValues
 from robust_dist.schedule.hooks import base_optimizer, in_charge, take_charge
 from robust_dist.schedule.peers import Peers
-from robust_dist.schedule.validate import one_of, real_number, whole_number
+from robust_dist.validate import one_of, real_number, whole_number
 
 _REDUCE = dict(zip(("any", "all", "majority"), TRIGGERS[1:], strict=True))
 _SUPERSEDED = (

@@ -63,8 +63,8 @@ def test_order_batch_and_memory_format_do_not_matter(module, batch):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: RandomCrop(-1), ValueError, "padding must be at least 0"),
-        (lambda: RandomCrop(1.5), TypeError, "padding must be an int"),
+        (lambda: RandomCrop(-1), ValueError, "padding=-1 is below 0"),
+        (lambda: RandomCrop(1.5), TypeError, "padding=1.5 is a float: it must be a whole number"),
         (lambda: RandomCrop(4, fill=(1, 2, 3)), TypeError, "fill must be one number"),
         (lambda: RandomHorizontalFlip(1.1), ValueError, r"p must be in \[0, 1\]"),
         (lambda: RandomCrop()(torch.zeros(3, 8, 8)), ValueError, "NCHW"),

@@ -281,15 +281,15 @@ def test_a_partner_outside_the_batch_is_refused():
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"num_classes": 10.0}, TypeError, "num_classes must be an int"),
+        ({"num_classes": 0}, ValueError, "num_classes=0 is below 1"),
+        ({"num_classes": 10.0}, TypeError, "num_classes=10.0 is a float"),
         ({"alpha": 0}, ValueError, "alpha must be finite and above 0, got 0"),
         ({"alpha": float("inf")}, ValueError, "alpha must be finite"),
         ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
         ({"p": 1.5}, ValueError, r"p must be in \[0, 1\], got 1.5"),
         ({"p": "1"}, TypeError, "p must be a number"),
         ({"mode": "pair"}, ValueError, 'mode must be "batch" or "elem"'),
-        ({"block": 0}, ValueError, "block must be at least 1"),
+        ({"block": 0}, ValueError, "block=0 is below 1"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, error, words):

@@ -163,7 +163,7 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_choose(n):
 
 
 def test_a_negative_number_of_samples_is_refused():
-    with pytest.raises(ValueError, match="n must be at least 0"):
+    with pytest.raises(ValueError, match="n=-1 is below 0"):
         permutation(0, 0, -1)
 
 

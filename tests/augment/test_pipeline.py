@@ -137,14 +137,14 @@ def test_a_function_is_applied_to_every_stage():
     ("settings", "error", "words"),
     [
         ({"size": (8, 8, 8)}, ValueError, "size must be an int or"),
-        ({"size": 0}, ValueError, "size must be at least 1"),
-        ({"crop": -4}, ValueError, "padding must be at least 0"),
+        ({"size": 0}, ValueError, "size=0 is below 1"),
+        ({"crop": -4}, ValueError, "padding=-4 is below 0"),
         ({"fill": (1, 2, 3)}, ValueError, "set crop=None"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be a floating torch dtype"),
         ({"dtype": "float32"}, TypeError, "dtype must be a floating torch dtype"),
         ({"cutmix_mode": "all"}, ValueError, "mode must be"),
         ({"cutmix_alpha": -1.0}, ValueError, "alpha must be"),
-        ({"num_bins": 1}, ValueError, "num_bins must be"),
+        ({"num_bins": 1}, ValueError, "num_bins=1 is below 2"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, error, words):

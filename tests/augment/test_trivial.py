@@ -230,8 +230,8 @@ def test_plans_that_cannot_be_are_refused(change, error, words):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"num_bins": 1}, ValueError, "num_bins must be at least 2, got 1"),
-        ({"num_bins": 31.0}, TypeError, "num_bins must be an int"),
+        ({"num_bins": 1}, ValueError, "num_bins=1 is below 2"),
+        ({"num_bins": 31.0}, TypeError, "num_bins=31.0 is a float"),
         ({"interpolation": "bicubic"}, ValueError, "interpolation must be"),
         ({"fill": 256}, ValueError, r"fill must hold whole levels in \[0, 255\]"),
         ({"fill": 0.5}, ValueError, "fill must hold whole levels"),

@@ -181,7 +181,7 @@ def test_manual_seed_governs_and_calls_differ():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: v2.TrivialAugmentWide(1), ValueError, "num_bins must be at least 2"),
+        (lambda: v2.TrivialAugmentWide(1), ValueError, "num_bins=1 is below 2"),
         (lambda: v2.TrivialAugmentWide(fill=256), ValueError, r"fill must lie in \[0, 255\].*got 256"),
         (lambda: v2.TrivialAugmentWide(fill=float("nan")), ValueError, r"fill must lie in \[0, 255\]"),
         (lambda: v2.TrivialAugmentWide(fill=(1, 2)), TypeError, r"one for each channel \(1 or 3\), got \(1, 2\)"),

@@ -53,8 +53,8 @@ def test_a_model_that_cannot_be_trained_is_an_error_that_names_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"batch": 0}, "batch=0 is below 1"),
+        ({"rounds": 0}, "rounds=0 is below 1"),
         ({"precision": "fp8"}, "precision must be"),
         ({"models": []}, "models must name"),
         ({"device": "tpu9"}, "device='tpu9'"),

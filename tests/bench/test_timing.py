@@ -64,7 +64,7 @@ def test_threads_hold_for_libraries_too_and_go_back():
 def test_wrong_devices_and_threads_are_refused_by_name():
     with pytest.raises(ValueError, match="device='gpu0'"):
         pick_device("gpu0")
-    with pytest.raises(ValueError, match="threads must be at least 1"), thread_count(0):
+    with pytest.raises(ValueError, match="threads=0 is below 1"), thread_count(0):
         pass
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no GPU"):

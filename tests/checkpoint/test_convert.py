@@ -636,7 +636,7 @@ def test_a_note_for_another_model_is_refused(tmp_path, trained):
     ("how", "message"),
     [
         ({"to": "zero4"}, "to='zero4' is none of ddp, fsdp"),
-        ({"world_size": 0}, "world_size=0 must be a whole number of at least 1"),
+        ({"world_size": 0}, "world_size=0 is below 1: it must be a whole number in range"),
         ({"full_state_dict": True}, "full_state_dict is a form of FSDP's"),
         ({"dst": "."}, "is there already"),
     ],

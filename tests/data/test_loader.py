@@ -132,10 +132,10 @@ def test_a_micro_batch_of_one_sample_is_allowed(numbers):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"block": 0}, "block must be at least 1, not 0"),
-        ({"accumulation": 0}, "accumulation must be at least 1, not 0"),
-        ({"world_size": 0}, "world_size must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size=0 is below 1"),
+        ({"block": 0}, "block=0 is below 1"),
+        ({"accumulation": 0}, "accumulation=0 is below 1"),
+        ({"world_size": 0}, "world_size=0 is below 1"),
         ({"rank": 1}, r"rank must lie in 0 to 0 \(world_size=1\), not 1"),
         ({"rank": -1, "world_size": 2}, r"rank must lie in 0 to 1 \(world_size=2\), not -1"),
         ({"batch_size": 100, "drop_last": True}, "drop_last=True with batch_size=100 leaves no batch of the 75"),
@@ -167,7 +167,7 @@ def test_the_block_that_the_error_names_is_the_largest_that_works(numbers, optio
 
 
 def test_a_count_of_another_type_is_a_type_error(numbers):
-    with pytest.raises(TypeError, match=r"batch_size must be an int, not float \(32.0\)"):
+    with pytest.raises(TypeError, match=r"batch_size=32\.0 is a float: it must be a whole number in range"):
         DeviceLoader(numbers, batch_size=32.0, seed=0)
 
 
@@ -185,7 +185,7 @@ def test_evaluation_counts_every_sample_once_whatever_the_world_size(numbers, wo
 
 
 @pytest.mark.parametrize(
-    ("args", "match"), [((0, 0, 1), "batch_size must be at least 1"), ((8, 2, 2), "rank must lie in 0 to 1")]
+    ("args", "match"), [((0, 0, 1), "batch_size=0 is below 1"), ((8, 2, 2), "rank must lie in 0 to 1")]
 )
 def test_evaluation_refuses_settings_before_the_first_batch(numbers, args, match):
     with pytest.raises(ValueError, match=match):

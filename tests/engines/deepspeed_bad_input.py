@@ -60,7 +60,7 @@ WRONG = [
     (optimizer(adam_w_mode=False), "optimizer.params.adam_w_mode=False", "always decoupled"),
     (scheduler(warmup_num_step=3), "no parameter 'warmup_num_step'", "'warmup_num_steps'"),
     (scheduler(warmup_num_steps="3"), "warmup_num_steps='3' is a str"),
-    (scheduler(warmup_num_steps=99), "warmup_num_steps=99 is out of range"),
+    (scheduler(warmup_num_steps=99), "warmup_num_steps=99 is above"),
     (scheduler(total_num_steps="auto"), "scheduler.params.total_num_steps='auto'", "give the value"),
 ]
 

@@ -336,8 +336,8 @@ def test_a_sparse_gradient_is_an_error_before_anything_has_moved():
         ({"foreach": True, "differentiable": True}, "does not support differentiable"),
         ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype must be None or torch.bfloat16, got torch.float16"),
         ({"exp_avg_dtype": "float16"}, "exp_avg_dtype must be None or torch.bfloat16, got"),
-        ({"seed": -1}, "seed must be at least 0 and less than 2"),
-        ({"seed": 2**63}, "seed must be"),
+        ({"seed": -1}, "seed=-1 is below 0: it must be a whole number in range"),
+        ({"seed": 2**63}, "seed=9223372036854775808 is above"),
         ({"master_weights": True, "differentiable": True}, "does not support master_weights=True"),
     ],
 )

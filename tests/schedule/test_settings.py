@@ -10,12 +10,12 @@ from tests.schedule.toys import make
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"total_steps": 0}, ValueError, r"total_steps=0 .* >= 1"),
+        ({"total_steps": 0}, ValueError, r"total_steps=0 is below 1"),
         ({"total_steps": -5}, ValueError, r"total_steps=-5"),
         ({"total_steps": 10.0}, TypeError, r"total_steps=10.0 is a float"),
         ({"total_steps": True}, TypeError, r"total_steps=True"),
         ({"total_steps": "auto"}, TypeError, r"total_steps='auto'"),
-        ({"warmup_steps": 11}, ValueError, r"warmup_steps=11 .* >= 0 and <= 10"),
+        ({"warmup_steps": 11}, ValueError, r"warmup_steps=11 is above 10"),
         ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1"),
         ({"warmup_steps": 1.5}, TypeError, r"warmup_steps=1.5"),
         ({"weight_decay_off_at": 1.01}, ValueError, r"off_at=1.01 .* <= 1"),

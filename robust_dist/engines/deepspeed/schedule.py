@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from robust_dist.schedule import RobustSchedule, base_optimizer
 from robust_dist.schedule.curve import Curve, DecayKind, checked_curve
-from robust_dist.schedule.validate import one_of, real_number, whole_number
+from robust_dist.validate import one_of, real_number, whole_number
 
 NAMES = (
     "total_num_steps",

@@ -8,7 +8,7 @@ from typing import Any
 from robust_dist.engines.deepspeed import schedule
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.settings import DEFAULTS, check_group
-from robust_dist.schedule.validate import real_number
+from robust_dist.validate import real_number
 
 AUTO = "auto"
 OURS = {"optimizer": "RAdaBeliefW", "scheduler": "RobustSchedule"}

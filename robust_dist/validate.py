@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from numbers import Real
 from typing import Any
 
@@ -13,12 +14,14 @@ def whole_number(name: str, value: Any, low: int, high: int | None = None) -> in
         TypeError: It is no whole number.
         ValueError: It is outside the range.
     """
-    wanted = f"a whole number >= {low}" + ("" if high is None else f" and <= {high}")
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+        kind = f"{name}={reprlib.repr(value)} is a {type(value).__name__}"
+        raise TypeError(f"{kind}: it must be a whole number in range, {low} or more")
     number = operator.index(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}={number} is out of range; it must be {wanted}")
+    if number < low:
+        raise ValueError(f"{name}={reprlib.repr(number)} is below {low}: it must be a whole number in range")
+    if high is not None and number > high:
+        raise ValueError(f"{name}={reprlib.repr(number)} is above {high}: it must be a whole number in range")
     return number
 
 
