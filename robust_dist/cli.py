@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import robust_dist
-from robust_dist.engines.engine import engine_named, kinds
+from robust_dist.engines.engine import EngineError, engine_named
 from robust_dist.study.commands import add_study_commands
 from robust_dist.validate import whole_number
 
@@ -129,7 +129,8 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
         "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    convert.add_argument("--to", required=True, choices=kinds())
+    engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"
+    convert.add_argument("--to", required=True, metavar="ENGINE", help=engines)
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
     convert.add_argument(
         "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
@@ -164,7 +165,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         hint = "" if "pip install" in str(error) else f"; {EXTRA_HINT.format(extra=words.extra)}"
         print(f"error: {error}{hint}", file=sys.stderr)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -33,8 +33,8 @@ from robust_dist.study.queue import Queue
 from robust_dist.study.status import status
 from robust_dist.study.summary import summarize
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import keys_of
 from robust_dist.train.metrics import read_rows
-from robust_dist.train.parse import keys_of
 from robust_dist.train.recipe import Recipe, flatten, load_recipe, parse_recipe, recipe_dict
 from robust_dist.yaml_file import dump_yaml, parse_yaml
 from tests.damage import CHANGES, SNIPPETS, damaged

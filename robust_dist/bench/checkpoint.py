@@ -85,7 +85,7 @@ def _saving(saver: Saver) -> Way:
         began = time.perf_counter()
         saver.save(step, lambda place: saver.accelerator.save_state(str(place)), {})
         waited = time.perf_counter() - began
-        saver.settle()
+        saver.wait()
         return waited, time.perf_counter() - began
 
     return save

@@ -33,7 +33,7 @@ from robust_dist.checkpoint.store import (
 _STAGED = "robust_dist-staged-"
 _LOCK = ".lock"
 _CHUNK = 1 << 22
-# Seconds within which a staging folder that was begun has its lock and its name.
+# Seconds that a new staging folder has to get its lock and its final name.
 _BIRTH = 60.0
 # How long a run that ends by an error waits for the notes of ranks that may be dead.
 _LAST_PATIENCE = 20.0
@@ -73,10 +73,10 @@ class Staging:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove the staged files of processes of this user that no longer live; returns their folders."""
+    """Remove the staged files of this user's dead processes; returns their folders."""
     removed = []
     for path in [*root.glob(f"{_STAGED}*"), *root.glob(f".{_STAGED}*")]:
-        # One that another process removes just now.
+        # Another process may be removing it.
         with contextlib.suppress(OSError):
             if _is_dead(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -85,7 +85,7 @@ def sweep(root: Path) -> list[Path]:
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether a staging folder of this user is locked by no process, and is not being made just now."""
+    """Whether a staging folder is this user's, is not being made, and is locked by no process."""
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         return False
@@ -138,7 +138,7 @@ def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
 
 
 class Pending:
-    """One checkpoint on its way: this rank's files are being copied, on the first rank it is then completed.
+    """A checkpoint being written: this rank's files are copied, then the first rank completes it.
 
     Args:
         store: The run's checkpoints.
@@ -173,7 +173,7 @@ class Pending:
         self._thread.start()
 
     def wait_for_copy(self) -> Exception | None:
-        """Wait until this rank's part is on the disk; returns what went wrong with it."""
+        """Wait until this rank's part is on the disk; returns the error, if there was one."""
         self._copied.wait()
         return self.error
 
@@ -190,14 +190,14 @@ class Pending:
         return self.checkpoint
 
     def abandon(self) -> None:
-        """Give it up and remove what was written of it; no rank is copying any more."""
+        """Abandon the checkpoint and remove what was written; no rank may still be copying."""
         self._cancelled.set()
         self._thread.join()
         if self._rank == 0:
             self._store.abandon(self.step)
 
     def close(self) -> None:
-        """Let it come to its end, without a word to the other ranks, which may be dead."""
+        """Finish without communicating: other ranks may be dead."""
         self._patience = min(self._patience, _LAST_PATIENCE)
         self._thread.join()
         if self.error is not None and self._rank == 0:
@@ -226,7 +226,7 @@ class Pending:
         self._copied.set()
 
     def _all_parts(self) -> dict[str, list[int]]:
-        """All ranks' files, once all have noted theirs."""
+        """The files of all ranks, once every rank has noted its own."""
         files: dict[str, list[int]] = {}
         missing, growth, changed = set(range(self._world_size)), -1, time.monotonic()
         while True:

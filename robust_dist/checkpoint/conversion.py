@@ -64,7 +64,7 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return read_folder(place.path, number=number, unwrap=unwrap)
     if place.kind == layouts.DEEPSPEED:
-        from robust_dist.checkpoint.zero import read_zero
+        from robust_dist.checkpoint.zero_read import read_zero
 
         return read_zero(place.path)
     from robust_dist.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp

@@ -44,7 +44,7 @@ def load_flat(folder: Path) -> dict[str, Any]:
 
 
 def ranks_of(folder: Path) -> int:
-    """How many ranks wrote a DCP folder; its files are named after them."""
+    """The number of ranks that wrote a DCP folder, from the names of its files."""
     return len({path.name.split("_")[2] for path in folder.glob("__*_*.distcp")})
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -189,31 +189,3 @@ def plain_failures(folder: str | Path) -> Iterator[None]:
             raise one from None
         said = "; ".join(f"rank {rank}: {(str(x) or type(x).__name__).splitlines()[0]}" for rank, x in causes.items())
         raise CheckpointError(f"{folder}: {said}") from None
-
-
-class _Pickle:
-    """In place of the module `pickle` where torch reads and writes `.metadata`."""
-
-    dump, dumps, load = staticmethod(pickle.dump), staticmethod(pickle.dumps), staticmethod(_load)
-
-
-@contextmanager
-def plain_reading() -> Iterator[None]:
-    """Inside, torch's own readers of a DCP folder, whoever calls them, run no code of its files.
-
-    Torch unpickles `.metadata` and every value that is no tensor; it has no option against that.
-    """
-    files: Any = filesystem
-    planner: Any = DefaultLoadPlanner
-    own = planner.load_bytes
-
-    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
-        torch.load(value, map_location="cpu", weights_only=True)
-        value.seek(0)
-        own(self, read_item, value)
-
-    files.pickle, planner.load_bytes = _Pickle, load_bytes
-    try:
-        yield
-    finally:
-        files.pickle, planner.load_bytes = pickle, own

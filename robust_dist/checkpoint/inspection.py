@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in words."""
+"""A report on what a checkpoint holds."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ def inspect(path: str | Path) -> str:
 
 
 def examine(path: str | Path) -> Report:
-    """As `inspect`, with the verdict apart.
+    """As `inspect`, with the verdict as a value of its own.
 
     Raises:
         CheckpointError: There is nothing, or it is no checkpoint.
@@ -58,7 +58,7 @@ def examine(path: str | Path) -> Report:
 
 
 def _place(path: Path) -> tuple[Layout | None, str | None]:
-    """Its layout; where our manifest says that a file is torn or gone, the reason instead."""
+    """The layout, or the reason why there is none: the manifest says that a file is torn or gone."""
     if (path / MANIFEST).is_file():
         try:
             verify(path)

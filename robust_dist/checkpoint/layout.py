@@ -1,4 +1,4 @@
-"""Which of the known layouts a path has."""
+"""Telling the known layouts of checkpoints apart."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
 DEEPSPEED = "DeepSpeed folder"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
-# What tells Trainer's folders, which are any of the first four kinds.
+# Marks a folder of Trainer's, which is of any of the first four kinds.
 TRAINER_STATE = "trainer_state.json"
 KNOWN = (
     f"a folder of Accelerate's save_state ({MODEL_FILES[0]} or {MODEL_FILES[2]} with {OPTIMIZER_FILE}; "
@@ -60,7 +60,7 @@ def find_layout(path: str | Path) -> Layout:
 
 def kinds_in(path: Path) -> list[str]:
     """The kinds whose files are in a folder."""
-    from robust_dist.checkpoint.zero import is_zero
+    from robust_dist.checkpoint.zero_files import is_zero
 
     tests = {
         DDP: any((path / name).is_file() for name in MODEL_FILES),
@@ -76,7 +76,7 @@ def kinds_in(path: Path) -> list[str]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether a model's file is but its weights, written beside what an engine needs to go on."""
+    """Whether a model's file is only an export of the weights, beside an engine's own files."""
     alone = not any((path / name).is_file() for name in OPTIMIZER_FILES)
     return alone or (path / TRAINER_STATE).is_file()
 
@@ -89,7 +89,7 @@ def _refuse_several(path: Path) -> None:
 
 
 def _advice(path: Path) -> str:
-    """What to name instead, where a run's folder or its checkpoints were named."""
+    """A hint where a run's folder was named in place of one of its checkpoints."""
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
     steps = steps or sorted(path.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name))
     return f", but has some: name one, such as {steps[-1]}" if steps else ""

@@ -28,7 +28,7 @@ Shape = tuple[int, ...] | None
 
 
 class UnnamedError(CheckpointError):
-    """A checkpoint whose parameters have numbers only, which order and shapes do not tell apart."""
+    """The parameters of a checkpoint are only numbered, and order and shapes do not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Names:
     world_size: int | None = None
 
     def extra(self) -> dict[str, Any]:
-        """What a `TrainingState` carries of it."""
+        """The part that a `TrainingState` carries."""
         known = {"shared": self.shared or None, "buffers": self.buffers, "frozen": self.frozen}
         return {key: value for key, value in known.items() if value is not None}
 
@@ -76,17 +76,17 @@ def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool 
 
 
 def _without_wrappers(given: list[str], others: set[str]) -> list[str]:
-    """The names without the components that no user's module has, but for a user's who has them all the same."""
+    """The names without wrappers' components, unless names prove that these are the model's own."""
     clean = [clean_name(name) for name in given]
     compiled = all(name.startswith(_COMPILED) for name in given)
     outer = [name.removeprefix(_COMPILED) for name in given] if compiled else given
     proven = next((names for names in (given, outer) if others and _agree(set(names), others)), None)
-    # Two parameters with one name afterwards were none of a wrapper's making.
+    # Wrappers never make two names equal.
     return proven or (outer if len(set(clean)) < len(set(given)) else clean)
 
 
 def _agree(names: set[str], others: set[str]) -> bool:
-    """Whether one may name a part of what the other names, as an optimizer's names do of a model's."""
+    """Whether one set may be a part of the other, as an optimizer's names are of a model's."""
     return names <= others or others <= names
 
 
@@ -110,7 +110,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
-    # On every rank, or the next forward pass gathers on some of them alone.
+    # On every rank: otherwise only some of them would gather in the next forward pass.
     reshard(model)
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -213,7 +213,7 @@ def _split(names: list[str], sizes: list[int]) -> list[list[str]]:
 
 
 def _candidates(model: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-    """What may be a parameter: no integers, no batch statistics, each shared tensor once."""
+    """Entries that may be parameters: no integers, no batch statistics, each shared tensor once."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
     found = []
     for name, tensor in model.items():
@@ -232,7 +232,7 @@ def _tell(wanted: list[list[Shape]], model: Mapping[str, Tensor], ordered: bool)
 
 
 def _by_shape(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, ...]]]) -> list[list[str]] | None:
-    """The names where every shape occurs once."""
+    """The names, if every shape occurs once."""
     names = {shape: name for name, shape in candidates}
     asked = Counter(shape for group in wanted for shape in group)
     there = Counter(shape for _, shape in candidates)
@@ -242,7 +242,7 @@ def _by_shape(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, 
 
 
 def _by_order(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, ...]]]) -> list[list[str]] | None:
-    """The names where one merge of the groups alone gives the model's own order.
+    """The names, if exactly one merge of the groups gives the model's own order.
 
     A state is how far each group is used up; `ways` counts, up to 2, how one comes there.
     """

@@ -31,7 +31,7 @@ STATE_KEYS = (STEP, *MOMENTS)
 
 
 def load_file(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU; no code of the file is run.
+    """The content of a file of `torch.save`, on the CPU; no code of the file is run.
 
     Raises:
         CheckpointError: The file is torn, no file of `torch.save`, or holds more than tensors and plain values.
@@ -102,7 +102,7 @@ def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
 
 def _own_names(optimizer: Any, noted: Names | None) -> list[str]:
-    """What a note, or else the optimizer itself, calls its parameters; none where neither names them all."""
+    """The names of all parameters from the note, or from the optimizer itself; none if neither has them."""
     if noted is not None:
         return [name for group in noted.groups for name in group]
     groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
@@ -210,7 +210,7 @@ def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
-    """Refuse the state of an optimizer that keeps other things than RAdaBeliefW (and AdamW) does.
+    """Refuse the state of an optimizer that keeps anything else than RAdaBeliefW (and AdamW).
 
     Raises:
         CheckpointError: Naming the parameter and its keys.
@@ -231,7 +231,7 @@ def _why_refused(entry: Mapping[str, Any]) -> str:
 
 
 def _further_names(state: TrainingState) -> dict[str, str]:
-    """For each further name of a shared tensor its first name.
+    """The first name of a shared tensor for each of its further names.
 
     Told by the memory; or, where a checkpoint of shards holds each apart, by a trained parameter's bits under a name
     that the optimizer does not know.
@@ -252,7 +252,7 @@ def _further_names(state: TrainingState) -> dict[str, str]:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them; slices of one flat tensor share it."""
+    """Contiguous tensors that share no memory, as safetensors requires; slices of one flat tensor share it."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -291,7 +291,7 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
 
 
 def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
-    """Write the file, or none where it cannot hold an entry; Accelerate then takes `pytorch_model.bin`."""
+    """Write the file, unless it cannot hold an entry; Accelerate then takes `pytorch_model.bin`."""
     from safetensors.torch import save_file
 
     if not all(isinstance(value, Tensor) for value in entries.values()):

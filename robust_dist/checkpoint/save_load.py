@@ -33,10 +33,10 @@ def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """As `accelerator.load_state`, and right under every engine.
 
-    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.loading`).
+    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`).
 
     Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    through `dcp_files.plain_reading`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    by `dcp_files`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
     over a random state that it cannot read: here it is an error.
 
     Args:
@@ -47,9 +47,8 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     Raises:
         CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
     """
-    place = Path(folder)
-    with _plain_objects(), engine_of(accelerator).loading(accelerator, place):
-        accelerator.load_state(str(place), **options)
+    with _plain_objects():
+        engine_of(accelerator).load(accelerator, Path(folder), **options)
     _set_random_state(Path(folder, f"random_states_{accelerator.process_index}.pkl"))
 
 

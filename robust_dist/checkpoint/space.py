@@ -1,9 +1,8 @@
-"""Room for checkpoints: what is free, what one takes, and what to say where it does not fit."""
+"""Disk and memory: what is free, what a checkpoint takes, and the error where it does not fit."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,24 +21,16 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that this machine and this process's control group still have; None where nothing tells."""
-    limits = [_from_meminfo(), _from_cgroup()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+def free_memory() -> int:
+    """Bytes of memory that this machine and this process's control group still have."""
+    import psutil
 
-
-def _from_meminfo() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    available, allowed = int(psutil.virtual_memory().available), _from_cgroup()
+    return available if allowed is None else min(available, allowed)
 
 
 def _from_cgroup() -> int | None:
-    """What a container (cgroup v2, then v1) may still take."""
+    """Bytes that a container (cgroup v2, then v1) may still take."""
     root = Path("/sys/fs/cgroup")
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -54,7 +45,7 @@ def _from_cgroup() -> int | None:
 
 
 def text_of(count: int) -> str:
-    """Bytes as a person reads them: 1.5 GiB."""
+    """A number of bytes for a person to read: 1.5 GiB."""
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -64,7 +55,7 @@ def text_of(count: int) -> str:
 
 
 def write_failure(path: Path, error: Exception) -> CheckpointError:
-    """What to say of a file that could not be written."""
+    """The error for a file that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     try:
         count = free_bytes(path.parent)
@@ -85,7 +76,7 @@ def _held(param: nn.Parameter) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model decides on the size of its checkpoints.
+    """The sizes of a model on which those of its checkpoints depend.
 
     Attributes:
         elements: Elements of all parameters.
@@ -134,12 +125,11 @@ def checkpoint_bytes(
 
 
 def unlike_memory(path: Path) -> bool:
-    """Whether staging at `path` takes no memory of the host's."""
+    """Whether files at `path` take none of the host's memory."""
     return SHARED_MEMORY not in (path, *path.parents)
 
 
 def room_for_staging(path: Path) -> int:
-    """Bytes that may be staged at `path`: of the memory at most half, or training would be killed for it."""
+    """Bytes that may be staged at `path`: at most half of the memory, or the system might kill training."""
     free = free_bytes(path)
-    memory: Any = None if unlike_memory(path) else free_memory()
-    return free if memory is None else min(free, memory // 2)
+    return free if unlike_memory(path) else min(free, free_memory() // 2)

@@ -56,7 +56,7 @@ def file_crc32(path: Path) -> int:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,7 +73,7 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
         private: Let nobody else read it, whatever the umask allows.
     """
     beside = path.with_name(f".{path.name}.partial")
-    # A part that a killed process left, which others may be able to read, is not written on.
+    # A killed process may have left one that others can read; it is not reused.
     beside.unlink(missing_ok=True)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     with open(descriptor, "w", encoding="utf-8") as file:
@@ -123,9 +123,9 @@ class Manifest:
     crc32: int | None = None
 
     def signature(self) -> int:
-        """The CRC-32 of what the manifest says, whatever its spelling in the file."""
+        """The CRC-32 of the manifest's content, however the file spells it."""
         said = [self.format, self.step, {name: list(entry) for name, entry in self.files.items()}, self.metadata]
-        # As they are read again: keys that are numbers become text, and then have another order.
+        # As it will be read: keys that are numbers become text, and are then sorted otherwise.
         return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
 
     def text(self) -> str:
@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass
 class _Format:
-    """What is looked at first: other formats may have other keys."""
+    """The part of a manifest that is read first: other formats may have other keys."""
 
     format: int
 
@@ -388,13 +388,13 @@ def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    """Steps by number, since the names of some have more digits than others; what is no step is the oldest."""
+    """Sorts steps by number, as some names have more digits than others; a folder of no step is the oldest."""
     named = _NAMED.fullmatch(folder.name)
     return (int(named[1]) if named else -1), folder.name
 
 
 def _accuracy(folder: Path) -> float | None:
-    """The accuracy that a checkpoint notes, None for a torn one or one of mid-epoch."""
+    """The accuracy that a checkpoint notes; None for a torn one and within an epoch."""
     try:
         score = read_manifest(folder).metadata.get(ACCURACY)
     except CheckpointError:

@@ -50,7 +50,7 @@ def read_beside(state: TrainingState, folder: Path) -> None:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Refuse a folder that Trainer would not take up whole.
+    """Refuse a folder of which Trainer would load only a part.
 
     Raises:
         CheckpointError: Naming the file.
@@ -77,7 +77,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def rows(state: TrainingState, folder: Path) -> list[tuple[str, str]]:
-    """What to say of a Trainer's folder in a report: names and texts."""
+    """Rows on a Trainer's folder for a report: names and texts."""
     noted = state.extra["trainer"]
     epoch = noted.get("epoch")
     text = f"step {noted['global_step']} of {noted.get('max_steps') or 'an unknown number'}"
@@ -96,7 +96,7 @@ def switch_state(state: TrainingState) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Its files and folders; shards of weights and the ranks' random states as a number."""
+    """The files and folders in it; shards of weights and ranks' random states are only counted."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     shards = [name for name in names if any(fnmatch(name, pattern) for pattern in _SHARDS)]
     states = [name for name in names if fnmatch(name, RANDOM_STATES)]
@@ -118,7 +118,7 @@ def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size
     if kind == layout.DDP:
         os.rename(folder / OPTIMIZER_FILES[0], folder / TRAINERS_OPTIMIZER)
         if (folder / MODEL_FILES[0]).is_file():
-            # Trainer reads the one of the two alone.
+            # Trainer reads only one of the two.
             (folder / "pytorch_model.bin").unlink(missing_ok=True)
     if (folder / SCHEDULE_FILE).is_file():
         os.rename(folder / SCHEDULE_FILE, folder / TRAINERS_SCHEDULE)
@@ -148,7 +148,7 @@ def _copy_beside(src: Path, folder: Path, *, with_weights: bool) -> None:
 
 
 def _copy_random_states(src: Path, folder: Path, world_size: int) -> None:
-    """Those of the ranks that will be; Trainer has another form, and another name, where there is one process alone."""
+    """Copy the files of the ranks that will load; of a single process Trainer has another form and name."""
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     for name in names:
         if (src / name).is_file():

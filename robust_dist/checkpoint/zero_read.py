@@ -13,8 +13,17 @@ from torch import Tensor
 from robust_dist.checkpoint.names import Names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState, split_objects
-from robust_dist.checkpoint.zero_files import TAG, Layout, load, model_file, optimizer_file, tag_folder
-from robust_dist.checkpoint.zero_layout import join_group, same_memory, undo_round_robin
+from robust_dist.checkpoint.zero_files import (
+    TAG,
+    ZeroLayout,
+    join_group,
+    load,
+    model_file,
+    optimizer_file,
+    same_memory,
+    tag_folder,
+    undo_round_robin,
+)
 from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP
 
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
@@ -126,7 +135,7 @@ def _extra(content: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
     buffers = [name for name in content["buffer_names"] if name in state.model]
     others = owned.union(shared, buffers)
     return {
-        "deepspeed": asdict(Layout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
+        "deepspeed": asdict(ZeroLayout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
         "buffers": buffers,
         "shared": dict(shared),
         "frozen": [name for name in state.model if name not in others],
@@ -198,7 +207,7 @@ def _read_partitioned(folder: Path, file: Path, content: Mapping[str, Any], part
     whole = masters | (_frozen(folder, world_size, content) if partitioned else {})
     whole |= {alias: whole[name] for alias, name in (content["shared_params"] or {}).items() if name in whole}
     model = {name: whole.get(name, tensor) for name, tensor in content["module"].items()}
-    groups = _groups(shards[0], shapes, world_size, Layout.of(content["ds_config"]))
+    groups = _groups(shards[0], shapes, world_size, ZeroLayout.of(content["ds_config"]))
     return TrainingState(model, optimizer, groups, engine=f"zero{shards[0].stage}", world_size=world_size)
 
 
@@ -242,7 +251,7 @@ def _frozen(folder: Path, world_size: int, content: Mapping[str, Any]) -> dict[s
 
 
 def _groups(
-    shard: _Shard, shapes: list[dict[str, torch.Size]], world_size: int, layout: Layout
+    shard: _Shard, shapes: list[dict[str, torch.Size]], world_size: int, layout: ZeroLayout
 ) -> list[dict[str, Any]]:
     groups = []
     for group in shard.groups:

@@ -11,12 +11,22 @@ from torch import Tensor
 from robust_dist.checkpoint.names import Names, write_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.checkpoint.zero_files import LATEST, TAG, Layout, model_file, optimizer_file
-from robust_dist.checkpoint.zero_layout import cut, cut_group, round_robin, same_memory, sub_groups
+from robust_dist.checkpoint.zero_files import (
+    LATEST,
+    TAG,
+    ZeroLayout,
+    cut,
+    cut_group,
+    model_file,
+    optimizer_file,
+    round_robin,
+    same_memory,
+    sub_groups,
+)
 from robust_dist.extras import require
 from robust_dist.optim.state import MOMENTS, STEP
 
-# The DeepSpeed whose files these are like; it refuses a file without a version.
+# The DeepSpeed version whose format this is; DeepSpeed refuses a file without a version.
 _FORMAT = "0.19.8"
 _BUFFER_NAMES = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
@@ -56,7 +66,7 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
 
 
 class _Writer:
-    """The files of one checkpoint, made one after the other: a rank's are in memory alone."""
+    """The files of a checkpoint, made one at a time, so that only one rank's are in memory."""
 
     def __init__(self, state: TrainingState, stage: int, world_size: int, bf16: bool | None) -> None:
         self.state, self.stage, self.world_size = state, stage, world_size
@@ -67,7 +77,7 @@ class _Writer:
         self.owned = [name for group in self.groups for name in group["params"]]
         self._check_states()
         self.shared = dict(state.extra.get("shared") or same_memory(self.model, self.owned))
-        # Files of safetensors leave further names out, and DeepSpeed asks for them.
+        # safetensors files leave out further names, which DeepSpeed asks for.
         self.model |= {alias: self.model[name] for alias, name in self.shared.items() if name in self.model}
         self.buffers, self.frozen = self._others()
         self.flat_groups, self.members = self._flat_groups()
@@ -88,7 +98,7 @@ class _Writer:
         for name in group["params"]:
             if name not in self.model:
                 raise CheckpointError(f"parameter {name!r} of an optimizer group is not in the model")
-        # DeepSpeed leaves out what it does not train; it would not find the place of what stayed in.
+        # DeepSpeed leaves out what it does not train, and would misplace it.
         names = [n for n in group["params"] if n not in frozen and self.model[n].numel() > 0]
         return {**{key: value for key, value in group.items() if key != "param_names"}, "params": names}
 
@@ -118,12 +128,12 @@ class _Writer:
         return None if held is None else float(held[STEP])
 
     def names(self) -> Names:
-        """The note that stage 0 needs, whose file numbers the parameters."""
+        """The note of names that stage 0 needs, as its file numbers the parameters."""
         groups = [group["params"] for group in self.groups]
         return Names(groups, self.shared, self.buffers, self.frozen, self.world_size)
 
     def _others(self) -> tuple[list[str], list[str]]:
-        """Of the model's entries that the optimizer does not own: buffers and frozen parameters."""
+        """Buffers, and frozen parameters: the model's entries that the optimizer does not own."""
         extra, owned = self.state.extra, set(self.owned)
         rest = [name for name in self.model if name not in owned and name not in self.shared]
         if extra.get("buffers") is not None:
@@ -163,7 +173,7 @@ class _Writer:
         return flat, members
 
     def _cut(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
-        """For each rank its part of a flat group: the masters, and the state."""
+        """Each rank's part of a flat group: float32 masters and state."""
         wanted = {"fp32": [self._master(name) for name in names]}
         for key in MOMENTS:
             wanted[key] = [self._moment(name, key) for name in names]
@@ -175,7 +185,7 @@ class _Writer:
         return self.model[name].detach().to(torch.float32)
 
     def _moment(self, name: str, key: str) -> Tensor:
-        # A load takes away the state that an engine makes at its start, and some of its parts count on one being there.
+        # A load drops the state that an engine makes at its start, and parts of the engine rely on there being some.
         held = self.state.optimizer.get(name)
         return torch.zeros_like(self._master(name)) if held is None else held[key].to(torch.float32)
 
@@ -249,9 +259,9 @@ class _Writer:
         return scale | {"optimizer_state_dict": base, "fp32_groups": masters}
 
 
-def _layout(noted: Mapping[str, Any], bf16: bool | None) -> Layout:
+def _layout(noted: Mapping[str, Any], bf16: bool | None) -> ZeroLayout:
     fields = {key: noted[key] for key in ("bf16", "round_robin_gradients", "sub_group_size") if key in noted}
-    return Layout(**fields | ({} if bf16 is None else {"bf16": bf16}))
+    return ZeroLayout(**fields | ({} if bf16 is None else {"bf16": bf16}))
 
 
 def _without_scale(common: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Accelerate: every set-up that runs without an error, but not as asked, is an error here."""
+"""Accelerate: a set-up that would silently run otherwise than asked is an error here."""
 
 import os
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_ste
 
 
 def _right_total(accelerator: Any, schedule: Any, total_steps: int) -> str:
-    """What to write so that the schedule has the run's number of steps."""
+    """The change that gives the schedule the run's number of steps."""
     if not _is_from_json(accelerator, schedule):
         return f"give RobustSchedule total_steps={total_steps} (optimizer steps, not batches of all processes)"
     processes = 1 if accelerator.split_batches else accelerator.num_processes
@@ -115,7 +115,7 @@ def _switch_of(schedule: Any) -> WeightDecaySwitch:
 
 
 def _robust_schedules(scheduler: Any) -> Iterator[RobustSchedule]:
-    """A scheduler itself, or those that a SequentialLR or ChainedScheduler holds."""
+    """The scheduler itself, or those inside a SequentialLR or ChainedScheduler."""
     if isinstance(scheduler, RobustSchedule):
         yield scheduler
     for held in getattr(scheduler, "_schedulers", ()):
@@ -145,7 +145,7 @@ def _check_processes(accelerator: Any, asked: int | None) -> None:
 
 
 def _launcher_wanted_more() -> bool:
-    """Accelerate's launcher of one process sets MASTER_ADDR where it was asked for more; a user may have, too."""
+    """Whether MASTER_ADDR was set by Accelerate's launcher of one process, which does so if asked for more."""
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return False
     try:

@@ -1,11 +1,9 @@
 """The record of an engine: everything that the rest of the package asks of one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +114,15 @@ class Engine:
         """
         accelerator.save_state(str(folder), **options)
 
-    @contextmanager
-    def loading(self, accelerator: Any, folder: Path) -> Iterator[None]:
-        """Inside, `accelerator.load_state(folder)` is right under this engine."""
-        yield
+    def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
+        """Load what `save` or `write` wrote into everything that was prepared, on every rank.
+
+        Args:
+            accelerator: The Accelerator, after `prepare`.
+            folder: Where the files are.
+            **options: Of `accelerator.load_state`.
+        """
+        accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
         """Write a converted state as this engine's `accelerator.load_state` takes it.
@@ -145,18 +148,26 @@ def engines() -> tuple[Engine, ...]:
     """All records: those of other distributions' entry points in the group "robust_dist.engines", then our own.
 
     Raises:
-        EngineError: Two have the same kind, or an entry point is no record.
+        EngineError: Two have the same kind, or an entry point cannot be loaded, or is no record.
     """
-    found = [point.load() for point in entry_points(group=GROUP)]
+    found = [_loaded(point) for point in entry_points(group=GROUP)]
     for name in _OWN:
         found += import_module(f"robust_dist.engines.{name}").ENGINES
-    for engine in found:
-        if not isinstance(engine, Engine):
-            raise EngineError(f"the entry point group {GROUP!r} has {engine!r}, which is no Engine")
     twice = sorted({one.kind for one in found if sum(other.kind == one.kind for other in found) > 1})
     if twice:
         raise EngineError(f"several engines are called {', '.join(twice)}; give each its own kind")
     return tuple(found)
+
+
+def _loaded(point: EntryPoint) -> Engine:
+    where = f"the entry point {point.name} = {point.value} in the group {GROUP!r}"
+    try:
+        engine = point.load()
+    except Exception as error:
+        raise EngineError(f"{where} cannot be loaded ({error}); mend or remove the package that has it") from error
+    if not isinstance(engine, Engine):
+        raise EngineError(f"{where} is a {type(engine).__name__}; it must be an Engine")
+    return engine
 
 
 def kinds() -> list[str]:

@@ -1,6 +1,6 @@
 """Cosine decay with warm-up, and the weight-decay switch."""
 
-from robust_dist.schedule.agreement import RankDisagreementError
+from robust_dist.schedule.comparison import RankDisagreementError
 from robust_dist.schedule.hooks import base_optimizer
 from robust_dist.schedule.robust import RobustSchedule
 from robust_dist.schedule.switch import WeightDecaySwitch

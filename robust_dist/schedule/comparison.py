@@ -1,17 +1,20 @@
 """Comparing what ranks do at the same optimizer step while none of them waits for another."""
 
+import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from robust_dist.schedule.agreement import RankDisagreementError, Report, disagreement
-
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
+# Base decays that a message lists.
+_SHOWN = 26
 # Seconds between two comparisons, and so about what it takes to find a rank that is off; more among thousands of ranks.
 _PAUSE = 1.0
 _RANKS_A_SECOND = 1000
@@ -23,6 +26,38 @@ _OPEN = 64
 _KEPT = 32
 # Seconds that ranks wait for each other to raise together, and how often.
 _PATIENCE, _ROUNDS = 1.0, 8
+
+
+class RankDisagreementError(RuntimeError):
+    """Ranks that must schedule alike do not; the message lists every rank's values."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What every rank must have alike as it makes the same optimizer step."""
+
+    total_steps: int
+    off_at: float
+    step: int
+    trigger: str
+    decay_is_off: bool
+    base_weight_decay: tuple[float, ...]
+
+    def encode(self) -> str:
+        """JSON of strings by name; equal reports have equal texts. Decays past the 26th count by their checksum."""
+        decays = self.base_weight_decay
+        rest = decays[_SHOWN:]
+        checksum = f" and {len(rest)} more (checksum {zlib.crc32(repr(rest).encode())})" if rest else ""
+        values = {
+            "total_steps": self.total_steps,
+            "off_at": self.off_at,
+            "step": self.step,
+            "trigger": self.trigger,
+            "weight_decay": "off" if self.decay_is_off else "on",
+            "num_groups": len(decays),
+            "base_weight_decay": f"{list(decays[:_SHOWN])}{checksum}",
+        }
+        return json.dumps({name: str(value) for name, value in values.items()})
 
 
 class Comparison:
@@ -50,7 +85,7 @@ class Comparison:
         self._store, self._rank = store, dist.get_rank()
         self._pause = max(_PAUSE, num_ranks / _RANKS_A_SECOND)
         self._step = self._due = 0
-        self._compared = self._looked = time.monotonic()
+        self._compared = self._checked = time.monotonic()
         self._last = 0
         self._reports: dict[int, str] = {}
         self._posted: list[str] = []
@@ -70,8 +105,8 @@ class Comparison:
         Raises:
             RankDisagreementError: Ranks differed at an earlier step.
         """
-        if self._is_time_to_look():
-            self._look()
+        if self._check_is_due():
+            self._check_for_dispute()
         if self._is_time_to_meet() and self._all_met():
             raise self._error()
         if closely or self._step in (self._due, self._dispute):
@@ -108,13 +143,13 @@ class Comparison:
             if len(self._posted) > _KEPT:
                 self._store.delete_key(self._posted.pop(1))
 
-    def _is_time_to_look(self) -> bool:
+    def _check_is_due(self) -> bool:
         is_open = self._dispute is not None and self._step <= self._dispute + _OPEN
         is_watched = 0 < self._step <= self._last + _WATCHED
-        return is_open or is_watched or time.monotonic() - self._looked > self._pause / 2
+        return is_open or is_watched or time.monotonic() - self._checked > self._pause / 2
 
-    def _look(self) -> None:
-        self._looked = time.monotonic()
+    def _check_for_dispute(self) -> None:
+        self._checked = time.monotonic()
         if not self._store.check(["dispute"]):
             return
         self._join(int(self._store.get("dispute")))
@@ -175,3 +210,37 @@ class Comparison:
         texts = {digest: self._store.get(f"{self._dispute}/report/{digest}").decode() for digest in set(words[1::2])}
         reports = {int(rank): texts[digest] for rank, digest in zip(words[::2], words[1::2], strict=True)}
         return disagreement(reports, "during the run" if self._dispute else "at the start")
+
+
+def disagreement(reports: Mapping[int, str], when: str) -> RankDisagreementError:
+    """The error for ranks whose reports differ.
+
+    Args:
+        reports: What `Report.encode()` gave, by global rank.
+        when: "at the start" or "during the run", for the message.
+    """
+    decoded = {rank: json.loads(text) for rank, text in sorted(reports.items())}
+    lines = []
+    for name in next(iter(decoded.values())):
+        holders: dict[str, list[int]] = {}
+        for rank, values in decoded.items():
+            holders.setdefault(values[name], []).append(rank)
+        if len(holders) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in holders.items()))
+    return RankDisagreementError(
+        f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint, and call "
+        "step() after every optimizer step on every rank (or give process_group, if not all ranks share a schedule):"
+        "\n  " + "\n  ".join(lines)
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    """`rank 3` or `ranks 0-4, 7`: every rank is named, however many there are."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+    return ("rank " if len(ranks) == 1 else "ranks ") + text

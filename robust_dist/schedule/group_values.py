@@ -39,9 +39,9 @@ class GroupValues:
         self.base: list[float] = []
         self._groups: list[dict[str, Any]] = []
         self._own = _owned.setdefault(optimizer, {})
-        self.follow()
+        self.update_groups()
 
-    def follow(self) -> None:
+    def update_groups(self) -> None:
         """Take the optimizer's list as its whole list: groups added, dropped, or replaced by a load."""
         groups = list(self.optimizer.param_groups)
         if len(groups) == len(self._groups) and all(map(operator.is_, groups, self._groups)):
@@ -54,10 +54,10 @@ class GroupValues:
         self._groups = groups
         self._forget_gone()
 
-    def notice(self) -> None:
+    def take_in_added_groups(self) -> None:
         """Take the base values of groups that were added, before another scheduler changes them."""
         if len(self.optimizer.param_groups) > len(self._groups):
-            self.follow()
+            self.update_groups()
 
     def restore(self, base: list[float]) -> None:
         """Take base values from a checkpoint.
@@ -65,7 +65,7 @@ class GroupValues:
         Raises:
             ValueError: Their number is not that of the groups.
         """
-        self.follow()
+        self.update_groups()
         if len(base) != len(self._groups):
             raise ValueError(
                 f"the checkpoint's schedule has {len(base)} param groups ({self.initial_key} {list(base)}), the "
@@ -83,7 +83,7 @@ class GroupValues:
     def _whole(self) -> list[tuple[dict[str, Any], float]]:
         """Each group of the whole list and its base value, also while an engine has cut the list down."""
         if len(self.optimizer.param_groups) >= len(self._groups):
-            self.follow()
+            self.update_groups()
         return list(zip(self._groups, self.base, strict=True))
 
     def _put(self, group: dict[str, Any], value: float | Tensor) -> None:

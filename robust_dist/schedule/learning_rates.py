@@ -60,21 +60,19 @@ class LearningRates(GroupValues):
         for group, base in self._whole():
             self._set(group, base, rate_of(base))
 
-    def begin(
-        self, rate_of: Callable[[float], float], next_of: Callable[[float, Any], Any], *, whatever_is_there: bool
-    ) -> None:
+    def begin(self, rate_of: Callable[[float], float], next_of: Callable[[float, Any], Any], *, replace: bool) -> None:
         """The first step: groups at their base rate, or where another schedule's curve left them, get on the curve.
 
         Args:
             rate_of: The curve's rate by base rate.
             next_of: The same from base rate and present rate, for a group that another scheduler has scaled.
-            whatever_is_there: The present rates are nobody's: all groups get on the curve.
+            replace: The present rates are nobody's: all groups get on the curve.
         """
         for group, base in self._whole():
             present = group["lr"]
             if float(present) == base or self._left.get(id(group)) == _mark(present):
                 self._set(group, base, rate_of(base))
-            elif whatever_is_there:
+            elif replace:
                 self._set(group, base, rate_of(base), replaced=_copied(present))
             else:
                 self._set(group, base, next_of(base, present), exact=False)
@@ -94,7 +92,7 @@ class LearningRates(GroupValues):
             rate_of: The curve's rate by base rate; None: no group was on the curve.
         """
         were = self.on_curve()
-        self.follow()
+        self.update_groups()
         for group, base, was in zip(self._groups, self.base, were, strict=False):
             if was and rate_of is not None:
                 self._set(group, base, rate_of(base), replaced=_copied(group["lr"]))
@@ -119,7 +117,7 @@ class LearningRates(GroupValues):
             else:
                 self._leave(group, own)
 
-    def mend(self, rate_of: Callable[[float], float]) -> None:
+    def restore_on_curve(self, rate_of: Callable[[float], float]) -> None:
         """Put groups back that were on the curve, until all their settings were replaced without a load hook."""
         for group, base in self._whole():
             last = self._last(group)

@@ -1,16 +1,19 @@
 """The other ranks that schedule the same optimizer: what is compared and voted with them, and when."""
 
 import weakref
+import zlib
+from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.schedule.agreement import RankDisagreementError, Report, taking_part
-from robust_dist.schedule.comparison import Comparison
-from robust_dist.schedule.store import kind_of, part_of, store_of
+from robust_dist.schedule.agreement import taking_part
+from robust_dist.schedule.comparison import Comparison, RankDisagreementError, Report
+from robust_dist.schedule.engine_facts import shape_on_every_rank
 from robust_dist.schedule.vote import Vote
 
 if TYPE_CHECKING:
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 # Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
 _IDLE = 8
 
+_NAMESPACE = "robust_dist"
+# Seconds that one of our calls may take where a connection of our own can be had.
+_TIMEOUT = 30.0
+
+_opened: "tuple[weakref.ref[Any], Store | None] | None" = None
+_begun: "Counter[str]" = Counter()
 _peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
 
 
@@ -37,7 +46,7 @@ class Peers:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.vote = Vote()
-        self._kind = kind_of(optimizer)
+        self._kind = _kind_of(optimizer)
         # Not kept alive by this: a destroyed one's threads end with it.
         self._world: Callable[[], Any] = lambda: None
         self._group: Callable[[], Any] = lambda: None
@@ -87,21 +96,21 @@ class Peers:
         needed = {"any": 1, "all": voters, "majority": voters // 2 + 1}[reduce]
         return self._ask(lambda store: self.vote.cast(wish, needed, dist.get_rank(), store))
 
-    def decided(self, group: dist.ProcessGroup | None, *, settle: bool = False) -> int | None:
-        """As `cast`, without a vote; for one rank alone, too. `settle` waits a little for votes of this call."""
+    def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
+        """As `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
         # To begin with a process group is for a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:
             return None
 
         def question(store: "Store") -> int | None:
-            if settle:
-                self.vote.settle(store, len(self._ranks))
+            if wait:
+                self.vote.wait_for_voters(store, len(self._ranks))
             return self.vote.decided(store)
 
         return self._ask(question)
 
-    def out_of_reach(self, group: dist.ProcessGroup | None) -> bool:
+    def has_no_store(self, group: dist.ProcessGroup | None) -> bool:
         """Whether there are other ranks that cannot be asked."""
         return taking_part(group) and self._store is None
 
@@ -118,7 +127,7 @@ class Peers:
     def _ask(self, question: "Callable[[Store], int | None]") -> int | None:
         assert self._store is not None
         try:
-            return question(part_of(self._store, "vote"))
+            return question(_part_of(self._store, "vote"))
         except RuntimeError:
             self._store = self._comparison = None
             return None
@@ -139,7 +148,7 @@ class Peers:
 
     def _begin_in(self, group: dist.ProcessGroup, ranks: list[int]) -> None:
         self._ranks, self.vote = ranks, Vote()
-        self._store = store_of(self._kind, group)
+        self._store = _store_of(self._kind, group)
         self._begin()
 
     def _begin(self) -> None:
@@ -148,7 +157,7 @@ class Peers:
         self._comparison = None
         if self._store is not None:
             try:
-                part = part_of(self._store, f"comparison {self._begun}")
+                part = _part_of(self._store, f"comparison {self._begun}")
                 self._comparison = Comparison(part, len(self._ranks))
             except RuntimeError:
                 self._store = None
@@ -160,3 +169,67 @@ class Peers:
                 self._compiled = True
 
         return stepped
+
+
+def _kind_of(optimizer: Optimizer) -> str:
+    """What ranks that share an optimizer have alike in it: its class and the shapes of its first two parameters."""
+    shapes = [shape_on_every_rank(p) for group in optimizer.param_groups for p in group["params"]][:2]
+    return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
+
+
+def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
+    """The part of the training's store for an optimizer that is about to make its first step on this group.
+
+    Ranks share it where they make that step with an optimizer of the same kind after the same number of the group's
+    collectives. So a rank that trains something else beside what it shares, or before it, still meets the others.
+
+    Returns:
+        None where the training has no store that several ranks reach (MPI, torch's fake process group).
+    """
+    store = _training_store()
+    if store is None:
+        return None
+    ranks = zlib.crc32(repr(dist.get_process_group_ranks(group)).encode())
+    name = f"{ranks:x}/{kind}/{_collectives(group)}"
+    _begun[name] += 1
+    return _part_of(store, f"{name}/{_begun[name]}")
+
+
+def _collectives(group: dist.ProcessGroup) -> int:
+    """How many the group has begun, which tells one training in a process from the next; 0 where it does not count."""
+    try:
+        return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def _part_of(store: "Store", name: str) -> "Store":
+    """A store whose keys are those of `store` under `name`."""
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
+def _training_store() -> "Store | None":
+    global _opened
+    world = dist.group.WORLD
+    if _opened is None or _opened[0]() is not world:
+        _begun.clear()
+        _opened = weakref.ref(world), _open()
+    return _opened[1]
+
+
+def _open() -> "Store | None":
+    try:
+        # Private, and the one way to the store that all ranks reach without a collective; it is named here alone.
+        store = dist.distributed_c10d._get_default_store()
+        # torch's FakeStore claims to have every key. A host that has ended raises here: to clone would wait for it.
+        if store.check([f"{_NAMESPACE}/no such key"]):
+            return None
+        if hasattr(store, "clone"):
+            # A connection of our own: the training's calls block theirs for as long as they wait.
+            store = store.clone()
+            store.set_timeout(timedelta(seconds=_TIMEOUT))
+        # torchrun's store outlives a process group; each one made over it has keys of its own.
+        count = store.add(f"{_NAMESPACE}/process groups of rank {dist.get_rank()}", 1)
+        return _part_of(store, f"{_NAMESPACE}/{count}")
+    except Exception:
+        return None

@@ -93,11 +93,11 @@ class RobustSchedule(LRScheduler):
             group["initial_lr"] = lr
         self._rates = LearningRates(self.optimizer)
         # Rates that no scheduler of this process has set are what an optimizer was made with, or loaded.
-        self._rates_are_nobodys = base_lrs is not None or not hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        self._rates_are_initial = base_lrs is not None or not hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
         self._just_loaded = False
         attach(self.optimizer, self)
         super().__init__(self.optimizer, last_epoch)
-        self._rates_are_nobodys = False
+        self._rates_are_initial = False
         # One list: groups that are added later join it.
         self.base_lrs = self._rates.base  # type: ignore[assignment]
 
@@ -140,7 +140,7 @@ class RobustSchedule(LRScheduler):
 
         "on_curve" says for each group whether it carries this schedule's rate, and nobody else has set it since.
         """
-        self._rates.follow()
+        self._rates.update_groups()
         switch = self.weight_decay_switch
         waits = self.last_epoch < 0
         return {
@@ -189,7 +189,7 @@ class RobustSchedule(LRScheduler):
         if self.last_epoch > 0:
             self._go_to(self.last_epoch)
             return
-        self._rates.begin(self._rate_of, self._scaled, whatever_is_there=self._rates_are_nobodys)
+        self._rates.begin(self._rate_of, self._scaled, replace=self._rates_are_initial)
         self._follow_up()
 
     def _advance(self) -> None:
@@ -203,7 +203,7 @@ class RobustSchedule(LRScheduler):
         """After a jump: what else depends on the step. One that waits in a SequentialLR is at -1."""
         self._last_lr = self.get_lr()
         if self.weight_decay_switch is not None:
-            self.weight_decay_switch._seek(max(0, self.last_epoch))
+            self.weight_decay_switch._go_to(max(0, self.last_epoch))
 
     def _rate_of(self, base: float) -> float:
         return self.curve.lr(self.last_epoch, base)
@@ -212,11 +212,11 @@ class RobustSchedule(LRScheduler):
         return self.curve.scaled(self.last_epoch, base, rate)
 
     def _before_step(self) -> None:
-        self._rates.notice()
+        self._rates.take_in_added_groups()
         # Some loads replace all settings without a load hook; dry steps need their lr = 0.
         if self._just_loaded and not is_dry(self.optimizer):
             self._just_loaded = False
-            self._rates.mend(self._rate_of)
+            self._rates.restore_on_curve(self._rate_of)
 
     def _after_load(self) -> None:
         # One that waits in a SequentialLR sets no rate.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robust_dist.optim.dry_step import is_dry
-from robust_dist.schedule.agreement import TRIGGERS, Report
+from robust_dist.schedule.comparison import TRIGGERS, Report
 from robust_dist.schedule.group_values import GroupValues
 from robust_dist.schedule.hooks import base_optimizer, in_charge, take_charge
 from robust_dist.schedule.peers import Peers
@@ -89,7 +89,7 @@ class WeightDecaySwitch:
         self._decays = GroupValues(self.optimizer, "weight_decay", "initial_weight_decay")
         self._step = 0
         self._switch_step = None if should_switch else first_step_off(self.off_at, self.total_steps)
-        self._told = False
+        self._warned = False
         Peers.of(self.optimizer).vote.forget()
         take_charge(self.optimizer, self)
         self._write()
@@ -119,13 +119,13 @@ class WeightDecaySwitch:
         """
         if in_charge(self.optimizer) is not self:
             raise RuntimeError(_SUPERSEDED)
-        self._decays.follow()
+        self._decays.update_groups()
         self._peers.after_step(self.process_group, self._report, self._is_near())
         self._step += 1
         if self.should_switch is not None and self._switch_step is None:
             wish = bool(self.should_switch())
             self._decide(self._peers.cast(self.process_group, wish, self.reduce))
-            self._tell_if_out_of_reach()
+            self._warn_without_store()
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,8 +133,8 @@ class WeightDecaySwitch:
 
         Before an own trigger has decided it waits for the votes of ranks that are at this step, a second at most.
         """
-        self._decays.follow()
-        self._take_in_decision(settle=True)
+        self._decays.update_groups()
+        self._take_in_decision(wait=True)
         return {
             "step": self._step,
             "switch_step": self._switch_step if self.is_off or self.should_switch is not None else None,
@@ -178,7 +178,7 @@ class WeightDecaySwitch:
         self.__dict__.update(state)
         take_charge(self.optimizer, self)
 
-    def _seek(self, step: int) -> None:
+    def _go_to(self, step: int) -> None:
         self._step = step
         self._write()
 
@@ -192,16 +192,16 @@ class WeightDecaySwitch:
         # It also notices groups that were added since.
         self._write()
         # A rank may make a dry step alone, to save.
-        if self._rates_are_out_of_reach() or not is_dry(self.optimizer):
+        if self._rates_are_on_device() or not is_dry(self.optimizer):
             self._peers.before_step(self.process_group, self._report, self._is_near())
 
     def _after_load(self) -> None:
         if in_charge(self.optimizer) is not self:
             return
-        self._decays.follow()
+        self._decays.update_groups()
         self._write()
 
-    def _rates_are_out_of_reach(self) -> bool:
+    def _rates_are_on_device(self) -> bool:
         """Whether reading a rate would wait for a device, and fail in a graph's capture."""
         rates = (group.get("lr") for group in self.optimizer.param_groups)
         return any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
@@ -220,9 +220,9 @@ class WeightDecaySwitch:
         marks = (self._switch_step, self.total_steps)
         return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)
 
-    def _take_in_decision(self, *, settle: bool = False) -> None:
+    def _take_in_decision(self, *, wait: bool = False) -> None:
         if self.should_switch is not None and self._switch_step is None:
-            self._decide(self._peers.decided(self.process_group, settle=settle))
+            self._decide(self._peers.decided(self.process_group, wait=wait))
             self._write()
 
     def _decide(self, call: int | None) -> None:
@@ -230,9 +230,9 @@ class WeightDecaySwitch:
         if call is not None:
             self._switch_step = self._step + call - self._peers.vote.calls
 
-    def _tell_if_out_of_reach(self) -> None:
-        if not self._told and self._peers.out_of_reach(self.process_group):
-            self._told = True
+    def _warn_without_store(self) -> None:
+        if not self._warned and self._peers.has_no_store(self.process_group):
+            self._warned = True
             warnings.warn(
                 "should_switch is not counted any more and the weight decay stays on: the process group has no "
                 "key-value store that its ranks can vote through, or the rank that hosted it has ended",

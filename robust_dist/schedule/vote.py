@@ -65,7 +65,7 @@ class Vote:
                 return since
         return None
 
-    def settle(self, store: "Store", ranks: int) -> None:
+    def wait_for_voters(self, store: "Store", ranks: int) -> None:
         """Wait, a second at most, until the other voters have made this rank's last call: it may decide.
 
         Who votes is known from the second call on; at the first it may be all of these many ranks.

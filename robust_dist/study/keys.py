@@ -1,12 +1,10 @@
 """Which dotted keys a recipe has, and how the values of a grid are written."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
-from robust_dist.train.recipe import FREE, Recipe
+from robust_dist.train.keys import keys_of
+from robust_dist.train.recipe import Recipe
 
 # A study sets these itself.
 OWN = ("seed", "run_dir")
@@ -14,17 +12,6 @@ OWN = ("seed", "run_dir")
 
 class StudyError(ValueError):
     """A study's file, folder or command that cannot be used; the message says what would be right."""
-
-
-def recipe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Every dotted key of a recipe, and whether it is a mapping that takes further names."""
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        hint = hints[one.name]
-        if is_dataclass(hint):
-            yield from recipe_keys(hint, f"{prefix}{one.name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + one.name, get_origin(hint) is dict
 
 
 def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
@@ -38,18 +25,12 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
     Raises:
         StudyError: It is none, or one that a study sets itself.
     """
-    known = dict(recipe_keys())
-    if not isinstance(key, str) or not _is_known(key, known):
-        near = get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise StudyError(f"{where}: {key!r} is no key of a recipe{hint}")
-    if key in OWN or (moves_weights and key.startswith(FREE)):
+    known = keys_of(Recipe)
+    if not isinstance(key, str) or key in known.sections or not known.is_known(key):
+        raise StudyError(f"{where}: {key!r} is no key of a recipe{known.did_you_mean(str(key))}")
+    if key in OWN or (moves_weights and known.is_free(key)):
         raise StudyError(f"{where}: {key!r} cannot be set here ({_why_not(key)})")
     return key
-
-
-def _is_known(key: str, known: dict[str, bool]) -> bool:
-    return key in known or any(takes_more and key.startswith(f"{name}.") for name, takes_more in known.items())
 
 
 def _why_not(key: str) -> str:

@@ -10,25 +10,14 @@ from torch import Tensor, nn
 from robust_dist.augment import sample_keys
 from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
-from robust_dist.train.build import build_augment, build_classifier, build_optimizer, look_of, open_sets
+from robust_dist.train.build import build_augment, build_classifier, build_optimizer, open_sets, preprocessing_of
 from robust_dist.train.data_config import DataConfig
+from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 from robust_dist.train.step import summed_loss
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}
-# What makes a step take longer; the rest of a recipe does not.
-_COSTLY = (
-    "data.name",
-    "data.size",
-    "data.eval_size",
-    "model.",
-    "optimizer.name",
-    "optimizer.clip_norm",
-    "augment.",
-    "precision.",
-    "batch_size",
-)
 _SECONDS = 8.0
 _STEPS = 20
 
@@ -113,7 +102,7 @@ def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
 
 def _cost_key(recipe: Recipe) -> str:
     flat = flatten(recipe_dict(recipe))
-    return str(sorted((key, str(value)) for key, value in flat.items() if key.startswith(_COSTLY)))
+    return str(sorted((key, str(value)) for key, value in flat.items() if keys_of(Recipe).is_costly(key)))
 
 
 def measure(recipe: Recipe) -> tuple[float, float]:
@@ -157,7 +146,7 @@ def measure(recipe: Recipe) -> tuple[float, float]:
 
 
 def _noise(recipe: Recipe, channels: int, device: torch.device, *, evaluation: bool) -> Tensor:
-    side = look_of(recipe.data, evaluation=evaluation).size
+    side = preprocessing_of(recipe.data, evaluation=evaluation).size
     shape = (recipe.batch_size, channels, side, side)
     return torch.randint(256, shape, dtype=torch.uint8, device=device)
 

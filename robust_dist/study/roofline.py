@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from robust_dist.plan.hardware import Gpu, find_gpu
 from robust_dist.study.grid import Study
 from robust_dist.study.measure import costs, facts, steps_of
-from robust_dist.train.build import build_classifier, look_of
+from robust_dist.train.build import build_classifier, preprocessing_of
 from robust_dist.train.recipe import Recipe, recipe_dict
 
 # Assumptions, all of them: shares of the peak rates that an operation reaches, and what the host needs to start one.
@@ -83,7 +83,7 @@ def seconds(found: list[Work], gpu: Gpu, precision: str) -> float:
 def run_hours(recipe: Recipe, gpu: Gpu) -> float:
     """Estimated hours of a run on one GPU: forward, backward, update, evaluation; not augmentation, data and start."""
     known, precision = facts(recipe.data), recipe.precision.mixed
-    side = look_of(recipe.data, evaluation=False).size
+    side = preprocessing_of(recipe.data, evaluation=False).size
     # Fake tensors are built in one layout; another one moves as many bytes.
     plain = replace(recipe, model=replace(recipe.model, channels_last=False))
     with FakeTensorMode():

@@ -21,7 +21,7 @@ from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run, Study
 from robust_dist.study.outcome import Result, judge
 from robust_dist.study.queue import Queue
-from robust_dist.train.parse import keys_of
+from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.yaml_file import dump_yaml
 

@@ -5,7 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -102,15 +102,22 @@ def check_ranks_agree(accelerator: Accelerator, recipe: Recipe) -> None:
     Raises:
         ValueError: On every rank, with each differing setting and its value on each rank.
     """
-    ours = hidden(recipe_dict(recipe))
-    recipes = [ours] if accelerator.num_processes == 1 else gather_object([ours])
-    flat = [flatten(one) for one in recipes]
-    keys = sorted(set().union(*flat))
-    differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
-    if differing:
-        lines = [
-            f"{key}: " + ", ".join(f"rank {r}: {one.get(key)!r}" for r, one in enumerate(flat)) for key in differing
-        ]
-        raise ValueError(
-            "the ranks were started with different settings; start all with the same:\n  " + "\n  ".join(lines)
-        )
+    problem = "the ranks were started with different settings; start all with the same"
+    check_same(accelerator, flatten(hidden(recipe_dict(recipe))), problem)
+
+
+def check_same(accelerator: Accelerator, ours: dict[str, Any], problem: str) -> None:
+    """Compare values by name between the ranks.
+
+    Raises:
+        ValueError: On every rank: `problem`, and each name that differs with its value on each rank.
+    """
+    ranks = [ours] if accelerator.num_processes == 1 else gather_object([ours])
+    names = sorted(set().union(*ranks))
+    lines = [
+        f"{name}: " + ", ".join(f"rank {rank}: {one.get(name)!r}" for rank, one in enumerate(ranks))
+        for name in names
+        if any(one.get(name) != ours.get(name) for one in ranks)
+    ]
+    if lines:
+        raise ValueError(f"{problem}:\n  " + "\n  ".join(lines))

@@ -20,7 +20,7 @@ from robust_dist.data.source import ImageSource
 from robust_dist.train.agree import attempt, raise_everywhere
 
 SHOWN = 5
-# Of the look at the evaluation images before the first step: its readers, its end, and how many it takes at most.
+# Of the check of evaluation images before the first step: its readers, its seconds, and its images at most.
 READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
 
 
@@ -31,9 +31,8 @@ class TooManyBadImagesError(DataError):
 class BadImages:
     """Counts an epoch's bad images, over all ranks, and stops the run on every rank where there are too many.
 
-    The ranks speak of it after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end, and not at each step.
-    What is too many is a share of the whole epoch's images, so that whether a set will do does not depend on the order
-    in which an epoch comes upon its bad ones.
+    The ranks exchange counts after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end. The limit is a
+    share of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
 
     Args:
         accelerator: The run's ranks.
@@ -47,7 +46,7 @@ class BadImages:
         self._unsaid: list[BadImage] = []
 
     def note(self, found: Sequence[BadImage]) -> None:
-        """Keep this rank's bad images until the ranks next speak."""
+        """Keep this rank's bad images until the ranks next exchange counts."""
         self._unsaid += found
 
     def count(self, count: int) -> int:
@@ -86,10 +85,22 @@ class BadImages:
             )
             raise_everywhere(self.accelerator, error)
 
-    def look(self, test_set: LabelledSet) -> None:
-        """Look at the headers of the evaluation images, before an epoch is trained that could not be evaluated.
+    def count_evaluation(self, test_set: LabelledSet) -> int:
+        """Count the bad images of an evaluation that has ended, on all ranks; all ranks must call it.
 
-        The ranks share the images. After a few seconds the look ends, and what was not seen is found by evaluation.
+        Raises:
+            TooManyBadImagesError: More than the share that is let pass; on every rank.
+        """
+        found = test_set.take_bad()
+        self.note(found)
+        total = self.count(len(found))
+        self.judge(total, len(test_set), test_set.name)
+        return total
+
+    def check_headers(self, test_set: LabelledSet) -> None:
+        """Check the headers of evaluation images, before an epoch is trained that could not be evaluated.
+
+        The ranks share the images. After a few seconds the check ends; evaluation finds the rest.
 
         Raises:
             TooManyBadImagesError: More cannot be read than are let pass; on every rank.
@@ -121,16 +132,16 @@ class BadImages:
         return list(new.values())
 
 
-def is_time_to_settle(step: int) -> bool:
+def is_time_to_count(step: int) -> bool:
     """Whether `step`, counted from 1 in its epoch, is a power of two."""
     return step & (step - 1) == 0
 
 
 def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECONDS) -> list[BadImage]:
-    """The images from start to stop that their headers tell to be bad, as far as `seconds` suffice to look."""
+    """The images from start to stop whose headers say that they are bad, as far as `seconds` suffice."""
     end = time.monotonic() + seconds
 
-    def look(index: int) -> BadImage | None:
+    def check(index: int) -> BadImage | None:
         if time.monotonic() > end:
             return None
         try:
@@ -139,11 +150,11 @@ def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECO
             return BadImage(source.where(index), str(error))
         return None
 
-    # In no order, so that a look that ends early has seen some of every part.
+    # In no order, so that a check that ends early has seen some of every part.
     indices = [start + index for index in spread(stop - start, LOOKED_AT)]
     random.Random(0).shuffle(indices)
     with ThreadPoolExecutor(READERS) as pool:
-        return [bad for bad in pool.map(look, indices) if bad is not None]
+        return [bad for bad in pool.map(check, indices) if bad is not None]
 
 
 def _some(images: Sequence[BadImage]) -> str:

@@ -16,7 +16,6 @@ from robust_dist.data import dataset_info, load_dataset
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.engines.launch import make_accelerator
-from robust_dist.models import build_model
 from robust_dist.optim import param_groups
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.agree import attempt
@@ -98,7 +97,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
     )
 
 
-class Look(NamedTuple):
+class Preprocessing(NamedTuple):
     """What the device's pipeline must know of a set: side in pixels, mean and std of each channel, its own crop, flip.
 
     `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
@@ -112,8 +111,8 @@ class Look(NamedTuple):
     flip: bool
 
 
-def look_of(data: DataConfig, *, evaluation: bool = False) -> Look:
-    """The look of the training images, or of those for evaluation.
+def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
+    """How training images are prepared, or those for evaluation.
 
     Raises:
         ValueError: An unknown data set.
@@ -121,9 +120,9 @@ def look_of(data: DataConfig, *, evaluation: bool = False) -> Look:
     if data.streamed or data.in_memory:
         size = data.eval_sides[0] if evaluation else data.size
         padding = round(size / 8) if data.in_memory else 0
-        return Look(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
+        return Preprocessing(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
     info = dataset_info(data.name)
-    return Look(info.size, info.mean, info.std, info.crop_padding, info.flip)
+    return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
 
 
 def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False) -> RobustAugment:
@@ -134,68 +133,16 @@ def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False)
         num_classes: Of the data set.
         evaluation: For the size of evaluation images, where only `normalize` is of use.
     """
-    look, ours = look_of(recipe.data, evaluation=evaluation), recipe.augment
-    return RobustAugment(
-        num_classes,
-        look.size,
-        look.mean,
-        look.std,
-        crop=look.crop if ours.crop is None else ours.crop,
-        flip=look.flip if ours.flip is None else ours.flip,
-        trivial=ours.trivial,
-        num_bins=ours.num_bins,
-        interpolation=ours.interpolation,
-        cutmix=ours.cutmix,
-        cutmix_mode=ours.cutmix_mode,
-        cutmix_alpha=ours.cutmix_alpha,
-        cutmix_p=ours.cutmix_p,
-        block=recipe.data.block,
-        channels_last=recipe.model.channels_last,
+    image = preprocessing_of(recipe.data, evaluation=evaluation)
+    kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
+    return recipe.augment.build(
+        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, **kept
     )
 
 
 def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contiguous: bool = False) -> nn.Module:
-    """The model of the recipe, with the same initial weights on every rank.
-
-    Args:
-        recipe: All settings.
-        num_classes: Outputs.
-        channels: Channels of the images.
-        contiguous: Whether the engine takes contiguous weights alone. Images alone keep convolutions in channels_last.
-
-    Raises:
-        ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
-    """
-    _check_options(recipe)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model.name, num_classes, in_channels=channels, **recipe.model.options)
-    if recipe.model.sync_batchnorm:
-        if not torch.cuda.is_available():
-            raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if recipe.model.channels_last and not contiguous:
-        return model.to(memory_format=torch.channels_last)
-    return model
-
-
-# What the run itself gives a model's constructor.
-_GIVEN = {
-    **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
-    **dict.fromkeys(("pretrained_cfg", "checkpoint_path"), "models start from fresh weights here"),
-    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
-    "name": "model.name says it",
-    "model_name": "model.name says it",
-}
-
-
-def _check_options(recipe: Recipe) -> None:
-    """Refuse options that the run itself gives to the model."""
-    bad = {key: value for key, value in recipe.model.options.items() if key in _GIVEN}
-    if bad:
-        raise ValueError(
-            "; ".join(f"model.options.{key}={value!r} cannot be set: {_GIVEN[key]}" for key, value in bad.items())
-            + "; leave it out"
-        )
+    """The model of the recipe; see `ModelConfig.build`."""
+    return recipe.model.build(num_classes, channels, seed=recipe.seed, contiguous=contiguous)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
@@ -217,12 +164,4 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
     """Learning rate and weight decay of every step."""
-    ours = recipe.schedule
-    return RobustSchedule(
-        optimizer,
-        total_steps,
-        warmup_steps=ours.warmup_steps,
-        weight_decay_off_at=ours.weight_decay_off_at,
-        min_lr_ratio=ours.min_lr_ratio,
-        decay=ours.name,
-    )
+    return RobustSchedule(optimizer, total_steps, **recipe.schedule.arguments)

@@ -1,4 +1,4 @@
-"""The command line of a recipe: files and keys in their order, and the help that its classes' docstrings are."""
+"""The command line of a recipe: files and keys in their order, and --help from the docstrings of its classes."""
 
 import argparse
 import inspect
@@ -6,12 +6,16 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from robust_dist.private import hidden
-from robust_dist.train.parse import Settings, SettingsError, keys_of
+from robust_dist.train.keys import default_of, keys_of, recipe_dict
+from robust_dist.train.parse import Settings, SettingsError
 from robust_dist.yaml_file import dump_yaml
 
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+_NAMES_A_RECIPE = ("--config", "--model.name", "--data.name")
 _USAGE = "train.py --config FILE.yaml [--run_dir DIR] [--optimizer.lr 0.05 ...]   (--help lists every key)"
 
 
@@ -28,7 +32,8 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
     """
     words = sys.argv[1:] if words is None else list(words)
     parser = _parser(kind, words)
-    settings, found = Settings(kind), parser.parse_args(words)
+    settings, (found, stray) = Settings(kind), parser.parse_known_args(words)
+    settings.problems += [f"the word {word!r} belongs to no setting" for word in stray]
     for name, raw in getattr(found, "given", []):
         if name == "config":
             settings.read(raw)
@@ -39,11 +44,23 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
     except SettingsError as error:
         parser.error(str(error))
     if getattr(found, "print_config", False):
-        from robust_dist.train.recipe import recipe_dict
-
         print(dump_yaml(hidden(recipe_dict(recipe))), end="")
         parser.exit()
     return recipe
+
+
+def check_recipe_is_named(words: Sequence[str]) -> None:
+    """Refuse a command line that names no recipe, by `--config` or by `--model.name` or `--data.name`.
+
+    Raises:
+        ValueError: Lists the recipes.
+    """
+    if any(word.partition("=")[0] in _NAMES_A_RECIPE for word in words):
+        return
+    found = ", ".join(path.name for path in sorted(RECIPES.glob("*.yaml")))
+    folder = RECIPES.relative_to(Path.cwd()) if RECIPES.is_relative_to(Path.cwd()) else RECIPES
+    listed = f"; in {folder} there are: {found}" if found else ""
+    raise ValueError(f"no recipe is given: name one with --config FILE.yaml{listed}")
 
 
 class _Collect(argparse.Action):
@@ -66,19 +83,21 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
         group = parser.add_argument_group(name, _first_paragraph(section))
         group.add_argument(f"--{name}", metavar="{KEY: VALUE, ...}", help=argparse.SUPPRESS, **options)
         _add_options(group, section, f"{name}.", options)
-    below = {word.partition("=")[0] for word in words if word.startswith(tuple(f"--{name}." for name in keys.mappings))}
-    for word in sorted(below):
-        parser.add_argument(word, dest=word[2:], help=argparse.SUPPRESS, **options)
+    known = {"--", "--help", "--config", "--print_config"}
+    known |= {f"--{name}" for part in (keys.sections, keys.mappings, keys.values) for name in part}
+    # Names below a mapping, and unknown ones, which `Settings` refuses with all else that is wrong.
+    for word in sorted({word.partition("=")[0] for word in words if word.startswith("--")} - known):
+        nargs = None if keys.is_known(word[2:]) else "?"
+        parser.add_argument(word, dest=word[2:], nargs=nargs, help=argparse.SUPPRESS, **options)
     return parser
 
 
 def _add_options(group: Any, kind: type, prefix: str, options: dict[str, Any]) -> None:
     said, hints = _attributes(kind), get_type_hints(kind)
-    for one in fields(kind):
-        if not is_dataclass(hints[one.name]):
-            default = one.default_factory() if callable(one.default_factory) else one.default
-            text = f"{said.get(one.name, '')} (default: {default})".replace("%", "%%")
-            group.add_argument(f"--{prefix}{one.name}", metavar="VALUE", help=text, **options)
+    for of in fields(kind):
+        if not is_dataclass(hints[of.name]):
+            text = f"{said.get(of.name, '')} (default: {default_of(of)})".replace("%", "%%")
+            group.add_argument(f"--{prefix}{of.name}", metavar="VALUE", help=text, **options)
 
 
 def _first_paragraph(kind: type) -> str:
@@ -86,7 +105,10 @@ def _first_paragraph(kind: type) -> str:
 
 
 def _attributes(kind: type) -> dict[str, str]:
-    """What a class's docstring says of its attributes."""
-    block = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+    """What the docstrings of a class and of those that it extends say of its attributes."""
+    said: dict[str, str] = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+        found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE)
+        said |= {name: " ".join(text.split()) for name, text in found}
+    return said

@@ -6,22 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from robust_dist.data.registry import CHECKED
+from robust_dist.train.keys import COSTLY, FREE, default_of, only_for
 from robust_dist.train.settings import require, require_number
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Which keys a streamed set has beside those that all of them have; with all they are an error for other sets.
-_OF_ALL = (
-    *("train", "eval", "size", "eval_size", "eval_resize", "crop_scale", "crop_ratio", "mean", "std"),
-    *("workers", "prefetch", "max_bad_share", "shuffle_window", "exif"),
-)
-STREAMED = {
-    "imagefolder": (),
-    "hub": (
-        *("path", "config", "revision", "data_files", "image_column", "label_column", "num_classes", "streaming"),
-        "spool_dir",
-    ),
-    "webdataset": ("image_keys", "label_key", "num_classes", "allow_torn", "index_dir"),
-}
+# Sets of image files; other names are sets that are whole in memory.
+FORMATS = ("imagefolder", "hub", "webdataset")
 
 
 @dataclass
@@ -80,41 +70,41 @@ class DataConfig:
             `datasets` does; imagefolder and webdataset leave images as they are stored.
     """
 
-    name: str = "digits"
-    root: str = "data"
-    download: bool = True
-    own_files: bool = False
+    name: str = field(default="digits", metadata=COSTLY)
+    root: str = field(default="data", metadata=FREE)
+    download: bool = field(default=True, metadata=FREE)
+    own_files: bool = field(default=False, metadata=FREE)
     block: int = 8
     drop_last: bool = False
-    keep_on: Literal["auto", "device", "host"] = "auto"
+    keep_on: Literal["auto", "device", "host"] = field(default="auto", metadata=FREE)
     eval_batch_size: int = 500
-    train: str | list[str] | None = None
-    eval: str | list[str] | None = None
-    path: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    data_files: dict[str, Any] = field(default_factory=dict)
-    image_column: str | None = None
-    label_column: str | None = None
-    streaming: bool = False
-    spool_dir: str | None = None
-    image_keys: list[str] | None = None
-    label_key: str = "cls"
-    num_classes: int | None = None
-    allow_torn: bool = False
-    index_dir: str | None = None
-    size: int = 224
-    eval_size: int | None = None
-    eval_resize: int | None = None
-    crop_scale: tuple[float, float] | None = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    workers: int = 4
-    prefetch: int = 2
-    max_bad_share: float = 0.01
-    shuffle_window: int = 16_384
-    exif: Literal["auto", "on", "off"] | bool = "auto"
+    train: str | list[str] | None = field(default=None, metadata=only_for(*FORMATS))
+    eval: str | list[str] | None = field(default=None, metadata=only_for(*FORMATS))
+    path: str | None = field(default=None, metadata=only_for("hub"))
+    config: str | None = field(default=None, metadata=only_for("hub"))
+    revision: str | None = field(default=None, metadata=only_for("hub"))
+    data_files: dict[str, Any] = field(default_factory=dict, metadata=only_for("hub"))
+    image_column: str | None = field(default=None, metadata=only_for("hub"))
+    label_column: str | None = field(default=None, metadata=only_for("hub"))
+    streaming: bool = field(default=False, metadata=only_for("hub"))
+    spool_dir: str | None = field(default=None, metadata=only_for("hub") | FREE)
+    image_keys: list[str] | None = field(default=None, metadata=only_for("webdataset"))
+    label_key: str = field(default="cls", metadata=only_for("webdataset"))
+    num_classes: int | None = field(default=None, metadata=only_for("hub", "webdataset"))
+    allow_torn: bool = field(default=False, metadata=only_for("webdataset"))
+    index_dir: str | None = field(default=None, metadata=only_for("webdataset") | FREE)
+    size: int = field(default=224, metadata=only_for(*FORMATS) | COSTLY)
+    eval_size: int | None = field(default=None, metadata=only_for(*FORMATS) | COSTLY)
+    eval_resize: int | None = field(default=None, metadata=only_for(*FORMATS))
+    crop_scale: tuple[float, float] | None = field(default=(0.08, 1.0), metadata=only_for(*FORMATS))
+    crop_ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=only_for(*FORMATS))
+    mean: tuple[float, float, float] | None = field(default=None, metadata=only_for(*FORMATS))
+    std: tuple[float, float, float] | None = field(default=None, metadata=only_for(*FORMATS))
+    workers: int = field(default=4, metadata=only_for(*FORMATS) | FREE)
+    prefetch: int = field(default=2, metadata=only_for(*FORMATS) | FREE)
+    max_bad_share: float = field(default=0.01, metadata=only_for(*FORMATS) | FREE)
+    shuffle_window: int = field(default=16_384, metadata=only_for(*FORMATS))
+    exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=only_for(*FORMATS))
 
     def __post_init__(self) -> None:
         if isinstance(self.exif, bool):
@@ -138,12 +128,12 @@ class DataConfig:
     @property
     def streamed(self) -> bool:
         """Whether workers read the images while training."""
-        return self.name in STREAMED and not self.in_memory
+        return self.name in FORMATS and not self.in_memory
 
     @property
     def in_memory(self) -> bool:
         """Whether files are decoded once, and lie whole in memory as a set by name does."""
-        return self.name in STREAMED and (self.keep_on != "auto" or self.crop_scale is None)
+        return self.name in FORMATS and (self.keep_on != "auto" or self.crop_scale is None)
 
     @property
     def eval_sides(self) -> tuple[int, int]:
@@ -153,18 +143,15 @@ class DataConfig:
 
     def _check_keys(self) -> None:
         """Refuse what the set would not look at, and ask for what it cannot do without."""
-        known = (*_OF_ALL, *STREAMED[self.name]) if self.name in STREAMED else ()
-        every = (*_OF_ALL, *(key for keys in STREAMED.values() for key in keys))
-        defaults = {one.name: _default(one) for one in fields(self)}
+        defaults = {of.name: default_of(of) for of in fields(self)}
         if self.in_memory:
             self._check_in_memory(defaults)
-        for key in every:
-            value = getattr(self, key)
-            if key not in known and value != defaults[key]:
-                owners = [name for name, keys in STREAMED.items() if key in keys] or list(STREAMED)
+        for of in fields(self):
+            owners, value = of.metadata.get("only_for", ()), getattr(self, of.name)
+            if owners and self.name not in owners and value != defaults[of.name]:
                 raise ValueError(
-                    f"data.{key}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
-                    f"leave data.{key} out, or change data.name"
+                    f"data.{of.name}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
+                    f"leave data.{of.name} out, or change data.name"
                 )
         if self.own_files:
             require(self.name in CHECKED, "data.own_files", True, f"false, unless data.name is {' or '.join(CHECKED)}")
@@ -207,7 +194,3 @@ class DataConfig:
             require(0 <= number <= 1, "data.mean", self.mean, "three numbers in [0, 1]")
         for number in self.std or ():
             require(0 < number < math.inf, "data.std", self.std, "three finite numbers above 0")
-
-
-def _default(one: Any) -> Any:
-    return one.default_factory() if callable(one.default_factory) else one.default

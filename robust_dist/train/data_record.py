@@ -8,7 +8,7 @@ from typing import Any
 from robust_dist.data.identity import are_copies, shared_images
 from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
-from robust_dist.train.build import Look
+from robust_dist.train.build import Preprocessing
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import Recipe
 
@@ -17,13 +17,13 @@ NAMED = 5
 PARTS = ("train", "eval")
 
 
-def data_record(recipe: Recipe, sets: Sequence[LabelledSet], look: Look) -> Record:
+def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessing) -> Record:
     """What `data.json` holds, as plain JSON values.
 
     Args:
         recipe: Of the run.
         sets: Training and evaluation images.
-        look: Of the training images.
+        image: How training images are prepared.
 
     Returns:
         The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set
@@ -33,7 +33,7 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], look: Look) -> Reco
         "name": recipe.data.name,
         "classes": list(sets[0].classes),
         **{part: _part(one) for part, one in zip(PARTS, sets, strict=True)},
-        "preprocessing": {"mean": list(look.mean), "std": list(look.std), **_sizes(recipe, look)},
+        "preprocessing": {"mean": list(image.mean), "std": list(image.std), **_sizes(recipe, image)},
     }
     plain: Record = json.loads(json.dumps(record))
     return plain
@@ -108,16 +108,16 @@ def _part(one: LabelledSet) -> Record:
     return made | ({"revision": revision} if revision else {}) | ({"left_out": out} if (out := left_out(one)) else {})
 
 
-def _sizes(recipe: Recipe, look: Look) -> Record:
+def _sizes(recipe: Recipe, image: Preprocessing) -> Record:
     """Sides in pixels, crops and flip; the padding of the random crop on the device where there is one."""
     data, augment = recipe.data, recipe.augment
     common = {
-        "crop_padding": look.crop if augment.crop is None else augment.crop,
-        "flip": look.flip if augment.flip is None else augment.flip,
+        "crop_padding": image.crop if augment.crop is None else augment.crop,
+        "flip": image.flip if augment.flip is None else augment.flip,
     }
     if not data.streamed:
-        size = data.eval_sides[0] if data.in_memory else look.size
-        return {"train_size": look.size, "eval_size": size, "eval_resize": None, **common}
+        size = data.eval_sides[0] if data.in_memory else image.size
+        return {"train_size": image.size, "eval_size": size, "eval_resize": None, **common}
     size, resize = data.eval_sides
     crops = {"crop_scale": data.crop_scale, "crop_ratio": data.crop_ratio}
     return {"train_size": data.size, "eval_size": size, "eval_resize": resize, **crops, **common}

@@ -5,7 +5,7 @@ from torch import nn
 
 from robust_dist.engines.engine import RunSettings, engine_of
 from robust_dist.train.graph import check_graph
-from robust_dist.train.optimizers import WHOLE_ONLY
+from robust_dist.train.optimizers import adam_arguments, chosen
 from robust_dist.train.recipe import Recipe
 
 
@@ -22,7 +22,7 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
             f"ema_decay={recipe.ema_decay} averages whole weights, and {engine.kind} shards them; set ema_decay to "
             "null, or use DDP or ZeRO 0 to 2"
         )
-    if recipe.optimizer.name in WHOLE_ONLY and not engine.steps_whole_parameters:
+    if chosen(recipe.optimizer).needs_whole_parameters and not engine.steps_whole_parameters:
         raise ValueError(
             f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {engine.kind} does not give them: "
             "use DDP"
@@ -55,22 +55,11 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
 
 def _settings(recipe: Recipe) -> RunSettings:
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    betas = list(optimizer.betas) if optimizer.beta2 is None else [optimizer.betas[0], optimizer.beta2]
+    betas = optimizer.betas if optimizer.beta2 is None else (optimizer.betas[0], optimizer.beta2)
     return RunSettings(
         optimizer=optimizer.name,
-        optimizer_params={
-            "lr": optimizer.lr,
-            "betas": betas,
-            "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,
-        },
-        schedule_params={
-            "warmup_steps": schedule.warmup_steps,
-            "weight_decay_off_at": schedule.weight_decay_off_at,
-            "min_lr_ratio": schedule.min_lr_ratio,
-            "cos_min_ratio": schedule.min_lr_ratio,
-            "decay": schedule.name,
-        },
+        optimizer_params=adam_arguments(optimizer, betas) | {"betas": list(betas)},
+        schedule_params=schedule.arguments | {"cos_min_ratio": schedule.min_lr_ratio},
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         clip_norm=optimizer.clip_norm,

@@ -19,7 +19,7 @@ from typing import Literal
 from robust_dist.checkpoint import write_atomically
 from robust_dist.documents import read_json
 from robust_dist.train.agree import Origin
-from robust_dist.train.whereabouts import Rank
+from robust_dist.train.rank_info import Rank
 
 # "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": in vain, for as long as may be.
 Kind = Literal["failed", "hang", "lost", "waited"]

@@ -111,7 +111,7 @@ class RunFolder:
         self._take()
         recipe_path, ours = self.path / "recipe.yaml", recipe_dict(recipe)
         if recipe_path.exists():
-            self._check_same(ours, recipe_path)
+            self._check_same(ours, recipe_path, type(recipe))
         is_new_data = data is not None and self._is_new_data(data)
         # Others may read what became of a run, but not the accounts and hosts that its options name.
         private = has_options(ours)
@@ -202,7 +202,7 @@ class RunFolder:
             raise RunFolderError(str(error)) from None
         self._claim = claim
 
-    def _check_same(self, recipe: dict[str, Any], path: Path) -> None:
+    def _check_same(self, recipe: dict[str, Any], path: Path, kind: type[Recipe]) -> None:
         try:
             document = read_yaml(path)
             there: dict[str, Any] = typed(document.data, dict[str, Any], str(path))
@@ -212,8 +212,8 @@ class RunFolder:
                 f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which tells what runs there: {error}; bring "
                 f"it back from a copy, or choose another run_dir"
             ) from None
-        spelt = {k: fitted(Recipe, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}
-        differing = conflicts(recipe, spelt)
+        spelt = {k: fitted(kind, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}
+        differing = conflicts(recipe, spelt, kind=kind)
         if differing:
             self.release()
             raise RunFolderError(

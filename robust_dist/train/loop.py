@@ -1,7 +1,5 @@
 """The training loop: small enough to read in one sitting."""
 
-import secrets
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,27 +9,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
 from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
-from robust_dist.private import hidden
-from robust_dist.train.agree import attempt, from_main
-from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_settle
+from robust_dist.train.agree import attempt
+from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
-from robust_dist.train.elastic import changes
 from robust_dist.train.engine import check_model
-from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
+from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.meter import Figures, build_meter, measured
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
-from robust_dist.train.recipe import Recipe, recipe_dict
-from robust_dist.train.resume import load_newest, loss_of
-from robust_dist.train.saving import build_saver
-from robust_dist.train.schedule_free import use_averaged_weights
+from robust_dist.train.recipe import Recipe
+from robust_dist.train.run_checkpoints import RunCheckpoints
 from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
@@ -58,11 +51,6 @@ class Trainer:
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.train_set, self.test_set = train_set, test_set
         self.trackers = Trackers(recipe, accelerator, folder.path)
-        kept = recipe.checkpoint
-        token = secrets.token_hex(4)
-        self.store = CheckpointStore(
-            folder.checkpoints, kept.keep, keep_best=kept.keep_best, token=token, guard=folder.check
-        )
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
         bad_images = folder.path / "bad_images.txt"
@@ -93,9 +81,6 @@ class Trainer:
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
-        # Of an epoch that is trained and not yet recorded: its figures, of `metrics.jsonl`.
-        self.unfinished: dict[str, Any] | None = None
-        self.resumed_step, self.forgiven = -1, 0
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
         self.step = TrainStep(
             recipe,
@@ -106,6 +91,15 @@ class Trainer:
             pipeline=torch.compile(self.augment, fullgraph=True) if recipe.augment.compile else self.augment,
             loss_sum=self.progress.loss_sum,
             full_size=min(recipe.batch_size, len(train_set)),
+        )
+        self.checkpoints = RunCheckpoints(
+            recipe,
+            accelerator,
+            folder,
+            train_set=train_set,
+            progress=self.progress,
+            model=self.model,
+            optimizer=self.optimizer,
         )
 
     def fit(self) -> list[dict[str, Any]]:
@@ -120,14 +114,14 @@ class Trainer:
             Stopped: A signal asked for it; all is saved.
             TooManyBadImagesError: More images cannot be read than are let pass; all is saved.
         """
-        tick("taking up the run", patient=True)
-        self._resume()
+        tick("taking up the run", may_be_slow=True)
+        self.checkpoints.take_up(self.total_steps, self.loader.steps_per_epoch)
         done = self.progress.step
         self.trackers.start(done)
         # The first step compiles, tunes and connects.
-        tick("the first step", patient=True)
+        tick("the first step", may_be_slow=True)
         with (
-            build_saver(self.accelerator, self.recipe, self.store, self.bare_model) as self.saver,
+            self.checkpoints.saver() as self.saver,
             Stopper(self.accelerator, self.saver) as self.stopper,
             Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
             Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
@@ -137,12 +131,12 @@ class Trainer:
             except TooManyBadImagesError:
                 # When they are mended, the run goes on from here. Before a step an optimizer over shards has no state.
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
-                if begun and self.progress.step not in (self.saver.saved, self.resumed_step):
+                if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)
-                self.saver.settle()
+                self.saver.wait()
                 raise
-            tick("the last checkpoint", patient=True)
-            self.saver.settle()
+            tick("the last checkpoint", may_be_slow=True)
+            self.saver.wait()
         if self.saver.count:
             self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
@@ -155,11 +149,11 @@ class Trainer:
             if self.accelerator.is_main_process:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
             bad.count(0)
-        if self.bad is not None and (self.unfinished or self.progress.step < self.total_steps):
-            tick("a look at the evaluation images", patient=True)
-            self.bad.look(self.test_set)
-            tick("the first step", patient=True)
-        if self.unfinished:
+        if self.bad is not None and (self.progress.unfinished or self.progress.step < self.total_steps):
+            tick("the check of the evaluation images", may_be_slow=True)
+            self.bad.check_headers(self.test_set)
+            tick("the first step", may_be_slow=True)
+        if self.progress.unfinished:
             display.epoch(self._record_epoch(None))
         while self.progress.step < self.total_steps:
             epoch, start = divmod(self.progress.step, self.loader.steps_per_epoch)
@@ -209,7 +203,7 @@ class Trainer:
             self.bad.note(found)
             step = self.progress.step % self.loader.steps_per_epoch
             # What the epoch's last step found is judged when the epoch's figures are there.
-            if step and is_time_to_settle(step):
+            if step and is_time_to_count(step):
                 self._judge_bad_images(self._count_bad_images())
 
     def _count_bad_images(self) -> int:
@@ -219,7 +213,7 @@ class Trainer:
     def _judge_bad_images(self, total: int) -> None:
         """Too many are an error on every rank."""
         if self.bad is not None:
-            self.bad.judge(total, self.loader.samples_per_epoch, self.train_set.name, forgiven=self.forgiven)
+            self.bad.judge(total, self.loader.samples_per_epoch, self.train_set.name, forgiven=self.progress.forgiven)
 
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
         """Evaluate, record, save."""
@@ -230,7 +224,7 @@ class Trainer:
         total_loss = self.accelerator.reduce(self.progress.loss_sum.clone(), "sum").item()
         train_loss = total_loss / max(1, self.loader.samples_per_epoch - bad_images)
         check_finite(train_loss, self.progress.step, self.recipe.optimizer)
-        self.unfinished = {
+        self.progress.unfinished = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
             "lr": self.progress.lr,
@@ -241,12 +235,12 @@ class Trainer:
             self._judge_bad_images(bad_images)
             return self._record_epoch(figures)
         except TooManyBadImagesError:
-            self.unfinished["measured"] = measured(self.meter, figures, self.accelerator)
+            self.progress.unfinished["measured"] = measured(self.meter, figures, self.accelerator)
             raise
 
     def _record_epoch(self, figures: Figures | None) -> dict[str, Any]:
         """Evaluate, record and save the epoch that is trained; `figures` are None where it was measured before."""
-        trained, accelerator = self.unfinished, self.accelerator
+        trained, accelerator = self.progress.unfinished, self.accelerator
         assert trained is not None
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
@@ -272,29 +266,16 @@ class Trainer:
         row["checkpoint_seconds"] = self.saver.take_seconds()
         if self.bad is not None:
             row["bad_images"] = trained["bad_images"]
-            row["eval_bad_images"] = self._settle_bad_eval()
+            row["eval_bad_images"] = self.bad.count_evaluation(self.test_set)
         attempt(accelerator, lambda: self.folder.append(row), here=accelerator.is_main_process)
         self.trackers.log(row)
-        self._begin_epoch()
+        self.progress.begin_epoch()
         every = self.recipe.checkpoint.every_epochs
         due = trained["epoch"] % every == 0 or trained["epoch"] == self.recipe.epochs
-        if (due or self.stopper.stop) and self.progress.step != self.resumed_step:
+        if (due or self.stopper.stop) and self.progress.step != self.progress.resumed_step:
             self._save(score.accuracy)
         tick(f"step {self.progress.step + 1}")
         return row
-
-    def _begin_epoch(self) -> None:
-        self.unfinished = None
-        self.progress.loss_sum.zero_()
-        self.progress.bad_images = self.forgiven = 0
-
-    def _settle_bad_eval(self) -> int:
-        assert self.bad is not None
-        found = self.test_set.take_bad()
-        self.bad.note(found)
-        total = self.bad.count(len(found))
-        self.bad.judge(total, len(self.test_set), self.test_set.name)
-        return total
 
     def _build_ema(self) -> AveragedModel | None:
         if self.recipe.ema_decay is None:
@@ -312,62 +293,18 @@ class Trainer:
             refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
         """
         tick(f"the checkpoint of step {self.progress.step}")
-        losses = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
-        check_finite(sum(losses), self.progress.step, self.recipe.optimizer)
+        losses = self.checkpoints.finite_losses()
         bad_images = self._count_bad_images()
         if not refused:
             self._judge_bad_images(bad_images)
         if self.broadcasts:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
-        metadata = {
-            "recipe": hidden(recipe_dict(self.recipe)),
-            "engine": self.engine.kind,
-            "num_processes": self.accelerator.num_processes,
-            "loss_sums": losses,
-            "bad_images": bad_images,
-            "eval_accuracy": accuracy,
-            "train_images": len(self.train_set),
-        } | ({"refused": True, "unfinished": self.unfinished} if refused else {})
-        self.saver.save(self.progress.step, self._write_state, metadata)
-
-    def _write_state(self, folder: Path) -> None:
-        save_state(self.accelerator, folder)
-        if not self.engine.names_parameters:
-            # Conversion to another engine wants names.
-            note_parameters(folder, self.model, self.optimizer)
+        self.checkpoints.save(self.saver, losses, bad_images, accuracy, refused=refused)
 
     def _leave(self) -> None:
         if self.saver.saved != self.progress.step:
             self._save()
-        tick("the last checkpoint", patient=True)
-        self.saver.settle()
+        tick("the last checkpoint", may_be_slow=True)
+        self.saver.wait()
         self.stopper.leave(self.folder, self.progress.step, self.total_steps)
-
-    def _resume(self) -> None:
-        """Take up the newest usable checkpoint, or start at step 0 where there is none."""
-        accelerator, world = self.accelerator, self.accelerator.num_processes
-        found = load_newest(accelerator, self.recipe, self.store, self.train_set, self.folder)
-        if found is not None:
-            self.progress.step = found.step
-            self.progress.loss_sum.fill_(loss_of(found, accelerator.process_index, world))
-            self.progress.bad_images = found.metadata.get("bad_images", 0) * accelerator.is_main_process
-            self.resumed_step = found.step
-            if found.metadata.get("refused"):
-                self._resume_refused(found.metadata)
-            accelerator.print(f"resuming {found.path} at step {found.step} of {self.total_steps}")
-            for line in changes(self.recipe, world, self.engine.kind, found.metadata, self.bare_model):
-                accelerator.print(line)
-        step, each = self.progress.step, self.loader.steps_per_epoch
-        for line in (
-            attempt(accelerator, lambda: self.folder.rewind(step, each), here=accelerator.is_main_process) or ()
-        ):
-            accelerator.print(f"warning: {line}")
-
-    def _resume_refused(self, metadata: dict[str, Any]) -> None:
-        """Go on with an epoch over whose images the run was stopped: they do not count again."""
-        self.forgiven, self.unfinished = metadata["bad_images"], metadata["unfinished"]
-        step = self.progress.step
-        if from_main(self.accelerator, lambda: any(row["step"] == step for row in self.folder.metrics())):
-            # Recorded since, by a start that saved nothing later.
-            self._begin_epoch()

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from accelerate import Accelerator
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
-from robust_dist.train.build import build_accelerator, load_sets, look_of
+from robust_dist.train.backends import backends_of
+from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
 from robust_dist.train.claim import FolderLostError
+from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record
 from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
@@ -24,15 +27,13 @@ from robust_dist.train.failures import record_failure, report_failure, report_sh
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
-from robust_dist.train.opening import part_lines, say_run
+from robust_dist.train.opening import data_lines, data_notes, part_lines, say_run
 from robust_dist.train.output import LastingOutput
-from robust_dist.train.placing import data_lines, data_notes
 from robust_dist.train.progress import DivergedError
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, parse_recipe
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
-from robust_dist.train.whereabouts import Rank
-from robust_dist.train.words import check_words
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -69,23 +70,24 @@ def train(
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
     attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
-    tick("loading the data", patient=True)
+    tick("loading the data", may_be_slow=True)
     sets = load_sets(recipe, accelerator)
     warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
     if main:
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
-    tick("building the model", patient=True)
+    tick("building the model", may_be_slow=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
-    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, warnings), here=main)
+    backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
+    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings), here=main)
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
-    note["data"] = data_notes(sets)
-    record = attempt(accelerator, lambda: data_record(recipe, sets, look_of(recipe.data)), here=main)
+    note |= {"data": data_notes(sets), "backends": asdict(backends)}
+    record = attempt(accelerator, lambda: data_record(recipe, sets, preprocessing_of(recipe.data)), here=main)
     attempt(accelerator, lambda: folder.claim(asked, note, record), here=main)
     attempt(accelerator, lambda: set_aside(folder.path), here=main)
     on_claim(folder.path)
     try:
         rows = trainer.fit()
-        tick("the end", patient=True)
+        tick("the end", may_be_slow=True)
         attempt(accelerator, lambda: plot_curves(rows, folder.path / "curves.png"), here=main)
         accelerator.wait_for_everyone()
     finally:
@@ -94,16 +96,21 @@ def train(
     return rows
 
 
-def _parse(args: Sequence[str] | None) -> Recipe:
+def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:
     """Every rank parses; the first one of each host tells what is wrong."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-    check_words(sys.argv[1:] if args is None else args)
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        return parse_recipe(args)
+        recipe = parse_recipe(args, kind)
+    check_recipe_is_named(sys.argv[1:] if args is None else args)
+    return recipe
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> None:
     """Train from the command line, under a watchdog.
+
+    Args:
+        args: Command-line words; `sys.argv` where None.
+        kind: The recipe's class: Recipe, or one that adds keys of your own.
 
     Raises:
         SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
@@ -114,12 +121,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if not faulthandler.is_enabled():
         faulthandler.enable(STDERR)
     with LastingOutput(rank) as output:
-        _run(args, rank, output)
+        _run(args, kind, rank, output)
 
 
-def _run(args: Sequence[str] | None, rank: Rank, output: LastingOutput) -> None:
+def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: LastingOutput) -> None:
     try:
-        recipe = _parse(args)
+        recipe = _parse(args, kind)
         with Watchdog(rank, recipe.timeout_seconds, lambda reason: _note_hang(reason, rank)):
             rows = train(recipe, on_claim=output.claimed)
     except Stopped as stopped:

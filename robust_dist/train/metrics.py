@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`: read with a word about each line that is none, and fitted to a step."""
+"""The rows of `metrics.jsonl`: read, with what is wrong with each line that is none, and fitted to a step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,17 @@ from typing import Any
 from robust_dist.documents import DocumentError, parse_json, read_text, typed
 
 Rows = list[dict[str, Any]]
+# Figures of an epoch that measure the machine and the moment, and so differ between two equal runs.
+MEASURED = frozenset(
+    {
+        "images_per_second",
+        "images_per_second_per_rank",
+        "data_wait_share",
+        "checkpoint_seconds",
+        "peak_memory_gib",
+        "mfu",
+    }
+)
 
 
 @dataclass
@@ -91,3 +102,8 @@ def last_row(rows: Rows, epochs: int) -> dict[str, Any] | None:
     """The row of the last epoch of a run of so many, if it is there, with an accuracy."""
     found = rows[-1] if rows else {}
     return found if found.get("epoch") == epochs and found.get("eval_accuracy") is not None else None
+
+
+def without_measured(row: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's object without its measured figures: what two equal runs must agree on to the bit."""
+    return {key: value for key, value in row.items() if key not in MEASURED}

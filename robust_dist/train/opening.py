@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim import Optimizer
 
+from robust_dist.checkpoint.space import text_of
+from robust_dist.data.host_set import HostSet
+from robust_dist.data.image_set import ImageSet, free_bytes
 from robust_dist.data.names import printable
+from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import cores_here
-from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.choose import choose, fused_on_device
-from robust_dist.schedule import base_optimizer
+from robust_dist.train.backends import Backends
 from robust_dist.train.data_record import left_out
-from robust_dist.train.optimizers import second_beta
+from robust_dist.train.optimizers import chosen, second_beta
 from robust_dist.train.recipe import Recipe
 
 NAMED = 10
-_BACKENDS = {"fused_cpu": "fused (C)", "foreach": "foreach", "single": "single-tensor"}
-RECTIFIED = ("RAdaBeliefW", "radam")
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
@@ -31,41 +30,31 @@ def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
 
 
 def say_run(
-    recipe: Recipe, accelerator: Accelerator, sets: Sequence[LabelledSet], trainer: Any, warnings: Sequence[str]
+    recipe: Recipe,
+    accelerator: Accelerator,
+    sets: Sequence[LabelledSet],
+    trainer: Any,
+    backends: Backends,
+    warnings: Sequence[str],
 ) -> None:
     """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
     ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     odd = [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
-    print(run_line(recipe, accelerator, trainer), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
+    print(run_line(recipe, accelerator, trainer, backends), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
 
 
-def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any) -> str:
+def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: Backends) -> str:
     """A line for what will be done with them: model, steps, devices and backends; `trainer` is the run's Trainer."""
     steps, epochs = trainer.loader.steps_per_epoch, recipe.epochs
     ranks, device = accelerator.num_processes, accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    augments = "torch.compile" if recipe.augment.compile else trainer.augment.backend_for(device)
+    steps_by = "" if backends.optimizer is None else f" {backends.optimizer}"
     return (
         f"run: {recipe.model.name}, {trainer.num_parameters:,} parameters; {_count(epochs, 'epoch')} of "
         f"{_count(steps, 'step')} are {trainer.total_steps:,} steps of {recipe.batch_size:,} images; "
-        f"{_count(ranks, 'rank')} on {name}; {recipe.optimizer.name}{optimizer_backend(trainer.optimizer)}, "
-        f"augmentation by {augments}"
+        f"{_count(ranks, 'rank')} on {name}; {recipe.optimizer.name}{steps_by}, "
+        f"augmentation by {backends.augmentation}"
     )
-
-
-def optimizer_backend(optimizer: Optimizer) -> str:
-    """Which code of RAdaBeliefW steps, in words that follow its name; empty for another optimizer.
-
-    Empty, too, under ZeRO-3, which fills the groups for a step alone.
-    """
-    inner = base_optimizer(optimizer)
-    group = inner.param_groups[0]
-    if not isinstance(inner, RAdaBeliefW) or not group["params"]:
-        return ""
-    if fused_on_device(group):
-        return " fused (Triton)"
-    name = getattr(choose(group, group["params"]), "__name__", "")
-    return f" {_BACKENDS.get(name, name)}"
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
@@ -99,7 +88,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
 
 def _steps_needed(recipe: Recipe, total_steps: int) -> int:
     """About how many steps the rectification of eq. 13 holds the optimizer back, 0 for those that have none."""
-    if recipe.optimizer.name not in RECTIFIED:
+    if not chosen(recipe.optimizer).is_rectified:
         return 0
     return round(1 / (1 - second_beta(recipe.optimizer, total_steps)))
 
@@ -119,3 +108,61 @@ def _left_out(one: LabelledSet) -> str:
         return ""
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]))
     return f"; left out: {listed}"
+
+
+def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
+    """What `environment.json` notes of each set; those that are read while training have no bytes to tell.
+
+    Args:
+        sets: Of the run.
+
+    Returns:
+        For each: its name, images, bytes, where it lies, and how many of its bytes lie on the training device.
+    """
+    return [
+        {
+            "name": one.name,
+            "images": len(one),
+            "bytes": one.nbytes,
+            "kept_on": str(one.device) if isinstance(one, ImageSet) else "host",
+            "device_bytes": one.nbytes if isinstance(one, ImageSet) else 0,
+        }
+        for one in sets
+        if isinstance(one, (ImageSet, HostSet))
+    ]
+
+
+def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
+    """What a person is told: a line a place.
+
+    Args:
+        sets: Of the run.
+        keep_on: The recipe's `data.keep_on`.
+    """
+    placed = [one for one in sets if isinstance(one, ImageSet)]
+    streamed = [one for one in sets if isinstance(one, HostSet)]
+    lines = []
+    if placed:
+        device = placed[0].device
+        free = free_bytes(device)
+        left = "" if free is None else f" ({text_of(free)} are free there)"
+        lines.append(f"{_total(placed)} of data on {device}{left}: {_listed(placed)}")
+    if streamed:
+        where = f"in the host's memory{_reason(streamed[0].device, keep_on)}"
+        lines.append(f"{_total(streamed)} of data {where}; batches are copied a step ahead: {_listed(streamed)}")
+    return lines
+
+
+def _reason(device: torch.device, keep_on: str) -> str:
+    free = free_bytes(device)
+    if keep_on == "host" or free is None:
+        return f" (data.keep_on={keep_on})"
+    return f", too much for {SHARE:.0%} of the {text_of(free)} that are free on {device} (data.keep_on={keep_on})"
+
+
+def _total(sets: Sequence[ImageSet | HostSet]) -> str:
+    return text_of(sum(one.nbytes for one in sets))
+
+
+def _listed(sets: Sequence[ImageSet | HostSet]) -> str:
+    return "; ".join(f"{one.name}, {text_of(one.nbytes)} in {len(one):,} images" for one in sets)

@@ -1,4 +1,4 @@
-"""The optimizers that a recipe can name, and what each of them needs of the rest of the recipe.
+"""The section "optimizer" of a recipe, and the optimizers that it can name.
 
 | optimizer.name | what | weight decay |
 |---|---|---|
@@ -9,22 +9,125 @@
 | nadamw | torch.optim.NAdam | decoupled |
 | schedulefree_adamw | schedulefree.AdamWScheduleFree (Defazio et al. 2024), with schedule.name: constant | decoupled |
 | prodigy | prodigyopt.Prodigy (Mishchenko and Defazio 2023); lr multiplies its own estimate, 1 is usual | decoupled |
+
+An installed package adds one by an entry point of the group "robust_dist.optimizers" whose value is an
+`OptimizerChoice`; its name is then taken wherever a recipe or a study names an optimizer.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from robust_dist.extras import require
+from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.baselines import NAG, PaperAdam
-from robust_dist.train.recipe import OptimizerConfig, Recipe
+from robust_dist.train.keys import COSTLY
+from robust_dist.train.settings import require, require_number
 
-# They sum over, or exchange, whole parameters, which sharding engines hide.
-WHOLE_ONLY = ("schedulefree_adamw", "prodigy")
+if TYPE_CHECKING:
+    from robust_dist.train.recipe import Recipe
+
+GROUP = "robust_dist.optimizers"
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer's settings (PAPER: betas, eps and weight decay are RAdaBeliefW's defaults).
+
+    Attributes:
+        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
+            schedulefree_adamw and prodigy (of the extra "study"); or one that an installed package adds.
+            robust_dist/train/optimizers.py says what each is.
+        lr: Learning rate before the schedule.
+        betas: Decay rates of the two moments; nag has only the first, as its momentum.
+        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
+        beta2_steps: What auto divides by the run's optimizer steps.
+        eps: Added to the variance every step, and under the root.
+        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
+        no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
+        clip_norm: Largest norm of the whole gradient; none clips nothing.
+        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). With
+            RAdaBeliefW, exp_avg_dtype: bfloat16 keeps the first moment in half the memory, rounded to the nearest, or
+            by chance with stochastic_rounding: true (and a seed).
+    """
+
+    name: str = field(default="RAdaBeliefW", metadata=COSTLY)
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta2: float | Literal["auto"] | None = None
+    beta2_steps: float = 7.5
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    no_decay: list[str] = field(default_factory=list)
+    clip_norm: float | None = field(default=None, metadata=COSTLY)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = f"one of {', '.join(_OWN)}, or a name of the entry points {GROUP!r} of an installed package"
+        require(choice_of(self.name) is not None, "optimizer.name", self.name, wanted)
+        require_number("optimizer.lr", self.lr, 0)
+        require_number("optimizer.eps", self.eps, 0)
+        require_number("optimizer.weight_decay", self.weight_decay, 0)
+        for beta in self.betas:
+            require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        if isinstance(self.beta2, (int, float)):
+            require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, 'in [0, 1), "auto" or null')
+        require(0 < self.beta2_steps < math.inf, "optimizer.beta2_steps", self.beta2_steps, "a finite number above 0")
+        if self.clip_norm is not None:
+            require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
+
+
+def adam_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
+    """The recipe's settings under torch's names for AdamW's."""
+    return {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def _momentum_arguments(config: OptimizerConfig, betas: tuple[float, float]) -> dict[str, Any]:
+    return {"lr": config.lr, "momentum": betas[0], "weight_decay": config.weight_decay}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerChoice:
+    """An optimizer that a recipe can name.
+
+    Attributes:
+        make: Called with the param groups, the `arguments` and the recipe's `optimizer.options`, by name.
+        arguments: From the recipe's section and its betas, the second one settled, to keyword arguments of `make`.
+        needs_whole_parameters: It sums over, or exchanges, whole parameters, which sharding engines hide.
+        is_rectified: It takes short steps until its second moment is known (RAdam's rectification).
+        problem: What of a recipe it cannot go with: a message that names the setting and what would be right, or None.
+    """
+
+    make: Callable[..., Optimizer]
+    arguments: Callable[[OptimizerConfig, tuple[float, float]], dict[str, Any]] = adam_arguments
+    needs_whole_parameters: bool = False
+    is_rectified: bool = False
+    problem: "Callable[[Recipe], str | None]" = lambda recipe: None
+
+
+@cache
+def choice_of(name: str) -> OptimizerChoice | None:
+    """The optimizer of a name, of this package or of another one's entry points; None where there is none."""
+    if name in _OWN:
+        return _OWN[name]
+    found = entry_points(group=GROUP, name=name)
+    choice = next(iter(found)).load() if found else None
+    if choice is not None and not isinstance(choice, OptimizerChoice):
+        raise ValueError(f"the entry point {name!r} of {GROUP!r} is a {type(choice).__name__}, not an OptimizerChoice")
+    return choice
+
+
+def chosen(config: OptimizerConfig) -> OptimizerChoice:
+    """The optimizer that a section names."""
+    choice = choice_of(config.name)
+    assert choice is not None
+    return choice
 
 
 def second_beta(config: OptimizerConfig, total_steps: int) -> float:
@@ -57,55 +160,61 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
     Raises:
         ValueError: Its package is missing, it does not take an option, or a setting is out of its range.
     """
-    betas = config.betas[0], second_beta(config, total_steps)
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    settings |= {"momentum": betas[0]} if config.name == "nag" else {"betas": betas, "eps": config.eps}
+    choice = chosen(config)
+    arguments = choice.arguments(config, (config.betas[0], second_beta(config, total_steps)))
     try:
-        return _maker(config.name)(groups, **(settings | config.options))
+        return choice.make(groups, **(arguments | config.options))
     except TypeError as error:
         raise ValueError(f"optimizer.options={config.options} do not suit {config.name}: {error}") from error
     except ImportError as error:
         raise ValueError(str(error)) from error
 
 
-def check_fits(recipe: Recipe) -> None:
+def check_fits(recipe: "Recipe") -> None:
     """Refuse a recipe whose optimizer cannot go with its other settings.
 
     Raises:
         ValueError: Names the setting and what would be right.
     """
-    ours, name = recipe.optimizer, recipe.optimizer.name
-    if name == "adam" and ours.weight_decay:
-        raise ValueError(
-            f"optimizer.weight_decay={ours.weight_decay} with name='adam', which has none: set 0, or adamw"
-        )
-    if name == "schedulefree_adamw":
-        if recipe.schedule.name != "constant":
-            wanted = "schedule-free: set schedule.name=constant (warm-up is allowed)"
-            raise ValueError(
-                f"schedule.name={recipe.schedule.name!r} with name='schedulefree_adamw', which is {wanted}"
-            )
-        if recipe.ema_decay is not None:
-            raise ValueError(
-                f"ema_decay={recipe.ema_decay} with schedulefree_adamw, which averages by itself: set null"
-            )
+    problem = chosen(recipe.optimizer).problem(recipe)
+    if problem is not None:
+        raise ValueError(problem)
 
 
-def _maker(name: str) -> Callable[..., Optimizer]:
-    purpose = f"optimizer.name={name!r}"
-    if name == "schedulefree_adamw":
-        return require("schedulefree", extra="study", purpose=purpose).AdamWScheduleFree
-    if name == "prodigy":
-        return require("prodigyopt", extra="study", purpose=purpose).Prodigy
-    return _MAKERS[name]
+def _of_adam(recipe: "Recipe") -> str | None:
+    decay = recipe.optimizer.weight_decay
+    return f"optimizer.weight_decay={decay} with name='adam', which has none: set 0, or adamw" if decay else None
 
 
-_MAKERS: dict[str, Callable[..., Optimizer]] = {
-    "RAdaBeliefW": RAdaBeliefW,
-    "nag": NAG,
-    "adam": PaperAdam,
-    "adamw": PaperAdam,
-    "radam": partial(PaperAdam, rectify=True),
-    "adabelief": partial(PaperAdam, belief=True),
-    "nadamw": partial(torch.optim.NAdam, decoupled_weight_decay=True),
+def _of_schedule_free(recipe: "Recipe") -> str | None:
+    if recipe.schedule.name != "constant":
+        wanted = "schedule-free: set schedule.name=constant (warm-up is allowed)"
+        return f"schedule.name={recipe.schedule.name!r} with name='schedulefree_adamw', which is {wanted}"
+    if recipe.ema_decay is not None:
+        return f"ema_decay={recipe.ema_decay} with schedulefree_adamw, which averages by itself: set null"
+    return None
+
+
+def _schedule_free(groups: Any, **arguments: Any) -> Optimizer:
+    package = require_package("schedulefree", extra="study", purpose="optimizer.name='schedulefree_adamw'")
+    optimizer: Optimizer = package.AdamWScheduleFree(groups, **arguments)
+    return optimizer
+
+
+def _prodigy(groups: Any, **arguments: Any) -> Optimizer:
+    package = require_package("prodigyopt", extra="study", purpose="optimizer.name='prodigy'")
+    optimizer: Optimizer = package.Prodigy(groups, **arguments)
+    return optimizer
+
+
+_OWN = {
+    "RAdaBeliefW": OptimizerChoice(make=RAdaBeliefW, is_rectified=True),
+    "nag": OptimizerChoice(make=NAG, arguments=_momentum_arguments),
+    "adam": OptimizerChoice(make=PaperAdam, problem=_of_adam),
+    "adamw": OptimizerChoice(make=PaperAdam),
+    "radam": OptimizerChoice(make=partial(PaperAdam, rectify=True), is_rectified=True),
+    "adabelief": OptimizerChoice(make=partial(PaperAdam, belief=True)),
+    "nadamw": OptimizerChoice(make=partial(torch.optim.NAdam, decoupled_weight_decay=True)),
+    "schedulefree_adamw": OptimizerChoice(make=_schedule_free, needs_whole_parameters=True, problem=_of_schedule_free),
+    "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True),
 }

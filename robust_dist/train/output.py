@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from robust_dist.train.whereabouts import Rank
+from robust_dist.train.rank_info import Rank
 
 LOG = "log.txt"
 

@@ -1,45 +1,18 @@
 """From YAML files and a command line to a recipe. A recipe is data: nothing that it says is imported or called."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from robust_dist.documents import DocumentError, typed
 from robust_dist.private import HIDDEN, without_hidden
+from robust_dist.train.keys import keys_of
 from robust_dist.yaml_file import Document, Place, parse_yaml, read_yaml, scalar
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")
-
-
-class Keys(NamedTuple):
-    """The dotted keys of a recipe: its sections' classes, and the type hints of mappings and of single values."""
-
-    sections: dict[str, type]
-    mappings: dict[str, Any]
-    values: dict[str, Any]
-
-
-@cache
-def keys_of(kind: type) -> Keys:
-    """The keys of a dataclass of dataclasses."""
-    keys = Keys({}, {}, {})
-    for name, hint in _walk(kind, ""):
-        place = keys.sections if is_dataclass(hint) else keys.mappings if get_origin(hint) is dict else keys.values
-        place[name] = hint
-    return keys
-
-
-def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        yield prefix + one.name, hints[one.name]
-        if is_dataclass(hints[one.name]):
-            yield from _walk(hints[one.name], f"{prefix}{one.name}.")
 
 
 class Settings:
@@ -101,7 +74,7 @@ class Settings:
     def set(self, name: str, document: Document, value: Any, place: Place = ()) -> None:
         """Set one key to a value of a document, in its spelling there where the key takes text."""
         where = document.where(place)
-        owner = self._owner(name)
+        owner = self.keys.owner(name)
         if name in self.keys.values:
             self._note(name, _fitted(document, place, value, self.keys.values[name]), where)
         elif name in self.keys.mappings:
@@ -111,14 +84,15 @@ class Settings:
             _refuse_doubts(document, place)
             self._set_below(owner, name, value, where)
         else:
-            near = get_close_matches(name, [*self.keys.values, *self.keys.mappings, *self.keys.sections], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            self.problems.append(f"{where}: a recipe has no key {name!r}{hint}")
+            self.problems.append(f"{where}: a recipe has no key {name!r}{self.keys.did_you_mean(name)}")
 
     def word(self, name: str, raw: str) -> None:
         """Set one key from a word of the command line."""
         option = f"--{name}"
-        if name in self.keys.sections:
+        if not self.keys.is_known(name):
+            hint = self.keys.did_you_mean(name, "--")
+            self.problems.append(f"unknown setting {option}{hint} (--help lists every setting)")
+        elif name in self.keys.sections:
             document = parse_yaml(raw, option)
             self.take(document, document.data, (), f"{name}.")
         elif name in self.keys.values:
@@ -168,9 +142,6 @@ class Settings:
 
     def _note(self, name: str, value: Any, where: str) -> None:
         self._given[name], self._where[name] = value, where
-
-    def _owner(self, name: str) -> str | None:
-        return next((one for one in self.keys.mappings if name.startswith(f"{one}.")), None)
 
     def _set_below(self, owner: str, name: str, value: Any, where: str) -> None:
         held = self._given.get(owner, {})

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class Progress:
         lr: Learning rate of the last step.
         weight_decay: Weight decay of the last step.
         bad_images: This rank's images since the epoch began that could not be read.
+        forgiven: Bad images of the epoch, on all ranks, over which the run was stopped before.
+        unfinished: Figures of an epoch that is trained and not yet recorded, as `metrics.jsonl` has them.
+        resumed_step: The step of the checkpoint that this start took up; -1 without one.
     """
 
     step: int
@@ -29,6 +33,15 @@ class Progress:
     lr: float = 0.0
     weight_decay: float = 0.0
     bad_images: int = 0
+    forgiven: int = 0
+    unfinished: dict[str, Any] | None = None
+    resumed_step: int = -1
+
+    def begin_epoch(self) -> None:
+        """Forget the epoch that was recorded."""
+        self.unfinished = None
+        self.loss_sum.zero_()
+        self.bad_images = self.forgiven = 0
 
 
 def check_finite(loss: float, step: int, settings: OptimizerConfig) -> None:

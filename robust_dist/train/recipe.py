@@ -3,83 +3,39 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
 from robust_dist.private import HIDDEN, hidden
-from robust_dist.train.data_config import STREAMED, DataConfig
+from robust_dist.train.augment_config import AugmentConfig
+from robust_dist.train.command_line import parse
+from robust_dist.train.data_config import FORMATS, DataConfig
+from robust_dist.train.keys import COSTLY, FREE, flatten, keys_of, recipe_dict, values_of
+from robust_dist.train.model_config import ModelConfig
+from robust_dist.train.optimizers import OptimizerConfig
 from robust_dist.train.settings import require as _require
 from robust_dist.train.settings import require_number as _require_number
 
-
-@dataclass
-class ModelConfig:
-    """Which classifier is trained.
-
-    Attributes:
-        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
-        options: Further keyword arguments of the model's constructor.
-        channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
-        sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
-    """
-
-    name: str = "resnet20"
-    options: dict[str, Any] = field(default_factory=dict)
-    channels_last: bool = False
-    sync_batchnorm: bool = False
-
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "conflicts",
+    "flatten",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_dict",
+]
 
 # What the transports and the system count in milliseconds of 32 bits: 23 days.
 _MOST_SECONDS = 2_000_000
-
-OptimizerName = Literal[
-    "RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"
-]
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer's settings (PAPER: betas, eps and weight decay are RAdaBeliefW's defaults).
-
-    Attributes:
-        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
-            schedulefree_adamw and prodigy (of the extra "study"). robust_dist/train/optimizers.py says what each is.
-        lr: Learning rate before the schedule.
-        betas: Decay rates of the two moments; nag has only the first, as its momentum.
-        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
-        beta2_steps: What auto divides by the run's optimizer steps.
-        eps: Added to the variance every step, and under the root.
-        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
-        no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
-        clip_norm: Largest norm of the whole gradient; none clips nothing.
-        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). With
-            RAdaBeliefW, exp_avg_dtype: bfloat16 keeps the first moment in half the memory, rounded to the nearest, or
-            by chance with stochastic_rounding: true (and a seed).
-    """
-
-    name: OptimizerName = "RAdaBeliefW"
-    lr: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    beta2: float | Literal["auto"] | None = None
-    beta2_steps: float = 7.5
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    no_decay: list[str] = field(default_factory=list)
-    clip_norm: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require_number("optimizer.lr", self.lr, 0)
-        _require_number("optimizer.eps", self.eps, 0)
-        _require_number("optimizer.weight_decay", self.weight_decay, 0)
-        for beta in self.betas:
-            _require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        if isinstance(self.beta2, (int, float)):
-            _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, 'in [0, 1), "auto" or null')
-        _require(0 < self.beta2_steps < math.inf, "optimizer.beta2_steps", self.beta2_steps, "a finite number above 0")
-        if self.clip_norm is not None:
-            _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
 
 
 @dataclass
@@ -106,41 +62,10 @@ class ScheduleConfig:
         if self.name != "cosine":
             _require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
 
-
-@dataclass
-class AugmentConfig:
-    """The training pipeline: crop, flip, TrivialAugment, CutMix, in this order.
-
-    Attributes:
-        crop: Pixels of padding before the random crop; null takes the data set's own, 0 crops nothing.
-        flip: Mirror half of the images; null takes the data set's own (never for digits).
-        trivial: TrivialAugment, a draw per sample.
-        num_bins: Strengths of TrivialAugment.
-        interpolation: nearest or bilinear, for TrivialAugment's warps.
-        cutmix: CutMix.
-        cutmix_mode: elem (a box and a partner per sample, independent of the world size) or batch (one box).
-        cutmix_alpha: Parameter of Beta(alpha, alpha), from which the share is drawn.
-        cutmix_p: Probability of CutMix.
-        compile: Run the pipeline through torch.compile.
-    """
-
-    crop: int | None = None
-    flip: bool | None = None
-    trivial: bool = True
-    num_bins: int = 31
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
-    cutmix: bool = True
-    cutmix_mode: Literal["elem", "batch"] = "elem"
-    cutmix_alpha: float = 1.0
-    cutmix_p: float = 1.0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.crop is not None:
-            _require_number("augment.crop", self.crop, 0)
-        _require_number("augment.num_bins", self.num_bins, 2, 65_536)
-        _require(0 < self.cutmix_alpha < math.inf, "augment.cutmix_alpha", self.cutmix_alpha, "a finite number above 0")
-        _require_number("augment.cutmix_p", self.cutmix_p, 0, 1)
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The section under RobustSchedule's names."""
+        return values_of(self, ScheduleConfig, "name") | {"decay": self.name}
 
 
 @dataclass
@@ -248,25 +173,25 @@ class Recipe:
     """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig, metadata=COSTLY)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig, metadata=COSTLY)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig, metadata=COSTLY)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=FREE)
     epochs: int = 300
-    batch_size: int = 128
-    accumulation: int = 1
-    micro_batch_size: int | None = None
+    batch_size: int = field(default=128, metadata=COSTLY)
+    accumulation: int = field(default=1, metadata=FREE)
+    micro_batch_size: int | None = field(default=None, metadata=FREE)
     label_smoothing: float = 0.0
     ema_decay: float | None = None
-    cuda_graph: bool = False
+    cuda_graph: bool = field(default=False, metadata=FREE)
     seed: int = 0
-    run_dir: str = "runs/run"
-    num_processes: int | None = None
-    timeout_seconds: float = 600.0
-    profile: bool | tuple[int, int] = False
+    run_dir: str = field(default="runs/run", metadata=FREE)
+    num_processes: int | None = field(default=None, metadata=FREE)
+    timeout_seconds: float = field(default=600.0, metadata=FREE)
+    profile: bool | tuple[int, int] = field(default=False, metadata=FREE)
 
     def __post_init__(self) -> None:
         self.run_dir = os.path.expanduser(self.run_dir)
@@ -297,41 +222,15 @@ class Recipe:
 
         # An unknown name is told where the set is opened.
         named = DATASETS.get(self.data.name)
-        side = named.size if named else self.data.size if self.data.name in STREAMED else None
+        side = named.size if named else self.data.size if self.data.name in FORMATS else None
         if side is not None:
             wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
             _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
 
 
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dicts of plain YAML values (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-    return {key: plain(value) for key, value in asdict(recipe).items()}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; an empty dict leaves no key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-# Settings that may change between two starts of one run: they move no weight by more than rounding.
-FREE = (
-    *("run_dir", "num_processes", "timeout_seconds", "checkpoint.", "tracking.", "profile", "data.root"),
-    *("data.download", "data.workers", "data.prefetch", "data.max_bad_share", "data.index_dir", "data.spool_dir"),
-    *("data.keep_on", "data.own_files", "cuda_graph"),
-    *("accumulation", "micro_batch_size"),
-)
-
-
-def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder") -> list[str]:
+def conflicts(
+    ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder", kind: type = Recipe
+) -> list[str]:
     """Settings that differ between two recipes and change the result, one line each.
 
     Args:
@@ -339,10 +238,12 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
         theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
             count as their defaults.
         where: What holds it, for the lines.
+        kind: The class of the recipe that starts.
     """
-    defaults = flatten(recipe_dict(Recipe()))
+    defaults = flatten(recipe_dict(kind()))
     here, there = flatten(hidden(ours)), defaults | flatten(hidden(theirs))
-    keys = sorted(k for k in here.keys() | there.keys() if not k.startswith(FREE))
+    known = keys_of(kind)
+    keys = sorted(k for k in here.keys() | there.keys() if not known.is_free(k))
     # No file tells which secret a run had, and the next start may have it from the environment.
     keys = [k for k in keys if HIDDEN not in (here.get(k), there.get(k))]
     missing = "(not set)"
@@ -353,22 +254,21 @@ def conflicts(ours: dict[str, Any], theirs: dict[str, Any], where: str = "the fo
     ]
 
 
-def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
+def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
 
     A recipe is data: nothing that it says is imported or called.
 
     Args:
         args: Command-line words; `sys.argv` where None.
+        kind: The recipe's class.
 
     Raises:
         SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
         ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
             of its range.
     """
-    from robust_dist.train.command_line import parse
-
-    return cast(Recipe, parse(Recipe, args))
+    return cast(Recipe, parse(kind, args))
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -111,7 +111,7 @@ def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> C
             typed(checkpoint.metadata, _Noted, "its metadata")
         except DocumentError as error:
             return f"of no run ({error})"
-        differing = conflicts(ours, checkpoint.metadata["recipe"])
+        differing = conflicts(ours, checkpoint.metadata["recipe"], kind=type(recipe))
         return "of another recipe (" + "; ".join(differing) + ")" if differing else None
 
     found, rejected = store.newest(refuse)

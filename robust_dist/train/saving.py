@@ -85,18 +85,18 @@ class Saver:
         Raises:
             CheckpointError: On every rank: this checkpoint or the one before could not be written.
         """
-        self.settle()
+        self.wait()
         began = time.perf_counter()
         if not (self.background and self._stage(step, write, metadata)):
             self._write_now(step, write, metadata)
         self.saved, self.count = step, self.count + 1
         self.seconds += time.perf_counter() - began
 
-    def troubled(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this rank's part of the checkpoint on its way has failed."""
         return self._pending is not None and self._pending.error is not None
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until the checkpoint on its way is complete.
 
         Raises:

@@ -103,7 +103,7 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-class Lookout:
+class PauseVote:
     """Whether any rank wants all of them to pause for a word: an answer that comes one step late and waits for nobody.
 
     Every rank asks once a step; the answer is the same on all of them.
@@ -142,7 +142,7 @@ class Stopper:
     def __init__(self, accelerator: Accelerator, saver: Saver) -> None:
         self.accelerator, self.saver = accelerator, saver
         self.stop: str | None = None
-        self._signals, self._lookout = StopSignals(), Lookout()
+        self._signals, self._pause_vote = StopSignals(), PauseVote()
 
     def __enter__(self) -> "Stopper":
         self._signals.__enter__()
@@ -152,7 +152,7 @@ class Stopper:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self._lookout.close()
+            self._pause_vote.close()
         self._signals.__exit__(kind, error, traceback)
 
     def ask(self) -> bool:
@@ -162,16 +162,16 @@ class Stopper:
             CheckpointError: On every rank: the last checkpoint could not be written on one of them.
         """
         signalled = self._signals.received is not None and self.stop is None
-        if self._lookout.ask(signalled or self.saver.troubled()):
+        if self._pause_vote.ask(signalled or self.saver.has_failed()):
             self._confer()
         return self.stop is not None
 
     def _confer(self) -> None:
-        mine = (self._signals.received.name if self._signals.received is not None else None, self.saver.troubled())
+        mine = (self._signals.received.name if self._signals.received is not None else None, self.saver.has_failed())
         found = [mine] if self.accelerator.num_processes == 1 else gather_object([mine])
         self.stop = next((name for name, _ in found if name is not None), None)
-        if any(troubled for _, troubled in found):
-            self.saver.settle()
+        if any(failed for _, failed in found):
+            self.saver.wait()
 
     def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
         """Note the stop in the run's folder.

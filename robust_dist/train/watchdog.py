@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from robust_dist.train.whereabouts import Rank
+from robust_dist.train.rank_info import Rank
 
 DUMP_SHARE = 0.75
 HANG_STATUS = 124
@@ -39,16 +39,16 @@ class HangError(RuntimeError):
     """Nothing was done for longer than the timeout, and no collective was there to end it."""
 
 
-def tick(what: str, *, patient: bool = False) -> None:
+def tick(what: str, *, may_be_slow: bool = False) -> None:
     """Tell this process's watchdog, if there is one, that the run gets on.
 
     Args:
         what: What begins now, as it should stand in a report: "step 12".
-        patient: What begins may take longer than the timeout (a download, a first compilation): if it does, the
+        may_be_slow: What begins may take longer than the timeout (a download, a first compilation): if it does, the
             stacks are dumped, but the process is not ended.
     """
     if _active is not None:
-        _active.note(what, patient)
+        _active.note(what, may_be_slow)
 
 
 class Watchdog:
@@ -84,9 +84,9 @@ class Watchdog:
         self._thread.join(timeout=1)
         faulthandler.cancel_dump_traceback_later()
 
-    def note(self, what: str, patient: bool = False) -> None:
+    def note(self, what: str, may_be_slow: bool = False) -> None:
         """The run gets on; see `tick`."""
-        self._last = what, patient
+        self._last = what, may_be_slow
 
     def _watch(self) -> None:
         seen, silent, dumped, before = self._last, 0.0, False, time.monotonic()
@@ -101,11 +101,11 @@ class Watchdog:
             if not dumped and silent >= DUMP_SHARE * self.timeout:
                 dumped = True
                 self._dump(last[0], silent)
-            if silent >= self._limit(patient=last[1]):
+            if silent >= self._limit(may_be_slow=last[1]):
                 self._end(last[0], silent)
 
-    def _limit(self, patient: bool) -> float:
-        if patient:
+    def _limit(self, may_be_slow: bool) -> float:
+        if may_be_slow:
             return math.inf
         return self.timeout + (self.grace if is_waiting(_main_frame()) else 0)
 

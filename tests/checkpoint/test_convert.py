@@ -666,8 +666,8 @@ def test_the_command_converts_and_says_where_it_cannot(tmp_path, run_checkpoint,
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     assert main(words) == 2
     assert "is there already" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words[:-3], "deepspeed", *words[-2:]])
+    assert main([*words[:-3], "deepspeed", *words[-2:]]) == 2
+    assert "engine 'deepspeed' is none of ddp, fsdp, zero0" in capsys.readouterr().err
 
 
 def test_the_command_unwraps_a_file_of_ddps(tmp_path, trained, capsys):

@@ -10,8 +10,9 @@ from torch import nn
 
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.checkpoint.zero import is_zero, read_zero, write_zero
-from robust_dist.checkpoint.zero_layout import cut_group, join_group, round_robin, sub_groups, undo_round_robin
+from robust_dist.checkpoint.zero_files import cut_group, is_zero, join_group, round_robin, sub_groups, undo_round_robin
+from robust_dist.checkpoint.zero_read import read_zero
+from robust_dist.checkpoint.zero_write import write_zero
 from robust_dist.engines.accelerate import base_optimizer
 from robust_dist.engines.deepspeed import register
 from robust_dist.optim import RAdaBeliefW

@@ -6,10 +6,10 @@ import torch
 from robust_dist.data import DataError, ImageSet, placement
 from robust_dist.data.host_set import HostSet
 from robust_dist.data.placement import choose_places, place
-from robust_dist.train import placing
+from robust_dist.train import opening
 from robust_dist.train.build import open_sets
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.placing import data_lines, data_notes
+from robust_dist.train.opening import data_lines, data_notes
 
 GPU = torch.device("cuda", 0)
 
@@ -40,7 +40,7 @@ def test_auto_takes_the_device_for_at_most_half_of_its_free_memory(sizes, free, 
 
 
 def free(monkeypatch, count):
-    for module in (placement, placing):
+    for module in (placement, opening):
         monkeypatch.setattr(module, "free_bytes", lambda device: count)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robust_dist.engines.deepspeed import check_config, register
-from robust_dist.engines.deepspeed.sections import settled
+from robust_dist.engines.deepspeed.sections import normalized
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 from tests.schedule.toys import make
@@ -103,7 +103,7 @@ def test_a_wrong_json_is_an_error_that_names_setting_value_and_what_to_change(mo
 def test_what_asks_an_adam_for_what_is_done_anyway_means_nothing_and_passes():
     idle = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True, "amsgrad": False, "set_grad_none": True}
     check_config({**GIVEN, **params("optimizer", **idle, eps=1e-8, betas=[0.9, 0.999])})
-    assert settled("optimizer", {"lr": 0.1, **idle}) == {"lr": 0.1}
+    assert normalized("optimizer", {"lr": 0.1, **idle}) == {"lr": 0.1}
 
 
 def test_step_counts_may_be_whole_floats():

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RankDisagreementError, RobustSchedule, WeightDecaySwitch
-from robust_dist.schedule.agreement import Report, _ranks, disagreement
+from robust_dist.schedule.comparison import Report, _ranks, disagreement
 from tests.ranks import TIMEOUT, run_ranks
 from tests.schedule.toys import BASES, decays, make, train_step, wanted_decays
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-from robust_dist.train.measured import without_measured
+from robust_dist.train.metrics import without_measured
 from tests.forked import CONTEXT, ROOT, begin, ensure_server
 from tests.ranks import rank_environment
 from tests.train.under_engines import environment

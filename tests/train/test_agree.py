@@ -13,7 +13,9 @@ from torch import nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import DATASETS, load_dataset
+from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
+from robust_dist.train.backends import backends_of
 from robust_dist.train.build import load_sets
 from robust_dist.train.evaluate import average_buffers, evaluate
 from robust_dist.train.meter import Figures, Meter, measured
@@ -83,6 +85,13 @@ def fetched(accelerator):
     return calls
 
 
+PIPELINE = RobustAugment(3, 8, (0.5,), (0.2,))
+
+
+def stepped_by(*, foreach):
+    return RAdaBeliefW([nn.Parameter(torch.zeros(2))], foreach=foreach)
+
+
 def scenarios():
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -91,6 +100,8 @@ def scenarios():
     average_buffers(norm)
     return {
         "seeds": message(lambda: check_ranks_agree(accelerator, Recipe(seed=rank))),
+        "backends": message(lambda: backends_of(Recipe(), accelerator, stepped_by(foreach=rank == 0), PIPELINE)),
+        "one backend": backends_of(Recipe(), accelerator, stepped_by(foreach=True), PIPELINE).optimizer,
         "same": message(lambda: check_ranks_agree(accelerator, Recipe())),
         "one fails": message(lambda: attempt(accelerator, fail, here=rank == world - 1)),
         "main fails": message(lambda: from_main(accelerator, fail)),
@@ -109,6 +120,9 @@ def test_errors_decisions_buffers_and_scores_are_the_same_on_every_rank(world_si
     for result in results:
         assert "seed: rank 0: 0, rank 1: 1" in result["seeds"]
         assert result["same"] is None
+        assert "different backends" in result["backends"]
+        assert "optimizer: rank 0: 'foreach', rank 1: 'single-tensor'" in result["backends"]
+        assert result["one backend"] == "foreach"
         assert result["one fails"] == result["main fails"] == "the file is torn"
         assert result["buffers"] == [(world_size - 1) / 2] * 3
         assert result["score"].samples == 359

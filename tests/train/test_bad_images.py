@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 
 from robust_dist.train.bad_images import TooManyBadImagesError, unreadable
 from robust_dist.train.main import train
-from robust_dist.train.measured import without_measured
+from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import (
     CheckpointConfig,
     DataConfig,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from robust_dist.train.build import build_augment, look_of
+from robust_dist.train.build import build_augment, preprocessing_of
 from robust_dist.train.recipe import DataConfig, Recipe, conflicts, load_recipe, parse_recipe, recipe_dict
 
 FOLDER = {"name": "imagefolder"}
@@ -74,9 +74,9 @@ def test_streamed_sets_get_flip_and_imagenets_scale_and_no_second_crop():
     assert (training.size, evaluation.size) == ((64, 64), (96, 96))
     assert training.crop is None
     assert training.flip is not None
-    assert look_of(recipe.data).mean == (0.485, 0.456, 0.406)
+    assert preprocessing_of(recipe.data).mean == (0.485, 0.456, 0.406)
     own = parse_recipe(["--data.name", "imagefolder", "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[1, 1, 1]"])
-    assert (look_of(own.data).mean, look_of(own.data).std) == ((0.1, 0.2, 0.3), (1, 1, 1))
+    assert (preprocessing_of(own.data).mean, preprocessing_of(own.data).std) == ((0.1, 0.2, 0.3), (1, 1, 1))
 
 
 def test_settings_that_move_no_weight_may_change_between_two_starts():
@@ -89,4 +89,4 @@ def test_settings_that_move_no_weight_may_change_between_two_starts():
 
 def test_an_unknown_set_s_error_names_the_formats():
     with pytest.raises(ValueError, match=r"unknown data set 'imagenet'.*imagefolder, hub and webdataset"):
-        look_of(DataConfig(name="imagenet"))
+        preprocessing_of(DataConfig(name="imagenet"))

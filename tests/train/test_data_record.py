@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robust_dist.data.identity import are_copies
-from robust_dist.train.build import look_of, open_sets
+from robust_dist.train.build import open_sets, preprocessing_of
 from robust_dist.train.data_record import check_parts, data_record, differences
 from robust_dist.train.folder import RunFolder, RunFolderError
 from robust_dist.train.recipe import DataConfig, Recipe
@@ -29,7 +29,7 @@ def recipe(tmp_path):
 
 
 def record_of(recipe):
-    return data_record(recipe, open_sets(recipe.data, CPU, download=False), look_of(recipe.data))
+    return data_record(recipe, open_sets(recipe.data, CPU, download=False), preprocessing_of(recipe.data))
 
 
 def begin(recipe, folder, record):
@@ -160,7 +160,7 @@ def test_sets_by_name_are_told_by_their_labels():
     recipe = Recipe()
     sets = open_sets(recipe.data, CPU, download=False)
     other = [changed_labels(sets[0]), sets[1]]
-    ours, theirs = (data_record(recipe, one, look_of(recipe.data)) for one in (sets, other))
+    ours, theirs = (data_record(recipe, one, preprocessing_of(recipe.data)) for one in (sets, other))
     assert ours["train"]["fingerprint"] != theirs["train"]["fingerprint"]
     assert ours["eval"] == theirs["eval"]
     assert ours["preprocessing"]["train_size"] == 32

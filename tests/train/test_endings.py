@@ -5,8 +5,8 @@ import json
 import pytest
 
 from robust_dist.train.failures import Record, explain_loss, kind_of, read_records, record_failure, set_aside
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.watchdog import HANG_STATUS
-from robust_dist.train.whereabouts import Rank
 from tests.train.ending import STEP, run_faults
 
 HANGING = ["--timeout_seconds", "12"]

@@ -15,9 +15,9 @@ from robust_dist.train.claim import FolderLostError
 from robust_dist.train.failures import record_failure
 from robust_dist.train.folder import RunFolder, RunFolderError, environment
 from robust_dist.train.metrics import last_row
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe, parse_recipe, recipe_dict
 from robust_dist.train.resume import check_not_lost
-from robust_dist.train.whereabouts import Rank
 
 
 def test_claim_writes_the_recipe_and_notes_every_start(tmp_path):

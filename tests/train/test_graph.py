@@ -18,7 +18,7 @@ from robust_dist.schedule import group_values
 from robust_dist.train import engine, main
 from robust_dist.train.build import load_sets
 from robust_dist.train.graph import WARM_UP_STEPS, DeviceRates, StaticStep, check_graph
-from robust_dist.train.measured import without_measured
+from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, Recipe, TrackingConfig
 from tests.data import pretended
 from tests.train.tape import Tape

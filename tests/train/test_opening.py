@@ -7,8 +7,9 @@ import torch
 
 from robust_dist.data.image_set import ImageSet
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.train.backends import optimizer_backend
 from robust_dist.train.build import open_sets
-from robust_dist.train.opening import oddities, optimizer_backend, part_lines
+from robust_dist.train.opening import oddities, part_lines
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe
 from tests.data.tiny_sets import write_image_folder
 
@@ -68,6 +69,6 @@ def test_fewer_steps_than_the_rectification_takes_say_what_to_change():
 
 def test_the_optimizer_s_backend_is_named():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    assert optimizer_backend(RAdaBeliefW([parameter], foreach=False)) == " single-tensor"
-    assert optimizer_backend(RAdaBeliefW([parameter], foreach=True)) == " foreach"
-    assert optimizer_backend(SimpleNamespace(optimizer=torch.optim.SGD([parameter], lr=1))) == ""
+    assert optimizer_backend(RAdaBeliefW([parameter], foreach=False)) == "single-tensor"
+    assert optimizer_backend(RAdaBeliefW([parameter], foreach=True)) == "foreach"
+    assert optimizer_backend(SimpleNamespace(optimizer=torch.optim.SGD([parameter], lr=1))) is None

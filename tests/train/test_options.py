@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from robust_dist.train import main
 from robust_dist.train.build import load_sets
 from robust_dist.train.main import train
-from robust_dist.train.measured import without_measured
+from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import (
     CheckpointConfig,
     DataConfig,

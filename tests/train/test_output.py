@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from robust_dist.train.output import LOG, LastingOutput
-from robust_dist.train.whereabouts import Rank
+from robust_dist.train.rank_info import Rank
 from tests.train.launching import CONTEXT, SCRIPT, TINY
 
 

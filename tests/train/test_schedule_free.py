@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from robust_dist.data import DeviceLoader, ImageSet
-from robust_dist.train.schedule_free import STATISTICS_STEPS, use_averaged_weights
+from robust_dist.train.evaluate import STATISTICS_STEPS, use_averaged_weights
 from tests.train.launching import finish, kill_after, metrics, start
 
 WORDS = ["--optimizer.name", "schedulefree_adamw", "--schedule.name", "constant", "--schedule.warmup_steps", "5"]

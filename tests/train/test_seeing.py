@@ -12,8 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from robust_dist.train import main
 from robust_dist.train.build import load_sets
 from robust_dist.train.display import Display
-from robust_dist.train.measured import MEASURED, without_measured
 from robust_dist.train.meter import Figures, Meter
+from robust_dist.train.metrics import MEASURED, without_measured
 from robust_dist.train.profiling import window
 from robust_dist.train.recipe import (
     CheckpointConfig,

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.watchdog import HANG_STATUS, Watchdog, describe, is_waiting, tick
-from robust_dist.train.whereabouts import Rank
 from tests.forked import CONTEXT, ensure_server
 from tests.train.ending import print_into
 
@@ -25,7 +25,7 @@ def work():
 
 
 def wait_patiently():
-    tick("a download", patient=True)
+    tick("a download", may_be_slow=True)
     time.sleep(1.5 * TIMEOUT)
 
 

@@ -1,4 +1,4 @@
-"""Whether a DeepSpeed checkpoint is one that an engine can go on from, asked before any rank loads it."""
+"""A check, before any rank loads it, that an engine can go on from a DeepSpeed checkpoint."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ _UNIVERSAL_STATE = ("fp32", "exp_avg", "exp_avg_sq")
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
 # A save with elastic_checkpoint leaves the groups out, and its load needs none.
 _UNSAVED = object()
-# Entries that torch loads whatever their shape, or does without.
+# Entries that torch loads whatever their shape, or does not need.
 _FREE = ("_extra_state", "num_batches_tracked")
 
 
@@ -128,7 +128,7 @@ def _of_another_world(engine: Any, model: Any, path: Path, universal: bool, stag
 
 
 def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterator[str]:
-    """What the load would refuse, or (stage 3, which loads flat partitions) take for something else."""
+    """What the load would refuse, or (at stage 3, which loads flat partitions) put in the wrong place."""
     own_way = loads_in_own_way(engine.module)
     if stage == 3:
         saved = _shapes(model.get("param_shapes") or [])
@@ -165,7 +165,7 @@ def _has_own_load(module: nn.Module) -> bool:
         return True
     for name in ("load_state_dict", "_load_from_state_dict"):
         method = getattr(module, name)
-        # Batch normalisation's own takes what the plain one does, but for `_FREE`.
+        # Batch normalisation's own method takes the same entries, except for `_FREE`.
         if not getattr(method, "__module__", "").startswith(("torch.nn.modules.module", "torch.nn.modules.batchnorm")):
             return True
     return False
@@ -180,7 +180,7 @@ def _shapes(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
 
 
 def _owned_shapes(engine: Any) -> dict[Any, Any]:
-    """Of the parameters that ZeRO's optimizer holds, by name and in its order, as a save would write them."""
+    """The shapes of the parameters that ZeRO's optimizer holds, by name and in its order."""
     return _shapes(engine._get_zero_param_shapes())
 
 
@@ -191,7 +191,7 @@ def _like(value: Any, wanted: Any = None) -> Any:
 
 
 def _lacking(engine: Any, zero: Path) -> Iterator[str]:
-    """What a universal load reads of each parameter: by its name, at stages 1 and 2 whichever files are there."""
+    """Files that a universal load would miss: it reads them by name, at stages 1 and 2 those that are there."""
     owned, stage = _owned_shapes(engine), int(engine.zero_optimization_stage())
     moments = _UNIVERSAL_STATE[1:]
     stepped = stage == 3 or any((zero / name / f"{key}.pt").is_file() for name in owned for key in moments)
@@ -220,7 +220,7 @@ def _groups(engine: Any, model: Any, path: Path, universal: bool, stage: int) ->
 
 
 def _param_groups(state: Any) -> Any:
-    """The groups, from under the wrappers' states."""
+    """The param groups inside the nested states of wrappers."""
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         if isinstance(state, dict) and key in state:
             state = state[key]
@@ -248,7 +248,7 @@ def _of_another_optimizer(engine: Any, saved: Any, path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing_to_the_end(engine: Any) -> Iterator[None]:
-    """Within it, `engine.save_checkpoint` comes to its end on a rank that cannot write; the error is raised on leaving.
+    """Inside, `engine.save_checkpoint` finishes on a rank that cannot write, whose error is raised at the end.
 
     DeepSpeed's ranks meet in barriers around their writes, where the others would wait for the one that has raised.
     What is no DeepSpeed engine is left as it is.

@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON says of optimizer and schedule, checked before an engine is built from it."""
+"""Checks of optimizer and schedule in a DeepSpeed JSON, before an engine is built from it."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from robust_dist.documents import read_json
-from robust_dist.engines.deepspeed.sections import AUTO, OURS, Finding, findings, settled
+from robust_dist.engines.deepspeed.sections import AUTO, OURS, Finding, findings, normalized
 from robust_dist.optim import RAdaBeliefW
 
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
 def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) -> None:
-    """Check a DeepSpeed JSON before `deepspeed.initialize`: names, parameters and values of ours, and what loses them.
+    """Check a DeepSpeed JSON before `deepspeed.initialize`: our names, parameters and values, and what overrides them.
 
     A JSON that names another optimizer and another scheduler, or none, is left to DeepSpeed. Parameters of DeepSpeed's
     own optimizers that ask for what RAdaBeliefW does anyway pass (`"torch_adam"`, `"adam_w_mode": true`,
@@ -37,8 +37,8 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
     _refuse(found)
 
 
-def settle_engine(engine: Any) -> None:
-    """Check what a starting DeepSpeed engine will take by name from its JSON, and hand it on as ours take it.
+def check_engine_config(engine: Any) -> None:
+    """Check what a starting engine takes by name from its JSON, and normalize the parameters.
 
     What DeepSpeed does not use is not looked at: a section beside a client's object, a scheduler without an optimizer.
 
@@ -57,7 +57,7 @@ def settle_engine(engine: Any) -> None:
     for section in used:
         params = getattr(config, f"{section}_params", None)
         if _type_of(written, section) == OURS[section] and params:
-            setattr(config, f"{section}_params", settled(section, params))
+            setattr(config, f"{section}_params", normalized(section, params))
 
 
 def _used_sections(engine: Any, config: Any) -> list[str]:
@@ -145,7 +145,7 @@ def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _of_other_steps(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What makes another optimizer step some of the parameters."""
+    """Settings by which another optimizer would step some of the parameters."""
     offload, where = _offload(config), "zero_optimization.offload_optimizer"
     ratio = offload.get("ratio", 1.0)
     if ratio != 1.0:

@@ -50,7 +50,7 @@ class DeepSpeed(Engine):
         from robust_dist.engines.deepspeed import check_config, register
 
         register()
-        # Accelerate has kept the last of a key that stands twice, without a word.
+        # Of a duplicate key Accelerate has silently kept the last; reading the file again refuses it.
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
         if os.path.isfile(named):
             read_json(named)
@@ -64,15 +64,15 @@ class DeepSpeed(Engine):
         _fill_batch(config, accelerator.num_processes, settings)
 
     def casts_batch_norm(self, accelerator: Any) -> bool:
-        """DeepSpeed casts the whole model but its buffers."""
+        """True: DeepSpeed casts the whole model except its buffers."""
         return True
 
     def input_dtype(self, model: nn.Module) -> torch.dtype | None:
-        """The weights': DeepSpeed has no autocast."""
+        """The dtype of the weights: DeepSpeed has no autocast."""
         return next(model.parameters()).dtype
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """As `accelerator.save_state`; a rank that cannot write comes to the end, so that no other rank waits for it.
+        """As `accelerator.save_state`, but a rank that cannot write finishes, so that no other rank waits for it.
 
         Raises:
             Exception: The first write that failed on this rank.
@@ -90,7 +90,7 @@ class DeepSpeed(Engine):
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
         """Write DeepSpeed's own files, which it loads with the JSON as it is."""
-        from robust_dist.checkpoint.zero import write_zero
+        from robust_dist.checkpoint.zero_write import write_zero
 
         write_zero(state, folder, stage=self.stage, world_size=world_size)
         return []

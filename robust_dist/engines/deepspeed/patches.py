@@ -1,4 +1,4 @@
-"""What DeepSpeed does wrong to RAdaBeliefW, patched where it happens; other optimizers are left alone.
+"""Patches of what DeepSpeed does wrong to RAdaBeliefW; other optimizers are left alone.
 
 Each patch is given a module of DeepSpeed and looks for what it changes: a version without it needs no patch.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
-from robust_dist.engines.deepspeed.config import settle_engine
+from robust_dist.engines.deepspeed.config import check_engine_config
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
@@ -25,25 +25,25 @@ DRY_STEP = "initialize_optimizer_states"
 
 
 def pass_gate(module: ModuleType) -> None:
-    """ZeRO refuses optimizers that are not on its list."""
+    """Add RAdaBeliefW to the optimizers that ZeRO accepts."""
     supported: list[type] = module.ZERO_SUPPORTED_OPTIMIZERS
     if RAdaBeliefW not in supported:
         supported.append(RAdaBeliefW)
 
 
 def patch_dry_step(module: ModuleType) -> None:
-    """ZeRO-0's wrapper for bfloat16 and float16 steps once to get state, which decays the masters and counts."""
+    """Undo the step by which ZeRO-0's wrapper for bfloat16 and float16 makes state: it decays masters and counts."""
     _wrap(getattr(module, "FP16_UnfusedOptimizer", None), DRY_STEP, _without_a_trace)
     _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
 
 
 def patch_universal_load(module: ModuleType) -> None:
-    """ZeRO-3's universal load gives all groups the first one's settings, and all parameters one step tensor."""
+    """Give groups their own settings and steps after ZeRO-3's universal load, which gives all the first group's."""
     _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
 
 
 def patch_engine(module: ModuleType) -> None:
-    """DeepSpeed takes wrong JSONs and wrong checkpoints, or says nothing of what to change, or leaves ranks apart."""
+    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or leaves ranks apart."""
     # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
@@ -60,7 +60,7 @@ def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[
 
 def _with_config_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def do_sanity_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settle_engine(self)
+        check_engine_config(self)
         return original(self, *args, **kwargs)
 
     return do_sanity_check
@@ -80,7 +80,7 @@ def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _goes_on(arguments: dict[str, Any]) -> bool:
-    """Whether the run is to go on with everything that it had; a start without a checkpoint is DeepSpeed's to allow."""
+    """Whether everything is to be loaded; DeepSpeed itself allows a start without a checkpoint."""
     folder, tag = arguments.get("load_dir"), arguments.get("tag")
     if folder is None or "tag" not in arguments or arguments.get("custom_load_fn") is not None:
         return False

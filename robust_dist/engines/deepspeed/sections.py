@@ -1,4 +1,4 @@
-"""What the sections "optimizer" and "scheduler" of a DeepSpeed JSON may hold where they name ours."""
+"""The sections "optimizer" and "scheduler" of a DeepSpeed JSON: what they may hold where they name ours."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -76,11 +76,11 @@ def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator
             unknown[name] = value
     if unknown:
         yield _unknown(section, unknown)
-    yield from _wrong_values(section, settled(section, known), auto)
+    yield from _wrong_values(section, normalized(section, known), auto)
 
 
-def settled(section: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The params as ours take them: without what has no meaning here, step counts as whole numbers."""
+def normalized(section: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The params as our classes take them: meaningless ones left out, step counts as whole numbers."""
     kept = params if section == "scheduler" else {n: v for n, v in params.items() if n not in _NO_MEANING}
     counts = (*schedule.COUNTS, "total_steps", "warmup_steps", "last_epoch")
     whole = schedule.whole

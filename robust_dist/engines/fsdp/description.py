@@ -1,4 +1,4 @@
-"""What a sharded checkpoint says of itself, so that a load can tell what does not fit before anything is changed."""
+"""A sharded checkpoint's description of itself, by which a load sees what does not fit before it changes anything."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,7 +65,7 @@ def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Why a checkpoint that describes itself as `saved` is not one of `present`; empty where it is."""
+    """Why a checkpoint described as `saved` does not fit `present`; empty if it does."""
     return [*_model_misfits(saved["model"], present["model"]), *_optimizer_misfits(saved, present)]
 
 

@@ -1,7 +1,6 @@
 """The record of FSDP1, FSDP2 and HSDP under Accelerate."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ class FSDP(Engine):
         return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
 
     def casts_batch_norm(self, accelerator: Any) -> bool:
-        """FSDP2 does."""
+        """Whether this is FSDP2."""
         return bool(accelerator.state.fsdp_plugin.fsdp_version == 2)
 
     def saves_whole(self, accelerator: Any) -> bool:
@@ -59,29 +58,35 @@ class FSDP(Engine):
                 stack.enter_context(only_stepped(optimizer))
             accelerator.save_state(str(folder), **options)
 
-    @contextmanager
-    def loading(self, accelerator: Any, folder: Path) -> Iterator[None]:
-        """Inside, state is loaded of the parameters that the checkpoint has state of.
+    def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
+        """As `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
 
         torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they
         drop the state of parameters that are frozen now, and all of it where gradients are there, as under FSDP1 before
         a first step, without a word. And torch 2.14's planner fails under FSDP1 ("Missing key ...
         optimizer.param_groups") where a parameter has fewer rows than there are ranks.
-        """
-        from robust_dist.checkpoint.dcp_files import plain_failures, plain_reading
-        from robust_dist.engines.fsdp.state import names_in, only_saved, planner_that_keeps_empty_shards
 
-        plugin, whole = accelerator.state.fsdp_plugin, self.saves_whole(accelerator)
+        Raises:
+            CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
+        """
+        from robust_dist.checkpoint.dcp_files import plain_failures
+        from robust_dist.engines.fsdp.state import load_sharded, only_saved, stepped_in
+
+        plugin = accelerator.state.fsdp_plugin
+        models, optimizers = accelerator._models, accelerator._optimizers
         with ExitStack() as stack:
-            stack.enter_context(plain_reading())
             stack.enter_context(plain_failures(folder))
-            for index, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=False)):
-                names = names_in(plugin, folder, index)
-                if names is not None:
-                    stack.enter_context(only_saved(model, optimizer, names, whole=whole))
-            if plugin.fsdp_version == 1:
-                stack.enter_context(planner_that_keeps_empty_shards())
-            yield
+            if plugin.state_dict_type.name == "SHARDED_STATE_DICT" and not options:
+                for index, model in enumerate(models):
+                    load_sharded(folder, index, model, optimizers[index] if index < len(optimizers) else None)
+                # Accelerate loads the rest.
+                accelerator._models, accelerator._optimizers = [], []
+                stack.callback(setattr, accelerator, "_models", models)
+                stack.callback(setattr, accelerator, "_optimizers", optimizers)
+            elif plugin.fsdp_version == 2 and self.saves_whole(accelerator):
+                for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=False)):
+                    stack.enter_context(only_saved(model, optimizer, stepped_in(folder, index), whole=True))
+            accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
         """Write DCP's folders, or whole what FULL_STATE_DICT loads."""
@@ -93,7 +98,7 @@ class FSDP(Engine):
         return notes
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """This rank's shards, or on the first rank all of them."""
+        """The bytes of this rank's shards, or of all of them on the first rank."""
         share = sizes.held * world_size * (rank == 0) if whole else sizes.held
         return share * (sizes.bytes_each + sizes.moments)
 

@@ -16,7 +16,7 @@ from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.fsdp.description import describe, gathered, listed, misfits, raise_together
-from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped
+from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped, set_state, state_of
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
 from robust_dist.schedule import RankDisagreementError, base_optimizer
@@ -141,23 +141,14 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
         raise_together(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
         _leave_out_news(state, keys)
         load_into(path, state)
-        _set(model, inner, state)
+        set_state(model, inner, state)
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer, schedule: Any) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    parameters, moments = get_state_dict(model, optimizer)
-    state = {"model": parameters, "optimizer": moments}
+    state = state_of(model, optimizer)
     return state if schedule is None else {**state, "schedule": schedule.state_dict()}
-
-
-def _set(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def _copied(value: Any) -> Any:
@@ -165,7 +156,7 @@ def _copied(value: Any) -> Any:
         return {key: _copied(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_copied(one) for one in value]
-    # FSDP1 gathers and cuts anew for its ShardedTensors, which are therefore copies already.
+    # FSDP1's ShardedTensors are made anew for each state dict, so they are copies already.
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().cpu() if value.device.type != "cpu" else value.detach().clone()
     return value
@@ -188,7 +179,7 @@ def _own_group() -> dist.ProcessGroup | None:
 
 
 def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
-    """The step that all ranks are at, as the schedule counts, or else the optimizer's state."""
+    """The step that all ranks are at, by the schedule's count or else the optimizer's state."""
     counted = getattr(schedule, "last_epoch", getattr(schedule, "num_steps", None))
     if counted is None:
         counted = max((int(state[STEP]) for state in optimizer.state.values() if STEP in state), default=0)
@@ -263,7 +254,7 @@ def _checked_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
-    """Take out of the schedule's state what an older version did not write: DCP would miss it."""
+    """Drop keys of the schedule's state that an older version did not write: DCP would miss them."""
     written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
         state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}

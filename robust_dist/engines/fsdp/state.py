@@ -5,17 +5,22 @@ where a gradient is there; at a load they want state of the trainable ones, all 
 holds state of what was stepped: fewer parameters, or some that are frozen now.
 """
 
-import functools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.state_dict import (
+    _get_fqns,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.dcp_files import read_metadata
+from robust_dist.checkpoint.dcp_files import load_into, read_metadata
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.save_load import make_state
 from robust_dist.optim.groups import reshard
@@ -24,26 +29,56 @@ from robust_dist.schedule import base_optimizer
 _STATE = "optimizer.state."
 
 
-def names_in(plugin: Any, folder: Path, index: int) -> set[str] | None:
-    """The parameters of which an Accelerate folder's optimizer has state; None where its load needs no help.
-
-    Args:
-        plugin: Accelerate's FullyShardedDataParallelPlugin.
-        folder: What `accelerator.save_state` wrote.
-        index: The optimizer's number.
-    """
-    if plugin.state_dict_type.name == "SHARDED_STATE_DICT":
-        sharded = folder / f"optimizer_{index}"
-        return names_with_state(read_metadata(sharded).state_dict_metadata) if sharded.is_dir() else None
-    whole = folder / (f"optimizer_{index}.bin" if index else "optimizer.bin")
-    if plugin.fsdp_version == 1 or not whole.is_file():
-        return None
-    return {str(name) for name in load_file(whole)["state"]}
-
-
 def names_with_state(keys: Iterable[str]) -> set[str]:
     """The parameters of which a DCP folder with these keys holds the optimizer's state."""
     return {key.removeprefix(_STATE).rpartition(".")[0] for key in keys if key.startswith(_STATE)}
+
+
+def stepped_in(folder: Path, index: int) -> set[str]:
+    """The parameters of which a whole optimizer file of Accelerate's holds state.
+
+    Args:
+        folder: What `accelerator.save_state` wrote.
+        index: The optimizer's number.
+    """
+    return {str(name) for name in load_file(folder / f"optimizer{f'_{index}' if index else ''}.bin")["state"]}
+
+
+def load_sharded(folder: Path, index: int, model: nn.Module, optimizer: Any) -> None:
+    """Load the shards of a model and its optimizer from an Accelerate folder.
+
+    Args:
+        folder: What `accelerator.save_state` or `convert` wrote.
+        index: Their number.
+        model: The model; its parameters are sharded again.
+        optimizer: The optimizer that steps it, or an engine's wrapper of it; None: there is none.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
+    """
+    weights, moments = folder / f"pytorch_model_fsdp_{index}", folder / f"optimizer_{index}"
+    if optimizer is None:
+        state = {"model": get_model_state_dict(model)}
+        load_into(weights, state)
+        set_model_state_dict(model, state["model"])
+        return
+    optimizer = base_optimizer(optimizer)
+    with only_saved(model, optimizer, names_with_state(read_metadata(moments).state_dict_metadata)):
+        state = state_of(model, optimizer)
+        load_into(weights, {"model": state["model"]})
+        load_into(moments, {"optimizer": state["optimizer"]})
+        set_state(model, optimizer, state)
+
+
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The sharded state as {"model": ..., "optimizer": ...}, by names without wrappers' components."""
+    parameters, moments = get_state_dict(model, optimizer)
+    return {"model": parameters, "optimizer": moments}
+
+
+def set_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Give model and optimizer what `state_of` made room for and a load has filled."""
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 @contextmanager
@@ -92,14 +127,12 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
 
 def _called(model: nn.Module) -> dict[Tensor, set[str]]:
     """What torch's state dicts call each parameter; a flat one of FSDP1 has several names."""
-    from torch.distributed.checkpoint.state_dict import _get_fqns
-
     return {param: set(_get_fqns(model, name)) for name, param in model.named_parameters()}
 
 
 @contextmanager
 def _requiring_grad(optimizer: Optimizer, wanted: Collection[Tensor]) -> Iterator[None]:
-    """What requires a gradient is what torch takes to have state; nothing else looks at it meanwhile."""
+    """Only `wanted` parameters require a gradient inside: torch takes these to have state."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     before = [param.requires_grad for param in params]
     try:
@@ -109,19 +142,3 @@ def _requiring_grad(optimizer: Optimizer, wanted: Collection[Tensor]) -> Iterato
     finally:
         for param, required in zip(params, before, strict=True):
             param.requires_grad_(required)
-
-
-@contextmanager
-def planner_that_keeps_empty_shards() -> Iterator[None]:
-    """Inside, Accelerate makes a planner of DCP that loads FSDP1's parameters of which a rank holds nothing.
-
-    With flattening, torch's default, the planner drops a rank's empty shards and then misses their keys.
-    """
-    original: Any = default_planner.DefaultLoadPlanner
-    default_planner.DefaultLoadPlanner = functools.partial(  # type: ignore[misc,assignment]
-        original, flatten_sharded_tensors=False
-    )
-    try:
-        yield
-    finally:
-        default_planner.DefaultLoadPlanner = original  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and where it may leave word."""
+"""This process among the ranks of its run, and the folder that it writes to."""
 
 import os
 import socket

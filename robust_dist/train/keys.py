@@ -1,0 +1,125 @@
+"""The keys of a recipe: what its dataclasses' fields say of them, and a recipe as plain nested or dotted values."""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, get_origin, get_type_hints
+
+# What a field's metadata says of its key, or of all keys of a section.
+# It may change between two starts of one run, because it moves no weight by more than rounding.
+FREE: dict[str, Any] = {"free": True}
+# It changes how long a training step takes.
+COSTLY: dict[str, Any] = {"costly": True}
+
+
+def only_for(*names: str) -> dict[str, Any]:
+    """Metadata of a key that belongs to some values of its section's `name`."""
+    return {"only_for": names}
+
+
+def default_of(of: "Field[Any]") -> Any:
+    """The default of a dataclass's field."""
+    return of.default if of.default_factory is MISSING else of.default_factory()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The dotted keys of a recipe's class.
+
+    Attributes:
+        sections: The class of each section.
+        mappings: Type hints of keys that take names and values of the user's choice, as `model.options`.
+        values: Type hints of all other keys.
+        free: Keys and sections that may change between two starts of one run.
+        costly: Keys and sections that change how long a training step takes.
+    """
+
+    sections: dict[str, type]
+    mappings: dict[str, Any]
+    values: dict[str, Any]
+    free: frozenset[str]
+    costly: frozenset[str]
+
+    def owner(self, name: str) -> str | None:
+        """The mapping that a dotted name below it belongs to."""
+        return next((mapping for mapping in self.mappings if name.startswith(f"{mapping}.")), None)
+
+    def is_known(self, name: str) -> bool:
+        """Whether a dotted name is a key, a section or a name below a mapping."""
+        return any(name in part for part in (self.sections, self.mappings, self.values)) or self.owner(name) is not None
+
+    def is_free(self, name: str) -> bool:
+        """Whether a key may change between two starts of one run; a section that it lies in may say so."""
+        return _says(self.free, name)
+
+    def is_costly(self, name: str) -> bool:
+        """Whether a key changes how long a training step takes; a section that it lies in may say so."""
+        return _says(self.costly, name)
+
+    def did_you_mean(self, name: str, prefix: str = "") -> str:
+        """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
+        known = [*self.values, *self.mappings, *self.sections]
+        near = get_close_matches(name, known, n=2)
+        # Right but for its section, as `lr`.
+        near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
+        return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
+
+
+def _says(names: frozenset[str], name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+
+
+@cache
+def keys_of(kind: type) -> Keys:
+    """The keys of a dataclass of dataclasses."""
+    found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = {}, {}, {}
+    said: dict[str, set[str]] = {"free": set(), "costly": set()}
+    sections, mappings, values = found
+    for name, hint, of in _walk(kind, ""):
+        place = sections if is_dataclass(hint) else mappings if get_origin(hint) is dict else values
+        place[name] = hint
+        for fact, names in said.items():
+            if of.metadata.get(fact):
+                names.add(name)
+    return Keys(*found, frozenset(said["free"]), frozenset(said["costly"]))
+
+
+def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any, "Field[Any]"]]:
+    hints = get_type_hints(kind)
+    for of in fields(kind):
+        hint = hints[of.name]
+        yield prefix + of.name, hint, of
+        if is_dataclass(hint):
+            yield from _walk(hint, f"{prefix}{of.name}.")  # type: ignore[arg-type]
+
+
+def recipe_dict(recipe: Any) -> dict[str, Any]:
+    """The recipe as nested dicts of plain YAML values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return {name: plain(value) for name, value in asdict(recipe).items()}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; an empty dict leaves no key."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def values_of(section: Any, kind: type, *left_out: str) -> dict[str, Any]:
+    """A section's values by name, for a call that takes them under the same names.
+
+    Args:
+        section: One section of a recipe.
+        kind: The class whose keys are wanted, where the section's own may have more.
+        *left_out: Names that the call does not take.
+    """
+    return {of.name: getattr(section, of.name) for of in fields(kind) if of.name not in left_out}

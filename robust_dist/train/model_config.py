@@ -1,0 +1,68 @@
+"""The section "model" of a recipe, and the classifier that it builds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+# What the run itself gives a model's constructor.
+_GIVEN = {
+    **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
+    **dict.fromkeys(("pretrained_cfg", "checkpoint_path"), "models start from fresh weights here"),
+    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
+    "name": "model.name says it",
+    "model_name": "model.name says it",
+}
+
+
+@dataclass
+class ModelConfig:
+    """Which classifier is trained.
+
+    Attributes:
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
+        options: Further keyword arguments of the model's constructor.
+        channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
+        sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
+    """
+
+    name: str = "resnet20"
+    options: dict[str, Any] = field(default_factory=dict)
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+
+    def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
+        """The model, with the same initial weights on every rank.
+
+        Args:
+            num_classes: Outputs.
+            channels: Channels of the images.
+            seed: Of the weights.
+            contiguous: Whether the engine takes contiguous weights alone; then images alone are channels_last.
+
+        Raises:
+            ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
+        """
+        from robust_dist.models import build_model
+
+        self._check_options()
+        torch.manual_seed(seed)
+        model = build_model(self.name, num_classes, in_channels=channels, **self.options)
+        if self.sync_batchnorm:
+            if not torch.cuda.is_available():
+                raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.channels_last and not contiguous:
+            return model.to(memory_format=torch.channels_last)
+        return model
+
+    def _check_options(self) -> None:
+        """Refuse options that the run itself gives to the model."""
+        refused = [
+            f"model.options.{name}={value!r} cannot be set: {_GIVEN[name]}"
+            for name, value in self.options.items()
+            if name in _GIVEN
+        ]
+        if refused:
+            raise ValueError("; ".join(refused) + "; leave it out")
