@@ -1,4 +1,4 @@
-"""The house stands as robust_dist/README.md draws it: what each room may import, no circles, and no more than a few odd places."""
+"""The house stands as robust_dist/README.md draws it: rooms, arrows, no circles, and no more odd places than stated."""
 
 import re
 
