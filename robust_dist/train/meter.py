@@ -36,10 +36,10 @@ class Figures:
         """Over all ranks."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
-    @property
-    def data_wait_share(self) -> float:
-        """Of the time, 0 to 1."""
-        return min(1.0, self.wait_seconds / self.seconds) if self.seconds > 0 else 0.0
+
+def data_wait_share(figures: Figures) -> float:
+    """The share of the time that this rank's loop waited for its loader, 0 to 1."""
+    return min(1.0, figures.wait_seconds / figures.seconds) if figures.seconds > 0 else 0.0
 
 
 class Meter:
@@ -125,7 +125,7 @@ def measured(meter: Meter, figures: Figures, accelerator: Accelerator) -> dict[s
     The wait is that of the rank that waited longest, the memory that of the rank that used most.
     """
     mine = torch.tensor(
-        [figures.data_wait_share, peak_memory(accelerator.device) / GIB, figures.seconds],
+        [data_wait_share(figures), peak_memory(accelerator.device) / GIB, figures.seconds],
         dtype=torch.float32,
         device=accelerator.device,
     )
