@@ -59,7 +59,7 @@ def _settings(recipe: Recipe) -> RunSettings:
     return RunSettings(
         optimizer=optimizer.name,
         optimizer_params=adam_arguments(optimizer, betas) | {"betas": list(betas)},
-        schedule_params=schedule.arguments | {"cos_min_ratio": schedule.min_lr_ratio},
+        schedule_params=schedule.arguments,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         clip_norm=optimizer.clip_norm,

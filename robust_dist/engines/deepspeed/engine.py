@@ -60,7 +60,8 @@ class DeepSpeed(Engine):
             config.setdefault("zero_force_ds_cpu_optimizer", False)
         check_config(config, auto=True)
         _drop_named(config, "optimizer", settings.optimizer, settings.optimizer_params)
-        _drop_named(config, "scheduler", "RobustSchedule", settings.schedule_params)
+        schedule = settings.schedule_params
+        _drop_named(config, "scheduler", "RobustSchedule", schedule | {"cos_min_ratio": schedule["min_lr_ratio"]})
         _fill_batch(config, accelerator.num_processes, settings)
 
     def casts_batch_norm(self, accelerator: Any) -> bool:
