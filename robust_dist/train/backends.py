@@ -38,8 +38,8 @@ def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augmen
         augment: The training pipeline.
 
     Raises:
-        ValueError: On every rank, where ranks take different ones: backends round differently, and whole weights that
-            each rank steps for itself would drift apart.
+        ValueError: On every rank, where ranks take different ones: backends round differently, so that whole
+            weights, which each rank steps for itself, would drift apart.
     """
     compiled = recipe.augment.compile
     found = Backends(

@@ -141,7 +141,7 @@ class Claim:
         return True
 
     def _may_be_dead(self, holder: Path | None) -> bool:
-        """Whether a lock that is held may be a dying process's: one that is gone, or was killed for a restart.
+        """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart.
 
         Raises:
             FolderInUseError: It is another host's, which gives signs of life.

@@ -81,7 +81,7 @@ class RunFolder:
         except OSError as error:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} cannot be written: {error}; mend that, or choose another run_dir"
+                f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
             ) from None
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""A whole optimizer step as one CUDA graph: what it reads keeps its place, and the host only fills and replays it."""
+"""A whole optimizer step as one CUDA graph, over tensors that keep their addresses: the host fills them and replays."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,7 +62,7 @@ class DeviceRates:
         self._filled = [dict.fromkeys(_RATES, 0.0) for _ in groups]
 
     def fill(self) -> None:
-        """Bring the groups' present numbers to the tensors, in place and without waiting."""
+        """Fill the tensors with the groups' present numbers, without waiting."""
         for group, tensors, filled in zip(self.optimizer.param_groups, self._tensors, self._filled, strict=True):
             for key, tensor in tensors.items():
                 if filled[key] != group[key]:
@@ -70,7 +70,7 @@ class DeviceRates:
                     filled[key] = group[key]
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def in_groups(self) -> Iterator[None]:
         """The groups hold the tensors, and are capturable on a GPU, for the length of a step."""
         groups = self.optimizer.param_groups
         own = [{key: group[key] for key in (*_RATES, "capturable")} for group in groups]
@@ -84,15 +84,15 @@ class DeviceRates:
 
 
 class StaticStep:
-    """An optimizer step as a function of tensors that keep their places: on a GPU a CUDA graph, replayed.
+    """An optimizer step as a function of tensors that keep their addresses: on a GPU a CUDA graph, replayed.
 
     The first `WARM_UP_STEPS` steps over full batches run as they are, on the stream that captures the next one. Batches
-    of another size (an epoch's last) and those with weights always do. Elsewhere than on a GPU the very same function
+    of another size (an epoch's last) and those with weights always do. On other devices the same function
     is called at every step, with the same tensors.
 
     Args:
         step: One step over a batch: augmentation, passes and update. What the host decides in it, it decides once.
-        optimizer: The one that `step` steps, wrapped or not; another may not step between, and schedules may.
+        optimizer: The optimizer of `step`, wrapped or not. No other may step in between; schedules may.
         device: Where it runs.
         full_size: Samples of the batches that are replayed.
 
@@ -124,7 +124,7 @@ class StaticStep:
         self._run(self._batch)
 
     def _run(self, batch: Batch) -> None:
-        with self.rates.lent():
+        with self.rates.in_groups():
             self.step(batch)
 
 

@@ -129,7 +129,7 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # When they are mended, the run goes on from here. Before a step an optimizer over shards has no state.
+                # Once they are replaced, the run goes on here. Before a step an optimizer over shards has no state.
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)

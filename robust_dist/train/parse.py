@@ -144,8 +144,8 @@ class Settings:
         self._given[name], self._where[name] = value, where
 
     def _set_below(self, owner: str, name: str, value: Any, where: str) -> None:
-        held = self._given.get(owner, {})
-        self._note(owner, _with(held, name.removeprefix(f"{owner}.").split("."), value), where)
+        before = self._given.get(owner, {})
+        self._note(owner, _with(before, name.removeprefix(f"{owner}.").split("."), value), where)
 
 
 class SettingsError(DocumentError):
@@ -156,9 +156,9 @@ class _CodeError(DocumentError):
     """Data that asks for code to be run."""
 
 
-def _with(held: Any, path: list[str], value: Any) -> dict[str, Any]:
+def _with(before: Any, path: list[str], value: Any) -> dict[str, Any]:
     """The mapping with one more entry at the end of a path; the one given is left as it is."""
-    copy = dict(held) if isinstance(held, Mapping) else {}
+    copy = dict(before) if isinstance(before, Mapping) else {}
     copy[path[0]] = value if len(path) == 1 else _with(copy.get(path[0]), path[1:], value)
     return copy
 

@@ -54,7 +54,7 @@ def check_installed(names: list[str]) -> None:
             import_module(_MODULES.get(name, name))
         except Exception as error:
             raise ValueError(
-                f"tracking.trackers={names!r}: {name} is installed but cannot be imported ({error}); mend it, or "
+                f"tracking.trackers={names!r}: {name} is installed but cannot be imported ({error}); fix it, or "
                 "leave it out"
             ) from error
 
@@ -110,7 +110,7 @@ class Trackers:
                     started[-1].store_init_configuration(settings)
             except Exception as error:
                 raise ValueError(
-                    f"tracking.trackers={names!r}: {name} could not start ({type(error).__name__}: {error}); mend it, "
+                    f"tracking.trackers={names!r}: {name} could not start ({type(error).__name__}: {error}); fix it, "
                     "let it work offline, or leave it out"
                 ) from error
         if names:

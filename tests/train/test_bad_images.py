@@ -64,7 +64,7 @@ def named(folder):
 
 def test_what_the_headers_tell_is_an_error_before_the_first_step_and_the_folder_is_taken_up(images, tmp_path, capsys):
     path, folder = spoil(images, "val", header=True), tmp_path / "run"
-    with pytest.raises(TooManyBadImagesError, match=r"1 of 16 images could not be read, .*Mend them where they are"):
+    with pytest.raises(TooManyBadImagesError, match=r"1 of 16 images could not be read, .*Replace them where they are"):
         run(images, folder)
     assert newest_step(folder) == 0
     assert named(folder) == [str(path)]
@@ -82,7 +82,7 @@ def test_a_refusal_after_an_epoch_saves_it_and_the_mended_run_is_an_undisturbed_
     assert (folder / "metrics.jsonl").read_text() == ""
     assert named(folder) == [str(path)]
     if part == "val":
-        # Nothing was mended: the same refusal, and no epoch more is trained.
+        # Nothing was replaced: the same refusal, and no epoch more is trained.
         with pytest.raises(TooManyBadImagesError):
             run(images, folder)
         assert newest_step(folder) == 2

@@ -179,7 +179,7 @@ def test_a_step_asks_the_device_nothing():
                 param.grad = torch.empty_like(param)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             rates.fill()
-            with rates.lent():
+            with rates.in_groups():
                 optimizer.step()
             optimizer.zero_grad()
             schedule.step()
