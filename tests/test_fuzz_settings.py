@@ -106,7 +106,7 @@ def outcome(action):
         return None, told.getvalue()
     # A ValueError of int() or of json would name nothing.
     ours = type(error).__module__.startswith("robust_dist")
-    named = any(words in str(error) for words in ("not valid", "is for data.name", "the DeepSpeed JSON", ".json "))
+    named = any(words in str(error) for words in ("it must be", "is for data.name", "the DeepSpeed JSON", ".json "))
     assert ours or named, repr(error)
     return None, str(error)
 

@@ -36,7 +36,7 @@ class Tape:
                 for operation in self.operations:
                     _repeat(*operation)
 
-    def aside(self, function):
+    def on_own_stream(self, function):
         function()
 
 
