@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import Names, write_names
+from robust_dist.checkpoint.names import ParameterNames, write_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.checkpoint.zero_files import (
@@ -127,10 +127,10 @@ class _Writer:
         held = self.state.optimizer.get(name)
         return None if held is None else float(held[STEP])
 
-    def names(self) -> Names:
+    def names(self) -> ParameterNames:
         """The note of names that stage 0 needs, as its file numbers the parameters."""
         groups = [group["params"] for group in self.groups]
-        return Names(groups, self.shared, self.buffers, self.frozen, self.world_size)
+        return ParameterNames(groups, self.shared, self.buffers, self.frozen, self.world_size)
 
     def _others(self) -> tuple[list[str], list[str]]:
         """Buffers, and frozen parameters: the model's entries that the optimizer does not own."""
