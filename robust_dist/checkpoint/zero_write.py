@@ -48,11 +48,9 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
         bf16: Whether it has bf16 enabled, which changes file names; None: as the engine that the state came from.
 
     Raises:
-        CheckpointError: A setting out of range; a parameter without state, with a state of another shape, or with
+        CheckpointError: A parameter without state, with a state of another shape, or with
             another step than its group; stage 3 where buffers and frozen parameters cannot be told apart.
     """
-    if stage not in (0, 1, 2, 3):
-        raise CheckpointError(f"stage must be 0, 1, 2 or 3, got {stage!r}")
     writer = _Writer(state, stage, world_size, bf16)
     target = folder / TAG
     target.mkdir()
