@@ -1,8 +1,7 @@
 """Batch: samples of a step, or the set that they lie in and their numbers, so that a pipeline gathers them itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +9,7 @@ Pipeline = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Batch:
-    """A micro-batch of b samples on the device; also a tuple of images, labels, indices, keys, global_size, weights.
+    """A micro-batch of b samples on the device; its length is b.
 
     Where the set lies on the device, the batch holds it whole: `images` and `labels` are gathered when they are first
     asked for, and `augmented` does not ask.
@@ -66,13 +65,7 @@ class Batch:
         return pipeline(images, labels, self.keys)
 
     def __len__(self) -> int:
-        return 6
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.images, self.labels, self.indices, self.keys, self.global_size, self.weights))
-
-    def __getitem__(self, place: Any) -> Any:
-        return tuple(self)[place]
+        return len(self.indices)
 
     def _own(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.indices) if self.whole else values

@@ -1,6 +1,5 @@
 """HostSet: a set that stays in the host's memory, and whose batches are copied to the device a step ahead."""
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,26 +127,15 @@ class HostLoader(DeviceLoader):
             raise ValueError(f"{image_set.name} lies on {image_set.device}: a HostLoader wants it on the CPU")
         super().__init__(image_set, **cut)
         self.mover = Mover(torch.device(device))
-        self._waited = 0.0
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that steps waited for their batches since this was last read; reading sets it to 0."""
-        waited, self._waited = self._waited, 0.0
-        return waited
 
     def _steps(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
-        began = time.perf_counter()
         coming = ((step, [self._start(*part) for part in parts]) for step, parts in self._drawn(epoch, start_step))
         moving: deque[tuple[int, list[Moving]]] = deque()
         for _ in range(start_step, self.steps_per_epoch):
             while len(moving) <= self.mover.ahead and (following := next(coming, None)):
                 moving.append(following)
             step, parts = moving.popleft()
-            batches = [self._arrive(part, self.plan.global_size(step)) for part in parts]
-            self._waited += time.perf_counter() - began
-            yield batches
-            began = time.perf_counter()
+            yield [self._arrive(part, self.plan.global_size(step)) for part in parts]
 
     def _start(self, indices: Tensor, keys: Tensor) -> Moving:
         images, labels = (self._gather(of, indices) for of in (self.image_set.images, self.image_set.labels))

@@ -10,6 +10,7 @@ from torch import Tensor
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.identity import fingerprint, spread
+from robust_dist.data.loader import DeviceLoader
 from robust_dist.data.sets import EvalBatch, FirstSamples, TrainLoader
 from robust_dist.data.source import ImageSource
 
@@ -77,9 +78,6 @@ class ImageSet:
 
     def loader(self, **cut: Any) -> TrainLoader:
         """DeviceLoader of the set; `cut` is its other arguments."""
-        # It is made of this class.
-        from robust_dist.data.loader import DeviceLoader
-
         return DeviceLoader(self, **cut)
 
     def filler(self) -> Tensor:

@@ -1,6 +1,7 @@
 """DeviceLoader: epochs of a set that lies whole on the device, cut between ranks; and exact evaluation."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,7 +10,9 @@ from robust_dist.data.batch import Batch
 from robust_dist.data.batches import BatchPlan, check_counts, check_rank
 from robust_dist.data.cuts import even_cuts
 from robust_dist.data.errors import BadImage
-from robust_dist.data.image_set import ImageSet
+
+if TYPE_CHECKING:
+    from robust_dist.data.image_set import ImageSet
 
 
 class DeviceLoader:
@@ -37,7 +40,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        image_set: ImageSet,
+        image_set: "ImageSet",
         *,
         batch_size: int,
         seed: int,
@@ -62,11 +65,6 @@ class DeviceLoader:
     def samples_per_epoch(self) -> int:
         """Samples that an epoch trains on, over all ranks."""
         return self.plan.samples_per_epoch
-
-    @property
-    def wait_seconds(self) -> float:
-        """0: nothing is waited for."""
-        return 0.0
 
     def take_bad(self) -> list[BadImage]:
         """None: the images were checked when they were loaded."""
@@ -98,7 +96,7 @@ class DeviceLoader:
 
 
 def evaluation_batches(
-    image_set: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1
+    image_set: "ImageSet", batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's contiguous share of the set, every sample on exactly one rank, as views (no copy).
 

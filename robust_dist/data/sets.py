@@ -115,11 +115,6 @@ class TrainLoader(Protocol):
         """Samples that an epoch trains on, over all ranks, bad ones included."""
         ...
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that steps waited for their batches since this was last read; reading sets it to 0."""
-        ...
-
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """One item an optimizer step: this rank's micro-batches, from `start_step` to the epoch's end."""
         ...

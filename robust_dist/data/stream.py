@@ -1,6 +1,5 @@
 """StreamLoader: epochs of a set that does not fit on the device, read by workers and cut between ranks."""
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, cast
@@ -86,7 +85,6 @@ class StreamLoader:
         self.mover = Mover(torch.device(device))
         reader = ImageReader(source, RandomCrop(size, scale, ratio), size, block)
         self._workers = Workers(reader, workers=workers, prefetch=prefetch, pin=self.mover.device.type == "cuda")
-        self._waited = 0.0
         self._bad: list[BadImage] = []
 
     @property
@@ -98,12 +96,6 @@ class StreamLoader:
     def samples_per_epoch(self) -> int:
         """Samples that an epoch trains on, over all ranks, bad ones included."""
         return self.plan.samples_per_epoch
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that steps waited for their batches since this was last read; reading sets it to 0."""
-        waited, self._waited = self._waited, 0.0
-        return waited
 
     def take_bad(self) -> list[BadImage]:
         """The bad images of this rank's steps since the last call."""
@@ -127,7 +119,6 @@ class StreamLoader:
         self._workers.close()
 
     def _steps(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
-        began = time.perf_counter()
         coming = self._coming(epoch, start_step)
         moving: deque[_Step] = deque()
         for step in range(start_step, self.plan.steps):
@@ -136,9 +127,7 @@ class StreamLoader:
             parts, bad = moving.popleft()
             batches = [self._arrive(part, self.plan.global_size(step)) for part in parts]
             self._bad += bad
-            self._waited += time.perf_counter() - began
             yield batches
-            began = time.perf_counter()
 
     def _coming(self, epoch: int, start_step: int) -> Iterator[_Step]:
         packs = self._workers.read(self._requests(epoch, start_step))

@@ -54,6 +54,11 @@ def increments(steps: list[Tensor]) -> list[Tensor]:
     return list(map(_increments, steps))
 
 
+def views(values: "array[float]") -> list[Tensor]:
+    """0-d float32 tensors on the CPU that view the words of an array of "f"."""
+    return list(torch.frombuffer(values, dtype=torch.float32).unbind())
+
+
 def advanced(steps: list[Tensor]) -> tuple[list[float], list[Tensor]]:
     """The next counts on the host, and new step tensors on the CPU for them."""
     values = list(map(Tensor.item, steps))
@@ -63,4 +68,4 @@ def advanced(steps: list[Tensor]) -> tuple[list[float], list[Tensor]]:
         counts = [count_of(value) + 1.0 for value in values]
         values = list(map(value_of, counts))
     # At a fraction of the price of foreach's addition, which is slow for 0-d tensors.
-    return counts, list(torch.frombuffer(array("f", values), dtype=torch.float32).unbind())
+    return counts, views(array("f", values))

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
 from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
+from robust_dist.optim.tensors import TensorLists
 
 # elements; with several threads every operation ends in a barrier, which is dear on busy cores, so fewer and larger
 CPU_BLOCK = 1 << 18
@@ -20,7 +20,7 @@ def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
 
 
-def _true_grads(batch: Batch, h: Hyper) -> list[Tensor]:
+def _true_grads(batch: TensorLists, h: Hyper) -> list[Tensor]:
     grads = _as(batch.grads, batch.exp_avg_sqs[0].dtype)
     if batch.inverse_scale is not None:
         grads = list(torch._foreach_mul(grads, batch.inverse_scale.to(grads[0].device)))
@@ -49,7 +49,7 @@ def _move(params: list[Tensor], m: list[Tensor], v: list[Tensor], c: Coefficient
     torch._foreach_addcdiv_(params, m, denominators, -float(c.step_size))
 
 
-def _host_step(batch: Batch, h: Hyper, step: float) -> None:
+def _host_step(batch: TensorLists, h: Hyper, step: float) -> None:
     dtype, rounder = batch.exp_avg_sqs[0].dtype, Rounder(batch, h)
     m = _as(batch.exp_avgs, dtype)
     _advance_moments(_true_grads(batch, h), m, batch.exp_avg_sqs, h)
@@ -70,7 +70,7 @@ def _commit(old: list[Tensor], new: list[Tensor], keep: Tensor | None) -> None:
     torch._foreach_copy_(old, new)
 
 
-def _device_step(batch: Batch, h: Hyper) -> None:
+def _device_step(batch: TensorLists, h: Hyper) -> None:
     dtype, rounder = batch.exp_avg_sqs[0].dtype, Rounder(batch, h)
     c = device_coefficients(batch.steps, h, dtype)
     skipped = None if batch.found_inf is None else batch.found_inf != 0
@@ -101,7 +101,7 @@ def _pieces(tensors: tuple[Tensor, ...], size: int) -> Iterable[tuple[Tensor, ..
     return zip(*(t.split(size) for t in flat), strict=True)
 
 
-def blocks(batch: Batch, size: int) -> Iterator[Batch]:
+def blocks(batch: TensorLists, size: int) -> Iterator[TensorLists]:
     """Cut a batch into batches of about `size` elements; large dense tensors are cut through, as views."""
     block: list[tuple[Tensor, ...]] = []
     origins: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ def blocks(batch: Batch, size: int) -> Iterator[Batch]:
         yield batch.like(list(zip(*block, strict=True)), origins)
 
 
-def foreach(batch: Batch, h: Hyper) -> None:
+def foreach(batch: TensorLists, h: Hyper) -> None:
     """Step the batch with foreach operations."""
     if batch.step is None:
         _device_step(batch, h)

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from robust_dist import native_library
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import host_coefficients
+from robust_dist.optim.counting import count_of
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
+from robust_dist.optim.tensors import TensorLists, inverse
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -95,7 +96,7 @@ def is_flat(*row: Tensor) -> bool:
     return all(t.is_contiguous() for t in row) or can_flatten(row)
 
 
-def _all_contiguous(batch: Batch) -> bool:
+def _all_contiguous(batch: TensorLists) -> bool:
     """`is_flat` of the usual batch, a column at a time: a fifth of the price of asking row by row."""
     for column in batch.columns:
         if not (PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
@@ -103,7 +104,7 @@ def _all_contiguous(batch: Batch) -> bool:
     return not (any(map(Tensor.is_neg, batch.grads)) or any(map(Tensor.is_neg, batch.params)))
 
 
-def _kinds(batch: Batch) -> tuple[int, int, int] | None:
+def _kinds(batch: TensorLists) -> tuple[int, int, int] | None:
     """Dtypes of parameters, gradients and exp_avgs as the C code numbers them; None where the pass has no such case."""
     param, grad, m, v = (column[0].dtype for column in batch.columns[:4])
     if param is torch.float64:
@@ -115,7 +116,7 @@ def _kinds(batch: Batch) -> tuple[int, int, int] | None:
     return _KINDS[param], _KINDS[grad], _KINDS[m]
 
 
-def _scalars(batch: Batch, h: Hyper, step: float) -> _Scalars:
+def _scalars(batch: TensorLists, h: Hyper, step: float) -> _Scalars:
     lr = float(h.lr)
     c = host_coefficients(step, h, lr, float(h.weight_decay))
     scale = 1.0 if batch.inverse_scale is None else float(batch.inverse_scale)
@@ -125,7 +126,7 @@ def _scalars(batch: Batch, h: Hyper, step: float) -> _Scalars:
     return _Scalars(*moments, float(c.decay), float(c.step_size), c.inner, c.outer, kind, torch.get_num_threads())
 
 
-def fused_cpu(batch: Batch, h: Hyper) -> None:
+def fused_cpu(batch: TensorLists, h: Hyper) -> None:
     """Step the batch in one pass; what the pass cannot take goes through foreach."""
     kinds = None if batch.step is None or batch.params[0].device.type != "cpu" else _kinds(batch)
     if kinds is None or batch.step is None:
@@ -141,19 +142,19 @@ def fused_cpu(batch: Batch, h: Hyper) -> None:
         foreach(rest, h)
 
 
-def _parted(batch: Batch) -> tuple[Batch, Batch | None]:
+def _parted(batch: TensorLists) -> tuple[TensorLists, TensorLists | None]:
     """The rows that the pass can take, and those that it cannot."""
     flat = [is_flat(*row) for row in zip(*batch.columns, strict=True)]
     rest = [not taken for taken in flat]
     return _chosen(batch, flat), _chosen(batch, rest) if any(rest) else None
 
 
-def _chosen(batch: Batch, which: Sequence[bool]) -> Batch:
+def _chosen(batch: TensorLists, which: Sequence[bool]) -> TensorLists:
     return batch.like([list(compress(column, which)) for column in batch.columns], list(compress(batch.origins, which)))
 
 
 def _table(
-    batch: Batch, kinds: tuple[int, int, int], keys: Sequence[int] | None
+    batch: TensorLists, kinds: tuple[int, int, int], keys: Sequence[int] | None
 ) -> tuple[_Tensors, dict[str, "array[int]"]]:
     """The C code's table of a batch, and the arrays that it points into, which must outlive it."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
@@ -168,8 +169,66 @@ def _table(
     return _Tensors(**pointers, **dict(zip(_KIND_NAMES, kinds, strict=True)), count=len(batch.params)), arrays
 
 
+class _Part:
+    """A group that one call of the pass steps, with the table that the C code reads."""
+
+    def __init__(self, batch: TensorLists, kinds: tuple[int, int, int], first: int) -> None:
+        self.batch, self.rows = batch, slice(first, first + len(batch.params))
+        self.table, self.arrays = _table(batch, kinds, [0] * len(batch.origins) if batch.origins else None)
+        batch.grads = []  # they come anew at each step, and are not kept alive until then
+
+    def step(self, grads: list[Tensor], h: Hyper, count: float) -> None:
+        self.arrays["grads"][:] = array("q", list(map(Tensor.data_ptr, grads[self.rows])))
+        if self.batch.origins:
+            self.arrays["keys"][:] = array("q", host_keys(self.batch.origins, count, h))
+        native = library()
+        scalars = _scalars(self.batch, h, count)
+        native.robust_dist_step(ctypes.byref(self.table), ctypes.byref(scalars), native.robust_dist_widest())
+        increment_version(self.batch.params)
+
+
+class _Prepared:
+    """A step of groups that one call each steps."""
+
+    def __init__(self, parts: list[_Part | None]) -> None:
+        self.parts = parts
+
+    def run(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        counts: list[float],
+    ) -> bool:
+        """As backends.py says."""
+        scale = inverse(grad_scale)
+        for part, h, count in zip(self.parts, hypers, counts, strict=True):
+            if part is not None:
+                part.batch.inverse_scale = scale
+                part.step(grads, h, count)
+        return True
+
+
+def prepare(memory: dict[Any, Any], groups: list[tuple[TensorLists, Hyper]]) -> _Prepared | None:
+    """The step that has just been done, where one call a group does it."""
+    parts: list[_Part | None] = []
+    first = 0
+    for lists, _ in groups:
+        found = lists.local().batches([count_of(step.item()) for step in lists.steps])
+        kinds = _kinds(found[0]) if len(found) == 1 and found[0].params[0].is_cpu else None
+        if found and (kinds is None or not _all_contiguous(found[0]) or lists.params[0].is_complex()):
+            return None
+        if not found or kinds is None:
+            parts.append(None)
+            continue
+        parts.append(_Part(found[0], kinds, first))
+        first += len(lists.params)
+    return _Prepared(parts)
+
+
 def call(
-    batch: Batch,
+    batch: TensorLists,
     kinds: tuple[int, int, int],
     scalars: _Scalars,
     *,

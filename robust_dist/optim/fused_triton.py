@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from robust_dist.optim.backend import batches
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.fused_triton_plan import Kinds, Plan, Rows, plan
 from robust_dist.optim.fused_triton_table import (
@@ -27,13 +26,14 @@ from robust_dist.optim.fused_triton_table import (
     settings_words,
     upload,
 )
-from robust_dist.optim.gather import Gathered
 from robust_dist.optim.settings import DEFAULTS, Hyper, hyper
+from robust_dist.optim.tensors import TensorLists, inverse
 
 DEVICE_TYPES = frozenset({"cuda"})
 BLOCK = 1024  # elements in registers at a time, 8 a thread
 ROWS = 128  # tensors whose scalars one program computes
-PLANS = 16  # sets of tensors that are remembered: which have gradients may change from step to step
+# of all plans that are remembered: which tensors have gradients may change, and ZeRO-3 steps a part after the other
+PLANNED_ROWS = 1 << 15
 # No fused multiply-add: the same roundings as native/step.h.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -46,22 +46,45 @@ def kernels() -> Any:
     return fused_triton_kernel
 
 
-@functools.cache
+_reasons: dict[torch.device, str | None] = {}
+
+
 def why_not(device: torch.device) -> str | None:
-    """Why there is no Triton backend for a device, or None where there is one; the first call compiles both kernels."""
+    """Why there is no Triton backend for a device, or None where there is one; the first call compiles both kernels.
+
+    The answer holds for the process, but not that a trial found no memory: it is made again.
+    """
+    if device not in _reasons:
+        reason, holds = _why_not(device)
+        if not holds:
+            return reason
+        _reasons[device] = reason
+    return _reasons[device]
+
+
+def _why_not(device: torch.device) -> tuple[str | None, bool]:
+    """The reason, and whether it will be the same the next time."""
     if device.type not in DEVICE_TYPES:
-        return f"there is none for {device.type}"
+        return f"there is none for {device.type}", True
     try:
         kernels()
     except ImportError as error:
-        return f"Triton cannot be imported: {error}; install the package triton"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"Triton needs compute capability 7.0, {torch.cuda.get_device_name(device)} has less"
+        return f"Triton cannot be imported: {error}; install the package triton", True
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"Triton needs compute capability 7.0, {torch.cuda.get_device_name(device)} has less", True
     try:
         _try(device)
     except Exception as error:  # whatever Triton, its compiler or the driver raise: foreach needs none of them
-        return f"Triton cannot run a kernel: {type(error).__name__}: {error}"
-    return None
+        holds = not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower())
+        return f"Triton cannot run a kernel: {type(error).__name__}: {error}", holds
+    return None, True
+
+
+def failure(params: Sequence[Tensor]) -> str | None:
+    """Why the backend cannot step parameters of a device that it is for; None for others, and where it can."""
+    if not params or params[0].device.type not in DEVICE_TYPES:
+        return None
+    return why_not(params[0].device)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -106,46 +129,99 @@ class FusedTriton:
     """What an optimizer's steps remember from one to the next, of one device: a function of the tensors' addresses.
 
     Attributes:
-        plans: By the keys of their rows.
+        plans: By the keys of their rows, the one that was used last at the end.
         captured: Plans that CUDA graphs read, which must outlive them.
     """
 
     plans: dict[Any, Plan] = field(default_factory=dict)
     captured: list[Plan] = field(default_factory=list)
 
-    def step(self, rows: Rows, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Step all rows, counting their steps, in place.
-
-        Args:
-            rows: Tensors of one device.
-            grad_scale: What the gradients were multiplied with, a tensor of 1 element, or None.
-            found_inf: A tensor of 1 element, not 0 where nothing may change; None for never.
-        """
-        device = rows.params[0].device
-        scale, found = (_scalar(value, device) for value in (grad_scale, found_inf))
-        with _on(device):
-            found_plan = self._plan(rows, device)
-            grads = _send(found_plan, "grads", list(map(Tensor.data_ptr, rows.grads)))
-            _advance(found_plan.table, _settings(found_plan, [h for _, h in rows.groups]), scale, found)
-            for launch in found_plan.launches:
-                _step(found_plan.table, grads, launch.chunks, launch.kinds)
-            _step_rest(rows, found_plan.rest, scale, found)
-        # Autograd must notice what was written behind its back.
-        increment_version(rows.params)
-
-    def _plan(self, rows: Rows, device: torch.device) -> Plan:
+    def plan(self, rows: Rows) -> Plan:
+        """The plan of these rows, made where there is none of their key."""
+        device = rows.tensors.params[0].device
         key, capturing = rows.key(), is_capturing(device)
-        found = self.plans.get(key)
+        found = self.plans.pop(key, None)
         if found is None:
             found = plan(rows)
             if capturing:  # the graph's own memory, not written before it is replayed
                 return found
-            if len(self.plans) >= PLANS:
+            while self.plans and sum(kept.num_rows for kept in self.plans.values()) + found.num_rows > PLANNED_ROWS:
                 del self.plans[next(iter(self.plans))]
-            self.plans[key] = found
+        self.plans[key] = found
         if capturing and all(found is not other for other in self.captured):
             self.captured.append(found)
         return found
+
+
+def step_groups(
+    memory: dict[torch.device, FusedTriton],
+    groups: Iterable[tuple[TensorLists, Hyper]],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Step groups of parameters, counting their steps, in place.
+
+    Args:
+        memory: What the optimizer's earlier steps left.
+        groups: Parameters with their settings.
+        grad_scale: What the gradients were multiplied with, a tensor of 1 element, or None.
+        found_inf: A tensor of 1 element, not 0 where nothing may change; None for never.
+    """
+    for device, rows in rows_by_device(groups).items():
+        found = memory.setdefault(device, FusedTriton()).plan(rows)
+        scale, skip = (_scalar(value, device) for value in (grad_scale, found_inf))
+        with _on(device):
+            _launch(found, rows.tensors.grads, rows.hypers, scale, skip)
+            _step_rest(rows, found.rest, scale, skip)
+        # Autograd must notice what was written behind its back.
+        increment_version(rows.tensors.params)
+
+
+def _launch(
+    found: Plan, grads: list[Tensor], hypers: Sequence[Hyper], scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    addresses = _send(found, "grads", list(map(Tensor.data_ptr, grads)))
+    _advance(found.table, _settings(found, hypers), scale, found_inf)
+    for launch in found.launches:
+        _step(found.table, addresses, launch.chunks, launch.kinds)
+
+
+@dataclass
+class _Prepared:
+    """A step whose plan is known to fit."""
+
+    plan: Plan
+    params: list[Tensor]
+    device: torch.device
+
+    def run(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        counts: list[float],
+    ) -> bool:
+        """As backends.py says."""
+        if is_capturing(self.device):  # a graph has a plan of its own
+            return False
+        scale, skip = (_scalar(value, self.device) for value in (grad_scale, found_inf))
+        with _on(self.device):
+            _launch(self.plan, grads, hypers, scale, skip)
+        increment_version(self.params)
+        return True
+
+
+def prepare(memory: dict[torch.device, FusedTriton], groups: Iterable[tuple[TensorLists, Hyper]]) -> _Prepared | None:
+    """The step that `step_groups` has just done, where one plan does all of it."""
+    by_device = rows_by_device(groups)
+    if len(by_device) != 1:
+        return None
+    device, rows = by_device.popitem()
+    if is_capturing(device):
+        return None
+    found = memory.setdefault(device, FusedTriton()).plan(rows)
+    return None if found.rest else _Prepared(found, rows.tensors.params, device)
 
 
 def _send(found: Plan, name: str, words: list[int]) -> Tensor:
@@ -177,15 +253,15 @@ def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
 
 def _step_rest(rows: Rows, rest: Sequence[int], scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Step what the kernels cannot take; the kernel `advance` has counted its steps."""
-    for group, (_, h) in enumerate(rows.groups):
-        slots = [rows.slot(index) for index in rest if rows.members[index] == group]
-        for batch in batches(slots, [None] * len(slots)):
-            batch.inverse_scale = None if scale is None else scale.double().reciprocal().float()
+    for group, h in enumerate(rows.hypers if rest else ()):
+        lists = rows.of_group(group, rest)
+        for batch in lists.batches([None] * len(lists.params)):
+            batch.inverse_scale = inverse(scale)
             batch.found_inf = found_inf
             foreach(batch, h)
 
 
-def rows_by_device(groups: Iterable[tuple[Gathered, Hyper]]) -> dict[torch.device, Rows]:
+def rows_by_device(groups: Iterable[tuple[TensorLists, Hyper]]) -> dict[torch.device, Rows]:
     """Sort groups by the device of their parameters."""
     found: dict[torch.device, Rows] = {}
     for gathered, h in groups:
@@ -197,6 +273,5 @@ def rows_by_device(groups: Iterable[tuple[Gathered, Hyper]]) -> dict[torch.devic
 def _try(device: torch.device) -> None:
     """Step a number, to see that all of it runs here."""
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(1, device=device) for _ in range(4))
-    rows = Rows()
-    rows.add(Gathered([param], [grad], [exp_avg], [exp_avg_sq], [torch.zeros((), device=device)]), hyper(DEFAULTS))
-    FusedTriton().step(rows, None, None)
+    lists = TensorLists([param], [grad], [exp_avg], [exp_avg_sq], [torch.zeros((), device=device)])
+    step_groups({}, [(lists, hyper(DEFAULTS))], None, None)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robust_dist.optim.backend import Origin, Slot
 from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_table, upload
-from robust_dist.optim.gather import Gathered
 from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
+from robust_dist.optim.tensors import TensorLists
 
 # How the kernels call what they read and write; uint16 stands for bfloat16's bits.
 _TYPES = {
@@ -29,91 +28,87 @@ Kinds = tuple[str, str, str, str, bool, bool]
 
 @dataclass
 class Rows:
-    """The local tensors of several groups that have gradients, on one device; the lists are parallel.
+    """The local tensors of several groups that have gradients, on one device.
 
     Attributes:
-        params: Parameters.
-        grads: Their gradients.
-        exp_avgs: State.
-        exp_avg_sqs: State.
-        masters: State, the parameter itself where it has none.
-        steps: State, on the device.
-        members: Index of the group in `groups`.
-        groups: What is stepped, and its settings.
-        starts: Index of each group's first row.
+        tensors: All groups' tensors; a parameter without a master stands in its place.
+        members: Of each tensor, the index of its group.
+        hypers: The groups' settings.
     """
 
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    masters: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
+    tensors: TensorLists = field(default_factory=TensorLists)
     members: list[int] = field(default_factory=list)
-    groups: list[tuple[Gathered, Hyper]] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    hypers: list[Hyper] = field(default_factory=list)
 
-    def add(self, gathered: Gathered, h: Hyper) -> None:
+    def add(self, group: TensorLists, h: Hyper) -> None:
         """Add the parameters of one group."""
-        params, grads, exp_avgs, exp_avg_sqs, *masters = gathered.local()
-        self.starts.append(len(self.params))
-        self.params += params
-        self.grads += grads
-        self.exp_avgs += exp_avgs
-        self.exp_avg_sqs += exp_avg_sqs
-        self.masters += masters[0] if masters else params
-        self.steps += gathered.steps
-        self.members += [len(self.groups)] * len(params)
-        self.groups.append((gathered, h))
+        found, all_ = group.local(), self.tensors
+        all_.params += found.params
+        all_.grads += found.grads
+        all_.exp_avgs += found.exp_avgs
+        all_.exp_avg_sqs += found.exp_avg_sqs
+        all_.masters += found.masters or found.params
+        all_.steps += found.steps
+        all_.origins += found.origins or [(0, 0)] * len(found.params)
+        self.members += [len(self.hypers)] * len(found.params)
+        self.hypers.append(h)
 
     def row(self, index: int) -> tuple[Tensor, ...]:
         """The tensors that are walked together."""
-        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.masters)
-        return tuple(column[index] for column in columns)
+        return tuple(column[index] for column in self.tensors.columns)
 
-    def slot(self, index: int) -> Slot:
-        """A row as the other backends take it."""
-        param, grad, exp_avg, exp_avg_sq, master = self.row(index)
-        kept = None if master is param else master
-        return param, grad, exp_avg, exp_avg_sq, self.steps[index], kept, self._origin(index)
-
-    def _origin(self, index: int) -> Origin | None:
-        """Where rounding.py's bits of a row come from; None where it is not rounded by chance."""
-        group = self.members[index]
-        return self.groups[group][0].origin(index - self.starts[group])
+    def of_group(self, group: int, indices: Sequence[int]) -> TensorLists:
+        """Those of the given rows that belong to one group."""
+        chosen = [index for index in indices if self.members[index] == group]
+        origins = [self.tensors.origins[index] for index in chosen]
+        found = self.tensors.like([[column[index] for index in chosen] for column in self.tensors.columns])
+        found.steps = [self.tensors.steps[index] for index in chosen]
+        found.origins = origins if self.hypers[group].stochastic_rounding else []
+        return found
 
     def numel(self, index: int) -> int:
         """Elements of a parameter, as the kernels count them: a complex one is two."""
-        param = self.params[index]
+        param = self.tensors.params[index]
         return param.numel() * (2 if param.is_complex() else 1)
+
+    @property
+    def _pointed(self) -> tuple[list[Tensor], ...]:
+        t = self.tensors
+        return t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps
 
     def host_columns(self) -> list[list[int]]:
         """What the host writes into the table, in the order of its columns."""
-        places = [self._origin(index) or (0, 0) for index in range(len(self.params))]
-        tensors = (self.params, self.exp_avgs, self.exp_avg_sqs, self.masters, self.steps)
+        t = self.tensors
         return [
-            *(list(map(Tensor.data_ptr, column)) for column in tensors),
-            [self.numel(index) for index in range(len(self.params))],
+            *(
+                list(map(Tensor.data_ptr, column))
+                for column in (t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps)
+            ),
+            [self.numel(index) for index in range(len(t.params))],
             self.members,
-            [place for place, _ in places],
-            [first for _, first in places],
+            [place for place, _ in t.origins],
+            [first for _, first in t.origins],
         ]
 
     def key(self) -> Hashable:
         """Changes where a `Plan` of these rows would be another one."""
-        pointed = [self.params, self.exp_avgs, self.exp_avg_sqs, self.steps]
-        pointed += [self.masters] if any(gathered.masters for gathered, _ in self.groups) else []
+        t = self.tensors
         return (
-            *[tuple(map(Tensor.data_ptr, column)) for column in pointed],
-            tuple(map(Tensor.numel, self.params)),
+            *[
+                tuple(map(Tensor.data_ptr, column))
+                for column in (t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps)
+            ],
+            *[tuple([tensor.dtype for tensor in column]) for column in (t.params, t.exp_avgs, t.masters)],
+            tuple(map(Tensor.numel, t.params)),
             tuple(self.members),
-            tuple(h.stochastic_rounding for _, h in self.groups),
+            tuple(t.origins),
+            tuple(h.stochastic_rounding for h in self.hypers),
             self._gradients_key(),
         )
 
     def _gradients_key(self) -> Hashable:
         """The dtypes of the gradients, and where they do not simply lie in a row, how."""
-        grads = self.grads
+        grads = self.tensors.grads
         dtypes = tuple([grad.dtype for grad in grads])
         lazy = any(map(Tensor.is_neg, grads)) or any(map(Tensor.is_conj, grads))
         if all(map(Tensor.is_contiguous, grads)) and not lazy:
@@ -150,6 +145,11 @@ class Plan:
     rest: list[int]
     sent: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of tensors."""
+        return self.table.shape[1]
+
 
 def _kinds(rows: Rows, index: int) -> Kinds | None:
     """The types that the kernel is compiled for; None where it cannot take the row."""
@@ -165,7 +165,7 @@ def _kinds(rows: Rows, index: int) -> Kinds | None:
     has_master = master is not param
     if exp_avg_sq.element_size() < 4 or (has_master and master.dtype != exp_avg_sq.dtype):
         return None
-    stochastic = rows.groups[rows.members[index]][1].stochastic_rounding
+    stochastic = rows.hypers[rows.members[index]].stochastic_rounding
     kept_low = exp_avg.dtype == torch.bfloat16 or (param.dtype == torch.bfloat16 and not has_master)
     types = [_TYPES[t.dtype] for t in (param, grad, exp_avg, exp_avg_sq)]
     return types[0], types[1], types[2], types[3], has_master, stochastic and kept_low
@@ -173,17 +173,18 @@ def _kinds(rows: Rows, index: int) -> Kinds | None:
 
 def plan(rows: Rows) -> Plan:
     """Sort rows into launches, and send the device what it must know of them."""
-    device = rows.params[0].device
+    params = rows.tensors.params
+    device = params[0].device
     columns = rows.host_columns()
     found: dict[Kinds, list[int]] = defaultdict(list)
     rest = []
-    for index in range(len(rows.params)):
+    for index in range(len(params)):
         kinds = _kinds(rows, index)
         if kinds is None:
             rest.append(index)
-        elif rows.params[index].numel():
+        elif params[index].numel():
             found[kinds].append(index)
-    table = torch.empty((COLUMNS, len(rows.params)), dtype=torch.int64, device=device)
+    table = torch.empty((COLUMNS, len(params)), dtype=torch.int64, device=device)
     table[:HOST_COLUMNS] = upload([word for column in columns for word in column], device).view(HOST_COLUMNS, -1)
     launches = [Launch(kinds, _chunks(rows, members, device)) for kinds, members in found.items()]
     return Plan(table, launches, rest)

@@ -1,18 +1,16 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from robust_dist.optim.backend import Batch
-from robust_dist.optim.choose import check_fused, choose, counts_on_device, fused_on_device, on_host
+from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
-from robust_dist.optim.fused_triton import FusedTriton, rows_by_device
-from robust_dist.optim.gather import Gathered
 from robust_dist.optim.groups import check_sharded
+from robust_dist.optim.record import Records
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
@@ -27,6 +25,7 @@ from robust_dist.optim.state import (
     load_exactly,
     own_steps,
 )
+from robust_dist.optim.tensors import TensorLists, inverse
 
 
 def _is_capturing() -> bool:
@@ -197,8 +196,19 @@ class RAdaBeliefW(Optimizer):
             self.param_groups.pop()
             raise
 
+    def backend_in_use(self) -> str | None:
+        """The name of the code that steps the parameters as they are now; README.md of this folder lists the names.
+
+        Returns:
+            "fused_triton", "fused_cpu", "foreach", "single", or a registered backend's name; several, joined by " + ",
+            where groups differ; None where no group has a parameter, as under ZeRO-3 between two steps.
+        """
+        names = [choose(group).name for group in self.param_groups if group["params"]]
+        return " + ".join(dict.fromkeys(names)) or None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
+        self.__dict__.pop("_records", None)  # which would keep the old state alive to the next step
         load_exactly(self, state_dict, super().load_state_dict)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -211,44 +221,61 @@ class RAdaBeliefW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _check_group_can_step(group)
-        fused, others = self._parted_groups()
-        if self._overflow_on_host(others):
-            others = [group for group in others if not on_host(group)]
-        # All before the first moves: state that does not fit its parameter is an error of the whole step.
-        to_fuse = [(self._gather_counted_in_place(group), hyper(group)) for group in fused]
-        gathered = [self._gather(group) for group in others]
-        if to_fuse:
-            self._step_fused_on_device(to_fuse)
-        for group, g in zip(others, gathered, strict=True):
-            with torch.set_grad_enabled(group["differentiable"]):
-                self._step_group(group, g)
+        if not self._step_again():
+            self._step_anew()
         return loss
 
-    def _parted_groups(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The groups that the Triton backend takes, all together, and the others."""
-        if torch.compiler.is_compiling():
-            return [], self.param_groups
-        fused = list(map(fused_on_device, self.param_groups))
-        if not any(fused):
-            return [], self.param_groups
-        others = [group for group, taken in zip(self.param_groups, fused, strict=True) if not taken]
-        return [group for group, taken in zip(self.param_groups, fused, strict=True) if taken], others
+    def _step_again(self) -> bool:
+        """Step as a record of an earlier step says, where one holds (record.py)."""
+        records: Records | None = self.__dict__.get("_records")
+        if records is None or torch.compiler.is_compiling() or _is_capturing():
+            return False
+        return records.step(self, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _step_anew(self) -> None:
+        for group in self.param_groups:
+            _check_group_can_step(group)
+        chosen = [(group, choose(group)) for group in self.param_groups]
+        on_device = [(group, backend) for group, backend in chosen if backend.step_on_device]
+        others = [(group, backend) for group, backend in chosen if not backend.step_on_device]
+        if self._overflow_on_host(group for group, _ in others):
+            others = [(group, backend) for group, backend in others if not on_host(group)]
+        # All before the first moves: state that does not fit its parameter is an error of the whole step.
+        counted = [(self._gather_counted_in_place(group), hyper(group)) for group, _ in on_device]
+        gathered = [(self._gather(group), hyper(group)) for group, _ in others]
+        if on_device:
+            self._step_on_device([backend for _, backend in on_device], counted)
+        for (group, backend), (lists, h) in zip(others, gathered, strict=True):
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._step_group(group, backend, lists, h)
+        if not torch.compiler.is_compiling():
+            self._remember([backend for _, backend in chosen], counted + gathered)
 
     @torch.no_grad()
-    def _step_fused_on_device(self, gathered: Sequence[tuple[Gathered, Hyper]]) -> None:
-        memory = self.__dict__.setdefault("_fused_triton", {})  # not in __init__, which pickle does not call
-        for device, rows in rows_by_device(gathered).items():
-            fused = memory.setdefault(device, FusedTriton())
-            fused.step(rows, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+    def _step_on_device(self, chosen: list[Backend], groups: Groups) -> None:
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for backend in {id(backend): backend for backend in chosen}.values():
+            its = [one for one, other in zip(groups, chosen, strict=True) if other is backend]
+            assert backend.step_on_device is not None
+            backend.step_on_device(self._memory(backend), its, grad_scale, found_inf)
 
-    def _gather_counted_in_place(self, group: dict[str, Any]) -> Gathered:
-        g = self._gather(group)
-        if len(set(map(id, g.steps))) < len(g.steps):  # one for all would be counted up once for each
-            g.steps = [step.clone() for step in g.steps]
-            self._replace_steps(g.params, g.steps)
-        return g
+    def _memory(self, backend: Backend) -> dict[Any, Any]:
+        """What a backend keeps between the steps; not made in __init__, which pickle does not call."""
+        memories: dict[str, dict[Any, Any]] = self.__dict__.setdefault("_memories", {})
+        return memories.setdefault(backend.name, {})
+
+    def _remember(self, chosen: list[Backend], groups: Groups) -> None:
+        """Keep a record of the step that was just made, where one backend made all of it and can prepare the next."""
+        if len(groups) == len(chosen) and len({id(backend) for backend in chosen}) == 1 and chosen[0].prepare:
+            records: Records = self.__dict__.setdefault("_records", Records())
+            records.add(self, chosen[0], self._memory(chosen[0]), groups)
+
+    def _gather_counted_in_place(self, group: dict[str, Any]) -> TensorLists:
+        lists = self._gather(group)
+        if len(set(map(id, lists.steps))) < len(lists.steps):  # one for all would be counted up once for each
+            lists.steps = [step.clone() for step in lists.steps]
+            self._replace_steps(lists.params, lists.steps)
+        return lists
 
     def _overflow_on_host(self, groups: Iterable[dict[str, Any]]) -> bool:
         # one synchronisation, and only where the host must decide; GradScaler does the same for other optimizers
@@ -257,26 +284,29 @@ class RAdaBeliefW(Optimizer):
             return False
         return float(found_inf) != 0.0
 
-    def _gather(self, group: dict[str, Any]) -> Gathered:
-        g = Gathered()
-        lists = g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.steps, g.masters, g.places
+    def _gather(self, group: dict[str, Any]) -> TensorLists:
+        found = TensorLists()
+        places: list[int] = []
+        firsts: list[int] = []
+        lists = found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, found.steps, found.masters
         with torch.set_grad_enabled(group["differentiable"]):
-            self._init_group(group, *lists, g.firsts if torch.compiler.is_compiling() else None)
-        return g
+            self._init_group(group, *lists, places, firsts)
+        found.origins = list(zip(places, firsts, strict=True))
+        return found
 
-    def _step_group(self, group: dict[str, Any], g: Gathered) -> None:
-        if not g.params:
+    def _step_group(self, group: dict[str, Any], backend: Backend, lists: TensorLists, h: Hyper) -> None:
+        if not lists.params:
             return
         if group["differentiable"]:
-            self._step_differentiably(group, g)
+            self._step_differentiably(lists, h)
         elif on_host(group):
-            counts, steps = advanced(g.steps)
-            self._replace_steps(g.params, steps)
-            self._run(group, g.params, g.batches(steps, counts), None)
+            counts, lists.steps = advanced(lists.steps)
+            self._replace_steps(lists.params, lists.steps)
+            self._run(backend, h, lists.local().batches(counts), None)
         else:
             found_inf = getattr(self, "found_inf", None)
-            steps = self._advance_on_device(g, found_inf)
-            self._run(group, g.params, g.batches(steps, [None] * len(steps)), found_inf)
+            lists.steps = self._advance_on_device(lists, found_inf)
+            self._run(backend, h, lists.local().batches([None] * len(lists.steps)), found_inf)
 
     def _init_group(
         self,
@@ -288,7 +318,7 @@ class RAdaBeliefW(Optimizer):
         steps: list[Tensor],
         masters: list[Tensor],
         places: list[int],
-        firsts: list[int] | None = None,
+        firsts: list[int],
     ) -> None:
         # the name is torch's: torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
         found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
@@ -313,8 +343,7 @@ class RAdaBeliefW(Optimizer):
             masters.extend(self.state[p][MASTER] if has_master(p, group) else p for p in params)
         if option(group, "stochastic_rounding"):
             places.extend(self._places(group))
-            if firsts is not None:
-                firsts.extend(map(first_index, params))
+            firsts.extend(map(first_index, params))
 
     def _places(self, group: dict[str, Any]) -> Iterator[int]:
         """The places, among all parameters, of this group's that have a gradient."""
@@ -326,22 +355,21 @@ class RAdaBeliefW(Optimizer):
                 place += 1
 
     def _inverse_scale(self) -> Tensor | None:
-        scale = getattr(self, "grad_scale", None)
-        return None if scale is None else scale.reshape(()).double().reciprocal().float()
+        return inverse(getattr(self, "grad_scale", None))
 
-    def _run(self, group: dict[str, Any], params: list[Tensor], found: list[Batch], found_inf: Tensor | None) -> None:
-        backend, h, inverse_scale = choose(group, params), hyper(group), self._inverse_scale()
+    def _run(self, backend: Backend, h: Hyper, found: list[TensorLists], found_inf: Tensor | None) -> None:
+        inverse_scale = self._inverse_scale()
         for batch in found:
             device = batch.params[0].device
             batch.inverse_scale = None if inverse_scale is None else inverse_scale.to(device)
             batch.found_inf = None if found_inf is None else found_inf.reshape(()).to(device)
-            backend(batch, h)
+            backend.step(batch, h)
 
     def _replace_steps(self, params: Iterable[Tensor], steps: Iterable[Tensor]) -> None:
         for state, step in zip(map(self.state.__getitem__, params), steps, strict=True):
             state[STEP] = step
 
-    def _advance_on_device(self, g: Gathered, found_inf: Tensor | None) -> list[Tensor]:
+    def _advance_on_device(self, g: TensorLists, found_inf: Tensor | None) -> list[Tensor]:
         ones = increments(g.steps)
         if found_inf is not None:
             ones = [torch.where(found_inf.reshape(()).to(one.device) == 0, one, 0.0) for one in ones]
@@ -352,8 +380,8 @@ class RAdaBeliefW(Optimizer):
         self._replace_steps(g.params, steps)
         return steps
 
-    def _step_differentiably(self, group: dict[str, Any], g: Gathered) -> None:
-        h, inverse_scale = hyper(group), self._inverse_scale()
+    def _step_differentiably(self, g: TensorLists, h: Hyper) -> None:
+        inverse_scale = self._inverse_scale()
         for param, grad in zip(g.params, g.grads, strict=True):
             state = self.state[param]
             count = count_of(state[STEP].item()) + 1.0

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.counting import counts_of
 from robust_dist.optim.layout import is_dense
 from robust_dist.optim.settings import Hyper
+from robust_dist.optim.tensors import TensorLists
 from robust_dist.splitmix import GOLDEN, mix, mix_int, signed
 
 LOW, HIGH = 0, 16
@@ -101,7 +101,7 @@ class Rounder:
         h: Its settings.
     """
 
-    def __init__(self, batch: Batch, h: Hyper) -> None:
+    def __init__(self, batch: TensorLists, h: Hyper) -> None:
         self._batch = batch
         self._keys = _keys(batch, h) if batch.origins else None
 
@@ -125,7 +125,7 @@ def host_keys(origins: Sequence[tuple[int, int]], step: float, h: Hyper) -> list
     return tensor_keys(h.seed, int(step), torch.tensor([place for place, _ in origins])).tolist()
 
 
-def _keys(batch: Batch, h: Hyper) -> list[int] | tuple[Tensor, ...]:
+def _keys(batch: TensorLists, h: Hyper) -> list[int] | tuple[Tensor, ...]:
     if batch.step is not None:
         return host_keys(batch.origins, batch.step, h)
     steps = counts_of(torch.stack(batch.steps))

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
 from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
+from robust_dist.optim.tensors import TensorLists
 
 
 def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def moved(param: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
     return param * c.decay - c.step_size * (m / (torch.sqrt(v + c.inner) + c.outer))
 
 
-def true_grad(batch: Batch, index: int, h: Hyper) -> Tensor:
+def true_grad(batch: TensorLists, index: int, h: Hyper) -> Tensor:
     """The gradient in the arithmetic's dtype, unscaled and of the right sign."""
     grad = batch.grads[index].to(batch.exp_avg_sqs[index].dtype)
     if batch.inverse_scale is not None:
@@ -47,12 +47,12 @@ def differentiable_step(
     return m, v
 
 
-def _new_moments(batch: Batch, index: int, h: Hyper) -> tuple[Tensor, Tensor]:
+def _new_moments(batch: TensorLists, index: int, h: Hyper) -> tuple[Tensor, Tensor]:
     old = batch.exp_avg_sqs[index]
     return moments(true_grad(batch, index, h), batch.exp_avgs[index].to(old.dtype), old, h)
 
 
-def _host_step(batch: Batch, h: Hyper, step: float) -> None:
+def _host_step(batch: TensorLists, h: Hyper, step: float) -> None:
     lr, weight_decay = float(h.lr), float(h.weight_decay)
     c, rounder = host_coefficients(step, h, lr, weight_decay), Rounder(batch, h)
     for i, param in enumerate(batch.params):
@@ -71,7 +71,7 @@ def _keep(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
     old.copy_(new if keep is None else torch.where(keep, old, new.to(old.dtype)))
 
 
-def _device_step(batch: Batch, h: Hyper) -> None:
+def _device_step(batch: TensorLists, h: Hyper) -> None:
     c, rounder = device_coefficients(batch.steps, h, batch.exp_avg_sqs[0].dtype), Rounder(batch, h)
     skipped = None if batch.found_inf is None else batch.found_inf != 0
     idle = either(c.idle, skipped)
@@ -86,7 +86,7 @@ def _device_step(batch: Batch, h: Hyper) -> None:
         _keep(param, rounder.param(i, new), idle)
 
 
-def single(batch: Batch, h: Hyper) -> None:
+def single(batch: TensorLists, h: Hyper) -> None:
     """Step every tensor of the batch by itself."""
     if batch.step is None:
         _device_step(batch, h)

@@ -44,9 +44,9 @@ def _run(words: argparse.Namespace) -> int:
     from robust_dist.study.adopt import adopt, read_report
     from robust_dist.study.folder import StudyFolder
     from robust_dist.study.keys import StudyError
-    from robust_dist.study.measure import estimate
     from robust_dist.study.parse import load_study
     from robust_dist.study.report import write_report
+    from robust_dist.study.roofline import estimate
     from robust_dist.study.worker import Workers
 
     if words.workers < 1:

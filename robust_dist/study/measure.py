@@ -14,6 +14,7 @@ from robust_dist.train.build import build_augment, build_classifier, build_optim
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
+from robust_dist.train.step import summed_loss
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}
@@ -127,7 +128,7 @@ def measure(recipe: Recipe) -> tuple[float, float]:
         prepared, targets = augment(images, labels, keys)
         with torch.autocast(**autocast):
             logits = model(prepared)
-        nn.functional.cross_entropy(logits.float(), targets).backward()
+        (summed_loss(logits, targets, None, recipe.label_smoothing) / recipe.batch_size).backward()
         if recipe.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
         optimizer.step()
@@ -161,41 +162,3 @@ def _median_seconds(action: Any, device: torch.device) -> float:
         times.append(time.perf_counter() - start)
     # The first one warms up.
     return sorted(times[1:])[len(times[1:]) // 2]
-
-
-def estimate(study: Study, recipes: dict[str, Recipe], gpu: str = "h100") -> str:
-    """What `--dry-run` says: cells, runs, steps and hours, from steps measured now on this machine.
-
-    Args:
-        study: The study.
-        recipes: Every cell's recipe by the cell's name.
-        gpu: The one whose hours are estimated where there is none to measure on.
-
-    Raises:
-        ValueError: That GPU is not in the table.
-    """
-    from robust_dist.study.roofline import gpu_hours
-
-    elsewhere = None if torch.cuda.is_available() else gpu_hours(study, recipes, gpu)
-    found = costs(study, recipes)
-    seeds = len(study.seeds)
-    hours = seeds * sum(cost.hours for cost in found.values())
-    steps = sorted({cost.steps for cost in found.values()})
-    fastest, slowest = (bound(cost.step_seconds for cost in found.values()) for bound in (min, max))
-    spread = f"{1000 * fastest:.1f}" + (f" to {1000 * slowest:.1f}" if slowest > fastest else "")
-    lines = [
-        f"{study.name}: {len(found)} cells x {seeds} seeds = {len(found) * seeds} runs of "
-        f"{' to '.join(f'{count:,}' for count in dict.fromkeys((steps[0], steps[-1])))} steps",
-        f"a step, measured: {spread} ms on {_device()}",
-    ]
-    if elsewhere is None:
-        lines.append(f"{hours:.1f} GPU hours, without the runs' starts; N workers on N GPUs need 1/N of that")
-    else:
-        lines += [f"{hours:.1f} hours with one worker of these threads, without the runs' starts", elsewhere]
-    return "\n".join(lines)
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU thread(s)"

@@ -1,4 +1,4 @@
-"""Hours on a GPU that is not here: an estimate from counted operations and the maker's peak rates, no measurement."""
+"""What `--dry-run` says: hours by measured steps here, and on a GPU elsewhere an estimate from counted operations."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from robust_dist.plan.hardware import Gpu, find_gpu
 from robust_dist.study.grid import Study
-from robust_dist.study.measure import facts, steps_of
+from robust_dist.study.measure import costs, facts, steps_of
 from robust_dist.train.build import build_classifier, preprocessing_of
 from robust_dist.train.recipe import Recipe, recipe_dict
 
@@ -122,3 +122,39 @@ def gpu_hours(study: Study, recipes: dict[str, Recipe], name: str) -> str:
         f"{START_SECONDS * 1e6:.0f} us, or the GPU as long as {ARITHMETIC_SHARE:.0%} of its peak arithmetic or "
         f"{MEMORY_SHARE:.0%} of its memory's rate allow"
     )
+
+
+def estimate(study: Study, recipes: dict[str, Recipe], gpu: str = "h100") -> str:
+    """The cost of a study as `--dry-run` shows it: cells, runs, steps, and hours from steps measured on this machine.
+
+    Args:
+        study: The study.
+        recipes: Every cell's recipe by the cell's name.
+        gpu: The one whose hours are estimated where there is none to measure on.
+
+    Raises:
+        ValueError: That GPU is not in the table.
+    """
+    elsewhere = None if torch.cuda.is_available() else gpu_hours(study, recipes, gpu)
+    found = costs(study, recipes)
+    seeds = len(study.seeds)
+    hours = seeds * sum(cost.hours for cost in found.values())
+    steps = sorted({cost.steps for cost in found.values()})
+    fastest, slowest = (bound(cost.step_seconds for cost in found.values()) for bound in (min, max))
+    spread = f"{1000 * fastest:.1f}" + (f" to {1000 * slowest:.1f}" if slowest > fastest else "")
+    lines = [
+        f"{study.name}: {len(found)} cells x {seeds} seeds = {len(found) * seeds} runs of "
+        f"{' to '.join(f'{count:,}' for count in dict.fromkeys((steps[0], steps[-1])))} steps",
+        f"a step, measured: {spread} ms on {_device()}",
+    ]
+    if elsewhere is None:
+        lines.append(f"{hours:.1f} GPU hours, without the runs' starts; N workers on N GPUs need 1/N of that")
+    else:
+        lines += [f"{hours:.1f} hours with one worker of these threads, without the runs' starts", elsewhere]
+    return "\n".join(lines)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU thread(s)"

@@ -1,4 +1,4 @@
-"""Which code steps the optimizer and augments the images of a run: shown, noted, and the same on every rank."""
+"""The backends of a run's optimizer and augmentation: shown, noted, and the same on every rank."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,12 +7,11 @@ from accelerate import Accelerator
 
 from robust_dist.augment import RobustAugment
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.optim.choose import choose, fused_on_device
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.agree import check_same
 from robust_dist.train.recipe import Recipe
 
-_NAMES = {"fused_cpu": "fused (C)", "foreach": "foreach", "single": "single-tensor"}
+_NAMES = {"fused_triton": "fused (Triton)", "fused_cpu": "fused (C)", "single": "single-tensor"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,7 @@ def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augmen
 
 
 def optimizer_backend(optimizer: Any) -> str | None:
-    """Which code of RAdaBeliefW steps; see `Backends.optimizer`."""
+    """The backend that steps RAdaBeliefW; see `Backends.optimizer`."""
     inner = base_optimizer(optimizer)
-    group = inner.param_groups[0]
-    if not isinstance(inner, RAdaBeliefW) or not group["params"]:
-        return None
-    if fused_on_device(group):
-        return "fused (Triton)"
-    name = getattr(choose(group, group["params"]), "__name__", "")
-    return _NAMES.get(name, name)
+    name = inner.backend_in_use() if isinstance(inner, RAdaBeliefW) else None
+    return None if name is None else _NAMES.get(name, name)

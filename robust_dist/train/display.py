@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar, and a line per epoch."""
+"""Progress on the screen while a run trains: a bar, and a line per epoch."""
 
 import time
 from types import TracebackType
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from robust_dist.train.memory import GIB, peak_memory, total_memory
-from robust_dist.train.meter import Figures, Meter
+from robust_dist.train.meter import Figures, Meter, data_wait_share
 from robust_dist.train.recipe import Recipe
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -69,7 +69,7 @@ class Display:
         most, there = peak_memory(device) / GIB, total_memory(device)
         memory = f"{most:.2f} GiB" if there is None else f"{most:.1f}/{there / GIB:.0f} GiB"
         rate = figures.images_per_second / self.meter.world_size
-        wait = f"data wait {figures.data_wait_share:.0%}"
+        wait = f"data wait {data_wait_share(figures):.0%}"
         return f"{rate:,.0f} images/s per {self.unit}, {wait}, {memory}{_mfu(self.meter.mfu(figures), ', ')}"
 
 

@@ -1,4 +1,4 @@
-"""How fast a run goes, and what it waits for: host clocks alone, so that no step waits for a device to be measured."""
+"""Speed and waiting of a run, by host clocks alone, so that no step waits for a device to be measured."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Figures:
-    """What was measured in a stretch of training.
+    """Measurements of a stretch of training.
 
     Attributes:
         seconds: Its length.
@@ -36,10 +36,10 @@ class Figures:
         """Over all ranks."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
-    @property
-    def data_wait_share(self) -> float:
-        """Of the time, 0 to 1."""
-        return min(1.0, self.wait_seconds / self.seconds) if self.seconds > 0 else 0.0
+
+def data_wait_share(figures: Figures) -> float:
+    """The share of the time that this rank's loop waited for its loader, 0 to 1."""
+    return min(1.0, figures.wait_seconds / figures.seconds) if figures.seconds > 0 else 0.0
 
 
 class Meter:
@@ -62,7 +62,7 @@ class Meter:
         self._waited = self._waited_then = 0.0
 
     def fetch(self, loader: Iterable[T]) -> Iterator[T]:
-        """What the loader gives; the time in which it gives nothing counts as waiting."""
+        """The loader's batches; the time until each is there counts as waiting."""
         batches = iter(loader)
         while True:
             began = time.perf_counter()
@@ -125,7 +125,7 @@ def measured(meter: Meter, figures: Figures, accelerator: Accelerator) -> dict[s
     The wait is that of the rank that waited longest, the memory that of the rank that used most.
     """
     mine = torch.tensor(
-        [figures.data_wait_share, peak_memory(accelerator.device) / GIB, figures.seconds],
+        [data_wait_share(figures), peak_memory(accelerator.device) / GIB, figures.seconds],
         dtype=torch.float32,
         device=accelerator.device,
     )

@@ -48,11 +48,10 @@ def test_augmenting_copies_no_image_before_the_pipeline_does(noise):
     assert batch.images is batch.images
 
 
-def test_a_batch_is_still_a_tuple_of_its_six(noise):
+def test_a_batch_is_as_long_as_it_has_samples(noise):
     (batch, *_) = batches(noise)
-    images, labels, indices, keys, global_size, weights = batch
-    assert (global_size, weights, len(batch)) == (16, None, 6)
-    assert all(a is b for a, b in zip(batch[:4], (images, labels, indices, keys), strict=True))
+    assert len(batch) == len(batch.indices) == len(batch.images) == len(batch.labels)
+    assert (batch.global_size, batch.weights) == (16, None)
 
 
 def test_a_compiled_pipeline_gathers_too_without_a_graph_break(noise):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from robust_dist import native_library
 from robust_dist.optim import RAdaBeliefW, fused_cpu
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.fused_cpu import _KINDS, _Scalars, _table, call, library
 from robust_dist.optim.rounding import LOW, random_bits, round_stochastically, tensor_keys
+from robust_dist.optim.tensors import TensorLists
 from tests.optim.helpers import BACKENDS, bits, gradients, reference, start, step, train
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def moved(param, grad, widest=None, origin=None, key=0, **scalars):
     """`param` after one raw call of the C pass with zero moments."""
     m, v = (torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32)) for _ in range(2))
     kinds = _KINDS[param.dtype], _KINDS[grad.dtype], _KINDS[m.dtype]
-    batch = Batch([param], [grad], [m], [v], origins=[] if origin is None else [origin])
+    batch = TensorLists([param], [grad], [m], [v], origins=[] if origin is None else [origin])
     keys = None if origin is None else [key]
     call(batch, kinds, _Scalars(**{**COPY, **scalars}), keys=keys, widest=widest)
     return param
@@ -134,7 +134,7 @@ def test_the_last_chunk_of_a_tensor_beyond_2_32_elements_is_stepped_where_it_lie
     params, grads = start((n,), dtype=dtype), gradients((n,), 1, dtype=dtype)[0]
     m, v = (torch.zeros(n, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     kinds = tuple(_KINDS[t.dtype] for t in (params, grads, m))
-    batch = Batch([params], [grads], [m], [v], origins=[(0, 0)])
+    batch = TensorLists([params], [grads], [m], [v], origins=[(0, 0)])
     table, arrays = _table(batch, kinds, [11])
     for name, tensor in {"params": params, "grads": grads, "exp_avgs": m, "exp_avg_sqs": v}.items():
         arrays[name][0] -= first * tensor.element_size()

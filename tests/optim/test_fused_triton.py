@@ -184,7 +184,7 @@ def test_elements_beyond_2_31_are_found(device):
     optimizers = [at_step_6(params) for params in whole]
     for params, optimizer in zip(whole, optimizers, strict=True):
         params[0].grad = grad.clone()
-        optimizer._init_group(optimizer.param_groups[0], [], [], [], [], [], [], [])
+        optimizer._init_group(optimizer.param_groups[0], [], [], [], [], [], [], [], [])
     step(optimizers[0], whole[0], [grad])
     rows = fused_triton_plan.Rows()
     rows.add(optimizers[1]._gather(optimizers[1].param_groups[0]), hyper(optimizers[1].param_groups[0]))
@@ -194,7 +194,7 @@ def test_elements_beyond_2_31_are_found(device):
     columns[5][0] = numel
     plan = fused_triton_plan.plan(rows)
     plan.table[: len(columns)] = torch.tensor(columns)
-    settings_ = upload(fused_triton_table.settings_words(rows.groups[0][1], device), device)
+    settings_ = upload(fused_triton_table.settings_words(rows.hypers[0], device), device)
     fused_triton._advance(plan.table, settings_, None, None)
     grads = upload([whole[1][0].grad.data_ptr() - first * 4], device)
     fused_triton._step(plan.table, grads, torch.tensor([[0, number]], device=device), plan.launches[0].kinds)

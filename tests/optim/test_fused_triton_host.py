@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 
-from robust_dist.optim import RAdaBeliefW, choose, fused_triton, fused_triton_table
+from robust_dist.optim import RAdaBeliefW, backends, fused_triton, fused_triton_table
 from robust_dist.optim.fused_triton_table import upload, words_of, written
 from robust_dist.optim.reference import reference_step
 from tests.optim import interpreted
@@ -20,6 +20,10 @@ from tests.optim.interpreted import CPU, leaves, snapshot
 
 # The interpreter of older ones breaks on NumPy 2.4.
 pytest.importorskip("triton", minversion="3.3")
+
+
+def memory_of(optimizer, device):
+    return optimizer._memories["fused_triton"][device]
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
@@ -48,7 +52,7 @@ def test_a_moving_schedule_sends_numbers_alone(device, launches, monkeypatch, as
 
 
 def test_which_have_gradients_may_change_from_step_to_step(device, monkeypatch):
-    monkeypatch.setattr(fused_triton, "PLANS", 2)
+    monkeypatch.setattr(fused_triton, "PLANNED_ROWS", 3)
     params, grads = leaves(device, [(3,), (2,), (4,)], torch.float64), gradients((9,), 6)
     optimizer = RAdaBeliefW(params)
     seen = [[], [], []]
@@ -57,7 +61,7 @@ def test_which_have_gradients_may_change_from_step_to_step(device, monkeypatch):
         for own, g in zip(seen, row, strict=True):
             own.extend([] if g is None else [g])
         step(optimizer, params, [None if g is None else g.to(device) for g in row])
-    assert len(optimizer._fused_triton[params[0].device].plans) == 2
+    assert sum(plan.num_rows for plan in memory_of(optimizer, params[0].device).plans.values()) <= 3
     for i, (param, own) in enumerate(zip(params, seen, strict=True)):
         expected = reference(start(param.shape, seed=i), own)[0]
         torch.testing.assert_close(param.detach().cpu(), expected, rtol=1e-12, atol=1e-13)
@@ -121,9 +125,9 @@ def test_a_captured_step_leaves_nothing_behind_that_only_its_graph_writes(monkey
             step(optimizer, params, row if t != 2 else [row[0], None])
         step(twin, twins, row if t != 2 else [row[0], None])
         if t == 0:
-            before = dict(next(iter(optimizer._fused_triton[CPU].plans.values())).sent)
+            before = dict(next(iter(memory_of(optimizer, CPU).plans.values())).sent)
     assert snapshot(optimizer) == snapshot(twin)
-    memory = optimizer._fused_triton[CPU]
+    memory = memory_of(optimizer, CPU)
     assert len(memory.plans) == len(memory.captured) == 1
     assert memory.captured[0] is next(iter(memory.plans.values()))
     assert memory.captured[0].sent["settings"] is before["settings"]
@@ -160,33 +164,49 @@ def test_dtensors_are_stepped_on_their_local_tensors(monkeypatch, launches, two_
     assert len(launches) == 3
 
 
-def test_without_triton_foreach_takes_over_and_fused_says_what_is_missing(monkeypatch):
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The backend asks whether Triton runs on the CPU, as it does on a GPU."""
+    monkeypatch.setattr(fused_triton, "DEVICE_TYPES", frozenset({"cpu"}))
+    monkeypatch.setattr(fused_triton, "_reasons", {})
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "BACKENDS", [one for one in backends.BACKENDS if one.name != "fused_cpu"])
+
+
+def test_without_triton_foreach_takes_over_and_fused_says_what_is_missing(monkeypatch, on_the_cpu):
     def missing():
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(fused_triton, "DEVICE_TYPES", frozenset({"cpu"}))
     monkeypatch.setattr(fused_triton, "kernels", missing)
-    monkeypatch.setattr(choose, "_missing", lambda device, capturable: fused_triton.why_not(device))
-    fused_triton.why_not.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=r"fused=True: .* on cpu \(Triton cannot be imported: No module named"):
-            RAdaBeliefW([start((3,)).requires_grad_()], fused=True)
-        params, grads = leaves(CPU, [(3,)], torch.float64), gradients((3,), 3)
+    with pytest.raises(ValueError, match=r"fused=True: .* on cpu \(Triton cannot be imported: No module named"):
+        RAdaBeliefW([start((3,)).requires_grad_()], fused=True)
+    params, grads = leaves(CPU, [(3,)], torch.float64), gradients((3,), 3)
+    with pytest.warns(UserWarning, match="Triton cannot be imported: No module named") as said:
         optimizer = interpreted.train(params, [[g] for g in grads])
-        assert torch.allclose(params[0].detach(), reference(start((3,)), grads)[0], rtol=1e-12)
-        assert "_fused_triton" not in vars(optimizer)
-    finally:
-        fused_triton.why_not.cache_clear()
+    assert len(said) == 1
+    assert optimizer.backend_in_use() == "foreach"
+    assert torch.allclose(params[0].detach(), reference(start((3,)), grads)[0], rtol=1e-12)
 
 
-def test_a_triton_that_cannot_compile_is_named(monkeypatch):
+@pytest.mark.parametrize(("error", "trials"), [("Failed to find C compiler", 1), ("CUDA out of memory. Tried", 4)])
+def test_a_triton_that_cannot_run_is_told_once_and_asked_again_only_where_memory_was_short(
+    monkeypatch, on_the_cpu, error, trials
+):
+    tried = []
+
     def launch(*_):
-        raise RuntimeError("Failed to find C compiler")
+        tried.append(1)
+        raise (torch.OutOfMemoryError if "memory" in error else RuntimeError)(error)
 
-    monkeypatch.setattr(fused_triton, "DEVICE_TYPES", frozenset({"cpu"}))
+    monkeypatch.setattr(fused_triton, "kernels", lambda: None)
     monkeypatch.setattr(fused_triton, "_advance", launch)
-    reason = fused_triton.why_not.__wrapped__(CPU)
-    assert reason == "Triton cannot run a kernel: RuntimeError: Failed to find C compiler"
+    params = leaves(CPU, [(3,)], torch.float64)
+    with pytest.warns(UserWarning, match=f"Triton cannot run a kernel: .*{error}") as said:
+        interpreted.train(params, [[g] for g in gradients((3,), 2)])
+    assert len(said) == 1
+    assert (len(tried) > 1) == (trials > 1)
+    assert error in fused_triton.why_not(CPU)
+    assert interpreted.train(params, [], fused=False).backend_in_use() == "foreach"
 
 
 def test_a_step_on_the_cpu_imports_no_kernels():

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from robust_dist.models import build_model
-from robust_dist.optim.backend import Batch
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.settings import DEFAULTS, hyper
+from robust_dist.optim.tensors import TensorLists
 from robust_dist.plan.allocations import LiveBytes, storage_bytes
 from robust_dist.plan.memory import step_temporaries
 from robust_dist.plan.profile import profile
@@ -75,7 +75,7 @@ def test_flops_are_torch_s_count_of_both_passes():
 def test_the_step_s_temporaries_are_those_of_the_foreach_backend():
     numels = (300_000, 70_000, 5)
     rows = [[torch.empty(n, device="meta") for n in numels] for _ in range(4)]
-    batch = Batch(*rows, [], 100.0)
+    batch = TensorLists(*rows, [], 100.0)
     with LiveBytes() as tracker:
         foreach(batch, hyper(DEFAULTS))
     assert tracker.peak == step_temporaries(sum(numels))

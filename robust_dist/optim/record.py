@@ -1,0 +1,244 @@
+"""What one step found out, so that the next one with the same tensors need not: validated at each step, in C's loops.
+
+A record holds for the param groups, settings, parameters and states that it was made of. A step asks whether they are
+the same objects, and whether parameters and state lie where they lay: a swapped `.data`, FSDP2's swap, loaded state, a
+group that was added, a gradient that is None again, another dtype or layout all make it step anew. It holds no
+gradients, and no tensor that the optimizer has forgotten for longer than to the next step.
+"""
+
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_dist.optim.backends import Backend, Groups, Prepared
+from robust_dist.optim.counting import count_of, value_of, views
+from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, hyper
+from robust_dist.optim.state import STEP, all_plain, is_dtensor
+
+ROWS = 1 << 15  # of all records that are kept
+TRIES = 4  # records of the same parameters that did not hold once, until no more are made
+
+_grad, _local, _layout = map(attrgetter, ("grad", "_local_tensor", "_spec"))
+_params = itemgetter("params")
+_fixed = itemgetter(*(name for name in DEFAULTS if name not in ("lr", "weight_decay")))
+_pointer = Tensor.data_ptr
+_flat = chain.from_iterable
+
+
+def _same(found: Iterable[Any], kept: Iterable[Any]) -> bool:
+    """Whether two iterables of one length have the same objects."""
+    return all(map(is_, found, kept))
+
+
+def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*_fixed(group), *map(group.get, MEMORY_DEFAULTS))
+
+
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A test of as many tensors: of these classes, dtypes, devices, shapes and strides, none of them lazy."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        if check(*tensors):
+            return check
+    except (ImportError, TypeError, AttributeError):  # no public interface: another release may lack it
+        pass
+    kept = list(map(_kind, tensors))
+    return lambda *found: list(map(_kind, found)) == kept
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        raise TypeError
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg(), tensor.is_conj()
+
+
+class _HostCount:
+    """The step counts of a record's parameters where the host counts them: in one array that the state's tensors view.
+
+    A count that someone has written into a tensor of the state is found in the array.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> None:
+        values = [state[STEP].item() for state in states]
+        self.words = array("f", values)
+        for state, view in zip(states, views(self.words), strict=True):
+            state[STEP] = view
+        ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        self.spans = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.expected = self.words.tobytes()
+
+    def next(self) -> list[float] | None:
+        """The next count of each group; None where something else has counted."""
+        if self.words.tobytes() != self.expected:
+            return None
+        return [count_of(self.words[first]) + 1.0 if first < end else 0.0 for first, end in self.spans]
+
+    def advance(self, counts: Sequence[float]) -> None:
+        """Write the counts of a step that was made."""
+        for (first, end), count in zip(self.spans, counts, strict=True):
+            self.words[first:end] = array("f", [value_of(count)]) * (end - first)
+        self.expected = self.words.tobytes()
+
+
+class Record:
+    """The tensors of a step, and how they are stepped again.
+
+    Args:
+        optimizer: Whose `state` and `param_groups` it is of; not kept.
+        params: The parameters with a gradient, of one group after the other.
+        sizes: How many of them each group has.
+        prepared: Steps them.
+        counts_on_host: Whether the host counts their steps.
+    """
+
+    def __init__(
+        self, optimizer: Any, params: Sequence[Tensor], sizes: Sequence[int], prepared: Prepared, counts_on_host: bool
+    ) -> None:
+        self.groups: list[dict[str, Any]] = list(optimizer.param_groups)
+        self.settings = list(map(_settings, self.groups))
+        self.held = list(_flat(map(_params, self.groups)))
+        self.params = list(params)
+        chosen = set(map(id, params))
+        self.absent = [param for param in self.held if id(param) not in chosen]
+        self.keys, self.entries = list(optimizer.state), list(optimizer.state.values())
+        self.states = [optimizer.state[param] for param in params]
+        self.prepared = prepared
+        self.count = _HostCount(self.states, sizes) if counts_on_host else None
+        self.sharded = not all_plain(params)
+        self.columns = tuple(self.states[0])
+        self.layouts = list(map(_layout, params)) if self.sharded else []
+        self.pointers = self._pointers()
+        self.guard = _guard(self._local_grads(list(map(_grad, params))))
+        self.held_once = False
+
+    def _local_grads(self, grads: list[Any]) -> list[Tensor]:
+        if not self.sharded:
+            return grads
+        if not _same(map(_layout, grads), self.layouts):
+            raise TypeError
+        return list(map(_local, grads))
+
+    def _pointers(self) -> list[int]:
+        """Where the parameters and all of their state lie."""
+        values = _flat(map(dict.values, self.states))
+        if not self.sharded:
+            return list(map(_pointer, chain(self.params, values)))
+        every = list(values)
+        width = len(self.columns)
+        columns = [every[first::width] for first in range(width)]
+        named = zip(self.columns, columns, strict=True)
+        local = (column if name == STEP else map(_local, column) for name, column in named)
+        return list(map(_pointer, chain(map(_local, self.params), *local)))
+
+    def grads(self, optimizer: Any) -> list[Tensor] | None:
+        """The local gradients where all else is as it was; else None."""
+        groups, state = optimizer.param_groups, optimizer.state
+        if len(groups) != len(self.groups) or not _same(groups, self.groups):
+            return None
+        held = list(_flat(map(_params, groups)))
+        if len(held) != len(self.held) or not _same(held, self.held) or list(map(_settings, groups)) != self.settings:
+            return None
+        if len(state) != len(self.keys) or not (_same(state, self.keys) and _same(state.values(), self.entries)):
+            return None
+        try:
+            if self._pointers() != self.pointers:
+                return None
+            grads = self._local_grads(list(map(_grad, self.params)))
+            if not self.guard(*grads) or any(grad is not None for grad in map(_grad, self.absent)):
+                return None
+        except (TypeError, AttributeError, RuntimeError):  # no tensor, none with memory, or none of that layout
+            return None
+        return grads
+
+    def step(self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step again; False, and nothing done, where that is not possible."""
+        hypers = list(map(hyper, self.groups))
+        if self.count is None:
+            return self.prepared.run(grads, hypers, grad_scale, found_inf, [])
+        counts = self.count.next()
+        if counts is None:
+            return False
+        if found_inf is None or float(found_inf) == 0.0:
+            self.prepared.run(grads, hypers, grad_scale, None, counts)
+            self.count.advance(counts)
+        return True
+
+
+class Records:
+    """The records of an optimizer: ZeRO-3 steps one part after the other, and which have gradients may change."""
+
+    def __init__(self) -> None:
+        self._last: Record | None = None
+        self._kept: dict[Hashable, Record] = {}
+        self._tries: dict[Hashable, int] = {}
+
+    def step(self, optimizer: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step by a record that holds; False, and nothing done, where there is none."""
+        if not self._kept:
+            return False
+        record, grads = self._last, None if self._last is None else self._last.grads(optimizer)
+        if grads is None:
+            record = self._kept.get(_key(optimizer))
+            grads = None if record is None or record is self._last else record.grads(optimizer)
+        if record is None or grads is None or not record.step(grads, grad_scale, found_inf):
+            return False
+        self._last, record.held_once = record, True
+        return True
+
+    def add(self, optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Groups) -> None:
+        """Keep a record of a step that `backend` has just made, if its tensors allow one and it is worth it.
+
+        Args:
+            optimizer: Whose step it was.
+            backend: What stepped all of its groups.
+            memory: What that backend keeps between the steps.
+            groups: What was stepped, one for each param group.
+        """
+        key = _key(optimizer)
+        before = self._kept.pop(key, None)
+        self._tries[key] = 1 if before is not None and before.held_once else self._tries.get(key, 0) + 1
+        self._last = None
+        made = _record(optimizer, backend, memory, groups) if self._tries[key] <= TRIES else None
+        if made is None:
+            return
+        # What the optimizer has forgotten is not kept alive here.
+        self._kept = {k: kept for k, kept in self._kept.items() if kept.params[0] in optimizer.state}
+        while self._kept and sum(len(kept.params) for kept in self._kept.values()) + len(made.params) > ROWS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = self._last = made
+
+
+def _record(optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Groups) -> Record | None:
+    params = [param for lists, _ in groups for param in lists.params]
+    if backend.prepare is None or not _can_record(params, [optimizer.state[param] for param in params]):
+        return None
+    prepared = backend.prepare(memory, groups)
+    if prepared is None:
+        return None
+    sizes = [len(lists.params) for lists, _ in groups]
+    try:
+        return Record(optimizer, params, sizes, prepared, counts_on_host=backend.step_on_device is None)
+    except (TypeError, AttributeError, RuntimeError):  # gradients of a kind that a record cannot tell apart
+        return None
+
+
+def _key(optimizer: Any) -> Hashable:
+    held = list(_flat(map(_params, optimizer.param_groups)))
+    return tuple(map(id, held)), tuple([grad is None for grad in map(_grad, held)])
+
+
+def _can_record(params: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a record can tell that these have changed: all plain or all DTensors, with state of the same names."""
+    if not params or not (all_plain(params) or all(map(is_dtensor, params))):
+        return False
+    names = list(states[0])
+    return all(list(state) == names for state in states) and all(
+        type(value) is Tensor or is_dtensor(value) for state in states for value in state.values()
+    )

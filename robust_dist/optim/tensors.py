@@ -1,0 +1,126 @@
+"""The one shape in which tensors travel from the param groups to a backend: parallel lists of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robust_dist.optim.state import all_plain, is_dtensor, local_columns, local_slot, traced_columns
+
+Origin = tuple[int, int]
+
+
+@dataclass
+class TensorLists:
+    """Parameters with their gradients and state; all lists are parallel.
+
+    `RAdaBeliefW` gathers the parameters of one group that have a gradient. `batches` cuts them into what a backend's
+    `step` takes: local real tensors of one device, of one combination of dtypes, with one step count.
+
+    Attributes:
+        params: Parameters, updated in place.
+        grads: Gradients as autograd left them (scaled, perhaps of another dtype); never written to.
+        exp_avgs: First moments, float32 or better or bfloat16, updated in place.
+        exp_avg_sqs: Second moments, float32 or better, updated in place; their dtype is that of the arithmetic.
+        steps: 0-d float32 tensors that stand for t of the step that is being done (counting.py).
+        step: In a batch, that t on the host where all of it share it; None where it stays on the device.
+        inverse_scale: In a batch, a 0-d factor that unscales the gradients, or None.
+        found_inf: In a batch without `step`, a 0-d tensor, not 0 where nothing may change; None for never. On the host
+            such a step is skipped before a backend sees it.
+        masters: float32 masters of low-precision parameters, the parameter itself where it has none: the step works
+            on them and writes the rounded parameter, too. Empty where no parameter has one.
+        origins: Where rounding.py's bits of each tensor come from: the place of its parameter in the optimizer, and
+            the index of its first element. Empty where nothing is rounded stochastically.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    step: float | None = None
+    inverse_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    masters: list[Tensor] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[list[Tensor]]:
+        """The lists that every backend walks: params, grads, exp_avgs, exp_avg_sqs, and masters if any."""
+        found = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
+        return [*found, self.masters] if self.masters else found
+
+    def like(self, columns: Sequence[Sequence[Tensor]], origins: Sequence[Origin] = ()) -> "TensorLists":
+        """The same scalars with other tensors, for backends that work piece by piece on the host's `step`.
+
+        Args:
+            columns: In the order of `columns`.
+            origins: Of those tensors, where these lists have any.
+        """
+        params, grads, m, v, *rest = map(list, columns)
+        masters = rest[0] if rest else []
+        scalars = (self.step, self.inverse_scale, self.found_inf)
+        return TensorLists(params, grads, m, v, [], *scalars, masters, list(origins) if self.origins else [])
+
+    def local(self) -> "TensorLists":
+        """The same with the local tensors of DTensors."""
+        if all_plain(self.params):
+            return self
+        columns = traced_columns(*self.columns) if torch.compiler.is_compiling() else _local(self.columns)
+        found = self.like(columns, self.origins)
+        found.steps = self.steps
+        return found
+
+    def batches(self, counts: Sequence[float | None]) -> "list[TensorLists]":
+        """What backends step, from lists of local tensors.
+
+        Args:
+            counts: For each parameter, its step count on the host, or None to leave it on the device.
+        """
+        if not self.params:
+            return []
+        if self._is_one_batch(counts):
+            columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps)
+            return [TensorLists(*columns, counts[0], origins=self.origins)]
+        found: dict[tuple, list[int]] = {}
+        for index, count in enumerate(counts):
+            row = [column[index] for column in self.columns]
+            dtypes = [tensor.dtype for tensor in row[:4]]
+            has_master = bool(self.masters) and row[4].dtype != row[0].dtype
+            found.setdefault((row[0].device, *dtypes, has_master, count), []).append(index)
+        return [self._batch(indices, key[-2], key[-1]) for key, indices in found.items()]
+
+    def _is_one_batch(self, counts: Sequence[float | None]) -> bool:
+        """Whether all of it is one batch of real tensors; cheaper than sorting them."""
+        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)
+        if self.masters or len(set(counts)) > 1 or any(len({t.dtype for t in column}) > 1 for column in columns):
+            return False
+        on_cpu = {t.is_cpu for t in self.params}
+        return not self.params[0].is_complex() and (False not in on_cpu or len({t.device for t in self.params}) == 1)
+
+    def _batch(self, indices: Sequence[int], has_masters: bool, count: float | None) -> "TensorLists":
+        """Some rows; complex tensors join as real ones with a last dimension of 2."""
+        columns = [
+            [column[index] for index in indices] for column in (self.columns if has_masters else self.columns[:4])
+        ]
+        if columns[0][0].is_complex():
+            columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]
+        found = self.like(columns, [self.origins[index] for index in indices] if self.origins else ())
+        found.steps, found.step = [self.steps[index] for index in indices], count
+        return found
+
+
+def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    one_of_each = {type(p): p for p in columns[0]}
+    sharded = {kind: is_dtensor(p) for kind, p in one_of_each.items()}
+    local = local_columns(*columns) if all(sharded.values()) else None
+    if local is not None or not any(sharded.values()):
+        return local or columns
+    rows = (local_slot(*row) if sharded[type(row[0])] else row for row in zip(*columns, strict=True))
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def inverse(grad_scale: Tensor | None) -> Tensor | None:
+    """What unscales gradients: 0-d float32, or None."""
+    return None if grad_scale is None else grad_scale.reshape(()).double().reciprocal().float()
