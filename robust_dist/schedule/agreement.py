@@ -12,7 +12,7 @@ def taking_part(group: dist.ProcessGroup | None) -> bool:
 
 
 def device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must be for `group` to reduce it: the CPU where the backend takes it, else the current device."""
+    """The device that a tensor must be on for `group` to reduce it: the CPU where the backend takes it."""
     devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
     if "cpu" in devices:
         return torch.device("cpu")

@@ -51,7 +51,7 @@ class Ballot:
             self._event.record()
 
     def count(self) -> int:
-        """How many ranks voted yes."""
+        """The number of ranks that voted yes."""
         if self._work is not None:
             self._work.wait()
         if self._event is not None:

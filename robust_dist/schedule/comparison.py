@@ -34,7 +34,7 @@ class RankDisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """What every rank must have alike as it makes the same optimizer step."""
+    """The values that all ranks must have in common at the same optimizer step."""
 
     total_steps: int
     off_at: float

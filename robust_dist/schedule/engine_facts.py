@@ -1,4 +1,4 @@
-"""What engines tell the schedule: two questions, whose answers `robust_dist.engines` gives when it is imported."""
+"""Facts about engines that the schedule needs; `robust_dist.engines` registers them when it is imported."""
 
 from collections.abc import Callable
 from typing import Any

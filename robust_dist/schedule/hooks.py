@@ -36,7 +36,7 @@ def base_optimizer(optimizer: Any) -> Optimizer:
 
 
 class Scheduled(Protocol):
-    """What `attach` calls."""
+    """The interface that `attach` calls."""
 
     def _before_step(self) -> None: ...
 
@@ -48,13 +48,13 @@ _in_charge = weakref.WeakKeyDictionary()
 
 
 def in_charge(optimizer: Optimizer) -> Any:
-    """The last one that took charge of this optimizer's weight decay, or None."""
+    """The switch that sets this optimizer's weight decay: the last that took charge, or None."""
     charge = _in_charge.get(optimizer)
     return None if charge is None else charge[0]()
 
 
 def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
-    """`attach`, and be the one that sets the weight decay from now on; the one before is called no more."""
+    """`attach`, and set the weight decay from now on; the owner before is not called any more."""
     before = _in_charge.get(optimizer)
     if before is not None:
         before[1]()

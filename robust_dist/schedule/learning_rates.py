@@ -18,7 +18,7 @@ _from_a_curve: "weakref.WeakKeyDictionary[Optimizer, dict[int, _Mark]]" = weakre
 
 @dataclass(slots=True)
 class _Written:
-    """What was last written into a group: whether it was the curve's own rate, and the loaded rate that it replaced."""
+    """The last write into a group: whether it was the curve's own rate, and the loaded rate that it replaced."""
 
     group: dict[str, Any]
     mark: _Mark
@@ -52,7 +52,7 @@ class LearningRates(GroupValues):
         super().__init__(optimizer, "lr", "initial_lr")
 
     def on_curve(self) -> list[bool]:
-        """Which groups carry the curve's own rate, written here, or have only been added."""
+        """For each group, whether it carries the curve's own rate, written here, or was only just added."""
         return [self._is_on_curve(group) for group in self._groups]
 
     def write(self, rate_of: Callable[[float], float]) -> None:
@@ -66,7 +66,7 @@ class LearningRates(GroupValues):
         Args:
             rate_of: The curve's rate by base rate.
             next_of: The same from base rate and present rate, for a group that another scheduler has scaled.
-            replace: The present rates are nobody's: all groups get on the curve.
+            replace: No scheduler has set the present rates: all groups get on the curve.
         """
         for group, base in self._whole():
             present = group["lr"]

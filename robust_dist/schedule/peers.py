@@ -32,9 +32,9 @@ _peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionar
 
 
 class Peers:
-    """What the schedules of one optimizer, of which the newest is in charge, have to do with other ranks.
+    """Agreement between the ranks that schedule the same optimizer.
 
-    It outlives them, so that a rank that makes or loads its schedule anew by itself is found. Where the ranks share no
+    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no
     store, or the store's host has ended, nothing is asked.
 
     Args:
@@ -172,7 +172,7 @@ class Peers:
 
 
 def _kind_of(optimizer: Optimizer) -> str:
-    """What ranks that share an optimizer have alike in it: its class and the shapes of its first two parameters."""
+    """The optimizer's class and the shapes of its first two parameters: the same on ranks that share it."""
     shapes = [shape_on_every_rank(p) for group in optimizer.param_groups for p in group["params"]][:2]
     return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
 
@@ -196,7 +196,7 @@ def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
 
 
 def _collectives(group: dist.ProcessGroup) -> int:
-    """How many the group has begun, which tells one training in a process from the next; 0 where it does not count."""
+    """The number of collectives that the group has begun; it tells one training in a process from the next."""
     try:
         return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):

@@ -19,7 +19,7 @@ _ORIGIN = "_robust_dist_origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an error that every rank raises came from.
+    """The origin of an error that every rank raises.
 
     Attributes:
         rank: The lowest rank that raised it by itself.
@@ -47,7 +47,7 @@ def raise_everywhere(accelerator: Accelerator, error: Exception | None) -> None:
 
 
 def origin_of(error: BaseException) -> Origin | None:
-    """Where an error came from that every rank raises, None for one that this rank raised alone."""
+    """The origin of an error that every rank raises; None for an error of this rank alone."""
     return getattr(error, _ORIGIN, None)
 
 
@@ -115,9 +115,9 @@ def check_same(accelerator: Accelerator, ours: dict[str, Any], problem: str) -> 
     ranks = [ours] if accelerator.num_processes == 1 else gather_object([ours])
     names = sorted(set().union(*ranks))
     lines = [
-        f"{name}: " + ", ".join(f"rank {rank}: {one.get(name)!r}" for rank, one in enumerate(ranks))
+        f"{name}: " + ", ".join(f"rank {rank}: {values.get(name)!r}" for rank, values in enumerate(ranks))
         for name in names
-        if any(one.get(name) != ours.get(name) for one in ranks)
+        if any(values.get(name) != ours.get(name) for values in ranks)
     ]
     if lines:
         raise ValueError(f"{problem}:\n  " + "\n  ".join(lines))

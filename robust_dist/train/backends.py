@@ -1,4 +1,4 @@
-"""Which code steps the optimizer and augments the images of a run: shown, noted, and the same on every rank."""
+"""The backends of a run's optimizer and augmentation: shown, noted, and the same on every rank."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,7 +55,7 @@ def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augmen
 
 
 def optimizer_backend(optimizer: Any) -> str | None:
-    """Which code of RAdaBeliefW steps; see `Backends.optimizer`."""
+    """The backend that steps RAdaBeliefW; see `Backends.optimizer`."""
     inner = base_optimizer(optimizer)
     name = inner.backend_in_use() if isinstance(inner, RAdaBeliefW) else None
     return None if name is None else _NAMES.get(name, name)

@@ -1,4 +1,4 @@
-"""What becomes of images that could not be read: counted, their names kept, and too many of them an error."""
+"""Images that cannot be read: counted, their names kept, and too many of them an error."""
 
 import random
 import time
@@ -25,7 +25,7 @@ READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
 
 
 class TooManyBadImagesError(DataError):
-    """More images cannot be read than are let pass."""
+    """More images cannot be read than data.max_bad_share allows."""
 
 
 class BadImages:
@@ -38,7 +38,7 @@ class BadImages:
         accelerator: The run's ranks.
         path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. The bytes are the
             names' own, UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
-        max_share: The largest share of bad images that is let pass.
+        max_share: The largest share of bad images that is allowed.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, max_share: float) -> None:
@@ -63,7 +63,7 @@ class BadImages:
         self._unsaid = []
         unsaid = [image for _, images in ranks for image in images]
         attempt(self.accelerator, lambda: self._tell(unsaid), here=self.accelerator.is_main_process)
-        return sum(one for one, _ in ranks)
+        return sum(count for count, _ in ranks)
 
     def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
         """Stop the run where there are too many; all ranks must call it.
@@ -75,7 +75,7 @@ class BadImages:
             forgiven: How many of them the run was stopped over before; they do not stop it once more.
 
         Raises:
-            TooManyBadImagesError: More than the share that is let pass; on every rank.
+            TooManyBadImagesError: More than the allowed share; on every rank.
         """
         if total - forgiven > self.max_share * of:
             error = TooManyBadImagesError(
@@ -89,7 +89,7 @@ class BadImages:
         """Count the bad images of an evaluation that has ended, on all ranks; all ranks must call it.
 
         Raises:
-            TooManyBadImagesError: More than the share that is let pass; on every rank.
+            TooManyBadImagesError: More than the allowed share; on every rank.
         """
         found = test_set.take_bad()
         self.note(found)
@@ -103,10 +103,10 @@ class BadImages:
         The ranks share the images. After a few seconds the check ends; evaluation finds the rest.
 
         Raises:
-            TooManyBadImagesError: More cannot be read than are let pass; on every rank.
+            TooManyBadImagesError: More than the allowed share; on every rank.
         """
         source = getattr(test_set, "source", None)
-        if source is None or any(is_remote(one.name) for one in getattr(source, "stretches", list)()):
+        if source is None or any(is_remote(stretch.name) for stretch in getattr(source, "stretches", list)()):
             return
         accelerator = self.accelerator
         start, stop = even_cuts(len(source), accelerator.num_processes)[accelerator.process_index]

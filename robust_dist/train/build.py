@@ -98,7 +98,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
 
 
 class Preprocessing(NamedTuple):
-    """What the device's pipeline must know of a set: side in pixels, mean and std of each channel, its own crop, flip.
+    """Preparation of a set's images on the device: side in pixels, mean and std of each channel, own crop and flip.
 
     `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
     files kept in memory (4 pixels at 32, as for CIFAR).
@@ -112,7 +112,7 @@ class Preprocessing(NamedTuple):
 
 
 def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
-    """How training images are prepared, or those for evaluation.
+    """The preparation of training images, or of evaluation images.
 
     Raises:
         ValueError: An unknown data set.

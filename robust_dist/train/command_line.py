@@ -105,7 +105,7 @@ def _first_paragraph(kind: type) -> str:
 
 
 def _attributes(kind: type) -> dict[str, str]:
-    """What the docstrings of a class and of those that it extends say of its attributes."""
+    """The attributes' texts in the docstrings of a class and of those that it extends."""
     said: dict[str, str] = {}
     for cls in reversed(kind.__mro__[:-1]):
         block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]

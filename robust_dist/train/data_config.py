@@ -16,7 +16,7 @@ FORMATS = ("imagefolder", "hub", "webdataset")
 
 @dataclass
 class DataConfig:
-    """Which images are trained on, and how they reach the ranks.
+    """The training and evaluation images, and their way to the ranks.
 
     The keys from `train` on are for imagefolder, hub and webdataset. Workers read their images while training; images
     of one size may be decoded once and lie whole in memory, as sets by name do (see `crop_scale` and `keep_on`).
@@ -25,7 +25,8 @@ class DataConfig:
         name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
             imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads) or webdataset.
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
-            holds those of `train` and `eval`; of webdataset, that to which shards' paths are relative; hub uses it not.
+            holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. Not used by
+            hub.
         download: Fetch missing files (one process a host does it, the others wait).
         own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
             refused. They are pickles, which can run any code.
@@ -40,7 +41,7 @@ class DataConfig:
         eval: The evaluation images, likewise (defaults: val for imagefolder, validation for hub).
         path: hub: a set's name on the Hub, a folder, or with data_files a format such as parquet.
         config: hub: the set's configuration ("subset"), where it has several.
-        revision: hub: a branch, tag or commit; name one, lest the set changes under a run.
+        revision: hub: a branch, tag or commit; name one, so that the set cannot change under a run.
         data_files: hub: split to files, as `datasets.load_dataset` takes them.
         image_column: hub: the column of images; found by its type where null.
         label_column: hub: the column of labels; found by its type where null.
@@ -134,6 +135,12 @@ class DataConfig:
     def in_memory(self) -> bool:
         """Whether files are decoded once, and lie whole in memory as a set by name does."""
         return self.name in FORMATS and (self.keep_on != "auto" or self.crop_scale is None)
+
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """Values of the keys that belong to this format and not to all of them, by name."""
+        mine = [of for of in fields(self) if self.name in of.metadata.get("only_for", ())]
+        return {of.name: getattr(self, of.name) for of in mine if of.metadata["only_for"] != FORMATS}
 
     @property
     def eval_sides(self) -> tuple[int, int]:

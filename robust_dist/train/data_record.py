@@ -18,7 +18,7 @@ PARTS = ("train", "eval")
 
 
 def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessing) -> Record:
-    """What `data.json` holds, as plain JSON values.
+    """The content of `data.json`, as plain JSON values.
 
     Args:
         recipe: Of the run.
@@ -32,22 +32,22 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
     record = {
         "name": recipe.data.name,
         "classes": list(sets[0].classes),
-        **{part: _part(one) for part, one in zip(PARTS, sets, strict=True)},
+        **{part: _part(dataset) for part, dataset in zip(PARTS, sets, strict=True)},
         "preprocessing": {"mean": list(image.mean), "std": list(image.std), **_sizes(recipe, image)},
     }
     plain: Record = json.loads(json.dumps(record))
     return plain
 
 
-def left_out(one: LabelledSet) -> dict[str, int]:
-    """How many files of a set do not count, by the reason."""
-    found = dict(getattr(getattr(one, "source", None), "left_out", ()))
-    unreadable = len(getattr(one, "unreadable", ()))
+def left_out(dataset: LabelledSet) -> dict[str, int]:
+    """The number of a set's files that do not count, by reason."""
+    found = dict(getattr(getattr(dataset, "source", None), "left_out", ()))
+    unreadable = len(getattr(dataset, "unreadable", ()))
     return found | ({"that cannot be read": unreadable} if unreadable else {})
 
 
 def differences(here: Record, there: Record) -> list[str]:
-    """What a start brings that is not the data of the folder's run, a line each.
+    """Differences between this start's data and the folder's, a line each.
 
     Args:
         here: Of the start.
@@ -73,7 +73,7 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
     Raises:
         ValueError: Images are in both parts; names both settings, what they share and what would be right.
     """
-    train, test = (getattr(one, "source", None) for one in sets)
+    train, test = (getattr(dataset, "source", None) for dataset in sets)
     shared = None if train is None or test is None else shared_images(train, test)
     names = [_named(data, part) for part in PARTS]
     if shared and names[0] == names[1]:
@@ -101,11 +101,13 @@ def _advice(data: DataConfig) -> str:
     return ", such as 'train[:80%]' and 'train[80%:]'" if data.name == "hub" and not data.streaming else ""
 
 
-def _part(one: LabelledSet) -> Record:
-    source = getattr(one, "source", None)
-    made: Record = {"name": one.name, "images": len(one), "fingerprint": one.fingerprint()}
+def _part(dataset: LabelledSet) -> Record:
+    source = getattr(dataset, "source", None)
+    made: Record = {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()}
     revision = getattr(source, "revision", None)
-    return made | ({"revision": revision} if revision else {}) | ({"left_out": out} if (out := left_out(one)) else {})
+    return (
+        made | ({"revision": revision} if revision else {}) | ({"left_out": out} if (out := left_out(dataset)) else {})
+    )
 
 
 def _sizes(recipe: Recipe, image: Preprocessing) -> Record:
@@ -125,7 +127,7 @@ def _sizes(recipe: Recipe, image: Preprocessing) -> Record:
 
 def _classes(here: list[str], there: list[str]) -> list[str]:
     if len(here) != len(there):
-        gone, new = ([repr(one) for one in a if one not in set(b)] for a, b in ((there, here), (here, there)))
+        gone, new = ([repr(name) for name in a if name not in set(b)] for a, b in ((there, here), (here, there)))
         more = "".join(
             f"; {word}: {', '.join(names[:NAMED])}" for word, names in (("new", new), ("gone", gone)) if names
         )

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar, and a line per epoch."""
+"""Progress on the screen while a run trains: a bar, and a line per epoch."""
 
 import time
 from types import TracebackType

@@ -83,7 +83,7 @@ def _blocks(recipe: Recipe) -> int:
 
 
 def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, Any], model: nn.Module) -> list[str]:
-    """What a person has to know where ranks, engine or the parts of a batch are others than in the checkpoint.
+    """Lines for the user where ranks, engine or the parts of a batch differ from the checkpoint's.
 
     Args:
         recipe: Of this start, after `fit_ranks`.
@@ -112,7 +112,7 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
 
 
 def launcher() -> list[Any]:
-    """What tells the process that started this rank from any other."""
+    """The identity of the process that started this rank."""
     return [host_id(), os.getppid()]
 
 
@@ -120,7 +120,7 @@ def launchers(accelerator: Accelerator) -> list[list[Any]]:
     """The launchers of all ranks, each one once."""
     mine = launcher()
     found = [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    return [list(one) for one in sorted({tuple(one) for one in found})]
+    return [list(pair) for pair in sorted({tuple(pair) for pair in found})]
 
 
 def check_not_stopped(note: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ STATISTICS_STEPS = 50
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        accuracy: Share of the samples whose class was named first.
+        accuracy: Share of samples whose class has the largest logit.
         samples: How many were counted, over all ranks.
         loss: Mean cross-entropy.
     """

@@ -1,4 +1,4 @@
-"""How a rank says why it ended: every error once, and the first cause before what follows from it.
+"""Reports of a rank that ends: every error once, and the first cause before its consequences.
 
 A rank that fails writes RUN/errors/rank-N.json. The ranks that then lose it raise errors of their own, about
 connections; they are told by what they say, not by clocks, which differ between hosts, and each of them prints one
@@ -42,7 +42,7 @@ _LOST = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """What RUN/errors/rank-N.json holds.
+    """The content of RUN/errors/rank-N.json.
 
     Attributes:
         rank: Who wrote it.

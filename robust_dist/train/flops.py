@@ -1,4 +1,4 @@
-"""How much arithmetic one image costs a model, counted by torch on tensors without data."""
+"""A model's arithmetic per image, counted by torch on tensors without data."""
 
 from collections.abc import Sequence
 

@@ -34,7 +34,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """What one run writes: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and more.
+    """The files of one run: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and more.
 
     Args:
         path: The folder; made by `claim`.
@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def data_path(self) -> Path:
-        """What the run is trained on."""
+        """The note of what the run is trained on."""
         return self.path / "data.json"
 
     def claim(self, recipe: Recipe, environment: dict[str, Any], data: Record | None = None) -> None:
@@ -98,7 +98,7 @@ class RunFolder:
         write_atomically(self.path / STOPPED, json.dumps(note, indent=1) + "\n")
 
     def stop_note(self) -> dict[str, Any]:
-        """What `stopped.json` says; empty where no signal stopped the run."""
+        """The content of `stopped.json`; empty where no signal stopped the run."""
         try:
             note: _Stop = read_json(self.path / STOPPED, _Stop)
         except (OSError, ValueError):
@@ -244,7 +244,7 @@ class RunFolder:
         return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
     def starts(self) -> list[dict[str, Any]]:
-        """What `environment.json` notes of each start, oldest first.
+        """The starts noted in `environment.json`, oldest first.
 
         Raises:
             DocumentError: It is damaged.
@@ -270,7 +270,7 @@ class RunFolder:
 
 @dataclass
 class _Stop:
-    """What `stopped.json` holds."""
+    """The content of `stopped.json`."""
 
     signal: str
     step: int
@@ -281,7 +281,7 @@ class _Stop:
 
 @dataclass
 class _Starts:
-    """What `environment.json` holds."""
+    """The content of `environment.json`."""
 
     starts: list[dict[str, Any]]
 
@@ -304,7 +304,7 @@ def _revision() -> str | None:
 
 
 def environment(num_processes: int, device: torch.device, engine: str) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: versions, devices, ranks, command, revision.
+    """Facts needed to judge or repeat a run: versions, devices, ranks, command, revision.
 
     Args:
         num_processes: Ranks of the run.

@@ -110,7 +110,7 @@ class StaticStep:
         """Train on a batch; the rates are those that the optimizer's groups have."""
         self.rates.fill()
         if len(batch.indices) != self.full_size or batch.weights is not None:
-            self.replay.aside(lambda: self._run(batch))
+            self.replay.on_own_stream(lambda: self._run(batch))
             return
         if self._batch is None:
             self._batch = _static(batch)
@@ -119,7 +119,7 @@ class StaticStep:
         self.replay()
 
     def over_static(self) -> None:
-        """What is replayed: the step over the tensors that keep their places."""
+        """The replayed step, over tensors that keep their addresses."""
         assert self._batch is not None
         self._run(self._batch)
 
@@ -143,7 +143,7 @@ def _refill(static: Batch, batch: Batch) -> None:
 
 
 class _Call:
-    """A function that is called: what `_Graph` is where nothing can be captured."""
+    """A function that is called: in place of `_Graph` where nothing can be captured."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function
@@ -151,7 +151,7 @@ class _Call:
     def __call__(self) -> None:
         self.function()
 
-    def aside(self, function: Callable[[], None]) -> None:
+    def on_own_stream(self, function: Callable[[], None]) -> None:
         function()
 
 
@@ -167,13 +167,13 @@ class _Graph:
     def __call__(self) -> None:
         if self.graph is None and self.calls < WARM_UP_STEPS:
             self.calls += 1
-            self.aside(self.function)
+            self.on_own_stream(self.function)
             return
         if self.graph is None:
             self.graph = self._capture()
         self.graph.replay()
 
-    def aside(self, function: Callable[[], None]) -> None:
+    def on_own_stream(self, function: Callable[[], None]) -> None:
         """Call a function on the capturing stream, between what the current one did and will do."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)

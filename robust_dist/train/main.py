@@ -174,7 +174,7 @@ def _fail(error: Exception, rank: Rank) -> int:
 
 
 def _note_hang(reason: str, rank: Rank) -> None:
-    """What is left to say before the watchdog ends this process."""
+    """Report a hang before the watchdog ends this process."""
     record = record_failure(HangError(reason), rank, kind="hang")
     say(f"{rank}: given up (exit status {HANG_STATUS}): {reason}")
     tell_launcher(record.summary, reason)

@@ -1,4 +1,4 @@
-"""How much memory a rank uses: of its GPU, or of the host where it computes on the processor."""
+"""Memory that a rank uses: of its GPU, or of the host where it computes on the CPU."""
 
 from pathlib import Path
 

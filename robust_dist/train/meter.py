@@ -1,4 +1,4 @@
-"""How fast a run goes, and what it waits for: host clocks alone, so that no step waits for a device to be measured."""
+"""Speed and waiting of a run, by host clocks alone, so that no step waits for a device to be measured."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Figures:
-    """What was measured in a stretch of training.
+    """Measurements of a stretch of training.
 
     Attributes:
         seconds: Its length.
@@ -62,7 +62,7 @@ class Meter:
         self._waited = self._waited_then = 0.0
 
     def fetch(self, loader: Iterable[T]) -> Iterator[T]:
-        """What the loader gives; the time in which it gives nothing counts as waiting."""
+        """The loader's batches; the time until each is there counts as waiting."""
         batches = iter(loader)
         while True:
             began = time.perf_counter()

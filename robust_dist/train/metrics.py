@@ -22,7 +22,7 @@ MEASURED = frozenset(
 
 @dataclass
 class _Row:
-    """What every reader of a row relies on."""
+    """The keys that readers of a row rely on."""
 
     step: int
     epoch: int | None = None

@@ -18,7 +18,7 @@ _GIVEN = {
 
 @dataclass
 class ModelConfig:
-    """Which classifier is trained.
+    """The classifier.
 
     Attributes:
         name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.

@@ -1,4 +1,4 @@
-"""What a run says at its start: what it understood of the data, what it will do, and what is odd about it."""
+"""The first lines of a run: the data it found, the work it will do, and warnings."""
 
 import os
 from collections.abc import Sequence
@@ -40,7 +40,12 @@ def say_run(
     """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
     ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     odd = [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
-    print(run_line(recipe, accelerator, trainer, backends), *(f"warning: {one}" for one in odd), sep="\n", flush=True)
+    print(
+        run_line(recipe, accelerator, trainer, backends),
+        *(f"warning: {warning}" for warning in odd),
+        sep="\n",
+        flush=True,
+    )
 
 
 def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: Backends) -> str:
@@ -58,7 +63,7 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: B
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
-    """What is likely to be a mistake though nothing is wrong, a line each.
+    """Likely mistakes where nothing is wrong, a line each.
 
     Args:
         recipe: All settings.
@@ -102,8 +107,8 @@ def _classes(names: Sequence[str]) -> str:
     return f"{len(names):,} class{'es' * (len(names) != 1)} ({listed})"
 
 
-def _left_out(one: LabelledSet) -> str:
-    reasons = left_out(one)
+def _left_out(dataset: LabelledSet) -> str:
+    reasons = left_out(dataset)
     if not reasons:
         return ""
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]))
@@ -111,7 +116,7 @@ def _left_out(one: LabelledSet) -> str:
 
 
 def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
-    """What `environment.json` notes of each set; those that are read while training have no bytes to tell.
+    """The notes of each set in `environment.json`; sets that are read while training have none.
 
     Args:
         sets: Of the run.
@@ -121,26 +126,26 @@ def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
     """
     return [
         {
-            "name": one.name,
-            "images": len(one),
-            "bytes": one.nbytes,
-            "kept_on": str(one.device) if isinstance(one, ImageSet) else "host",
-            "device_bytes": one.nbytes if isinstance(one, ImageSet) else 0,
+            "name": dataset.name,
+            "images": len(dataset),
+            "bytes": dataset.nbytes,
+            "kept_on": str(dataset.device) if isinstance(dataset, ImageSet) else "host",
+            "device_bytes": dataset.nbytes if isinstance(dataset, ImageSet) else 0,
         }
-        for one in sets
-        if isinstance(one, (ImageSet, HostSet))
+        for dataset in sets
+        if isinstance(dataset, (ImageSet, HostSet))
     ]
 
 
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
-    """What a person is told: a line a place.
+    """Lines for the user, one per memory.
 
     Args:
         sets: Of the run.
         keep_on: The recipe's `data.keep_on`.
     """
-    placed = [one for one in sets if isinstance(one, ImageSet)]
-    streamed = [one for one in sets if isinstance(one, HostSet)]
+    placed = [dataset for dataset in sets if isinstance(dataset, ImageSet)]
+    streamed = [dataset for dataset in sets if isinstance(dataset, HostSet)]
     lines = []
     if placed:
         device = placed[0].device
@@ -161,8 +166,8 @@ def _reason(device: torch.device, keep_on: str) -> str:
 
 
 def _total(sets: Sequence[ImageSet | HostSet]) -> str:
-    return text_of(sum(one.nbytes for one in sets))
+    return text_of(sum(dataset.nbytes for dataset in sets))
 
 
 def _listed(sets: Sequence[ImageSet | HostSet]) -> str:
-    return "; ".join(f"{one.name}, {text_of(one.nbytes)} in {len(one):,} images" for one in sets)
+    return "; ".join(f"{dataset.name}, {text_of(dataset.nbytes)} in {len(dataset):,} images" for dataset in sets)

@@ -66,7 +66,7 @@ class LastingOutput:
 
 
 def _occupy_descriptors() -> None:
-    """Where 0, 1 or 2 is free the next file would get it, and with it what C code prints."""
+    """Open descriptors 0, 1 and 2 where they are closed: a file would get the number, and the prints of C code."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -16,7 +16,7 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class Settings:
-    """What files, words and studies set of a recipe; later ones over earlier ones.
+    """The settings of a recipe by files, command-line words and studies; later ones replace earlier ones.
 
     Args:
         kind: The recipe's class.
@@ -190,12 +190,12 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _takes_text(hint: Any, text: str) -> bool:
-    return any(one is str or (get_origin(one) is Literal and text in get_args(one)) for one in _kinds(hint))
+    return any(member is str or (get_origin(member) is Literal and text in get_args(member)) for member in _kinds(hint))
 
 
 def _is_list(raw: str, hint: Any) -> bool:
     """Whether a word for a key that takes text or a list is a list; [0-9]*.tar is none."""
-    if not raw.startswith("[") or not any(get_origin(one) is list for one in _kinds(hint)):
+    if not raw.startswith("[") or not any(get_origin(member) is list for member in _kinds(hint)):
         return False
     try:
         return isinstance(parse_yaml(raw, "").data, list)
@@ -206,10 +206,10 @@ def _is_list(raw: str, hint: Any) -> bool:
 def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
     """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number where not."""
     if isinstance(value, list):
-        inner = next((get_args(one) for one in _kinds(hint) if get_origin(one) in (list, tuple)), ())
+        inner = next((get_args(member) for member in _kinds(hint) if get_origin(member) in (list, tuple)), ())
         hints = [inner[min(index, len(inner) - 1)] if inner else Any for index in range(len(value))]
         return [
-            _fitted(document, (*place, i), one, kind) for i, (one, kind) in enumerate(zip(value, hints, strict=True))
+            _fitted(document, (*place, i), item, kind) for i, (item, kind) in enumerate(zip(value, hints, strict=True))
         ]
     text = document.texts.get(place)
     if text is not None and value is not None and _takes_text(hint, text):
@@ -238,13 +238,13 @@ def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
     refused: list[str] = []
     hints = get_type_hints(kind)
     given: dict[str, Any] = {}
-    for one in fields(kind):
-        name, hint = prefix + one.name, hints[one.name]
+    for of in fields(kind):
+        name, hint = prefix + of.name, hints[of.name]
         try:
             if is_dataclass(hint):
-                given[one.name] = _build(hint, found, f"{name}.")  # type: ignore[arg-type]
+                given[of.name] = _build(hint, found, f"{name}.")  # type: ignore[arg-type]
             elif name in found:
-                given[one.name] = found[name]
+                given[of.name] = found[name]
         except ValueError as error:
             refused.append(str(error))
     try:

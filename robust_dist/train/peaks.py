@@ -1,4 +1,4 @@
-"""What a device can do at most: dense matrix TFLOPS by its name and number format, from the makers' data sheets.
+"""Peak rates of devices: dense matrix TFLOPS by its name and number format, from the makers' data sheets.
 
 Where a data sheet gives the figure with 2:4 sparsity, it is halved here. A device that is not listed has no figure
 rather than a guess: `tracking.peak_tflops` gives one. Sources:

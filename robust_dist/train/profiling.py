@@ -14,7 +14,7 @@ OPERATORS = 12
 
 
 def window(setting: bool | tuple[int, int], steps_left: int) -> tuple[int, int] | None:
-    """Which steps of this start are traced: (steps before them, how many), None for none.
+    """The traced steps of this start: (steps before them, their number); None for none.
 
     Args:
         setting: The recipe's `profile`.

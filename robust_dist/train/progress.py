@@ -1,4 +1,4 @@
-"""Where a run stands, and when it has gone wrong beyond return."""
+"""The position of a run in its training, and the check for a loss that is no longer finite."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where the run stands.
+    """The position of a run on this rank; a checkpoint restores it.
 
     Attributes:
         step: Optimizer steps done.

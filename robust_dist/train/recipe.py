@@ -83,7 +83,7 @@ class PrecisionConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved.
+    """Checkpoints of the run.
 
     Attributes:
         every_epochs: Save at the end of every so many epochs; the last epoch is always saved.
@@ -112,7 +112,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """What is shown and recorded beside `metrics.jsonl`.
+    """Trackers and display beside `metrics.jsonl`.
 
     Attributes:
         trackers: Accelerate's trackers: tensorboard, wandb, mlflow, trackio, ...

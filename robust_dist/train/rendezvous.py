@@ -19,7 +19,7 @@ _SCHEME = "robust-dist"
 
 
 def init_method() -> str | None:
-    """What `init_process_group` is to be given: None where no launcher of torch started this rank."""
+    """The init_method for `init_process_group`; None where no launcher of torch started this rank."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     # A second run of this process finds it registered.

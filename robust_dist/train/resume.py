@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint of this recipe, fitted to the engine and the ranks of this start."""
+"""Resuming: the newest whole checkpoint of this recipe, fitted to the engine and the ranks of this start."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _CONVERTED = ".converted"
 
 @dataclass
 class _Noted:
-    """What a run notes in a checkpoint's manifest, as far as it is read again."""
+    """The metadata of a run's checkpoint, as far as it is read again."""
 
     recipe: dict[str, Any]
     num_processes: int

@@ -54,7 +54,7 @@ class RunCheckpoints:
         )
 
     def saver(self) -> Saver:
-        """What writes them, in the background where the host has room."""
+        """The writer of this start's checkpoints, in the background where the host has room."""
         return build_saver(self.accelerator, self.recipe, self.store, self.bare_model)
 
     def take_up(self, total_steps: int, steps_per_epoch: int) -> None:

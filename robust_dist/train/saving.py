@@ -1,4 +1,4 @@
-"""When and how the ranks of a run save together: in the background where the host has room, else at once."""
+"""Saving by all ranks together: in the background where the host has room, else at once."""
 
 import os
 import time
@@ -122,7 +122,7 @@ class Saver:
         return since
 
     def summary(self) -> str:
-        """What checkpoints cost this start, in a line; only after the first."""
+        """The cost of checkpoints to this start, in a line; only after the first save."""
         each = f"{self.seconds / self.count:.3f} s"
         if not self.background:
             return f"checkpoints: {self.count}, training waited {each} for each"

@@ -67,14 +67,14 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
     """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
-    sources = [getattr(one, "source", None) for one in sets]
+    sources = [getattr(dataset, "source", None) for dataset in sets]
     for line in [exif_line(data, source) for source in sources if source is not None]:
         if line is not None:
             print(printable(line))
 
 
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
-    """What is done with the EXIF orientation of images, where the first ones of a set have one; else None."""
+    """A line on the EXIF orientation of a set's images, where the first ones carry one; else None."""
     from robust_dist.data.decode import is_turned
     from robust_dist.data.errors import BadImageError
     from robust_dist.data.source import Upright
@@ -104,22 +104,14 @@ def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> Im
 def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
     from robust_dist.data.hub import open_hub
 
-    assert data.path is not None
-    return open_hub(
-        data.path,
-        getattr(data, part) or {"train": "train", "eval": "validation"}[part],
-        config_name=data.config,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        num_classes=data.num_classes,
-        streaming=data.streaming,
-        revision=data.revision,
-        data_files=data.data_files or None,
-        download=download,
-        classes=classes,
-        spool_dir=None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
-        exif=str(data.exif),
-    )
+    own = data.own_keys
+    split = getattr(data, part) or {"train": "train", "eval": "validation"}[part]
+    own |= {
+        "data_files": data.data_files or None,
+        "spool_dir": None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
+        "config_name": own.pop("config"),
+    }
+    return open_hub(own.pop("path"), split, **own, download=download, classes=classes, exif=str(data.exif))
 
 
 def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
@@ -128,13 +120,9 @@ def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> Im
     return open_webdataset(
         getattr(data, part),
         root=data.root,
-        image_keys=data.image_keys or IMAGE_KEYS,
-        label_key=data.label_key,
         classes=classes,
-        num_classes=data.num_classes,
-        index_dir=data.index_dir,
-        allow_torn=data.allow_torn,
         exif=str(data.exif),
+        **data.own_keys | {"image_keys": data.image_keys or IMAGE_KEYS},
     )
 
 
@@ -146,7 +134,7 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
     """
     if accelerator.num_processes == 1:
         return
-    for number, seen in enumerate(zip(*gather_object([[_fingerprint(one) for one in sets]]), strict=True)):
+    for number, seen in enumerate(zip(*gather_object([[_fingerprint(dataset) for dataset in sets]]), strict=True)):
         if len(set(seen)) > 1:
             lines = [
                 f"rank {rank}: {images} images of {classes} classes" for rank, (images, classes, _) in enumerate(seen)
@@ -157,6 +145,6 @@ def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> No
             )
 
 
-def _fingerprint(one: LabelledSet) -> tuple[int, int, str]:
+def _fingerprint(dataset: LabelledSet) -> tuple[int, int, str]:
     """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
-    return len(one), len(one.classes), fingerprint(one.classes, one.group_sizes, one.fingerprint())
+    return len(dataset), len(dataset.classes), fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())

@@ -104,26 +104,26 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class PauseVote:
-    """Whether any rank wants all of them to pause for a word: an answer that comes one step late and waits for nobody.
+    """A vote at each step on whether any rank wants all ranks to pause; no rank waits for the others.
 
-    Every rank asks once a step; the answer is the same on all of them.
+    Every rank asks once a step; the answer comes one step later, and is the same on all of them.
     """
 
     def __init__(self) -> None:
         self._ballot: Ballot | None = None
 
     def ask(self, wish: bool) -> bool:
-        """Cast this step's vote, and say whether any rank wished at the step before.
+        """Cast this step's vote; returns whether any rank wanted a pause at the step before.
 
         Args:
-            wish: Whether this rank has something to say.
+            wish: Whether this rank wants a pause.
         """
         wished = self.close()
         self._ballot = Ballot(wish, None)
         return wished
 
     def close(self) -> bool:
-        """Take in the vote that is still out; says whether any rank wished."""
+        """Count the vote under way; returns whether any rank wanted a pause."""
         ballot, self._ballot = self._ballot, None
         return ballot is not None and ballot.count() > 0
 

@@ -129,7 +129,7 @@ class Trackers:
         return found
 
     def _options(self, name: str, run: str | None, done: int) -> dict[str, Any]:
-        """What a tracker is started with: our wishes, and over them the user's."""
+        """The options of a tracker's start: ours, and over them the user's."""
         label = self.folder.resolve().parent.name
         ours: dict[str, dict[str, Any]] = {
             # Hides what an interrupted start logged beyond the step from which this one goes on.

@@ -1,8 +1,8 @@
-"""A hang is answered by the stacks of every rank, and by an end.
+"""The end of a rank that hangs, with the stacks of its threads.
 
-`tick(what)` is called wherever a run gets on. When no tick has come for DUMP_SHARE of `timeout_seconds`, the rank
-writes the stacks of all its threads to RUN/stacks/rank-N.txt, before the collectives' own timeout ends it without a
-word about where it was. A rank in a collective is ended by that timeout; one that is stuck elsewhere (a dead file
+`tick(what)` is called wherever a run makes progress. When no tick has come for DUMP_SHARE of `timeout_seconds`, the
+rank writes the stacks of all its threads to RUN/stacks/rank-N.txt, before the collectives' own timeout ends it without
+saying where it was. A rank in a collective is ended by that timeout; one that is stuck elsewhere (a dead file
 system, a loader, a lock) has no such timeout, and is ended here with HANG_STATUS.
 
 A Python thread watches, and needs the interpreter's lock for it; where a stuck extension holds that, the C timer of
@@ -40,7 +40,7 @@ class HangError(RuntimeError):
 
 
 def tick(what: str, *, may_be_slow: bool = False) -> None:
-    """Tell this process's watchdog, if there is one, that the run gets on.
+    """Tell this process's watchdog, if there is one, that the run makes progress.
 
     Args:
         what: What begins now, as it should stand in a report: "step 12".
@@ -56,7 +56,7 @@ class Watchdog:
 
     Args:
         rank: Who this process is, and where its run's folder is once that is claimed.
-        timeout: Seconds after which a rank that gets nowhere is given up.
+        timeout: Seconds without progress after which a rank is ended.
         on_end: Called with the reason before the process is ended.
     """
 
@@ -85,7 +85,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def note(self, what: str, may_be_slow: bool = False) -> None:
-        """The run gets on; see `tick`."""
+        """Note progress; see `tick`."""
         self._last = what, may_be_slow
 
     def _watch(self) -> None:
