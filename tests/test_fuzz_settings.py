@@ -24,6 +24,10 @@ from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
 from robust_dist.checkpoint.dcp_files import read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.data.decode import decode_rgb
+from robust_dist.data.errors import BadImageError
+from robust_dist.data.hub import open_hub
+from robust_dist.data.shards import open_webdataset
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import study_dict, study_from_dict
@@ -38,6 +42,7 @@ from robust_dist.train.metrics import read_rows
 from robust_dist.train.recipe import Recipe, flatten, load_recipe, parse_recipe, recipe_dict
 from robust_dist.yaml_file import dump_yaml, parse_yaml
 from tests.damage import CHANGES, SNIPPETS, damaged
+from tests.data.tiny_sets import write_parquet, write_shards
 from tests.study.studies import result
 
 ROOT = Path(__file__).parents[1]
@@ -285,8 +290,6 @@ def test_a_damaged_manifest_is_passed_over_for_the_good_checkpoint_before(fuzz):
                 assert len(rejected) == 1
                 assert "step-00000008" in rejected[0]
                 return "named"
-            if b'"crc32"' not in path.read_bytes():
-                return "taken for an earlier version's, which vouches for its files alone"
             assert (found.step, found.metadata) == (8, whole["metadata"])
             return "right"
 
@@ -408,3 +411,74 @@ def test_a_damaged_dcp_folder_is_a_named_error_and_runs_nothing(fuzz, metadata):
             return "right" if error is None else "named"
 
     fuzz(check, CHANGES, few=30)
+
+
+LABELS = [0, 1, 2, 1, 0, 2]
+
+
+@pytest.fixture(scope="module")
+def image_files(tmp_path_factory):
+    """A shard with its index, and a parquet file, of six images each."""
+    home = tmp_path_factory.mktemp("images")
+    write_shards(home, LABELS, per_shard=6)
+    open_webdataset("train-000000.tar", root=home)
+    write_parquet(home / "table", LABELS, files=1, group=3, classes=("a", "b", "c"))
+    return home
+
+
+def samples(source):
+    """Each sample's place, size and label; None in place of one that is named as bad."""
+    found = []
+    for index in range(len(source)):
+        try:
+            data, label = source.read(index)
+            assert 0 <= label < len(source.classes)
+            decode_rgb(data)
+            found.append((source.where(index), len(data), label))
+        except BadImageError:
+            found.append(None)
+    return found
+
+
+def test_a_damaged_shard_or_index_is_a_named_error_bad_images_or_the_same_samples(fuzz, image_files):
+    index = next(path.name for path in image_files.glob(".index-*"))
+
+    def check(name, changes, keeps_time):
+        with folder() as place:
+            for path in (image_files / "train-000000.tar", image_files / index):
+                shutil.copy2(path, place / path.name)
+            whole = samples(open_webdataset("train-000000.tar", root=place))
+            path = place / name
+            stat = path.stat()
+            path.write_bytes(damaged(path.read_bytes(), changes))
+            if keeps_time:
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            found, error = outcome(lambda: samples(open_webdataset("train-000000.tar", root=place)))
+            if error is not None:
+                assert str(path) in error or "train-000000.tar" in error
+                return "named"
+            left = [sample for sample in found if sample is not None]
+            # A label is text without a checksum: a digit of it may be another, its place and its image may not.
+            assert {sample[:2] for sample in left} <= {sample[:2] for sample in whole}
+            return "right" if found == whole else "bad images named, or a label's digit changed"
+
+    fuzz(check, st.sampled_from(["train-000000.tar", index]), CHANGES, st.booleans(), few=25)
+
+
+def test_a_damaged_parquet_file_is_a_named_error_bad_images_or_as_many_samples(fuzz, image_files):
+    (table,) = (image_files / "table" / "data").glob("*.parquet")
+
+    def check(changes):
+        with folder() as place:
+            path = place / "data" / table.name
+            path.parent.mkdir()
+            path.write_bytes(damaged(table.read_bytes(), changes))
+            opened = lambda: open_hub(str(place), "train", streaming=True, spool_dir=place)  # noqa: E731
+            found, error = outcome(lambda: samples(opened()))
+            if error is not None:
+                assert str(place) in error
+                return "named"
+            assert len(found) == len(LABELS)
+            return "bad images named" if None in found else "right"
+
+    fuzz(check, CHANGES, few=15)

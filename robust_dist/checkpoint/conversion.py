@@ -11,7 +11,7 @@ import torch
 from robust_dist.checkpoint import layout as layouts
 from robust_dist.checkpoint import trainer
 from robust_dist.checkpoint.layout import Layout, find_layout
-from robust_dist.checkpoint.names import WRAPPED, Names, read_names, write_names
+from robust_dist.checkpoint.names import WRAPPED, ParameterNames, read_names, write_names
 from robust_dist.checkpoint.plain import (
     SCHEDULE_FILE,
     check_keys,
@@ -197,7 +197,7 @@ def _write_common(state: TrainingState, src: Path, folder: Path, world_size: int
     if state.schedule is not None:
         torch.save(state.schedule, folder / SCHEDULE_FILE)
     known = {key: state.extra[key] for key in ("shared", "buffers", "frozen") if key in state.extra}
-    write_names(folder, Names([group["params"] for group in state.groups], **known, world_size=world_size))
+    write_names(folder, ParameterNames([group["params"] for group in state.groups], **known, world_size=world_size))
     if src.is_dir():
         ranks = (f"random_states_{rank}.pkl" for rank in range(world_size))
         for pattern in (*ranks, *_CARRIED):

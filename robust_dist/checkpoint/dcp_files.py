@@ -97,7 +97,7 @@ def _load(file: BinaryIO) -> Metadata:
     return metadata
 
 
-class _Reader(FileSystemReader):
+class _PlainReader(FileSystemReader):
     """torch's reader, which would unpickle `.metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -107,7 +107,7 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _Planner(DefaultLoadPlanner):
+class _PlainPlanner(DefaultLoadPlanner):
     """torch's planner, which would unpickle values that are no tensors."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
@@ -132,9 +132,9 @@ def load_into(folder: Path, state: dict[str, Any], *, alone: bool = False, flatt
         CheckpointError: A value is missing, damaged, or holds more than tensors and plain values.
     """
     # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
-    planner = _Planner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
+    planner = _PlainPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
     with torch.no_grad(), plain_failures(folder):
-        _call(load, state, alone=alone, storage_reader=_Reader(folder), planner=planner)
+        _call(load, state, alone=alone, storage_reader=_PlainReader(folder), planner=planner)
 
 
 def save_into(

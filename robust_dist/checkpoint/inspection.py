@@ -16,7 +16,7 @@ from robust_dist.checkpoint.training_state import TrainingState
 
 
 @dataclass(frozen=True)
-class Report:
+class Inspection:
     """What was found.
 
     Attributes:
@@ -37,7 +37,7 @@ def inspect(path: str | Path) -> str:
     return examine(path).text
 
 
-def examine(path: str | Path) -> Report:
+def examine(path: str | Path) -> Inspection:
     """As `inspect`, with the verdict as a value of its own.
 
     Raises:
@@ -53,8 +53,8 @@ def examine(path: str | Path) -> Report:
             reason = str(error)
         else:
             beside = trainer.rows(state, path) if "trainer" in state.extra else []
-            return Report(_table([*head, ("whole", "yes"), *_rows(state), *beside]), True)
-    return Report(_table([*head, ("whole", f"no: {reason}")]), False)
+            return Inspection(_table([*head, ("whole", "yes"), *_rows(state), *beside]), True)
+    return Inspection(_table([*head, ("whole", f"no: {reason}")]), False)
 
 
 def _place(path: Path) -> tuple[Layout | None, str | None]:

@@ -32,7 +32,7 @@ class UnnamedError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Names:
+class ParameterNames:
     """What `parameters.json` holds.
 
     Attributes:
@@ -126,7 +126,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     own = {name: tensor for name, tensor in named.items() if name not in shared}
     buffers = [name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)]
     frozen = [name for name, tensor in own.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
-    write_names(Path(folder), Names(groups, shared, buffers, frozen))
+    write_names(Path(folder), ParameterNames(groups, shared, buffers, frozen))
 
 
 def _name_of(param: Tensor, names: Mapping[int, str]) -> str:
@@ -138,12 +138,12 @@ def _name_of(param: Tensor, names: Mapping[int, str]) -> str:
     return names[id(param)]
 
 
-def write_names(folder: Path, names: Names) -> None:
+def write_names(folder: Path, names: ParameterNames) -> None:
     """Write the note into `folder`."""
     write_atomically(folder / SIDECAR, json.dumps(asdict(names), indent=1))
 
 
-def read_names(folder: Path) -> Names | None:
+def read_names(folder: Path) -> ParameterNames | None:
     """The note in `folder`, or None where there is none.
 
     Raises:
@@ -156,7 +156,7 @@ def read_names(folder: Path) -> Names | None:
         noted = json.loads(path.read_text(encoding="utf-8"))
         groups = [[str(name) for name in group] for group in noted["groups"]]
         rest = {key: noted.get(key) for key in ("buffers", "frozen", "world_size")}
-        return Names(groups, dict(noted.get("shared") or {}), **rest)
+        return ParameterNames(groups, dict(noted.get("shared") or {}), **rest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path}: is not of the form {{"groups": [[name, ...], ...]}} ({error!r})') from None
 
@@ -165,7 +165,7 @@ def name_groups(
     groups: list[dict[str, Any]],
     shapes: Mapping[Any, Shape],
     model: Mapping[str, Tensor],
-    noted: Names | None,
+    noted: ParameterNames | None,
     *,
     ordered: bool,
     where: Path,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import Names, UnnamedError, bare, bare_names, name_groups, read_names
+from robust_dist.checkpoint.names import ParameterNames, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState, split_objects
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
@@ -101,7 +101,7 @@ def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> Trai
     return found
 
 
-def _own_names(optimizer: Any, noted: Names | None) -> list[str]:
+def _own_names(optimizer: Any, noted: ParameterNames | None) -> list[str]:
     """The names of all parameters from the note, or from the optimizer itself; none if neither has them."""
     if noted is not None:
         return [name for group in noted.groups for name in group]
@@ -154,7 +154,13 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def named_optimizer(
-    saved: Any, model: Mapping[str, Tensor], noted: Names | None, *, ordered: bool, where: Path, number: bool = False
+    saved: Any,
+    model: Mapping[str, Tensor],
+    noted: ParameterNames | None,
+    *,
+    ordered: bool,
+    where: Path,
+    number: bool = False,
 ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
     """An optimizer's `state_dict` with names: (state by name, groups with names in "params").
 
@@ -186,7 +192,7 @@ def _names_by_key(
     state: Mapping[Any, Any],
     groups: list[dict[str, Any]],
     model: Mapping[str, Tensor],
-    noted: Names | None,
+    noted: ParameterNames | None,
     *,
     ordered: bool,
     where: Path,

@@ -114,6 +114,7 @@ class Manifest:
         files: Name -> (size, CRC-32).
         metadata: JSON values that the writer noted.
         crc32: Of the rest, as `signature` computes it; None in manifests before 0.4.5.
+        signed: Whether it was written with a checksum; one that has lost it is then no older version's.
     """
 
     format: int
@@ -121,6 +122,7 @@ class Manifest:
     files: dict[str, tuple[int, int]]
     metadata: dict[str, Any]
     crc32: int | None = None
+    signed: bool = False
 
     def signature(self) -> int:
         """The CRC-32 of the manifest's content, however the file spells it."""
@@ -130,7 +132,7 @@ class Manifest:
 
     def text(self) -> str:
         """The file, signed in its first line: no piece that is cut out takes the checksum and a value along."""
-        return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature()}, indent=1)
+        return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature(), "signed": True}, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -150,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: has no {MANIFEST}; it was not written to its end") from None
     except DocumentError as error:
         raise CheckpointError(f"{error}; the {MANIFEST} is damaged, or was not written to its end") from None
-    if found.crc32 is not None and found.crc32 != found.signature():
+    if found.crc32 != (found.signature() if found.signed or found.crc32 is not None else None):
         raise CheckpointError(f"{path}: changed since it was written (its checksum is another)")
     outside = [name for name in found.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:

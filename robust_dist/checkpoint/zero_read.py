@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import Names, name_groups, read_names
+from robust_dist.checkpoint.names import ParameterNames, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState, split_objects
 from robust_dist.checkpoint.zero_files import (
@@ -286,7 +286,7 @@ def _read_stage0(path: Path, folder: Path, file: Path, content: Mapping[str, Any
 
 
 def _stage0_names(
-    file: Path, base: Mapping[str, Any], content: Mapping[str, Any], noted: Names | None
+    file: Path, base: Mapping[str, Any], content: Mapping[str, Any], noted: ParameterNames | None
 ) -> list[list[str]]:
     """Stage 0 numbers the parameters as torch does."""
     buffers = set(content["buffer_names"])

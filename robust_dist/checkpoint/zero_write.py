@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import Names, write_names
+from robust_dist.checkpoint.names import ParameterNames, write_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.checkpoint.zero_files import (
@@ -48,11 +48,9 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
         bf16: Whether it has bf16 enabled, which changes file names; None: as the engine that the state came from.
 
     Raises:
-        CheckpointError: A setting out of range; a parameter without state, with a state of another shape, or with
+        CheckpointError: A parameter without state, with a state of another shape, or with
             another step than its group; stage 3 where buffers and frozen parameters cannot be told apart.
     """
-    if stage not in (0, 1, 2, 3):
-        raise CheckpointError(f"stage must be 0, 1, 2 or 3, got {stage!r}")
     writer = _Writer(state, stage, world_size, bf16)
     target = folder / TAG
     target.mkdir()
@@ -127,10 +125,10 @@ class _Writer:
         held = self.state.optimizer.get(name)
         return None if held is None else float(held[STEP])
 
-    def names(self) -> Names:
+    def names(self) -> ParameterNames:
         """The note of names that stage 0 needs, as its file numbers the parameters."""
         groups = [group["params"] for group in self.groups]
-        return Names(groups, self.shared, self.buffers, self.frozen, self.world_size)
+        return ParameterNames(groups, self.shared, self.buffers, self.frozen, self.world_size)
 
     def _others(self) -> tuple[list[str], list[str]]:
         """Buffers, and frozen parameters: the model's entries that the optimizer does not own."""

@@ -235,8 +235,11 @@ def _footer(url: str) -> _Footer | DataError:
             digest = hashlib.sha256((content + _identity(url, source)).encode()).hexdigest()
             groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
             return _Footer(content, digest, groups, file.schema_arrow)
-    except _pyarrow().ArrowInvalid as error:
-        return DataError(f"{url} is no parquet file, or is cut off: {error}")
+    except (_pyarrow().ArrowException, OSError, ValueError) as error:
+        # A remote host that stays away says nothing about the file.
+        if is_remote(url) and isinstance(error, OSError):
+            raise
+        return DataError(f"{url} is no parquet file, or is cut off: {' '.join(str(error).split())}")
 
 
 def _whole(footers: Sequence[_Footer | DataError], name: str) -> list[_Footer]:

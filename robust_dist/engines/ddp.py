@@ -15,6 +15,7 @@ class DDP(Engine):
     """One process, or `DistributedDataParallel` on several."""
 
     kind: str = "ddp"
+    broadcasts_buffers: bool = True
     names_parameters: bool = False
 
     def runs(self, accelerator: Any) -> bool:

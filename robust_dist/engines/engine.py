@@ -56,6 +56,7 @@ class Engine:
         forward_is_collective: A forward pass waits for the other ranks, so all of them must make it.
         steps_whole_parameters: The optimizer's parameters are whole, with the model's own shapes.
         trains_any_memory_format: Weights need not be contiguous.
+        broadcasts_buffers: Before a forward pass every rank gets the first one's buffers.
         names_parameters: The optimizer's files name its parameters; otherwise a note of the names is written beside.
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
         has_full_state_dict: There is a form of its checkpoints that the first rank writes whole.
@@ -67,6 +68,7 @@ class Engine:
     forward_is_collective: bool = False
     steps_whole_parameters: bool = True
     trains_any_memory_format: bool = True
+    broadcasts_buffers: bool = False
     names_parameters: bool = True
     loads_on_any_ranks: bool = True
     has_full_state_dict: bool = False

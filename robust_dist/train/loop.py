@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_dist.data import Batch
@@ -76,8 +75,6 @@ class Trainer:
             optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
-        # DDP gives every rank the first one's buffers before a step; other engines leave each rank its own.
-        self.broadcasts = not isinstance(self.model, DistributedDataParallel)
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
@@ -188,7 +185,7 @@ class Trainer:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
         group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
-        if self.broadcasts:
+        if not self.engine.broadcasts_buffers:
             broadcast_buffers(self.bare_model)
         self.step(parts)
         if self.ema is not None:
@@ -297,7 +294,7 @@ class Trainer:
         bad_images = self._count_bad_images()
         if not refused:
             self._judge_bad_images(bad_images)
-        if self.broadcasts:
+        if not self.engine.broadcasts_buffers:
             # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
             broadcast_buffers(self.bare_model)
         self.checkpoints.save(self.saver, losses, bad_images, accuracy, refused=refused)

@@ -183,12 +183,19 @@ def test_a_manifest_that_says_another_thing_than_was_written_is_passed_over(tmp_
     assert "step-00000008" in rejected[0]
 
 
+def test_a_manifest_that_has_lost_its_checksum_is_damaged(tmp_path):
+    store = CheckpointStore(tmp_path, keep=5)
+    paths = [save(store, step).path / "manifest.json" for step in (4, 8)]
+    paths[1].write_text("".join(line for line in paths[1].read_text().splitlines(True) if '"crc32"' not in line))
+    assert store.newest()[0].step == 4
+
+
 def test_a_manifest_of_an_earlier_version_vouches_for_its_files_and_not_for_itself(tmp_path):
     store = CheckpointStore(tmp_path, keep=5)
     for step in (4, 8):
         path = save(store, step).path / "manifest.json"
         noted = json.loads(path.read_text())
-        del noted["crc32"]
+        del noted["crc32"], noted["signed"]
         path.write_text(json.dumps(noted, indent=1))
     assert store.newest()[0].step == 8
     path.write_text(path.read_text().replace('"step": 8', '"step": 9'))

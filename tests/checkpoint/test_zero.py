@@ -521,9 +521,6 @@ def written(tmp_path, state, **more):
 
 
 def test_what_cannot_be_written_is_refused_by_name(tmp_path):
-    for more, match in (({"stage": 4}, "stage must be"), ({"world_size": 0}, "world_size must be .* got 0")):
-        with pytest.raises(CheckpointError, match=match):
-            written(tmp_path, made_up_state(), **more)
     state = made_up_state()
     del state.optimizer["gain"]
     with pytest.raises(CheckpointError, match="'gain' has no optimizer state"):

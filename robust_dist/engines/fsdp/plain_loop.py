@@ -228,10 +228,21 @@ def _write(
 
     _on_rank_0(begin, group)
     save_into(partial, state, group)
-    written = [str(path.relative_to(partial)) for path in store.files_in(partial)]
-    parts = gathered(store.synced(partial, _share(written, group)), group)
-    files = {name: entry for part in parts for name, entry in part.items()}
+    files = _synced_together(partial, group)
     _on_rank_0(complete, group)
+
+
+def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str, list[int]]:
+    """Size and CRC-32 of all files, of which each rank brings its share to the disk."""
+    # A rank may see another one's files late on a shared file system.
+    seen = gathered([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
+    mine, problem = {}, None
+    try:
+        mine = store.synced(partial, _share(set().union(*seen), group))
+    except OSError as error:
+        problem = f"the checkpoint could not be brought to the disk: {error}"
+    raise_together(OSError, problem, group)
+    return {name: entry for part in gathered(mine, group) for name, entry in part.items()}
 
 
 def _checked_metadata(folder: Path) -> dict[str, Any]:
