@@ -1,6 +1,7 @@
 """What must not be shown: values of settings that look like secrets, in files, trackers and messages."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,12 +11,16 @@ from robust_dist.documents import DocumentError
 from robust_dist.yaml_file import parse_yaml
 
 HIDDEN = "(hidden)"
+# A shorter value would also be found in words that tell nothing.
+_TELLING = 8
+_remembered: set[str] = set()
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )[\w.~+/-]{8,}=*")
 _WORDS = {"apikey", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password", "pwd"}
 _WORDS |= {"secret", "token"}
 _PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key"), ("auth", "key")}
 _URL = re.compile(r"(://[^/@\s:]*:)[^/@\s]+(?=@)")
 _IN_TEXT = re.compile(
-    r"(?i)([\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credentials?|api[_-]?key|access[_-]?key|private[_-]?key)"
+    r"(?i)([\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credentials?|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
     r"[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;}&\]]+)"
 )
 
@@ -45,9 +50,28 @@ def hidden(value: Any, key: object = "") -> Any:
     return _URL.sub(rf"\g<1>{HIDDEN}", value) if isinstance(value, str) else value
 
 
+def remember_secrets(value: Any, key: object = "") -> None:
+    """Keep in mind the secrets among nested settings, so that `hidden_text` finds them in others' messages, too."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            remember_secrets(inner, name if not is_secret(key) else key)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            remember_secrets(inner, key)
+    elif isinstance(value, str) and is_secret(key) and len(value) >= _TELLING:
+        _remembered.add(value)
+
+
 def hidden_text(text: str) -> str:
-    """A text without what follows a secret's name and a colon or an equals sign, and without passwords in URLs."""
-    return _URL.sub(rf"\g<1>{HIDDEN}", _IN_TEXT.sub(rf"\g<1>{HIDDEN}", text))
+    """A text, such as another package's error, without secrets.
+
+    Hidden are the settings that `remember_secrets` was given, environment variables named like a secret, what follows
+    such a name and a colon or an equals sign, passwords in URLs, and tokens of the Hub.
+    """
+    environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _TELLING}
+    for secret in sorted(_remembered | environment, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _TOKEN.sub(HIDDEN, _URL.sub(rf"\g<1>{HIDDEN}", _IN_TEXT.sub(rf"\g<1>{HIDDEN}", text)))
 
 
 def hidden_words(words: Sequence[str]) -> list[str]:

@@ -111,7 +111,16 @@ def outcome(action):
         return None, told.getvalue()
     # A ValueError of int() or of json would name nothing.
     ours = type(error).__module__.startswith("robust_dist")
-    named = any(words in str(error) for words in ("not valid", "is for data.name", "the DeepSpeed JSON", ".json "))
+    named = any(
+        words in str(error)
+        for words in (
+            "not valid",
+            "must be a whole number in range",
+            "is for data.name",
+            "the DeepSpeed JSON",
+            ".json ",
+        )
+    )
     assert ours or named, repr(error)
     return None, str(error)
 

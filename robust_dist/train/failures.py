@@ -18,6 +18,7 @@ from typing import Literal
 
 from robust_dist.checkpoint import write_atomically
 from robust_dist.documents import read_json
+from robust_dist.private import hidden_text
 from robust_dist.train.agree import Origin
 from robust_dist.train.rank_info import Rank
 
@@ -87,8 +88,8 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
         host=rank.host,
         kind=kind or kind_of(error),
         type=type(error).__name__,
-        message=str(error),
-        traceback=own if origin is None else origin.traceback,
+        message=hidden_text(str(error)),
+        traceback=hidden_text(own if origin is None else origin.traceback),
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     if rank.folder is not None:
@@ -166,6 +167,7 @@ def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
         cause: Whether this is no consequence of another rank's error.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    summary, details = hidden_text(summary), hidden_text(details)
     if path:
         # In whole seconds; the earliest counts as the root cause, and the lowest rank where two are equal.
         extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
@@ -177,7 +179,8 @@ def report_shared(error: BaseException, origin: Origin, rank: Rank) -> None:
     """Say once why all ranks end that raise one rank's error: the rank it came from does."""
     if rank.number == origin.rank:
         record_failure(error, rank, "failed", origin)
-        print(f"\n{rank} failed, and with it the run:\n{origin.traceback}", end="", file=sys.stderr, flush=True)
+        said = hidden_text(origin.traceback)
+        print(f"\n{rank} failed, and with it the run:\n{said}", end="", file=sys.stderr, flush=True)
     summary = f"rank {origin.rank} on {origin.host} failed: {type(error).__name__}: {error}"
     here = rank.number == origin.rank
     tell_launcher(summary, origin.traceback if here else summary, cause=here)

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
+from robust_dist.private import hidden_text
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.backends import backends_of
@@ -153,14 +154,14 @@ def _fail(error: Exception, rank: Rank) -> int:
         # The same on every rank.
         if rank.number == 0:
             record_failure(error, rank, "failed", origin)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {hidden_text(str(error))}", file=sys.stderr, flush=True)
         tell_launcher(str(error), f"error: {error}")
         return DIVERGED if isinstance(error, DivergedError) else 2
     # A rank that has lost its peers may wait for them once more while it takes its process group down.
     faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=STDERR)
     if users and type(error).__module__.startswith("robust_dist."):
         record = record_failure(error, rank)
-        print(f"error: {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {rank}: {record.message}", file=sys.stderr, flush=True)
         tell_launcher(record.summary, f"error: {error}")
         return 2
     if origin is not None:

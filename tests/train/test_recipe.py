@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from robust_dist.private import HIDDEN, hidden, hidden_words
+from robust_dist.private import HIDDEN, hidden, hidden_text, hidden_words, remember_secrets
+from robust_dist.train.failures import record_failure
+from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
 from robust_dist.yaml_file import dump_yaml
 
@@ -273,6 +275,24 @@ def test_secrets_are_hidden_at_any_depth_and_other_values_are_not():
     ]
     assert "XYZ" not in str(hidden_words(line))
     assert hidden_words(line)[-2:] == ["--epochs", "3"]
+
+
+def test_another_packages_error_is_shown_without_secrets(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "environment-0123")
+    remember_secrets({"tracking": {"options": {"wandb": {"api_key": "option-4567", "entity": "somebody"}}}})
+    said = (
+        "401 for somebody: key option-4567 (or environment-0123) at https://me:pass@host/x?token=abc&signature=def, "
+        "Authorization: Bearer abcdefgh123, hf_ABCDEFGHIJKL"
+    )
+    shown = hidden_text(said)
+    secrets = ("option-4567", "environment-0123", "pass@", "token=abc", "=def", "abcdefgh123", "hf_ABC")
+    assert [secret for secret in secrets if secret in shown] == []
+    assert shown.startswith(f"401 for somebody: key {HIDDEN} (or {HIDDEN}) at https://me:{HIDDEN}@host/x")
+    rank = Rank()
+    rank.claimed(tmp_path)
+    record = record_failure(RuntimeError(said), rank)
+    written = (tmp_path / "errors" / "rank-0.json").read_text()
+    assert [secret for secret in secrets if secret in written + record.summary + record.traceback] == []
 
 
 def test_a_secret_is_given_again_and_makes_no_other_run(tmp_path):
