@@ -399,15 +399,18 @@ def metadata(tmp_path_factory):
     weight = torch.ones(3, 2)
     state = {"w": {"step": torch.tensor(1.0), "exp_avg": weight, "exp_avg_sq": weight}}
     write_dcp(TrainingState({"w": weight}, state, [{"params": ["w"], "lr": 0.1, "betas": (0.9, 0.99)}]), place)
-    return (place / OPTIMIZER_FOLDER / ".metadata").read_bytes()
+    return place / OPTIMIZER_FOLDER
 
 
 def test_a_damaged_dcp_folder_is_a_named_error_and_runs_nothing(fuzz, metadata):
     def check(changes):
-        with folder() as place:
-            (place / ".metadata").write_bytes(damaged(metadata, changes))
+        with folder() as home:
+            place = home / "dcp"
+            shutil.copytree(metadata, place)
+            path = place / ".metadata"
+            path.write_bytes(damaged(path.read_bytes(), changes))
             found, error = outcome(lambda: read_metadata(place))
-            assert found is not None or str(place / ".metadata") in error
+            assert found is not None or str(place) in error
             return "right" if error is None else "named"
 
     fuzz(check, CHANGES, few=30)
