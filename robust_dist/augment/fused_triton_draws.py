@@ -64,7 +64,7 @@ def beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor
     return s_left + (s_right - s_left) * ((u - p_left) / (p_right - p_left))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["keys"])
 def partners_kernel(
     keys: tl.tensor, partners: tl.tensor, batch: tl.tensor, SAMPLES: tl.constexpr, OTHERS: tl.constexpr
 ) -> None:
