@@ -11,6 +11,7 @@ from robust_dist.augment import fused_triton_draws as draws
 from robust_dist.augment.fused_triton_draws import beta_share, chance, randint, uniform
 from robust_dist.augment.fused_triton_statistics import autocontrast_lut, contrast_lut, equalize_lut
 from robust_dist.augment.tables import OP, OPS
+from robust_dist.triton_launch import Kernel
 
 _BRIGHTNESS, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Contrast"])
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(OP["AutoContrast"]), tl.constexpr(OP["Equalize"])
@@ -154,6 +155,7 @@ def _write_lut(
 _ANYWHERE = ["images", "labels", "keys", "index", "partners", "beta"]
 
 
+@Kernel
 @triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=_ANYWHERE)
 def prepare_kernel(
     images: tl.tensor,
@@ -230,6 +232,7 @@ def prepare_kernel(
         )
 
 
+@Kernel
 @triton.jit
 def luts_kernel(
     images: tl.tensor,

@@ -48,7 +48,7 @@ def kernels(monkeypatch, tmp_path):
     recorders = {}
     for name, file in KERNELS.items():
         module = importlib.import_module(f"robust_dist.augment.fused_triton_{file}")
-        recorders[name] = Recorder(getattr(module, name))
+        recorders[name] = Recorder(getattr(module, name).jit)
         monkeypatch.setattr(module, name, recorders[name])
     return recorders
 
