@@ -17,6 +17,7 @@ been checked by then that they belong together. It gives [B, C, H, W] in `pipeli
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,11 @@ def choose(backend: str, device: torch.device) -> str:
     """
     if backend == "auto":
         name = "torch" if torch.compiler.is_compiling() else FASTEST.get(device.type, "torch")
-        return "torch" if name == "torch" or missing(name) else name
+        if name == "torch" or (why := missing(name)) is None:
+            return name
+        if device.type == "cuda":
+            _say_once(why)
+        return "torch"
     if backend == "torch":
         return backend
     if torch.compiler.is_compiling():
@@ -86,6 +91,16 @@ def choose(backend: str, device: torch.device) -> str:
     if not module_of(backend).runs_on(device):
         raise RuntimeError(f'backend="{backend}" does not take tensors on {device}: set backend="auto"')
     return backend
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    warnings.warn(
+        f'images on a GPU are augmented by torch\'s operations, which are slower: {why}; backend="torch" takes them '
+        "without this warning",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def choose_stage(backend: str, device: torch.device, name: str) -> tuple[str, Callable[..., Any] | None]:

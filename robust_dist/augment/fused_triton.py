@@ -41,8 +41,10 @@ def missing() -> str | None:
         return "Triton is not installed"
     if _interpreted():
         return None
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    if not torch.cuda.is_available():
         return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are compiled for CUDA alone, and this torch is ROCm's"
     oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if oldest < (7, 0):
         return f"a GPU has compute capability {oldest[0]}.{oldest[1]}, and Triton needs 7.0"

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from robust_dist.augment.keys import Stream
+from robust_dist.triton_launch import Kernel
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -64,7 +65,8 @@ def beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor
     return s_left + (s_right - s_left) * ((u - p_left) / (p_right - p_left))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@Kernel
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["keys"])
 def partners_kernel(
     keys: tl.tensor, partners: tl.tensor, batch: tl.tensor, SAMPLES: tl.constexpr, OTHERS: tl.constexpr
 ) -> None:

@@ -10,6 +10,7 @@ from robust_dist.augment.fused_triton_prepare import ACROSS, COLUMNS, DOWN, ORIG
 from robust_dist.augment.fused_triton_read import channels, luma, pick, rounded, spot, to_levels
 from robust_dist.augment.fused_triton_warp import warped
 from robust_dist.augment.tables import OP
+from robust_dist.triton_launch import Kernel
 
 _BRIGHTNESS, _COLOR, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Color"]), tl.constexpr(OP["Contrast"])
 _SHARPNESS, _POSTERIZE = tl.constexpr(OP["Sharpness"]), tl.constexpr(OP["Posterize"])
@@ -145,6 +146,7 @@ def _augmented(
     return red, green, blue
 
 
+@Kernel
 @triton.jit
 def pixels_kernel(
     images: tl.tensor,

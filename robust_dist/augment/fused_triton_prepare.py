@@ -11,6 +11,7 @@ from robust_dist.augment import fused_triton_draws as draws
 from robust_dist.augment.fused_triton_draws import beta_share, chance, randint, uniform
 from robust_dist.augment.fused_triton_statistics import autocontrast_lut, contrast_lut, equalize_lut
 from robust_dist.augment.tables import OP, OPS
+from robust_dist.triton_launch import Kernel
 
 _BRIGHTNESS, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Contrast"])
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(OP["AutoContrast"]), tl.constexpr(OP["Equalize"])
@@ -150,7 +151,12 @@ def _write_lut(
         tl.store(lut + ramp, values)
 
 
-@triton.jit(do_not_specialize=["batch"])
+# Slices of a set start anywhere, and nothing here loads wider than its element: their alignment compiles nothing anew.
+_ANYWHERE = ["images", "labels", "keys", "index", "partners", "beta"]
+
+
+@Kernel
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=_ANYWHERE)
 def prepare_kernel(
     images: tl.tensor,
     labels: tl.tensor,
@@ -226,6 +232,7 @@ def prepare_kernel(
         )
 
 
+@Kernel
 @triton.jit
 def luts_kernel(
     images: tl.tensor,

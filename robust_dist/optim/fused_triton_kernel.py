@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from robust_dist.optim import counting, fused_triton_table
+from robust_dist.triton_launch import Kernel
 
 CHUNK = tl.constexpr(fused_triton_table.CHUNK)
 SETTINGS = tl.constexpr(fused_triton_table.SETTINGS)
@@ -81,6 +82,7 @@ def _put(table, count, row, column, value, inside):
     tl.store(table + count * column + row, value.to(tl.float64).to(tl.int64, bitcast=True), mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def advance(
     table,
@@ -220,6 +222,7 @@ def _divided(m, v, inner, outer):
         return tl.div_rn(m, tl.sqrt_rn(v + inner) + outer)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def step(
     table,

@@ -11,7 +11,7 @@ from torch import Tensor
 from robust_dist.optim.pages import empty_like
 from robust_dist.optim.settings import exp_avg_dtype, option
 
-_local, _layout, _is_cpu, _dtype = map(attrgetter, ("_local_tensor", "_spec", "is_cpu", "dtype"))
+_local, _layout, _device, _dtype = map(attrgetter, ("_local_tensor", "_spec", "device", "dtype"))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 STEP = "step"
 EXP_AVG = "exp_avg"
@@ -166,8 +166,8 @@ def as_step(value: Any, param: Tensor, on_device: bool) -> Tensor:
 
 def _repair_step(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
     step = state.get(STEP, 0.0)
-    device_type = param.device.type if on_device else "cpu"
-    if not isinstance(step, Tensor) or step.device.type != device_type:
+    device = param.device if on_device else torch.device("cpu")
+    if not isinstance(step, Tensor) or step.device != device:
         state[STEP] = as_step(step, param, on_device)
 
 
@@ -184,7 +184,8 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
     except KeyError:
         return None
     steps, *moments = columns
-    if {*map(type, steps)} != {Tensor} or {*map(_is_cpu, steps)} != {not on_device}:
+    devices = {*map(_device, params)} if on_device else {torch.device("cpu")}
+    if {*map(type, steps)} != {Tensor} or len(devices) != 1 or {*map(_device, steps)} != devices:
         return None
     # model.double() and its kind change a parameter's dtype between two steps.
     if not _are_of_their_dtypes(moments[1], params):

@@ -82,8 +82,12 @@ def test_keys_must_be_as_many_as_the_index():
 @pytest.mark.usefixtures("nothing_built")
 def test_without_any_kernel_torch_does_it():
     images, labels = whole_set()
+    backends._say_once.cache_clear()
     assert make().backend_for("cpu") == "torch"
-    assert make().backend_for("cuda") == "torch"
+    with pytest.warns(UserWarning, match="augmented by torch.*: triton was not built") as told:
+        assert [make().backend_for("cuda") for _ in range(3)] == ["torch"] * 3
+    assert len(told) == 1
+    assert make(backend="torch").backend_for("cuda") == "torch"
     assert make()(images, labels)[0].shape == images.shape
 
 

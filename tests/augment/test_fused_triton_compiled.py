@@ -48,7 +48,7 @@ def kernels(monkeypatch, tmp_path):
     recorders = {}
     for name, file in KERNELS.items():
         module = importlib.import_module(f"robust_dist.augment.fused_triton_{file}")
-        recorders[name] = Recorder(getattr(module, name))
+        recorders[name] = Recorder(getattr(module, name).jit)
         monkeypatch.setattr(module, name, recorders[name])
     return recorders
 
@@ -116,3 +116,16 @@ def test_statistics_of_large_images_compile(kernels):
     fused_triton.trivial(stage, images, stage.plan(sample_keys(0, 0, range(2))))
     assert kernels["luts_kernel"].options["num_warps"] == 8
     assert_rounds_as_written(kernels["luts_kernel"].compile(90).asm["ptx"])
+
+
+def test_a_slice_at_an_odd_place_compiles_nothing_anew():
+    """Pointers into a set are specialised on nothing, so that a batch may start anywhere."""
+    from robust_dist.augment.fused_triton_draws import partners_kernel
+    from robust_dist.augment.fused_triton_prepare import prepare_kernel
+
+    for kernel, names in (
+        (prepare_kernel, {"images", "labels", "keys", "index", "partners", "beta"}),
+        (partners_kernel, {"keys"}),
+    ):
+        free = {one.name for one in kernel.params if one.do_not_specialize or one.do_not_specialize_on_alignment}
+        assert names <= free

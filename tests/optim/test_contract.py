@@ -14,6 +14,7 @@ from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.settings import DEFAULTS
+from robust_dist.optim.state import complete, completed
 from tests.optim.helpers import BACKENDS, backends, bits, gradients, start, step, train
 
 OPTIONS = [
@@ -405,3 +406,14 @@ def test_a_compiled_step_with_tensor_settings_is_compiled_once(backend):
     assert counter.frame_count == 1
     assert compiled.state[params[0]]["step"].item() == 8
     torch.testing.assert_close(params[0].detach(), twins[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_count_on_another_device_than_its_parameter_is_made_anew():
+    """As after model.to("cuda:1") with counts on cuda:0; the meta device stands for the other one."""
+    near, far = (torch.ones(3, device=device) for device in ("cpu", "meta"))
+    group = RAdaBeliefW([near.requires_grad_()], capturable=True).param_groups[0]
+    state = {"step": torch.tensor(4.0), "exp_avg": far, "exp_avg_sq": far}
+    assert completed([{**state, "exp_avg": near, "exp_avg_sq": near}], [near], on_device=True) is not None
+    assert completed([state], [far], on_device=True) is None
+    complete(state, far, group, on_device=True)
+    assert state["step"].device == far.device

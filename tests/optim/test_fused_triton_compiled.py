@@ -23,7 +23,7 @@ KINDS = [
 def compiled(kernel, pointers, constants, capability):
     """The kernel's PTX; Triton keeps what it has compiled in its cache."""
     types = dict.fromkeys(constants, "constexpr") | pointers | {"count": "i32"}
-    source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
+    source = triton.compiler.ASTSource(kernel.jit, {name: types[name] for name in kernel.arg_names}, constants)
     target = compiler.GPUTarget("cuda", capability, 32)
     found = triton.compile(source, target=target, options=dict(fused_triton._OPTIONS))
     assert len(found.asm["cubin"]) > 1000

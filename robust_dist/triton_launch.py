@@ -1,0 +1,95 @@
+"""Triton's kernels, launched again by what their first launch compiled: a tenth of the host's time.
+
+`kernel[grid](...)` binds and looks up all arguments at each launch, about 20 us; the `CompiledKernel` that it returns
+does the same launch in 2 us. That it takes all arguments in their order, constants included, is known of the releases
+in `KNOWN` (tests/test_triton_launch.py); others, and Triton's interpreter, launch as ever.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.language import dtype
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+KNOWN = ((3, 6), (3, 8))  # the oldest and the newest release whose CompiledKernel is launched so
+
+
+def _is_known() -> bool:
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    return KNOWN[0] <= version <= KNOWN[1]
+
+
+def _kind(argument: Any) -> Any:
+    """All that Triton may compile for: a pointer's type and alignment, the value of anything else."""
+    cls = type(argument)
+    if cls is int or cls is bool:
+        return argument
+    if isinstance(argument, Tensor):
+        return argument.dtype if argument.data_ptr() & 15 else (argument.dtype,)
+    return argument.name if cls is dtype else argument  # a dtype of Triton hashes slowly
+
+
+class Kernel:
+    """A kernel that launches as the one it wraps: `kernel[grid](*arguments, **options)`.
+
+    Attributes:
+        jit: The kernel of `triton.jit`.
+    """
+
+    def __init__(self, jit: Any) -> None:
+        self.jit = jit
+        self._count = len(jit.arg_names)
+        self._again: dict[Any, Any] | None = {} if isinstance(jit, JITFunction) and _is_known() else None
+        self._last: tuple[Any, ...] | None = None
+        # Arguments for whose values nothing is compiled: whether 32 bits hold them is all that counts.
+        self._free = [i + 1 for i, one in enumerate(getattr(jit, "params", ())) if one.do_not_specialize]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.jit, name)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        if self._again is None:
+            return self.jit[grid]
+        return lambda *arguments, **options: self._launch(grid, arguments, options)
+
+    def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        assert self._again is not None
+        given = arguments
+        if len(arguments) < self._count:
+            given = (*arguments, *(options[name] for name in self.jit.arg_names[len(arguments) :]))
+        compiled = self._last_compiled(given, options)
+        if compiled is None:
+            kinds = [driver.active.get_current_device(), *map(_kind, given), *options.values()]
+            for place in self._free:
+                kinds[place] = -(2**31) <= kinds[place] < 2**31
+            key = tuple(kinds)
+            compiled = self._again.get(key)
+            self._last = None if compiled is None else _last(given, options, compiled)
+        if compiled is None:
+            compiled = self._again[key] = self.jit[grid](*arguments, **options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*given)
+        return compiled
+
+    def _last_compiled(self, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What was launched last, if it is asked for again: comparing is cheaper than hashing."""
+        if self._last is None:
+            return None
+        device, kinds, rest, last_options, compiled = self._last
+        first = len(kinds)
+        if given[first:] != rest or options != last_options or driver.active.get_current_device() != device:
+            return None
+        # `_kind` of tensors, written out
+        found = [t.dtype if t.data_ptr() & 15 else (t.dtype,) for t in given[:first]]
+        return compiled if found == kinds else None
+
+
+def _last(given: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> tuple[Any, ...] | None:
+    """What `_last_compiled` compares: the tensors come before all other arguments, or nothing is."""
+    first = next((place for place, one in enumerate(given) if not isinstance(one, Tensor)), len(given))
+    if any(isinstance(one, Tensor) for one in given[first:]):
+        return None
+    return driver.active.get_current_device(), list(map(_kind, given[:first])), given[first:], dict(options), compiled
