@@ -18,7 +18,7 @@ from torch import Tensor
 from robust_dist.optim.backends import Backend, Groups, Prepared
 from robust_dist.optim.counting import count_of, value_of, views
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, hyper
-from robust_dist.optim.state import STEP, all_plain, is_dtensor
+from robust_dist.optim.state import STEP, all_plain, is_dtensor, local_columns
 
 ROWS = 1 << 15  # of all records that are kept
 TRIES = 4  # records of the same parameters that did not hold once, until no more are made
@@ -218,6 +218,9 @@ class Records:
 def _record(optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Groups) -> Record | None:
     params = [param for lists, _ in groups for param in lists.params]
     if backend.prepare is None or not _can_record(params, [optimizer.state[param] for param in params]):
+        return None
+    # Preparing would redistribute them once more, and no record holds for gradients of another layout.
+    if not all_plain(params) and local_columns(params, list(map(_grad, params))) is None:
         return None
     prepared = backend.prepare(memory, groups)
     if prepared is None:

@@ -131,7 +131,7 @@ class WeightDecaySwitch:
     def state_dict(self) -> dict[str, Any]:
         """The step, the base decays, and what the ranks have decided up to now.
 
-        Before an own trigger has decided it waits for the votes of ranks that are at this step, a second at most.
+        Before an own trigger has decided it waits for the votes of ranks that are at this step, five seconds at most.
         """
         self._decays.update_groups()
         self._take_in_decision(wait=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # Seconds in which a rank that has begun to decide, two calls of the store, must have done so.
 _DECIDING = 30.0
 # Seconds for which a save waits for votes that are about to be cast.
-_PATIENCE = 1.0
+_PATIENCE = 5.0
 # Steps after which votes that decided nothing are deleted.
 _KEPT = 1024
 
@@ -66,7 +66,7 @@ class Vote:
         return None
 
     def wait_for_voters(self, store: "Store", ranks: int) -> None:
-        """Wait, a second at most, until the other voters have made this rank's last call: it may decide.
+        """Wait, five seconds at most, until the other voters have made this rank's last call: it may decide.
 
         Who votes is known from the second call on; at the first it may be all of these many ranks.
         """
