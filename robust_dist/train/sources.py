@@ -1,9 +1,7 @@
 """From the recipe's data keys to the sets of a run whose images are files."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,8 @@ from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
 from robust_dist.ranks.talk import agree, taking_part
-from robust_dist.train.data_config import DataConfig
+from robust_dist.train.data_config import Classes, DataConfig
 
-Classes = tuple[str, ...] | None
 # So many of a set's first images are looked at for an EXIF orientation.
 LOOKED_AT = 16
 
@@ -61,8 +58,8 @@ def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
 
 def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool) -> ImageSource:
     """The images of one part, "train" or "eval"; `classes` are the training part's, which the other must have."""
-    opener: Callable[..., ImageSource] = {"imagefolder": _folder, "hub": _hub, "webdataset": _shards}[data.name]
-    return opener(data, part, classes, download)
+    assert data.source is not None
+    return data.source.open(data, part, classes, download, **data.options)
 
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
@@ -91,38 +88,6 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     return (
         f"{source.name}: {turned} of the first {len(first)} images carry an EXIF orientation; they are {done} "
         f"(data.exif={data.exif}; data.exif={other} does the other)"
-    )
-
-
-def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.folder import open_image_folder
-
-    below = getattr(data, part) or {"train": "train", "eval": "val"}[part]
-    return open_image_folder(Path(data.root).expanduser() / below, classes=classes, exif=str(data.exif))
-
-
-def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.hub import open_hub
-
-    own = data.own_keys
-    split = getattr(data, part) or {"train": "train", "eval": "validation"}[part]
-    own |= {
-        "data_files": data.data_files or None,
-        "spool_dir": None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
-        "config_name": own.pop("config"),
-    }
-    return open_hub(own.pop("path"), split, **own, download=download, classes=classes, exif=str(data.exif))
-
-
-def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.shards import IMAGE_KEYS, open_webdataset
-
-    return open_webdataset(
-        getattr(data, part),
-        root=data.root,
-        classes=classes,
-        exif=str(data.exif),
-        **data.own_keys | {"image_keys": data.image_keys or IMAGE_KEYS},
     )
 
 
