@@ -21,8 +21,8 @@ from robust_dist.checkpoint.space import (
     write_failure,
 )
 from robust_dist.engines.engine import engine_of
+from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together
-from robust_dist.train.claim import host_id
 from robust_dist.train.recipe import CheckpointConfig, Recipe
 
 Write = Callable[[Path], None]
