@@ -35,7 +35,7 @@ def launch_command(file: str, words: Sequence[str]) -> list[str]:
     if json is not None and not Path(json).exists() and (CONFIGS.parent / json).is_file():
         # The package's files name it from the folder of a checkout.
         command += ["--deepspeed_config_file", str(CONFIGS.parent / json)]
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in zip(words, [*words[1:], ""], strict=False):
         name, equals, given = word.partition("=")
         if name == "--num_processes":
             command += [name, given if equals else value]
