@@ -258,7 +258,7 @@ def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> Non
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the row's images")
+    figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the row's images")
     axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.images:,} images")
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=90)

@@ -23,7 +23,8 @@ RUNS = {
     "fsdp2": ("fsdp2", []),
     "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
     "zero2": ("zero2", []),
-    "zero3 bf16": ("zero3", [*FILES, *VIT, *LOW, "--optimizer.name", "nag"]),
+    "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw"]),
+    "zero3": ("zero3", [*FILES, *VIT, "--optimizer.name", "nag"]),
 }
 
 

@@ -24,8 +24,6 @@ from robust_dist.train.claim import Claim
 from robust_dist.train.folder import RunFolder
 from tests.inference.runs import CLASSES, RUNS
 
-ON_DIGITS = ["ddp", "fsdp2", "zero2"]
-
 
 def last_row(run):
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -98,11 +96,11 @@ def test_the_moving_average_is_what_is_loaded(trained):
     assert not torch.equal(model.state_dict()["fc.weight"], raw["fc.weight"])
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero3 bf16"])
-def test_an_export_needs_no_run_and_gives_its_outputs_to_the_bit(trained, name, tmp_path):
+@pytest.mark.parametrize(("name", "formats"), [("ddp", "safetensors,torch.export"), ("zero2 bf16", "safetensors")])
+def test_an_export_needs_no_run_and_gives_its_outputs_to_the_bit(trained, name, formats, tmp_path):
     run, out = shutil.copytree(trained.runs[name], tmp_path / "run"), tmp_path / "out"
     model, preprocess = robust_dist.load(run)
-    assert main(["export", str(run), str(out), "--format", "safetensors,torch.export"]) == 0
+    assert main(["export", str(run), str(out), "--format", formats]) == 0
     shutil.rmtree(run)
     again, same = robust_dist.load(out)
     images = torch.randint(256, (5, 3, same.pixels.size, same.pixels.size), dtype=torch.uint8)
@@ -110,9 +108,10 @@ def test_an_export_needs_no_run_and_gives_its_outputs_to_the_bit(trained, name, 
     assert torch.equal(torch.stack([same(image) for image in images]), inputs)
     wanted = model(inputs)
     assert torch.equal(again(inputs), wanted)
-    program = torch.export.load(out / "model.pt2").module()
-    for count in (1, 5):
-        torch.testing.assert_close(program(inputs[:count]), wanted[:count], rtol=1e-4, atol=1e-5)
+    if "torch.export" in formats:
+        program = torch.export.load(out / "model.pt2").module()
+        for count in (1, 5):
+            torch.testing.assert_close(program(inputs[:count]), wanted[:count], rtol=1e-4, atol=1e-5)
     record, row = json.loads((out / "model.json").read_text()), last_row(trained.runs[name])
     assert record["classes"] == list(preprocess.classes)
     assert record["robust_dist"] == robust_dist.__version__
@@ -267,13 +266,13 @@ def test_a_folder_inside_a_run_is_told_from_the_run(trained, tmp_path):
 
 
 def test_what_a_schedule_free_optimizer_trains_is_not_taken_for_what_is_evaluated(trained):
-    with pytest.raises(CheckpointError, match="saved within an epoch, so it holds the weights that .* trains"):
+    with pytest.raises(CheckpointError, match=r"saved within an epoch, so it holds the weights that .* trains"):
         robust_dist.load(trained.runs["schedule-free"], checkpoint=2)
     robust_dist.load(trained.runs["average"], checkpoint=2)
 
 
 def test_wrong_images_are_refused_with_what_would_be_right(trained, tmp_path, capsys):
-    model, preprocess = robust_dist.load(trained.runs["ddp"])
+    _, preprocess = robust_dist.load(trained.runs["ddp"])
     with pytest.raises(ValueError, match=r"must be uint8 \[3, H, W\], got uint8 \[1, 32, 32\]"):
         preprocess(torch.zeros(1, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="got float32"):
@@ -288,7 +287,7 @@ def test_wrong_images_are_refused_with_what_would_be_right(trained, tmp_path, ca
         ([run, str(folder)], "lacks 'bee' and has 'wasp' beyond them"),
         ([run, str(tmp_path / "none")], "there is no folder"),
         ([run, str(folder), "--data.root", "x"], "both name images"),
-        ([run, "--data.rot", "x"], "did you mean 'data.root'"),
+        ([run, "--data.rot", "x"], "did you mean '--data.root'"),
         ([str(trained.runs["ddp"]), "--data.name", "fashion_mnist", "--data.download", "false"], "ashion"),
     ]:
         assert main(["evaluate", *named, *words]) == 2
