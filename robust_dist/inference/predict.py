@@ -113,19 +113,20 @@ def predict(
     crop = CentralCrop(pixels.size, pixels.resize or pixels.size)
     workers = 0 if len(files) < _WORTH_A_WORKER else len(os.sched_getaffinity(0))
     images = StreamSet(Files(files, upright=pixels.upright), crop, device, workers=workers)
-    start = 0
+    start, bad = 0, {}
     for batch in images.eval_batches(0, len(files), batch_size):
         chances = forward(preprocess.normalize(batch.images)).softmax(1)
         best, classes = (values.tolist() for values in chances.topk(count, 1))
         good = [True] * len(best) if batch.good is None else batch.good.tolist()
-        bad = {one.where: one for one in images.take_bad()} if not all(good) else {}
+        # Those of batches that are read ahead, too.
+        bad |= {one.where: one for one in images.take_bad()}
         levels = batch.images.cpu()
         for row, path in enumerate(files[start : start + len(best)]):
             if good[row]:
                 names = [trained.classes[number] for number in classes[row]]
                 yield Prediction(path, list(zip(names, best[row], strict=True)), levels[row])
             else:
-                yield bad.get(str(path), BadImage(str(path), "cannot be read"))
+                yield bad[str(path)]
         start += len(best)
 
 

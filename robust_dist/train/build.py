@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data.batches import Cut
+from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
-from robust_dist.data.sets import LabelledSet, TrainLoader
+from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
 from robust_dist.optim import param_groups
+from robust_dist.ranks.talk import attempt, on_rank_0
 from robust_dist.schedule import RobustSchedule
-from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
@@ -62,15 +64,15 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
         return open_sets(recipe.data, device, download=download)
 
     began = time.monotonic()
-    sets = attempt(accelerator, lambda: load(recipe.data.download), here=first)
-    others = attempt(accelerator, lambda: load(False), here=not first)
+    sets = attempt(lambda: load(recipe.data.download), here=first)
+    others = attempt(lambda: load(False), here=not first)
     loaded = sets or others
     assert loaded is not None
-    check_ranks_see_the_same(accelerator, *loaded)
+    check_ranks_see_the_same(*loaded)
     if recipe.data.in_memory:
         images = sum(map(len, loaded))
         accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
-    attempt(accelerator, lambda: tell_exif(recipe.data, *loaded), here=accelerator.is_main_process)
+    on_rank_0(lambda: tell_exif(recipe.data, *loaded))
     return loaded
 
 
@@ -113,9 +115,9 @@ def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ..
     return place([found], device, data.keep_on)[0]
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
     """The order of the training images and this rank's part of each global batch."""
-    return train_set.loader(
+    cut = Cut(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
@@ -124,6 +126,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
         block=recipe.data.block,
         drop_last=recipe.data.drop_last,
     )
+    return train_set.loader(cut)
 
 
 class Preprocessing(NamedTuple):

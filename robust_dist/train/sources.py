@@ -2,10 +2,9 @@
 
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from robust_dist.checkpoint.space import free_memory
 from robust_dist.data.identity import fingerprint
@@ -13,6 +12,7 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
+from robust_dist.ranks.talk import agree, taking_part
 from robust_dist.train.data_config import Classes, DataConfig
 
 # So many of a set's first images are looked at for an EXIF orientation.
@@ -105,25 +105,22 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     )
 
 
-def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> None:
+def check_ranks_see_the_same(*sets: LabelledSet) -> None:
     """Compare the sets between the ranks: hosts with different files would train on different orders.
 
     Raises:
-        ValueError: On every rank, with each rank's number of images and classes.
+        ValueError: On every rank, with what differs of the number of images, of classes, and the checksum of all.
     """
-    if accelerator.num_processes == 1:
+    if not taking_part():
         return
-    for number, seen in enumerate(zip(*gather_object([[_fingerprint(dataset) for dataset in sets]]), strict=True)):
-        if len(set(seen)) > 1:
-            lines = [
-                f"rank {rank}: {images} images of {classes} classes" for rank, (images, classes, _) in enumerate(seen)
-            ]
-            raise ValueError(
-                f"the ranks do not see the same images in {sets[number].name}; give every host the same files:\n  "
-                + "\n  ".join(lines)
-            )
+    for dataset in sets:
+        agree(
+            _fingerprint(dataset),
+            f"the ranks do not see the same images in {dataset.name}; give every host the same files",
+        )
 
 
-def _fingerprint(dataset: LabelledSet) -> tuple[int, int, str]:
+def _fingerprint(dataset: LabelledSet) -> dict[str, Any]:
     """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
-    return len(dataset), len(dataset.classes), fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
+    checksum = fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
+    return {"images": len(dataset), "classes": len(dataset.classes), "checksum": checksum}

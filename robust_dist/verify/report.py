@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.measure.table import table
+from robust_dist.ranks.talk import ranks_text
 
 FAILED = ("failed", "hung")
 
@@ -86,7 +87,7 @@ def merged(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     ranks = {claim.get("rank", 0) for claim in claims}
 
     def who(of: list[int]) -> str:
-        return "" if set(of) == ranks else f" (rank {', '.join(map(str, sorted(set(of))))})"
+        return "" if set(of) == ranks else f" ({ranks_text(set(of))})"
 
     return [(what + who(of), expected, measured, verdict) for (what, expected, measured, verdict), of in rows.items()]
 
