@@ -113,7 +113,8 @@ def predict(
     crop = CentralCrop(pixels.size, pixels.resize or pixels.size)
     workers = 0 if len(files) < _WORTH_A_WORKER else len(os.sched_getaffinity(0))
     images = StreamSet(Files(files, upright=pixels.upright), crop, device, workers=workers)
-    start, bad = 0, {}
+    start = 0
+    bad: dict[str, BadImage] = {}
     for batch in images.eval_batches(0, len(files), batch_size):
         chances = forward(preprocess.normalize(batch.images)).softmax(1)
         best, classes = (values.tolist() for values in chances.topk(count, 1))
