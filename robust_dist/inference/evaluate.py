@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust_dist.data.batches import even_cuts
 from robust_dist.data.classes import check_same_classes
 from robust_dist.data.crops import CentralCrop
-from robust_dist.data.cuts import even_cuts
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.folder import open_image_folder
 from robust_dist.data.names import composed
