@@ -263,5 +263,6 @@ def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]
     states = {one["state"] for one in found}
     state = next((bad for bad in ("failed", "hung") if bad in states), "failed" if silent else "done")
     logs = [f"rank {one['rank']} {one['state']}:\n{one['log']}" for one in found if one["state"] != "done"]
-    logs += [f"{ranks_text(silent)} did not answer"] * bool(silent)
+    if silent:
+        logs.append(f"{ranks_text(silent)} did not answer")
     return Outcome(part.name, state, max((one["seconds"] for one in found), default=0.0), claims, "\n".join(logs))
