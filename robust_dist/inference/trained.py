@@ -59,7 +59,7 @@ class Record:
         classes: Names of the classes, by number.
         preprocessing: What is done to an image.
         checkpoint: Where the weights come from.
-        recipe: The run's recipe, without secrets.
+        recipe: The run's recipe, without secrets and trackers.
         data: The run's `data.json`: the images that it was trained and evaluated on.
     """
 
@@ -189,7 +189,9 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Traine
     _fill(model, _weights(place, settings, model), place, settings.model.name)
     ranks = int(manifest.metadata.get("num_processes", 1))
     origin = Origin(manifest.step, manifest.metadata.get(ACCURACY), engine, ranks)
-    record = Record(_version(), list(classes), pixels, origin, recipe, data)
+    # An export is handed on; a tracker's options name accounts and hosts.
+    shown = {key: value for key, value in recipe.items() if key != "tracking"}
+    record = Record(_version(), list(classes), pixels, origin, shown, data)
     return Trained(folder, model, Preprocess(classes, pixels), settings, record)
 
 

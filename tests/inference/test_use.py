@@ -114,6 +114,8 @@ def test_an_export_needs_no_run_and_gives_its_outputs_to_the_bit(trained, name, 
             torch.testing.assert_close(program(inputs[:count]), wanted[:count], rtol=1e-4, atol=1e-5)
     record, row = json.loads((out / "model.json").read_text()), last_row(trained.runs[name])
     assert record["classes"] == list(preprocess.classes)
+    assert record["recipe"]["precision"]["mixed"] == "bf16"
+    assert "tracking" not in record["recipe"]
     assert record["robust_dist"] == robust_dist.__version__
     assert record["checkpoint"]["eval_accuracy"] == row["eval_accuracy"]
     assert record["preprocessing"]["size"] == preprocess.pixels.size
