@@ -22,6 +22,7 @@ from robust_dist.inference.trained import Trained, settings_of
 from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
 from robust_dist.train.evaluate import count_batch, score_of
+from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document
 
 BINS = 15
@@ -85,6 +86,10 @@ def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> 
             those of the run.
     """
     record = trained.record
+    if trained.settings.data.name == OWN and not words:
+        raise DataError(
+            f"{trained.path}: its images were given to fit; name a folder of images, or a set by --data.KEY"
+        )
     settings = settings_of(Document(record.recipe, str(trained.path)), type(trained.settings), words)
     found = open_eval_set(settings.data, device, trained.classes, download=settings.data.download)
     _check_fits(trained, found)

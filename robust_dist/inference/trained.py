@@ -1,7 +1,7 @@
 """A trained model, read from a run's folder or from what `robust-dist export` wrote."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 # Accelerate's name for the moving average, the one object that a run registers with it.
 AVERAGE = "custom_checkpoint_0.pkl"
+OwnModel = nn.Module | Callable[[int], nn.Module]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Sections that a model in use does without; a package that they name need not be installed.
 _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
@@ -137,20 +139,24 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load(
-    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe
+    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe, model: OwnModel | None = None
 ) -> tuple[nn.Module, Preprocess]:
     """See `robust_dist.load`."""
-    trained = read(path, checkpoint=checkpoint, kind=kind)
+    trained = read(path, checkpoint=checkpoint, kind=kind, model=model)
     return trained.model, trained.preprocess
 
 
-def read(path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe) -> Trained:
+def read(
+    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe, model: OwnModel | None = None
+) -> Trained:
     """The model of a run, or of an export.
 
     Args:
         path: The folder.
         checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
         kind: The recipe's class, for a run of a class of your own.
+        model: What `fit` was given, for a run of a model of your own: a module (which is copied), or a function of the
+            number of classes.
 
     Raises:
         ValueError: There is no run and no export; no checkpoint, or a torn one; weights that are not the model's; or
@@ -160,9 +166,9 @@ def read(path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe]
     if (folder / RECORD).is_file():
         if checkpoint != "last":
             raise ValueError(f"{folder} is an export of one checkpoint: leave checkpoint={checkpoint!r} out")
-        return _read_export(folder, kind)
+        return _read_export(folder, kind, model)
     if (folder / "recipe.yaml").is_file():
-        return _read_run(folder, checkpoint, kind)
+        return _read_run(folder, checkpoint, kind, model)
     raise ValueError(f"{folder}: {_why_none(folder)}")
 
 
@@ -174,7 +180,7 @@ def _why_none(folder: Path) -> str:
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 
 
-def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Trained:
+def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe], own: OwnModel | None) -> Trained:
     run = RunFolder(folder)
     document = read_yaml(folder / "recipe.yaml")
     recipe = typed(document.data, dict[str, Any], document.name)
@@ -183,9 +189,9 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Traine
     place, manifest = choose(run, checkpoint)
     engine = str(manifest.metadata.get("engine", UNNOTED))
     _check_evaluated(place, manifest, recipe)
-    pixels = pixels_of(settings.data, channels_last=settings.model.channels_last)
+    pixels = _pixels(settings, data)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
-    model = build(settings, len(classes), len(pixels.mean), engine)
+    model = build(settings, len(classes), len(pixels.mean), engine, own)
     _fill(model, _weights(place, settings, model), place, settings.model.name)
     ranks = int(manifest.metadata.get("num_processes", 1))
     origin = Origin(manifest.step, manifest.metadata.get(ACCURACY), engine, ranks)
@@ -195,11 +201,11 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Traine
     return Trained(folder, model, Preprocess(classes, pixels), settings, record)
 
 
-def _read_export(folder: Path, kind: type[Recipe]) -> Trained:
+def _read_export(folder: Path, kind: type[Recipe], own: OwnModel | None) -> Trained:
     record: Record = read_json(folder / RECORD, Record)
     settings = settings_of(Document(record.recipe, str(folder / RECORD)), kind)
     pixels = record.preprocessing
-    model = build(settings, len(record.classes), len(pixels.mean), record.checkpoint.engine)
+    model = build(settings, len(record.classes), len(pixels.mean), record.checkpoint.engine, own)
     try:
         load_model(model, str(folder / WEIGHTS))
     except FileNotFoundError:
@@ -299,8 +305,27 @@ def _check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) ->
         )
 
 
-def build(settings: Recipe, num_classes: int, channels: int, engine: str) -> nn.Module:
-    """The recipe's model in eval mode; torch's generator is left as it was."""
+def _pixels(settings: Recipe, data: dict[str, Any]) -> Pixels:
+    """What the run's evaluation does to an image; of images that `fit` was given, as data.json notes it."""
+    if settings.data.name != OWN:
+        return pixels_of(settings.data, channels_last=settings.model.channels_last)
+    noted = data["preprocessing"]
+    scale = tuple(noted["mean"]), tuple(noted["std"])
+    return Pixels(noted["eval_size"], None, *scale, channels_last=settings.model.channels_last)
+
+
+def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: OwnModel | None = None) -> nn.Module:
+    """The recipe's model in eval mode, or a copy of one's own; torch's generator is left as it was.
+
+    Raises:
+        ValueError: The run's model was given to `fit`, and is not given here.
+    """
+    if settings.model.name == OWN:
+        if own is None:
+            raise ValueError("the run's model was given to fit: give it again, robust_dist.load(RUN, model=...)")
+        with torch.random.fork_rng(devices=[]):
+            made = copy.deepcopy(own) if isinstance(own, nn.Module) else own(num_classes)
+        return made.eval().requires_grad_(False)
     section = replace(settings.model, sync_batchnorm=False)
     with torch.random.fork_rng(devices=[]):
         contiguous = not engine_named(engine).trains_any_memory_format
