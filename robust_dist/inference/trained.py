@@ -18,7 +18,7 @@ from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
-from robust_dist.inference.preprocess import Pixels, Preprocess, pixels_of
+from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
@@ -26,10 +26,10 @@ from robust_dist.train.recipe import Recipe
 from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
+Own = nn.Module | Callable[[int], nn.Module]
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 # Accelerate's name for the moving average, the one object that a run registers with it.
 AVERAGE = "custom_checkpoint_0.pkl"
-OwnModel = nn.Module | Callable[[int], nn.Module]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Sections that a model in use does without; a package that they name need not be installed.
 _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
@@ -138,25 +138,23 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load(
-    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe, model: OwnModel | None = None
-) -> tuple[nn.Module, Preprocess]:
+def load(path: str | Path, **options: Any) -> tuple[nn.Module, Preprocess]:
     """See `robust_dist.load`."""
-    trained = read(path, checkpoint=checkpoint, kind=kind, model=model)
+    trained = read(path, **options)
     return trained.model, trained.preprocess
 
 
 def read(
-    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe, model: OwnModel | None = None
+    path: str | Path, *, checkpoint: str | int = "last", model: Own | None = None, kind: type[Recipe] = Recipe
 ) -> Trained:
     """The model of a run, or of an export.
 
     Args:
         path: The folder.
         checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
+        model: Of a run whose model is no recipe's: the module that `fit` was given, or the function of the number of
+            classes. A module is filled with the weights and put into eval mode.
         kind: The recipe's class, for a run of a class of your own.
-        model: What `fit` was given, for a run of a model of your own: a module (which is copied), or a function of the
-            number of classes.
 
     Raises:
         ValueError: There is no run and no export; no checkpoint, or a torn one; weights that are not the model's; or
@@ -166,9 +164,9 @@ def read(
     if (folder / RECORD).is_file():
         if checkpoint != "last":
             raise ValueError(f"{folder} is an export of one checkpoint: leave checkpoint={checkpoint!r} out")
-        return _read_export(folder, kind, model)
+        return _read_export(folder, model, kind)
     if (folder / "recipe.yaml").is_file():
-        return _read_run(folder, checkpoint, kind, model)
+        return _read_run(folder, checkpoint, model, kind)
     raise ValueError(f"{folder}: {_why_none(folder)}")
 
 
@@ -180,7 +178,7 @@ def _why_none(folder: Path) -> str:
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 
 
-def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe], own: OwnModel | None) -> Trained:
+def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[Recipe]) -> Trained:
     run = RunFolder(folder)
     document = read_yaml(folder / "recipe.yaml")
     recipe = typed(document.data, dict[str, Any], document.name)
@@ -189,7 +187,8 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe], own: OwnM
     place, manifest = choose(run, checkpoint)
     engine = str(manifest.metadata.get("engine", UNNOTED))
     _check_evaluated(place, manifest, recipe)
-    pixels = _pixels(settings, data)
+    channels_last = settings.model.channels_last
+    pixels = pixels_noted(data, channels_last) if is_own(settings.data) else pixels_of(settings.data, channels_last)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
     model = build(settings, len(classes), len(pixels.mean), engine, own)
     _fill(model, _weights(place, settings, model), place, settings.model.name)
@@ -201,7 +200,7 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe], own: OwnM
     return Trained(folder, model, Preprocess(classes, pixels), settings, record)
 
 
-def _read_export(folder: Path, kind: type[Recipe], own: OwnModel | None) -> Trained:
+def _read_export(folder: Path, own: Own | None, kind: type[Recipe]) -> Trained:
     record: Record = read_json(folder / RECORD, Record)
     settings = settings_of(Document(record.recipe, str(folder / RECORD)), kind)
     pixels = record.preprocessing
@@ -305,31 +304,24 @@ def _check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) ->
         )
 
 
-def _pixels(settings: Recipe, data: dict[str, Any]) -> Pixels:
-    """What the run's evaluation does to an image; of images that `fit` was given, as data.json notes it."""
-    if settings.data.name != OWN:
-        return pixels_of(settings.data, channels_last=settings.model.channels_last)
-    noted = data["preprocessing"]
-    scale = tuple(noted["mean"]), tuple(noted["std"])
-    return Pixels(noted["eval_size"], None, *scale, channels_last=settings.model.channels_last)
-
-
-def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: OwnModel | None = None) -> nn.Module:
-    """The recipe's model in eval mode, or a copy of one's own; torch's generator is left as it was.
+def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
+    """The recipe's model, or a run's own one, in eval mode; torch's generator is left as it was.
 
     Raises:
-        ValueError: The run's model was given to `fit`, and is not given here.
+        ValueError: The model is no recipe's, and none is given.
     """
-    if settings.model.name == OWN:
-        if own is None:
-            raise ValueError("the run's model was given to fit: give it again, robust_dist.load(RUN, model=...)")
-        with torch.random.fork_rng(devices=[]):
-            made = copy.deepcopy(own) if isinstance(own, nn.Module) else own(num_classes)
-        return made.eval().requires_grad_(False)
+    if own is None and settings.model.name == OWN:
+        raise ValueError(
+            f"the run's model is your own (model.name={OWN!r}): give it in Python, robust_dist.load(RUN, model=...)"
+        )
     section = replace(settings.model, sync_batchnorm=False)
     with torch.random.fork_rng(devices=[]):
-        contiguous = not engine_named(engine).trains_any_memory_format
-        return section.build(num_classes, channels, seed=0, contiguous=contiguous).eval().requires_grad_(False)
+        if own is not None:
+            model = own if isinstance(own, nn.Module) else own(num_classes)
+        else:
+            contiguous = not engine_named(engine).trains_any_memory_format
+            model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+    return model.eval().requires_grad_(False)
 
 
 def _weights(place: Path, settings: Recipe, model: nn.Module) -> dict[str, Tensor]:

@@ -179,5 +179,5 @@ def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_eval
             own(preprocess(image)[None]).argmax().item() == label for image, label in zip(images, labels, strict=True)
         )
     assert right / 64 == result.rows[-1]["eval_accuracy"]
-    with pytest.raises(ValueError, match="given to fit: give it again"):
+    with pytest.raises(ValueError, match=r"your own.*load\(RUN, model="):
         robust_dist.load(tmp_path)
