@@ -140,6 +140,24 @@ def _cpu() -> Iterator[Check]:
         yield Check("cpu", "warn", f"{detail}: more threads than cores slow each other down", remedy)
 
 
+def _offload() -> Iterator[Check]:
+    """How many cores a step on the CPU takes, as ZeRO-Offload makes it while the GPU waits."""
+    from robust_dist.optim import fused_cpu
+
+    cores, threads = int(surroundings.usable_cores()), fused_cpu.threads()
+    if fused_cpu.why_not() is not None:
+        detail = f"ZeRO-Offload would step by torch's operations, several times as slow: {fused_cpu.why_not()}"
+        yield Check("offload", "warn", detail, "pip install --force-reinstall --no-deps robust_dist")
+    elif threads == 1 < cores:
+        detail = (
+            f"ZeRO-Offload's step takes 1 of {cores} cores; launched by torchrun or DeepSpeed, a rank's share of them"
+        )
+        yield Check("offload", "warn", detail, f"export OMP_NUM_THREADS={cores}")
+    else:
+        detail = f"ZeRO-Offload's step takes {threads} of {max(1, cores)} cores; of a launched rank, its share of them"
+        yield Check("offload", "ok", detail)
+
+
 def _devices() -> Iterator[Check]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -264,6 +282,7 @@ GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
     _torchvision,
     _numpy,
     _cpu,
+    _offload,
     _devices,
     _optimizer_backends,
     _augment_backends,

@@ -105,6 +105,8 @@ class StaticStep:
         self.rates = DeviceRates(base_optimizer(optimizer), device)
         self._batch: Batch | None = None
         self.replay = _Graph(self.over_static, device) if device.type == "cuda" else _Call(self.over_static)
+        # Loaded state lies elsewhere: a graph would go on with the old.
+        base_optimizer(optimizer).register_load_state_dict_post_hook(lambda _: self.replay.forget())
 
     def __call__(self, batch: Batch) -> None:
         """Train on a batch; the rates are those that the optimizer's groups have."""
@@ -154,6 +156,9 @@ class _Call:
     def on_own_stream(self, function: Callable[[], None]) -> None:
         function()
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 class _Graph:
     """A function whose kernels are captured after `WARM_UP_STEPS` ordinary calls and replayed from then on."""
@@ -180,6 +185,10 @@ class _Graph:
         with torch.cuda.stream(self.stream):
             function()
         current.wait_stream(self.stream)
+
+    def forget(self) -> None:
+        """Capture anew, after one ordinary call, what no longer has the addresses that it had."""
+        self.graph, self.calls = None, min(self.calls, WARM_UP_STEPS - 1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

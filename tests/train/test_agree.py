@@ -12,11 +12,12 @@ from torch import nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import DATASETS, load_dataset
+from robust_dist.measure.dispatch import Watch
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import on_rank_0, ranks_text
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import load_sets
-from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.evaluate import _copy_back, average_buffers, evaluate
 from robust_dist.train.main import check_ranks_agree
 from robust_dist.train.meter import Figures, Meter, measured
 from robust_dist.train.recipe import DataConfig, Recipe
@@ -64,6 +65,23 @@ def fetched(accelerator):
         load_sets(Recipe(data=DataConfig(name="slow", root=root)), accelerator)
         accelerator.wait_for_everyone()
     return calls
+
+
+class Names(Watch):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def note(self, func, args, kwargs, result):
+        self.names.append(func.name())
+
+
+def test_buffers_are_written_by_one_operation_whatever_their_number():
+    buffers = [torch.zeros(3), torch.zeros(()), torch.zeros(2, 2), torch.zeros(0)]
+    with Names() as seen:
+        _copy_back(torch.arange(8.0), buffers)
+    assert [one.tolist() for one in buffers] == [[0, 1, 2], 3, [[4, 5], [6, 7]], []]
+    assert [name for name in seen.names if "copy" in name] == ["aten::_foreach_copy_"]
 
 
 PIPELINE = RobustAugment(3, 8, (0.5,), (0.2,))

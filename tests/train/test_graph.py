@@ -1,5 +1,6 @@
 """A step over tensors that keep their places: the ordinary loop's numbers, called and recorded, to the bit."""
 
+import copy
 import json
 import multiprocessing
 import sys
@@ -158,6 +159,19 @@ def test_a_recording_that_reads_the_host_s_rates_differs_so_the_tape_would_show_
     step.rates.fill = lambda: None
     baked.train(image_set, step)
     assert not same(plain, baked)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_state_that_is_loaded_after_the_recording_is_what_later_steps_move():
+    image_set = toy_set()
+    donor, plain, static = Toy(capturable=True), Toy(capturable=True), Toy(capturable=True)
+    donor.train(image_set, epochs=1)
+    for toy, step in ((plain, None), (static, taped(static))):
+        toy.train(image_set, step, epochs=2)
+        for name in ("model", "optimizer", "schedule"):
+            getattr(toy, name).load_state_dict(copy.deepcopy(getattr(donor, name).state_dict()))
+        toy.train(image_set, step, epochs=1)
+    assert same(plain, static)
 
 
 @needs_torch_2_7
