@@ -1,4 +1,4 @@
-"""`robust-dist doctor | verify | preview | bench | plan | study | convert | inspect`: what one runs beside training."""
+"""The commands of `robust-dist`: training and what comes before and after."""
 
 import argparse
 import sys
@@ -10,6 +10,17 @@ from robust_dist.study.commands import add_study_commands
 from robust_dist.validate import whole_number
 
 EXTRA_HINT = "install what it needs with: pip install 'robust_dist[{extra}]'"
+
+
+def _train(words: argparse.Namespace) -> int:
+    if words.accelerate is not None:
+        from robust_dist.train.__main__ import launch
+
+        launch(words.accelerate, words.overrides)
+    from robust_dist.train.main import main
+
+    main(words.overrides)
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -80,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-dist", description=__doc__)
     parser.add_argument("--version", action="version", version=f"robust_dist {robust_dist.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    # The recipe's own parser has the help of all keys.
+    train = commands.add_parser("train", help="train a recipe (--help: its keys)", add_help=False, allow_abbrev=False)
+    train.add_argument("--accelerate", metavar="FILE")
+    train.set_defaults(run=_train, extra="train")
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, what would go wrong and how to mend it")
     doctor.set_defaults(run=_doctor, extra="train")
@@ -156,7 +172,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (2 where the user has to change something)."""
     parser = _parser()
     words, overrides = parser.parse_known_args(args)
-    if overrides and words.run is not _preview:
+    if overrides and words.run not in (_preview, _train):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     words.overrides = overrides
     run: Callable[[argparse.Namespace], int] = words.run

@@ -1,11 +1,13 @@
-"""Optional packages: importing one with a clear error, and which of the package's own extras are complete."""
+"""Other packages: importing an optional one with a clear error, what one adds by entry points, and complete extras."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import ModuleType
+from typing import TypeVar
 
+T = TypeVar("T")
 PACKAGE = "robust_dist"
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*([^;]*)")
 EXTRA = re.compile(r"extra\s*==\s*[\"']([^\"']+)[\"']")
@@ -43,6 +45,34 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             raise
         message = f"{purpose} needs {package}: pip install '{PACKAGE}[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def added(group: str, name: str, kind: type[T]) -> T | None:
+    """What an installed package adds under a name by an entry point; None where none does.
+
+    Raises:
+        ValueError: see `load_entry_point`; or several packages add the name.
+    """
+    found = metadata.entry_points(group=group, name=name)
+    if len(found) > 1:
+        raise ValueError(f"several packages add {name!r} by entry points in the group {group!r}; leave one installed")
+    return load_entry_point(next(iter(found)), kind) if found else None
+
+
+def load_entry_point(point: metadata.EntryPoint, kind: type[T], error: type[Exception] = ValueError) -> T:
+    """The value of an entry point.
+
+    Raises:
+        ValueError: it cannot be loaded, or is of another class than `kind`; `error`, where that is given.
+    """
+    where = f"the entry point {point.name} = {point.value} in the group {point.group!r}"
+    try:
+        value = point.load()
+    except Exception as cause:  # An import can raise anything.
+        raise error(f"{where} cannot be loaded ({cause}); mend or remove the package that has it") from cause
+    if not isinstance(value, kind):
+        raise error(f"{where} is of the class {type(value).__name__}; it must be of the class {kind.__name__}")
+    return value
 
 
 def version_tuple(version: str) -> tuple[int, ...]:

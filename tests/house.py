@@ -91,6 +91,21 @@ def with_engine_names() -> list[str]:
     return [name for name in modules() if any(_constants(name))]
 
 
+def with_object_collectives() -> list[str]:
+    """Files that call torch's or Accelerate's collectives of Python objects."""
+    called = re.compile(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?")
+    return [name for name in modules() if any(called.fullmatch(one) for one in _names(name))]
+
+
+def _names(name: str) -> Iterator[str]:
+    """All names of a module's code: variables, attributes, and what it imports."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, (ast.Name, ast.alias)):
+            yield node.id if isinstance(node, ast.Name) else node.name
+
+
 def _constants(name: str) -> Iterator[str]:
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.lower() in ENGINES:
@@ -154,6 +169,7 @@ def figures(*, timed: bool = True) -> dict[str, object]:
         "files that train.main reaches by imports": len(reached("robust_dist.train.main")),
         "files that name DeepSpeed": len(naming_deepspeed()),
         "files that hold engine-name strings": len(with_engine_names()),
+        "files that use object collectives": len(with_object_collectives()),
         "import circles": len(circles()),
         "private names of other packages, by file": len(private_places()),
         **({"time of `import robust_dist` over `import torch`": round(import_share(), 3)} if timed else {}),

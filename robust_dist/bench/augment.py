@@ -23,9 +23,10 @@ from robust_dist.bench.augment_peers import (
     pipeline_makers,
     trivial_makers,
 )
-from robust_dist.bench.counting import Counts, count
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.measure.dispatch import Counts, count
+from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 
 LOOK_SIDE, PIPELINE_LOOK_SIDE = 32, 16
@@ -212,7 +213,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{row.batch / row.timing.cpu:,.0f}" if row.timing.cpu else "-"
     yield from (f"{row.times:.2f}", f"{row.to_copy:.1f}")
     yield "-" if row.over_floor is None else f"{row.over_floor:.1f}"
-    yield from (f"{row.counts.operations:,.0f}", f"{row.counts.reads:,.0f}")
+    yield from (f"{row.counts.operations:,.0f}", f"{row.counts.waits:,.0f}")
     yield from ("-" if row.name == COPY else _draws(row), _share(row.look.equals), _share(row.look.exact))
 
 
@@ -221,8 +222,7 @@ def _table(rows: Sequence[Row], yardstick: str, on_gpu: bool) -> list[str]:
     head = ["contender", "images/s", "slowest to fastest", "images per CPU-second", f"times {yardstick}", "time / copy"]
     head += ["bytes over the floor", "kernels" if on_gpu else "ATen operations", "host reads"]
     head += ["per sample", "equals torchvision", "targets exact"]
-    lines = [f"### {first.task}, {first.batch} images of {first.side}x{first.side}", "", f"| {' | '.join(head)} |"]
-    return [*lines, "|---" * len(head) + "|", *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+    return [f"### {first.task}, {first.batch} images of {first.side}x{first.side}", "", table(head, map(_cells, rows))]
 
 
 def _tables(result: Result) -> Iterator[list[Row]]:
@@ -230,7 +230,7 @@ def _tables(result: Result) -> Iterator[list[Row]]:
         yield [row for row in result.rows if (row.task, row.side) == key]
 
 
-def table(result: Result, rounds: int, device: torch.device) -> str:
+def report(result: Result, rounds: int, device: torch.device) -> str:
     """The rows as Markdown: a table for each task and size, with the machine and what was left out."""
     lines = [f"{machine()}; medians of {rounds} rounds, contenders in turn", ""]
     lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()]
@@ -293,7 +293,7 @@ def bench_augment(
         batch_32=batch_32, batch_224=batch_224, rounds=rounds, threads=threads, device=device, compiled=compiled
     )
     with thread_count(threads):
-        text = table(result, rounds, pick_device(device))
+        text = report(result, rounds, pick_device(device))
         if out is not None:
             draw(result, Path(out, "augment.png"))
             Path(out, "augment.md").write_text(text + "\n", encoding="utf-8")

@@ -14,15 +14,11 @@ from robust_dist.bench.timing import machine
 from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.space import checkpoint_bytes, text_of
 from robust_dist.engines.engine import engine_named
+from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.recipe import CheckpointConfig
 from robust_dist.train.saving import Saver
-
-_HEAD = (
-    "| checkpoint | training waits, s | whole on the disk after, s |",
-    "|---|---|---|",
-)
 
 
 def bench_checkpoint(rounds: int = 7, model: str = "resnet34_cifar", folder: str | None = None) -> str:
@@ -57,9 +53,10 @@ def bench_checkpoint(rounds: int = 7, model: str = "resnet34_cifar", folder: str
             for name, way in ways.items():
                 times[name].append(way(step))
     # The first one fills caches.
-    lines = [_row(name, found[1:]) for name, found in times.items()]
+    rows = [[name, *_cells(found[1:])] for name, found in times.items()]
     about = f"{model}, about {text_of(size)}; {machine()}; median (lowest to highest) of {rounds} rounds, ways in turn"
-    return "\n".join([about, "", *_HEAD, *lines])
+    head = ["checkpoint", "training waits, s", "whole on the disk after, s"]
+    return "\n".join([about, "", table(head, rows)])
 
 
 Way = Callable[[int], tuple[float, float]]
@@ -91,6 +88,5 @@ def _saving(saver: Saver) -> Way:
     return save
 
 
-def _row(name: str, found: list[tuple[float, float]]) -> str:
-    cells = [f"{statistics.median(s):.3f} ({min(s):.3f} to {max(s):.3f})" for s in zip(*found, strict=True)]
-    return f"| {name} | {' | '.join(cells)} |"
+def _cells(found: list[tuple[float, float]]) -> list[str]:
+    return [f"{statistics.median(s):.3f} ({min(s):.3f} to {max(s):.3f})" for s in zip(*found, strict=True)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from robust_dist.bench.data_files import Files, write_files
 from robust_dist.bench.timing import Timing, interleaved, machine
 from robust_dist.extras import require
+from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 
 SIZE = 224
@@ -194,24 +195,22 @@ def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None) -
     return [Row(name, times[name], *looks[name], statistics.median(shares[name])) for name in contenders], seconds
 
 
-def _table(rows: Sequence[Row], bare: Mapping[str, float], cores: int, seconds: float) -> list[str]:
+def _table(rows: Sequence[Row], bare: Mapping[str, float], cores: int, seconds: float) -> str:
     yardstick = next(row for row in rows if row.name == YARDSTICK)
     best = bare["decode and crop"] * cores
-    lines = [
-        "| reader | images/s | slowest to fastest | times torchvision | of the limit | "
-        f"data wait at {seconds * 1e3:.0f} ms a batch | images an epoch | epochs differ |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["reader", "images/s", "slowest to fastest", "times torchvision", "of the limit"]
+    head += [f"data wait at {seconds * 1e3:.0f} ms a batch", "images an epoch", "epochs differ"]
+    lines = []
     for row in rows:
         speed, low, high = (row.images / t for t in (row.timing.median, row.timing.high, row.timing.low))
         ratio = speed * yardstick.timing.median / yardstick.images
         cells = [row.name, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}", f"{speed / best:.0%}"]
         cells += [f"{row.wait:.1%}", f"{row.images:,}", "yes" if row.differ else "no"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     for name, speed in bare.items():
         cells = [f"limit: {name}, one process x {cores} cores", f"{speed * cores:,.0f}", "", ""]
-        lines.append("| " + " | ".join([*cells, f"{speed * cores / best:.0%}", "", "", ""]) + " |")
-    return lines
+        lines.append([*cells, f"{speed * cores / best:.0%}", "", "", ""])
+    return table(head, lines)
 
 
 @contextlib.contextmanager
@@ -258,7 +257,7 @@ def bench_data(
         files = write_files(root, images, shards=max(8, 2 * workers))
         contenders = ours(files, root, workers) | peers(files, root, workers)
         rows, seconds = _rows(contenders, rounds, step_ms)
-        lines = _table(rows, limit(files, rounds), cores, seconds)
+        text = _table(rows, limit(files, rounds), cores, seconds)
         contenders.clear()
     notes = [
         f"{images:,} JPEGs of 500x375 pixels and {files.mean_bytes / 1e3:.0f} kB from the system's cache, to batches "
@@ -266,4 +265,4 @@ def bench_data(
         f"Medians of {rounds} rounds, every contender in turn. {machine()}.",
         "Data wait: what a consumer that sleeps so long over each batch waits, in its time from the second batch on.",
     ]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([text, "", *notes])

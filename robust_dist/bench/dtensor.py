@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.optim.optimizer import Optimizer
 
 from robust_dist.bench.timing import Timing, machine
+from robust_dist.measure.table import table
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.validate import whole_number
 
@@ -158,11 +159,10 @@ def _table(rows: Sequence[Row], rounds: int, tensors: int) -> str:
         "",
         f"{tensors} parameters under fully_shard, half of {(WIDTH, WIDTH)} and half of {(WIDTH,)}.",
         "",
-        "| optimizer | on DTensors, ms | on their local tensors, ms | ratio |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r.optimizer} | {_milliseconds(r.dtensor)} | {_milliseconds(r.plain)} | {r.ratio:.2f} |" for r in rows
+        table(
+            ["optimizer", "on DTensors, ms", "on their local tensors, ms", "ratio"],
+            [[r.optimizer, _milliseconds(r.dtensor), _milliseconds(r.plain), f"{r.ratio:.2f}"] for r in rows],
+        ),
     ]
     return "\n".join(lines)
 

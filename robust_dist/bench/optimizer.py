@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robust_dist.bench.counting import peak_extra_bytes
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.optimizer_peers import ADAMW_FUSED, OURS, Maker, makers
 from robust_dist.bench.parameter_sets import SETS, numel, parameters
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.checkpoint.space import free_memory
+from robust_dist.measure.memory import peak_extra_bytes
+from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 
 BYTES_PER_PARAMETER = 28  # float32: read p, g, m, v and write p, m, v
@@ -176,7 +177,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield "" if row.extra is None else f"{row.extra:.1f}"
 
 
-def table(result: Result, rounds: int) -> str:
+def report(result: Result, rounds: int) -> str:
     """The rows as Markdown, with the machine and what was left out."""
     rows = result.rows
     on_gpu = any(row.timing.host is not None for row in rows)
@@ -187,8 +188,7 @@ def table(result: Result, rounds: int) -> str:
     head = ["parameters", "optimizer", "ms", "lowest to highest", "GB/s", "of the memory's speed", "/ AdamW fused"]
     head += (["host us"] if on_gpu else []) + ["extra bytes a parameter"]
     lines += ["", f"GB/s are of {BYTES_PER_PARAMETER} bytes a parameter and step, which an ideal step moves.", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(_cells(row))} |" for row in rows])
+    return "\n".join([*lines, table(head, map(_cells, rows))])
 
 
 def draw(result: Result, path: Path) -> None:
@@ -219,7 +219,7 @@ def bench_optimizer(
     """The times of `run` as a Markdown table; with `out`, also `optimizer.md` and `optimizer.png` in that folder."""
     result = run(sets=sets, rounds=rounds, threads=threads, device=device)
     with thread_count(threads):
-        text = table(result, rounds)
+        text = report(result, rounds)
         if out is not None:
             draw(result, Path(out, "optimizer.png"))
             Path(out, "optimizer.md").write_text(text + "\n", encoding="utf-8")

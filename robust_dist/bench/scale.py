@@ -9,17 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from robust_dist.measure.dispatch import Collectives
+from robust_dist.measure.memory import MIB, storage_bytes
+from robust_dist.measure.table import table
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 
-MIB = 2**20
 BYTES_PER_PARAMETER = 12  # float32: the parameter and the optimizer's two moments
 HSDP_SHARDS = 8
 LAYOUTS = ("FSDP2", "HSDP")
-_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-_SENDING_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
+_HEAD = ["parameters", "layout", "ranks", "largest parameter's shard, first / last rank", "empty shards", "MiB"]
+_HEAD += ["MiB if shared equally", "state placed otherwise", "collectives: a step", "the switch, a run"]
 _SWITCH_RUN = 8  # optimizer steps of the run in which the switch's collectives are counted
 
 Shape = tuple[int, ...]
@@ -53,25 +54,6 @@ def vit_large() -> list[Shape]:
 
 
 SETS = {"ResNet-50": resnet50, "ViT-L/16": vit_large}
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that are called while it is active.
-
-    Attributes:
-        names: The operators called, in order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note `func` if it is a collective, and run it."""
-        name = func.name()
-        if func.namespace in _NAMESPACES and not name.endswith(_SENDING_NOTHING):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -175,15 +157,14 @@ def _local(tensor: Any) -> Tensor:
 def step_once(params: Sequence[nn.Parameter]) -> Held:
     """Make one optimizer step on sharded parameters and look at what is there afterwards."""
     optimizer = RAdaBeliefW(params)
-    with CollectiveCounter() as counter:
+    with Collectives() as counter:
         optimizer.step()
     states = [optimizer.state[param] for param in params]
     tensors = [*params, *(value for state in states for value in state.values())]
-    # The steps of many parameters lie in one storage.
-    storages = {one._cdata: one.nbytes() for one in (_local(tensor).untyped_storage() for tensor in tensors)}
     return Held(
         shapes=[tuple(_local(param).shape) for param in params],
-        bytes=sum(storages.values()),
+        # The steps of many parameters lie in one storage.
+        bytes=storage_bytes(tensors),
         misplaced=sum(
             _layout(state[name]) != _layout(param)
             for param, state in zip(params, states, strict=True)
@@ -201,7 +182,7 @@ def switch_collectives(mesh: Any) -> list[str]:
     """The collectives of a whole run of RAdaBeliefW and RobustSchedule, the switch on its way included."""
     optimizer = RAdaBeliefW(sharded([(64, 4), (64,)], mesh))
     schedule = RobustSchedule(optimizer, _SWITCH_RUN)
-    with CollectiveCounter() as counter:
+    with Collectives() as counter:
         for _ in range(_SWITCH_RUN):
             optimizer.step()
             schedule.step()
@@ -283,23 +264,18 @@ def bench_scale(world_sizes: Sequence[int] = (8, 64, 1024, 16384)) -> str:
         ValueError: A world size that is no multiple of 8.
         RuntimeError: This process is in a process group already.
     """
-    lines = [
-        "| parameters | layout | ranks | largest parameter's shard, first / last rank | empty shards | "
-        "MiB | MiB if shared equally | state placed otherwise | collectives: a step | the switch, a run |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
     cases = [case for size in world_sizes for layout in LAYOUTS for case in measure(layout, size)]
     cases.sort(key=lambda case: list(SETS).index(case.name))
     slowest = max((case.mesh_seconds for case in cases), default=0.0)
     note = f"Building a mesh took at most {1000 * slowest:.0f} ms."
-    return "\n".join([*lines, *map(_line, cases), "", note])
+    return "\n".join([table(_HEAD, map(_cells, cases)), "", note])
 
 
-def _line(case: Case) -> str:
+def _cells(case: Case) -> list[str]:
     shapes = SETS[case.name]()
     largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
     both = (case.first, case.last)
-    cells = [
+    return [
         case.name,
         case.layout,
         f"{case.world_size:,}",
@@ -311,4 +287,3 @@ def _line(case: Case) -> str:
         str(max(held.collectives for held in both)),
         str(case.switch),
     ]
-    return "| " + " | ".join(cells) + " |"

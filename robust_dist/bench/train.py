@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, random_set, recipes
+from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")
@@ -130,7 +131,7 @@ def _cells(row: Row, batch: int) -> Iterator[str]:
         yield f"{row.timing.host * 1e3:.2f}"
 
 
-def table(result: Result, batch: int, about: str) -> str:
+def report(result: Result, batch: int, about: str) -> str:
     """The rows as Markdown, with the machine and what was left out."""
     head = [
         "model",
@@ -146,8 +147,7 @@ def table(result: Result, batch: int, about: str) -> str:
     )
     lines = [f"{machine()}; {about}", ""]
     lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()] + [""] * bool(result.left_out)
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(_cells(row, batch))} |" for row in result.rows])
+    return "\n".join([*lines, table(head, (_cells(row, batch) for row in result.rows))])
 
 
 def draw(result: Result, batch: int, path: Path, about: str) -> None:
@@ -211,7 +211,7 @@ def bench_train(
     mixed = precision or ("bf16" if on_gpu else "no")
     about = f"batch {batch}, 32x32, autocast {mixed}; medians of {rounds or (7 if on_gpu else 3)} rounds, in turn"
     with thread_count(threads):
-        text = table(result, batch, about)
+        text = report(result, batch, about)
         if out is not None:
             draw(result, batch, Path(out, "train.png"), about)
             Path(out, "train.md").write_text(text + "\n", encoding="utf-8")

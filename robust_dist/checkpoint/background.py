@@ -29,6 +29,7 @@ from robust_dist.checkpoint.store import (
     read_part,
     write_atomically,
 )
+from robust_dist.ranks.talk import ranks_text
 
 _STAGED = "robust_dist-staged-"
 _LOCK = ".lock"
@@ -241,8 +242,6 @@ class Pending:
             if size != growth:
                 growth, changed = size, time.monotonic()
             if time.monotonic() - changed > self._patience:
-                raise CheckpointError(
-                    f"{self._partial}: ranks {sorted(missing)} wrote nothing for {self._patience:g} s"
-                )
+                raise CheckpointError(f"{self._partial}: {ranks_text(missing)} wrote nothing for {self._patience:g} s")
             if self._cancelled.wait(0.05 if self._world_size < 16 else 0.5):
                 raise CheckpointError(f"{self._partial}: given up")

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from robust_dist.checkpoint.store import CheckpointError
+from robust_dist.ranks.talk import by_rank, has_group
 
 METADATA = ".metadata"
 # What torch writes into `.metadata`, over all versions: classes of records, sizes, formats.
@@ -158,7 +159,7 @@ def save_into(
 
 def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, **how: Any) -> None:
     """DCP's `load` or `save`, told where no other rank takes part; torch 2.6 has no keyword for that."""
-    if alone or not (dist.is_available() and dist.is_initialized()):
+    if alone or not has_group():
         if "no_dist" in inspect.signature(function).parameters:
             how["no_dist"] = True
         elif alone:
@@ -187,5 +188,5 @@ def plain_failures(folder: str | Path) -> Iterator[None]:
         one = next((cause for cause in causes.values() if isinstance(cause, OSError)), None)
         if one is not None:
             raise one from None
-        said = "; ".join(f"rank {rank}: {(str(x) or type(x).__name__).splitlines()[0]}" for rank, x in causes.items())
-        raise CheckpointError(f"{folder}: {said}") from None
+        said = by_rank({rank: (str(one) or type(one).__name__).splitlines()[0] for rank, one in causes.items()})
+        raise CheckpointError(f"{folder}: " + "; ".join(said)) from None

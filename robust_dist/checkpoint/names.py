@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.checkpoint.store import CheckpointError, write_atomically
 from robust_dist.optim.groups import clean_name, reshard
+from robust_dist.ranks.talk import rank
 
 SIDECAR = "parameters.json"
 WRAPPED = "module."
@@ -112,7 +112,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     """
     # On every rank: otherwise only some of them would gather in the next forward pass.
     reshard(model)
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if rank() != 0:
         return
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}

@@ -11,6 +11,8 @@ from robust_dist.data.fashion_mnist import load_fashion_mnist
 from robust_dist.data.image_set import ImageSet
 
 Loader = Callable[..., ImageSet]
+# Entry points by which installed packages add sources of image files.
+SOURCES = "robust_dist.sources"
 # Sets whose files are compared with the published ones.
 CHECKED = ("cifar10", "cifar100")
 
@@ -104,7 +106,7 @@ def dataset_info(name: str) -> DatasetInfo:
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}, and for your own images imagefolder, "
-            f"hub and webdataset.{guess}"
+            f"hub and webdataset, and the entry points {SOURCES!r} of installed packages.{guess}"
         )
     return DATASETS[name]
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import SequentialLR
 
 from robust_dist.engines.accelerate_scheduler import miscounted
 from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
 
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
@@ -125,7 +125,7 @@ def _robust_schedules(scheduler: Any) -> Iterator[RobustSchedule]:
 def _check_processes(accelerator: Any, asked: int | None) -> None:
     runs = int(accelerator.num_processes)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world = world_size()
     if runs < max(launched, world):
         raise EngineError(
             f"the launcher started {max(launched, world)} processes, but Accelerate trains in {runs}, so that each "

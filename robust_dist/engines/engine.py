@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from robust_dist.extras import load_entry_point
 
 if TYPE_CHECKING:
     from robust_dist.checkpoint.space import Sizes
@@ -152,24 +154,13 @@ def engines() -> tuple[Engine, ...]:
     Raises:
         EngineError: Two have the same kind, or an entry point cannot be loaded, or is no record.
     """
-    found = [_loaded(point) for point in entry_points(group=GROUP)]
+    found = [load_entry_point(point, Engine, EngineError) for point in entry_points(group=GROUP)]
     for name in _OWN:
         found += import_module(f"robust_dist.engines.{name}").ENGINES
     twice = sorted({one.kind for one in found if sum(other.kind == one.kind for other in found) > 1})
     if twice:
         raise EngineError(f"several engines are called {', '.join(twice)}; give each its own kind")
     return tuple(found)
-
-
-def _loaded(point: EntryPoint) -> Engine:
-    where = f"the entry point {point.name} = {point.value} in the group {GROUP!r}"
-    try:
-        engine = point.load()
-    except Exception as error:
-        raise EngineError(f"{where} cannot be loaded ({error}); mend or remove the package that has it") from error
-    if not isinstance(engine, Engine):
-        raise EngineError(f"{where} is a {type(engine).__name__}; it must be an Engine")
-    return engine
 
 
 def kinds() -> list[str]:

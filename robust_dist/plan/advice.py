@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from robust_dist.measure.memory import GIB
 from robust_dist.plan.choose import Estimate, Plan, estimate
 from robust_dist.plan.engines import ENGINES, Engine, unfit
 from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 
-GIB = 2**30
 _MOST_NODES = 1024
 
 

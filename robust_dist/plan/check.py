@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from robust_dist.measure.memory import MIB
+from robust_dist.measure.table import table
 from robust_dist.plan.engines import ENGINES, Engine, ZeroSettings, unfit
 from robust_dist.plan.measure import Measured, measure
 from robust_dist.plan.memory import Memory, memory
@@ -10,7 +12,6 @@ from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta, read_shapes
 
-MIB = 2**20
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15
 # A process's pages count once they are written, so ZeRO's buckets must be small enough to be filled.
@@ -75,12 +76,13 @@ def compare(question: Question, micro_batch: int, engines: Sequence[Engine] | No
 
 def show(rows: Sequence[Compared]) -> str:
     """The table, in Markdown; MiB of rank 0."""
-    lines = ["| engine | parameters + masters | gradients | state | to the byte | peak predicted | measured | off by |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        own, (predicted, measured) = row.predicted.held, row.peaks
-        cells = [row.engine.name, f"{(own.parameters + own.masters) / MIB:.1f}", f"{own.gradients / MIB:.1f}"]
-        cells += [f"{own.state / MIB:.1f}", "yes" if row.exact else "NO", f"{predicted / MIB:.0f}"]
-        cells += [f"{measured / MIB:.0f}", f"{row.error:+.1%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head = ["engine", "parameters + masters", "gradients", "state", "to the byte"]
+    head += ["peak predicted", "measured", "off by"]
+    return table(head, map(_cells, rows))
+
+
+def _cells(row: Compared) -> list[str]:
+    own, (predicted, measured) = row.predicted.held, row.peaks
+    cells = [row.engine.name, f"{(own.parameters + own.masters) / MIB:.1f}", f"{own.gradients / MIB:.1f}"]
+    cells += [f"{own.state / MIB:.1f}", "yes" if row.exact else "NO", f"{predicted / MIB:.0f}"]
+    return [*cells, f"{measured / MIB:.0f}", f"{row.error:+.1%}"]

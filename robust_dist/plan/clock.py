@@ -50,9 +50,7 @@ def clock(engine: Engine, question: Question, flops: float, sent: Sequence[Colle
         sent: `traffic`'s collectives.
         own: What the rank holds, for offload.
     """
-    gpu = question.hardware
-    peak = gpu.single_tflops if question.precision == "no" else gpu.half_tflops
-    compute = flops / (1e12 * peak * question.mfu)
+    compute = flops / (1e12 * question.hardware.tflops(question.precision) * question.mfu)
     beside = sum(_seconds(one, question) for one in sent if one.overlaps)
     after = sum(_seconds(one, question) for one in sent if not one.overlaps)
     hidden = min(beside, OVERLAP[engine.kind] * compute)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from robust_dist.plan.question import DTYPES, Question
@@ -15,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words on its parser; those that are left out stay None, and a recipe may give them."""
     add = parser.add_argument
     add("--model", help="a model: resnet56, a torchvision name, timm/NAME")
-    add("--config", help="a recipe in YAML, for model, batch, precision and image size")
+    add("--config", help="a recipe, in YAML or by name, for model, batch, precision and image size")
     add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus-per-node", type=int, help="GPUs of each (default: 8)")
     add("--gpu", help="h100, a100-80, ... (default: h100)")
@@ -59,8 +58,6 @@ def _from_recipe(path: str) -> dict[str, Any]:
     from robust_dist.data import DATASETS
     from robust_dist.train.recipe import load_recipe
 
-    if not Path(path).is_file():
-        raise ValueError(f"--config={path!r} is no file; give a recipe, e.g. configs/recipes/cifar10_resnet34.yaml")
     recipe = load_recipe(path)
     known = {
         "model": recipe.model.name,

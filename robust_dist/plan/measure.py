@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from robust_dist.measure.memory import resident, restart_peak
 from robust_dist.models import build_model
 from robust_dist.plan.engines import Engine
 from robust_dist.plan.question import Question
@@ -88,7 +89,7 @@ def measure_here(engines: Sequence[Engine], question: Question, batch: int) -> l
         RuntimeError: This is no Linux with glibc, whose allocator and /proc are read.
     """
     libc = ctypes.CDLL(None)
-    if not Path("/proc/self/clear_refs").exists() or not hasattr(libc, "mallopt"):
+    if not restart_peak() or not hasattr(libc, "mallopt"):
         raise RuntimeError("memory is measured by Linux's /proc and glibc's mallopt, which are not here")
     libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
     libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
@@ -102,13 +103,10 @@ def measure_here(engines: Sequence[Engine], question: Question, batch: int) -> l
     return [_train(engine, question, batch, steps=_STEPS) for engine in engines]
 
 
-def _resident(key: str = "VmRSS") -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def _highest_from_here() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def _resident(*, peak: bool = False) -> int:
+    size = resident(peak=peak)
+    assert size is not None
+    return size
 
 
 def _once(question: Question, batch: int) -> None:
@@ -130,12 +128,12 @@ def _train(engine: Engine, question: Question, batch: int, steps: int) -> Measur
     images = torch.zeros(batch, question.in_channels, question.image_size, question.image_size)
     labels = torch.zeros(batch, dtype=torch.long)
     for _ in range(steps):
-        _highest_from_here()
+        restart_peak()
         run.passes(images, labels)
-        passes, gradients = _resident("VmHWM") - before, run.gradients()
-        _highest_from_here()
+        passes, gradients = _resident(peak=True) - before, run.gradients()
+        restart_peak()
         run.step()
-        step = _resident("VmHWM") - before
+        step = _resident(peak=True) - before
     gc.collect()
     found = Measured(run.parameters(), run.masters(), gradients, run.state(), _resident() - before, passes, step)
     del run

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from robust_dist.measure.memory import GIB
 from robust_dist.optim.foreach import CPU_BLOCK
 from robust_dist.plan.engines import Engine
 from robust_dist.plan.held import MOMENTS, SINGLE, Held, held, persistent, worst_rank
@@ -10,7 +11,7 @@ from robust_dist.plan.question import DTYPES, Question
 from robust_dist.plan.shapes import Shapes
 
 # CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
-ALLOWANCE = int(1.5 * 2**30)
+ALLOWANCE = int(1.5 * GIB)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from robust_dist.plan.allocations import LiveBytes
+from robust_dist.measure.dispatch import LiveBytes
+from robust_dist.measure.memory import storage_key
 from robust_dist.plan.engines import Engine
 from robust_dist.plan.question import DTYPES, Question
 from robust_dist.plan.shapes import build_on_meta
@@ -202,13 +203,13 @@ def _fake(model: nn.Module, weights: torch.dtype) -> None:
 @contextmanager
 def _saving(model: nn.Module) -> Iterator[dict[int, int]]:
     """Collects the storages that autograd saves, by address, with their bytes; the model's own are left out."""
-    own = {held.untyped_storage()._cdata for held in (*model.parameters(), *model.buffers())}
+    own = set(map(storage_key, (*model.parameters(), *model.buffers())))
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
+        key = storage_key(tensor)
+        if key not in own:
+            saved[key] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from robust_dist.plan.hardware import Gpu, find_gpu
+from robust_dist.measure.gpus import Gpu, find_gpu
+from robust_dist.measure.memory import GIB
 
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,7 +21,7 @@ class Question:
         model: A name of `robust_dist.models.build_model`.
         nodes: Machines.
         gpus_per_node: GPUs of each.
-        gpu: A name of `robust_dist.plan.hardware.GPUS`.
+        gpu: A name of `robust_dist.measure.gpus.GPUS`.
         memory_gib: Memory of a GPU; None takes the table's.
         batch_size: Global batch, images per optimizer step.
         image_size: Height and width, pixels.
@@ -77,7 +78,7 @@ class Question:
             self.micro_batch,
             wanted,
         )
-        if not self.hardware.bf16 and self.precision == "bf16":
+        if not self.hardware.peak.bfloat16 and self.precision == "bf16":
             raise ValueError(f"--precision=bf16 is not what {self.gpu} calculates in; take fp16 or no")
 
     @property
@@ -98,7 +99,7 @@ class Question:
     @property
     def memory_bytes(self) -> float:
         """Memory of a GPU."""
-        return (self.memory_gib or self.hardware.memory_gib) * 2**30
+        return (self.memory_gib or self.hardware.memory_gib) * GIB
 
     def accumulation(self, micro_batch: int) -> int:
         """Parts into which a rank cuts its share, for micro batches of at most this size."""

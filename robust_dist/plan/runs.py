@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_dist.measure.memory import storage_bytes
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.plan.allocations import storage_bytes
 from robust_dist.plan.engines import Engine
 from robust_dist.plan.question import DTYPES, Question
 from robust_dist.plan.shapes import unit_modules

@@ -3,24 +3,19 @@
 from dataclasses import asdict
 from typing import Any
 
+from robust_dist.measure.memory import GIB, MIB
+from robust_dist.measure.table import table
 from robust_dist.plan.advice import others, reason, remedies
 from robust_dist.plan.choose import Estimate, Plan
 from robust_dist.plan.clock import HOP, LINK_SHARE, START
 from robust_dist.plan.engines import config_file, launch_line
 from robust_dist.plan.memory import ALLOWANCE
 
-GIB = 2**30
-
 
 def as_text(plan: Plan) -> str:
     """The whole answer in Markdown."""
     parts = [_head(plan), _memory(plan), _speed(plan), _proposal(plan), _notes(plan)]
     return "\n\n".join(parts)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _head(plan: Plan) -> str:
@@ -37,7 +32,7 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     head = ["GiB a GPU", "micro batch", "parameters, masters", "gradients", "optimizer state", "activations"]
     head += ["gathered, buckets", "optimizer's step", "peak", "fits"]
-    return _table(head, [_memory_row(one) for one in plan.estimates])
+    return table(head, [_memory_row(one) for one in plan.estimates])
 
 
 def _memory_row(one: Estimate) -> list[str]:
@@ -55,7 +50,7 @@ def _memory_row(one: Estimate) -> list[str]:
 def _speed(plan: Plan) -> str:
     head = ["a step", "sent by a GPU, GiB", "of it between nodes", "collectives", "calculates, ms", "sends, ms"]
     head += ["step, ms (estimate)", "efficiency", "images/s (estimate)"]
-    return _table(head, [_speed_row(one, plan) for one in plan.estimates])
+    return table(head, [_speed_row(one, plan) for one in plan.estimates])
 
 
 def _speed_row(one: Estimate, plan: Plan) -> list[str]:
@@ -77,13 +72,13 @@ def _proposal(plan: Plan) -> str:
     lines += [launch_line(best.engine, question, best.accumulation), "```", ""]
     if best.traffic:
         head = ["its collectives a step", "operation", "count", "payload, MiB", "ranks", "sent by each, MiB", "hidden"]
-        lines += [_table(head, [_collective(one) for one in best.traffic]), ""]
+        lines += [table(head, [_collective(one) for one in best.traffic]), ""]
     lines += [f"- not {name}: {why}" for name, why in others(plan)]
     return "\n".join(lines)
 
 
 def _collective(one: Any) -> list[str]:
-    payload, sent = (f"{value / 2**20:.2f}" for value in (one.payload, one.sent))
+    payload, sent = (f"{value / MIB:.2f}" for value in (one.payload, one.sent))
     return [one.what, one.operation, f"{one.count}", payload, f"{one.ranks}", sent, "yes" if one.overlaps else "no"]
 
 

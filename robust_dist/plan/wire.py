@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from robust_dist.measure.memory import MIB
 from robust_dist.plan.engines import Engine
 from robust_dist.plan.held import SINGLE, partition, persistent
 from robust_dist.plan.question import DTYPES, Question
@@ -16,7 +17,7 @@ from robust_dist.plan.shapes import Shapes, padded_rows
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
 # torch's DistributedDataParallel: bucket_cap_mb, and a first bucket of 1 MiB.
-DDP_BUCKET, DDP_FIRST = 25 * 2**20, 2**20
+DDP_BUCKET, DDP_FIRST = 25 * MIB, MIB
 
 
 @dataclass(frozen=True)

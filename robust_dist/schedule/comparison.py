@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from robust_dist.ranks.talk import differences
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -219,28 +221,9 @@ def disagreement(reports: Mapping[int, str], when: str) -> RankDisagreementError
         reports: What `Report.encode()` gave, by global rank.
         when: "at the start" or "during the run", for the message.
     """
-    decoded = {rank: json.loads(text) for rank, text in sorted(reports.items())}
-    lines = []
-    for name in next(iter(decoded.values())):
-        holders: dict[str, list[int]] = {}
-        for rank, values in decoded.items():
-            holders.setdefault(values[name], []).append(rank)
-        if len(holders) > 1:
-            lines.append(f"{name}: " + "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in holders.items()))
+    lines = differences({rank: json.loads(text) for rank, text in reports.items()})
     return RankDisagreementError(
         f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint, and call "
         "step() after every optimizer step on every rank (or give process_group, if not all ranks share a schedule):"
         "\n  " + "\n  ".join(lines)
     )
-
-
-def _ranks(ranks: list[int]) -> str:
-    """`rank 3` or `ranks 0-4, 7`: every rank is named, however many there are."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-    return ("rank " if len(ranks) == 1 else "ranks ") + text

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.schedule.agreement import taking_part
+from robust_dist.ranks.talk import taking_part
 from robust_dist.schedule.comparison import Comparison, RankDisagreementError, Report
 from robust_dist.schedule.engine_facts import shape_on_every_rank
 from robust_dist.schedule.vote import Vote

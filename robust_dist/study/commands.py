@@ -13,7 +13,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     words = study.add_subparsers(required=True, metavar="COMMAND")
 
     run = words.add_parser("run", help="train what is left; the same command goes on, and may run on many machines")
-    run.add_argument("config", metavar="STUDY.yaml", help="one of configs/studies, or your own")
+    run.add_argument("config", metavar="STUDY", help="a YAML file, or the name of a study that comes with the package")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     run.add_argument("--dir", metavar="D", help="the study's folder (default: runs/studies/NAME)")
     run.add_argument("--from", dest="report", metavar="REPORT.json", help="take the finished runs of an earlier report")

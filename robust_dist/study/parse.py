@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from robust_dist.config_files import config_names, find_config
 from robust_dist.documents import DocumentError
 from robust_dist.study.grid import Axis, Cell, Study
 from robust_dist.study.keys import StudyError, check_key, label_of
@@ -26,7 +27,8 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
     """Read a study.
 
     Args:
-        path: The YAML file; its `base` is relative to it.
+        path: The YAML file, or the name of one of the package's studies; its `base` is relative to it, or the
+            name of one of the package's recipes.
 
     Returns:
         The study, and every cell's recipe by the cell's name (seed and run_dir are the runs' own).
@@ -35,7 +37,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
         StudyError: An unknown key, an axis that is no recipe key, an empty axis, a value of the wrong type in any
             cell, ...; the message names it.
     """
-    path = Path(path)
+    path = find_config("studies", path)
     document = _read(path)
     data = _mapping(document.data, str(path))
     unknown = [key for key in data if key not in _KEYS]
@@ -62,7 +64,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
 
 
 def _read(path: Path, *, doubts: bool = False) -> Document:
-    advice = "give a study's YAML file, as those of configs/studies"
+    advice = f"give a study's YAML file, or one of the package's: {', '.join(config_names('studies'))}"
     try:
         return read_yaml(path, doubts=doubts)
     except FileNotFoundError:
@@ -169,8 +171,9 @@ def _shared(document: Document, axes: tuple[Axis, ...], path: Path) -> tuple[Doc
     """What all cells share: the base recipe, and settings from `set` and the budget."""
     data = document.data
     base = path.parent / os.path.expanduser(data["base"])
+    base = base if base.is_file() else find_config("recipes", data["base"])
     if not base.is_file():
-        raise StudyError(f"{path}: base={data['base']!r} is no file beside it ({base})")
+        raise StudyError(f"{path}: base={data['base']!r} is no file beside it ({base}), and no recipe of the package")
     settings = _row(document, ("set",), data.get("set"), f"{path}: set", moves_weights=False)
     settings |= _budget(data.get("budget"), axes, settings, path)
     twice = [key for axis in axes for places in axis.settings for key in places if key in settings]

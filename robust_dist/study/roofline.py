@@ -1,16 +1,13 @@
 """What `--dry-run` says: hours by measured steps here, and on a GPU elsewhere an estimate from counted operations."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from robust_dist.plan.hardware import Gpu, find_gpu
+from robust_dist.measure.dispatch import Operation, Operations
+from robust_dist.measure.gpus import Gpu, find_gpu
 from robust_dist.study.grid import Study
 from robust_dist.study.measure import costs, facts, steps_of
 from robust_dist.train.build import build_classifier, preprocessing_of
@@ -21,40 +18,7 @@ ARITHMETIC_SHARE, MEMORY_SHARE, START_SECONDS = 0.35, 0.8, 10e-6
 OPTIMIZER_BYTES = 28  # a parameter
 
 
-@dataclass(frozen=True)
-class Work:
-    """One operation: its floating-point operations, and the bytes of the tensors that it reads and writes."""
-
-    flops: float
-    moved: int
-
-
-class _Count(TorchDispatchMode):
-    """Collects the operations that do something; a view does nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Work] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` and note its work."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        written = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        if written and (func._schema.is_mutable or not _shares_memory(read, written)):
-            formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            self.found.append(Work(float(flops), sum(one.numel() * one.element_size() for one in read + written)))
-        return out
-
-
-def _shares_memory(read: list[Tensor], written: list[Tensor]) -> bool:
-    sources = {one.untyped_storage()._cdata for one in read}
-    return any(one.untyped_storage()._cdata in sources for one in written)
-
-
-def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[Work], list[Work]]:
+def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[Operation], list[Operation]]:
     """The operations of a forward pass, and of a forward and a backward pass, of a model on fake tensors.
 
     Args:
@@ -63,7 +27,7 @@ def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[W
         precision: "no", "bf16" or "fp16"; the last two are counted as bfloat16.
     """
     labels = torch.zeros(len(images), dtype=torch.int64)
-    count = _Count()
+    count = Operations()
     with count:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
             logits = model(images)
@@ -72,11 +36,11 @@ def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[W
     return count.found[:forward], count.found
 
 
-def seconds(found: list[Work], gpu: Gpu, precision: str) -> float:
+def seconds(found: list[Operation], gpu: Gpu, precision: str) -> float:
     """Estimated seconds of operations, one after the other on the device, or of the host where it is the slower one."""
-    peak = 1e12 * ARITHMETIC_SHARE * (gpu.single_tflops if precision == "no" else gpu.half_tflops)
+    peak = 1e12 * ARITHMETIC_SHARE * gpu.tflops(precision)
     rate = 1e9 * MEMORY_SHARE * gpu.memory_gbytes
-    on_device = sum(max(one.flops / peak, one.moved / rate) for one in found)
+    on_device = sum(max(one.flops / peak, one.bytes / rate) for one in found)
     return max(on_device, START_SECONDS * len(found))
 
 
@@ -102,7 +66,7 @@ def gpu_hours(study: Study, recipes: dict[str, Recipe], name: str) -> str:
     Args:
         study: The study.
         recipes: Every cell's recipe by the cell's name.
-        name: The GPU, of robust_dist/plan/hardware.py.
+        name: The GPU, of robust_dist/measure/gpus.py.
 
     Raises:
         ValueError: There is no such GPU in the table.

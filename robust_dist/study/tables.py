@@ -1,9 +1,10 @@
 """A study's report in Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from robust_dist.measure.table import table
 from robust_dist.study.grid import Cell, Study
 from robust_dist.study.summary import Comparison, Figure, Summary, against_reference, paper_robustness, robustness
 
@@ -144,10 +145,3 @@ def _troubles(summary: Summary) -> list[str]:
     logs = ["\n".join(["", *("      " + line for line in f.log.splitlines())]) for f in summary.failures.values()]
     parts = ["## Diverged", "\n".join(diverged)] if diverged else []
     return parts + (["## Failed", "\n".join(a + b for a, b in zip(failed, logs, strict=True))] if failed else [])
-
-
-def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

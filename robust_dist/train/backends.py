@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from robust_dist.augment import RobustAugment
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import agree
 from robust_dist.schedule import base_optimizer
-from robust_dist.train.agree import check_same
 from robust_dist.train.recipe import Recipe
 
 _NAMES = {"fused_triton": "fused (Triton)", "fused_cpu": "fused (C)", "single": "single-tensor"}
@@ -45,8 +45,7 @@ def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augmen
     found = Backends(
         optimizer_backend(optimizer), "torch.compile" if compiled else augment.backend_for(accelerator.device)
     )
-    check_same(
-        accelerator,
+    agree(
         asdict(found),
         "the ranks would take different backends, which round differently; make every rank able to take the same (see "
         "robust-dist doctor on each host), or set optimizer.options.fused=false for all",

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from robust_dist.data.cuts import even_cuts
 from robust_dist.data.decode import check_header
@@ -17,7 +16,7 @@ from robust_dist.data.names import as_line, printable
 from robust_dist.data.parquet import is_remote
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.train.agree import attempt, raise_everywhere
+from robust_dist.ranks.talk import gather, on_rank_0, raise_together
 
 SHOWN = 5
 # Of the check of evaluation images before the first step: its readers, its seconds, and its images at most.
@@ -58,11 +57,10 @@ class BadImages:
         Returns:
             How many there are on all ranks.
         """
-        mine = [(count, self._unsaid)]
-        ranks = mine if self.accelerator.num_processes == 1 else gather_object(mine)
+        ranks = gather((count, self._unsaid))
         self._unsaid = []
         unsaid = [image for _, images in ranks for image in images]
-        attempt(self.accelerator, lambda: self._tell(unsaid), here=self.accelerator.is_main_process)
+        on_rank_0(lambda: self._tell(unsaid))
         return sum(count for count, _ in ranks)
 
     def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
@@ -83,7 +81,7 @@ class BadImages:
                 f"lets pass; they are named in {self.path}. Replace them where they are, or raise data.max_bad_share, "
                 "and start again: the run goes on from here"
             )
-            raise_everywhere(self.accelerator, error)
+            raise_together(error)
 
     def count_evaluation(self, test_set: LabelledSet) -> int:
         """Count the bad images of an evaluation that has ended, on all ranks; all ranks must call it.

@@ -17,8 +17,8 @@ from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet, TrainLoader
 from robust_dist.engines.launch import make_accelerator
 from robust_dist.optim import param_groups
+from robust_dist.ranks.talk import attempt, on_rank_0
 from robust_dist.schedule import RobustSchedule
-from robust_dist.train.agree import attempt
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
@@ -55,15 +55,15 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
         return open_sets(recipe.data, device, download=download)
 
     began = time.monotonic()
-    sets = attempt(accelerator, lambda: load(recipe.data.download), here=first)
-    others = attempt(accelerator, lambda: load(False), here=not first)
+    sets = attempt(lambda: load(recipe.data.download), here=first)
+    others = attempt(lambda: load(False), here=not first)
     loaded = sets or others
     assert loaded is not None
-    check_ranks_see_the_same(accelerator, *loaded)
+    check_ranks_see_the_same(*loaded)
     if recipe.data.in_memory:
         images = sum(map(len, loaded))
         accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
-    attempt(accelerator, lambda: tell_exif(recipe.data, *loaded), here=accelerator.is_main_process)
+    on_rank_0(lambda: tell_exif(recipe.data, *loaded))
     return loaded
 
 

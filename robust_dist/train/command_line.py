@@ -6,17 +6,19 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
+from robust_dist.config_files import config_names
 from robust_dist.private import hidden
 from robust_dist.train.keys import default_of, keys_of, recipe_dict
 from robust_dist.train.parse import Settings, SettingsError
 from robust_dist.yaml_file import dump_yaml
 
-RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 _NAMES_A_RECIPE = ("--config", "--model.name", "--data.name")
-_USAGE = "train.py --config FILE.yaml [--run_dir DIR] [--optimizer.lr 0.05 ...]   (--help lists every key)"
+_USAGE = (
+    "robust-dist train [--accelerate FILE] --config RECIPE [--run_dir DIR] [--optimizer.lr 0.05 ...]   "
+    "(--help lists every key)"
+)
 
 
 def parse(kind: type, words: Sequence[str] | None) -> Any:
@@ -57,10 +59,8 @@ def check_recipe_is_named(words: Sequence[str]) -> None:
     """
     if any(word.partition("=")[0] in _NAMES_A_RECIPE for word in words):
         return
-    found = ", ".join(path.name for path in sorted(RECIPES.glob("*.yaml")))
-    folder = RECIPES.relative_to(Path.cwd()) if RECIPES.is_relative_to(Path.cwd()) else RECIPES
-    listed = f"; in {folder} there are: {found}" if found else ""
-    raise ValueError(f"no recipe is given: name one with --config FILE.yaml{listed}")
+    known = ", ".join(config_names("recipes"))
+    raise ValueError(f"no recipe is given: name one with --config, a file or one of the package's: {known}")
 
 
 class _Collect(argparse.Action):
@@ -75,7 +75,12 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
         usage=_USAGE, description=_first_paragraph(kind), allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     options: dict[str, Any] = {"action": _Collect}
-    parser.add_argument("--config", metavar="FILE", help="a recipe in YAML; keys after it change it", **options)
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="a YAML file, or a recipe of the package by name",
+        **options,
+    )
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe, and stop")
     keys = keys_of(kind)
     _add_options(parser, kind, "", options)

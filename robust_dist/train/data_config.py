@@ -1,29 +1,45 @@
-"""The recipe's data keys: sets that lie on the device, and sets whose images are read while training."""
+"""The section "data" of a recipe: sets by name, and the sources of image files that it can name.
 
+An installed package adds a source by an entry point of the group "robust_dist.sources" whose value is a `SourceChoice`
+(robust_dist/data/README.md); its name is then taken wherever a recipe or a study names data.
+"""
+
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from robust_dist.data.registry import CHECKED
+from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
+from robust_dist.extras import added
+from robust_dist.private import hidden
 from robust_dist.train.keys import COSTLY, FREE, default_of, only_for
 from robust_dist.train.settings import require, require_number
 
+if TYPE_CHECKING:
+    from robust_dist.data.source import ImageSource
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Sets of image files; other names are sets that are whole in memory.
-FORMATS = ("imagefolder", "hub", "webdataset")
+# Metadata of a key that all sources of image files look at, and sets by name do not.
+FOR_FILES: dict[str, Any] = {"for_files": True}
+Classes = tuple[str, ...] | None
 
 
 @dataclass
 class DataConfig:
     """The training and evaluation images, and their way to the ranks.
 
-    The keys from `train` on are for imagefolder, hub and webdataset. Workers read their images while training; images
-    of one size may be decoded once and lie whole in memory, as sets by name do (see `crop_scale` and `keep_on`).
+    The keys from `train` on are for image files: imagefolder, hub, webdataset and the sources of installed packages.
+    Workers read the images while training; images of one size may be decoded once and lie whole in memory, as sets by
+    name do (see `crop_scale` and `keep_on`).
 
     Attributes:
-        name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a format:
-            imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads) or webdataset.
+        name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a source of
+            image files: imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads), webdataset, or one
+            that an installed package adds.
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
             holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. Not used by
             hub.
@@ -33,8 +49,8 @@ class DataConfig:
         block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
         drop_last: Leave out the last global batch of an epoch where it is short.
         keep_on: Where a set lies that is whole in memory: device; host, from which batches are copied a step ahead;
-            auto takes the device where the set needs at most half of its free memory, else the host. Of imagefolder,
-            hub and webdataset, device and host keep the set whole in memory; with auto, crop_scale null does.
+            auto takes the device where the set needs at most half of its free memory, else the host. Of image files,
+            device and host keep the set whole in memory; with auto, crop_scale null does.
         eval_batch_size: Images that one rank evaluates at a time.
         train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
             shards, with braces or wildcards (webdataset).
@@ -69,6 +85,7 @@ class DataConfig:
             larger mixes better, smaller reads fewer groups at a time.
         exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so for hub alone, as
             `datasets` does; imagefolder and webdataset leave images as they are stored.
+        options: Settings of a source that an installed package adds.
     """
 
     name: str = field(default="digits", metadata=COSTLY)
@@ -79,8 +96,8 @@ class DataConfig:
     drop_last: bool = False
     keep_on: Literal["auto", "device", "host"] = field(default="auto", metadata=FREE)
     eval_batch_size: int = 500
-    train: str | list[str] | None = field(default=None, metadata=only_for(*FORMATS))
-    eval: str | list[str] | None = field(default=None, metadata=only_for(*FORMATS))
+    train: str | list[str] | None = field(default=None, metadata=FOR_FILES)
+    eval: str | list[str] | None = field(default=None, metadata=FOR_FILES)
     path: str | None = field(default=None, metadata=only_for("hub"))
     config: str | None = field(default=None, metadata=only_for("hub"))
     revision: str | None = field(default=None, metadata=only_for("hub"))
@@ -94,18 +111,19 @@ class DataConfig:
     num_classes: int | None = field(default=None, metadata=only_for("hub", "webdataset"))
     allow_torn: bool = field(default=False, metadata=only_for("webdataset"))
     index_dir: str | None = field(default=None, metadata=only_for("webdataset") | FREE)
-    size: int = field(default=224, metadata=only_for(*FORMATS) | COSTLY)
-    eval_size: int | None = field(default=None, metadata=only_for(*FORMATS) | COSTLY)
-    eval_resize: int | None = field(default=None, metadata=only_for(*FORMATS))
-    crop_scale: tuple[float, float] | None = field(default=(0.08, 1.0), metadata=only_for(*FORMATS))
-    crop_ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=only_for(*FORMATS))
-    mean: tuple[float, float, float] | None = field(default=None, metadata=only_for(*FORMATS))
-    std: tuple[float, float, float] | None = field(default=None, metadata=only_for(*FORMATS))
-    workers: int = field(default=4, metadata=only_for(*FORMATS) | FREE)
-    prefetch: int = field(default=2, metadata=only_for(*FORMATS) | FREE)
-    max_bad_share: float = field(default=0.01, metadata=only_for(*FORMATS) | FREE)
-    shuffle_window: int = field(default=16_384, metadata=only_for(*FORMATS))
-    exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=only_for(*FORMATS))
+    size: int = field(default=224, metadata=FOR_FILES | COSTLY)
+    eval_size: int | None = field(default=None, metadata=FOR_FILES | COSTLY)
+    eval_resize: int | None = field(default=None, metadata=FOR_FILES)
+    crop_scale: tuple[float, float] | None = field(default=(0.08, 1.0), metadata=FOR_FILES)
+    crop_ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=FOR_FILES)
+    mean: tuple[float, float, float] | None = field(default=None, metadata=FOR_FILES)
+    std: tuple[float, float, float] | None = field(default=None, metadata=FOR_FILES)
+    workers: int = field(default=4, metadata=FOR_FILES | FREE)
+    prefetch: int = field(default=2, metadata=FOR_FILES | FREE)
+    max_bad_share: float = field(default=0.01, metadata=FOR_FILES | FREE)
+    shuffle_window: int = field(default=16_384, metadata=FOR_FILES)
+    exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=FOR_FILES)
+    options: dict[str, Any] = field(default_factory=dict, metadata=FOR_FILES)
 
     def __post_init__(self) -> None:
         if isinstance(self.exif, bool):
@@ -127,20 +145,28 @@ class DataConfig:
             require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
 
     @property
+    def source(self) -> "SourceChoice | None":
+        """The source of image files that the section names; None where it names none."""
+        return source_choice(self.name)
+
+    @property
     def streamed(self) -> bool:
         """Whether workers read the images while training."""
-        return self.name in FORMATS and not self.in_memory
+        return self.source is not None and not self.in_memory
 
     @property
     def in_memory(self) -> bool:
         """Whether files are decoded once, and lie whole in memory as a set by name does."""
-        return self.name in FORMATS and (self.keep_on != "auto" or self.crop_scale is None)
+        return self.source is not None and (self.keep_on != "auto" or self.crop_scale is None)
 
     @property
     def own_keys(self) -> dict[str, Any]:
-        """Values of the keys that belong to this format and not to all of them, by name."""
-        mine = [of for of in fields(self) if self.name in of.metadata.get("only_for", ())]
-        return {of.name: getattr(self, of.name) for of in mine if of.metadata["only_for"] != FORMATS}
+        """Values of the keys that belong to this source and not to all of them, by name."""
+        return {of.name: getattr(self, of.name) for of in fields(self) if self.name in of.metadata.get("only_for", ())}
+
+    def part(self, part: str) -> Any:
+        """`train` or `eval`, or what the source takes in its place where it is null."""
+        return getattr(self, part) or getattr(self.source, part)
 
     @property
     def eval_sides(self) -> tuple[int, int]:
@@ -155,17 +181,19 @@ class DataConfig:
             self._check_in_memory(defaults)
         for of in fields(self):
             owners, value = of.metadata.get("only_for", ()), getattr(self, of.name)
+            if of.metadata.get("for_files") and self.source is None:
+                owners = (*_OWN, *sorted(entry_points(group=SOURCES).names))
             if owners and self.name not in owners and value != defaults[of.name]:
                 raise ValueError(
-                    f"data.{of.name}={value!r} is for data.name={' or '.join(owners)}, and data.name is {self.name!r}: "
-                    f"leave data.{of.name} out, or change data.name"
+                    f"data.{of.name}={hidden(value)!r} is for data.name={' or '.join(owners)}, and data.name is "
+                    f"{self.name!r}: leave data.{of.name} out, or change data.name"
                 )
         if self.own_files:
             require(self.name in CHECKED, "data.own_files", True, f"false, unless data.name is {' or '.join(CHECKED)}")
         if self.name == "hub":
             require(self.path is not None, "data.path", self.path, "a set's name on the Hub, or a folder")
-        for key in ("train", "eval"):
-            self._check_part(key, getattr(self, key))
+        if self.source is not None:
+            self._check_source(self.source)
 
     def _check_in_memory(self, defaults: dict[str, Any]) -> None:
         """Refuse crops of a set whose images stay as they are stored."""
@@ -179,12 +207,18 @@ class DataConfig:
         # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
         self.crop_scale = None
 
-    def _check_part(self, key: str, value: str | Sequence[str] | None) -> None:
-        if self.name == "webdataset":
-            require(bool(value), f"data.{key}", value, "paths of shards, such as 'train-{000..146}.tar'")
-        elif value is not None:
-            wanted = "a folder below data.root" if self.name == "imagefolder" else "the name of a split"
-            require(isinstance(value, str) and bool(value), f"data.{key}", value, wanted)
+    def _check_source(self, source: "SourceChoice") -> None:
+        for part in ("train", "eval"):
+            value, is_there = getattr(self, part), bool(self.part(part))
+            fits = (
+                is_there if source.takes_lists else is_there and (value is None or (isinstance(value, str) and value))
+            )
+            require(bool(fits), f"data.{part}", value, source.wanted)
+        try:
+            inspect.signature(source.open).bind(self, "train", None, False, **self.options)
+        except TypeError as error:
+            given = hidden(self.options)
+            raise ValueError(f"data.options={given} do not suit data.name={self.name!r}: {error}") from error
 
     def _check_sizes(self) -> None:
         for key in ("size", "eval_size", "eval_resize"):
@@ -201,3 +235,72 @@ class DataConfig:
             require(0 <= number <= 1, "data.mean", self.mean, "three numbers in [0, 1]")
         for number in self.std or ():
             require(0 < number < math.inf, "data.std", self.std, "three finite numbers above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceChoice:
+    """A source of image files that a recipe can name.
+
+    Attributes:
+        open: Called with the section, "train" or "eval", the training part's classes (None for the training part
+            itself), whether missing files may be fetched, and `data.options` by name; returns an `ImageSource`.
+        train: `data.train` where it is null; None where it must be given.
+        eval: `data.eval`, likewise.
+        wanted: What `data.train` and `data.eval` are, for the error where they are not.
+        takes_lists: They may be lists.
+    """
+
+    open: "Callable[..., ImageSource]"
+    train: str | None = "train"
+    eval: str | None = "val"
+    wanted: str = "the name of a part of the set"
+    takes_lists: bool = False
+
+
+@cache
+def source_choice(name: str) -> SourceChoice | None:
+    """The source of a name, of this package or of another one's entry points; None where there is none."""
+    return _OWN.get(name) or (None if name in DATASETS else added(SOURCES, name, SourceChoice))
+
+
+def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
+    from robust_dist.data.folder import open_image_folder
+
+    return open_image_folder(Path(data.root).expanduser() / data.part(part), classes=classes, exif=str(data.exif))
+
+
+def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
+    from robust_dist.data.hub import open_hub
+
+    own = data.own_keys
+    own |= {
+        "data_files": data.data_files or None,
+        "spool_dir": None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
+        "config_name": own.pop("config"),
+    }
+    return open_hub(own.pop("path"), data.part(part), **own, download=download, classes=classes, exif=str(data.exif))
+
+
+def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
+    from robust_dist.data.shards import IMAGE_KEYS, open_webdataset
+
+    return open_webdataset(
+        data.part(part),
+        root=data.root,
+        classes=classes,
+        exif=str(data.exif),
+        **data.own_keys | {"image_keys": data.image_keys or IMAGE_KEYS},
+    )
+
+
+_OWN = {
+    "imagefolder": SourceChoice(open=_folder, wanted="a folder below data.root"),
+    "hub": SourceChoice(open=_hub, eval="validation", wanted="the name of a split"),
+    "webdataset": SourceChoice(
+        open=_shards,
+        train=None,
+        eval=None,
+        wanted="paths of shards, such as 'train-{000..146}.tar'",
+        takes_lists=True,
+    ),
+}

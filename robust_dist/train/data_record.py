@@ -75,10 +75,10 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
     """
     train, test = (getattr(dataset, "source", None) for dataset in sets)
     shared = None if train is None or test is None else shared_images(train, test)
-    names = [_named(data, part) for part in PARTS]
-    if shared and names[0] == names[1]:
-        return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
     if shared:
+        names = [_named(data, part) for part in PARTS]
+        if names[0] == names[1]:
+            return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
         raise ValueError(
             f"data.train={names[0]!r} and data.eval={names[1]!r} have the same images ({shared}), so that evaluation "
             f"would be on what was trained on; give parts without common images{_advice(data)}, or the same name twice "
@@ -90,11 +90,11 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
 
 
 def _named(data: DataConfig, part: str) -> Any:
-    value = getattr(data, part)
-    if data.name == "webdataset":
-        return list([value] if isinstance(value, str) else value)
-    default = {"train": "train", "eval": "validation" if data.name == "hub" else "val"}[part]
-    return str(Path(value or default)) if data.name == "imagefolder" else value or default
+    value = data.part(part)
+    if data.name == "imagefolder":
+        return str(Path(value))
+    assert data.source is not None
+    return [value] if data.source.takes_lists and isinstance(value, str) else value
 
 
 def _advice(data: DataConfig) -> str:

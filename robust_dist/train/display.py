@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from robust_dist.train.memory import GIB, peak_memory, total_memory
+from robust_dist.measure.memory import GIB, peak_memory, total_memory
 from robust_dist.train.meter import Figures, Meter, data_wait_share
 from robust_dist.train.recipe import Recipe
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from robust_dist.engines.engine import UNNOTED
+from robust_dist.ranks.talk import gather
 from robust_dist.train.claim import host_id
 from robust_dist.train.recipe import Recipe
 
@@ -116,11 +116,9 @@ def launcher() -> list[Any]:
     return [host_id(), os.getppid()]
 
 
-def launchers(accelerator: Accelerator) -> list[list[Any]]:
+def launchers() -> list[list[Any]]:
     """The launchers of all ranks, each one once."""
-    mine = launcher()
-    found = [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    return [list(pair) for pair in sorted({tuple(pair) for pair in found})]
+    return [list(pair) for pair in sorted({tuple(pair) for pair in gather(launcher())})]
 
 
 def check_not_stopped(note: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robust_dist.augment import RobustAugment
 from robust_dist.data.cuts import even_cuts
 from robust_dist.data.sets import EvalBatch, LabelledSet, TrainLoader
+from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.watchdog import tick
 
@@ -35,19 +36,15 @@ class Score:
     loss: float
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Give every rank the mean of the floating-point buffers (BatchNorm's statistics), in one collective a dtype."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return
     for same in _buffers_by_dtype(model):
         flat = torch.cat([buffer.reshape(-1) for buffer in same])
         dist.all_reduce(flat)
-        _copy_back(flat / _world_size(), same)
+        _copy_back(flat / world_size(), same)
 
 
 def _buffers_by_dtype(model: nn.Module) -> list[list[Tensor]]:
@@ -64,7 +61,7 @@ def _copy_back(flat: Tensor, buffers: list[Tensor]) -> None:
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the first rank's floating-point buffers, as DDP does, in one collective a dtype."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return
     for same in _buffers_by_dtype(model):
         flat = torch.cat([buffer.reshape(-1) for buffer in same])

@@ -19,7 +19,7 @@ from typing import Literal
 from robust_dist.checkpoint import write_atomically
 from robust_dist.documents import read_json
 from robust_dist.private import hidden_text
-from robust_dist.train.agree import Origin
+from robust_dist.ranks.talk import Origin, ranks_text
 from robust_dist.train.rank_info import Rank
 
 # "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": in vain, for as long as may be.
@@ -138,12 +138,11 @@ def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) ->
     if rank.folder is None:
         return f"{rank}: {begun} before the run began: {loss.message.strip()}"
     heard = {record.rank for record in read_records(rank.folder)}
-    silent = [str(number) for number in range(rank.world_size) if number not in heard]
+    silent = [number for number in range(rank.world_size) if number not in heard]
     if not silent:
         return f"{rank}: {begun}, as every rank did: look at the network between the hosts: {said}"
-    who = f"rank{'s' * (len(silent) > 1)} {', '.join(silent)} left no word"
     why = "stopped, stuck, or cut off" if loss.kind == "waited" else "killed (out of memory?), or cut off"
-    return f"{rank}: {begun}; {who}: {why}. It said: {said}"
+    return f"{rank}: {begun}; {ranks_text(silent)} left no word: {why}. It said: {said}"
 
 
 def _await_cause(rank: Rank, seconds: float) -> Record | None:

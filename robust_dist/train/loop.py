@@ -12,7 +12,7 @@ from robust_dist.data import Batch
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
-from robust_dist.train.agree import attempt
+from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
 from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
 from robust_dist.train.display import Display
@@ -264,7 +264,7 @@ class Trainer:
         if self.bad is not None:
             row["bad_images"] = trained["bad_images"]
             row["eval_bad_images"] = self.bad.count_evaluation(self.test_set)
-        attempt(accelerator, lambda: self.folder.append(row), here=accelerator.is_main_process)
+        on_rank_0(lambda: self.folder.append(row))
         self.trackers.log(row)
         self.progress.begin_epoch()
         every = self.recipe.checkpoint.every_epochs

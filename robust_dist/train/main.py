@@ -13,9 +13,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.private import hidden_text
+from robust_dist.private import hidden, hidden_text
+from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
 from robust_dist.schedule import RankDisagreementError
-from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
 from robust_dist.train.claim import FolderLostError
@@ -32,7 +32,7 @@ from robust_dist.train.opening import data_lines, data_notes, part_lines, say_ru
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.rank_info import Rank
-from robust_dist.train.recipe import Recipe, parse_recipe
+from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 
@@ -63,38 +63,48 @@ def train(
     """
     check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
-    check_ranks_agree(accelerator, recipe)
+    check_ranks_agree(recipe)
     folder, asked = RunFolder(recipe.run_dir), recipe
-    stopped = from_main(accelerator, folder.stop_note)
-    attempt(accelerator, lambda: check_not_stopped(stopped))
+    stopped = on_rank_0(folder.stop_note)
+    attempt(lambda: check_not_stopped(stopped))
     recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
-    attempt(accelerator, lambda: check_installed(recipe.tracking.trackers), here=main)
+    on_rank_0(lambda: check_installed(recipe.tracking.trackers))
     tick("loading the data", may_be_slow=True)
     sets = load_sets(recipe, accelerator)
-    warnings = attempt(accelerator, lambda: check_parts(recipe.data, sets), here=main) or []
+    warnings = on_rank_0(lambda: check_parts(recipe.data, sets))
     if main:
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", may_be_slow=True)
     trainer = Trainer(recipe, accelerator, folder, *sets)
     backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
-    attempt(accelerator, lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings), here=main)
+    on_rank_0(lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings))
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note |= {"data": data_notes(sets), "backends": asdict(backends)}
-    record = attempt(accelerator, lambda: data_record(recipe, sets, preprocessing_of(recipe.data)), here=main)
-    attempt(accelerator, lambda: folder.claim(asked, note, record), here=main)
-    attempt(accelerator, lambda: set_aside(folder.path), here=main)
+    record = on_rank_0(lambda: data_record(recipe, sets, preprocessing_of(recipe.data)))
+    on_rank_0(lambda: folder.claim(asked, note, record))
+    on_rank_0(lambda: set_aside(folder.path))
     on_claim(folder.path)
     try:
         rows = trainer.fit()
         tick("the end", may_be_slow=True)
-        attempt(accelerator, lambda: plot_curves(rows, folder.path / "curves.png"), here=main)
+        on_rank_0(lambda: plot_curves(rows, folder.path / "curves.png"))
         accelerator.wait_for_everyone()
     finally:
         folder.release()
     accelerator.end_training()
     return rows
+
+
+def check_ranks_agree(recipe: Recipe) -> None:
+    """Compare the recipe between the ranks.
+
+    Raises:
+        ValueError: On every rank, with each differing setting and its value on each rank.
+    """
+    problem = "the ranks were started with different settings; start all with the same"
+    agree(flatten(hidden(recipe_dict(recipe))), problem)
 
 
 def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:

@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
+from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.baselines import NAG, PaperAdam
@@ -114,13 +114,7 @@ class OptimizerChoice:
 @cache
 def choice_of(name: str) -> OptimizerChoice | None:
     """The optimizer of a name, of this package or of another one's entry points; None where there is none."""
-    if name in _OWN:
-        return _OWN[name]
-    found = entry_points(group=GROUP, name=name)
-    choice = next(iter(found)).load() if found else None
-    if choice is not None and not isinstance(choice, OptimizerChoice):
-        raise ValueError(f"the entry point {name!r} of {GROUP!r} is a {type(choice).__name__}, not an OptimizerChoice")
-    return choice
+    return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
 
 
 def chosen(config: OptimizerConfig) -> OptimizerChoice:

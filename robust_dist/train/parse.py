@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from robust_dist.config_files import config_names, find_config
 from robust_dist.documents import DocumentError, typed
 from robust_dist.private import HIDDEN, without_hidden
 from robust_dist.train.keys import keys_of
@@ -29,15 +30,18 @@ class Settings:
         self.problems: list[str] = []
 
     def read(self, path: str | Path) -> None:
-        """Take a YAML file.
+        """Take a YAML file, or one of the package's recipes by its name.
 
         Raises:
             DocumentError: It is missing, no YAML, or has a key twice.
         """
         try:
-            document = read_yaml(path, doubts=True)
+            document = read_yaml(find_config("recipes", path), doubts=True)
         except FileNotFoundError:
-            raise DocumentError(f"--config {path}: there is no such file") from None
+            known = ", ".join(config_names("recipes"))
+            raise DocumentError(
+                f"--config {path}: there is no such file, and no recipe of that name; there are {known}"
+            ) from None
         self.take(document, document.data, (), "")
 
     def take(

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from robust_dist.private import HIDDEN, hidden
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.command_line import parse
-from robust_dist.train.data_config import FORMATS, DataConfig
+from robust_dist.train.data_config import DataConfig
 from robust_dist.train.keys import COSTLY, FREE, flatten, keys_of, recipe_dict, values_of
 from robust_dist.train.model_config import ModelConfig
 from robust_dist.train.optimizers import OptimizerConfig
@@ -222,7 +222,7 @@ class Recipe:
 
         # An unknown name is told where the set is opened.
         named = DATASETS.get(self.data.name)
-        side = named.size if named else self.data.size if self.data.name in FORMATS else None
+        side = named.size if named else self.data.size if self.data.source else None
         if side is not None:
             wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
             _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)

@@ -12,7 +12,7 @@ from robust_dist.checkpoint import Checkpoint, CheckpointError, CheckpointStore,
 from robust_dist.data.sets import LabelledSet
 from robust_dist.documents import DocumentError, typed
 from robust_dist.engines.engine import UNNOTED, engine_of
-from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.ranks.talk import on_rank_0, raise_together
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import Recipe, conflicts, recipe_dict
 
@@ -49,18 +49,18 @@ def load_newest(
         CheckpointError: On every rank: checkpoints are there, but none can be used; they are gone though epochs are
             recorded; or the newest was written while training on another number of images.
     """
-    attempt(accelerator, lambda: check_not_lost(recipe, store, folder), here=accelerator.is_main_process)
-    found = from_main(accelerator, lambda: _find(accelerator, recipe, store))
+    on_rank_0(lambda: check_not_lost(recipe, store, folder))
+    found = on_rank_0(lambda: _find(accelerator, recipe, store))
     if found is None:
         return None
-    attempt(accelerator, lambda: _check_same_set(found, train_set), here=accelerator.is_main_process)
-    path = from_main(accelerator, lambda: _fitting(accelerator, store, found))
+    on_rank_0(lambda: _check_same_set(found, train_set))
+    path = on_rank_0(lambda: _fitting(accelerator, store, found))
     error: Exception | None = None
     try:
         load_state(accelerator, path)
     except Exception as caught:
         error = CheckpointError(f"{found.path} could not be loaded: {caught}")
-    raise_everywhere(accelerator, error)
+    raise_together(error)
     if path != found.path and accelerator.is_main_process:
         shutil.rmtree(path)
     return found

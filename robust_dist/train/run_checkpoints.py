@@ -11,7 +11,7 @@ from robust_dist.checkpoint import CheckpointStore, note_parameters, save_state
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.engine import engine_of
 from robust_dist.private import hidden
-from robust_dist.train.agree import attempt, from_main
+from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.elastic import changes
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.progress import Progress, check_finite
@@ -74,10 +74,7 @@ class RunCheckpoints:
             accelerator.print(f"resuming {found.path} at step {found.step} of {total_steps}")
             for line in changes(self.recipe, world, self.engine.kind, found.metadata, self.bare_model):
                 accelerator.print(line)
-        fitted = attempt(
-            accelerator, lambda: self.folder.rewind(progress.step, steps_per_epoch), here=accelerator.is_main_process
-        )
-        for line in fitted or ():
+        for line in on_rank_0(lambda: self.folder.rewind(progress.step, steps_per_epoch)):
             accelerator.print(f"warning: {line}")
 
     def finite_losses(self) -> list[float]:
@@ -126,6 +123,6 @@ class RunCheckpoints:
         """Go on with an epoch over whose images the run was stopped: they do not count again."""
         progress = self.progress
         progress.forgiven, progress.unfinished = metadata["bad_images"], metadata["unfinished"]
-        if from_main(self.accelerator, lambda: any(row["step"] == progress.step for row in self.folder.metrics())):
+        if on_rank_0(lambda: any(row["step"] == progress.step for row in self.folder.metrics())):
             # Recorded since, by a start that saved nothing later.
             progress.begin_epoch()

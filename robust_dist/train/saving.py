@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
@@ -22,7 +21,7 @@ from robust_dist.checkpoint.space import (
     write_failure,
 )
 from robust_dist.engines.engine import engine_of
-from robust_dist.train.agree import attempt, from_main, raise_everywhere
+from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together
 from robust_dist.train.claim import host_id
 from robust_dist.train.recipe import CheckpointConfig, Recipe
 
@@ -54,10 +53,10 @@ class Saver:
         self._told, self._reported = False, 0.0
         self._pending: Pending | None = None
         self._staging: Staging | None = None
-        needs = self._gather((host_id(), need))
+        needs = gather((host_id(), need))
         self.need = sum(count for _, count in needs)
         self._need_here = sum(count for host, count in needs if host == host_id())
-        attempt(accelerator, self._check_room, here=accelerator.is_main_process)
+        on_rank_0(self._check_room)
         self.background = settings.background and self._make_staging()
 
     def __enter__(self) -> "Saver":
@@ -107,8 +106,8 @@ class Saver:
             return
         began = time.perf_counter()
         try:
-            raise_everywhere(self.accelerator, pending.wait_for_copy())
-            from_main(self.accelerator, pending.result)
+            raise_together(pending.wait_for_copy())
+            on_rank_0(pending.result)
         except Exception:
             pending.abandon()
             raise
@@ -130,10 +129,6 @@ class Saver:
             f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in all "
             f"for the one before); writing took {self.written / self.count:.3f} s each"
         )
-
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [value] if self.accelerator.num_processes == 1 else gather_object([value])
-        return values
 
     def _check_room(self) -> None:
         """Refuse a disk on which not one checkpoint fits; say so where it will not hold all that are to stay."""
@@ -173,7 +168,7 @@ class Saver:
         return f"{self._root()} on {host_id()} has room for {text_of(room)} of {text_of(self._need_here)}"
 
     def _all_can(self, reason: str | None) -> bool:
-        reasons = [found for found in self._gather(reason) if found is not None]
+        reasons = [found for found in gather(reason) if found is not None]
         if reasons and not self._told:
             self._told = True
             self.accelerator.print(
@@ -187,7 +182,7 @@ class Saver:
         if not self._all_can(self._too_full()):
             return False
         assert self._staging is not None
-        partial = from_main(self.accelerator, lambda: self._begin(step))
+        partial = on_rank_0(lambda: self._begin(step))
         staged, reason = self._staging.folder(step), None
         try:
             write(staged)
@@ -209,13 +204,12 @@ class Saver:
         return True
 
     def _write_now(self, step: int, write: Write, metadata: dict[str, Any]) -> None:
-        accelerator, main = self.accelerator, self.accelerator.is_main_process
-        partial = from_main(accelerator, lambda: self._begin(step))
+        partial = on_rank_0(lambda: self._begin(step))
         try:
-            attempt(accelerator, lambda: _explained(partial, lambda: write(partial)))
-            attempt(accelerator, lambda: _explained(partial, lambda: self.store.commit(step, metadata)), here=main)
+            attempt(lambda: _explained(partial, lambda: write(partial)))
+            on_rank_0(lambda: _explained(partial, lambda: self.store.commit(step, metadata)))
         except Exception:
-            if main:
+            if self.accelerator.is_main_process:
                 self.store.abandon(step)
             raise
 

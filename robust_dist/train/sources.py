@@ -1,13 +1,10 @@
 """From the recipe's data keys to the sets of a run whose images are files."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from robust_dist.checkpoint.space import free_memory
 from robust_dist.data.identity import fingerprint
@@ -15,9 +12,9 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.train.data_config import DataConfig
+from robust_dist.ranks.talk import agree, taking_part
+from robust_dist.train.data_config import Classes, DataConfig
 
-Classes = tuple[str, ...] | None
 # So many of a set's first images are looked at for an EXIF orientation.
 LOOKED_AT = 16
 
@@ -61,8 +58,8 @@ def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
 
 def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool) -> ImageSource:
     """The images of one part, "train" or "eval"; `classes` are the training part's, which the other must have."""
-    opener: Callable[..., ImageSource] = {"imagefolder": _folder, "hub": _hub, "webdataset": _shards}[data.name]
-    return opener(data, part, classes, download)
+    assert data.source is not None
+    return data.source.open(data, part, classes, download, **data.options)
 
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
@@ -94,57 +91,22 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     )
 
 
-def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.folder import open_image_folder
-
-    below = getattr(data, part) or {"train": "train", "eval": "val"}[part]
-    return open_image_folder(Path(data.root).expanduser() / below, classes=classes, exif=str(data.exif))
-
-
-def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.hub import open_hub
-
-    own = data.own_keys
-    split = getattr(data, part) or {"train": "train", "eval": "validation"}[part]
-    own |= {
-        "data_files": data.data_files or None,
-        "spool_dir": None if data.spool_dir is None else Path(data.spool_dir).expanduser(),
-        "config_name": own.pop("config"),
-    }
-    return open_hub(own.pop("path"), split, **own, download=download, classes=classes, exif=str(data.exif))
-
-
-def _shards(data: DataConfig, part: str, classes: Classes, download: bool) -> ImageSource:
-    from robust_dist.data.shards import IMAGE_KEYS, open_webdataset
-
-    return open_webdataset(
-        getattr(data, part),
-        root=data.root,
-        classes=classes,
-        exif=str(data.exif),
-        **data.own_keys | {"image_keys": data.image_keys or IMAGE_KEYS},
-    )
-
-
-def check_ranks_see_the_same(accelerator: Accelerator, *sets: LabelledSet) -> None:
+def check_ranks_see_the_same(*sets: LabelledSet) -> None:
     """Compare the sets between the ranks: hosts with different files would train on different orders.
 
     Raises:
-        ValueError: On every rank, with each rank's number of images and classes.
+        ValueError: On every rank, with what differs of the number of images, of classes, and the checksum of all.
     """
-    if accelerator.num_processes == 1:
+    if not taking_part():
         return
-    for number, seen in enumerate(zip(*gather_object([[_fingerprint(dataset) for dataset in sets]]), strict=True)):
-        if len(set(seen)) > 1:
-            lines = [
-                f"rank {rank}: {images} images of {classes} classes" for rank, (images, classes, _) in enumerate(seen)
-            ]
-            raise ValueError(
-                f"the ranks do not see the same images in {sets[number].name}; give every host the same files:\n  "
-                + "\n  ".join(lines)
-            )
+    for dataset in sets:
+        agree(
+            _fingerprint(dataset),
+            f"the ranks do not see the same images in {dataset.name}; give every host the same files",
+        )
 
 
-def _fingerprint(dataset: LabelledSet) -> tuple[int, int, str]:
+def _fingerprint(dataset: LabelledSet) -> dict[str, Any]:
     """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
-    return len(dataset), len(dataset.classes), fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
+    checksum = fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
+    return {"images": len(dataset), "classes": len(dataset.classes), "checksum": checksum}

@@ -10,10 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from robust_dist.schedule.ballot import Ballot
-from robust_dist.train.agree import attempt
+from robust_dist.ranks.ballot import Ballot
+from robust_dist.ranks.talk import gather, on_rank_0
 from robust_dist.train.elastic import Stopped, launchers
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
@@ -167,8 +166,8 @@ class Stopper:
         return self.stop is not None
 
     def _confer(self) -> None:
-        mine = (self._signals.received.name if self._signals.received is not None else None, self.saver.has_failed())
-        found = [mine] if self.accelerator.num_processes == 1 else gather_object([mine])
+        received = self._signals.received
+        found = gather((None if received is None else received.name, self.saver.has_failed()))
         self.stop = next((name for name, _ in found if name is not None), None)
         if any(failed for _, failed in found):
             self.saver.wait()
@@ -182,6 +181,6 @@ class Stopper:
         assert self.stop is not None
         checkpoint = str(self.saver.store.path_of(step))
         note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}
-        note["launchers"] = launchers(self.accelerator)
-        attempt(self.accelerator, lambda: folder.note_stop(note), here=self.accelerator.is_main_process)
+        note["launchers"] = launchers()
+        on_rank_0(lambda: folder.note_stop(note))
         raise Stopped(self.stop, step, total_steps, checkpoint)

@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from robust_dist.checkpoint import write_atomically
 from robust_dist.documents import read_json
 from robust_dist.private import hidden
-from robust_dist.train.agree import attempt
+from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 
 _PIP = {"comet_ml": "comet-ml"}
@@ -84,7 +84,7 @@ class Trackers:
         Raises:
             ValueError: On every rank: a tracker that cannot start, with its own reason.
         """
-        attempt(self.accelerator, lambda: self._start(done), here=self.accelerator.is_main_process)
+        on_rank_0(lambda: self._start(done))
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand an epoch's object on; a tracker that fails is named once, and the run goes on without it."""

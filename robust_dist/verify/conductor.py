@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import robust_dist
+from robust_dist.ranks.talk import ranks_text
 from robust_dist.verify.claims import read_claims
 from robust_dist.verify.parts import PARTS, Part
 from robust_dist.verify.report import Outcome, write_report
@@ -262,5 +263,5 @@ def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]
     states = {one["state"] for one in found}
     state = next((bad for bad in ("failed", "hung") if bad in states), "failed" if silent else "done")
     logs = [f"rank {one['rank']} {one['state']}:\n{one['log']}" for one in found if one["state"] != "done"]
-    logs += [f"rank {rank} did not answer" for rank in silent]
+    logs += [f"{ranks_text(silent)} did not answer"] * bool(silent)
     return Outcome(part.name, state, max((one["seconds"] for one in found), default=0.0), claims, "\n".join(logs))

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robust_dist.measure.table import table
+from robust_dist.ranks.talk import ranks_text
+
 FAILED = ("failed", "hung")
 
 
@@ -63,13 +66,13 @@ def _write(path: Path, text: str) -> None:
 
 def _markdown(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
     lines = ["# Verification", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    lines += ["| part | outcome | s |", "|---|---|---|"]
-    lines += [f"| {one.part} | {'**wrong**: ' * one.is_wrong}{one.summary} | {one.seconds:.0f} |" for one in outcomes]
+    parts = [(one.part, "**wrong**: " * one.is_wrong + one.summary, f"{one.seconds:.0f}") for one in outcomes]
+    lines += [table(["part", "outcome", "s"], parts)]
     for one in outcomes:
         if not one.claims and not one.log:
             continue
-        lines += ["", f"## {one.part}", "", "| claim | expected | measured | verdict |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in merged(one.claims)]
+        lines += ["", f"## {one.part}", ""]
+        lines += [table(["claim", "expected", "measured", "verdict"], (map(_cell, row) for row in merged(one.claims)))]
         if one.log:
             lines += ["", "```", one.log.rstrip(), "```"]
     return "\n".join(lines) + "\n"
@@ -84,7 +87,7 @@ def merged(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     ranks = {claim.get("rank", 0) for claim in claims}
 
     def who(of: list[int]) -> str:
-        return "" if set(of) == ranks else f" (rank {', '.join(map(str, sorted(set(of))))})"
+        return "" if set(of) == ranks else f" ({ranks_text(set(of))})"
 
     return [(what + who(of), expected, measured, verdict) for (what, expected, measured, verdict), of in rows.items()]
 

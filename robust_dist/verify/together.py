@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import robust_dist
 from robust_dist import RAdaBeliefW, RobustSchedule
 from robust_dist.augment import backends
+from robust_dist.ranks.talk import by_rank, gather
 from robust_dist.schedule import WeightDecaySwitch
 from robust_dist.verify.correct import stepped
 from robust_dist.verify.parts import Scene
@@ -57,10 +58,9 @@ def _switch_step(make: Callable[[Any], Any]) -> int:
 
 
 def _alike(scene: Scene, what: str, value: Any, wanted: Any = None) -> None:
-    found: list[Any] = [None] * scene.world_size
-    dist.all_gather_object(found, value)
+    found = gather(value)
     wanted = found[0] if wanted is None else wanted
-    odd = [f"rank {rank}: {one}" for rank, one in enumerate(found) if one != wanted]
+    odd = by_rank({rank: str(one) for rank, one in enumerate(found) if one != wanted})
     scene.claims.check(what, wanted, "; ".join(odd) or wanted, not odd)
 
 

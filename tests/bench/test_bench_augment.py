@@ -7,7 +7,7 @@ pytest.importorskip("torchvision")
 
 from robust_dist.augment import CutMix, TrivialAugment
 from robust_dist.bench import augment, augment_peers
-from robust_dist.bench.augment import TASKS, bench_augment, run, table
+from robust_dist.bench.augment import TASKS, bench_augment, report, run
 from robust_dist.bench.augment_look import (
     fingerprints,
     look_at_mixing,
@@ -134,7 +134,7 @@ def small():
 
 
 def test_the_tables_have_a_row_for_every_contender_that_works(small):
-    lines = table(small, 1, CPU).splitlines()
+    lines = report(small, 1, CPU).splitlines()
     assert [line for line in lines if line.startswith("###")] == [f"### {name}, 4 images of 32x32" for name in TASKS]
     for makers in (trivial_makers(False), mix_makers(False), pipeline_makers(32, torch.float32, False)):
         for name in makers:
@@ -156,7 +156,7 @@ def test_ratios_and_counts_are_what_they_say(small):
         assert rows[task, yardstick].times == rows[task, COPY].to_copy == 1.0
         assert rows[task, COPY].over_floor == 1.0
         assert rows[task, COPY].counts.operations == 1
-        assert rows[task, yardstick].counts.reads > 0
+        assert rows[task, yardstick].counts.waits > 0
     # PIL's work is not seen.
     assert rows["TrivialAugment", PIL_LOOP].over_floor is None
     assert rows["TrivialAugment", "ours, torch"].over_floor > 1

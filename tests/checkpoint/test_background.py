@@ -68,7 +68,7 @@ def test_a_rank_that_never_writes_keeps_the_checkpoint_from_being_there(tmp_path
     store = CheckpointStore(tmp_path / "run")
     begin(store, staging, 1, [0])[0].result()
     late = begin(store, staging, 2, [0], patience=0.3, world_size=2)[0]
-    with pytest.raises(CheckpointError, match=r"ranks \[1\] wrote nothing"):
+    with pytest.raises(CheckpointError, match="rank 1 wrote nothing"):
         late.result()
     assert store.newest()[0].step == 1
     late.abandon()

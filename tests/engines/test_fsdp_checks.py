@@ -188,7 +188,7 @@ def another_step_on_one_rank_is_not_saved(folder):
     if dist.get_rank() == 1:
         run.schedule.last_epoch = 3
     save = functools.partial(fsdp.save, folder / "other step", run.model, run.optimizer, run.schedule)
-    refused(RankDisagreementError, save, "rank 0: step 0", "rank 1: step 3")
+    refused(RankDisagreementError, save, "step: rank 0: 0; rank 1: 3")
     assert not (folder / "other step").exists()
 
 

@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
-from robust_dist.bench.scale import CollectiveCounter, fake_rank
+from robust_dist.bench.scale import fake_rank
+from robust_dist.measure.dispatch import Collectives
+from robust_dist.measure.memory import storage_bytes
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.plan.allocations import storage_bytes
 from robust_dist.plan.engines import ENGINES, unfit
 from robust_dist.plan.held import held
 from robust_dist.plan.question import Question
@@ -36,7 +37,7 @@ def test_shards_state_and_collectives_are_torch_s_own(job, engine):
     last = job.world_size - 1
     with fake_rank(job.world_size, last):
         model = shard(build_model(MODEL, 10), build_mesh(engine, job), engine.reshard, "no")
-        with CollectiveCounter() as counter:
+        with Collectives() as counter:
             model(torch.zeros(2, 3, 32, 32)).sum().backward()
         parameters = storage_bytes(model.parameters())
         gradients = storage_bytes(parameter.grad for parameter in model.parameters())
@@ -59,7 +60,7 @@ def test_accumulating_gathers_every_time_and_reduces_once(accumulation):
     shapes = read_shapes(build_on_meta(MODEL, 10))
     with fake_rank(8, 0):
         model = shard(build_model(MODEL, 10), build_mesh(engine, job), True, "no")
-        with CollectiveCounter() as counter:
+        with Collectives() as counter:
             for part in range(accumulation):
                 model.set_requires_gradient_sync(part == accumulation - 1)
                 model(torch.zeros(2, 3, 32, 32)).sum().backward()

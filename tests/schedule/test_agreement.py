@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RankDisagreementError, RobustSchedule, WeightDecaySwitch
-from robust_dist.schedule.comparison import Report, _ranks, disagreement
+from robust_dist.schedule.comparison import Report, disagreement
 from tests.ranks import TIMEOUT, run_ranks
 from tests.schedule.toys import BASES, decays, make, train_step, wanted_decays
 
@@ -519,11 +519,6 @@ def test_a_report_shows_its_values_and_changes_with_any_decay(num_groups):
     changed = Report(10**12, 0.1, 7, "any rank's", False, (*decays[:-1], 9.0))
     assert report.encode() != changed.encode()
     assert "rank 0: " in str(disagreement({0: report.encode(), 1: changed.encode()}, "at the start"))
-
-
-def test_many_ranks_are_named_in_runs():
-    assert _ranks([3]) == "rank 3"
-    assert _ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
 
 
 def test_without_a_process_group_nothing_is_asked():

@@ -8,19 +8,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robust_dist.cli import main
+from robust_dist.measure.dispatch import Operation
+from robust_dist.measure.flops import training_flops
+from robust_dist.measure.gpus import find_gpu
 from robust_dist.models import build_model
-from robust_dist.plan.hardware import find_gpu
 from robust_dist.study.parse import load_study
 from robust_dist.study.roofline import (
     ARITHMETIC_SHARE,
     MEMORY_SHARE,
     START_SECONDS,
-    Work,
     operations,
     run_hours,
     seconds,
 )
-from robust_dist.train.flops import training_flops
 from tests.study.studies import ROOT, write
 
 H100 = find_gpu("h100")
@@ -34,7 +34,7 @@ def counted(build, shape: tuple[int, ...], precision: str = "no"):
 def test_a_layer_s_products_and_bytes_are_counted_and_its_views_are_not():
     forward, both = counted(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 10, bias=False)), (8, 3, 2, 2))
     product = 2 * 8 * 12 * 10
-    assert forward == [Work(product, 4 * (8 * 12 + 12 * 10 + 8 * 10))]
+    assert forward == [Operation(product, 4 * (8 * 12 + 12 * 10 + 8 * 10))]
     # Of the backward pass the weight's gradient alone: images need none.
     assert sum(one.flops for one in both) == 2 * product
 
@@ -48,17 +48,17 @@ def test_a_network_s_arithmetic_is_what_the_meter_counts(precision):
 
 def test_half_precision_moves_fewer_bytes():
     whole, half = (
-        sum(one.moved for one in counted(lambda: build_model("resnet8", 10), (64, 3, 32, 32), precision)[0])
+        sum(one.bytes for one in counted(lambda: build_model("resnet8", 10), (64, 3, 32, 32), precision)[0])
         for precision in ("no", "bf16")
     )
     assert half < whole
 
 
 def test_an_operation_takes_as_long_as_the_slowest_of_arithmetic_memory_and_host():
-    by_arithmetic, by_memory = Work(1e12, 0), Work(0, 10**9)
-    peak, rate = ARITHMETIC_SHARE * H100.half_tflops, MEMORY_SHARE * H100.memory_gbytes
+    by_arithmetic, by_memory = Operation(1e12, 0), Operation(0, 10**9)
+    peak, rate = ARITHMETIC_SHARE * H100.tflops("bf16"), MEMORY_SHARE * H100.memory_gbytes
     assert seconds([by_arithmetic, by_memory], H100, "bf16") == pytest.approx(1 / peak + 1 / rate)
-    assert seconds([Work(1, 1)] * 1000, H100, "bf16") == pytest.approx(1000 * START_SECONDS)
+    assert seconds([Operation(1, 1)] * 1000, H100, "bf16") == pytest.approx(1000 * START_SECONDS)
 
 
 def test_the_paper_s_runs_scale_with_their_epochs():

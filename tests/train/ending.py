@@ -26,12 +26,12 @@ def fail_alone():
 
 
 def full_disk(self):
-    from robust_dist.train.agree import attempt
+    from robust_dist.ranks.talk import attempt
 
     def write():
         raise OSError(28, "No space left on device")
 
-    attempt(self.accelerator, write, here=self.accelerator.process_index == 1)
+    attempt(write, here=self.accelerator.process_index == 1)
 
 
 FAULTS = {

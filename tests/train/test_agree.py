@@ -1,7 +1,6 @@
-"""Ranks share errors and decisions."""
+"""Ranks share settings, backends, buffers, scores and figures."""
 
 import json
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -14,10 +13,11 @@ from torch import nn
 from robust_dist.augment import RobustAugment
 from robust_dist.data import DATASETS, load_dataset
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.train.agree import attempt, check_ranks_agree, from_main, origin_of
+from robust_dist.ranks.talk import on_rank_0, ranks_text
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import load_sets
 from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.main import check_ranks_agree
 from robust_dist.train.meter import Figures, Meter, measured
 from robust_dist.train.recipe import DataConfig, Recipe
 from tests.ranks import run_ranks
@@ -28,26 +28,7 @@ def message(call):
         call()
     except ValueError as error:
         return str(error)
-    except RuntimeError as error:
-        origin = origin_of(error)
-        assert "in fail_unportably" in origin.traceback
-        return f"from rank {origin.rank}: {error}"
     return None
-
-
-class Unportable(Exception):
-    """An error that cannot be made anew from what it says, as some libraries' are."""
-
-    def __init__(self, message, *, response):
-        super().__init__(message)
-
-
-def fail_unportably():
-    raise Unportable("no way back", response=404)
-
-
-def fail():
-    raise ValueError("the file is torn")
 
 
 def net():
@@ -78,7 +59,7 @@ def fetched(accelerator):
         return load_dataset("digits", root, train=train)
 
     with tempfile.TemporaryDirectory() as folder:
-        root = from_main(accelerator, lambda: folder)
+        root = on_rank_0(lambda: folder)
         DATASETS["slow"] = replace(DATASETS["digits"], loader=loader)
         load_sets(Recipe(data=DataConfig(name="slow", root=root)), accelerator)
         accelerator.wait_for_everyone()
@@ -99,42 +80,36 @@ def scenarios():
     norm.running_mean.fill_(float(rank))
     average_buffers(norm)
     return {
-        "seeds": message(lambda: check_ranks_agree(accelerator, Recipe(seed=rank))),
+        "seeds": message(lambda: check_ranks_agree(Recipe(seed=rank))),
         "backends": message(lambda: backends_of(Recipe(), accelerator, stepped_by(foreach=rank == 0), PIPELINE)),
         "one backend": backends_of(Recipe(), accelerator, stepped_by(foreach=True), PIPELINE).optimizer,
-        "same": message(lambda: check_ranks_agree(accelerator, Recipe())),
-        "one fails": message(lambda: attempt(accelerator, fail, here=rank == world - 1)),
-        "main fails": message(lambda: from_main(accelerator, fail)),
-        "main": from_main(accelerator, lambda: os.getpid()),
+        "same": message(lambda: check_ranks_agree(Recipe())),
         "buffers": norm.running_mean.tolist(),
         "score": score(rank, world),
         "fetched": fetched(accelerator),
         "measured": measured(Meter(world, 6, 2.0), Figures(1.0 + rank, 12, wait_seconds=0.5), accelerator),
-        "unportable": message(lambda: attempt(accelerator, fail_unportably, here=rank == 1)),
     }
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_errors_decisions_buffers_and_scores_are_the_same_on_every_rank(world_size):
+def test_settings_backends_buffers_and_scores_are_the_same_on_every_rank(world_size):
     results = run_ranks(scenarios, world_size)
     for result in results:
-        assert "seed: rank 0: 0, rank 1: 1" in result["seeds"]
+        assert "seed: rank 0: 0; rank 1: 1" in result["seeds"]
         assert result["same"] is None
         assert "different backends" in result["backends"]
-        assert "optimizer: rank 0: 'foreach', rank 1: 'single-tensor'" in result["backends"]
+        others = ranks_text(range(1, world_size))
+        assert f"optimizer: rank 0: 'foreach'; {others}: 'single-tensor'" in result["backends"]
         assert result["one backend"] == "foreach"
-        assert result["one fails"] == result["main fails"] == "the file is torn"
         assert result["buffers"] == [(world_size - 1) / 2] * 3
         assert result["score"].samples == 359
     assert [result["fetched"] for result in results] == [[True] * 2] + [[False] * 2] * (world_size - 1)
-    assert len({result["main"] for result in results}) == 1
     assert len({json.dumps(result["measured"]) for result in results}) == 1
     slowest = results[0]["measured"]
     assert slowest["images_per_second"] == 12 / world_size
     assert slowest["images_per_second_per_rank"] == 12 / world_size**2
     assert slowest["mfu"] == 6 * 12 / world_size**2 / 2
     assert slowest["data_wait_share"] == 0.5
-    assert {result["unportable"] for result in results} == {"from rank 1: Unportable: no way back"}
     alone = score(0, 1)
     assert all(result["score"].accuracy == alone.accuracy for result in results)
     assert all(result["score"].loss == pytest.approx(alone.loss, rel=1e-6) for result in results)

@@ -23,8 +23,8 @@ def test_a_start_without_a_recipe_lists_the_recipes(words, capsys):
         main(words)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "error: no recipe is given: name one with --config FILE.yaml" in said
-    assert all(path.name in said for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
+    assert "error: no recipe is given: name one with --config, a file or one of the package's: cifar" in said
+    assert all(path.stem in said for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

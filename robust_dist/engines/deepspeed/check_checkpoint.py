@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import raise_problems, rank
 from robust_dist.schedule.hooks import base_optimizer
 
 LATEST = ("latest", "latest_universal")
@@ -24,7 +24,7 @@ _FREE = ("_extra_state", "num_batches_tracked")
 
 
 class CheckpointMismatchError(RuntimeError):
-    """The checkpoint is torn, or of another run than this; the message lists what each rank found."""
+    """The checkpoint is torn, or of another run than this; the message names each rank that found something else."""
 
 
 def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> None:
@@ -45,14 +45,7 @@ def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) ->
         CheckpointMismatchError: On every rank, if any finds no checkpoint, a torn one, or one of another model, another
             optimizer, other param groups, another kind of ZeRO, or, unless it is universal, another number of ranks.
     """
-    found = _first(_findings(engine, Path(folder), tag))
-    everyone: list[str | None] = [found]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found)
-    if any(everyone):
-        lines = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
-        raise CheckpointMismatchError("\n".join(lines))
+    raise_problems(CheckpointMismatchError, _first(_findings(engine, Path(folder), tag)))
 
 
 def can_check(engine: Any) -> bool:
@@ -95,9 +88,9 @@ def _read(path: Path) -> Any:
 def _findings(engine: Any, folder: Path, tag: str | None) -> Iterator[str]:
     universal, stage = bool(engine.load_universal_checkpoint()), int(engine.zero_optimization_stage())
     path = _folder_of(folder, tag, universal)
-    rank = dist.get_rank() if stage == 3 and not universal else 0
+    number = rank() if stage == 3 and not universal else 0
     name = "mp_rank_00_model_states.pt"
-    model = _read(path / (f"zero_pp_rank_{rank}_{name}" if stage == 3 else name))
+    model = _read(path / (f"zero_pp_rank_{number}_{name}" if stage == 3 else name))
     yield from _of_another_world(engine, model, path, universal, stage)
     if universal and stage > 0:
         yield from _lacking(engine, path / "zero")
@@ -214,7 +207,7 @@ def _groups(engine: Any, model: Any, path: Path, universal: bool, stage: int) ->
     if stage == 0:
         return _param_groups(model.get("optimizer"))
     prefixes = ("bf16_", "") if engine.bfloat16_enabled() else ("", "bf16_")
-    names = [path / f"{prefix}zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt" for prefix in prefixes]
+    names = [path / f"{prefix}zero_pp_rank_{rank()}_mp_rank_00_optim_states.pt" for prefix in prefixes]
     found = next((name for name in names if name.is_file()), names[0])
     return _param_groups(_read(found).get("optimizer_state_dict"))
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from robust_dist.documents import read_json
 from robust_dist.engines.deepspeed.sections import AUTO, OURS, Finding, findings, normalized
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import rank
 
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
@@ -71,8 +71,7 @@ def _refuse(found: Iterable[Finding]) -> None:
     for setting, line in found:
         lines.setdefault(setting, line)
     if lines:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        raise ValueError(f"rank {rank}: the DeepSpeed JSON has " + "\nand ".join(lines.values()))
+        raise ValueError(f"rank {rank()}: the DeepSpeed JSON has " + "\nand ".join(lines.values()))
 
 
 def _wrong(setting: str, value: Any, advice: str) -> Finding:

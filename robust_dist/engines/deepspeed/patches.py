@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
@@ -19,6 +18,7 @@ from robust_dist.engines.deepspeed.config import check_engine_config
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
+from robust_dist.ranks.talk import rank
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 DRY_STEP = "initialize_optimizer_states"
@@ -127,11 +127,7 @@ def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, A
     saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
-            f"rank {_rank()}: the universal checkpoint {checkpoint_dir} has {len(saved)} param groups, the optimizer "
+            f"rank {rank()}: the universal checkpoint {checkpoint_dir} has {len(saved)} param groups, the optimizer "
             f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
         )
     return saved
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

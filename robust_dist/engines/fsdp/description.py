@@ -3,38 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 
-from robust_dist.schedule.agreement import taking_part
-
 _NAMES_SHOWN = 6
-
-
-def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in rank order; one process has its own alone."""
-    if not taking_part(group):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def raise_together(error: type[Exception], message: str | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank where any rank has a message: no rank is left waiting in the next collective."""
-    messages = gathered(message, group)
-    found = sorted({text for text in messages if text is not None})
-    if not found:
-        return
-    if len(found) == 1 and messages.count(found[0]) == len(messages):
-        raise error(found[0])
-    lines = [f"{_ranks_with(text, messages)}: {text}" for text in found]
-    raise error("\n".join(lines))
-
-
-def _ranks_with(text: str, messages: list[str | None]) -> str:
-    ranks = [str(rank) for rank, other in enumerate(messages) if other == text]
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
 
 
 def listed(names: Iterable[str]) -> str:

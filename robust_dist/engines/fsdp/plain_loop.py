@@ -15,12 +15,12 @@ from robust_dist.checkpoint import store
 from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.fsdp.description import describe, gathered, listed, misfits, raise_together
+from robust_dist.engines.fsdp.description import describe, listed, misfits
 from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped, set_state, state_of
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
+from robust_dist.ranks.talk import agree, gather, on_rank_0, raise_problems, rank, taking_part, world_size
 from robust_dist.schedule import RankDisagreementError, base_optimizer
-from robust_dist.schedule.agreement import taking_part
 
 __all__ = ["check", "load", "save"]
 
@@ -42,7 +42,7 @@ def check(model: nn.Module, optimizer: Any) -> None:
     Raises:
         EngineError: A stale optimizer, a parameter in no group, or several groups over flat parameters.
     """
-    raise_together(EngineError, _problem(model, base_optimizer(optimizer)))
+    raise_problems(EngineError, _problem(model, base_optimizer(optimizer)))
 
 
 def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
@@ -102,7 +102,7 @@ def save(
     step = _agreed_step(inner, schedule)
     with only_stepped(inner):
         state = _state(model, inner, schedule)
-    metadata = {**describe(state, inner), "world_size": _world_size()}
+    metadata = {**describe(state, inner), "world_size": world_size()}
     if not async_:
         _write(path, state, step, metadata, None)
         return None
@@ -138,7 +138,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = N
     with only_saved(model, inner, names_with_state(keys)):
         state = _state(model, inner, schedule)
         found = misfits(saved, describe(state, inner))
-        raise_together(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
+        raise_problems(CheckpointError, f"{path}: " + "\n  ".join(found) if found else None)
         _leave_out_news(state, keys)
         load_into(path, state)
         set_state(model, inner, state)
@@ -162,10 +162,6 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if taking_part(None) else 1
-
-
 def _own_group() -> dist.ProcessGroup | None:
     if not taking_part(None):
         return None
@@ -184,32 +180,30 @@ def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
     if counted is None:
         counted = max((int(state[STEP]) for state in optimizer.state.values() if STEP in state), default=0)
     settings = [float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
-    reports = gathered((int(counted), settings))
-    if any(report != reports[0] for report in reports):
-        lines = [f"rank {r}: step {one[0]}, weight decay of its groups {one[1]}" for r, one in enumerate(reports)]
-        raise RankDisagreementError(
-            "the ranks are not at the same step with the same groups, so that nothing was saved; call save on every "
-            "rank after the same optimizer step:\n  " + "\n  ".join(lines)
-        )
+    agree(
+        {"step": int(counted), "weight decay of its groups": settings},
+        "the ranks are not at the same step with the same groups, so that nothing was saved; call save on every rank "
+        "after the same optimizer step",
+        kind=RankDisagreementError,
+    )
     return int(counted)
 
 
 def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
     """Rank 0 acts, the others wait; its failure is everyone's."""
-    problem = None
-    if not taking_part(group) or dist.get_rank(group) == 0:
+
+    def explained() -> None:
         try:
             action()
         except OSError as error:
-            problem = f"rank 0 could not write or rename the checkpoint: {error}"
-    raise_together(OSError, problem, group)
+            raise OSError(f"rank 0 could not write or rename the checkpoint: {error}") from error
+
+    on_rank_0(explained, group)
 
 
 def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
     """This rank's part of the files, so that no rank reads them all."""
-    if not taking_part(group):
-        return sorted(names)
-    return sorted(names)[dist.get_rank(group) :: dist.get_world_size(group)]
+    return sorted(names)[rank(group) :: world_size(group)]
 
 
 def _write(
@@ -235,14 +229,14 @@ def _write(
 def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str, list[int]]:
     """Size and CRC-32 of all files, of which each rank brings its share to the disk."""
     # A rank may see another one's files late on a shared file system.
-    seen = gathered([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
+    seen = gather([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
     mine, problem = {}, None
     try:
         mine = store.synced(partial, _share(set().union(*seen), group))
     except OSError as error:
         problem = f"the checkpoint could not be brought to the disk: {error}"
-    raise_together(OSError, problem, group)
-    return {name: entry for part in gathered(mine, group) for name, entry in part.items()}
+    raise_problems(OSError, problem, group)
+    return {name: entry for part in gather(mine, group) for name, entry in part.items()}
 
 
 def _checked_metadata(folder: Path) -> dict[str, Any]:
@@ -260,7 +254,7 @@ def _checked_metadata(folder: Path) -> dict[str, Any]:
         store.check_files(folder, manifest, _share(manifest.files, None))
     except CheckpointError as error:
         problem = str(error)
-    raise_together(CheckpointError, problem)
+    raise_problems(CheckpointError, problem)
     return metadata
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from robust_dist.measure.flops import training_flops
+from robust_dist.measure.gpus import peak_tflops
 from robust_dist.models import build_model
-from robust_dist.train.flops import training_flops
-from robust_dist.train.peaks import peak_tflops
 
 
 class Attention(nn.Module):

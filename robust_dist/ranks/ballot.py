@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.distributed as dist
 
-from robust_dist.schedule.agreement import device_of, taking_part
+from robust_dist.ranks.talk import world_size
 
 
 @functools.cache
@@ -28,10 +28,10 @@ class Ballot:
     def __init__(self, vote: bool, group: dist.ProcessGroup | None) -> None:
         self._work: dist.Work | None = None
         self._event: torch.cuda.Event | None = None
-        self.num_voters = dist.get_world_size(group) if taking_part(group) else 1
+        self.num_voters = world_size(group)
         self._votes = torch.tensor([int(vote)], dtype=torch.int32)
         if self.num_voters > 1:
-            device = device_of(group)
+            device = _device_of(group)
             if device.type == "cuda":
                 self._start_on_cuda(device, group)
             else:
@@ -57,3 +57,12 @@ class Ballot:
         if self._event is not None:
             self._event.synchronize()
         return int(self._votes[0])
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """The device that a tensor must be on for `group` to reduce it: the CPU where the backend takes it."""
+    devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if "cpu" in devices:
+        return torch.device("cpu")
+    kind = devices[0]
+    return torch.device(kind, getattr(torch, kind).current_device())

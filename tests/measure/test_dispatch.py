@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from robust_dist.bench.counting import count, peak_extra_bytes
+from robust_dist.measure.dispatch import LiveBytes, count
+from robust_dist.measure.memory import peak_extra_bytes
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def made_up(x):
 def test_operations_that_are_no_views_are_counted_with_their_bytes_and_the_hosts_waits():
     counts = count(lambda: made_up(torch_input), CPU)
     # mul, add_, copy_ and sum of 4-byte numbers: 100 to 100, 100 to 100, 5 to 5, 100 to 1
-    assert (counts.operations, counts.reads) == (4, 1)
+    assert (counts.operations, counts.waits) == (4, 1)
     assert counts.bytes == 4 * (200 + 200 + 10 + 101)
 
 
@@ -27,7 +28,7 @@ torch_input = torch.arange(100.0)
 
 
 @pytest.mark.parametrize(
-    ("call", "reads"),
+    ("call", "waits"),
     [
         (lambda: torch_input * 1, 0),
         (lambda: bool(torch_input[0] > 1), 1),
@@ -36,8 +37,8 @@ torch_input = torch.arange(100.0)
         (lambda: [float(x) for x in torch_input[:3]], 3),
     ],
 )
-def test_what_the_host_must_know_is_a_wait(call, reads):
-    assert count(call, CPU).reads == reads
+def test_what_the_host_must_know_is_a_wait(call, waits):
+    assert count(call, CPU).waits == waits
 
 
 def test_an_output_that_is_given_is_not_read_and_an_expanded_tensor_has_its_storages_bytes():
@@ -64,11 +65,23 @@ def test_memory_that_a_call_gives_back_is_seen():
     assert peak_extra_bytes(lambda: None, CPU) < 2_000_000
 
 
+def test_live_bytes_forget_what_is_gone_and_count_a_storage_once():
+    with LiveBytes() as tracker:
+        one = torch.zeros(100)
+        view = one.view(10, 10)
+        two = torch.ones(50)
+        del two
+        three = view + 1
+        assert tracker.live == 800
+        del one, view, three
+    assert (tracker.live, tracker.peak) == (0, 800)
+
+
 @pytest.mark.gpu
 def test_kernels_are_counted_on_a_gpu():
     x = torch.ones(1000, device="cuda")
     counts = count(lambda: (x * 2).sum().item(), x.device)
     # two kernels, and the copy of the value
-    assert (counts.operations, counts.reads) == (3, 1)
+    assert (counts.operations, counts.waits) == (3, 1)
     # The allocator rounds a tensor up to 512 bytes.
     assert peak_extra_bytes(lambda: x * 2, x.device) == 4096

@@ -1,0 +1,222 @@
+"""What torch's operators do while a mode is active: their work, the collectives among them, the storages they make.
+
+All modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
+PIL) is not seen.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from robust_dist.measure.memory import storage_key
+
+# They reserve memory without touching it, or hand the host one value.
+_IDLE = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
+)
+# Their results, or the results' shapes, are values that the host must have.
+_READING = frozenset(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"))
+_INDEXING = frozenset(("aten::index", "aten::index_put_", "aten::index_put"))
+_COPYING = frozenset(("aten::_to_copy", "aten::copy_"))
+# They do not read what they write to.
+_OVERWRITING = frozenset(("aten::copy_", "aten::fill_", "aten::zero_"))
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+_SENDING_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class Watch(TorchDispatchMode):
+    """Calls `note` after every operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` and note it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.note(func, args, kwargs, result)
+        return result
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Take account of one call.
+
+        Args:
+            func: The `OpOverload`.
+            args: Its arguments.
+            kwargs: Its arguments by name.
+            result: What it returned.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operation that is no view.
+
+    Attributes:
+        flops: Floating-point operations, of matrix products and convolutions alone.
+        bytes: Of the tensors that it reads and writes; an expanded tensor has those of its storage.
+    """
+
+    flops: float
+    bytes: int
+
+
+class Operations(Watch):
+    """The ATen operations that are no views.
+
+    Args:
+        device: Where waits of the host are counted; None counts none.
+
+    Attributes:
+        found: In order.
+        waits: Calls for which the host waits for a value of a tensor on `device`, as `.item()` does.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.found: list[Operation] = []
+        self.waits = 0
+        self._device = device.type if device is not None else None
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Count work and waits."""
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        name = func.name().partition(".")[0]
+        self.waits += self._is_wait(name, inputs, outputs)
+        if name in _IDLE or func.namespace == "prim" or _is_view(func, inputs, outputs):
+            return
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        read = inputs[1:] if name in _OVERWRITING else _tensors((args, given))
+        formula = flop_registry.get(func.overloadpacket)
+        flops = float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
+        self.found.append(Operation(flops, sum(_bytes(tensor) for tensor in (*read, *outputs))))
+
+    def _is_wait(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        if self._device is None:
+            return False
+        by_mask = name in _INDEXING and any(tensor.dtype == torch.bool for tensor in inputs[1:])
+        if name in _READING or by_mask:
+            return inputs[0].device.type == self._device
+        leaves = name in _COPYING and self._device != "cpu" and inputs[-1].device.type == self._device
+        return leaves and outputs[0].device.type == "cpu"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    if func._schema.is_mutable or not inputs or not outputs:
+        return False
+    known = set(map(storage_key, inputs))
+    return all(storage_key(tensor) in known for tensor in outputs)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+class Collectives(Watch):
+    """The collectives of torch.distributed.
+
+    Attributes:
+        names: The operators called, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Keep the name of a collective."""
+        name = func.name()
+        if func.namespace in _COLLECTIVES and not name.endswith(_SENDING_NOTHING):
+            self.names.append(name)
+
+
+class LiveBytes(Watch):
+    """The storages that operators make, each from its first tensor to its last.
+
+    Attributes:
+        live: Bytes of the storages that are alive now.
+        peak: The most that `live` has been since `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leave these tensors' storages out, now and later."""
+        self._known |= {storage_key(tensor): tensor.untyped_storage() for tensor in tensors}
+
+    def restart(self) -> None:
+        """Begin a new peak at what is alive now."""
+        self.peak = self.live
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Add the new storages among the results."""
+        for tensor in _tensors(result):
+            self._add(storage_key(tensor), tensor.untyped_storage())
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        if self._known.pop(key, None) is not None:
+            self.live -= size
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A call's work; means where calls differ.
+
+    Attributes:
+        operations: ATen operations that are no views; on a GPU, kernels, copies and fills.
+        bytes: Of the inputs and outputs of these operations.
+        waits: Times that the host waited for a value of a tensor on the device, as `.item()` does.
+    """
+
+    operations: float
+    bytes: float
+    waits: float
+
+
+def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> Counts:
+    """Count some calls; call it once before, so that what it keeps is made.
+
+    Args:
+        call: The work; calls may differ by their random draws.
+        device: Where it works. On a GPU the kernels of further calls are counted by torch's profiler.
+        calls: How many.
+    """
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    with Operations(device) as seen:
+        several()
+    operations = _kernels(several) if device.type == "cuda" else len(seen.found)
+    return Counts(operations / calls, sum(one.bytes for one in seen.found) / calls, seen.waits / calls)
+
+
+def _kernels(call: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(str(event.device_type).endswith("CUDA") for event in profiler.events() or [])

@@ -1,0 +1,81 @@
+"""Memory in bytes: of storages, of a device, of this process."""
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GIB, MIB = 2**30, 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that the tensors of one storage share while it lives; for fake tensors, too, which have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages under these tensors, each storage once; a DTensor counts with its local part."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor is not None]
+    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in local}.values())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest so far: allocated by torch on a GPU, else resident of this process. Waits for nothing."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Unlike getrusage's figure, the kernel's begins anew in a process that was started by a larger one.
+    peak = resident(peak=True)
+    if peak is not None:
+        return peak
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None for the processor, whose limit is not its own."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def resident(*, peak: bool = False) -> int | None:
+    """Bytes of this process that are in memory, or with `peak` the most since `restart_peak`; None beside Linux."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:" if peak else "VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def restart_peak() -> bool:
+    """Begin the process's peak anew at what is in memory now; False where the kernel does not let it."""
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5", encoding="ascii")
+        return True
+    return False
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that a call takes while it runs and gives back, in bytes; None where nothing tells.
+
+    On a GPU it is the allocator's peak. On the CPU it is the process's, off by up to some 100 KiB (Linux).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(AttributeError, OSError):
+        # Else what an earlier call freed would be there already.
+        ctypes.CDLL(None).malloc_trim(0)
+    if not restart_peak():
+        return None
+    before_on_host = resident()
+    call()
+    highest = resident(peak=True)
+    return None if highest is None or before_on_host is None else max(0, highest - before_on_host)

@@ -1,0 +1,176 @@
+"""Values, decisions and errors that every rank shares, so that no rank waits for one that has given up.
+
+Each function works alike in one process without a process group. `group` is the ranks that take part; None is the
+default group. All of them make the same calls.
+"""
+
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
+_ORIGIN = "_robust_dist_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The origin of an error that every rank raises.
+
+    Attributes:
+        rank: The lowest rank that raised it by itself.
+        host: Its machine.
+        traceback: Its traceback there.
+    """
+
+    rank: int
+    host: str
+    traceback: str
+
+
+def has_group() -> bool:
+    """Whether torch has a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def taking_part(group: Group = None) -> bool:
+    """Whether this process has others in `group` to talk with."""
+    return has_group() and dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
+
+
+def rank(group: Group = None) -> int:
+    """This process's number in `group`; 0 where it is alone."""
+    return dist.get_rank(group) if taking_part(group) else 0
+
+
+def world_size(group: Group = None) -> int:
+    """The number of ranks in `group`; 1 where this process is alone."""
+    return dist.get_world_size(group) if taking_part(group) else 1
+
+
+def gather(value: T, group: Group = None) -> list[T]:
+    """Every rank's value, in rank order; a collective."""
+    if not taking_part(group):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agree(ours: Mapping[str, Any], problem: str, *, kind: type[Exception] = ValueError, group: Group = None) -> None:
+    """Compare values by name, each by its repr, between the ranks.
+
+    Raises:
+        kind: On every rank: `problem`, and each name that differs with the values and the ranks that have them.
+    """
+    lines = differences(dict(enumerate(gather({name: repr(value) for name, value in ours.items()}, group))))
+    if lines:
+        raise kind(f"{problem}:\n  " + "\n  ".join(lines))
+
+
+def raise_together(error: Exception | None, group: Group = None) -> None:
+    """Raise on every rank what any rank brought; the lowest rank's error where several did.
+
+    `origin_of` tells from which rank it came.
+    """
+    found = gather(None if error is None else _portable(error), group)
+    _raise(next((one for one in found if one is not None), None))
+
+
+def raise_problems(kind: type[Exception], problem: str | None, group: Group = None) -> None:
+    """Raise `kind` on every rank where any rank has a problem; ranks are named where not all have the same one."""
+    problems = gather(problem, group)
+    if len(set(problems)) > 1:
+        problem = "\n".join(by_rank({number: one for number, one in enumerate(problems) if one is not None}))
+    if problem is not None:
+        raise kind(problem)
+
+
+def attempt(action: Callable[[], T], *, here: bool = True, group: Group = None) -> T | None:
+    """Call `action` on the ranks where `here` is true; if it fails on one of them, every rank raises its error.
+
+    Returns:
+        The action's value, or None where it was not called.
+    """
+    value: T | None = None
+    error: Exception | None = None
+    if here:
+        try:
+            value = action()
+        except Exception as caught:
+            error = caught
+    raise_together(error, group)
+    return value
+
+
+def on_rank_0(action: Callable[[], T], group: Group = None) -> T:
+    """Call `action` on rank 0 and give its value, or its error, to every rank; rank 0 waits for no other."""
+    if not taking_part(group):
+        return cast(T, attempt(action))
+    box: list[Any] = [None]
+    if rank(group) == 0:
+        try:
+            # Pickled here: a value that cannot be sent is an error, too, and must reach the others.
+            box = [pickle.dumps((action(), None))]
+        except Exception as error:
+            box = [pickle.dumps((None, _portable(error)))]
+    dist.broadcast_object_list(box, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    value, failure = pickle.loads(box[0])
+    _raise(failure)
+    return cast(T, value)
+
+
+def origin_of(error: BaseException) -> Origin | None:
+    """The origin of an error that every rank raises; None for an error of this rank alone."""
+    return getattr(error, _ORIGIN, None)
+
+
+def _portable(error: Exception) -> tuple[Exception, Origin]:
+    """The error, or one that says the same where it would not survive the way to the other ranks; and its origin."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    origin = Origin(rank(), socket.gethostname(), text)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}"), origin
+    return error, origin
+
+
+def _raise(failure: tuple[Exception, Origin] | None) -> None:
+    if failure is not None:
+        error, origin = failure
+        setattr(error, _ORIGIN, origin)
+        raise error
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3` or `ranks 0-4, 7 and 9`: every rank is named, however many there are."""
+    runs: list[list[int]] = []
+    for number in sorted(ranks):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    *parts, last = [str(low) if low == high else f"{low}-{high}" for low, high in runs]
+    text = f"{', '.join(parts)} and {last}" if parts else last
+    return ("rank " if text.isdigit() else "ranks ") + text
+
+
+def by_rank(texts: Mapping[int, str]) -> list[str]:
+    """`ranks 0-2: this`, `rank 3: that`: each text with the ranks that have it, the lowest rank's first."""
+    holders: dict[str, list[int]] = {}
+    for number, text in sorted(texts.items()):
+        holders.setdefault(text, []).append(number)
+    return [f"{ranks_text(ranks)}: {text}" for text, ranks in holders.items()]
+
+
+def differences(values: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """A line for each name whose texts are not the same on all ranks; by rank, then by name."""
+    names = dict.fromkeys(name for texts in values.values() for name in texts)
+    lines = {name: by_rank({number: texts.get(name, "missing") for number, texts in values.items()}) for name in names}
+    return [f"{name}: " + "; ".join(parts) for name, parts in lines.items() if len(parts) > 1]
