@@ -9,7 +9,6 @@ import triton.language as tl
 
 from robust_dist.augment.fused_triton_prepare import (
     ACROSS,
-    COLUMNS,
     DOWN,
     LABEL,
     LAM,
@@ -21,6 +20,8 @@ from robust_dist.augment.fused_triton_prepare import (
     X2,
     Y1,
     Y2,
+    luts_in,
+    room_of,
 )
 from robust_dist.augment.fused_triton_read import channels, luma, read, rounded, to_levels
 from robust_dist.augment.fused_triton_warp import coordinates, is_warp, read_bilinear, read_nearest
@@ -98,21 +99,19 @@ def _sums(
 @triton.jit
 def _store_targets(
     targets: tl.tensor,
-    plan: tl.tensor,
-    sample: tl.tensor,
-    partner: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
     NUM_CLASSES: tl.constexpr,
     CLASSES: tl.constexpr,
 ) -> None:
-    """One sample's shares of the classes."""
-    own, other = plan + sample * COLUMNS, plan + partner * COLUMNS
+    """One sample's shares of the classes, from its plan and its partner's."""
     label, their_label, lam = tl.load(own + LABEL), tl.load(other + LABEL), tl.load(own + LAM)
     lam = lam.to(tl.int32).to(tl.float32, bitcast=True)
     rest = tl.where(label == their_label, 1.0, 1.0 - lam)
     for start in range(0, NUM_CLASSES, CLASSES):
         name = start + tl.arange(0, CLASSES)
         share = tl.where(name == their_label, rest, tl.where(name == label, lam, 0.0))
-        tl.store(targets + sample.to(tl.int64) * NUM_CLASSES + name, share, name < NUM_CLASSES)
+        tl.store(targets + name, share, name < NUM_CLASSES)
 
 
 @triton.jit
@@ -197,15 +196,14 @@ def _toned(
     op_other: tl.tensor,
     row_own: tl.tensor,
     row_other: tl.tensor,
-    sample: tl.tensor,
-    partner: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
     tables: tl.tensor,
-    luts: tl.tensor,
     C: tl.constexpr,
 ) -> tl.tensor:
     """Levels by the samples' tables, where the mask is on."""
-    lut_own = tl.where(_is_fixed(op_own), tables + row_own * (C * 256), luts + sample * (C * 256))
-    lut_other = tl.where(_is_fixed(op_other), tables + row_other * (C * 256), luts + partner * (C * 256))
+    lut_own = tl.where(_is_fixed(op_own), tables + row_own * (C * 256), luts_in(own))
+    lut_other = tl.where(_is_fixed(op_other), tables + row_other * (C * 256), luts_in(other))
     lut = tl.where(inside, lut_other, lut_own)
     red = _look_up(lut, red, mask)
     if C == 3:
@@ -341,8 +339,7 @@ def pixels_kernel(
     images: tl.tensor,
     out: tl.tensor,
     targets: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
+    scratch: tl.tensor,
     tables: tl.tensor,
     terms: tl.tensor,
     scale: tl.tensor,
@@ -361,30 +358,33 @@ def pixels_kernel(
     CHANNELS_LAST: tl.constexpr,
     NUM_CLASSES: tl.constexpr,
     CLASSES: tl.constexpr,
+    ROOM: tl.constexpr,
     TILE: tl.constexpr,
     QUADS: tl.constexpr,
 ) -> None:
     """TILE quads of one sample in each program, QUADS of them at a time.
 
-    `scale` holds, for each channel and level, the bits of the normalised value: `out` is seen as integers. Of a tile
+    `scale` holds, for each channel and level, the bits of the normalised value as an integer,
+    and `out` is seen as such. Of a tile
     of one sample, the first writes the targets; NUM_CLASSES is 0 where there are none.
     """
     in_row: tl.constexpr = (W + 3) // 4
     quads: tl.constexpr = H * in_row
     tiles: tl.constexpr = (quads + TILE - 1) // TILE
     sample, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
-    own = plan + sample * COLUMNS
+    own = room_of(scratch, sample, ROOM)
     partner, x1, y1, x2, y2 = sample, 0, 0, 0, 0
     if MIXED:
         x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
         x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
         partner = tl.load(own + PARTNER).to(tl.int32)
     if NUM_CLASSES > 0 and first == 0:
-        _store_targets(targets, plan, sample, partner, NUM_CLASSES, CLASSES)
+        theirs = room_of(scratch, partner, ROOM)
+        _store_targets(targets + sample.to(tl.int64) * NUM_CLASSES, own, theirs, NUM_CLASSES, CLASSES)
     if MIXED:
         reached = (x1 < x2) & (y1 * in_row < first + TILE) & (y2 * in_row > first)
         partner = tl.where(reached, partner, sample)
-    other = plan + partner * COLUMNS
+    other = room_of(scratch, partner, ROOM)
     origin_own, origin_other = tl.load(own + ORIGIN), tl.load(other + ORIGIN)
     step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
     across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
@@ -395,7 +395,7 @@ def pixels_kernel(
         op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
     terms_own, terms_other = terms + row_own * 8, terms + row_other * 8
     warps = is_warp(op_own) | is_warp(op_other)
-    out += sample.to(tl.int64) * (C * H * W)
+    out = out.to(scale.dtype) + sample.to(tl.int64) * (C * H * W)
 
     for start in range(first, first + TILE, QUADS):
         quad = start + tl.arange(0, QUADS)
@@ -469,10 +469,9 @@ def pixels_kernel(
                 op_other,
                 row_own,
                 row_other,
-                sample,
-                partner,
+                own,
+                other,
                 tables,
-                luts,
                 C,
             )
         if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):

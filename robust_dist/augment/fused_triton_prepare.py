@@ -3,7 +3,7 @@
 The draws are made once a sample, a sample to a thread, by the first programs. The others belong to a tile of a channel
 of a sample each, draw its operation alone and end, but for Contrast, AutoContrast and Equalize. Small images are one
 tile, whose program writes the table of levels; the tiles of a large image are seen at the same time, and a launch of
-its own brings together what they found. The plan of a sample is a row of int64, read by the last launch.
+its own brings together what they found. The plan of a sample is twelve int64, read by the last launch.
 """
 
 import triton
@@ -31,6 +31,24 @@ _NUM_OPS = tl.constexpr(len(OPS))
 # and the bits of lam, float32. Without CutMix, partner and box are left out, and lam is 1.
 ORIGIN, ROW_OF_TABLES, STEP, ACROSS, DOWN, PARTNER, X1, Y1, X2, Y2, LABEL, LAM = (tl.constexpr(c) for c in range(12))
 COLUMNS = tl.constexpr(12)
+
+
+@triton.jit
+def room_of(scratch: tl.tensor, sample: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
+    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and what tiles of a large image found."""
+    return scratch + sample.to(tl.int64) * ROOM
+
+
+@triton.jit
+def luts_in(room: tl.tensor) -> tl.tensor:
+    """The tables, uint8 [C, 256]."""
+    return (room + COLUMNS).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def _found_in(room: tl.tensor, C: tl.constexpr) -> tl.tensor:
+    """What tiles found, int32 [C, tiles, 256]."""
+    return (room + COLUMNS + C * 32).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
@@ -121,7 +139,7 @@ def _draw(
     index: tl.tensor,
     partners: tl.tensor,
     beta: tl.tensor,
-    plan: tl.tensor,
+    scratch: tl.tensor,
     batch: tl.tensor,
     first: tl.tensor,
     image_stride: tl.tensor,
@@ -134,11 +152,12 @@ def _draw(
     BLOCK: tl.constexpr,
     KNOTS: tl.constexpr,
     GATHER: tl.constexpr,
+    ROOM: tl.constexpr,
     SAMPLES: tl.constexpr,
 ) -> None:
     """The plans of some samples, from place `first` of the batch on."""
     sample = first + tl.arange(0, SAMPLES)
-    there, own = sample < batch, plan + sample * COLUMNS
+    there, own = sample < batch, room_of(scratch, sample, ROOM)
     key = tl.load(keys + sample, there, other=0).to(tl.uint64)
     image = _image(index, sample, there, GATHER)
     flip = chance(key, draws.FLIP, FLIP_BELOW).to(tl.int32)
@@ -235,9 +254,7 @@ def prepare_kernel(
     partners: tl.tensor,
     beta: tl.tensor,
     terms: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    found: tl.tensor,
+    scratch: tl.tensor,
     batch: tl.tensor,
     image_stride: tl.tensor,
     C: tl.constexpr,
@@ -255,6 +272,7 @@ def prepare_kernel(
     KNOTS: tl.constexpr,
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
+    ROOM: tl.constexpr,
     SAMPLES: tl.constexpr,
 ) -> None:
     """Programs of SAMPLES samples, then those of statistics: (sample * C + channel) * tiles + tile.
@@ -270,7 +288,7 @@ def prepare_kernel(
             index,
             partners,
             beta,
-            plan,
+            scratch,
             batch,
             tl.program_id(0) * SAMPLES,
             image_stride,
@@ -283,6 +301,7 @@ def prepare_kernel(
             BLOCK,
             KNOTS,
             GATHER,
+            ROOM,
             SAMPLES,
         )
     elif NUM_BINS > 0:
@@ -290,6 +309,7 @@ def prepare_kernel(
         key = tl.load(keys + sample).to(tl.uint64)
         op = randint(key, draws.OPERATION, _NUM_OPS)
         if _needs_statistics(op, channel):
+            room = room_of(scratch, sample, ROOM)
             _observe(
                 images + _image(index, sample, True, GATHER) * image_stride,
                 _start(key, draws.CROP_LEFT, PADDING),
@@ -298,8 +318,8 @@ def prepare_kernel(
                 terms + _row(key, NUM_BINS) * 8,
                 channel,
                 program % tiles * TILE,
-                luts + (sample * C + channel) * 256,
-                found + program.to(tl.int64) * 256,
+                luts_in(room) + channel * 256,
+                _found_in(room, C) + program % (C * tiles) * 256,
                 C,
                 H,
                 W,
@@ -317,9 +337,7 @@ def prepare_kernel(
 def statistics_kernel(
     images: tl.tensor,
     terms: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    found: tl.tensor,
+    scratch: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -328,24 +346,26 @@ def statistics_kernel(
     COLUMN: tl.constexpr,
     NUM_BINS: tl.constexpr,
     TILE: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> None:
     """The programs of statistics alone, for a plan that is given, without crop and flip."""
     tiles: tl.constexpr = (H * W + TILE - 1) // TILE
     program = tl.program_id(0)
     sample, channel = program // (C * tiles), program // tiles % C
-    row = tl.load(plan + sample * COLUMNS + ROW_OF_TABLES).to(tl.int32)
+    room = room_of(scratch, sample, ROOM)
+    row = tl.load(room + ROW_OF_TABLES).to(tl.int32)
     op = row // (2 * NUM_BINS)
     if _needs_statistics(op, channel):
         _observe(
-            images + tl.load(plan + sample * COLUMNS + ORIGIN),
+            images + tl.load(room + ORIGIN),
             0,
             0,
             op,
             terms + row * 8,
             channel,
             program % tiles * TILE,
-            luts + (sample * C + channel) * 256,
-            found + program.to(tl.int64) * 256,
+            luts_in(room) + channel * 256,
+            _found_in(room, C) + program % (C * tiles) * 256,
             C,
             H,
             W,
@@ -362,20 +382,20 @@ def statistics_kernel(
 @triton.jit
 def luts_kernel(
     terms: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    found: tl.tensor,
+    scratch: tl.tensor,
     C: tl.constexpr,
     PIXELS: tl.constexpr,
     NUM_BINS: tl.constexpr,
     TILES: tl.constexpr,
     MANY: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> None:
     """Program sample * C + channel: the table of levels from what the tiles of a large image found, MANY at a time."""
     sample, channel = tl.program_id(0) // C, tl.program_id(0) % C
-    row = tl.load(plan + sample * COLUMNS + ROW_OF_TABLES).to(tl.int32)
+    room = room_of(scratch, sample, ROOM)
+    row = tl.load(room + ROW_OF_TABLES).to(tl.int32)
     op, ramp = row // (2 * NUM_BINS), tl.arange(0, 256)
-    lut, found = luts + tl.program_id(0) * 256, found + tl.program_id(0).to(tl.int64) * (TILES * 256)
+    lut, found = luts_in(room) + channel * 256, _found_in(room, C) + channel * (TILES * 256)
     if _needs_statistics(op, channel):
         if op == _EQUALIZE:
             counts = tl.zeros([256], tl.int32)

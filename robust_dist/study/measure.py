@@ -12,6 +12,7 @@ from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
 from robust_dist.train.build import build_augment, build_classifier, build_optimizer, open_sets, preprocessing_of
 from robust_dist.train.data_config import DataConfig
+from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 from robust_dist.train.step import summed_loss
@@ -117,9 +118,10 @@ def measure(recipe: Recipe) -> tuple[float, float]:
     images, held_out = (_noise(recipe, known.channels, device, evaluation=one) for one in (False, True))
     labels = torch.randint(known.classes, (recipe.batch_size,), device=device)
     keys = sample_keys(0, 0, torch.arange(recipe.batch_size, device=device))
-    augment = build_augment(recipe, known.classes).to(device)
-    normalize = build_augment(recipe, known.classes, evaluation=True).to(device).normalize
     model = build_classifier(recipe, known.classes, known.channels).to(device)
+    prepared = images_dtype(recipe.precision.mixed, model, known.channels, preprocessing_of(recipe.data).size)
+    augment = build_augment(recipe, known.classes, dtype=prepared).to(device)
+    normalize = build_augment(recipe, known.classes, evaluation=True).to(device).normalize
     optimizer = build_optimizer(recipe, model, max(100, steps_of(recipe)))
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.mixed]
     autocast: dict[str, Any] = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}

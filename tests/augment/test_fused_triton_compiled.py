@@ -1,11 +1,14 @@
 """Triton's kernels compile for GPUs that are not here, with the arguments of their launches, and round as meant."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from robust_dist.augment import RobustAugment, backends, checks, fused_triton, pipeline, sample_keys
 from tests.augment.kernels import CAPABILITIES, KERNELS, Machine, launch, launch_alone, recorders
 
 triton = pytest.importorskip("triton")
@@ -128,3 +131,66 @@ def test_a_slice_at_an_odd_place_compiles_nothing_anew(kernels):
                 name,
                 one.name,
             )
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch, kernels):
+    """Tensors of the CPU are taken for a GPU's, whose values nobody looks at."""
+    monkeypatch.setattr(fused_triton, "missing", lambda: None)
+    monkeypatch.setattr(fused_triton, "runs_on", lambda device: True)
+    for module in (checks, pipeline):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+    backends._found.cache_clear()
+    yield kernels
+    backends._found.cache_clear()
+
+
+def test_a_call_like_the_last_one_is_launched_without_a_check_and_every_difference_is_seen(as_on_a_device, monkeypatch):
+    checked, prepare = [], as_on_a_device["prepare_kernel"]
+    monkeypatch.setattr(pipeline, "check_images", lambda images: checked.append(1) or checks.check_images(images))
+    module = RobustAugment(10, 32, (0.5,) * 3, (0.2,) * 3, backend="triton")
+    images, labels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    keys = sample_keys(0, 0, range(8))
+    module(images, labels, keys)
+    assert len(checked) == 1
+    first, other = prepare.arguments, torch.ones_like(images)
+    out, _ = module(other, labels, keys + 1)
+    assert len(checked) == 1
+    assert prepare.arguments["images"] is other
+    assert {k: v for k, v in prepare.arguments.items() if not isinstance(v, torch.Tensor)} == {
+        k: v for k, v in first.items() if not isinstance(v, torch.Tensor)
+    }
+    assert out is not module(other, labels, keys + 1)[0]
+    module.flip.p = 0.25
+    module(images, labels, keys)
+    assert prepare.arguments["FLIP_BELOW"] == 2**51
+    module.crop = None
+    module(images, labels, keys)
+    assert prepare.arguments["PADDING"] == 0
+    module(images[1:], labels[1:], keys[1:])
+    assert prepare.arguments["batch"] == 7
+    assert len(checked) == 4
+    for wrong, error in (
+        ((images.int(), labels, keys), "images must be uint8"),
+        ((images[:, :, 1:], labels, keys), "images must have shape"),
+        ((images, labels.float(), keys), "labels must be integer"),
+        ((images, labels[1:], keys), "labels must have shape"),
+        ((images, labels, keys.int()), "keys must be torch.int64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            module(*wrong)
+    module.eval()
+    assert torch.equal(module(images, labels, keys)[0], module.normalize(images))
+
+
+def test_a_pipeline_that_was_launched_is_copied_and_pickled_without_its_records(as_on_a_device):
+    module = RobustAugment(10, 8, (0.5,) * 3, (0.2,) * 3, backend="triton")
+    images, labels, keys = (
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(2).long(),
+        sample_keys(0, 0, range(2)),
+    )
+    module(images, labels, keys)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other not in fused_triton._records
+        assert other(images, labels, keys)[0].shape == images.shape
