@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robust_dist.engines.engine import Engine
+from robust_dist.engines.variant import Variant
 
 if TYPE_CHECKING:
     from robust_dist.checkpoint.training_state import TrainingState
@@ -30,4 +31,4 @@ class DDP(Engine):
         return []
 
 
-ENGINES = (DDP(),)
+ENGINES = (DDP(variants=(Variant(name="DDP", file="ddp"),)),)

@@ -15,6 +15,7 @@ from robust_dist.extras import load_entry_point
 if TYPE_CHECKING:
     from robust_dist.checkpoint.space import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
+    from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
 # Of checkpoints that were written before they noted their engine.
@@ -63,6 +64,7 @@ class Engine:
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
         has_full_state_dict: There is a form of its checkpoints that the first rank writes whole.
         extra: The extra of this package that an engine's files need; None for the one that training needs anyway.
+        variants: Its ways of launching that `robust-dist plan` compares, the simplest first; they are no subclass's.
     """
 
     kind: str
@@ -75,6 +77,7 @@ class Engine:
     loads_on_any_ranks: bool = True
     has_full_state_dict: bool = False
     extra: str | None = None
+    variants: tuple["Variant", ...] = ()
 
     def runs(self, accelerator: Any) -> bool:
         """Whether an `Accelerator` trains under this engine."""

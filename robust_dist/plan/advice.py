@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from robust_dist.engines.variant import Variant
 from robust_dist.measure.memory import GIB
-from robust_dist.plan.choose import Estimate, Plan, estimate
-from robust_dist.plan.engines import ENGINES, Engine, unfit
+from robust_dist.plan.choose import Estimate, Plan, estimate, variants
 from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 
@@ -30,7 +30,7 @@ def reason(plan: Plan) -> str:
     if not slower:
         return f"It is the only engine that fits. {memory} {speed}."
     fastest = min(slower, key=lambda one: one.clock.step)
-    beside = f"; the next, {fastest.engine.name}, takes {1000 * fastest.clock.step:.1f} ms"
+    beside = f"; the next, {fastest.variant.name}, takes {1000 * fastest.clock.step:.1f} ms"
     if fastest.clock.step <= best.clock.step * 1.02:
         beside += ", which is no difference for an estimate, and is less simple"
     return f"{memory} {speed}{beside}."
@@ -40,7 +40,7 @@ def others(plan: Plan) -> Iterator[tuple[str, str]]:
     """For every other engine its name and why it was not taken."""
     for one in plan.estimates:
         if one is not plan.best:
-            yield one.engine.name, _against(one, plan)
+            yield one.variant.name, _against(one, plan)
     yield from plan.unfit.items()
 
 
@@ -62,7 +62,7 @@ def remedies(plan: Plan) -> list[str]:
     least = min(plan.estimates, key=lambda one: one.memory.peak)
     activations = least.memory.activations / GIB
     found = [
-        f"The least is {least.engine.name} with {least.memory.peak / GIB:.1f} GiB at {least.micro_batch} images, of "
+        f"The least is {least.variant.name} with {least.memory.peak / GIB:.1f} GiB at {least.micro_batch} images, of "
         f"which {activations:.1f} GiB are activations."
     ]
     if question.micro_batch and question.micro_batch > 1:
@@ -89,11 +89,11 @@ def _enough_nodes(plan: Plan) -> int | None:
     while nodes <= _MOST_NODES:
         world = nodes * plan.question.gpus_per_node
         more = replace(plan.question, nodes=nodes, batch_size=max(plan.question.batch_size, world))
-        if any(_fits(engine, plan, more) for engine in ENGINES if unfit(engine, more) is None):
+        if any(_fits(variant, plan, more) for variant in variants() if variant.unfit(more) is None):
             return nodes
         nodes *= 2
     return None
 
 
-def _fits(engine: Engine, plan: Plan, question: Question) -> bool:
-    return estimate(engine, plan.shapes, profile_for(engine, question), question).fits
+def _fits(variant: Variant, plan: Plan, question: Question) -> bool:
+    return estimate(variant, plan.shapes, profile_for(variant, question), question).fits

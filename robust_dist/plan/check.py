@@ -1,41 +1,80 @@
-"""Predicted beside measured: `robust-dist plan --check`."""
+"""`robust-dist plan --check`: the plan beside what gloo ranks on this machine hold, walked and seen by the kernel."""
 
+import ctypes
+import gc
+import json
+import os
+import socket
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 
-from robust_dist.measure.memory import MIB
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from robust_dist.engines.variant import Run, Variant
+from robust_dist.measure.memory import MIB, resident, restart_peak
 from robust_dist.measure.table import table
-from robust_dist.plan.engines import ENGINES, Engine, ZeroSettings, unfit
-from robust_dist.plan.measure import Measured, measure
+from robust_dist.models import build_model
+from robust_dist.plan.choose import variants
 from robust_dist.plan.memory import Memory, memory
 from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta, read_shapes
+from robust_dist.train.loss import summed_loss
 
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15
 # A process's pages count once they are written, so ZeRO's buckets must be small enough to be filled.
 _BUCKET = 1_000_000
+# Of glibc's mallopt: with a fixed threshold every large tensor is mapped for itself, and its pages go when it goes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _THRESHOLD = -1, -3, 1 << 16
+# What is lazy is there after a step; but DDP makes its buckets again in the second, and ZeRO-3 learns an order in one.
+_STEPS = 3
+_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant on one rank, bytes.
+
+    Attributes:
+        parameters: Walked: storages of the parameters between steps.
+        masters: Walked: ZeRO's float32 copies.
+        gradients: Walked, after the backward pass.
+        state: Walked: the optimizer's.
+        resident: Memory that the process took more than before the model was built, after a step.
+        passes: The highest moment of a forward and backward pass.
+        step: The highest moment of an optimizer step.
+    """
+
+    parameters: int
+    masters: int
+    gradients: int
+    state: int
+    resident: int
+    passes: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One engine: the plan for rank 0 and what rank 0 was seen to hold."""
+    """One variant: the plan for rank 0 and what rank 0 was seen to hold."""
 
-    engine: Engine
+    variant: Variant
     predicted: Memory
     measured: Measured
 
     @property
     def exact(self) -> bool:
         """Whether parameters, masters, gradients and state are the predicted ones to the byte."""
-        ours, theirs = self.predicted.held, self.measured
-        return (ours.parameters, ours.masters, ours.gradients, ours.state) == (
-            theirs.parameters,
-            theirs.masters,
-            theirs.gradients,
-            theirs.state,
-        )
+        names = ("parameters", "masters", "gradients", "state")
+        return all(getattr(self.predicted.held, name) == getattr(self.measured, name) for name in names)
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -49,29 +88,30 @@ class Compared:
         return predicted / measured - 1
 
 
-def with_small_buckets(engine: Engine) -> Engine:
-    """The engine with buckets that a small model fills."""
-    ours: ZeroSettings = replace(engine.settings, reduce_bucket=_BUCKET)
-    return replace(engine, settings=ours)
-
-
-def compare(question: Question, micro_batch: int, engines: Sequence[Engine] | None = None) -> list[Compared]:
-    """Plan for CPU ranks, run them, and put both side by side.
+def compare(question: Question, micro_batch: int) -> list[Compared]:
+    """Plan for CPU ranks, run them, and put both side by side, for the variants that fit them and need no GPU.
 
     Args:
         question: The job; `nodes` x `gpus_per_node` gloo ranks are started on this machine.
         micro_batch: Images at a time and rank.
-        engines: Which; None: all that fit these ranks and need no GPU.
+
+    Raises:
+        RuntimeError: As `measure_here`.
     """
-    chosen = ENGINES if engines is None else engines
-    small = [with_small_buckets(e) for e in chosen if not e.offload and unfit(e, question) is None]
+    small = small_variants(question)
     question = replace(question, batch_size=micro_batch * question.world_size)
     shapes = read_shapes(
         build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
     )
-    found = measure(small, question, micro_batch)
-    predicted = [memory(e, shapes, profile_for(e, question), question, micro_batch, rank=0, on_cpu=True) for e in small]
-    return [Compared(e, ours, ranks[0]) for e, ours, ranks in zip(small, predicted, found, strict=True)]
+    found = _measure(small, question, micro_batch)
+    predicted = [memory(v, shapes, profile_for(v, question), question, micro_batch, rank=0, on_cpu=True) for v in small]
+    return list(map(Compared, small, predicted, found))
+
+
+def small_variants(question: Question) -> list[Variant]:
+    """The variants that fit these ranks and need no GPU, with buckets that a small model fills."""
+    fit = [variant for variant in variants() if not variant.offload and variant.unfit(question) is None]
+    return [variant.with_buckets(_BUCKET) for variant in fit]
 
 
 def show(rows: Sequence[Compared]) -> str:
@@ -83,6 +123,91 @@ def show(rows: Sequence[Compared]) -> str:
 
 def _cells(row: Compared) -> list[str]:
     own, (predicted, measured) = row.predicted.held, row.peaks
-    cells = [row.engine.name, f"{(own.parameters + own.masters) / MIB:.1f}", f"{own.gradients / MIB:.1f}"]
+    cells = [row.variant.name, f"{(own.parameters + own.masters) / MIB:.1f}", f"{own.gradients / MIB:.1f}"]
     cells += [f"{own.state / MIB:.1f}", "yes" if row.exact else "NO", f"{predicted / MIB:.0f}"]
     return [*cells, f"{measured / MIB:.0f}", f"{row.error:+.1%}"]
+
+
+def _measure(chosen: Sequence[Variant], question: Question, micro_batch: int) -> list[Measured]:
+    """Train a few steps under each variant on `question.world_size` gloo ranks; what rank 0 found."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as out:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+        free.close()
+        spawn(_rank, (tuple(chosen), question, micro_batch, port, out), nprocs=question.world_size)
+        return [Measured(**one) for one in json.loads(Path(out, "0.json").read_text(encoding="utf-8"))]
+
+
+def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int, port: int, out: str) -> None:
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": question.world_size, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT))
+    try:
+        found = [asdict(one) for one in measure_here(chosen, question, batch)]
+        if rank == 0:
+            Path(out, "0.json").write_text(json.dumps(found), encoding="utf-8")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_here(chosen: Sequence[Variant], question: Question, batch: int) -> list[Measured]:
+    """This rank's findings, one for each variant; call it on every rank of a process group of CPU ranks.
+
+    Raises:
+        RuntimeError: This is no Linux with glibc, whose allocator and /proc are read.
+    """
+    libc = ctypes.CDLL(None)
+    if not restart_peak() or not hasattr(libc, "mallopt"):
+        raise RuntimeError("memory is measured by Linux's /proc and glibc's mallopt, which are not here")
+    libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+    small = replace(question, model="resnet8", image_size=32, options={})
+    for variant in chosen:
+        # Imports and pools of the engine must not count.
+        _train(variant, small, batch, steps=1)
+    # Nor what the kernels keep for later.
+    _model(question)(_images(question, batch)).sum().backward()
+    return [_train(variant, question, batch, steps=_STEPS) for variant in chosen]
+
+
+def _images(question: Question, batch: int) -> Tensor:
+    return torch.zeros(batch, question.in_channels, question.image_size, question.image_size)
+
+
+def _model(question: Question) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
+
+
+def _resident(*, peak: bool = False) -> int:
+    size = resident(peak=peak)
+    assert size is not None
+    return size
+
+
+def _train(variant: Variant, question: Question, batch: int, steps: int) -> Measured:
+    gc.collect()
+    before = _resident()
+    run = variant.start(_model(question), question, batch)
+    images, labels = _images(question, batch), torch.zeros(batch, dtype=torch.long)
+    for _ in range(steps):
+        restart_peak()
+        run.backward(_loss(run, variant.dtypes(question.dtype), images, labels))
+        passes, gradients = _resident(peak=True) - before, run.gradients()
+        restart_peak()
+        run.step()
+        step = _resident(peak=True) - before
+    gc.collect()
+    found = Measured(run.parameters(), run.masters(), gradients, run.state(), _resident() - before, passes, step)
+    del run
+    gc.collect()
+    return found
+
+
+def _loss(run: Run, dtypes: tuple[torch.dtype, torch.dtype | None], images: Tensor, labels: Tensor) -> Tensor:
+    weights, autocast = dtypes
+    with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+        logits = run.model(images.to(weights) if autocast is None else images)
+    return summed_loss(logits, labels, None, 0.0)

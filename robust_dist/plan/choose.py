@@ -1,14 +1,14 @@
-"""Every engine at its best micro batch, and the one to take."""
+"""Every engine's variants at their best micro batch, what they send, and the one to take."""
 
 from dataclasses import dataclass
 
+from robust_dist.engines.engine import engines
+from robust_dist.engines.variant import SINGLE, Collective, Variant, of_all
 from robust_dist.plan.clock import Clock, clock
-from robust_dist.plan.engines import ENGINES, Engine, unfit
 from robust_dist.plan.memory import Memory, memory
 from robust_dist.plan.profile import Profile, profile_for
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import Shapes, build_on_meta, read_shapes
-from robust_dist.plan.wire import Collective, traffic
 
 # Estimates that lie closer than this do not make an engine the faster one.
 TIE = 0.02
@@ -16,10 +16,10 @@ TIE = 0.02
 
 @dataclass(frozen=True)
 class Estimate:
-    """One engine.
+    """One variant of an engine.
 
     Attributes:
-        engine: It.
+        variant: The engine's way of launching.
         micro_batch: Images at a time and GPU.
         accumulation: Micro batches a step.
         memory: Of the rank that holds most.
@@ -28,7 +28,7 @@ class Estimate:
         fits: Whether the peak leaves the margin free.
     """
 
-    engine: Engine
+    variant: Variant
     micro_batch: int
     accumulation: int
     memory: Memory
@@ -45,7 +45,7 @@ class Plan:
         question: What was asked.
         shapes: Of the model.
         flops_per_image: Forward and backward pass.
-        estimates: Of the engines that can be used on these machines.
+        estimates: Of the variants that can be used on these machines.
         unfit: Why the others cannot, by name.
         best: The proposal; None where nothing fits.
     """
@@ -58,6 +58,11 @@ class Plan:
     best: Estimate | None
 
 
+def variants() -> list[Variant]:
+    """All engines' variants; of two that are equally fast the plan proposes the earlier one."""
+    return [variant for engine in engines() for variant in engine.variants]
+
+
 def plan(question: Question) -> Plan:
     """Compare all engines for a job, and propose one.
 
@@ -67,27 +72,44 @@ def plan(question: Question) -> Plan:
     shapes = read_shapes(
         build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
     )
-    reasons = {engine.name: unfit(engine, question) for engine in ENGINES}
-    usable = [engine for engine in ENGINES if reasons[engine.name] is None]
-    profiles = {engine.name: profile_for(engine, question) for engine in usable}
-    estimates = [estimate(engine, shapes, profiles[engine.name], question) for engine in usable]
+    reasons = {variant.name: variant.unfit(question) for variant in variants()}
+    usable = [variant for variant in variants() if reasons[variant.name] is None]
+    profiles = {variant.name: profile_for(variant, question) for variant in usable}
+    estimates = [estimate(variant, shapes, profiles[variant.name], question) for variant in usable]
     flops = profiles[usable[0].name].flops(question.rank_batch) / question.rank_batch
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     return Plan(question, shapes, flops, estimates, refused, _best(estimates))
 
 
-def estimate(engine: Engine, shapes: Shapes, profile: Profile, question: Question) -> Estimate:
-    """One engine at the largest micro batch that fits, or at the smallest where none does."""
+def estimate(variant: Variant, shapes: Shapes, profile: Profile, question: Question) -> Estimate:
+    """One variant at the largest micro batch that fits, or at the smallest where none does."""
     room = (1 - question.margin) * question.memory_bytes
     sizes = [question.micro_batch] if question.micro_batch else micro_batches(question.rank_batch)
     for size in sizes:
-        found = memory(engine, shapes, profile, question, size)
+        found = memory(variant, shapes, profile, question, size)
         if found.peak <= room:
             break
     accumulation = question.accumulation(size)
-    sent = traffic(engine, shapes, question, accumulation)
-    time = clock(engine, question, profile.flops(question.rank_batch), sent, found.held)
-    return Estimate(engine, size, accumulation, found, sent, time, found.peak <= room)
+    sent = traffic(variant, shapes, question, accumulation)
+    time = clock(variant, question, profile.flops(question.rank_batch), sent, found.held)
+    return Estimate(variant, size, accumulation, found, sent, time, found.peak <= room)
+
+
+def traffic(variant: Variant, shapes: Shapes, question: Question, accumulation: int) -> list[Collective]:
+    """Every collective of an optimizer step, the training loop's own included.
+
+    Bytes are a ring's, which is what NCCL's bandwidth figures are made of (NVIDIA nccl-tests, doc/PERFORMANCE.md): of a
+    payload of S bytes over n ranks an all-gather or a reduce-scatter sends S (n - 1) / n of each rank, an all-reduce
+    twice that, a broadcast S.
+    """
+    if question.world_size == 1:
+        return []
+    found = list(variant.collectives(shapes, question, accumulation))
+    if shapes.float_buffers:
+        count = accumulation if variant.broadcasts_buffers else 1
+        payload = count * (shapes.buffer_bytes if variant.broadcasts_buffers else SINGLE * shapes.float_buffers)
+        found.append(of_all(question, "BatchNorm statistics", "broadcast", payload, count, overlaps=False))
+    return [one for one in found if one.payload]
 
 
 def micro_batches(rank_batch: int) -> list[int]:

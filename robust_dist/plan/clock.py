@@ -4,18 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robust_dist.plan.engines import Engine
-from robust_dist.plan.held import Held
+from robust_dist.engines.variant import Collective, Held, Variant
 from robust_dist.plan.question import Question
-from robust_dist.plan.wire import Collective
 
 # Assumptions, all of them: what a link carries of its rate, and what a collective costs at least.
 LINK_SHARE = 0.8
 START, HOP = 20e-6, 5e-6  # seconds, the second for each doubling of the ranks
 # RAdaBeliefW in the host's memory: bytes it moves an element, and the host's bytes a second for one GPU's rank.
 HOST_BYTES, HOST_RATE = 28, 20e9
-# Shares of forward and backward pass beside which an engine's collectives run.
-OVERLAP = {"ddp": 2 / 3, "fsdp2": 1.0, "zero1": 0.0, "zero2": 2 / 3, "zero3": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,20 +36,20 @@ class Clock:
         return self.compute / self.step
 
 
-def clock(engine: Engine, question: Question, flops: float, sent: Sequence[Collective], own: Held) -> Clock:
+def clock(variant: Variant, question: Question, flops: float, sent: Sequence[Collective], own: Held) -> Clock:
     """Estimate a step.
 
     Args:
-        engine: Whose overlap holds.
+        variant: The engine's variant.
         question: The job.
         flops: Of a rank's share of the batch, forward and backward.
-        sent: `traffic`'s collectives.
+        sent: The collectives of the step.
         own: What the rank holds, for offload.
     """
     compute = flops / (1e12 * question.hardware.tflops(question.precision) * question.mfu)
     beside = sum(_seconds(one, question) for one in sent if one.overlaps)
     after = sum(_seconds(one, question) for one in sent if not one.overlaps)
-    hidden = min(beside, OVERLAP[engine.kind] * compute)
+    hidden = min(beside, variant.overlap * compute)
     offload = _offload(own, question)
     return Clock(compute, beside + after, offload, compute + beside - hidden + after + offload)
 

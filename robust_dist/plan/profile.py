@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from robust_dist.engines.variant import Variant
 from robust_dist.measure.dispatch import LiveBytes
 from robust_dist.measure.memory import storage_key
-from robust_dist.plan.engines import Engine
-from robust_dist.plan.question import DTYPES, Question
+from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta
+from robust_dist.train.loss import summed_loss
 
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
 _BATCHES = (2, 4)
@@ -86,7 +87,7 @@ def profile(
         num_classes: Outputs.
         image_size: Height and width, pixels.
         in_channels: Channels.
-        weights: dtype of parameters, floating-point buffers and images (DeepSpeed and FSDP2 cast them).
+        weights: dtype of parameters, floating-point buffers and images (which sharding engines cast).
         autocast: dtype of autocast; None: off.
         options: Of the model's constructor.
 
@@ -106,12 +107,9 @@ def profile(
     return Profile(*passes)
 
 
-def profile_for(engine: Engine, question: Question) -> Profile:
-    """The profile in the dtypes that an engine computes in; asked for again, it is not measured again."""
-    low, half = question.precision != "no", DTYPES[question.precision]
-    # DDP's autocast keeps float32 weights; FSDP2 gathers them in half precision; DeepSpeed has no autocast.
-    weights = torch.float32 if engine.kind == "ddp" else half
-    autocast = half if low and not engine.kind.startswith("zero") else None
+def profile_for(variant: Variant, question: Question) -> Profile:
+    """The profile in the dtypes that a variant computes in; asked for again, it is not measured again."""
+    weights, autocast = variant.dtypes(question.dtype)
     return _profile_once(
         question.model,
         question.num_classes,
@@ -156,7 +154,7 @@ def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocas
             with _saving(model) as saved:
                 with casting:
                     logits = model(images)
-                loss = nn.functional.cross_entropy(logits.float(), torch.empty_like(logits.float()), reduction="sum")
+                loss = summed_loss(logits, torch.empty_like(logits.float()), None, 0.0)
             del logits
             loss.backward()
             marks.note()

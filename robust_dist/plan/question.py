@@ -87,6 +87,16 @@ class Question:
         return find_gpu(self.gpu)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return DTYPES[self.precision]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of that dtype."""
+        return self.dtype.itemsize
+
+    @property
     def world_size(self) -> int:
         """GPUs of all nodes: the number of ranks."""
         return self.nodes * self.gpus_per_node

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from robust_dist.engines.fsdp.variant import unit_modules
 from robust_dist.models import build_model
 
 Shape = tuple[int, ...]
-# fsdp_min_num_params of configs/accelerate/*fsdp2.yaml and *hsdp.yaml
-MIN_UNIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -111,27 +109,6 @@ def _trained(model: nn.Module) -> dict[Tensor, Parameter]:
     return {p: Parameter(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def unit_modules(model: nn.Module, min_numel: int = MIN_UNIT) -> list[tuple[nn.Module, bool]]:
-    """The modules to give to `fully_shard`, in this order, and whether each is resharded after its forward pass.
-
-    As Accelerate's `fsdp2_prepare_model` chooses them for SIZE_BASED_WRAP: inner modules first, each with more than
-    `min_numel` elements in all; the last normalisation among the model's children; the model.
-    """
-    chosen = [m for m in _bottom_up(model)[:-1] if sum(p.numel() for p in m.parameters()) > min_numel]
-    norm = [child for child in model.children() if "Norm" in type(child).__name__][-1:]
-    tail = [child for child in norm if child not in chosen]
-    return [*((module, True) for module in chosen), *((module, False) for module in tail), (model, False)]
-
-
-def _bottom_up(model: nn.Module) -> list[nn.Module]:
-    stack, order = [model], []
-    while stack:
-        module = stack.pop()
-        stack.extend(module.children())
-        order.append(module)
-    return order[::-1]
-
-
 def _units(model: nn.Module, trained: dict[Tensor, Parameter]) -> list[Unit]:
     names = {module: name for name, module in model.named_modules()}
     left, units = dict(trained), []
@@ -140,16 +117,3 @@ def _units(model: nn.Module, trained: dict[Tensor, Parameter]) -> list[Unit]:
         if own:
             units.append(Unit(names[module], own, not reshards))
     return units
-
-
-def padded_rows(shape: Sequence[int], shards: int) -> int:
-    """Elements that `fully_shard` stores of a parameter: the largest share of dimension 0 (torch.chunk's)."""
-    rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-    return -(-rows // shards) * rest
-
-
-def own_rows(shape: Sequence[int], shards: int, rank: int) -> int:
-    """Elements of a parameter that are this rank's; the last ranks may have fewer, or none."""
-    rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-    share = -(-rows // shards)
-    return max(0, min(share, rows - rank * share)) * rest

@@ -8,7 +8,6 @@ from robust_dist.measure.table import table
 from robust_dist.plan.advice import others, reason, remedies
 from robust_dist.plan.choose import Estimate, Plan
 from robust_dist.plan.clock import HOP, LINK_SHARE, START
-from robust_dist.plan.engines import config_file, launch_line
 from robust_dist.plan.memory import ALLOWANCE
 
 
@@ -44,7 +43,7 @@ def _memory_row(one: Estimate) -> list[str]:
     batch = f"{one.micro_batch}" if one.accumulation == 1 else f"{one.micro_batch} x {one.accumulation}"
     cells = [f"{value / GIB:.2f}" for value in values]
     host = f" (+ {memory.host / GIB:.1f} of the host's)" if own.on_host else ""
-    return [one.engine.name, batch, *cells, ("yes" if one.fits else "NO") + host]
+    return [one.variant.name, batch, *cells, ("yes" if one.fits else "NO") + host]
 
 
 def _speed(plan: Plan) -> str:
@@ -60,7 +59,7 @@ def _speed_row(one: Estimate, plan: Plan) -> list[str]:
     count = sum(collective.count for collective in one.traffic)
     cells = [f"{sent / GIB:.3f}", f"{away / GIB:.3f}", f"{count}", f"{1000 * clock.compute:.1f}"]
     cells += [f"{1000 * clock.communication:.1f}", f"{1000 * clock.step:.1f}", f"{clock.efficiency:.0%}"]
-    return [one.engine.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
+    return [one.variant.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
 
 
 def _proposal(plan: Plan) -> str:
@@ -68,8 +67,8 @@ def _proposal(plan: Plan) -> str:
         lines = ["**Nothing fits.**", *(f"- {line}" for line in remedies(plan))]
         return "\n".join(lines)
     best, question = plan.best, plan.question
-    lines = [f"**Take {best.engine.name}** (`{config_file(best.engine, question)}`). {reason(plan)}", "", "```bash"]
-    lines += [launch_line(best.engine, question, best.accumulation), "```", ""]
+    lines = [f"**Take {best.variant.name}** (`{best.variant.config_file(question)}`). {reason(plan)}", "", "```bash"]
+    lines += [best.variant.launch_line(question, best.accumulation), "```", ""]
     if best.traffic:
         head = ["its collectives a step", "operation", "count", "payload, MiB", "ranks", "sent by each, MiB", "hidden"]
         lines += [table(head, [_collective(one) for one in best.traffic]), ""]
@@ -104,7 +103,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "flops_per_image": plan.flops_per_image,
         "engines": [_values(one, plan) for one in plan.estimates],
         "unfit": plan.unfit,
-        "best": None if best is None else best.engine.name,
+        "best": None if best is None else best.variant.name,
         "reason": None if best is None else reason(plan),
         "not_taken": {} if best is None else dict(others(plan)),
         "remedies": remedies(plan) if best is None else [],
@@ -113,9 +112,9 @@ def as_values(plan: Plan) -> dict[str, Any]:
 
 def _values(one: Estimate, plan: Plan) -> dict[str, Any]:
     return {
-        "engine": one.engine.name,
-        "config": config_file(one.engine, plan.question),
-        "launch": launch_line(one.engine, plan.question, one.accumulation),
+        "engine": one.variant.name,
+        "config": one.variant.config_file(plan.question),
+        "launch": one.variant.launch_line(plan.question, one.accumulation),
         "micro_batch": one.micro_batch,
         "accumulation": one.accumulation,
         "fits": one.fits,

@@ -14,8 +14,8 @@ from robust_dist.train.build import build_augment, build_classifier, build_optim
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.keys import keys_of
+from robust_dist.train.loss import summed_loss
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
-from robust_dist.train.step import summed_loss
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from robust_dist.cli import main
-from robust_dist.plan.choose import micro_batches, plan
-from robust_dist.plan.engines import ENGINES, config_file, launch_line
-from robust_dist.plan.held import held, partition, worst_rank
+from robust_dist.engines.deepspeed.variant import partition
+from robust_dist.engines.fsdp.variant import own_rows, padded_rows
+from robust_dist.engines.variant import Collective
+from robust_dist.plan.choose import micro_batches, plan, traffic, variants
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import Parameter, Shapes, Unit, build_on_meta, own_rows, padded_rows, read_shapes
-from robust_dist.plan.wire import Collective, traffic
+from robust_dist.plan.shapes import Parameter, Shapes, Unit, build_on_meta, read_shapes
 
 ROOT = Path(__file__).parents[2]
-BY_NAME = {engine.name: engine for engine in ENGINES}
+BY_NAME = {variant.name: variant for variant in variants()}
 SMALL = {"model": "resnet8", "image_size": 32, "num_classes": 10}
 
 
@@ -54,8 +54,9 @@ def test_zero_s_parts_are_equal_aligned_and_cover_the_group(numel, shards):
 def test_the_worst_zero_rank_is_the_one_whose_part_touches_the_largest_gradients():
     shapes = toy_shapes(10, 1000, 10, 10, 10)
     job = Question("any", gpus_per_node=4, batch_size=4)
-    found = [held(BY_NAME["ZeRO-2"], shapes, job, rank).gradients for rank in range(4)]
-    assert found[worst_rank(BY_NAME["ZeRO-2"], shapes, job)] == max(found)
+    zero2 = BY_NAME["ZeRO-2"]
+    found = [zero2.held(shapes, job, rank).gradients for rank in range(4)]
+    assert found[zero2.worst_rank(shapes, job)] == max(found)
     assert found[0] == 4 * 1010
     assert found[3] == 4 * (1000 + 30)
 
@@ -113,10 +114,10 @@ def test_where_replicas_do_not_fit_a_sharding_engine_is_proposed():
     # DDP's step needs 24 bytes of each of 11 million elements, FSDP2's an eighth, beside an allowance of 1.5 GiB.
     job = Question("resnet18", image_size=32, num_classes=10, batch_size=8, memory_gib=1.65, margin=0)
     found = plan(job)
-    fits = {one.engine.name: one.fits for one in found.estimates}
+    fits = {one.variant.name: one.fits for one in found.estimates}
     assert not fits["DDP"]
     assert fits["FSDP2"]
-    assert found.best.engine.kind != "ddp"
+    assert found.best.variant.name != "DDP"
 
 
 def test_where_nothing_fits_it_says_what_would(capsys):
@@ -130,33 +131,33 @@ def test_where_nothing_fits_it_says_what_would(capsys):
 
 def test_one_gpu_is_one_process():
     found = plan(Question(**SMALL, gpus_per_node=1))
-    assert [one.engine.name for one in found.estimates] == ["DDP", "ZeRO-3, offload"]
-    assert found.best.engine.name == "DDP"
+    assert [one.variant.name for one in found.estimates] == ["DDP", "ZeRO-3, offload"]
+    assert found.best.variant.name == "DDP"
     assert found.best.traffic == []
     assert "FSDP2" in found.unfit
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_zero_s_settings_are_those_of_our_jsons(name):
-    engine = next(engine for engine in ENGINES if engine.file == name)
+    ours = next(variant for variant in variants() if variant.file == name)
     loaded = json.loads((ROOT / "configs" / "deepspeed" / f"{name}.json").read_text())
-    zero, ours = loaded["zero_optimization"], engine.settings
+    zero = loaded["zero_optimization"]
     assert loaded["communication_data_type"] == "fp32"
-    assert (zero["reduce_bucket_size"], zero["overlap_comm"]) == (ours.reduce_bucket, ours.overlap)
+    assert (zero["reduce_bucket_size"], zero["overlap_comm"]) == (ours.reduce_bucket, ours.overlaps)
     assert zero["contiguous_gradients"]
     if zero["stage"] == 3:
         assert zero["stage3_prefetch_bucket_size"] == ours.prefetch
         assert zero["stage3_param_persistence_threshold"] == ours.persistent
         assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == ours.max_live
-    assert ("offload_param" in zero) == ("offload_optimizer" in zero) == engine.offload
+    assert ("offload_param" in zero) == ("offload_optimizer" in zero) == ours.offload
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-def test_the_launch_line_is_one_that_accelerate_takes(engine):
+@pytest.mark.parametrize("variant", BY_NAME.values(), ids=BY_NAME)
+def test_the_launch_line_is_one_that_accelerate_takes(variant):
     launch = pytest.importorskip("accelerate.commands.launch")
     job = Question(**SMALL, gpus_per_node=4)
-    assert (ROOT / config_file(engine, job)).is_file()
-    line = launch_line(engine, replace(job, nodes=2, batch_size=16), 2)
+    assert (ROOT / variant.config_file(job)).is_file()
+    line = variant.launch_line(replace(job, nodes=2, batch_size=16), 2)
     line = line.replace("$NODE_RANK", "1").replace("$MASTER_ADDR", "host0").split()
     words = launch.launch_command_parser().parse_args(line[2:])
     assert (words.num_processes, words.num_machines, words.training_script) == (8, 2, "launch/train.py")

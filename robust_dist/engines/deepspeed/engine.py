@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from robust_dist.documents import read_json
+from robust_dist.engines.deepspeed.variant import ZeroVariant
 from robust_dist.engines.engine import Engine, RunSettings
 
 if TYPE_CHECKING:
@@ -146,7 +147,19 @@ def _fill(config: dict[str, Any], key: str, value: float, setting: str) -> None:
     config[key] = value
 
 
+_VARIANTS = (
+    ZeroVariant(name="ZeRO-1", file="zero1", stage=1, multinode=False, overlap=0.0),
+    ZeroVariant(name="ZeRO-2", file="zero2", stage=2),
+    ZeroVariant(name="ZeRO-3", file="zero3", stage=3, overlap=1.0),
+    ZeroVariant(name="ZeRO-3, offload", file="zero3_offload", stage=3, overlap=1.0, multinode=False, offload=True),
+)
 ENGINES = tuple(
-    DeepSpeed(kind=f"zero{stage}", stage=stage, shards_weights=stage == 3, forward_is_collective=stage == 3)
+    DeepSpeed(
+        kind=f"zero{stage}",
+        stage=stage,
+        shards_weights=stage == 3,
+        forward_is_collective=stage == 3,
+        variants=tuple(variant for variant in _VARIANTS if variant.stage == stage),
+    )
     for stage in range(4)
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from robust_dist.engines.engine import Engine
+from robust_dist.engines.fsdp.variant import FSDPVariant
 
 if TYPE_CHECKING:
     from robust_dist.checkpoint.space import Sizes
@@ -133,4 +134,9 @@ def _with_schedule_keys(state: "TrainingState") -> "TrainingState":
     return replace(state, groups=groups)
 
 
-ENGINES = (FSDP(),)
+_VARIANTS = (
+    FSDPVariant(name="HSDP", file="hsdp", in_nodes=True),
+    FSDPVariant(name="FSDP2, no reshard", file="fsdp2", reshard=False),
+    FSDPVariant(name="FSDP2", file="fsdp2"),
+)
+ENGINES = (FSDP(variants=_VARIANTS),)
