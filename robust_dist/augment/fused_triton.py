@@ -199,10 +199,10 @@ def _alike(
         pipeline.channels_last,
         pipeline.num_classes,
         pipeline.size,
-        None if crop is None else (type(crop), crop.padding, crop.fill),
-        None if flip is None else (type(flip), flip.p),
-        None if trivial is None else (type(trivial), trivial.num_bins, trivial.interpolation),
-        None if cutmix is None else (type(cutmix), cutmix.p, cutmix.mode, cutmix.block, cutmix.alpha),
+        None if crop is None else (crop, crop.padding, crop.fill),
+        None if flip is None else (flip, flip.p),
+        None if trivial is None else (trivial, trivial.num_bins, trivial.interpolation),
+        None if cutmix is None else (cutmix, cutmix.p, cutmix.mode, cutmix.block, cutmix.alpha),
     )
 
 

@@ -332,6 +332,91 @@ def _store_pixels(
             tl.store(target + 2 * next_channel, blue, mask)
 
 
+@triton.jit
+def _operated(
+    images: tl.tensor,
+    origin_own: tl.tensor,
+    origin_other: tl.tensor,
+    step: tl.tensor,
+    across: tl.tensor,
+    down_own: tl.tensor,
+    down_other: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    inside: tl.tensor,
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    op_own: tl.tensor,
+    op_other: tl.tensor,
+    row_own: tl.tensor,
+    row_other: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
+    tables: tl.tensor,
+    terms_own: tl.tensor,
+    terms_other: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+) -> tl.tensor:
+    """Levels after operations that move no pixel; a branch is taken where the own sample or its partner needs it."""
+    op = tl.where(inside, op_other, op_own)
+    if _has_lut(op_own) | _has_lut(op_other):
+        red, green, blue = _toned(
+            red,
+            green,
+            blue,
+            inside,
+            _has_lut(op),
+            op_own,
+            op_other,
+            row_own,
+            row_other,
+            own,
+            other,
+            tables,
+            C,
+        )
+    if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
+        red, green, blue = _coloured(red, green, blue, inside, op == _COLOR, terms_own, terms_other)
+    if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
+        image, down = (
+            images + tl.where(inside, origin_other, origin_own),
+            tl.where(inside, down_other, down_own),
+        )
+        red, green, blue = _sharp(
+            image,
+            step,
+            across,
+            down,
+            x,
+            y,
+            red,
+            green,
+            blue,
+            inside,
+            mask & (op == _SHARPNESS),
+            terms_own,
+            terms_other,
+            C,
+            H,
+            W,
+            CHANNEL,
+            ROW,
+            COLUMN,
+            CROPPED,
+            CROP_FILL,
+        )
+    return red, green, blue
+
+
 # A slice of a set starts anywhere, and no load here is wider than its element.
 @Kernel
 @triton.jit(do_not_specialize_on_alignment=["images"])
@@ -389,12 +474,12 @@ def pixels_kernel(
     step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
     across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
     down_own, down_other = tl.load(own + DOWN).to(tl.int32), tl.load(other + DOWN).to(tl.int32)
-    row_own, row_other, op_own, op_other = 0, 0, 0, 0
+    row_own, row_other, op_own, op_other, warps = 0, 0, 0, 0, False
     if NUM_BINS > 0:
         row_own, row_other = tl.load(own + ROW_OF_TABLES).to(tl.int32), tl.load(other + ROW_OF_TABLES).to(tl.int32)
         op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
+        warps = is_warp(op_own) | is_warp(op_other)
     terms_own, terms_other = terms + row_own * 8, terms + row_other * 8
-    warps = is_warp(op_own) | is_warp(op_other)
     out = out.to(scale.dtype) + sample.to(tl.int64) * (C * H * W)
 
     for start in range(first, first + TILE, QUADS):
@@ -457,14 +542,22 @@ def pixels_kernel(
                 CROPPED,
                 CROP_FILL,
             )
-        op = tl.where(inside, op_other, op_own)
-        if _has_lut(op_own) | _has_lut(op_other):
-            red, green, blue = _toned(
+        if NUM_BINS > 0:
+            red, green, blue = _operated(
+                images,
+                origin_own,
+                origin_other,
+                step,
+                across,
+                down_own,
+                down_other,
+                x,
+                y,
+                mask,
+                inside,
                 red,
                 green,
                 blue,
-                inside,
-                _has_lut(op),
                 op_own,
                 op_other,
                 row_own,
@@ -472,27 +565,6 @@ def pixels_kernel(
                 own,
                 other,
                 tables,
-                C,
-            )
-        if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
-            red, green, blue = _coloured(red, green, blue, inside, op == _COLOR, terms_own, terms_other)
-        if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
-            image, down = (
-                images + tl.where(inside, origin_other, origin_own),
-                tl.where(inside, down_other, down_own),
-            )
-            red, green, blue = _sharp(
-                image,
-                step,
-                across,
-                down,
-                x,
-                y,
-                red,
-                green,
-                blue,
-                inside,
-                mask & (op == _SHARPNESS),
                 terms_own,
                 terms_other,
                 C,

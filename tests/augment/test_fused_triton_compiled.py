@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dist.augment import RobustAugment, backends, checks, fused_triton, pipeline, sample_keys
+from robust_dist.augment import RobustAugment, TrivialAugment, backends, checks, fused_triton, pipeline, sample_keys
 from tests.augment.kernels import CAPABILITIES, KERNELS, Machine, launch, launch_alone, recorders
 
 triton = pytest.importorskip("triton")
@@ -167,9 +167,12 @@ def test_a_call_like_the_last_one_is_launched_without_a_check_and_every_differen
     module.crop = None
     module(images, labels, keys)
     assert prepare.arguments["PADDING"] == 0
+    module.trivial = TrivialAugment(fill=7)
+    module(images, labels, keys)
+    assert as_on_a_device["pixels_kernel"].arguments["FILL"] == 7 * 0x010101
     module(images[1:], labels[1:], keys[1:])
     assert prepare.arguments["batch"] == 7
-    assert len(checked) == 4
+    assert len(checked) == 5
     for wrong, error in (
         ((images.int(), labels, keys), "images must be uint8"),
         ((images[:, :, 1:], labels, keys), "images must have shape"),
