@@ -231,6 +231,26 @@ class Claim:
         )
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a live run holds a folder; where another host's does, its sign of life is waited for.
+
+    Args:
+        folder: The run's.
+    """
+    owner = max(folder.glob(f"{_OWNER}*"), default=None)
+    noted = _read(owner) if owner is not None else {}
+    if owner is None or not noted:
+        return False
+    if noted.get("host") == host_id():
+        return _alive(noted.get("pid"))
+    deadline = time.monotonic() + 2 * _BEAT
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if _read(owner) != noted:
+            return owner.exists()
+    return False
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         noted: dict[str, Any] = read_json(path, dict[str, Any])

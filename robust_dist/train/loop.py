@@ -248,6 +248,9 @@ class Trainer:
         """Evaluate, record and save the epoch that is trained; `figures` are None where it was measured before."""
         trained, accelerator = self.progress.unfinished, self.accelerator
         assert trained is not None
+        if self.ema is not None:
+            # Each rank averages statistics of its own; a checkpoint holds the first one's.
+            broadcast_buffers(self.ema.module)
         whole = self.ema.module if self.ema is not None else self.bare_model
         score = evaluate(
             self.model if self.engine.forward_is_collective else whole,

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -151,9 +152,11 @@ def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: Las
         if last is None:
             print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
         else:
-            seen = f"{last['eval_samples']} held-out images of {recipe.data.name}"
+            seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
             print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
         print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
+        run = shlex.quote(recipe.run_dir)
+        print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
 
 
 def _fail(error: Exception, rank: Rank) -> int:

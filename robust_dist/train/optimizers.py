@@ -101,6 +101,7 @@ class OptimizerChoice:
         arguments: From the recipe's section and its betas, the second one settled, to keyword arguments of `make`.
         needs_whole_parameters: It sums over, or exchanges, whole parameters, which sharding engines hide.
         is_rectified: It takes short steps until its second moment is known (RAdam's rectification).
+        averages_weights: Its `eval()` puts an average in the place of the weights that it trains.
         problem: What of a recipe it cannot go with: a message that names the setting and what would be right, or None.
     """
 
@@ -108,6 +109,7 @@ class OptimizerChoice:
     arguments: Callable[[OptimizerConfig, tuple[float, float]], dict[str, Any]] = adam_arguments
     needs_whole_parameters: bool = False
     is_rectified: bool = False
+    averages_weights: bool = False
     problem: "Callable[[Recipe], str | None]" = lambda recipe: None
 
 
@@ -209,6 +211,8 @@ _OWN = {
     "radam": OptimizerChoice(make=partial(PaperAdam, rectify=True), is_rectified=True),
     "adabelief": OptimizerChoice(make=partial(PaperAdam, belief=True)),
     "nadamw": OptimizerChoice(make=partial(torch.optim.NAdam, decoupled_weight_decay=True)),
-    "schedulefree_adamw": OptimizerChoice(make=_schedule_free, needs_whole_parameters=True, problem=_of_schedule_free),
+    "schedulefree_adamw": OptimizerChoice(
+        make=_schedule_free, needs_whole_parameters=True, averages_weights=True, problem=_of_schedule_free
+    ),
     "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True),
 }
