@@ -58,7 +58,7 @@ def beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor
     tl.static_assert(KNOTS == 2**13 + 1)
     left = u.to(tl.int32)  # 0
     for halving in tl.static_range(1, 14):
-        half: tl.constexpr = (KNOTS - 1) >> halving
+        half = (KNOTS - 1) >> halving
         left += tl.where(tl.load(table + left + half) <= u, half, 0)
     p_left, p_right = tl.load(table + left), tl.load(table + left + 1)
     s_left, s_right = tl.load(table + KNOTS + left), tl.load(table + KNOTS + left + 1)
