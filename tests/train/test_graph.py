@@ -172,7 +172,7 @@ def test_what_is_loaded_after_a_recording_is_what_goes_on():
     for toy, train in ((plain, plain.learn), (static, step)):
         for name in ("model", "optimizer", "schedule"):
             getattr(toy, name).load_state_dict(copy.deepcopy(getattr(saved, name).state_dict()))
-        for (batch,) in image_set.loader(batch_size=BATCH, seed=1, block=4).epoch(1):
+        for (batch,) in image_set.loader(Cut(BATCH, seed=1, block=4)).epoch(1):
             train(batch)
             toy.schedule.step()
     assert same(plain, static)
