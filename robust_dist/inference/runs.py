@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.documents import DocumentError, typed
-from robust_dist.train.claim import is_held
+from robust_dist.ranks.claim import is_held
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import flatten, keys_of, recipe_dict
 from robust_dist.train.metrics import last_row

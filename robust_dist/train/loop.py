@@ -61,7 +61,7 @@ class Trainer:
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
         bad_images = folder.path / "bad_images.txt"
-        self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
+        self.bad = BadImages(bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.engine = engine_of(accelerator)
@@ -128,7 +128,7 @@ class Trainer:
         tick("the first step", may_be_slow=True)
         with (
             self.checkpoints.saver() as self.saver,
-            Stopper(self.accelerator, self.saver) as self.stopper,
+            Stopper(self.saver) as self.stopper,
             Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
             Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
         ):
@@ -151,7 +151,7 @@ class Trainer:
         """Train and evaluate epoch after epoch."""
         if self.recipe.data.in_memory:
             # Every rank has decoded all of them.
-            bad = BadImages(self.accelerator, self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
+            bad = BadImages(self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
             if self.accelerator.is_main_process:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
             bad.count(0)

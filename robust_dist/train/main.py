@@ -15,11 +15,11 @@ from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.private import hidden, hidden_text
+from robust_dist.ranks.claim import FolderLostError
 from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
-from robust_dist.train.claim import FolderLostError
 from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record

@@ -15,7 +15,8 @@ An installed package adds one by an entry point of the group "robust_dist.optimi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +118,18 @@ class OptimizerChoice:
 def choice_of(name: str) -> OptimizerChoice | None:
     """The optimizer of a name, of this package or of another one's entry points; None where there is none."""
     return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+
+
+@contextmanager
+def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
+    """Let recipes name an optimizer, within a `with` block."""
+    _OWN[name] = choice
+    choice_of.cache_clear()
+    try:
+        yield
+    finally:
+        del _OWN[name]
+        choice_of.cache_clear()
 
 
 def chosen(config: OptimizerConfig) -> OptimizerChoice:
