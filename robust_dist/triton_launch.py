@@ -32,6 +32,10 @@ def _kind(argument: Any) -> Any:
     return argument.name if cls is dtype else argument  # a dtype of Triton hashes slowly
 
 
+def _is_narrow(number: int) -> bool:
+    return -(2**31) <= number < 2**31
+
+
 class Kernel:
     """A kernel that launches as the one it wraps: `kernel[grid](*arguments, **options)`.
 
@@ -45,7 +49,7 @@ class Kernel:
         self._again: dict[Any, Any] | None = {} if isinstance(jit, JITFunction) and _is_known() else None
         self._last: tuple[Any, ...] | None = None
         # Arguments for whose values nothing is compiled: whether 32 bits hold them is all that counts.
-        self._free = [i + 1 for i, one in enumerate(getattr(jit, "params", ())) if one.do_not_specialize]
+        self._free = [i for i, one in enumerate(getattr(jit, "params", ())) if one.do_not_specialize]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.jit, name)
@@ -64,10 +68,10 @@ class Kernel:
         if compiled is None:
             kinds = [driver.active.get_current_device(), *map(_kind, given), *options.values()]
             for place in self._free:
-                kinds[place] = -(2**31) <= kinds[place] < 2**31
+                kinds[place + 1] = _is_narrow(given[place])
             key = tuple(kinds)
             compiled = self._again.get(key)
-            self._last = None if compiled is None else _last(given, options, compiled)
+            self._last = None if compiled is None else self._seen(given, options, compiled)
         if compiled is None:
             compiled = self._again[key] = self.jit[grid](*arguments, **options)
         else:
@@ -79,17 +83,25 @@ class Kernel:
         if self._last is None:
             return None
         device, kinds, rest, last_options, compiled = self._last
-        first = len(kinds)
-        if given[first:] != rest or options != last_options or driver.active.get_current_device() != device:
+        if self._rest(given, len(kinds)) != rest or options != last_options:
+            return None
+        if driver.active.get_current_device() != device:
             return None
         # `_kind` of tensors, written out
-        found = [t.dtype if t.data_ptr() & 15 else (t.dtype,) for t in given[:first]]
+        found = [t.dtype if t.data_ptr() & 15 else (t.dtype,) for t in given[: len(kinds)]]
         return compiled if found == kinds else None
 
+    def _rest(self, given: tuple[Any, ...], first: int) -> list[Any]:
+        """All arguments from `first` on, as far as something is compiled for them."""
+        found = list(given[first:])
+        for place in self._free:
+            found[place - first] = _is_narrow(given[place])
+        return found
 
-def _last(given: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> tuple[Any, ...] | None:
-    """What `_last_compiled` compares: the tensors come before all other arguments, or nothing is."""
-    first = next((place for place, one in enumerate(given) if not isinstance(one, Tensor)), len(given))
-    if any(isinstance(one, Tensor) for one in given[first:]):
-        return None
-    return driver.active.get_current_device(), list(map(_kind, given[:first])), given[first:], dict(options), compiled
+    def _seen(self, given: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> tuple[Any, ...] | None:
+        """What `_last_compiled` compares: the tensors come before all other arguments, or nothing is."""
+        first = next((place for place, one in enumerate(given) if not isinstance(one, Tensor)), len(given))
+        if any(isinstance(one, Tensor) for one in given[first:]):
+            return None
+        device, kinds = driver.active.get_current_device(), list(map(_kind, given[:first]))
+        return device, kinds, self._rest(given, first), dict(options), compiled

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--workers", type=int, help="processes that read; as many as cores where not given")
     data.add_argument("--step-ms", type=float, help="what the consumer takes for a batch, where data wait counts")
     _add(kinds, "checkpoint", "what a checkpoint costs training")
+    host = _add(kinds, "host", "the host's time of a steady optimizer step, launches left out", rounds=3)
+    host.add_argument("--beside", metavar="DIR", help="time the version in this folder in the same run, too")
     _add(kinds, "dtensor", "a step on sharded parameters beside their local tensors")
     _add(kinds, "scale", "shards, memory, collectives up to 16,384 ranks")
 
@@ -107,6 +109,12 @@ def _dtensor(words: argparse.Namespace) -> str:
     return bench_dtensor(rounds=words.rounds)
 
 
+def _host(words: argparse.Namespace) -> str:
+    from robust_dist.bench.host_step import bench_host
+
+    return bench_host(**_given(words, "rounds", "beside"))
+
+
 def _scale(_: argparse.Namespace) -> str:
     from robust_dist.bench.scale import bench_scale
 
@@ -119,6 +127,7 @@ _BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": _train,
     "data": _data,
     "checkpoint": _checkpoint,
+    "host": _host,
     "dtensor": _dtensor,
     "scale": _scale,
 }

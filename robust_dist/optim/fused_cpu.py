@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from robust_dist import native_library
+from robust_dist.optim.addresses import addresses
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.counting import count_of
 from robust_dist.optim.foreach import foreach
@@ -178,7 +179,7 @@ class _Part:
         batch.grads = []  # they come anew at each step, and are not kept alive until then
 
     def step(self, grads: list[Tensor], h: Hyper, count: float) -> None:
-        self.arrays["grads"][:] = array("q", list(map(Tensor.data_ptr, grads[self.rows])))
+        self.arrays["grads"][:] = addresses(grads[self.rows])
         if self.batch.origins:
             self.arrays["keys"][:] = array("q", host_keys(self.batch.origins, count, h))
         native = library()

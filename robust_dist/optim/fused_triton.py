@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from robust_dist.optim.addresses import addresses
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.fused_triton_plan import Kinds, Plan, Rows, plan
 from robust_dist.optim.fused_triton_table import (
     LR,
+    RATE_GROUPS,
+    RATE_MASK,
     SETTINGS,
     WEIGHT_DECAY,
     is_capturing,
     lives_on,
+    rates_words,
     settings_words,
     upload,
 )
@@ -36,6 +40,7 @@ ROWS = 128  # tensors whose scalars one program computes
 PLANNED_ROWS = 1 << 15
 # No fused multiply-add: the same roundings as native/step.h.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_NO_RATES = [RATE_MASK] * (2 * RATE_GROUPS)
 
 
 @functools.cache
@@ -93,7 +98,13 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _advance(table: Tensor, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _advance(
+    table: Tensor,
+    settings: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    rates: Sequence[int] | None = None,
+) -> None:
     count = table.shape[1]
     kernels().advance[(max(1, -(-count // ROWS)),)](
         table,
@@ -101,8 +112,10 @@ def _advance(table: Tensor, settings: Tensor, grad_scale: Tensor | None, found_i
         table if found_inf is None else found_inf,
         table if grad_scale is None else grad_scale,
         count,
+        *(_NO_RATES if rates is None else rates),
         FOUND_INF=found_inf is not None,
         GRAD_SCALE=grad_scale is not None,
+        RATES=rates is not None,
         ROWS=ROWS,
         **_OPTIONS,
     )
@@ -178,19 +191,36 @@ def step_groups(
 
 
 def _launch(
-    found: Plan, grads: list[Tensor], hypers: Sequence[Hyper], scale: Tensor | None, found_inf: Tensor | None
+    found: Plan,
+    grads: list[Tensor],
+    hypers: Sequence[Hyper],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    settings: Tensor | None = None,
 ) -> None:
-    addresses = _send(found, "grads", list(map(Tensor.data_ptr, grads)))
-    _advance(found.table, _settings(found, hypers), scale, found_inf)
+    places, rates = _send(found, "grads", addresses(grads)), rates_words(hypers)
+    if settings is None or rates is None:
+        settings = _settings(found, hypers, with_rates=rates is None)
+    _advance(found.table, settings, scale, found_inf, rates)
     for launch in found.launches:
-        _step(found.table, addresses, launch.chunks, launch.kinds)
+        _step(found.table, places, launch.chunks, launch.kinds)
 
 
 @dataclass
 class _Prepared:
-    """A step whose plan is known to fit."""
+    """A step whose plan is known to fit, as are all settings but rates and decays.
+
+    Attributes:
+        plan: The plan.
+        settings: Of the groups that have a gradient, on the device.
+        groups: The places of those groups among all.
+        params: The parameters.
+        device: Where they are.
+    """
 
     plan: Plan
+    settings: Tensor
+    groups: list[int]
     params: list[Tensor]
     device: torch.device
 
@@ -207,12 +237,12 @@ class _Prepared:
             return False
         scale, skip = (_scalar(value, self.device) for value in (grad_scale, found_inf))
         with _on(self.device):
-            _launch(self.plan, grads, hypers, scale, skip)
+            _launch(self.plan, grads, [hypers[place] for place in self.groups], scale, skip, self.settings)
         increment_version(self.params)
         return True
 
 
-def prepare(memory: dict[torch.device, FusedTriton], groups: Iterable[tuple[TensorLists, Hyper]]) -> _Prepared | None:
+def prepare(memory: dict[torch.device, FusedTriton], groups: Sequence[tuple[TensorLists, Hyper]]) -> _Prepared | None:
     """The step that `step_groups` has just done, where one plan does all of it."""
     by_device = rows_by_device(groups)
     if len(by_device) != 1:
@@ -221,10 +251,15 @@ def prepare(memory: dict[torch.device, FusedTriton], groups: Iterable[tuple[Tens
     if is_capturing(device):
         return None
     found = memory.setdefault(device, FusedTriton()).plan(rows)
-    return None if found.rest else _Prepared(found, rows.tensors.params, device)
+    if found.rest:
+        return None
+    with _on(device):
+        settings = _settings(found, rows.hypers, with_rates=False)
+    stepped = [place for place, (lists, _) in enumerate(groups) if lists.params]
+    return _Prepared(found, settings, stepped, rows.tensors.params, device)
 
 
-def _send(found: Plan, name: str, words: list[int]) -> Tensor:
+def _send(found: Plan, name: str, words: Sequence[int]) -> Tensor:
     """Words on the device, sent only where they are not those of the last time."""
     device = found.table.device
     if is_capturing(device):
@@ -235,11 +270,12 @@ def _send(found: Plan, name: str, words: list[int]) -> Tensor:
     return last[1]
 
 
-def _settings(found: Plan, hypers: Sequence[Hyper]) -> Tensor:
+def _settings(found: Plan, hypers: Sequence[Hyper], *, with_rates: bool) -> Tensor:
     """The groups' settings on the device; tensors among them are copied there, wherever they lie."""
     device = found.table.device
-    settings = _send(found, "settings", [word for h in hypers for word in settings_words(h, device)])
-    for group, h in enumerate(hypers):
+    words = [word for h in hypers for word in settings_words(h, device, with_rates=with_rates)]
+    settings = _send(found, "settings", words)
+    for group, h in enumerate(hypers if with_rates else ()):
         for column, value in ((LR, h.lr), (WEIGHT_DECAY, h.weight_decay)):
             if isinstance(value, Tensor) and lives_on(value, device):
                 numbers = settings.view(torch.float64)

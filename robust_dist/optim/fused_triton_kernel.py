@@ -16,6 +16,7 @@ from robust_dist.triton_launch import Kernel
 
 CHUNK = tl.constexpr(fused_triton_table.CHUNK)
 SETTINGS = tl.constexpr(fused_triton_table.SETTINGS)
+RATE_MASK = tl.constexpr(fused_triton_table.RATE_MASK)
 EXACT = tl.constexpr(counting.EXACT)
 EXACT_BITS = tl.constexpr(counting.EXACT_BITS)
 
@@ -82,16 +83,32 @@ def _put(table, count, row, column, value, inside):
     tl.store(table + count * column + row, value.to(tl.float64).to(tl.int64, bitcast=True), mask=inside)
 
 
+@triton.jit
+def _given(group, first, second, third, fourth):
+    """Of the group: a float64 among the bits that a launch was given."""
+    word = tl.where(group == 0, first, tl.where(group == 1, second, tl.where(group == 2, third, fourth)))
+    return (word.to(tl.int64) ^ RATE_MASK).to(tl.float64, bitcast=True)
+
+
 @Kernel
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "lr_0", "wd_0", "lr_1", "wd_1", "lr_2", "wd_2", "lr_3", "wd_3"])
 def advance(
     table,
     settings,
     found_inf,
     grad_scale,
     count,
+    lr_0,
+    wd_0,
+    lr_1,
+    wd_1,
+    lr_2,
+    wd_2,
+    lr_3,
+    wd_3,
     FOUND_INF: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
+    RATES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Count the steps of `ROWS` tensors a program, and write their scalars into the table.
@@ -102,8 +119,17 @@ def advance(
         found_inf: 0-d float32, not 0 where nothing may change; read if `FOUND_INF`.
         grad_scale: 0-d float32 that gradients were multiplied with; read if `GRAD_SCALE`.
         count: Number of rows of the table.
+        lr_0: Learning rate of group 0 if `RATES`: the bits of a float64 under RATE_MASK, as an int64; so the others.
+        wd_0: Its weight decay.
+        lr_1: Of group 1.
+        wd_1: Of group 1.
+        lr_2: Of group 2.
+        wd_2: Of group 2.
+        lr_3: Of group 3.
+        wd_3: Of group 3.
         FOUND_INF: Whether there is a found_inf.
         GRAD_SCALE: Whether there is a grad_scale.
+        RATES: Whether rates and decays are those arguments; else they are in the settings.
         ROWS: Tensors a program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -123,7 +149,11 @@ def advance(
     if GRAD_SCALE:
         scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32).to(tl.float64)
 
-    lr = _setting(settings, group, LR, inside)
+    if RATES:
+        lr, weight_decay = _given(group, lr_0, lr_1, lr_2, lr_3), _given(group, wd_0, wd_1, wd_2, wd_3)
+    else:
+        lr = _setting(settings, group, LR, inside)
+        weight_decay = _setting(settings, group, DECAY_RATE, inside)
     beta1 = _setting(settings, group, BETA1, inside)
     beta2 = _setting(settings, group, GROUP_BETA2, inside)
     # Where there is no row, a rate that divides by nothing.
@@ -148,7 +178,7 @@ def advance(
     _put(table, count, row, SHARE, (1.0 - beta2) * beta1 * beta1, inside)
     _put(table, count, row, ADDED_EPS, _setting(settings, group, GROUP_EPS, inside), inside)
     _put(table, count, row, SCALE, scale, inside)
-    _put(table, count, row, DECAY, 1.0 - lr * _setting(settings, group, DECAY_RATE, inside), inside)
+    _put(table, count, row, DECAY, 1.0 - lr * weight_decay, inside)
     _put(table, count, row, STEP_SIZE, lr * (tl.where(rectified, gamma * root, 1.0) / bias1), inside)
     _put(table, count, row, INNER, _setting(settings, group, EPS_INSIDE, inside) * bias2, inside)
     _put(table, count, row, OUTER, outer, inside)

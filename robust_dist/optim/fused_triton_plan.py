@@ -143,7 +143,7 @@ class Plan:
     table: Tensor
     launches: list[Launch]
     rest: list[int]
-    sent: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    sent: dict[str, tuple[Sequence[int], Tensor]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -24,6 +24,10 @@ COLUMNS = 20
 # Columns of the settings; lr and weight_decay are the first two.
 LR, WEIGHT_DECAY = 0, 1
 SETTINGS = 15
+# Groups whose rate and decay are arguments of a launch, so that a schedule uploads nothing.
+RATE_GROUPS = 4
+# Over their bits, so that 32 bits never hold them: Triton compiles anew where an argument's width changes.
+RATE_MASK = 0x5555555555555555
 
 # exp(t * _NO_MEMORY) is 0 for every step t, as the power of a beta of 0 is, and is finite itself.
 _NO_MEMORY = -1e3
@@ -92,10 +96,29 @@ def words_of(numbers: Sequence[float]) -> list[int]:
     return list(struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers)))
 
 
-def settings_words(h: Hyper, device: torch.device) -> list[int]:
-    """A group's row of the settings, `SETTINGS` int64; 0 stands for what `lives_on` the device."""
+def rates_words(hypers: Sequence[Hyper]) -> list[int] | None:
+    """The groups' rates and decays as `advance` takes them among its arguments, `2 * RATE_GROUPS` int64.
+
+    Returns:
+        None where there are more groups, or a rate or a decay is a tensor: both are then read from the settings.
+    """
+    given = [value for h in hypers for value in (h.lr, h.weight_decay)]
+    numbers = [value for value in given if not isinstance(value, Tensor)]
+    if len(hypers) > RATE_GROUPS or len(numbers) < len(given):
+        return None
+    return [word ^ RATE_MASK for word in words_of(numbers + [0.0] * (2 * RATE_GROUPS - len(numbers)))]
+
+
+def settings_words(h: Hyper, device: torch.device, *, with_rates: bool = True) -> list[int]:
+    """A group's row of the settings, `SETTINGS` int64; 0 stands for what `lives_on` the device.
+
+    Args:
+        h: The group's settings.
+        device: Where the step runs.
+        with_rates: Whether the rate and the decay are read from there; else 0 stands for them, too.
+    """
     numbers = (
-        *(0.0 if lives_on(value, device) else float(value) for value in (h.lr, h.weight_decay)),
+        *(float(value) if with_rates and not lives_on(value, device) else 0.0 for value in (h.lr, h.weight_decay)),
         h.beta1,
         _log(h.beta1),
         h.beta2,

@@ -1,11 +1,12 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
@@ -31,6 +32,17 @@ from robust_dist.optim.tensors import TensorLists, inverse
 def _is_capturing() -> bool:
     # is_available() asks the driver every time
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _has_listeners(optimizer: Optimizer) -> bool:
+    """Whether a hook or a profiler wants to know of its steps."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def _check_group_can_step(group: Mapping[str, Any]) -> None:
@@ -210,6 +222,19 @@ class RAdaBeliefW(Optimizer):
         """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
         self.__dict__.pop("_records", None)  # which would keep the old state alive to the next step
         load_exactly(self, state_dict, super().load_state_dict)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """As torch's, which costs a fifth of a steady step: left out while no hook and no profiler listens."""
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or _has_listeners(self):
+                return hooked(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one optimization step; returns the closure's loss, if there is one.

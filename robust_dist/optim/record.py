@@ -7,14 +7,15 @@ gradients, and no tensor that the optimizer has forgotten for longer than to the
 """
 
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from robust_dist.optim.addresses import Contents, addresses, same
 from robust_dist.optim.backends import Backend, Groups, Prepared
 from robust_dist.optim.counting import count_of, value_of, views
 from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, hyper
@@ -26,13 +27,7 @@ TRIES = 4  # records of the same parameters that did not hold once, until no mor
 _grad, _local, _layout = map(attrgetter, ("grad", "_local_tensor", "_spec"))
 _params = itemgetter("params")
 _fixed = itemgetter(*(name for name in DEFAULTS if name not in ("lr", "weight_decay")))
-_pointer = Tensor.data_ptr
 _flat = chain.from_iterable
-
-
-def _same(found: Iterable[Any], kept: Iterable[Any]) -> bool:
-    """Whether two iterables of one length have the same objects."""
-    return all(map(is_, found, kept))
 
 
 def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -107,48 +102,46 @@ class Record:
         self.params = list(params)
         chosen = set(map(id, params))
         self.absent = [param for param in self.held if id(param) not in chosen]
-        self.keys, self.entries = list(optimizer.state), list(optimizer.state.values())
         self.states = [optimizer.state[param] for param in params]
         self.prepared = prepared
         self.count = _HostCount(self.states, sizes) if counts_on_host else None
         self.sharded = not all_plain(params)
         self.columns = tuple(self.states[0])
         self.layouts = list(map(_layout, params)) if self.sharded else []
-        self.pointers = self._pointers()
+        self.entries, self.contents = Contents([optimizer.state]), Contents(self.states)
+        self.tensors = [*params, *self.contents.values]
+        self.addresses = self._addresses()
         self.guard = _guard(self._local_grads(list(map(_grad, params))))
         self.held_once = False
 
     def _local_grads(self, grads: list[Any]) -> list[Tensor]:
         if not self.sharded:
             return grads
-        if not _same(map(_layout, grads), self.layouts):
+        if not same(map(_layout, grads), self.layouts):
             raise TypeError
         return list(map(_local, grads))
 
-    def _pointers(self) -> list[int]:
+    def _addresses(self) -> "array[int]":
         """Where the parameters and all of their state lie."""
-        values = _flat(map(dict.values, self.states))
         if not self.sharded:
-            return list(map(_pointer, chain(self.params, values)))
-        every = list(values)
-        width = len(self.columns)
-        columns = [every[first::width] for first in range(width)]
-        named = zip(self.columns, columns, strict=True)
+            return addresses(self.tensors)
+        width, values = len(self.columns), self.contents.values
+        named = zip(self.columns, (values[first::width] for first in range(width)), strict=True)
         local = (column if name == STEP else map(_local, column) for name, column in named)
-        return list(map(_pointer, chain(map(_local, self.params), *local)))
+        return addresses([*map(_local, self.params), *_flat(local)])
 
     def grads(self, optimizer: Any) -> list[Tensor] | None:
         """The local gradients where all else is as it was; else None."""
         groups, state = optimizer.param_groups, optimizer.state
-        if len(groups) != len(self.groups) or not _same(groups, self.groups):
+        if len(groups) != len(self.groups) or not same(groups, self.groups):
             return None
         held = list(_flat(map(_params, groups)))
-        if len(held) != len(self.held) or not _same(held, self.held) or list(map(_settings, groups)) != self.settings:
+        if len(held) != len(self.held) or not same(held, self.held) or list(map(_settings, groups)) != self.settings:
             return None
-        if len(state) != len(self.keys) or not (_same(state, self.keys) and _same(state.values(), self.entries)):
+        if not (self.entries.are_in([state]) and self.contents.are_in(self.states)):
             return None
         try:
-            if self._pointers() != self.pointers:
+            if self._addresses() != self.addresses:
                 return None
             grads = self._local_grads(list(map(_grad, self.params)))
             if not self.guard(*grads) or any(grad is not None for grad in map(_grad, self.absent)):

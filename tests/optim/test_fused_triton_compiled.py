@@ -22,7 +22,7 @@ KINDS = [
 
 def compiled(kernel, pointers, constants, capability):
     """The kernel's PTX; Triton keeps what it has compiled in its cache."""
-    types = dict.fromkeys(constants, "constexpr") | pointers | {"count": "i32"}
+    types = dict.fromkeys(kernel.arg_names, "i64") | dict.fromkeys(constants, "constexpr") | pointers | {"count": "i32"}
     source = triton.compiler.ASTSource(kernel.jit, {name: types[name] for name in kernel.arg_names}, constants)
     target = compiler.GPUTarget("cuda", capability, 32)
     found = triton.compile(source, target=target, options=dict(fused_triton._OPTIONS))
@@ -57,7 +57,7 @@ def test_step_is_compiled_without_fusing_or_flushing_and_moves_16_bytes_at_a_tim
 @pytest.mark.parametrize("capability", [80, 90])
 def test_advance_is_compiled(capability):
     pointers = {"table": "*i64", "settings": "*i64", "found_inf": "*fp32", "grad_scale": "*fp32"}
-    constants = {"FOUND_INF": True, "GRAD_SCALE": True, "ROWS": fused_triton.ROWS}
+    constants = {"FOUND_INF": True, "GRAD_SCALE": True, "RATES": True, "ROWS": fused_triton.ROWS}
     ptx = compiled(fused_triton.kernels().advance, pointers, constants, capability)
     for operation in ("sqrt.rn.f64", "div.rn.f64", "mul.rn.f64"):
         assert operation in ptx

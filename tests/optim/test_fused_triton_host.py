@@ -27,9 +27,11 @@ def memory_of(optimizer, device):
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
-def test_a_moving_schedule_sends_numbers_alone(device, launches, monkeypatch, as_tensors):
+def test_a_moving_schedule_uploads_nothing(device, launches, monkeypatch, as_tensors):
     planned, plan = [], fused_triton.plan
     monkeypatch.setattr(fused_triton, "plan", lambda rows: planned.append(rows) or plan(rows))
+    uploaded, upload_ = [], fused_triton.upload
+    monkeypatch.setattr(fused_triton, "upload", lambda *args: uploaded.append(args) or upload_(*args))
     params, grads = leaves(device, [(4,)], torch.float64), gradients((4,), 7)
     settings_ = {"lr": 0.0, "weight_decay": 0.0}
     if as_tensors:
@@ -49,6 +51,7 @@ def test_a_moving_schedule_sends_numbers_alone(device, launches, monkeypatch, as
         expected, m, v = reference_step(expected, grad, m, v, t, **now)
     torch.testing.assert_close(params[0].detach().cpu(), expected, rtol=1e-12, atol=1e-13)
     assert len(planned) == 1
+    assert len(uploaded) == 2  # addresses of gradients and settings, at the first step
 
 
 def test_which_have_gradients_may_change_from_step_to_step(device, monkeypatch):

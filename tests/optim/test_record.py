@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from robust_dist.optim import RAdaBeliefW, record
 from robust_dist.optim.fused_cpu import library
@@ -97,6 +98,15 @@ def _swap(tensor):
     kept.zero_()
 
 
+def _swap_implementations(params, optimizer):
+    """What `Module.to` does under torch.__future__.set_swap_module_params_on_conversion."""
+    for tensor in (params[1], optimizer.state[params[3]]["exp_avg_sq"]):
+        other = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        other.grad = tensor.grad
+        torch.utils.swap_tensors(tensor, other)
+        other.data.zero_()
+
+
 def _swap_back_in_less(params, optimizer):
     """The allocator may give the memory of the first dtype to the third."""
     for dtype in (torch.float64, torch.bfloat16):
@@ -127,6 +137,7 @@ CHANGES = {
     "a moment's data": lambda p, o: _swap(_state_of(p, o, "exp_avg")),
     "the other moment's data": lambda p, o: _swap(_state_of(p, o, "exp_avg_sq", 3)),
     "a count's data": lambda p, o: _swap(_state_of(p, o, "step")),
+    "implementations of tensors": _swap_implementations,
     "a gradient's data": lambda p, o: _swap(p[2].grad),
     "a moment": _swap_states,
     "a count": lambda p, o: o.state[p[0]].update(step=torch.tensor(40.0)),
@@ -177,6 +188,35 @@ def test_what_changed_between_two_steps_is_noticed(backend, change):
             for name in ("found_inf", "grad_scale"):
                 vars(kind).pop(name, None)
         assert snapshot(optimizer) == snapshot(twin), t
+
+
+def test_a_frozen_group_before_others_leaves_each_its_own_settings(backend):
+    (params, optimizer), (twins, twin) = make(Counting), make(Forgetful)
+    for t in range(STEPS):
+        for own, kind in ((params, optimizer), (twins, twin)):
+            give_gradients(own[2:], t)
+            kind.param_groups[0]["lr"] = 0.3 / (t + 1)
+            kind.step()
+        assert [bits(p) for p in params] == [bits(p) for p in twins]
+    assert optimizer.gathered == 2
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_more_groups_than_a_launch_has_arguments_for_keep_their_own_rates(backend, as_tensors):
+    pairs = []
+    for kind in (Counting, Forgetful):
+        params = [start((3,), dtype=torch.float32, seed=i).requires_grad_() for i in range(6)]
+        pairs.append((params, kind([{"params": [p]} for p in params])))
+    for t in range(STEPS):
+        for own, kind in pairs:
+            give_gradients(own, t)
+            for i, group in enumerate(kind.param_groups):
+                rate, decay = 0.1 / (i + t + 1), 0.3 * (i % 2)
+                group["lr"] = torch.tensor(rate) if as_tensors and i == 1 else rate
+                group["weight_decay"] = decay
+            kind.step()
+        assert [bits(p) for p in pairs[0][0]] == [bits(p) for p in pairs[1][0]]
+    assert pairs[0][1].gathered == 6
 
 
 def test_a_group_that_is_added_is_stepped(backend):
@@ -295,3 +335,31 @@ def test_local_tensors_of_dtensors_that_are_swapped_are_stepped(backend):
         assert optimizer.gathered == 2
     finally:
         dist.destroy_process_group()
+
+
+def test_hooks_and_a_profiler_see_every_step():
+    params, optimizer = make(RAdaBeliefW)
+    seen = []
+
+    def one(name):
+        return lambda *_: seen.append(name)
+
+    def a_step():
+        seen.clear()
+        give_gradients(params, 0)
+        optimizer.step()
+        return list(seen)
+
+    for _ in range(3):
+        assert a_step() == []
+    handles = [optimizer.register_step_pre_hook(one("before")), optimizer.register_step_post_hook(one("after"))]
+    assert a_step() == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    handle = register_optimizer_step_post_hook(one("after any"))
+    assert a_step() == ["after any"]
+    handle.remove()
+    assert a_step() == []
+    with torch.profiler.profile() as profiler:
+        a_step()
+    assert [event.count for event in profiler.key_averages() if event.key == "Optimizer.step#RAdaBeliefW.step"] == [1]

@@ -1,0 +1,126 @@
+"""What a steady optimizer step costs the host, launches left out: `robust-dist bench host`.
+
+The file runs by itself, too, so that an older version of the package can be timed by it beside this one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from robust_dist.optim import RAdaBeliefW, fused_triton, state
+
+TENSORS, TENSORS_IN_C = 161, 62  # of ResNet-50 and ResNet-18
+GATHERING, STEP, IN_C = "torch's foreach gathering", "GPU step, launches left out", "CPU step in C"
+
+
+def _parameters(count: int) -> list[torch.Tensor]:
+    """Parameters so small that their arithmetic costs nothing."""
+    params = [torch.zeros(8).requires_grad_() for _ in range(count)]
+    for param in params:
+        param.grad = torch.zeros(8)
+    return params
+
+
+def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 9) -> float:
+    """Of this thread's own time, of the fastest round."""
+    found = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        for _ in range(repeats):
+            call()
+        found.append((time.thread_time() - start) / repeats)
+    return min(found) * 1e6
+
+
+def _stepping(count: int) -> Callable[[], object]:
+    """A step with a rate that moves, made past the unrectified ones."""
+    optimizer = RAdaBeliefW(_parameters(count))
+
+    def step() -> None:
+        optimizer.param_groups[0]["lr"] *= 0.9999
+        optimizer.step()
+
+    for _ in range(6):
+        step()
+    return step
+
+
+def _gathering() -> Callable[[], object]:
+    """What torch's foreach optimizers do before their first kernel: sort all tensors by device and dtype."""
+    params = _parameters(TENSORS)
+    columns = [params, [param.grad for param in params], *([torch.zeros_like(p) for p in params] for _ in range(2))]
+    return lambda: torch.optim.Optimizer._group_tensors_by_device_and_dtype(columns)  # type: ignore[arg-type]
+
+
+def _leave_out_launches() -> None:
+    """Let the Triton backend take CPU tensors and launch nothing; for the rest of this process."""
+    fused_triton.DEVICE_TYPES = frozenset({"cpu"})
+    fused_triton.why_not = lambda device: None
+    fused_triton._advance = fused_triton._step = lambda *arguments: None  # type: ignore[assignment]
+    if hasattr(state, "_is_cpu"):  # of version 0.4, which looks for counts that lie on the CPU
+        state._is_cpu = lambda tensor: False
+
+
+def measure() -> dict[str, float]:
+    """Microseconds of this process's host a step; the process is good for nothing else afterwards."""
+    torch.set_num_threads(1)
+    found = {GATHERING: _microseconds(_gathering()), IN_C: _microseconds(_stepping(TENSORS_IN_C))}
+    _leave_out_launches()
+    return {**found, STEP: _microseconds(_stepping(TENSORS))}
+
+
+def _measured_by(root: Path) -> dict[str, float]:
+    """`measure` by the package in a folder, in a process of its own."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"--beside {root}: its step cannot be timed: {done.stderr.strip()[-300:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def bench_host(*, rounds: int = 3, beside: str | None = None) -> str:
+    """The host's time of a steady step as a Markdown table.
+
+    Args:
+        rounds: Turns of each version; the fastest counts.
+        beside: A folder with another version's source, e.g. a checkout of an older one.
+
+    Raises:
+        ValueError: No version lies in `beside`, or its step cannot be timed.
+    """
+    roots = {"this version": Path(__file__).parents[2]}
+    if beside is not None:
+        if not Path(beside, "robust_dist", "optim").is_dir():
+            raise ValueError(f"--beside must be a folder that holds robust_dist/optim, got {beside}")
+        roots["beside"] = Path(beside).resolve()
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in roots}
+    for _ in range(rounds):
+        for name, root in roots.items():
+            runs[name].append(_measured_by(root))
+    best = {name: {what: min(run[what] for run in of_it) for what in of_it[0]} for name, of_it in runs.items()}
+    return _table(best)
+
+
+def _table(best: dict[str, dict[str, float]]) -> str:
+    ours, other = best["this version"], best.get("beside")
+    lines = ["| microseconds of the host | tensors |" + "".join(f" {name} |" for name in best)]
+    lines += ["|---|---|" + "---|" * len(best)]
+    for what, count in ((GATHERING, TENSORS), (STEP, TENSORS), (IN_C, TENSORS_IN_C)):
+        lines.append(f"| {what} | {count} |" + "".join(f" {found[what]:.1f} |" for found in best.values()))
+    lines += ["", f"{STEP}: {ours[STEP] / ours[GATHERING]:.2f} times {GATHERING}"]
+    if other is not None:
+        ratios = ", ".join(f"{what} {ours[what] / other[what]:.2f}" for what in (STEP, IN_C))
+        lines.append(f"this version's time over that of the one beside it: {ratios}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
