@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from robust_dist.surroundings import processor
 from robust_dist.validate import whole_number
 
 _BURST = 8  # calls, few enough for a GPU's queue to take them all
@@ -189,9 +190,6 @@ def _synchronize() -> None:
 
 def machine() -> str:
     """One line that names the processor, the accelerator, the threads and torch's version."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cpu = processor() or platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"

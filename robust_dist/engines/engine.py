@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
-# Of checkpoints that were written before they noted their engine.
-UNNOTED = "ddp"
+# Of checkpoints that do not note their engine: whole ones, and those in shards.
+UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
 # Modules of this folder that define ENGINES, a tuple of records.
 _OWN = ("ddp", "fsdp", "deepspeed")
 
