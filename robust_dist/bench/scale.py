@@ -82,7 +82,11 @@ class Held:
 
 @contextmanager
 def fake_rank(world_size: int, rank: int) -> Iterator[None]:
-    """Be `rank` of `world_size` ranks whose collectives return at once.
+    """This process as one of many ranks whose collectives return at once.
+
+    Args:
+        world_size: Number of ranks.
+        rank: Of this process, from 0.
 
     Raises:
         RuntimeError: This process is in a process group already.
@@ -103,6 +107,10 @@ def fake_rank(world_size: int, rank: int) -> Iterator[None]:
 def build_mesh(layout: str, world_size: int) -> Any:
     """The DeviceMesh of a layout: one dimension for FSDP2, (world_size / 8, 8) for HSDP.
 
+    Args:
+        layout: Among `LAYOUTS`.
+        world_size: Number of ranks, a multiple of 8.
+
     Raises:
         ValueError: An unknown layout, or a world size that is no multiple of 8.
     """
@@ -121,6 +129,10 @@ def sharded(shapes: Sequence[Shape], mesh: Any) -> list[nn.Parameter]:
     """This rank's parameters and gradients under `fully_shard`, which shards one parameter of each shape.
 
     The others are its likeness, padding included: at 16,384 ranks `fully_shard` needs 30 ms for each.
+
+    Args:
+        shapes: One for each parameter, float32.
+        mesh: The layout's DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -157,7 +169,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def step_once(params: Sequence[nn.Parameter]) -> Held:
-    """Make one optimizer step on sharded parameters and look at what is there afterwards."""
+    """What a rank holds after one optimizer step on sharded parameters, and what the step sent."""
     optimizer = RAdaBeliefW(params)
     with Collectives() as counter:
         optimizer.step()
@@ -223,7 +235,7 @@ class Case:
 
 
 def measure(layout: str, world_size: int, names: Sequence[str] | None = None) -> list[Case]:
-    """Be the first rank and the last one, and step every set of parameters on each.
+    """What the first rank and the last one hold after a step on every set of parameters.
 
     Args:
         layout: Among `LAYOUTS`: FSDP2 or HSDP.

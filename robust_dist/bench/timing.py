@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from robust_dist.validate import whole_number
 _BURST = 8  # calls, few enough for a GPU's queue to take them all
 
 Call = Callable[[], object]
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class _Sample:
     seconds: float
     cpu: float
     host: float | None = None
+
+
+@dataclass(frozen=True)
+class Result(Generic[RowT]):
+    """What a benchmark found.
+
+    Attributes:
+        rows: Of the contenders that were timed.
+        left_out: For each contender that is not there, why.
+    """
+
+    rows: list[RowT]
+    left_out: dict[str, str]
 
 
 def pick_device(name: str | None) -> torch.device:

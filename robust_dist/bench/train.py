@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from robust_dist.bench.augment_peers import BACKENDS
 from robust_dist.bench.figure import Bar, Panel, draw_bars
-from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.data import ImageSet
 from robust_dist.measure.table import table
 from robust_dist.train.data_config import DataConfig
@@ -32,7 +32,13 @@ _WITHOUT = AugmentConfig(crop=0, flip=False, trivial=False, cutmix=False)
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contenders have in common: images a step, their side in pixels, autocast ("no" or "bf16")."""
+    """What all contenders have in common.
+
+    Attributes:
+        batch: Images a step, of 32 x 32 pixels.
+        precision: Autocast, "no" or "bf16".
+        device: Where they train.
+    """
 
     batch: int
     precision: Any
@@ -58,14 +64,6 @@ class Row:
     alone: Timing
     share: float | None
     to_none: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """The rows; and for each contender that is not there, why."""
-
-    rows: list[Row]
-    left_out: dict[str, str]
 
 
 def _recipe(model: str, settings: Settings) -> Recipe:
@@ -153,13 +151,13 @@ def run(
     precision: str | None = None,
     compiled: bool = False,
     cuda_graph: bool = False,
-) -> Result:
-    """Time training steps in turn; arguments and errors as in `bench_train`."""
+) -> Result[Row]:
+    """Times of training steps, in turn; arguments and errors as in `bench_train`."""
     _check(batch, rounds, precision, models)
     where = pick_device(device)
     on_gpu = where.type == "cuda"
     settings = Settings(batch, precision or ("bf16" if on_gpu else "no"), where)
-    result = Result([], _unavailable(where, cuda_graph))
+    result: Result[Row] = Result([], _unavailable(where, cuda_graph))
     options = {"compiled": compiled, "cuda_graph": cuda_graph and on_gpu}
     torch.backends.cudnn.benchmark = True
     with thread_count(threads), warnings.catch_warnings():
@@ -179,8 +177,14 @@ def _cells(row: Row, batch: int) -> Iterator[str]:
         yield f"{row.timing.host * 1e3:.2f}"
 
 
-def report(result: Result, batch: int, about: str) -> str:
-    """The rows as Markdown, with the machine and what was left out."""
+def report(result: Result[Row], batch: int, about: str) -> str:
+    """The rows as Markdown, with the machine and what was left out.
+
+    Args:
+        result: What `run` gave.
+        batch: Images a step.
+        about: What the first line says of the run.
+    """
     head = [
         "model",
         "augmentation",
@@ -198,8 +202,15 @@ def report(result: Result, batch: int, about: str) -> str:
     return "\n".join([*lines, table(head, (_cells(row, batch) for row in result.rows))])
 
 
-def draw(result: Result, batch: int, path: Path, about: str) -> None:
-    """Images per second of every row, a panel for each model, into a PNG."""
+def draw(result: Result[Row], batch: int, path: Path, about: str) -> None:
+    """A picture of every row's images per second, a panel for each model.
+
+    Args:
+        result: What `run` gave.
+        batch: Images a step.
+        path: The PNG to write.
+        about: What the note says of the run.
+    """
     panels = []
     for model in dict.fromkeys(row.model for row in result.rows):
         rows = [row for row in result.rows if row.model == model]
@@ -226,7 +237,7 @@ def bench_train(
     cuda_graph: bool = False,
     out: str | Path | None = None,
 ) -> str:
-    """Time whole training steps of the recipe's loop on random 32 x 32 images, with and without augmentation, in turn.
+    """Times of the recipe's whole training steps on random 32 x 32 images, with and without augmentation, in turn.
 
     Args:
         models: Models by name.
