@@ -70,7 +70,8 @@ def _place(path: Path) -> tuple[Layout | None, str | None]:
 def _layout(path: Path, place: Layout | None) -> str:
     kind = "folder" if place is None else place.kind
     if path.is_dir() and trainer.is_trainers(path):
-        kind = "Trainer folder (DeepSpeed)" if kind == ZERO else kind.replace("Accelerate", "Trainer")
+        own = f"Trainer folder ({kind.removesuffix(' folder')})"
+        kind = own if kind == ZERO else kind.replace("Accelerate", "Trainer")
     return f"{kind}, with {MANIFEST}" if (path / MANIFEST).is_file() else kind
 
 
