@@ -50,7 +50,7 @@ class Row:
 
 
 def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
-    """Epochs of our StreamLoader over each format, by name.
+    """Epochs of our Loader over each format, by name.
 
     Args:
         files: The images.
@@ -63,18 +63,21 @@ def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
 
     cache, spool = str(root / "cache"), str(root / "spool")
     sources = {
-        "StreamLoader (ours), image folder": open_image_folder(files.folder),
-        "StreamLoader (ours), Hugging Face Arrow": open_hub(str(files.parquet), "train", cache_dir=cache),
-        "StreamLoader (ours), parquet streamed": open_hub(str(files.parquet), "train", streaming=True, spool_dir=spool),
-        "StreamLoader (ours), WebDataset shards": open_webdataset(files.shards),
+        "Loader (ours), image folder": open_image_folder(files.folder),
+        "Loader (ours), Hugging Face Arrow": open_hub(str(files.parquet), "train", cache_dir=cache),
+        "Loader (ours), parquet streamed": open_hub(str(files.parquet), "train", streaming=True, spool_dir=spool),
+        "Loader (ours), WebDataset shards": open_webdataset(files.shards),
     }
     return {name: _stream(source, workers) for name, source in sources.items()}
 
 
 def _stream(source: Any, workers: int) -> Epoch:
-    from robust_dist.data.stream import StreamLoader
+    from robust_dist.data.batches import Cut
+    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.stream_set import StreamSet
 
-    loader = StreamLoader(source, size=SIZE, batch_size=BATCH, seed=0, workers=workers)
+    crop = RandomCrop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3))
+    loader = StreamSet(source, crop, torch.device("cpu"), workers=workers).loader(Cut(BATCH, seed=0))
     numbers = count()
 
     def epoch() -> Iterator[Tensor]:

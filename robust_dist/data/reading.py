@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
 from robust_dist.data.source import ImageSource
@@ -23,34 +24,6 @@ from robust_dist.data.source import ImageSource
 Crop = Callable[[Any, int], Tensor]
 # What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Request(NamedTuple):
-    """One micro-batch to read.
-
-    Attributes:
-        indices: int64 [b], samples of the source.
-        keys: int64 [b], what the crops are drawn from.
-    """
-
-    indices: Tensor
-    keys: Tensor
-
-
-class Pack(NamedTuple):
-    """One micro-batch as a worker gives it.
-
-    Attributes:
-        images: uint8 [b, 3, size, size].
-        labels: int64 [b].
-        weights: float32 [b], 0 where an image was bad; None where none was.
-        bad: the bad images.
-    """
-
-    images: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    bad: list[BadImage]
 
 
 class ImageReader(Dataset[Pack]):
@@ -82,12 +55,12 @@ class ImageReader(Dataset[Pack]):
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
         if not bad:
-            return Pack(images, labels, None, [])
+            return Pack(images, labels)
         weights = torch.ones(len(indices))
         weights[list(bad)] = 0
         for slot, other in stand_ins(list(bad), len(indices), self.block).items():
             images[slot], labels[slot] = images[other], labels[other]
-        return Pack(images, labels, weights, list(bad.values()))
+        return Pack(images, labels, weights, tuple(bad.values()))
 
     def _read(self, index: int, key: int) -> tuple[Tensor, int]:
         data, label = self.source.read(index)

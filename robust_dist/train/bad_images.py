@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_dist.data.cuts import even_cuts
+from robust_dist.data.batches import even_cuts
 from robust_dist.data.decode import check_header
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.identity import spread

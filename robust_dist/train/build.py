@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data.batches import Cut
+from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
-from robust_dist.data.sets import LabelledSet, TrainLoader
+from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
 from robust_dist.optim import param_groups
 from robust_dist.ranks.talk import attempt, on_rank_0
@@ -84,9 +86,9 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
     return train, test
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
     """The order of the training images and this rank's part of each global batch."""
-    return train_set.loader(
+    cut = Cut(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
@@ -95,6 +97,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
         block=recipe.data.block,
         drop_last=recipe.data.drop_last,
     )
+    return train_set.loader(cut)
 
 
 class Preprocessing(NamedTuple):

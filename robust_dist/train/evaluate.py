@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.augment import RobustAugment
-from robust_dist.data.cuts import even_cuts
-from robust_dist.data.sets import EvalBatch, LabelledSet, TrainLoader
+from robust_dist.data.batches import even_cuts
+from robust_dist.data.loader import Loader
+from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.watchdog import tick
@@ -128,7 +129,7 @@ def _count(logits: Tensor, batch: EvalBatch) -> Tensor:
 
 
 def use_averaged_weights(
-    optimizer: Any, model: nn.Module, loader: TrainLoader, epoch: int, prepare: Callable[..., torch.Tensor]
+    optimizer: Any, model: nn.Module, loader: Loader, epoch: int, prepare: Callable[..., torch.Tensor]
 ) -> None:
     """Make a schedule-free optimizer's average the model's weights, until the next `optimizer.train()`; not for others.
 

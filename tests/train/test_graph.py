@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from robust_dist import RAdaBeliefW, RobustAugment, RobustSchedule
-from robust_dist.data import DeviceLoader, ImageSet
-from robust_dist.data.host_set import HostSet
+from robust_dist.data import DeviceLoader, HostSet, ImageSet
+from robust_dist.data.batches import Cut
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import group_values
 from robust_dist.train import engine, main
@@ -63,7 +63,7 @@ class Toy:
         self.optimizer.zero_grad()
 
     def train(self, image_set, step=None, epochs=EPOCHS):
-        loader = image_set.loader(batch_size=BATCH, seed=1, block=4)
+        loader = image_set.loader(Cut(BATCH, seed=1, block=4))
         rates = []
         for epoch in range(epochs):
             for (batch,) in loader.epoch(epoch):
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_loaded_into_a_static_step_goes_on_bit_for_bit():
     for name in ("model", "optimizer", "schedule"):
         getattr(second, name).load_state_dict(getattr(first, name).state_dict())
     second.loss.copy_(first.loss)
-    for (batch,) in image_set.loader(batch_size=BATCH, seed=1, block=4).epoch(1):
+    for (batch,) in image_set.loader(Cut(BATCH, seed=1, block=4)).epoch(1):
         step(batch)
         second.schedule.step()
     assert same(whole, second)
