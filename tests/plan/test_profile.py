@@ -31,7 +31,7 @@ def test_live_bytes_are_those_of_a_real_pass(name, size, autocast):
         loss = nn.functional.cross_entropy(logits.float(), torch.rand(batch, 10), reduction="sum")
         del logits
         loss.backward()
-    assert profile(name, 10, size, autocast=autocast).live(batch) == pytest.approx(tracker.peak, rel=0.01)
+    assert profile(name, 10, size, autocast=autocast).live(batch) == pytest.approx(tracker.peak, rel=0.02)
 
 
 def test_flops_are_torch_s_count_of_both_passes():
