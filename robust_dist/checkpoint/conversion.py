@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust_dist.checkpoint import layout as layouts
-from robust_dist.checkpoint import trainer
+from robust_dist.checkpoint import plain, trainer
 from robust_dist.checkpoint.layout import Layout, find_layout
 from robust_dist.checkpoint.names import WRAPPED, ParameterNames, read_names, write_names
 from robust_dist.checkpoint.plain import (
@@ -56,6 +58,33 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
         state.world_size = found.metadata.get("num_processes", state.world_size)
     _check(state, path)
     return state
+
+
+def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The model's entries alone in a checkpoint of any engine and any optimizer, whole and on the CPU.
+
+    Args:
+        src: A folder that `read` takes.
+        known: The model's names, by which a wrapper's prefixes are told from the model's own.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or torn.
+    """
+    path, names = Path(src), list(known)
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; name a checkpoint's folder")
+    if (path / MANIFEST).is_file():
+        verify(path)
+    place = find_layout(path)
+    if place.kind in (layouts.DDP, layouts.FSDP_FULL):
+        return plain.read_weights(place.path, names)
+    if place.kind == layouts.DEEPSPEED:
+        from robust_dist.checkpoint import zero_read
+
+        return zero_read.read_weights(place.path)
+    from robust_dist.checkpoint import dcp
+
+    return dcp.read_weights(place.path / dcp.MODEL_FOLDER if place.kind == layouts.FSDP_SHARDED else place.path, names)
 
 
 def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:

@@ -1,7 +1,7 @@
 """Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,21 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     return TrainingState(
         model, optimizer, groups, _schedule(flat, before), engine=UNNOTED_SHARDS, world_size=ranks, extra=extra
     )
+
+
+def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
+    """The model's entries in a DCP folder, whatever else it holds.
+
+    Args:
+        folder: The folder.
+        known: The model's names.
+
+    Raises:
+        CheckpointError: The folder is torn.
+    """
+    flat = load_flat(folder)
+    found = _below(flat, "model.") or flat
+    return bare({name: value for name, value in found.items() if isinstance(value, Tensor)}, known)
 
 
 def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -58,13 +58,25 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BadImageError("an empty file")
     with _strict_and_quiet:
         try:
-            image = _loaded(data)
-            turn = _TURNS.get(_orientation(image)) if isinstance(data, Upright) else None
-            return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
+            return as_rgb(_loaded(data), upright=isinstance(data, Upright))
         except (BadImageError, MemoryError):
             raise
         except Exception as error:  # What a decoder raises over a bad file can be of any type.
             raise BadImageError(_reason(error)) from error
+
+
+def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
+    """An image that is decoded already, as 8-bit RGB by the rules of `decode_rgb`.
+
+    Args:
+        image: of any mode.
+        upright: whether its EXIF orientation is applied.
+
+    Raises:
+        BadImageError: a pixel type without a known range.
+    """
+    turn = _TURNS.get(_orientation(image)) if upright else None
+    return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
 
 
 def is_turned(data: bytes) -> bool:

@@ -1,6 +1,5 @@
 """Reading images in worker processes: requests in, packs of uint8 images out, in order."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
 Crop = Callable[[Any, int], Tensor]
+# Seconds in which the end of a worker is known after what it left undone.
+GONE_WITHIN = 0.5
 # What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -120,6 +122,7 @@ class Workers:
             **options,
         )
         self._reading: Generator[tuple[Request, Pack], None, None] = _nothing()
+        self._processes: list[BaseProcess] = []
 
     def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
         """Each request with its pack, in order. A new call ends the one before it.
@@ -134,15 +137,30 @@ class Workers:
     def close(self) -> None:
         """End the workers."""
         self._reading.close()
-        self._loader = None
+        self._loader, self._processes = None, []
 
     def _read(self, requests: Iterator[Request]) -> Generator[tuple[Request, Pack], None, None]:
         assert self._loader is not None, "the workers were closed"
         asked: deque[Request] = deque()
         self.requests.source = requests, asked
-        with _worker_errors():
-            for pack in self._loader:
+        try:
+            for pack in self._started(self._loader):
                 yield asked.popleft(), pack
+        except (RuntimeError, OSError, EOFError) as error:
+            # An error that a worker raised is raised here again, and that worker lives on.
+            if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
+                raise
+            raise WorkersLostError(
+                f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
+                "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
+                "container more shared memory"
+            ) from error
+
+    def _started(self, loader: "DataLoader[Pack]") -> Iterator[Pack]:
+        before = multiprocessing.active_children()
+        packs = iter(loader)
+        self._processes += [one for one in multiprocessing.active_children() if one not in before]
+        return packs
 
 
 class _Requests(Sampler[tuple[list[int], list[int]]]):
@@ -156,20 +174,6 @@ class _Requests(Sampler[tuple[list[int], list[int]]]):
         for request in requests:
             asked.append(request)
             yield request.indices.tolist(), request.keys.tolist()
-
-
-@contextlib.contextmanager
-def _worker_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-            raise
-        raise WorkersLostError(
-            f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
-            "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
-            "container more shared memory"
-        ) from error
 
 
 def _nothing() -> Generator[tuple[Request, Pack], None, None]:

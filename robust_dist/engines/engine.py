@@ -59,6 +59,8 @@ class Engine:
         forward_is_collective: A forward pass waits for the other ranks, so all of them must make it.
         steps_whole_parameters: The optimizer's parameters are whole, with the model's own shapes.
         trains_any_memory_format: Weights need not be contiguous.
+        casts_weights: Under mixed precision a forward pass uses weights of the lower dtype.
+        autocasts: Under mixed precision a forward pass runs under torch.autocast.
         broadcasts_buffers: Before a forward pass every rank gets the first one's buffers.
         names_parameters: The optimizer's files name its parameters; otherwise a note of the names is written beside.
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
@@ -72,6 +74,8 @@ class Engine:
     forward_is_collective: bool = False
     steps_whole_parameters: bool = True
     trains_any_memory_format: bool = True
+    casts_weights: bool = False
+    autocasts: bool = True
     broadcasts_buffers: bool = False
     names_parameters: bool = True
     loads_on_any_ranks: bool = True

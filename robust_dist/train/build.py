@@ -25,7 +25,14 @@ from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfi
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
-from robust_dist.train.sources import check_ranks_see_the_same, open_in_memory, open_streams, tell_exif
+from robust_dist.train.sources import (
+    check_ranks_see_the_same,
+    eval_in_memory,
+    eval_stream,
+    open_in_memory,
+    open_streams,
+    tell_exif,
+)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -84,6 +91,28 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
     )
     train, test = place(sets, device, data.keep_on)
     return train, test
+
+
+def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
+    """The evaluation images alone, as `open_sets` has them.
+
+    Args:
+        data: The recipe's section.
+        device: Where they are given out.
+        classes: Those of the training images.
+        download: Whether missing files may be fetched.
+
+    Raises:
+        ValueError: The files are missing, torn, or of other classes.
+    """
+    if data.streamed:
+        return eval_stream(data, device, classes, download=download)
+    if data.in_memory:
+        found = eval_in_memory(data, classes, download=download)
+    else:
+        root = Path(data.root)
+        found = load_dataset(data.name, root, train=False, download=download, own_files=data.own_files)
+    return place([found], device, data.keep_on)[0]
 
 
 def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:

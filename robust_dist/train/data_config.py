@@ -150,6 +150,11 @@ class DataConfig:
         return source_choice(self.name)
 
     @property
+    def title(self) -> str:
+        """What a person knows the images by: the path of a set of the Hub, the folder of files, or the set's name."""
+        return self.path or (self.name if self.source is None else self.root)
+
+    @property
     def streamed(self) -> bool:
         """Whether workers read the images while training."""
         return self.source is not None and not self.in_memory

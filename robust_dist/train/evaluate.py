@@ -109,16 +109,21 @@ def evaluate(
         batch = next(batches, None)
         logits = model(augment.normalize(image_set.filler() if batch is None else batch.images).to(dtype))
         if batch is not None:
-            totals += _count(logits, batch)
+            totals += count_batch(logits, batch)
     model.train(training)
     if world_size > 1:
         dist.all_reduce(totals)
+    return score_of(totals)
+
+
+def score_of(totals: Tensor) -> Score:
+    """The score of the sum of what `count_batch` gave."""
     correct, samples, loss = totals.tolist()
     counted = samples or math.nan
     return Score(correct / counted, int(samples), loss / counted)
 
 
-def _count(logits: Tensor, batch: EvalBatch) -> Tensor:
+def count_batch(logits: Tensor, batch: EvalBatch) -> Tensor:
     """[correct, samples, summed loss] of one batch, float64."""
     labels = batch.labels
     if batch.good is not None:

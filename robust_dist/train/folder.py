@@ -17,8 +17,8 @@ from robust_dist.checkpoint import write_atomically
 from robust_dist.checkpoint.space import write_failure
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.private import has_options, hidden, hidden_words
+from robust_dist.ranks.claim import FolderClaim, FolderInUseError
 from robust_dist.surroundings import PACKAGES
-from robust_dist.train.claim import Claim, FolderInUseError
 from robust_dist.train.data_record import Record, differences
 from robust_dist.train.metrics import read_rows, sort_rows
 from robust_dist.train.parse import fitted
@@ -43,7 +43,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self._claim: Claim | None = None
+        self._claim: FolderClaim | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -196,7 +196,7 @@ class RunFolder:
             )
 
     def _take(self) -> None:
-        claim = Claim(self.path)
+        claim = FolderClaim(self.path)
         try:
             claim.take()
         except FolderInUseError as error:

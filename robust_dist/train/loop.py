@@ -53,7 +53,7 @@ class Trainer:
         self.loader = build_loader(recipe, accelerator, train_set)
         self.total_steps = recipe.epochs * self.loader.steps_per_epoch
         bad_images = folder.path / "bad_images.txt"
-        self.bad = BadImages(accelerator, bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
+        self.bad = BadImages(bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
         self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
@@ -119,7 +119,7 @@ class Trainer:
         tick("the first step", may_be_slow=True)
         with (
             self.checkpoints.saver() as self.saver,
-            Stopper(self.accelerator, self.saver) as self.stopper,
+            Stopper(self.saver) as self.stopper,
             Display(self.recipe, self.accelerator, self.total_steps, done, self.meter) as display,
             Profiling(self.recipe, self.accelerator, self.folder.path, self.total_steps, done) as profiling,
         ):
@@ -142,7 +142,7 @@ class Trainer:
         """Train and evaluate epoch after epoch."""
         if self.recipe.data.in_memory:
             # Every rank has decoded all of them.
-            bad = BadImages(self.accelerator, self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
+            bad = BadImages(self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
             if self.accelerator.is_main_process:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
             bad.count(0)
@@ -239,6 +239,9 @@ class Trainer:
         """Evaluate, record and save the epoch that is trained; `figures` are None where it was measured before."""
         trained, accelerator = self.progress.unfinished, self.accelerator
         assert trained is not None
+        if self.ema is not None:
+            # Each rank averages statistics of its own; a checkpoint holds the first one's.
+            broadcast_buffers(self.ema.module)
         score = self.evaluate()
         row = {
             "epoch": trained["epoch"],

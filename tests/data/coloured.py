@@ -58,6 +58,13 @@ class Deadly(Coloured):
         return super().read(index)
 
 
+class Failing(Coloured):
+    """Reading any sample is an error that is no sample's, in words like those of a lost worker."""
+
+    def read(self, index):
+        raise RuntimeError(f"the archive of sample {index} exited unexpectedly")
+
+
 class Mislabelled(Coloured):
     def read(self, index):
         return super().read(index)[0], 7

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robust_dist.data.errors import WorkersLostError
-from tests.data.coloured import Coloured, Deadly, Mislabelled, processes, stream_loader
+from tests.data.coloured import Coloured, Deadly, Failing, Mislabelled, processes, stream_loader
 from tests.data.test_stream import same_batches
 from tests.forked import ensure_server
 
@@ -55,6 +55,9 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do_and_no_hang(loader):
 def test_an_error_in_a_worker_keeps_its_type_and_text(loader):
     with pytest.raises(ValueError, match=r"sample \d+ has label 7, outside the 7 classes of coloured"):
         next(loader(Mislabelled(*GROUPS)).epoch(0))
+    with pytest.raises(RuntimeError, match=r"the archive of sample \d+ exited unexpectedly") as caught:
+        next(loader(Failing(*GROUPS)).epoch(0))
+    assert caught.type is RuntimeError
 
 
 # A server of its own, which no other test's processes come from.

@@ -24,6 +24,7 @@ class FSDP(Engine):
     forward_is_collective: bool = True
     steps_whole_parameters: bool = False
     trains_any_memory_format: bool = False
+    casts_weights: bool = True
     has_full_state_dict: bool = True
 
     def runs(self, accelerator: Any) -> bool:
