@@ -78,7 +78,7 @@ def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor
     place = find_layout(path)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return plain.read_weights(place.path, names)
-    if place.kind == layouts.DEEPSPEED:
+    if place.kind == layouts.ZERO:
         from robust_dist.checkpoint import zero_read
 
         return zero_read.read_weights(place.path)
