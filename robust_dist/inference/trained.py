@@ -19,11 +19,11 @@ from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, veri
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
-from robust_dist.train.fit import OWN
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
 Own = nn.Module | Callable[[int], nn.Module]

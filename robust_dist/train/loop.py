@@ -24,7 +24,7 @@ from robust_dist.train.build import (
 )
 from robust_dist.train.display import Display
 from robust_dist.train.engine import check_model
-from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate, use_averaged_weights
+from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.meter import Figures, build_meter, measured
@@ -175,7 +175,7 @@ class Trainer:
         self.optimizer.train()
         self.meter.begin()
         for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
-            self._train_step(parts)
+            self.train_step(parts)
             self._note_bad_images()
             self.meter.count(parts[0].global_size)
             display.step()
@@ -190,7 +190,7 @@ class Trainer:
             torch.cuda.synchronize()
         return self.meter.epoch()
 
-    def _train_step(self, parts: list[Batch]) -> None:
+    def train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
         group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
@@ -251,16 +251,7 @@ class Trainer:
         if self.ema is not None:
             # Each rank averages statistics of its own; a checkpoint holds the first one's.
             broadcast_buffers(self.ema.module)
-        whole = self.ema.module if self.ema is not None else self.bare_model
-        score = evaluate(
-            self.model if self.engine.forward_is_collective else whole,
-            self.test_set,
-            self.eval_augment,
-            batch_size=self.recipe.data.eval_batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            dtype=self.step.input_dtype,
-        )
+        score = self.evaluate()
         row = {
             "epoch": trained["epoch"],
             "step": self.progress.step,
@@ -285,6 +276,19 @@ class Trainer:
             self._save(score.accuracy)
         tick(f"step {self.progress.step + 1}")
         return row
+
+    def evaluate(self) -> Score:
+        """The score of the weights that count: their average where there is one."""
+        whole = self.ema.module if self.ema is not None else self.bare_model
+        return evaluate(
+            self.model if self.engine.forward_is_collective else whole,
+            self.test_set,
+            self.eval_augment,
+            batch_size=self.recipe.data.eval_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            dtype=self.step.input_dtype,
+        )
 
     def _build_ema(self) -> AveragedModel | None:
         if self.recipe.ema_decay is None:
