@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import robust_dist
 from robust_dist.engines.engine import EngineError, engine_named
+from robust_dist.inference.command import add_commands, split_data_words
 from robust_dist.study.commands import add_study_commands
 from robust_dist.validate import whole_number
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan_command(commands)
     add_study_commands(commands)
     _add_checkpoint_commands(commands)
+    add_commands(commands)
     return parser
 
 
@@ -171,10 +173,15 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (2 where the user has to change something)."""
     parser = _parser()
-    words, overrides = parser.parse_known_args(args)
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        given, data_words = split_data_words(given) if given[:1] == ["evaluate"] else (given, [])
+    except ValueError as error:
+        parser.error(str(error))
+    words, overrides = parser.parse_known_args(given)
     if overrides and words.run not in (_preview, _train):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    words.overrides = overrides
+    words.overrides, words.data_words = overrides, data_words
     run: Callable[[argparse.Namespace], int] = words.run
     try:
         return run(words)

@@ -17,7 +17,7 @@ from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version
 
 Status = Literal["ok", "warn", "fail"]
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-VERSIONED = ("torchvision", "accelerate", "deepspeed", "transformers", "timm", "numpy", "triton")
+VERSIONED = (*surroundings.PACKAGES, "transformers", "timm", "triton")
 LOWEST_TORCH, LOWEST_PYTHON = (2, 6), (3, 10)
 
 

@@ -8,6 +8,7 @@ import torch
 from robust_dist.augment import RobustAugment, TrivialAugment, tables
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data import DeviceLoader, ImageSet
+from robust_dist.data.batches import Cut
 from robust_dist.data.errors import DataError
 from robust_dist.preview import columns, draw, mixture, operation, preview
 from tests.data.tiny_sets import encoded
@@ -52,7 +53,7 @@ def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, r
     source = Coloured(9, 20, 11)
     streamed = StreamSet(source, RandomCrop(8, (0.1, 1), (1, 1)), torch.device("cpu"), workers=0, shuffle_window=15)
     augment = RobustAugment(len(CLASSES), 8, MEAN, STD, crop=None, cutmix_mode=mode, block=4)
-    ((batch,), *_) = streamed.loader(batch_size=BATCH, seed=3, block=4).epoch(2)
+    ((batch,), *_) = streamed.loader(Cut(BATCH, seed=3, block=4)).epoch(2)
     trained, _ = augment(batch.images, batch.labels, batch.keys)
     first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, size=BATCH)
     assert first.title == "random crop"

@@ -5,7 +5,7 @@ import torch
 
 from robust_dist import CutMix, RAdaBeliefW, RobustSchedule
 from robust_dist.checkpoint import convert
-from robust_dist.data.batches import BatchPlan
+from robust_dist.data.batches import Cut
 from robust_dist.train.recipe import Recipe
 from robust_dist.validate import real_number, whole_number
 
@@ -19,7 +19,7 @@ def optimizer(**settings):
     [
         (lambda: RobustSchedule(optimizer(), 0), "total_steps=0 is below 1"),
         (lambda: CutMix(0), "num_classes=0 is below 1"),
-        (lambda: BatchPlan("set", 9, 0), "batch_size=0 is below 1"),
+        (lambda: Cut(0, seed=0), "batch_size=0 is below 1"),
         (lambda: Recipe(batch_size=0), "batch_size=0 is below 1"),
         (lambda: Recipe(batch_size=10**20), "batch_size=100000000000000000000 is above 2147483647"),
         (lambda: convert("a", "b", "ddp", 0), "world_size=0 is below 1"),

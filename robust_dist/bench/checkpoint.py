@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from robust_dist.bench.timing import machine
 from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.space import checkpoint_bytes, text_of
-from robust_dist.engines.engine import engine_named
+from robust_dist.engines.engine import engine_of
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
@@ -37,16 +37,15 @@ def bench_checkpoint(rounds: int = 7, model: str = "resnet34_cifar", folder: str
     net, optimizer = accelerator.prepare(bare, RAdaBeliefW(bare.parameters()))
     accelerator.backward(net(torch.zeros(2, 3, 32, 32, device=accelerator.device)).sum())
     optimizer.step()
-    size = checkpoint_bytes(engine_named("ddp"), accelerator.unwrap_model(net), rank=0, world_size=1)
+    size = checkpoint_bytes(engine_of(accelerator), accelerator.unwrap_model(net), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(dir=folder) as place, ExitStack() as stack:
         now, later = (
-            stack.enter_context(_saver(accelerator, Path(place, str(background)), size, background))
-            for background in (False, True)
+            stack.enter_context(_saver(Path(place, str(background)), size, background)) for background in (False, True)
         )
         ways = {
             "Accelerate's save_state, no checksums, no sync": _plain(accelerator, Path(place, "plain")),
-            "at once (checkpoint.background=false)": _saving(now),
-            "in the background": _saving(later),
+            "at once (checkpoint.background=false)": _saving(accelerator, now),
+            "in the background": _saving(accelerator, later),
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for step in range(rounds + 1):
@@ -72,15 +71,15 @@ def _plain(accelerator: Accelerator, folder: Path) -> Way:
     return save
 
 
-def _saver(accelerator: Accelerator, folder: Path, need: int, background: bool) -> Saver:
+def _saver(folder: Path, need: int, background: bool) -> Saver:
     settings = CheckpointConfig(background=background)
-    return Saver(accelerator, CheckpointStore(folder), settings, need=need, timeout=600.0)
+    return Saver(CheckpointStore(folder), settings, need=need, timeout=600.0)
 
 
-def _saving(saver: Saver) -> Way:
+def _saving(accelerator: Accelerator, saver: Saver) -> Way:
     def save(step: int) -> tuple[float, float]:
         began = time.perf_counter()
-        saver.save(step, lambda place: saver.accelerator.save_state(str(place)), {})
+        saver.save(step, lambda place: accelerator.save_state(str(place)), {})
         waited = time.perf_counter() - began
         saver.wait()
         return waited, time.perf_counter() - began

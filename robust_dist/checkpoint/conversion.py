@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust_dist.checkpoint import layout as layouts
-from robust_dist.checkpoint import trainer
+from robust_dist.checkpoint import plain, trainer
 from robust_dist.checkpoint.layout import Layout, find_layout
 from robust_dist.checkpoint.names import WRAPPED, ParameterNames, read_names, write_names
 from robust_dist.checkpoint.plain import (
@@ -26,15 +28,15 @@ from robust_dist.validate import whole_number
 
 FORMS = ("accelerate", "trainer")
 _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
-_ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
+_ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.ZERO)
 
 
 def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in a checkpoint of any engine, whole and on the CPU.
 
     Args:
-        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, DeepSpeed) with or without our manifest, a
-            `checkpoint-N` of Trainer's under any of these, a DeepSpeed folder, a `torch.distributed.checkpoint` folder,
+        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, ZeRO) with or without our manifest, a
+            `checkpoint-N` of Trainer's under any of these, ZeRO's own folder, a `torch.distributed.checkpoint` folder,
             or a `torch.save` file with "model" and "optimizer".
         number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
         unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
@@ -58,12 +60,39 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
     return state
 
 
+def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The model's entries alone in a checkpoint of any engine and any optimizer, whole and on the CPU.
+
+    Args:
+        src: A folder that `read` takes.
+        known: The model's names, by which a wrapper's prefixes are told from the model's own.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or torn.
+    """
+    path, names = Path(src), list(known)
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; name a checkpoint's folder")
+    if (path / MANIFEST).is_file():
+        verify(path)
+    place = find_layout(path)
+    if place.kind in (layouts.DDP, layouts.FSDP_FULL):
+        return plain.read_weights(place.path, names)
+    if place.kind == layouts.ZERO:
+        from robust_dist.checkpoint import zero_read
+
+        return zero_read.read_weights(place.path)
+    from robust_dist.checkpoint import dcp
+
+    return dcp.read_weights(place.path / dcp.MODEL_FOLDER if place.kind == layouts.FSDP_SHARDED else place.path, names)
+
+
 def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind == layouts.FILE:
         return read_file(place.path, number=number, unwrap=unwrap)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return read_folder(place.path, number=number, unwrap=unwrap)
-    if place.kind == layouts.DEEPSPEED:
+    if place.kind == layouts.ZERO:
         from robust_dist.checkpoint.zero_read import read_zero
 
         return read_zero(place.path)
@@ -83,7 +112,7 @@ def _read_beside(state: TrainingState, place: Layout) -> None:
     noted, ranks = read_names(folder), len(random_states)
     if noted is not None:
         state.extra = noted.extra() | state.extra
-    if place.kind != layouts.DEEPSPEED:
+    if place.kind != layouts.ZERO:
         state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
     if trainer.is_trainers(folder):
         trainer.read_beside(state, folder)

@@ -1,7 +1,7 @@
 """Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.engines.engine import UNNOTED_SHARDS
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
@@ -90,8 +91,23 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     groups = [{**group, "params": [renamed[name] for name in group["params"]]} for group in groups]
     ranks, extra = ranks_of(folders[0]) or None, {"objects": objects} if objects else {}
     return TrainingState(
-        model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks, extra=extra
+        model, optimizer, groups, _schedule(flat, before), engine=UNNOTED_SHARDS, world_size=ranks, extra=extra
     )
+
+
+def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
+    """The model's entries in a DCP folder, whatever else it holds.
+
+    Args:
+        folder: The folder.
+        known: The model's names.
+
+    Raises:
+        CheckpointError: The folder is torn.
+    """
+    flat = load_flat(folder)
+    found = _below(flat, "model.") or flat
+    return bare({name: value for name, value in found.items() if isinstance(value, Tensor)}, known)
 
 
 def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from robust_dist.checkpoint.names import ParameterNames, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
@@ -45,6 +46,28 @@ def load_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: torn, or not a file of tensors and plain values ({reason})") from None
 
 
+def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
+    """The model's entries in a folder as `read_folder` takes it; the optimizer's file is not looked at.
+
+    Args:
+        folder: The folder.
+        known: The model's names.
+
+    Raises:
+        CheckpointError: The model's file is missing or torn.
+    """
+    full = folder / FULL_MODEL_FILE
+    weights, _ = split_objects(_load_model(full if full.is_file() else _model_file(folder)))
+    model, noted = bare(weights, known), read_names(folder)
+    return _with_shared(model, noted)
+
+
+def _with_shared(model: dict[str, Tensor], noted: ParameterNames | None) -> dict[str, Tensor]:
+    """The model with the further names of shared parameters, which safetensors files leave out."""
+    shared = {} if noted is None else noted.shared
+    return model | {alias: model[name] for alias, name in shared.items() if name in model and alias not in model}
+
+
 def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
@@ -62,13 +85,11 @@ def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> 
     path, noted = next((file for file in there if file.is_file()), folder / OPTIMIZER_FILE), read_names(folder)
     saved = load_file(path)
     weights, objects = split_objects(_load_model(file))
-    model = bare(weights, _own_names(saved, noted), unwrap=unwrap)
-    shared = {} if noted is None else noted.shared
-    model.update({alias: model[name] for alias, name in shared.items() if name in model and alias not in model})
+    model = _with_shared(bare(weights, _own_names(saved, noted), unwrap=unwrap), noted)
     ordered = "safetensors" not in file.name
     optimizer, groups = named_optimizer(saved, model, noted, ordered=ordered, where=path, number=number)
     extra = {"objects": objects} if objects else {}
-    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp", extra=extra)
+    return TrainingState(model, optimizer, groups, engine=UNNOTED_SHARDS if full else UNNOTED, extra=extra)
 
 
 def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:

@@ -292,6 +292,10 @@ class CheckpointStore:
         """Where the checkpoint of a step lies, once it is whole."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, whole or torn, oldest first."""
+        return [step for step, _ in map(_order, reversed(self._names())) if step >= 0]
+
     def begin(self, step: int) -> Path:
         """An empty folder into which the files of step `step` are to be written."""
         self.guard()

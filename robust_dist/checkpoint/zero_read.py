@@ -102,6 +102,39 @@ def read_zero(path: Path) -> TrainingState:
     return state
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's entries in a DeepSpeed checkpoint, of any optimizer: those that the forward pass uses.
+
+    Of stages 0 to 2 they have the dtype of training; of stage 3 parameters are the float32 masters.
+
+    Args:
+        path: As `read_zero`.
+
+    Raises:
+        CheckpointError: A rank's file is missing, torn, or of another save.
+    """
+    folder = tag_folder(path)
+    if folder is None:
+        raise CheckpointError(f"{path}: no DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`")
+    file, partitioned = _first_model_file(folder)
+    content = load(file)
+    _check_model_file(file, content)
+    model, _ = split_objects(content["module"])
+    if not partitioned:
+        return model
+    world_size, shapes = content["dp_world_size"], content["param_shapes"]
+    shards = _read_shards(folder, world_size, any_optimizer=True)
+    whole = _frozen(folder, world_size, content)
+    for number, group in enumerate(shapes):
+        whole |= _join([shard.fp32[number] for shard in shards], shards, number, group)
+    return model | _with_shared(whole, content)
+
+
+def _with_shared(whole: dict[str, Tensor], content: Mapping[str, Any]) -> dict[str, Tensor]:
+    shared = content["shared_params"] or {}
+    return whole | {alias: whole[name] for alias, name in shared.items() if name in whole}
+
+
 def _first_model_file(folder: Path) -> tuple[Path, bool]:
     whole, partitioned = folder / model_file(0, 0), folder / model_file(0, 3)
     if whole.exists() and partitioned.exists():
@@ -168,7 +201,7 @@ def check_optimizer(file: Path, groups: Sequence[Mapping[str, Any]], states: Map
         raise CheckpointError(f"{file}: of another optimizer than RAdaBeliefW: it {has}; its settings are {settings}")
 
 
-def _read_shard(file: Path, world_size: int) -> _Shard:
+def _read_shard(file: Path, world_size: int, any_optimizer: bool) -> _Shard:
     held = load(file)
     try:
         held = held["optimizer_state_dict"]
@@ -182,14 +215,15 @@ def _read_shard(file: Path, world_size: int) -> _Shard:
         raise CheckpointError(f"{file}: saved with elastic_checkpoint, which leaves out the groups' settings")
     if any(count != world_size for count in (counts if isinstance(counts, list) else [counts])):
         raise CheckpointError(f"{file}: partition_count {counts} is not the number of ranks, {world_size}")
-    check_optimizer(file, base["param_groups"], base["state"])
+    if not any_optimizer:
+        check_optimizer(file, base["param_groups"], base["state"])
     gaps = held.get("param_alignment_paddings") or [[] for _ in fp32]
     return _Shard(file, fp32, base["state"], base["param_groups"], gaps, int(held.get("zero_stage", 1)))
 
 
-def _read_shards(folder: Path, world_size: int) -> list[_Shard]:
+def _read_shards(folder: Path, world_size: int, *, any_optimizer: bool = False) -> list[_Shard]:
     bf16 = any(folder.glob(optimizer_file(0, True).replace("_0_", "_*_", 1)))
-    shards = [_read_shard(folder / optimizer_file(rank, bf16), world_size) for rank in range(world_size)]
+    shards = [_read_shard(folder / optimizer_file(rank, bf16), world_size, any_optimizer) for rank in range(world_size)]
     first = shards[0]
     for shard in shards[1:]:
         if (shard.groups, len(shard.fp32), shard.stage) != (first.groups, len(first.fp32), first.stage):
@@ -205,7 +239,7 @@ def _read_partitioned(folder: Path, file: Path, content: Mapping[str, Any], part
         raise CheckpointError(f"{shards[0].path}: its stage or groups are not those of {file.name}: another save")
     masters, optimizer = _assemble(shards, shapes)
     whole = masters | (_frozen(folder, world_size, content) if partitioned else {})
-    whole |= {alias: whole[name] for alias, name in (content["shared_params"] or {}).items() if name in whole}
+    whole = _with_shared(whole, content)
     model = {name: whole.get(name, tensor) for name, tensor in content["module"].items()}
     groups = _groups(shards[0], shapes, world_size, ZeroLayout.of(content["ds_config"]))
     return TrainingState(model, optimizer, groups, engine=f"zero{shards[0].stage}", world_size=world_size)

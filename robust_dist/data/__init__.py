@@ -2,8 +2,7 @@
 
 from robust_dist.data.batch import Batch
 from robust_dist.data.errors import DataError
-from robust_dist.data.host_set import HostSet
-from robust_dist.data.image_set import ImageSet
+from robust_dist.data.image_set import HostSet, ImageSet
 from robust_dist.data.loader import DeviceLoader, evaluation_batches
 from robust_dist.data.registry import DATASETS, DatasetInfo, dataset_info, load_dataset
 

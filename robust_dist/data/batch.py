@@ -1,11 +1,44 @@
-"""Batch: samples of a step, or the set that they lie in and their numbers, so that a pipeline gathers them itself."""
+"""Samples on their way from a set to a step: asked for, read, and given out as a Batch."""
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
+from robust_dist.data.errors import BadImage
+
 Pipeline = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Request(NamedTuple):
+    """One micro-batch to read.
+
+    Attributes:
+        indices: int64 [b], the samples' numbers in the set.
+        keys: int64 [b], `sample_keys(seed, epoch, indices)`, which the crops are drawn from.
+    """
+
+    indices: Tensor
+    keys: Tensor
+
+
+class Pack(NamedTuple):
+    """One micro-batch as it was read.
+
+    Attributes:
+        images: uint8 [b, C, H, W]; of a whole set [N, C, H, W].
+        labels: int64 [b]; of a whole set [N].
+        weights: float32 [b], 0 where an image was bad; None where none was.
+        bad: the bad images.
+        whole: images and labels are the whole set's, from which a pipeline gathers the samples.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
+    bad: tuple[BadImage, ...] = ()
+    whole: bool = False
 
 
 class Batch:

@@ -131,7 +131,16 @@ def _found(path: str, beside: Sequence[str]) -> str:
 
 def is_class_label(feature: Any) -> bool:
     """Whether a feature is a ClassLabel, which knows its classes' names."""
-    return type(feature).__name__ == "ClassLabel"
+    return isinstance(feature, _features().ClassLabel)
+
+
+def is_image_feature(feature: Any) -> bool:
+    """Whether a feature is an Image, which `datasets` would decode."""
+    return isinstance(feature, _features().Image)
+
+
+def _features() -> Any:
+    return require("datasets", extra="data", purpose="labels from a table")
 
 
 def _find(
@@ -163,11 +172,11 @@ def _find(
 
 
 def _is_image(feature: Any) -> bool:
-    return type(feature).__name__ == "Image" or (_is_struct(feature) and {"bytes"} <= set(feature) <= {"bytes", "path"})
+    return is_image_feature(feature) or (_is_struct(feature) and {"bytes"} <= set(feature) <= {"bytes", "path"})
 
 
 def _can_be_image(feature: Any) -> bool:
-    return type(feature).__name__ == "Image" or _dtype(feature) in (*BINARY, *TEXT) or _is_struct(feature)
+    return is_image_feature(feature) or _dtype(feature) in (*BINARY, *TEXT) or _is_struct(feature)
 
 
 def _is_struct(feature: Any) -> bool:
@@ -184,7 +193,7 @@ def _can_be_label(feature: Any) -> bool:
 
 
 def _dtype(feature: Any) -> str:
-    return feature.dtype if type(feature).__name__ == "Value" else ""
+    return feature.dtype if isinstance(feature, _features().Value) else ""
 
 
 def _type_name(feature: Any) -> str:

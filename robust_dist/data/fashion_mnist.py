@@ -1,19 +1,24 @@
-"""Fashion-MNIST from torchvision's download or from Debian's package, as RGB 32x32."""
+"""Fashion-MNIST from torchvision's download or from Debian's package, as RGB 32x32; and MNIST's file format, IDX."""
 
+import gzip
+import math
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from robust_dist.data.errors import DataError
 from robust_dist.data.fetching import fetched_beside
-from robust_dist.data.idx import read_idx
 from robust_dist.data.image_set import ImageSet
 from robust_dist.extras import require
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 MARGIN = 2
+UINT8_CODE = 0x08
 COUNTS = {"train": 60_000, "t10k": 10_000}
 CLASSES = (
     "T-shirt/top",
@@ -114,3 +119,44 @@ def _message(root: Path, prefix: str) -> str:
         f"FashionMNIST: {missing} (plain or .gz). Allow the download, put the files into one of these folders, "
         "or on Debian and Ubuntu: apt-get install dataset-fashion-mnist."
     )
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """Read a uint8 IDX file of `ndim` dimensions.
+
+    Nothing but the content counts: the magic number and the number of values are checked, no checksum is, since a
+    recompressed .gz has another one.
+
+    Raises:
+        DataError: no uint8 IDX file of so many dimensions, or fewer or more values than its header says.
+    """
+    content = _content(path)
+    shape = _shape(path, content, ndim)
+    header = 4 + 4 * ndim
+    found, wanted = len(content) - header, math.prod(shape)
+    if found != wanted:
+        raise DataError(f"{path} is torn: its header says {wanted:,} values, it holds {found:,}. {_mend(path)}")
+    return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}). {_mend(path)}") from error
+
+
+def _shape(path: Path, content: bytes, ndim: int) -> tuple[int, ...]:
+    header = 4 + 4 * ndim
+    magic = content[:4]
+    if len(content) < header or magic != bytes((0, 0, UINT8_CODE, ndim)):
+        raise DataError(
+            f"{path} is no IDX file of {ndim}-dimensional uint8 data: it begins with {magic.hex() or 'nothing'}, "
+            f"not 0000{UINT8_CODE:02x}{ndim:02x}. {_mend(path)}"
+        )
+    return struct.unpack(f">{ndim}I", content[4:header])
+
+
+def _mend(path: Path) -> str:
+    return f"Delete {path.name} in {path.parent} and start again (or reinstall the package that it came with)."

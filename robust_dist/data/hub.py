@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robust_dist.data.classes import check_count
-from robust_dist.data.columns import class_labels, find_columns, image_bytes, is_class_label, path_of, plain_labels
+from robust_dist.data.columns import (
+    class_labels,
+    find_columns,
+    image_bytes,
+    is_class_label,
+    is_image_feature,
+    path_of,
+    plain_labels,
+)
 from robust_dist.data.errors import DataError
 from robust_dist.data.identity import Stretch, fingerprint
 from robust_dist.data.parquet import check_whole, is_remote, open_parquet
@@ -183,7 +191,7 @@ def _from_table(
     else:
         labels, classes = plain_labels(column, classes, name, num_classes)
     images = table.select_columns([image])
-    if type(table.features[image]).__name__ == "Image":
+    if is_image_feature(table.features[image]):
         images = images.cast_column(image, _datasets().Image(decode=False))
     return images.with_format(None), labels, classes
 

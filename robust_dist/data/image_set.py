@@ -1,17 +1,18 @@
-"""ImageSet: a labelled set of small images, whole, as uint8 on one device."""
+"""Labelled sets of small images, uint8, that lie whole on one device (ImageSet) or in the host's memory (HostSet)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from robust_dist.augment.keys import permutation, sample_keys
+from robust_dist.data.batch import Pack, Request
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.identity import fingerprint, spread
-from robust_dist.data.loader import DeviceLoader
-from robust_dist.data.sets import EvalBatch, FirstSamples, TrainLoader
+from robust_dist.data.loader import Direct
+from robust_dist.data.moving import Prefetcher
+from robust_dist.data.order import Order, Permutation
+from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.data.source import ImageSource
 
 # Images that a fingerprint looks at.
@@ -19,7 +20,7 @@ SPREAD = 64
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(LabelledSet):
     """A labelled image set that lies whole on one device.
 
     Attributes:
@@ -76,28 +77,31 @@ class ImageSet:
         """All images lie together."""
         return (len(self),)
 
-    def loader(self, **cut: Any) -> TrainLoader:
-        """DeviceLoader of the set; `cut` is its other arguments."""
-        return DeviceLoader(self, **cut)
-
-    def filler(self) -> Tensor:
-        """The first image, uint8 [1, C, H, W]."""
-        return self.images[:1]
-
-    def eval_batches(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
-        """The samples start to stop in the set's own order, at most `batch_size` at a time, as views (no copy)."""
-        bounds = ((low, min(low + batch_size, stop)) for low in range(start, stop, batch_size))
-        return (EvalBatch(self.images[low:high], self.labels[low:high]) for low, high in bounds)
-
     @property
     def stage(self) -> str:
         """What the images given out are."""
         return "as stored"
 
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
-        """The first `count` samples of an epoch's first batch."""
-        indices = permutation(seed, epoch, len(self), self.device)[:count]
-        return FirstSamples(self.images[indices], self.labels[indices], sample_keys(seed, epoch, indices), {})
+    def order(self, seed: int, epoch: int) -> Order:
+        """A permutation, drawn on the device."""
+        return Permutation(seed, epoch, len(self), self.device)
+
+    def reader(self, *, block: int = 1, workers: int | None = None) -> Direct:
+        """The whole set, from which the pipeline gathers the samples."""
+        return Direct(lambda request: Pack(self.images, self.labels, whole=True))
+
+    def prefetcher(self) -> Prefetcher:
+        """Nothing is copied: batches lie on the device."""
+        return Prefetcher(None)
+
+    def filler(self) -> Tensor:
+        """The first image, uint8 [1, C, H, W]."""
+        return self.images[:1]
+
+    def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+        """The samples start to stop in the set's own order, at most `batch_size` at a time, as views (no copy)."""
+        bounds = ((low, min(low + batch_size, stop)) for low in range(start, stop, batch_size))
+        return (EvalBatch(self.images[low:high], self.labels[low:high]) for low, high in bounds)
 
     def fingerprint(self) -> str:
         """A hash of the labels and of a few of the images, evenly spread; the source's own, where it has one."""
@@ -106,10 +110,6 @@ class ImageSet:
             return str(own())
         few = self.images[torch.tensor(spread(len(self), SPREAD), device=self.device)]
         return fingerprint(self.labels.cpu().numpy(), few.cpu().numpy(), list(self.images.shape))
-
-    def take_bad(self) -> list[BadImage]:
-        """None: the images were checked when they were loaded."""
-        return []
 
     def fits_on(self, device: torch.device | str) -> None:
         """Check that the set fits into the device's free memory (CUDA; other devices are not asked).
@@ -137,6 +137,68 @@ class ImageSet:
             return self
         self.fits_on(target)
         return replace(self, images=self.images.to(target), labels=self.labels.to(target))
+
+
+class HostSet(LabelledSet):
+    """A labelled set that lies whole in the host's memory, and whose batches are copied to a device a step ahead.
+
+    Batches, their order and their keys are those of an ImageSet on the device.
+
+    Args:
+        image_set: the set, on the CPU.
+        device: where batches are given out.
+
+    Raises:
+        ValueError: the set does not lie on the CPU.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    device: torch.device
+    group_sizes: tuple[int, ...]
+    stage: str
+
+    def __init__(self, image_set: ImageSet, device: torch.device) -> None:
+        if image_set.device.type != "cpu":
+            raise ValueError(f"{image_set.name} lies on {image_set.device}: a HostSet wants it on the CPU")
+        self.image_set, self.device = image_set, device
+        self.name, self.classes, self.channels = image_set.name, image_set.classes, image_set.channels
+        self.group_sizes, self.stage, self.nbytes = image_set.group_sizes, image_set.stage, image_set.nbytes
+        self.source, self.unreadable = image_set.source, image_set.unreadable
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """The host's own permutation, which is the device's."""
+        return self.image_set.order(seed, epoch)
+
+    def reader(self, *, block: int = 1, workers: int | None = None) -> Direct:
+        """The samples, gathered into pinned memory where they go to a GPU."""
+        return Direct(self._gathered)
+
+    def filler(self) -> Tensor:
+        """The first image, uint8 [1, C, H, W]."""
+        return self.image_set.filler().to(self.device)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet.fingerprint`."""
+        return self.image_set.fingerprint()
+
+    def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+        """Views of the set in the host's memory."""
+        return self.image_set.evaluation(start, stop, batch_size)
+
+    def _gathered(self, request: Request) -> Pack:
+        whole, indices = self.image_set, request.indices
+        return Pack(self._rows(whole.images, indices), self._rows(whole.labels, indices))
+
+    def _rows(self, values: Tensor, indices: Tensor) -> Tensor:
+        # Pinned memory comes from torch's cache, which gives none out again before its copy is done.
+        pinned = self.device.type == "cuda"
+        rows = torch.empty(len(indices), *values.shape[1:], dtype=values.dtype, pin_memory=pinned)
+        return torch.index_select(values, 0, indices, out=rows)
 
 
 def free_bytes(device: torch.device) -> int | None:

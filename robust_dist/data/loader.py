@@ -1,28 +1,144 @@
-"""DeviceLoader: epochs of a set that lies whole on the device, cut between ranks; and exact evaluation."""
+"""Loader: epochs of any set, in their order, cut between ranks; and exact evaluation."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
-from robust_dist.augment.keys import permutation, sample_keys
-from robust_dist.data.batch import Batch
-from robust_dist.data.batches import BatchPlan, check_counts, check_rank
-from robust_dist.data.cuts import even_cuts
+from robust_dist.data.batch import Batch, Pack, Request
+from robust_dist.data.batches import BatchPlan, Cut, check_counts, check_rank, even_cuts
 from robust_dist.data.errors import BadImage
 
 if TYPE_CHECKING:
-    from robust_dist.data.image_set import ImageSet
+    from robust_dist.data.sets import LabelledSet
 
 
-class DeviceLoader:
-    """Training batches of an ImageSet, a pure function of (seed, epoch, step, rank, world size).
+class Reader(Protocol):
+    """Reads a set's samples."""
 
-    The order of an epoch is a permutation drawn from (seed, epoch) alone, so 1, 2 or 4 ranks see the same global
-    batches; each is `batch_size` consecutive samples of it, cut into contiguous runs of whole blocks of `block`
-    samples, as even as possible: one a rank, and within a rank one a micro-batch. Parts may differ in size, so the
-    loss is a sum divided by `Batch.global_size`. CutMix of mode "elem" draws partners within a block and so sees the
-    same pairs at any world size, provided that it has the same `block`.
+    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
+        """Each request with its pack, in order."""
+        ...
+
+    def close(self) -> None:
+        """End what reads."""
+        ...
+
+
+class Direct:
+    """Reads in this process, when it is asked.
+
+    Args:
+        fetch: makes the pack of a request.
+    """
+
+    def __init__(self, fetch: Callable[[Request], Pack]) -> None:
+        self.fetch = fetch
+
+    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
+        """See `Reader.read`."""
+        return ((request, self.fetch(request)) for request in requests)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class _Part(NamedTuple):
+    """A micro-batch on its way to the device: `Pack` and `Request`."""
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    bad: tuple[BadImage, ...]
+    whole: bool
+    indices: Tensor
+    keys: Tensor
+
+
+class Loader:
+    """Training batches of a set, a pure function of (seed, epoch, step, rank, world size).
+
+    The order of an epoch is drawn from (seed, epoch) alone, so 1, 2 or 4 ranks see the same global batches; each is
+    `batch_size` consecutive samples of it, cut into contiguous runs of whole blocks of `block` samples, as even as
+    possible: one a rank, and within a rank one a micro-batch. So every rank takes the same number of steps. Parts may
+    differ in size, so the loss is a sum divided by `Batch.global_size`. CutMix of mode "elem" draws partners within a
+    block and so sees the same pairs at any world size, provided that it has the same `block`.
+
+    A batch that lies elsewhere is copied to the set's device while the step before it runs. A resumed epoch reads
+    nothing of the steps that are done.
+
+    A bad image is skipped: its slot holds a copy of a good one of the same block, or zeros where the micro-batch has
+    none, and `Batch.weights` is 0 there. The copies do count in batch normalisation's statistics.
+
+    Args:
+        dataset: the set.
+        cut: how its epochs are drawn and cut.
+
+    Raises:
+        ValueError: a cut that leaves a rank or a micro-batch empty.
+    """
+
+    def __init__(self, dataset: "LabelledSet", cut: Cut) -> None:
+        self.plan = BatchPlan(dataset.name, len(dataset), cut)
+        self.order = partial(dataset.order, cut.seed)
+        self.reader, self.prefetcher = dataset.reader(block=cut.block), dataset.prefetcher()
+        self._bad: list[BadImage] = []
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps (global batches) of an epoch."""
+        return self.plan.steps
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on, over all ranks, bad ones included."""
+        return self.plan.samples_per_epoch
+
+    def take_bad(self) -> list[BadImage]:
+        """The bad images of this rank's steps since the last call."""
+        bad, self._bad = self._bad, []
+        return bad
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """One item an optimizer step: this rank's `accumulation` micro-batches, from `start_step` to the epoch's end.
+
+        Where workers read, a new epoch ends the one that was being read.
+
+        Raises:
+            ValueError: start_step outside 0 to steps_per_epoch (at which nothing is left).
+            WorkersLostError: a worker was killed.
+        """
+        self.plan.check_start(start_step)
+        return self._steps(epoch, range(start_step, self.plan.steps))
+
+    def close(self) -> None:
+        """End the workers, where there are any."""
+        self.reader.close()
+
+    def _steps(self, epoch: int, steps: range) -> Iterator[list[Batch]]:
+        read = self.reader.read(self._requests(epoch, steps))
+        parts = (_Part(*pack, *request) for request, pack in read)
+        of_steps = (list(islice(parts, self.plan.cut.accumulation)) for _ in steps)
+        for step, moved in zip(steps, self.prefetcher.run(of_steps), strict=True):
+            size = self.plan.global_size(step)
+            batches = [
+                Batch(one.images, one.labels, one.indices, one.keys, size, one.weights, whole=one.whole)
+                for one in moved
+            ]
+            self._bad += [image for one in moved for image in one.bad]
+            yield batches
+
+    def _requests(self, epoch: int, steps: range) -> Iterator[Request]:
+        order = self.order(epoch)
+        for step in steps:
+            start = step * self.plan.cut.batch_size
+            yield from order.requests(start, start + self.plan.global_size(step), self.plan.runs(step))
+
+
+class DeviceLoader(Loader):
+    """The Loader of a set, with the `Cut` as arguments.
 
     Args:
         image_set: the set; batches lie on its device.
@@ -35,12 +151,13 @@ class DeviceLoader:
         drop_last: leave out the last, shorter global batch of an epoch; else every sample is seen once an epoch.
 
     Raises:
+        TypeError: a count that is no int.
         ValueError: a count below 1, a rank outside the world, or a cut that leaves a rank or a micro-batch empty.
     """
 
     def __init__(
         self,
-        image_set: "ImageSet",
+        image_set: "LabelledSet",
         *,
         batch_size: int,
         seed: int,
@@ -50,55 +167,13 @@ class DeviceLoader:
         block: int = 8,
         drop_last: bool = False,
     ) -> None:
-        self.image_set = image_set
-        self.seed = seed
-        self.plan = BatchPlan(
-            image_set.name, len(image_set), batch_size, rank, world_size, accumulation, block, drop_last
-        )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps (global batches) of an epoch."""
-        return self.plan.steps
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on, over all ranks."""
-        return self.plan.samples_per_epoch
-
-    def take_bad(self) -> list[BadImage]:
-        """None: the images were checked when they were loaded."""
-        return []
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """One item an optimizer step: this rank's `accumulation` micro-batches, from `start_step` to the epoch's end.
-
-        Raises:
-            ValueError: start_step outside 0 to steps_per_epoch (at which nothing is left).
-        """
-        self.plan.check_start(start_step)
-        return self._steps(epoch, start_step)
-
-    def _steps(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
-        images, labels = self.image_set.images, self.image_set.labels
-        for step, parts in self._drawn(epoch, start_step):
-            size = self.plan.global_size(step)
-            yield [Batch(images, labels, indices, keys, size, whole=True) for indices, keys in parts]
-
-    def _drawn(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-        """Each step and its micro-batches as (indices, keys), views of the epoch's, on the set's device."""
-        order = permutation(self.seed, epoch, len(self.image_set), self.image_set.device)
-        keys = sample_keys(self.seed, epoch, order)
-        for step in range(start_step, self.steps_per_epoch):
-            start = step * self.plan.batch_size
-            runs = [slice(start + low, start + high) for low, high in self.plan.runs(step)]
-            yield step, [(order[run], keys[run]) for run in runs]
+        super().__init__(image_set, Cut(batch_size, seed, rank, world_size, accumulation, block, drop_last))
 
 
 def evaluation_batches(
-    image_set: "ImageSet", batch_size: int, rank: int = 0, world_size: int = 1
+    image_set: "LabelledSet", batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's contiguous share of the set, every sample on exactly one rank, as views (no copy).
+    """This rank's contiguous share of the set, every sample on exactly one rank; of an ImageSet as views (no copy).
 
     Shares differ by one sample at most, so ranks may have different numbers of batches, and with fewer samples than
     ranks some have none: sum over ranks after the loop, not in it.

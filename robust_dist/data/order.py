@@ -1,17 +1,48 @@
-"""The order of an epoch over a set that lies in groups: shuffled, and yet a rank reads few groups at a time."""
+"""The order of an epoch, a function of (seed, epoch): of a set in memory, and of one that lies in groups."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from robust_dist.augment.keys import Stream, bits, sample_keys
+from robust_dist.augment.keys import Stream, bits, permutation, sample_keys
+from robust_dist.data.batch import Request
+from robust_dist.data.batches import Run
+
+
+class Order(Protocol):
+    """Every sample of a set once."""
+
+    def requests(self, start: int, stop: int, runs: Sequence[Run]) -> list[Request]:
+        """Runs of positions of the global batch that lies at the positions start to stop of the order."""
+        ...
+
+
+class Permutation:
+    """The order of a set that lies whole in memory: drawn at once with its keys, of which requests are views.
+
+    Args:
+        seed: of the run.
+        epoch: which epoch.
+        count: samples of the set.
+        device: where indices and keys are made.
+    """
+
+    def __init__(self, seed: int, epoch: int, count: int, device: torch.device) -> None:
+        self.indices = permutation(seed, epoch, count, device)
+        self.keys = sample_keys(seed, epoch, self.indices)
+
+    def requests(self, start: int, stop: int, runs: Sequence[Run]) -> list[Request]:
+        """See `Order.requests`."""
+        indices, keys = self.indices[start:stop], self.keys[start:stop]
+        return [Request(indices[low:high], keys[low:high]) for low, high in runs]
 
 
 class EpochOrder:
-    """Every sample of a set once, in an order that is a function of (seed, epoch), the groups and the window alone.
+    """The order of a set that lies in groups: shuffled, and yet a rank reads few groups at a time.
 
     The groups (shards, row groups) are permuted and taken together, in that order, to windows of `window` samples or a
     little more; the samples of a window are permuted. One group, or a window as large as the set, makes that a
@@ -38,6 +69,11 @@ class EpochOrder:
         sizes = (sum(group_sizes[group] for group in groups) for groups in self.windows)
         self.window_starts = [0, *accumulate(sizes)]
         self._number, self._held = -1, (torch.empty(0), torch.empty(0))
+
+    def requests(self, start: int, stop: int, runs: Sequence[Run]) -> list[Request]:
+        """See `Order.requests`."""
+        indices = self.batch(start, stop)
+        return [Request(indices[low:high], sample_keys(self.seed, self.epoch, indices[low:high])) for low, high in runs]
 
     def batch(self, start: int, stop: int) -> Tensor:
         """The samples at the positions start to stop of the order, as one global batch: int64 [stop - start]."""

@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 
 from robust_dist.data.errors import DataError
-from robust_dist.data.host_set import HostSet
-from robust_dist.data.image_set import ImageSet, free_bytes
+from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
 
 KeepOn = Literal["auto", "device", "host"]
 Place = Literal["device", "host"]

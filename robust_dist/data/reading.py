@@ -1,56 +1,31 @@
 """Reading images in worker processes: requests in, packs of uint8 images out, in order."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
 from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
 Crop = Callable[[Any, int], Tensor]
+# Seconds in which the end of a worker is known after what it left undone.
+GONE_WITHIN = 0.5
 # What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Request(NamedTuple):
-    """One micro-batch to read.
-
-    Attributes:
-        indices: int64 [b], samples of the source.
-        keys: int64 [b], what the crops are drawn from.
-    """
-
-    indices: Tensor
-    keys: Tensor
-
-
-class Pack(NamedTuple):
-    """One micro-batch as a worker gives it.
-
-    Attributes:
-        images: uint8 [b, 3, size, size].
-        labels: int64 [b].
-        weights: float32 [b], 0 where an image was bad; None where none was.
-        bad: the bad images.
-    """
-
-    images: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    bad: list[BadImage]
 
 
 class ImageReader(Dataset[Pack]):
@@ -78,25 +53,32 @@ class ImageReader(Dataset[Pack]):
         bad: dict[int, BadImage] = {}
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
             try:
-                images[slot], labels[slot] = self._read(index, key)
+                data, label = self.read(index)
+                images[slot], labels[slot] = self.crop(decode_rgb(data), key), label
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
-        if not bad:
-            return Pack(images, labels, None, [])
-        weights = torch.ones(len(indices))
-        weights[list(bad)] = 0
-        for slot, other in stand_ins(list(bad), len(indices), self.block).items():
-            images[slot], labels[slot] = images[other], labels[other]
-        return Pack(images, labels, weights, list(bad.values()))
+        return filled(images, labels, bad, self.block)
 
-    def _read(self, index: int, key: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
+        """A sample's file and its label."""
         data, label = self.source.read(index)
         if not 0 <= label < len(self.source.classes):
             raise ValueError(
                 f"{self.source.where(index)} has label {label}, outside the {len(self.source.classes)} classes of "
                 f"{self.source.name} (0 to {len(self.source.classes) - 1})"
             )
-        return self.crop(decode_rgb(data), key), label
+        return data, label
+
+
+def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: int) -> Pack:
+    """The pack of images whose `bad` slots are to hold stand-ins and to count nothing; changes images and labels."""
+    if not bad:
+        return Pack(images, labels)
+    weights, slots = torch.ones(len(labels)), sorted(bad)
+    weights[slots] = 0
+    for slot, other in stand_ins(slots, len(labels), block).items():
+        images[slot], labels[slot] = images[other], labels[other]
+    return Pack(images, labels, weights, tuple(bad[slot] for slot in slots))
 
 
 def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
@@ -126,7 +108,7 @@ class Workers:
         pin: whether images are given out in pinned memory.
     """
 
-    def __init__(self, reader: ImageReader, *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
+    def __init__(self, reader: Dataset[Any], *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
         self.requests = _Requests()
         options: dict[str, Any] = {"collate_fn": _unchanged}
         if workers:
@@ -136,7 +118,7 @@ class Workers:
                 "persistent_workers": True,
                 "worker_init_fn": shield,
             }
-        self._loader: DataLoader[Pack] | None = DataLoader(
+        self._loader: DataLoader[Any] | None = DataLoader(
             reader,
             batch_size=None,
             sampler=self.requests,
@@ -147,6 +129,7 @@ class Workers:
             **options,
         )
         self._reading: Generator[tuple[Request, Pack], None, None] = _nothing()
+        self._processes: list[BaseProcess] = []
 
     def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
         """Each request with its pack, in order. A new call ends the one before it.
@@ -161,15 +144,30 @@ class Workers:
     def close(self) -> None:
         """End the workers."""
         self._reading.close()
-        self._loader = None
+        self._loader, self._processes = None, []
 
     def _read(self, requests: Iterator[Request]) -> Generator[tuple[Request, Pack], None, None]:
         assert self._loader is not None, "the workers were closed"
         asked: deque[Request] = deque()
         self.requests.source = requests, asked
-        with _worker_errors():
-            for pack in self._loader:
+        try:
+            for pack in self._started(self._loader):
                 yield asked.popleft(), pack
+        except (RuntimeError, OSError, EOFError) as error:
+            # An error that a worker raised is raised here again, and that worker lives on.
+            if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
+                raise
+            raise WorkersLostError(
+                f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
+                "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
+                "container more shared memory"
+            ) from error
+
+    def _started(self, loader: "DataLoader[Pack]") -> Iterator[Pack]:
+        before = multiprocessing.active_children()
+        packs = iter(loader)
+        self._processes += [one for one in multiprocessing.active_children() if one not in before]
+        return packs
 
 
 class _Requests(Sampler[tuple[list[int], list[int]]]):
@@ -183,20 +181,6 @@ class _Requests(Sampler[tuple[list[int], list[int]]]):
         for request in requests:
             asked.append(request)
             yield request.indices.tolist(), request.keys.tolist()
-
-
-@contextlib.contextmanager
-def _worker_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-            raise
-        raise WorkersLostError(
-            f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
-            "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
-            "container more shared memory"
-        ) from error
 
 
 def _nothing() -> Generator[tuple[Request, Pack], None, None]:

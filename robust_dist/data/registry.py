@@ -10,7 +10,6 @@ from robust_dist.data.digits import load_digits
 from robust_dist.data.fashion_mnist import load_fashion_mnist
 from robust_dist.data.image_set import ImageSet
 
-Loader = Callable[..., ImageSet]
 # Entry points by which installed packages add sources of image files.
 SOURCES = "robust_dist.sources"
 # Sets whose files are compared with the published ones.
@@ -41,7 +40,7 @@ class DatasetInfo:
     crop_padding: int
     flip: bool
     description: str
-    loader: Loader
+    loader: Callable[..., ImageSet]
 
 
 DATASETS: dict[str, DatasetInfo] = {

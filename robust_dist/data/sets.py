@@ -1,13 +1,18 @@
 """What the training loop asks of a data set, whether it lies on the device or is streamed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from robust_dist.data.batch import Batch
+from robust_dist.data.batches import Cut
 from robust_dist.data.errors import BadImage
+from robust_dist.data.loader import Loader, Reader
+from robust_dist.data.moving import Prefetcher
+from robust_dist.data.order import Order
 
 
 class EvalBatch(NamedTuple):
@@ -40,85 +45,85 @@ class FirstSamples(NamedTuple):
     bad: Mapping[int, BadImage]
 
 
-class LabelledSet(Protocol):
-    """A labelled image set, for training or evaluation.
+class LabelledSet(ABC):
+    """A labelled image set, for training or evaluation. Sets differ in where their images lie and how they are read.
 
     Attributes:
         name: what error messages call the set.
         classes: the name of each class, in the labels' order.
+        channels: channels of the images given out.
+        device: where images are given out.
+        group_sizes: see `ImageSource.group_sizes`.
+        stage: what the images given out are: as they are stored, or what was made of them.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    if TYPE_CHECKING:
+        # Fields of some sets, properties of others.
+        @property
+        def name(self) -> str: ...  # noqa: D102
+        @property
+        def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+        @property
+        def channels(self) -> int: ...  # noqa: D102
+        @property
+        def device(self) -> torch.device: ...  # noqa: D102
+        @property
+        def group_sizes(self) -> tuple[int, ...]: ...  # noqa: D102
+        @property
+        def stage(self) -> str: ...  # noqa: D102
 
-    @property
-    def channels(self) -> int:
-        """Channels of the images given out."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where images are given out."""
-        ...
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """See `ImageSource.group_sizes`."""
-        ...
-
+    @abstractmethod
     def __len__(self) -> int:
         """How many samples there are, the same on every rank."""
-        ...
 
-    def loader(self, **cut: Any) -> "TrainLoader":
-        """Epochs of the set; `cut` is batch_size, seed, rank, world_size, accumulation, block, drop_last."""
-        ...
+    @abstractmethod
+    def order(self, seed: int, epoch: int) -> Order:
+        """The order of an epoch."""
 
-    def eval_batches(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
-        """The samples start to stop in the set's own order, at most `batch_size` at a time."""
-        ...
+    @abstractmethod
+    def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
+        """What reads samples for training.
 
+        Args:
+            block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
+            workers: processes that read; None for the set's own number.
+        """
+
+    @abstractmethod
     def filler(self) -> Tensor:
         """An image that counts for nothing, uint8 [1, C, H, W]."""
-        ...
 
-    @property
-    def stage(self) -> str:
-        """What the images given out are: as they are stored, or what was made of them."""
-        ...
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A cheap hash of names and labels: a set that has another one is another set."""
+
+    @abstractmethod
+    def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+        """`eval_batches`, where the set lies."""
+
+    def prefetcher(self) -> Prefetcher:
+        """What brings batches to the device."""
+        return Prefetcher(self.device)
+
+    def loader(self, cut: Cut) -> Loader:
+        """Epochs of the set."""
+        return Loader(self, cut)
+
+    def eval_batches(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+        """The samples start to stop in the set's own order, at most `batch_size` at a time, on the device."""
+        one_each = ([batch] for batch in self.evaluation(start, stop, batch_size))
+        return (batch for (batch,) in self.prefetcher().run(one_each))
 
     def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
         """The first `count` samples of an epoch's first batch."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A cheap hash of names and labels: a set that has another one is another set."""
-        ...
+        size = min(batch_size, len(self))
+        requests = self.order(seed, epoch).requests(0, size, [(0, min(count, size))])
+        ((request, pack),) = self.reader(workers=0).read(iter(requests))
+        batch = Batch(pack.images, pack.labels, *request, size, pack.weights, whole=pack.whole)
+        places = [] if pack.weights is None else (pack.weights == 0).nonzero().flatten().tolist()
+        images, labels, keys = (one.to(self.device) for one in (batch.images, batch.labels, batch.keys))
+        return FirstSamples(images, labels, keys, dict(zip(places, pack.bad, strict=True)))
 
     def take_bad(self) -> list[BadImage]:
         """The images that could not be read for evaluation since the last call, on this rank."""
-        ...
-
-
-class TrainLoader(Protocol):
-    """Epochs of a set, as this rank sees them: DeviceLoader and StreamLoader."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps (global batches) of an epoch."""
-        ...
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on, over all ranks, bad ones included."""
-        ...
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """One item an optimizer step: this rank's micro-batches, from `start_step` to the epoch's end."""
-        ...
-
-    def take_bad(self) -> list[BadImage]:
-        """The bad images of this rank's steps since the last call."""
-        ...
+        return []

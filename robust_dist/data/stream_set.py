@@ -1,36 +1,41 @@
 """StreamSet: an ImageSource with what is made of its images and where they go; an ImageSet's face for streamed sets."""
 
-from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from robust_dist.augment.keys import sample_keys
+from robust_dist.data.batch import Request
+from robust_dist.data.batches import Cut
 from robust_dist.data.crops import CentralCrop, RandomCrop
+from robust_dist.data.device_decode import Decode, DeviceReader, EncodedReader
 from robust_dist.data.errors import BadImage
 from robust_dist.data.identity import fingerprint
-from robust_dist.data.moving import Mover, Moving
-from robust_dist.data.order import EpochOrder
-from robust_dist.data.reading import ImageReader, Pack, Request, Workers
-from robust_dist.data.sets import EvalBatch, FirstSamples
+from robust_dist.data.loader import Loader, Reader
+from robust_dist.data.order import EpochOrder, Order
+from robust_dist.data.reading import ImageReader, Workers
+from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.data.stream import SHUFFLE_WINDOW, StreamLoader
+
+SHUFFLE_WINDOW = 16_384
 
 
 @dataclass(frozen=True, eq=False)
-class StreamSet:
+class StreamSet(LabelledSet):
     """A labelled set whose images are read, decoded and cropped when they are asked for.
+
+    Workers decode, crop (in training at random, by the sample's key) and resize, to uint8.
 
     Attributes:
         source: the images.
         crop: what is made of each.
         device: where they are given out.
-        workers: processes that read; 0 reads in this one.
-        prefetch: batches that each worker reads ahead.
-        shuffle_window: see StreamLoader.
+        workers: processes that read; 0 reads in this one, between the steps.
+        prefetch: micro-batches that each worker reads ahead.
+        shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
+        decode: what decodes JPEGs on the device; None where workers do.
     """
 
     source: ImageSource
@@ -39,6 +44,7 @@ class StreamSet:
     workers: int = 4
     prefetch: int = 2
     shuffle_window: int = SHUFFLE_WINDOW
+    decode: Decode | None = None
     _bad: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -64,31 +70,36 @@ class StreamSet:
         """3: all images become RGB."""
         return 3
 
-    def loader(self, **cut: Any) -> StreamLoader:
-        """StreamLoader of the set; `cut` is how its epochs are cut.
+    def order(self, seed: int, epoch: int) -> Order:
+        """A permutation where the source is one group, else shuffled within windows of groups."""
+        return EpochOrder(seed, epoch, self.group_sizes, self.shuffle_window)
+
+    def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
+        """Worker processes; they live from the first request to `close`."""
+        reader = ImageReader(self.source, self.crop, self.crop.size, block)
+        read = Workers(
+            reader if self.decode is None else EncodedReader(reader),
+            workers=self.workers if workers is None else workers,
+            prefetch=self.prefetch,
+            pin=self.device.type == "cuda",
+        )
+        return read if self.decode is None else DeviceReader(read, reader, self.decode, self.device)
+
+    def loader(self, cut: Cut) -> Loader:
+        """Epochs of the set.
 
         Raises:
             ValueError: The set is for evaluation, its crop is not random.
         """
         if not isinstance(self.crop, RandomCrop):
             raise ValueError(f"{self.name} is for evaluation: training wants a RandomCrop, not {self.crop}")
-        return StreamLoader(
-            self.source,
-            size=self.crop.size,
-            scale=self.crop.scale,
-            ratio=self.crop.ratio,
-            device=self.device,
-            workers=self.workers,
-            prefetch=self.prefetch,
-            shuffle_window=self.shuffle_window,
-            **cut,
-        )
+        return super().loader(cut)
 
     def filler(self) -> Tensor:
         """A black image, uint8 [1, 3, size, size]."""
         return torch.zeros(1, 3, self.crop.size, self.crop.size, dtype=torch.uint8, device=self.device)
 
-    def eval_batches(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
+    def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
         """The samples start to stop in the set's own order; bad ones are marked, and told by `take_bad`.
 
         Its workers live as long as the iterator.
@@ -96,29 +107,15 @@ class StreamSet:
         spans = [(low, min(low + batch_size, stop)) for low in range(start, stop, batch_size)]
         indices = (torch.arange(low, high) for low, high in spans)
         requests = (Request(found, torch.zeros_like(found)) for found in indices)
-        mover = Mover(self.device)
-        ahead: deque[Moving] = deque()
-        for pack in self._packs(requests, workers=min(self.workers, len(spans))):
-            good = None if pack.weights is None else pack.weights > 0
-            ahead.append(mover.start(pack.images, pack.labels, good))
-            if len(ahead) > mover.ahead:
-                yield _arrived(mover, ahead.popleft())
-        for moving in ahead:
-            yield _arrived(mover, moving)
+        with closing(self.reader(workers=min(self.workers, len(spans)))) as reader:
+            for _, pack in reader.read(requests):
+                self._bad.extend(pack.bad)
+                yield EvalBatch(pack.images, pack.labels, None if pack.weights is None else pack.weights > 0)
 
     @property
     def stage(self) -> str:
         """What the images given out are."""
         return "random crop" if isinstance(self.crop, RandomCrop) else "central crop"
-
-    def first_samples(self, seed: int, epoch: int, batch_size: int, count: int) -> FirstSamples:
-        """The first `count` samples of an epoch's first batch, cropped."""
-        indices = EpochOrder(seed, epoch, self.group_sizes, self.shuffle_window).batch(0, batch_size)[:count]
-        keys = sample_keys(seed, epoch, indices)
-        pack = next(self._packs(iter([Request(indices, keys)]), workers=0))
-        slots = [] if pack.weights is None else (pack.weights == 0).nonzero().flatten().tolist()
-        bad = dict(zip(slots, pack.bad, strict=True))
-        return FirstSamples(pack.images.to(self.device), pack.labels.to(self.device), keys.to(self.device), bad)
 
     def fingerprint(self) -> str:
         """The source's, or of one that has none a hash of its classes and groups."""
@@ -126,22 +123,7 @@ class StreamSet:
         return own() if own is not None else fingerprint(self.classes, self.group_sizes)
 
     def take_bad(self) -> list[BadImage]:
-        """The bad images that `eval_batches` met since the last call."""
+        """See `LabelledSet.take_bad`."""
         bad = list(self._bad)
         self._bad.clear()
         return bad
-
-    def _packs(self, requests: Iterator[Request], workers: int) -> Iterator[Pack]:
-        reader = ImageReader(self.source, self.crop, self.crop.size)
-        pool = Workers(reader, workers=workers, prefetch=self.prefetch, pin=self.device.type == "cuda")
-        try:
-            for _, pack in pool.read(requests):
-                self._bad.extend(pack.bad)
-                yield pack
-        finally:
-            pool.close()
-
-
-def _arrived(mover: Mover, moving: Moving) -> EvalBatch:
-    images, labels, good = mover.finish(moving)
-    return EvalBatch(cast(Tensor, images), cast(Tensor, labels), good)

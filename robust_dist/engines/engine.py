@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
-# Of checkpoints that were written before they noted their engine.
-UNNOTED = "ddp"
+# Of checkpoints that do not note their engine: whole ones, and those in shards.
+UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
 # Modules of this folder that define ENGINES, a tuple of records.
 _OWN = ("ddp", "fsdp", "deepspeed")
 
@@ -59,6 +59,8 @@ class Engine:
         forward_is_collective: A forward pass waits for the other ranks, so all of them must make it.
         steps_whole_parameters: The optimizer's parameters are whole, with the model's own shapes.
         trains_any_memory_format: Weights need not be contiguous.
+        casts_weights: Under mixed precision a forward pass uses weights of the lower dtype.
+        autocasts: Under mixed precision a forward pass runs under torch.autocast.
         broadcasts_buffers: Before a forward pass every rank gets the first one's buffers.
         names_parameters: The optimizer's files name its parameters; otherwise a note of the names is written beside.
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
@@ -72,6 +74,8 @@ class Engine:
     forward_is_collective: bool = False
     steps_whole_parameters: bool = True
     trains_any_memory_format: bool = True
+    casts_weights: bool = False
+    autocasts: bool = True
     broadcasts_buffers: bool = False
     names_parameters: bool = True
     loads_on_any_ranks: bool = True
@@ -80,7 +84,7 @@ class Engine:
     variants: tuple["Variant", ...] = ()
 
     def runs(self, accelerator: Any) -> bool:
-        """Whether an `Accelerator` trains under this engine."""
+        """Whether an `Accelerator` trains under this engine; every engine says it."""
         raise NotImplementedError
 
     def title(self, accelerator: Any) -> str:
@@ -88,14 +92,25 @@ class Engine:
         return self.kind
 
     def fit(self, accelerator: Any, settings: RunSettings) -> None:
-        """Complete the engine's own configuration from the run's settings, before `prepare`.
+        """Completes the engine's own configuration from the run's settings, before `prepare`.
+
+        Args:
+            accelerator: The Accelerator, before `prepare`.
+            settings: What the run asks for.
 
         Raises:
             ValueError: The two contradict each other, or the engine cannot do what is asked.
         """
 
     def prepare(self, accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Any, Any, Any]:
-        """What this engine makes of model, optimizer and schedule."""
+        """What this engine makes of model, optimizer and schedule.
+
+        Args:
+            accelerator: The Accelerator.
+            model: The whole model; whether it must be contiguous, `trains_any_memory_format` says.
+            optimizer: The run's optimizer over the model's parameters.
+            schedule: A RobustSchedule over the optimizer.
+        """
         prepared: tuple[Any, Any, Any] = accelerator.prepare(model, optimizer, schedule)
         return prepared
 
@@ -146,7 +161,14 @@ class Engine:
         raise NotImplementedError
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers."""
+        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers.
+
+        Args:
+            sizes: Of the model.
+            rank: Which rank.
+            world_size: Ranks that save.
+            whole: In the form of `has_full_state_dict`.
+        """
         return sizes.elements * (sizes.bytes_each + sizes.moments) if rank == 0 else 0
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from robust_dist.study import claims
+from robust_dist.ranks.claim import RunClaim
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run
 from robust_dist.train.folder import RunFolder
@@ -34,13 +34,13 @@ def _state(folder: StudyFolder, run: Run, epochs: object) -> tuple[str, str]:
     result = folder.result(run)
     if result is not None:
         return ("diverged", f"{run}: diverged: {result.diverged}") if result.diverged else ("finished", "")
-    holder = claims.look(folder.of("claims", run))
-    if holder is not None:
+    worker = RunClaim.worker_of(folder.of("claims", run))
+    if worker is not None:
         rows = RunFolder(folder.of("runs", run)).metrics()
         accuracy = rows[-1].get("eval_accuracy") if rows else None
         seen = "" if accuracy is None else f", accuracy {accuracy:.2%}"
         of = run.cell.settings.get("epochs", epochs)
-        where = f"process {holder.pid} on {holder.host}"
+        where = f"process {worker.pid} on {worker.host}"
         return "running", f"{run}: epoch {rows[-1].get('epoch') if rows else 0} of {of}{seen} ({where})"
     failure = folder.failure(run)
     if failure is not None:

@@ -13,10 +13,8 @@ from typing import IO, Any
 
 from robust_dist.checkpoint import write_atomically
 from robust_dist.private import has_options, hidden
-from robust_dist.study import claims
-from robust_dist.study.child import GRACE_SECONDS, Launcher
-from robust_dist.study.claims import Claim
-from robust_dist.study.devices import gpus, slot_environment
+from robust_dist.ranks.claim import BEAT_SECONDS, RunClaim
+from robust_dist.study.child import GRACE_SECONDS, Launcher, gpus, slot_environment
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run, Study
 from robust_dist.study.outcome import Result, judge
@@ -36,7 +34,7 @@ class _Training:
 
     run: Run
     trial: int
-    claim: Claim
+    claim: RunClaim
     process: BaseProcess
     log: IO[bytes]
     began: float
@@ -115,17 +113,17 @@ class Workers:
                 self._look_at = time.monotonic() + LOOK_SECONDS
                 return
 
-    def _take(self) -> tuple[Run, int, Claim] | None:
+    def _take(self) -> tuple[Run, int, RunClaim] | None:
         """The next run that nobody has: a queued one, or one whose worker died."""
         for run, trial in self.queue.waiting():
-            claim = claims.take(self.folder.make("claims", run))
+            claim = RunClaim.take(self.folder.make("claims", run))
             if claim is not None:
                 if self.queue.start(trial) and not self._is_finished(run, trial):
                     return run, trial, claim
                 claim.release()
         mine = {training.run.name for training in self.slots.values()}
         for run, trial in self.queue.running():
-            claim = None if run.name in mine else claims.take(self.folder.make("claims", run))
+            claim = None if run.name in mine else RunClaim.take(self.folder.make("claims", run))
             if claim is not None:
                 # Its worker may have noted a result, or ended properly, between the look and the claim.
                 if not self._is_finished(run, trial) and self.queue.fail(trial):
@@ -143,7 +141,7 @@ class Workers:
         self.queue.finish(trial, result.accuracy, diverged=result.diverged is not None)
         return True
 
-    def _launch(self, slot: int, run: Run, trial: int, claim: Claim) -> _Training:
+    def _launch(self, slot: int, run: Run, trial: int, claim: RunClaim) -> _Training:
         recipe = self.folder.make("recipes", run, ".yaml")
         ours = recipe_dict(self._recipe(run))
         write_atomically(recipe, dump_yaml(hidden(ours)), private=has_options(ours))
@@ -166,7 +164,7 @@ class Workers:
         return not others
 
     def _beat(self) -> None:
-        if time.monotonic() - self._beaten > claims.BEAT_SECONDS:
+        if time.monotonic() - self._beaten > BEAT_SECONDS:
             self._beaten = time.monotonic()
             for training in self.slots.values():
                 training.claim.beat()

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from robust_dist.data.cuts import even_cuts
+from robust_dist.data.batches import even_cuts
 from robust_dist.data.decode import check_header
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.identity import spread
@@ -16,7 +14,7 @@ from robust_dist.data.names import as_line, printable
 from robust_dist.data.parquet import is_remote
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.ranks.talk import gather, on_rank_0, raise_together
+from robust_dist.ranks.talk import gather, on_rank_0, raise_together, rank, world_size
 
 SHOWN = 5
 # Of the check of evaluation images before the first step: its readers, its seconds, and its images at most.
@@ -34,14 +32,13 @@ class BadImages:
     share of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
 
     Args:
-        accelerator: The run's ranks.
         path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. The bytes are the
             names' own, UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
         max_share: The largest share of bad images that is allowed.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, max_share: float) -> None:
-        self.accelerator, self.path, self.max_share = accelerator, path, max_share
+    def __init__(self, path: Path, max_share: float) -> None:
+        self.path, self.max_share = path, max_share
         self._unsaid: list[BadImage] = []
 
     def note(self, found: Sequence[BadImage]) -> None:
@@ -106,8 +103,7 @@ class BadImages:
         source = getattr(test_set, "source", None)
         if source is None or any(is_remote(stretch.name) for stretch in getattr(source, "stretches", list)()):
             return
-        accelerator = self.accelerator
-        start, stop = even_cuts(len(source), accelerator.num_processes)[accelerator.process_index]
+        start, stop = even_cuts(len(source), world_size())[rank()]
         found = unreadable(source, start, stop)
         self.note(found)
         self.judge(self.count(len(found)), len(source), test_set.name)
@@ -115,7 +111,7 @@ class BadImages:
     def _tell(self, found: Sequence[BadImage]) -> None:
         new = self._keep(found)
         if new:
-            self.accelerator.print(f"{len(new)} images could not be read (see {self.path}): {_some(new)}")
+            print(f"{len(new)} images could not be read (see {self.path}): {_some(new)}")
 
     def _keep(self, found: Sequence[BadImage]) -> list[BadImage]:
         """Write down those that the file does not name yet; returns them."""

@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data.batches import Cut
+from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
-from robust_dist.data.sets import LabelledSet, TrainLoader
+from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
 from robust_dist.optim import param_groups
 from robust_dist.ranks.talk import attempt, on_rank_0
@@ -23,7 +25,14 @@ from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfi
 from robust_dist.train.optimizers import check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
-from robust_dist.train.sources import check_ranks_see_the_same, open_in_memory, open_streams, tell_exif
+from robust_dist.train.sources import (
+    check_ranks_see_the_same,
+    eval_in_memory,
+    eval_stream,
+    open_in_memory,
+    open_streams,
+    tell_exif,
+)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -84,9 +93,31 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
     return train, test
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> TrainLoader:
+def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
+    """The evaluation images alone, as `open_sets` has them.
+
+    Args:
+        data: The recipe's section.
+        device: Where they are given out.
+        classes: Those of the training images.
+        download: Whether missing files may be fetched.
+
+    Raises:
+        ValueError: The files are missing, torn, or of other classes.
+    """
+    if data.streamed:
+        return eval_stream(data, device, classes, download=download)
+    if data.in_memory:
+        found = eval_in_memory(data, classes, download=download)
+    else:
+        root = Path(data.root)
+        found = load_dataset(data.name, root, train=False, download=download, own_files=data.own_files)
+    return place([found], device, data.keep_on)[0]
+
+
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
     """The order of the training images and this rank's part of each global batch."""
-    return train_set.loader(
+    cut = Cut(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
@@ -95,6 +126,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
         block=recipe.data.block,
         drop_last=recipe.data.drop_last,
     )
+    return train_set.loader(cut)
 
 
 class Preprocessing(NamedTuple):
@@ -125,18 +157,21 @@ def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preproces
     return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
 
 
-def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False) -> RobustAugment:
+def build_augment(
+    recipe: Recipe, num_classes: int, *, evaluation: bool = False, dtype: torch.dtype = torch.float32
+) -> RobustAugment:
     """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
 
     Args:
         recipe: All settings.
         num_classes: Of the data set.
         evaluation: For the size of evaluation images, where only `normalize` is of use.
+        dtype: Of the images given out; see `images_dtype`.
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
     return recipe.augment.build(
-        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, **kept
+        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, dtype=dtype, **kept
     )
 
 

@@ -32,7 +32,7 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
     record = {
         "name": recipe.data.name,
         "classes": list(sets[0].classes),
-        **{part: _part(dataset) for part, dataset in zip(PARTS, sets, strict=True)},
+        **{part: part_record(dataset) for part, dataset in zip(PARTS, sets, strict=True)},
         "preprocessing": {"mean": list(image.mean), "std": list(image.std), **_sizes(recipe, image)},
     }
     plain: Record = json.loads(json.dumps(record))
@@ -55,7 +55,7 @@ def differences(here: Record, there: Record) -> list[str]:
     """
     lines = _classes(here["classes"], there.get("classes", []))
     for part in PARTS:
-        lines += _part_differences(part, here[part], there.get(part, {}))
+        lines += part_differences(part, here[part], there.get(part, {}))
     ours, theirs = here["preprocessing"], there.get("preprocessing", {})
     return lines + [
         f"{key}: {ours[key]} here, {theirs[key]} in the folder"
@@ -101,7 +101,8 @@ def _advice(data: DataConfig) -> str:
     return ", such as 'train[:80%]' and 'train[80%:]'" if data.name == "hub" and not data.streaming else ""
 
 
-def _part(dataset: LabelledSet) -> Record:
+def part_record(dataset: LabelledSet) -> Record:
+    """What `data.json` holds of one part."""
     source = getattr(dataset, "source", None)
     made: Record = {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()}
     revision = getattr(source, "revision", None)
@@ -140,7 +141,8 @@ def _classes(here: list[str], there: list[str]) -> list[str]:
     return lines[:NAMED] + ([f"and {len(lines) - NAMED:,} more classes"] if len(lines) > NAMED else [])
 
 
-def _part_differences(part: str, here: Record, there: Record) -> list[str]:
+def part_differences(part: str, here: Record, there: Record) -> list[str]:
+    """Differences between one part's record here and the folder's, a line each."""
     if there.get("images", here["images"]) != here["images"]:
         doing = {"train": "training", "eval": "evaluating"}[part]
         return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]

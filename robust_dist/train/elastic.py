@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_dist.engines.engine import UNNOTED
+from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import gather
-from robust_dist.train.claim import host_id
 from robust_dist.train.recipe import Recipe
 
 # EX_TEMPFAIL of sysexits.h: not done; the same command goes on.

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_dist.augment import RobustAugment
-from robust_dist.data.cuts import even_cuts
-from robust_dist.data.sets import EvalBatch, LabelledSet, TrainLoader
+from robust_dist.data.batches import even_cuts
+from robust_dist.data.loader import Loader
+from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.watchdog import tick
@@ -108,16 +109,21 @@ def evaluate(
         batch = next(batches, None)
         logits = model(augment.normalize(image_set.filler() if batch is None else batch.images).to(dtype))
         if batch is not None:
-            totals += _count(logits, batch)
+            totals += count_batch(logits, batch)
     model.train(training)
     if world_size > 1:
         dist.all_reduce(totals)
+    return score_of(totals)
+
+
+def score_of(totals: Tensor) -> Score:
+    """The score of the sum of what `count_batch` gave."""
     correct, samples, loss = totals.tolist()
     counted = samples or math.nan
     return Score(correct / counted, int(samples), loss / counted)
 
 
-def _count(logits: Tensor, batch: EvalBatch) -> Tensor:
+def count_batch(logits: Tensor, batch: EvalBatch) -> Tensor:
     """[correct, samples, summed loss] of one batch, float64."""
     labels = batch.labels
     if batch.good is not None:
@@ -128,7 +134,7 @@ def _count(logits: Tensor, batch: EvalBatch) -> Tensor:
 
 
 def use_averaged_weights(
-    optimizer: Any, model: nn.Module, loader: TrainLoader, epoch: int, prepare: Callable[..., torch.Tensor]
+    optimizer: Any, model: nn.Module, loader: Loader, epoch: int, prepare: Callable[..., torch.Tensor]
 ) -> None:
     """Make a schedule-free optimizer's average the model's weights, until the next `optimizer.train()`; not for others.
 

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,11 +15,11 @@ from accelerate import Accelerator
 
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.private import hidden, hidden_text
+from robust_dist.ranks.claim import FolderLostError
 from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
 from robust_dist.schedule import RankDisagreementError
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
-from robust_dist.train.claim import FolderLostError
 from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record
@@ -151,9 +152,11 @@ def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: Las
         if last is None:
             print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
         else:
-            seen = f"{last['eval_samples']} held-out images of {recipe.data.name}"
+            seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
             print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
         print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
+        run = shlex.quote(recipe.run_dir)
+        print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
 
 
 def _fail(error: Exception, rank: Rank) -> int:

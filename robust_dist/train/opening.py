@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from robust_dist.checkpoint.space import text_of
-from robust_dist.data.host_set import HostSet
-from robust_dist.data.image_set import ImageSet, free_bytes
+from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
 from robust_dist.data.names import printable
 from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet

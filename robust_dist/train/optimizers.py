@@ -15,7 +15,8 @@ An installed package adds one by an entry point of the group "robust_dist.optimi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,6 +102,7 @@ class OptimizerChoice:
         arguments: From the recipe's section and its betas, the second one settled, to keyword arguments of `make`.
         needs_whole_parameters: It sums over, or exchanges, whole parameters, which sharding engines hide.
         is_rectified: It takes short steps until its second moment is known (RAdam's rectification).
+        averages_weights: Its `eval()` puts an average in the place of the weights that it trains.
         problem: What of a recipe it cannot go with: a message that names the setting and what would be right, or None.
     """
 
@@ -108,6 +110,7 @@ class OptimizerChoice:
     arguments: Callable[[OptimizerConfig, tuple[float, float]], dict[str, Any]] = adam_arguments
     needs_whole_parameters: bool = False
     is_rectified: bool = False
+    averages_weights: bool = False
     problem: "Callable[[Recipe], str | None]" = lambda recipe: None
 
 
@@ -115,6 +118,18 @@ class OptimizerChoice:
 def choice_of(name: str) -> OptimizerChoice | None:
     """The optimizer of a name, of this package or of another one's entry points; None where there is none."""
     return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+
+
+@contextmanager
+def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
+    """Let recipes name an optimizer, within a `with` block."""
+    _OWN[name] = choice
+    choice_of.cache_clear()
+    try:
+        yield
+    finally:
+        del _OWN[name]
+        choice_of.cache_clear()
 
 
 def chosen(config: OptimizerConfig) -> OptimizerChoice:
@@ -209,6 +224,8 @@ _OWN = {
     "radam": OptimizerChoice(make=partial(PaperAdam, rectify=True), is_rectified=True),
     "adabelief": OptimizerChoice(make=partial(PaperAdam, belief=True)),
     "nadamw": OptimizerChoice(make=partial(torch.optim.NAdam, decoupled_weight_decay=True)),
-    "schedulefree_adamw": OptimizerChoice(make=_schedule_free, needs_whole_parameters=True, problem=_of_schedule_free),
+    "schedulefree_adamw": OptimizerChoice(
+        make=_schedule_free, needs_whole_parameters=True, averages_weights=True, problem=_of_schedule_free
+    ),
     "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True),
 }

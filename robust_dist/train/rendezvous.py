@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from robust_dist.train.claim import host_id
+from robust_dist.ranks.claim import host_id
 
 _SCHEME = "robust-dist"
 

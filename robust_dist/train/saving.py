@@ -21,8 +21,8 @@ from robust_dist.checkpoint.space import (
     write_failure,
 )
 from robust_dist.engines.engine import engine_of
-from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together
-from robust_dist.train.claim import host_id
+from robust_dist.ranks.claim import host_id
+from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together, rank, world_size
 from robust_dist.train.recipe import CheckpointConfig, Recipe
 
 Write = Callable[[Path], None]
@@ -32,7 +32,6 @@ class Saver:
     """Saves a run's checkpoints, one at a time; every rank makes the same calls.
 
     Args:
-        accelerator: The engine.
         store: Where checkpoints lie; the first rank alone changes it.
         settings: The recipe's.
         need: Bytes that this rank writes into a checkpoint, from above.
@@ -45,10 +44,8 @@ class Saver:
         waited: The part of it spent waiting for the checkpoint before.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, store: CheckpointStore, settings: CheckpointConfig, *, need: int, timeout: float
-    ) -> None:
-        self.accelerator, self.store, self.settings, self.timeout = accelerator, store, settings, timeout
+    def __init__(self, store: CheckpointStore, settings: CheckpointConfig, *, need: int, timeout: float) -> None:
+        self.store, self.settings, self.timeout = store, settings, timeout
         self.saved, self.count, self.seconds, self.waited, self.written = -1, 0, 0.0, 0.0, 0.0
         self._told, self._reported = False, 0.0
         self._pending: Pending | None = None
@@ -171,10 +168,11 @@ class Saver:
         reasons = [found for found in gather(reason) if found is not None]
         if reasons and not self._told:
             self._told = True
-            self.accelerator.print(
-                f"checkpoints cannot be staged ({reasons[0]}): training waits while they are written; "
-                "checkpoint.staging names another folder of the host"
-            )
+            if rank() == 0:
+                print(
+                    f"checkpoints cannot be staged ({reasons[0]}): training waits while they are written; "
+                    "checkpoint.staging names another folder of the host"
+                )
         return not reasons
 
     def _stage(self, step: int, write: Write, metadata: dict[str, Any]) -> bool:
@@ -197,8 +195,8 @@ class Saver:
             partial,
             step,
             metadata,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=rank(),
+            world_size=world_size(),
             patience=self.timeout,
         )
         return True
@@ -209,7 +207,7 @@ class Saver:
             attempt(lambda: _explained(partial, lambda: write(partial)))
             on_rank_0(lambda: _explained(partial, lambda: self.store.commit(step, metadata)))
         except Exception:
-            if self.accelerator.is_main_process:
+            if rank() == 0:
                 self.store.abandon(step)
             raise
 
@@ -236,9 +234,9 @@ def build_saver(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore
     need = checkpoint_bytes(
         engine,
         model,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=rank(),
+        world_size=world_size(),
         whole=engine.saves_whole(accelerator),
         averaged=recipe.ema_decay is not None,
     )
-    return Saver(accelerator, store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)
+    return Saver(store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)

@@ -25,19 +25,35 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     Raises:
         DataError: Folders, splits or shards that are not there, or that are not what they should be.
         ImportError: A package that the format needs is not installed.
+        ValueError: `data.decode` wants a GPU that cannot decode.
     """
-    from robust_dist.data.crops import CentralCrop, RandomCrop
+    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 
     assert data.crop_scale is not None
     train = open_source(data, "train", None, download=download)
-    test = open_source(data, "eval", train.classes, download=download)
-    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch)
     cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
+    decode = decoder(data.decode, device)
+    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch, decode=decode)
     return (
         reading(train, cropped, shuffle_window=data.shuffle_window),
-        reading(test, CentralCrop(*data.eval_sides)),
+        eval_stream(data, device, train.classes, download=download),
     )
+
+
+def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, download: bool) -> LabelledSet:
+    """Evaluation images alone, as `open_streams` has them; `classes` are the training part's.
+
+    Where they are to be decoded on a GPU and cannot, the CPU does it: a trained model is evaluated anywhere.
+    """
+    from robust_dist.data.crops import CentralCrop
+    from robust_dist.data.device_decode import decoder
+    from robust_dist.data.stream_set import StreamSet
+
+    source = open_source(data, "eval", classes, download=download)
+    crop, decode = CentralCrop(*data.eval_sides), decoder("cpu" if data.decode == "cpu" else "auto", device)
+    return StreamSet(source, crop, device, workers=data.workers, prefetch=data.prefetch, decode=decode)
 
 
 def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
@@ -46,14 +62,20 @@ def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
     Raises:
         DataError: As `open_streams`; or images of other sizes, too many that cannot be read, or no room for them.
     """
-    from robust_dist.data.in_memory import load_into_memory
-
     train = open_source(data, "train", None, download=download)
     test = open_source(data, "eval", train.classes, download=download)
-    return [
-        load_into_memory(source, size, workers=data.workers, max_bad_share=data.max_bad_share, free=free_memory())
-        for source, size in ((train, data.size), (test, data.eval_sides[0]))
-    ]
+    return [_decoded(data, train, data.size), _decoded(data, test, data.eval_sides[0])]
+
+
+def eval_in_memory(data: DataConfig, classes: Classes, *, download: bool) -> ImageSet:
+    """Evaluation images alone, as `open_in_memory` has them; `classes` are the training part's."""
+    return _decoded(data, open_source(data, "eval", classes, download=download), data.eval_sides[0])
+
+
+def _decoded(data: DataConfig, source: ImageSource, size: int) -> ImageSet:
+    from robust_dist.data.in_memory import load_into_memory
+
+    return load_into_memory(source, size, workers=data.workers, max_bad_share=data.max_bad_share, free=free_memory())
 
 
 def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool) -> ImageSource:

@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-from accelerate import Accelerator
-
 from robust_dist.ranks.ballot import Ballot
 from robust_dist.ranks.talk import gather, on_rank_0
 from robust_dist.train.elastic import Stopped, launchers
@@ -131,15 +129,14 @@ class Stopper:
     """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
 
     Args:
-        accelerator: The engine.
         saver: The run's.
 
     Attributes:
         stop: The signal's name once the ranks agree that the run is to stop.
     """
 
-    def __init__(self, accelerator: Accelerator, saver: Saver) -> None:
-        self.accelerator, self.saver = accelerator, saver
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
         self.stop: str | None = None
         self._signals, self._pause_vote = StopSignals(), PauseVote()
 

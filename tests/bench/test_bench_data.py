@@ -74,7 +74,7 @@ def test_the_table_names_every_contender_and_the_limit_and_gives_the_yardsticks_
     rows = {line[1]: line for line in lines[2:]}
     assert len(rows) == 4 + 1 + 2
     assert rows[data.YARDSTICK][4] == "1.00"
-    assert rows["StreamLoader (ours), image folder"][7] == "10"
+    assert rows["Loader (ours), image folder"][7] == "10"
     assert rows[data.YARDSTICK][8] == "no"
     assert "data wait at 1 ms a batch" in lines[0]
 

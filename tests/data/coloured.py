@@ -6,7 +6,10 @@ import os
 import torch
 from PIL import Image
 
+from robust_dist.data.batches import Cut
+from robust_dist.data.crops import RandomCrop
 from robust_dist.data.errors import BadImageError
+from robust_dist.data.stream_set import StreamSet
 
 CLASSES = tuple("abcdefg")
 
@@ -39,6 +42,13 @@ class Coloured:
                 file.write(b"%d\n" % index)
 
 
+def stream_loader(source, *, workers=0, device="cpu", prefetch=2, shuffle_window=24, **cut):
+    """The Loader of a set that is read while training, images of 4 x 4."""
+    crop = RandomCrop(4, (0.08, 1.0), (3 / 4, 4 / 3))
+    reading = {"workers": workers, "prefetch": prefetch, "shuffle_window": shuffle_window}
+    return StreamSet(source, crop, torch.device(device), **reading).loader(Cut(**cut))
+
+
 class Deadly(Coloured):
     """Sample 0 ends the process that reads it, as the system does that is out of memory."""
 
@@ -46,6 +56,13 @@ class Deadly(Coloured):
         if index == 0:
             os.kill(os.getpid(), 9)
         return super().read(index)
+
+
+class Failing(Coloured):
+    """Reading any sample is an error that is no sample's, in words like those of a lost worker."""
+
+    def read(self, index):
+        raise RuntimeError(f"the archive of sample {index} exited unexpectedly")
 
 
 class Mislabelled(Coloured):

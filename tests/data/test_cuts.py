@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from robust_dist.data.cuts import can_cut, cut_batch, even_cuts
+from robust_dist.data.batches import Cut, even_cuts
 
 CASES = [
     (size, block, world_size, accumulation)
@@ -25,15 +25,15 @@ def test_even_cuts_cover_the_range_with_lengths_that_differ_by_one(count, parts)
 
 @pytest.mark.parametrize(("size", "block", "world_size", "accumulation"), CASES)
 def test_the_ranks_runs_in_order_are_the_batch_and_no_block_is_torn(size, block, world_size, accumulation):
-    cut = {"block": block, "world_size": world_size, "accumulation": accumulation}
-    runs = [run for rank in range(world_size) for run in cut_batch(size, rank=rank, **cut)]
+    cut = {"batch_size": size, "seed": 0, "block": block, "world_size": world_size, "accumulation": accumulation}
+    runs = [run for rank in range(world_size) for run in Cut(rank=rank, **cut).runs(size)]
     assert [i for run in runs for i in range(*run)] == list(range(size))
     assert all(start % block == 0 for start, stop in runs if stop > start)
-    assert can_cut(size, **cut) == all(stop > start for start, stop in runs)
+    assert Cut(**cut).fits(size) == all(stop > start for start, stop in runs)
 
 
 @pytest.mark.parametrize(("size", "block", "world_size", "accumulation"), CASES)
 def test_ranks_differ_by_one_block_at_most(size, block, world_size, accumulation):
-    cut = {"block": block, "world_size": world_size, "accumulation": accumulation}
-    shares = [sum(stop - start for start, stop in cut_batch(size, rank=r, **cut)) for r in range(world_size)]
+    cut = {"batch_size": size, "seed": 0, "block": block, "world_size": world_size, "accumulation": accumulation}
+    shares = [sum(stop - start for start, stop in Cut(rank=r, **cut).runs(size)) for r in range(world_size)]
     assert max(shares) - min(shares) <= block

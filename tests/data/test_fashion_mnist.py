@@ -10,7 +10,7 @@ import torch
 
 import robust_dist.data.fashion_mnist as fashion
 from robust_dist.data import DATASETS, DataError, load_dataset
-from robust_dist.data.idx import read_idx
+from robust_dist.data.fashion_mnist import read_idx
 
 COUNTS = {"train": 12, "t10k": 5}
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from robust_dist.data import DeviceLoader, ImageSet
-from robust_dist.data.host_set import HostLoader, HostSet
-from robust_dist.data.moving import Mover
-from robust_dist.data.sets import LabelledSet, TrainLoader
+from robust_dist.data import DeviceLoader, HostSet, ImageSet
+from robust_dist.data.batches import Cut
+from robust_dist.data.moving import Prefetcher
+from robust_dist.data.sets import LabelledSet
 
 N = 75
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def noise():
 @pytest.fixture(params=[0, 1, 2])
 def ahead(request, monkeypatch):
     """How many batches are under way: 0 on a CPU, 1 on a GPU."""
-    monkeypatch.setattr(Mover, "ahead", request.param)
+    monkeypatch.setattr(Prefetcher, "ahead", request.param)
     return request.param
 
 
@@ -41,9 +41,8 @@ def same_epoch(ours, theirs):
 @pytest.mark.usefixtures("ahead")
 def test_batches_are_the_device_loader_s_at_any_cut_and_after_a_resume(noise, world_size, accumulation, start_step):
     for rank in range(world_size):
-        cut = {"batch_size": 32, "seed": 5, "rank": rank, "world_size": world_size, "accumulation": accumulation}
-        ours, theirs = HostSet(noise, CPU).loader(**cut, block=2), noise.loader(**cut, block=2)
-        assert isinstance(ours, HostLoader)
+        cut = Cut(32, seed=5, rank=rank, world_size=world_size, accumulation=accumulation, block=2)
+        ours, theirs = HostSet(noise, CPU).loader(cut), noise.loader(cut)
         for epoch in range(2):
             assert same_epoch(ours.epoch(epoch, start_step), theirs.epoch(epoch, start_step))
 
@@ -60,7 +59,7 @@ def test_evaluation_sees_the_same_samples(noise, batch_size):
 
 def test_it_has_the_face_of_a_set_and_its_samples_to_look_at(noise):
     streamed: LabelledSet = HostSet(noise, CPU)
-    loader: TrainLoader = streamed.loader(batch_size=32, seed=0)
+    loader = streamed.loader(Cut(32, seed=0))
     assert (len(streamed), streamed.name, streamed.classes, streamed.channels) == (N, "noise", noise.classes, 1)
     assert (streamed.group_sizes, streamed.stage, streamed.take_bad()) == ((N,), noise.stage, [])
     assert torch.equal(streamed.filler(), noise.filler())
@@ -71,27 +70,27 @@ def test_it_has_the_face_of_a_set_and_its_samples_to_look_at(noise):
 
 
 def test_a_start_outside_the_epoch_and_a_set_elsewhere_are_refused(noise):
-    loader = HostLoader(noise, "cpu", batch_size=32, seed=0)
+    loader = HostSet(noise, CPU).loader(Cut(32, seed=0))
     with pytest.raises(ValueError, match="start_step must lie in 0 to 3"):
         loader.epoch(0, 4)
     elsewhere = ImageSet.__new__(ImageSet)
     for name, value in vars(noise).items():
         object.__setattr__(elsewhere, name, value.to("meta") if isinstance(value, torch.Tensor) else value)
-    with pytest.raises(ValueError, match="noise lies on meta: a HostLoader wants it on the CPU"):
-        HostLoader(elsewhere, "cpu", batch_size=32, seed=0)
+    with pytest.raises(ValueError, match="noise lies on meta: a HostSet wants it on the CPU"):
+        HostSet(elsewhere, CPU)
 
 
 @pytest.mark.gpu
 def test_copies_run_ahead_from_pinned_memory_and_wait_for_nothing(noise):
     device = torch.device("cuda", torch.cuda.current_device())
-    loader = HostSet(noise, device).loader(batch_size=16, seed=5, block=2)
+    loader = HostSet(noise, device).loader(Cut(16, seed=5, block=2))
     list(loader.epoch(0))
     torch.cuda.set_sync_debug_mode("error")
     try:
         ours = list(loader.epoch(1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert loader.mover.ahead == 1
+    assert loader.prefetcher.ahead == 1
     assert {batch.images.device for (batch,) in ours} == {device}
     assert same_epoch(ours, DeviceLoader(noise, batch_size=16, seed=5, block=2).epoch(1))
 
@@ -100,5 +99,5 @@ def test_copies_run_ahead_from_pinned_memory_and_wait_for_nothing(noise):
 def test_pinned_memory_is_not_filled_anew_while_it_is_being_copied():
     images = torch.randint(0, 256, (512, 3, 224, 224), dtype=torch.uint8)
     large = ImageSet(images, torch.zeros(512, dtype=torch.int64), ("a",), "large")
-    ours = HostSet(large, torch.device("cuda")).loader(batch_size=64, seed=0).epoch(0)
-    assert same_epoch(ours, large.loader(batch_size=64, seed=0).epoch(0))
+    ours = HostSet(large, torch.device("cuda")).loader(Cut(64, seed=0)).epoch(0)
+    assert same_epoch(ours, large.loader(Cut(64, seed=0)).epoch(0))

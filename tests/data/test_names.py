@@ -2,7 +2,6 @@
 
 import os
 import unicodedata
-from types import SimpleNamespace
 
 import pytest
 
@@ -45,8 +44,7 @@ def bad_images(path):
     pytest.importorskip("accelerate")
     from robust_dist.train.bad_images import BadImages
 
-    one = SimpleNamespace(num_processes=1, is_main_process=True, print=lambda *_: None)
-    return BadImages(one, path, 0.5)
+    return BadImages(path, 0.5)
 
 
 @pytest.mark.parametrize("name", [LATIN, "a\nb.jpg", "a\tb.jpg", "a\u2028b.jpg", "a\\b.jpg", "é.jpg"])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from robust_dist.data import DataError, ImageSet, placement
-from robust_dist.data.host_set import HostSet
+from robust_dist.data import DataError, HostSet, ImageSet, placement
 from robust_dist.data.placement import choose_places, place
 from robust_dist.train import opening
 from robust_dist.train.build import open_sets

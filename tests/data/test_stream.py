@@ -1,4 +1,4 @@
-"""StreamLoader: DeviceLoader's promises for images that workers read, and what becomes of bad ones."""
+"""The Loader of a StreamSet: DeviceLoader's promises for images that workers read, and what becomes of bad ones."""
 
 import itertools
 
@@ -9,8 +9,7 @@ from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data import Batch, DeviceLoader, ImageSet
 from robust_dist.data.errors import BadImage
 from robust_dist.data.reading import stand_ins
-from robust_dist.data.stream import StreamLoader
-from tests.data.coloured import CLASSES, Coloured, Mislabelled, logged, numbers
+from tests.data.coloured import CLASSES, Coloured, Mislabelled, logged, numbers, stream_loader
 
 GROUPS = (11, 30, 2, 20, 12)
 N = sum(GROUPS)
@@ -18,9 +17,8 @@ BATCH, BLOCK = 32, 2
 
 
 def loaders(source, world_size=1, **options):
-    settings = {"size": 4, "batch_size": BATCH, "seed": 5, "block": BLOCK, "workers": 0, "shuffle_window": 24}
-    settings |= options
-    return [StreamLoader(source, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+    settings = {"batch_size": BATCH, "seed": 5, "block": BLOCK} | options
+    return [stream_loader(source, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
 
 
 def global_batches(source, epoch, world_size=1, start=0, **options):
@@ -82,7 +80,7 @@ def test_a_set_of_one_group_comes_in_device_loaders_batches():
     resident = ImageSet(images, torch.arange(N) % 7, CLASSES, "resident")
     options = {"batch_size": BATCH, "seed": 5, "accumulation": 2, "block": BLOCK}
     for rank in range(2):
-        ours = StreamLoader(Coloured(N), size=4, rank=rank, world_size=2, workers=0, **options)
+        ours = stream_loader(Coloured(N), rank=rank, world_size=2, **options)
         theirs = DeviceLoader(resident, rank=rank, world_size=2, **options)
         assert ours.steps_per_epoch == theirs.steps_per_epoch
         assert ours.samples_per_epoch == theirs.samples_per_epoch == N

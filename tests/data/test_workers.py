@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from robust_dist.data.errors import WorkersLostError
-from robust_dist.data.stream import StreamLoader
-from tests.data.coloured import Coloured, Deadly, Mislabelled, processes
+from tests.data.coloured import Coloured, Deadly, Failing, Mislabelled, processes, stream_loader
 from tests.data.test_stream import same_batches
 from tests.forked import ensure_server
 
 GROUPS = (11, 30, 2, 20, 12)
-OPTIONS = {"size": 4, "batch_size": 8, "seed": 5, "block": 2, "shuffle_window": 24}
+OPTIONS = {"batch_size": 8, "seed": 5, "block": 2}
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def loader():
     made = []
 
     def make(source, **options):
-        made.append(StreamLoader(source, **(OPTIONS | {"workers": 2} | options)))
+        made.append(stream_loader(source, **(OPTIONS | {"workers": 2} | options)))
         return made[-1]
 
     yield make
@@ -36,7 +35,7 @@ def loader():
 
 def test_workers_give_the_batches_of_one_process_epoch_after_epoch_also_after_one_that_was_left(loader):
     source = Coloured(*GROUPS, bad=[3, 50])
-    reading, alone = loader(source, accumulation=2), StreamLoader(source, accumulation=2, workers=0, **OPTIONS)
+    reading, alone = loader(source, accumulation=2), stream_loader(source, accumulation=2, **OPTIONS)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     for epoch, start, steps in ((0, 0, None), (1, 0, 3), (1, 3, None), (2, 0, 1), (0, 0, None)):
@@ -56,15 +55,17 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do_and_no_hang(loader):
 def test_an_error_in_a_worker_keeps_its_type_and_text(loader):
     with pytest.raises(ValueError, match=r"sample \d+ has label 7, outside the 7 classes of coloured"):
         next(loader(Mislabelled(*GROUPS)).epoch(0))
+    with pytest.raises(RuntimeError, match=r"the archive of sample \d+ exited unexpectedly") as caught:
+        next(loader(Failing(*GROUPS)).epoch(0))
+    assert caught.type is RuntimeError
 
 
 # A server of its own, which no other test's processes come from.
 RANK = """
 import sys, time
-from robust_dist.data.stream import StreamLoader
-from tests.data.coloured import Telling
+from tests.data.coloured import Telling, stream_loader
 from tests.data.test_workers import GROUPS, OPTIONS
-epoch = StreamLoader(Telling(*GROUPS, log=sys.argv[1]), workers=2, prefetch=1, **OPTIONS).epoch(0)
+epoch = stream_loader(Telling(*GROUPS, log=sys.argv[1]), workers=2, prefetch=1, **OPTIONS).epoch(0)
 next(epoch)
 print("reading", flush=True)
 sys.stdin.readline()

@@ -1,7 +1,7 @@
-"""The table engine x property: which test holds which cell, and what the README shows of it.
+"""The table engine x property: which test holds which cell, and what robust_dist/engines/matrix.md shows of it.
 
 A test takes its place with `@pytest.mark.cell(engine, column, world)` (or `marks=` of a parameter). A run with
-`--matrix=README.md` writes the table between the file's two marks from the outcomes of that run.
+`--matrix=robust_dist/engines/matrix.md` writes the table between the file's two marks from the outcomes of that run.
 """
 
 import traceback
@@ -52,7 +52,10 @@ COLUMNS = (
     "convert in",
     "convert out",
 )
-BEGIN, END = "<!-- matrix: written by `bash tests/run.sh --matrix=README.md` -->", "<!-- end of matrix -->"
+BEGIN, END = (
+    "<!-- matrix: written by `bash tests/run.sh --matrix=robust_dist/engines/matrix.md` -->",
+    "<!-- end of matrix -->",
+)
 
 Cells = dict[tuple[str, str], list[tuple[str, str]]]
 

@@ -1,4 +1,4 @@
-"""DDP, FSDP1, FSDP2, HSDP and FSDP2 with tensor parallelism against one process, cell by cell of the README's table."""
+"""DDP, FSDP1, FSDP2, HSDP and FSDP2 with tensor parallelism against one process, cell by cell of engines/matrix.md."""
 
 import warnings
 

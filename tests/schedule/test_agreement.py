@@ -16,11 +16,12 @@ from robust_dist.schedule import RankDisagreementError, RobustSchedule, WeightDe
 from robust_dist.schedule.comparison import Report, disagreement
 from tests.ranks import TIMEOUT, run_ranks
 from tests.schedule.toys import BASES, decays, make, train_step, wanted_decays
+from tests.versions import TORCH_2_7
 
 ON = [decay for _, decay in BASES]
 OFF = [0.0] * len(BASES)
 TOTAL = 12
-ENGINES = ("DDP", "FSDP2")
+ENGINES = ("DDP", *["FSDP2"] * TORCH_2_7)
 
 
 def wait_for(key):

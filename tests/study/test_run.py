@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from robust_dist.cli import main
-from robust_dist.study import claims
+from robust_dist.ranks.claim import RunClaim
 from robust_dist.study.folder import StudyFolder
 from tests.study.studies import kill, start, wait_until, with_results, write
 
@@ -44,7 +44,7 @@ def _shared(folder):
     paths = [study / "claims" / f"{row}_seed0" for row in ROWS]
 
     def holders() -> set[int]:
-        return {holder.pid for path in paths if (holder := claims.look(path)) is not None}
+        return {holder.pid for path in paths if (holder := RunClaim.worker_of(path)) is not None}
 
     def end_first():
         wait_until(lambda: first.pid in holders(), first)
@@ -95,7 +95,7 @@ def test_a_command_that_is_stopped_ends_its_training_and_gives_the_run_back(tmp_
     claim = folder / "claims" / "good_seed0"
 
     def stop():
-        while claims.look(claim) is None:
+        while RunClaim.worker_of(claim) is None:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -105,7 +105,7 @@ def test_a_command_that_is_stopped_ends_its_training_and_gives_the_run_back(tmp_
     stopper.join()
     assert "the same command goes on" in capsys.readouterr().out
     # The training process holds the lock, too: it has ended.
-    assert claims.look(claim) is None
+    assert RunClaim.worker_of(claim) is None
     assert main(["study", "status", str(folder)]) == 0
     assert "0 failed, 0 running, 1 waiting" in capsys.readouterr().out
 

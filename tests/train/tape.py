@@ -36,11 +36,11 @@ class Tape:
                 for operation in self.operations:
                     _repeat(*operation)
 
+    def forget(self):
+        self.calls = 0
+
     def on_own_stream(self, function):
         function()
-
-    def forget(self):
-        self.calls, self.operations = 0, []
 
 
 def _repeat(function, args, kwargs, found):

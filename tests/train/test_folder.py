@@ -11,7 +11,7 @@ import yaml
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.private import hidden
-from robust_dist.train.claim import FolderLostError
+from robust_dist.ranks.claim import FolderLostError
 from robust_dist.train.failures import record_failure
 from robust_dist.train.folder import RunFolder, RunFolderError, environment
 from robust_dist.train.metrics import last_row

@@ -6,6 +6,7 @@ from torch import nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet
+from robust_dist.data.batches import Cut
 from robust_dist.data.crops import CentralCrop
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.train.evaluate import evaluate
@@ -67,4 +68,4 @@ def test_a_set_without_a_good_image_scores_nan_of_no_samples(model):
 
 def test_a_set_for_evaluation_gives_no_training_batches():
     with pytest.raises(ValueError, match="coloured is for evaluation"):
-        StreamSet(Coloured(N), CentralCrop(SIZE, SIZE), torch.device("cpu")).loader(batch_size=4, seed=0)
+        StreamSet(Coloured(N), CentralCrop(SIZE, SIZE), torch.device("cpu")).loader(Cut(4, seed=0))

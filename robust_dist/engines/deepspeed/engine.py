@@ -32,6 +32,8 @@ class DeepSpeed(Engine):
     stage: int
     steps_whole_parameters: bool = False
     trains_any_memory_format: bool = False
+    casts_weights: bool = True
+    autocasts: bool = False
     loads_on_any_ranks: bool = False
     extra: str | None = "deepspeed"
 

@@ -1,10 +1,7 @@
-"""One live run for a folder, whatever hosts it runs on and whatever their clocks say.
+"""Claims: one live run for a folder, and one live worker for a run of a study, whatever hosts they are on.
 
-On one host a lock of the system decides at once. Not every file system carries such locks between hosts, so the holder
-also writes a beat into a file of its own, and a start on another host watches whether it still changes: what counts is
-that the file changes while the watcher's own seconds pass, never a time that is written anywhere. Each holder's file
-has the next number, made exclusively, so of several starts one alone wins; a holder that was stopped for so long that
-it was taken for dead finds the higher number before it completes a checkpoint, and gives up.
+On one host a lock of the system decides at once: it ends with the last process that holds it, however that ends. Not
+every file system carries such locks between hosts, so a holder also gives signs of life.
 """
 
 import contextlib
@@ -14,19 +11,24 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from robust_dist.documents import read_json
 
 _LOCK = ".lock"
 _OWNER = ".owner-"
 _LENGTH = 512
-# A holder beats every `_BEAT` seconds; one whose file stands still for `_SILENCE` seconds is dead.
+# A run beats every `_BEAT` seconds; one whose file stands still for `_SILENCE` seconds is dead.
 _BEAT = 2.0
 _SILENCE = 20.0
+# A study's worker beats every `BEAT_SECONDS`; one that has not touched its claim for `STALE_SECONDS` is dead.
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0
 # A killed process's lock goes with the last of its children.
 _LINGER = 30.0
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -42,15 +44,42 @@ class FolderLostError(RuntimeError):
 
 def host_id() -> str:
     """The host's name and what tells it from others of that name: processes with equal ones share a kernel."""
+    return f"{socket.gethostname()}/{_boot('unknown')[:8]}"
+
+
+def _boot(default: str) -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8]
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        boot = "unknown"
-    return f"{socket.gethostname()}/{boot}"
+        return default
 
 
-class Claim:
+class Lock:
+    """A system lock (flock) on a file, which is made where it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: IO[str] = path.open("a+", encoding="utf-8")
+
+    def get(self) -> bool | None:
+        """Take the lock without waiting: whether it could be had; None where the file system carries no locks."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return None if error.errno in _NOT_SUPPORTED else False
+        return True
+
+    def close(self) -> None:
+        """Give it back, unless a child still holds the file."""
+        self.file.close()
+
+
+class FolderClaim:
     """This process's hold on a run's folder, from `take` to `release`.
+
+    The holder writes a beat into a file of its own, and a start on another host watches whether it still changes: what
+    counts is that the file changes while the watcher's own seconds pass, never a time that is written anywhere. Each
+    holder's file has the next number, made exclusively, so of several starts one alone wins; a holder that was stopped
+    for so long that it was taken for dead finds the higher number before it completes a checkpoint, and gives up.
 
     Args:
         folder: The run's folder; it must be there.
@@ -65,7 +94,7 @@ class Claim:
     ) -> None:
         self.folder, self.host, self.locks = folder, host or host_id(), locks
         self.beat, self.silence = beat, silence
-        self._lock: Any = None
+        self._lock: Lock | None = None
         self._mine: Path | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -121,9 +150,9 @@ class Claim:
         return owner is not None and owner == self._mine and _read(owner).get("token") == self._token
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / _LOCK).open("a+", encoding="utf-8")
+        self._lock = lock = Lock(self.folder / _LOCK)
         deadline = None
-        while not self._locked():
+        while (locked := lock.get()) is False:
             holder = self._newest()
             if deadline is None:
                 deadline = time.monotonic() + (_LINGER if self._may_be_dead(holder) else 0.0)
@@ -131,14 +160,7 @@ class Claim:
                 self._unlock()
                 raise FolderInUseError(self._in_use(holder))
             time.sleep(0.1)
-
-    def _locked(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.locks = error.errno not in _NOT_SUPPORTED
-            return not self.locks
-        return True
+        self.locks = locked is True
 
     def _may_be_dead(self, holder: Path | None) -> bool:
         """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart.
@@ -229,6 +251,113 @@ class Claim:
             f"run_dir={str(self.folder)!r} is in use by a live run ({_text(holder)}); wait for it, stop it, or choose "
             "another run_dir"
         )
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a live run holds a folder; where another host's does, its sign of life is waited for.
+
+    Args:
+        folder: The run's.
+    """
+    owner = max(folder.glob(f"{_OWNER}*"), default=None)
+    noted = _read(owner) if owner is not None else {}
+    if owner is None or not noted:
+        return False
+    if noted.get("host") == host_id():
+        return _alive(noted.get("pid"))
+    deadline = time.monotonic() + 2 * _BEAT
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if _read(owner) != noted:
+            return owner.exists()
+    return False
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The worker that has a study's run.
+
+    Attributes:
+        host: Its machine's name.
+        pid: Its process there.
+        kernel: The machine's boot, within which a lock is decisive.
+    """
+
+    host: str
+    pid: int
+    kernel: str
+
+
+class RunClaim:
+    """The right to train one run of a study; made by `take`.
+
+    The file is locked and names the worker; the training process inherits the lock, and so a run is never trained twice
+    at a time. The worker also touches the file, and another machine's claim is left alone until it has not been touched
+    for `STALE_SECONDS` by the file system's own clock.
+    """
+
+    def __init__(self, path: Path, lock: Lock, worker: Worker) -> None:
+        self.path, self._lock, self._worker = path, lock, worker
+
+    @classmethod
+    def take(cls, path: Path) -> "RunClaim | None":
+        """The claim, or None where a live process has it."""
+        lock = Lock(path)
+        if not lock.get() or not _is_free(path):
+            lock.close()
+            return None
+        ours = Worker(socket.gethostname(), os.getpid(), _boot(socket.gethostname()))
+        path.write_text(json.dumps(vars(ours)))
+        return cls(path, lock, ours)
+
+    @staticmethod
+    def worker_of(path: Path) -> Worker | None:
+        """The live worker that has the claim, or None."""
+        if not path.exists():
+            return None
+        lock = Lock(path)
+        try:
+            return None if lock.get() and _is_free(path) else _worker(path)
+        finally:
+            lock.close()
+
+    @property
+    def fileno(self) -> int:
+        """The descriptor that the training process inherits."""
+        return self._lock.file.fileno()
+
+    def beat(self) -> None:
+        """Show other machines that the worker is alive; a file system that is away for a moment ends no study."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def release(self) -> None:
+        """Let others have it."""
+        with contextlib.suppress(OSError):
+            if _worker(self.path) == self._worker:
+                self.path.write_text("")
+        self._lock.close()
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a claim whose lock could be had is nobody's."""
+    worker = _worker(path)
+    return worker is None or worker.kernel == _boot(socket.gethostname()) or age(path) > STALE_SECONDS
+
+
+def _worker(path: Path) -> Worker | None:
+    try:
+        found: Worker = read_json(path, Worker)
+    except (OSError, ValueError):
+        # Empty where it was given back; torn where its writer was killed, which the lock tells better.
+        return None
+    return found
+
+
+def age(path: Path) -> float:
+    """Seconds since the file was touched; its file system's clock says what the time is, not this machine's."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock-") as probe:
+        return os.stat(probe.name).st_mtime - path.stat().st_mtime
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Trained models in use: load, predict, evaluate, export, and a list of runs."""

@@ -1,0 +1,209 @@
+"""The commands `export`, `predict`, `evaluate` and `runs` of `robust-dist`."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import torch
+
+    from robust_dist.data.errors import BadImage
+    from robust_dist.inference.predict import Prediction
+
+# Exit status where something was named that could not be used, and the rest was done.
+_IN_PART = 1
+
+
+def add_commands(commands: Any) -> None:
+    """Add the four commands to the parser's."""
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_export(commands)
+    runs = commands.add_parser("runs", help="the runs below a folder, what became of them, and in what they differ")
+    runs.add_argument("folder", metavar="DIR")
+    runs.add_argument("--plot", metavar="PNG", help="draw the runs' accuracies over the epochs")
+    runs.set_defaults(run=_runs, extra="train")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN", help="a run's folder, or one that `export` wrote")
+    parser.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="last|best|STEP",
+        help="of a run: the last one (default), that of the best logged accuracy which is there, or that of a step",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy, calibration and confusion of a trained model",
+        usage="robust-dist evaluate RUN [PATH | --data.KEY VALUE ...] [--checkpoint ...] [--out DIR] [--device ...]",
+    )
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a folder with a sub-folder of images for each class; without it, the run's own evaluation images, or "
+        "those that --data.KEY VALUE name, as in a recipe",
+    )
+    evaluate.add_argument(
+        "--out", metavar="DIR", help="the folder to write; must not exist (default: RUN/evaluation-STEP)"
+    )
+    _add_device(evaluate)
+    evaluate.set_defaults(run=_evaluate, extra="train")
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="classes of image files; status 1 where one of them is no image")
+    _add_model(predict)
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders of them at any depth")
+    predict.add_argument("--top-k", type=int, default=1, metavar="K", help="classes of each (default: %(default)s)")
+    predict.add_argument("--format", choices=["table", "jsonl", "csv"], default="table")
+    predict.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    predict.add_argument("--contact-sheet", metavar="PNG", help="draw the images with their classes; must not exist")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    _add_device(predict)
+    predict.set_defaults(run=_predict, extra="train")
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a trained model as files that need no run")
+    _add_model(export)
+    export.add_argument("out", metavar="OUT", help="the folder to write; must not exist")
+    export.add_argument(
+        "--format",
+        default="safetensors",
+        metavar="FORMAT,...",
+        help="of safetensors (always), torch.export (model.pt2) and onnx (model.onnx)",
+    )
+    export.set_defaults(run=_export, extra="train")
+
+
+def split_data_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of `evaluate`, and its `--data.KEY VALUE` apart, which the parser would take for PATH."""
+    others: list[str] = []
+    data: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--data."):
+            others.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f"{name} has no value")
+        data += [name, given]
+    return others, data
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here")
+    return wanted
+
+
+def _evaluate(words: argparse.Namespace) -> int:
+    from robust_dist.inference import evaluate
+    from robust_dist.inference.output import check_new, new_folder
+    from robust_dist.inference.trained import read
+
+    if words.path is not None and words.data_words:
+        raise ValueError(f"PATH {words.path!r} and {words.data_words[0]} both name images: give one of them")
+    device, trained = _device(words.device), read(words.model, checkpoint=words.checkpoint)
+    out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}")
+    check_new(out)
+    on = (
+        evaluate.own_images(trained, words.data_words, device)
+        if words.path is None
+        else evaluate.folder_images(trained, words.path, device)
+    )
+    found = evaluate.evaluate(trained, on, device)
+    with new_folder(out) as folder:
+        evaluate.write(trained, found, folder)
+    print(evaluate.as_text(trained, found, evaluate.SHOWN))
+    print(f"wrote {out}")
+    return 0
+
+
+def _predict(words: argparse.Namespace) -> int:
+    from robust_dist.inference.output import check_new
+    from robust_dist.inference.predict import draw_sheet, files_of, lines, predict
+    from robust_dist.inference.trained import read
+
+    for path in (words.out, words.contact_sheet):
+        if path is not None:
+            check_new(Path(path))
+    files = files_of(words.paths)
+    trained, device = read(words.model, checkpoint=words.checkpoint), _device(words.device)
+    found = predict(trained, files, device=device, top_k=words.top_k, batch_size=words.batch_size)
+    bad: list[BadImage] = []
+    kept: list[Prediction] = []
+    good = _apart(found, bad, kept if words.contact_sheet else None)
+    text = lines(good, words.format, min(words.top_k, len(trained.classes)))
+    if words.out is None:
+        _print(text, sys.stdout)
+    else:
+        with open(words.out, "x", encoding="utf-8") as file:
+            _print(text, file)
+        print(f"wrote {words.out}")
+    for one in bad:
+        print(f"error: {one.where}: {one.reason}", file=sys.stderr)
+    if kept:
+        draw_sheet(kept, Path(words.contact_sheet))
+        print(f"wrote {words.contact_sheet}", file=sys.stderr if words.out is None else sys.stdout)
+    return _IN_PART if bad else 0
+
+
+def _apart(
+    found: "Iterator[Prediction | BadImage]", bad: "list[BadImage]", kept: "list[Prediction] | None"
+) -> "Iterator[Prediction]":
+    from robust_dist.inference.predict import Prediction
+
+    for one in found:
+        if isinstance(one, Prediction):
+            if kept is not None:
+                kept.append(one)
+            yield one
+        else:
+            bad.append(one)
+
+
+def _print(text: Iterator[str], file: TextIO) -> None:
+    for line in text:
+        print(line, file=file)
+
+
+def _export(words: argparse.Namespace) -> int:
+    from robust_dist.inference.export import export
+    from robust_dist.inference.trained import read
+
+    out = Path(words.out)
+    names = export(read(words.model, checkpoint=words.checkpoint), out, words.format.split(","))
+    print(f"wrote {out}: {', '.join(names)}")
+    return 0
+
+
+def _runs(words: argparse.Namespace) -> int:
+    from robust_dist.inference.output import check_new
+    from robust_dist.inference.runs import find_runs, plot, table
+
+    if words.plot is not None:
+        check_new(Path(words.plot))
+    runs = find_runs(words.folder)
+    print(table(runs))
+    if words.plot is not None:
+        plot(runs, Path(words.plot))
+        print(f"wrote {words.plot}")
+    return 0

@@ -1,0 +1,73 @@
+"""`robust-dist export`: a trained model as files that need no run: weights, torch.export, ONNX."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+
+from robust_dist.extras import require
+from robust_dist.inference.output import check_new, new_folder
+from robust_dist.inference.trained import RECORD, WEIGHTS, Trained
+
+PROGRAM, ONNX = "model.pt2", "model.onnx"
+
+
+def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",)) -> list[str]:
+    """Write a model into a new folder: `model.safetensors` and `model.json`, and what else is asked for.
+
+    Args:
+        trained: The model.
+        out: The folder; there must be none.
+        formats: Of `FORMATS`.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ValueError: An unknown format.
+        FileExistsError: `out` is there.
+        ImportError: A format needs a package that is not installed.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"--format {unknown[0]!r} is none of {', '.join(FORMATS)}")
+    check_new(out)
+    if "onnx" in formats:
+        for module in ("onnx", "onnxscript"):
+            require(module, extra="export", purpose="--format onnx")
+    with new_folder(out) as folder:
+        for name in dict.fromkeys(("safetensors", *formats)):
+            FORMATS[name](trained, folder)
+        (folder / RECORD).write_text(json.dumps(asdict(trained.record), indent=1) + "\n", encoding="utf-8")
+    return sorted(path.name for path in out.iterdir())
+
+
+def _weights(trained: Trained, folder: Path) -> None:
+    save_model(trained.model, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def _program(trained: Trained, folder: Path) -> None:
+    torch.export.save(_exported(trained), folder / PROGRAM)
+
+
+def _onnx(trained: Trained, folder: Path) -> None:
+    torch.onnx.export(_exported(trained), (), str(folder / ONNX), dynamo=True, external_data=False, verbose=False)
+
+
+def _exported(trained: Trained) -> torch.export.ExportedProgram:
+    """The forward pass for any number of images from 1 on."""
+    pixels = trained.preprocess.pixels
+    # A batch of one would be taken for a constant.
+    example = torch.zeros(2, len(pixels.mean), pixels.size, pixels.size)
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(trained.model, (example,), dynamic_shapes=({0: batch},))
+
+
+FORMATS: dict[str, Callable[[Trained, Path], None]] = {
+    "safetensors": _weights,
+    "torch.export": _program,
+    "onnx": _onnx,
+}

@@ -1,0 +1,127 @@
+"""`robust-dist runs`: the runs below a folder, what became of them, and in what they differ."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robust_dist.documents import DocumentError, typed
+from robust_dist.ranks.claim import is_held
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import flatten, keys_of, recipe_dict
+from robust_dist.train.metrics import last_row
+from robust_dist.train.recipe import Recipe
+from robust_dist.yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells of it.
+
+    Attributes:
+        name: Its path below the folder that was named.
+        state: finished, running, stopped, or why it cannot be told.
+        recipe: Dotted keys and values.
+        rows: The epochs of `metrics.jsonl`, oldest first.
+    """
+
+    name: str
+    state: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracies(self) -> list[tuple[int, float]]:
+        """Epochs and their accuracies."""
+        pairs = ((row.get("epoch"), row.get("eval_accuracy")) for row in self.rows)
+        return [(epoch, accuracy) for epoch, accuracy in pairs if epoch is not None and accuracy is not None]
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """The runs in a folder and below it, by name.
+
+    Raises:
+        ValueError: There is no such folder, or no run below it.
+    """
+    top = Path(folder).expanduser()
+    if not top.is_dir():
+        raise ValueError(f"{top}: there is no such folder")
+    found = []
+    for above, folders, files in os.walk(top):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "recipe.yaml" in files and ("checkpoints" in folders or "environment.json" in files):
+            folders.clear()
+            found.append(_run(Path(above), os.path.relpath(above, top)))
+    if not found:
+        raise ValueError(f"{top}: holds no run, which is a folder with a recipe.yaml and checkpoints")
+    return sorted(found, key=lambda run: run.name)
+
+
+def _run(path: Path, name: str) -> Run:
+    name, folder = path.absolute().name if name == "." else name, RunFolder(path)
+    try:
+        recipe = typed(read_yaml(path / "recipe.yaml").data, dict[str, Any], str(path / "recipe.yaml"))
+        flat = flatten(recipe_dict(Recipe())) | flatten(recipe)
+        rows = folder.metrics()
+    except DocumentError as error:
+        return Run(name, f"damaged: {error}")
+    epochs = flat["epochs"]
+    if is_held(path):
+        state = "running"
+    elif last_row(rows, epochs) is not None:
+        state = "finished"
+    else:
+        state = "stopped"
+    return Run(name, state, flat, rows)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The keys in which the runs' recipes differ, of those that change a run's result."""
+    known = keys_of(Recipe)
+    recipes = [run.recipe for run in runs if run.recipe]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if not known.is_free(key))
+    return [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A line for each run, under a heading."""
+    keys = differing(runs)
+    rows = [["run", "state", "epochs", "best", "last", "images/s", *keys]]
+    for run in runs:
+        accuracies = [accuracy for _, accuracy in run.accuracies]
+        speed = run.rows[-1].get("images_per_second") if run.rows else None
+        done = run.rows[-1].get("epoch", 0) if run.rows else 0
+        rows.append(
+            [
+                run.name,
+                run.state,
+                f"{done}/{run.recipe['epochs']}" if run.recipe else "-",
+                f"{max(accuracies):.2%}" if accuracies else "-",
+                f"{accuracies[-1]:.2%}" if accuracies else "-",
+                "-" if speed is None else f"{speed:,.0f}",
+                *(str(run.recipe.get(key, "-")) for key in keys),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draw the runs' accuracies over the epochs into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = differing(runs)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for run in runs:
+        if run.accuracies:
+            said = ", ".join(f"{key.rpartition('.')[2]} {run.recipe.get(key)}" for key in keys[:3])
+            axes.plot(*zip(*run.accuracies, strict=True), marker=".", label=f"{run.name}{said and f' ({said})'}")
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,219 @@
+"""A run with your own model, images, optimizer or augmentation: in a script, a notebook or `accelerate launch`."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from robust_dist.augment import RobustAugment
+from robust_dist.augment.cutmix import soft_targets
+from robust_dist.data.image_set import ImageSet
+from robust_dist.data.registry import DATASETS, DatasetInfo
+from robust_dist.models.registry import MODELS, ModelInfo
+from robust_dist.train import optimizers
+from robust_dist.train.augment_config import AugmentConfig
+from robust_dist.train.build import preprocessing_of
+from robust_dist.train.data_config import DataConfig
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.main import train
+from robust_dist.train.recipe import Recipe, load_recipe
+from robust_dist.train.settings import OWN
+
+Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run.
+
+    Attributes:
+        rows: The epochs, as `metrics.jsonl` has them, oldest first.
+        best: The row with the highest eval_accuracy; the earliest of several.
+        run_dir: The run's folder.
+        checkpoint: Its newest checkpoint.
+    """
+
+    rows: list[dict[str, Any]]
+    best: dict[str, Any]
+    run_dir: Path
+    checkpoint: Path
+
+
+def fit(
+    recipe: Recipe | str | Path,
+    *,
+    model: nn.Module | Callable[[int], nn.Module] | None = None,
+    train_set: Any = None,
+    eval_set: Any = None,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+    augment: Augment | None = None,
+    run_dir: str | Path | None = None,
+) -> Result:
+    """Train a recipe, with parts of your own in place of those that it names.
+
+    The run is the recipe's in all else: checkpoints, metrics and curves in its folder; the same call goes on where it
+    stopped; under `accelerate launch` every rank calls it. Not for two runs at a time in one process.
+
+    Args:
+        recipe: All settings; or a YAML file; or the name of one of the package's recipes.
+        model: From float images [B, C, H, W] to logits [B, classes]: a module, or a function of the number of classes,
+            which is called with torch seeded by the recipe's seed. A module must have the same weights on every rank.
+        train_set: An `ImageSet`; or a pair of images (uint8 [N, C, H, H]) and labels (int64 [N]); or a map-style data
+            set of (PIL image or uint8 [C, H, H], label), whose images have one size: it is read once, into memory. Its
+            mean and standard deviation normalise the images, and random crops are padded by an eighth of the side.
+        eval_set: The same for evaluation; needed with `train_set`, and only with it.
+        optimizer: From param groups, which have the recipe's weight decay, to the optimizer; its rates are scheduled.
+        augment: From images (uint8 [B, C, H, H]), labels (int64 [B]) and keys (int64 [B]; one a sample and epoch) to
+            float images and targets (int64 [B] or float [B, classes]), on the images' device, in place of the recipe's
+            pipeline.
+        run_dir: In place of the recipe's.
+
+    Raises:
+        ValueError: A setting or a part that cannot be used, before the first step.
+        DivergedError: The loss is no longer finite.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if run_dir is not None:
+        recipe = replace(recipe, run_dir=str(run_dir))
+    if (train_set is None) != (eval_set is None):
+        given, missing = ("train_set", "eval_set") if eval_set is None else ("eval_set", "train_set")
+        raise ValueError(f"{given} is given and {missing} is not; give both, or leave both to the recipe's data")
+    with contextlib.ExitStack() as parts:
+        if train_set is not None:
+            sets = image_set(train_set, "train_set"), image_set(eval_set, "eval_set")
+            parts.enter_context(_named(DATASETS, _info(*sets)))
+            of = recipe.data
+            recipe = replace(recipe, data=DataConfig(OWN, block=of.block, drop_last=of.drop_last, keep_on=of.keep_on))
+        if model is not None:
+            parts.enter_context(
+                _named(MODELS, ModelInfo("given to fit", 0, _builder(model, preprocessing_of(recipe.data).size)))
+            )
+            recipe = replace(recipe, model=replace(recipe.model, name=OWN))
+        if optimizer is not None:
+            choice = optimizers.OptimizerChoice(make=lambda groups, **_: optimizer(groups))
+            parts.enter_context(optimizers.named(OWN, choice))
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, name=OWN))
+        if augment is not None:
+            recipe = replace(recipe, augment=_with_pipeline(recipe.augment, augment))
+        rows = train(recipe)
+    folder = RunFolder(recipe.run_dir)
+    newest = max(folder.checkpoints.glob("step-*"))
+    return Result(rows, max(rows, key=lambda row: row["eval_accuracy"]), folder.path, newest)
+
+
+def image_set(given: Any, name: str) -> ImageSet:
+    """What `fit` takes as images, as an ImageSet on the CPU.
+
+    Args:
+        given: See `fit`.
+        name: Of the set, for messages.
+
+    Raises:
+        ValueError: Images of several sizes, or not square; named with the first one's place.
+    """
+    if isinstance(given, ImageSet):
+        return given
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor):
+        images, labels = given
+    else:
+        samples = [given[index] for index in range(len(given))]
+        tensors = [_pixels(sample[0]) for sample in samples]
+        sizes = [tuple(tensor.shape) for tensor in tensors]
+        other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{name}: image {other} is {sizes[other]}, and image 0 is {sizes[0]}; give images of one size, or "
+                "train from files of any size with data.name=imagefolder, hub or webdataset"
+            )
+        images, labels = torch.stack(tensors), torch.tensor([int(sample[1]) for sample in samples])
+    if images.ndim == 4 and images.shape[2] != images.shape[3]:
+        raise ValueError(f"{name}: images of {images.shape[2]}x{images.shape[3]} are not square; crop or pad them")
+    count = int(labels.max()) + 1 if len(labels) else 0
+    classes: Sequence[Any] = getattr(given, "classes", range(count))
+    return ImageSet(images, labels, tuple(map(str, classes)), name)
+
+
+def _pixels(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _info(train_set: ImageSet, eval_set: ImageSet) -> DatasetInfo:
+    scaled = train_set.images.double() / 255
+    return DatasetInfo(
+        num_classes=len(train_set.classes),
+        channels=train_set.channels,
+        size=train_set.images.shape[-1],
+        mean=tuple(scaled.mean((0, 2, 3)).tolist()),
+        std=tuple(scaled.std((0, 2, 3)).tolist()),
+        crop_padding=round(train_set.images.shape[-1] / 8),
+        flip=True,
+        description="given to fit",
+        loader=lambda root, train, download: train_set if train else eval_set,
+    )
+
+
+def _builder(model: nn.Module | Callable[[int], nn.Module], side: int) -> Callable[..., nn.Module]:
+    def build(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
+        if options:
+            raise ValueError(f"model.options={options} are for a model that the recipe names; leave them out")
+        made = model if isinstance(model, nn.Module) else model(num_classes)
+        _check_model(made, (in_channels, side, side), num_classes)
+        return made
+
+    return build
+
+
+def _check_model(model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
+    was_training = model.training
+    with torch.no_grad():
+        shape = list(model.eval()(torch.zeros(2, *image)).shape)
+    model.train(was_training)
+    if shape != [2, num_classes]:
+        raise ValueError(f"model={type(model).__name__} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
+
+
+@contextlib.contextmanager
+def _named(registry: dict[str, Any], entry: Any) -> Iterator[None]:
+    registry[OWN] = entry
+    try:
+        yield
+    finally:
+        del registry[OWN]
+
+
+class _OwnPipeline(nn.Module):
+    """The caller's augmentation, with all else of the recipe's pipeline."""
+
+    def __init__(self, pipeline: RobustAugment, own: Augment) -> None:
+        super().__init__()
+        self.pipeline, self.own = pipeline, own
+        self.image_shape, self.normalize = pipeline.image_shape, pipeline.normalize
+
+    def backend_for(self, device: torch.device) -> str:
+        return OWN
+
+    def forward(
+        self, images: Tensor, labels: Tensor, keys: Tensor, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if index is not None:
+            images, labels = images.index_select(0, index), labels.index_select(0, index)
+        images, targets = self.own(images, labels, keys)
+        return images, targets if targets.is_floating_point() else soft_targets(targets, self.pipeline.num_classes)
+
+
+def _with_pipeline(config: AugmentConfig, own: Augment) -> AugmentConfig:
+    class OwnAugment(type(config)):  # type: ignore[misc]
+        def build(self, *image: Any, **given: Any) -> nn.Module:
+            return _OwnPipeline(super().build(*image, **given), own)
+
+    made = OwnAugment(**vars(config))
+    assert isinstance(made, AugmentConfig)
+    return made

@@ -1,0 +1,48 @@
+"""Trained runs for these tests: one launch of two gloo ranks trains them all."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.train.under_engines import train_under
+
+CLASSES = ("ant", "bee", "cat", "dog")
+VIT = ["--model.name", "timm/test_vit", "--model.options", "{img_size: 16, patch_size: 8}"]
+LOW = ["--precision.mixed", "bf16"]
+PLAIN = ["--augment.trivial", "false", "--augment.cutmix", "false"]
+SCHEDULE_FREE = ["--optimizer.name", "schedulefree_adamw", "--schedule.name", "constant", "--optimizer.lr", "0.01"]
+# Three steps, with a checkpoint after the second.
+FILES = ["--data.name", "imagefolder", "--data.size", "16", "--data.eval_resize", "20", "--data.workers", "0"]
+FILES += ["--batch_size", "16", "--checkpoint.every_steps", "2"]
+# Name: engine, and what it adds to tests.train.under_engines.WORDS. ZeRO last: DeepSpeed changes functions of torch.
+RUNS = {
+    "ddp": ("ddp", LOW),
+    "average": ("ddp", [*FILES, "--ema_decay", "0.6"]),
+    "schedule-free": ("ddp", [*FILES, *SCHEDULE_FREE]),
+    "fsdp2": ("fsdp2", []),
+    "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
+    "zero2": ("zero2", []),
+    "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw"]),
+    "zero3": ("zero3", [*FILES, *VIT, "--optimizer.name", "nag"]),
+}
+
+
+def write_images(folder):
+    """48 images to train on and 24 to evaluate on, of four classes and several sizes."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for number, name in enumerate(CLASSES):
+            Path(folder, part, name).mkdir(parents=True)
+            for index in range(count):
+                levels = draw.integers(0, 120, (21 + index, 30, 3), dtype=np.uint8)
+                levels[..., number % 3] += np.uint8(40 * (number + 1) // 2)
+                Image.fromarray(levels).save(Path(folder, part, name, f"{index}.png"))
+
+
+def train_all(folder):
+    """Train every run; on each rank. Returns what each printed."""
+    return {
+        name: train_under(engine, f"{folder}/{name}", "--data.root", f"{folder}/images", *PLAIN, *words)
+        for name, (engine, words) in RUNS.items()
+    }

@@ -1,0 +1,183 @@
+"""`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import robust_dist
+from robust_dist.data import load_dataset
+from robust_dist.data.registry import DATASETS
+from robust_dist.models import MODELS, build_model
+from robust_dist.train import main
+from robust_dist.train.fit import fit, image_set
+from robust_dist.train.folder import RunFolderError
+from robust_dist.train.metrics import without_measured
+from robust_dist.train.recipe import parse_recipe
+
+QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05"]
+WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "2", *QUIET]
+
+
+def rows(result):
+    return [without_measured(row) for row in result.rows]
+
+
+def digits(part):
+    return load_dataset("digits", "data", train=part == "train")
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory):
+    """What the recipe's own parts come to."""
+    return fit(parse_recipe(WORDS), run_dir=tmp_path_factory.mktemp("by") / "name")
+
+
+def test_a_run_by_name_is_the_one_of_the_command_line(by_name, tmp_path):
+    assert rows(by_name) == [
+        without_measured(row) for row in main.train(parse_recipe([*WORDS, "--run_dir", str(tmp_path / "run")]))
+    ]
+    assert by_name.best["eval_accuracy"] == max(row["eval_accuracy"] for row in by_name.rows)
+    assert by_name.checkpoint.name == "step-00000024"
+    assert (by_name.run_dir / "curves.png").is_file()
+
+
+def test_parts_of_one_s_own_that_are_the_recipe_s_give_its_bits(by_name, tmp_path):
+    def optimizer(groups):
+        from robust_dist import RAdaBeliefW
+
+        return RAdaBeliefW(groups, lr=0.05)
+
+    own = fit(
+        parse_recipe(WORDS),
+        model=lambda classes: build_model("resnet8", classes),
+        optimizer=optimizer,
+        run_dir=tmp_path,
+    )
+    assert rows(own) == rows(by_name)
+
+
+class Flat(nn.Sequential):
+    def __init__(self, classes, side=32):
+        super().__init__(nn.Flatten(), nn.Linear(3 * side * side, classes))
+
+
+def test_own_images_are_taken_as_tensors_and_as_a_data_set_of_pictures(tmp_path):
+    train, test = digits("train"), digits("test")
+
+    class Pictures:
+        def __init__(self, of):
+            self.of, self.classes = of, train.classes
+
+        def __len__(self):
+            return len(self.of)
+
+        def __getitem__(self, index):
+            from torchvision.transforms.functional import to_pil_image
+
+            return to_pil_image(self.of.images[index]), int(self.of.labels[index])
+
+    kept = image_set(Pictures(test), "pictures")
+    assert torch.equal(kept.images, test.images)
+    assert torch.equal(kept.labels, test.labels)
+    words = {"model": Flat, "recipe": parse_recipe(WORDS)}
+    pairs = fit(
+        train_set=(train.images, train.labels), eval_set=(test.images, test.labels), run_dir=tmp_path / "a", **words
+    )
+    pictures = fit(train_set=Pictures(train), eval_set=Pictures(test), run_dir=tmp_path / "b", **words)
+    assert rows(pairs) == rows(pictures)
+    assert json.loads((tmp_path / "a/data.json").read_text())["name"] == "own"
+
+
+def test_an_own_augmentation_is_called_with_bytes_labels_and_keys(tmp_path):
+    seen = []
+
+    def halved(images, labels, keys):
+        seen.append(
+            (images.dtype, tuple(images.shape[1:]), labels.dtype, keys.dtype, len(keys) == len(labels) == len(images))
+        )
+        return images.float() / 510, labels
+
+    result = fit(parse_recipe(WORDS), augment=halved, run_dir=tmp_path)
+    assert set(seen) == {(torch.uint8, (3, 32, 32), torch.int64, torch.int64, True)}
+    assert len(seen) == 24
+    assert json.loads((tmp_path / "environment.json").read_text())["starts"][0]["backends"]["augmentation"] == "own"
+    # As it had never stopped: the same call finds a finished run.
+    assert rows(fit(parse_recipe(WORDS), augment=halved, run_dir=tmp_path)) == rows(result)
+    assert len(seen) == 24
+
+
+def test_nothing_stays_behind_after_a_run(by_name):
+    assert "own" not in DATASETS
+    assert "own" not in MODELS
+    with pytest.raises(ValueError, match="own"):
+        parse_recipe(["--optimizer.name", "own"])
+
+
+def test_a_folder_of_other_parts_is_refused(by_name):
+    with pytest.raises(RunFolderError, match=r"model\.name: 'own' here, 'resnet8' in the folder"):
+        fit(parse_recipe(WORDS), model=Flat, run_dir=by_name.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: {"train_set": digits("train")}, "train_set is given and eval_set is not"),
+        (lambda: {"eval_set": digits("test")}, "eval_set is given and train_set is not"),
+        (lambda: {"train_set": oblong(), "eval_set": oblong()}, "train_set: images of 8x9 are not square"),
+        (
+            lambda: {"train_set": mixed(), "eval_set": mixed()},
+            r"train_set: image 1 is \(3, 9, 9\), and image 0 is \(3, 8, 8\)",
+        ),
+        (lambda: {"model": lambda classes: nn.Flatten()}, r"gives \[2, 3072\] for 2 images, where \[2, 10\] is wanted"),
+    ],
+)
+def test_parts_that_cannot_be_used_are_refused_before_the_first_step(parts, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit(parse_recipe(WORDS), run_dir=tmp_path / "run", **parts())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def oblong():
+    return torch.zeros(4, 3, 8, 9, dtype=torch.uint8), torch.arange(4)
+
+
+def mixed():
+    return [(torch.zeros(3, side, side, dtype=torch.uint8), 0) for side in (8, 9)]
+
+
+def example():
+    page = Path(main.__file__).with_name("README.md").read_text().partition("## Your own model, images, optimizer")[2]
+    return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+
+
+def test_the_page_s_example_trains_on_two_ranks(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(example())
+    config = Path(__file__).parents[2] / "configs/accelerate/cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 ranks" in done.stdout
+    assert len((tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_evaluated(tmp_path):
+    labels = torch.arange(64) % 4
+    images = (labels.view(-1, 1, 1, 1) * 60 + torch.arange(3).view(3, 1, 1)).expand(64, 3, 8, 8).byte().contiguous()
+    model = Flat(4, side=8)
+    recipe = parse_recipe([*WORDS, "--batch_size", "16", "--epochs", "3"])
+    result = fit(recipe, model=model, train_set=(images, labels), eval_set=(images, labels), run_dir=tmp_path)
+    own, preprocess = robust_dist.load(tmp_path, model=model)
+    with torch.no_grad():
+        right = sum(
+            own(preprocess(image)[None]).argmax().item() == label for image, label in zip(images, labels, strict=True)
+        )
+    assert right / 64 == result.rows[-1]["eval_accuracy"]
+    with pytest.raises(ValueError, match=r"your own.*load\(RUN, model="):
+        robust_dist.load(tmp_path)
