@@ -14,11 +14,19 @@ from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
 from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
+from robust_dist.train.build import (
+    build_augment,
+    build_classifier,
+    build_loader,
+    build_optimizer,
+    build_schedule,
+    preprocessing_of,
+)
 from robust_dist.train.display import Display
 from robust_dist.train.engine import check_model
 from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.meter import Figures, build_meter, measured
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
@@ -55,12 +63,13 @@ class Trainer:
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
-        self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.engine = engine_of(accelerator)
         contiguous = not self.engine.trains_any_memory_format
         model = build_classifier(recipe, classes, train_set.channels, contiguous=contiguous)
         check_model(accelerator, recipe, model)
+        dtype = images_dtype(accelerator.mixed_precision, model, train_set.channels, preprocessing_of(recipe.data).size)
+        self.augment = build_augment(recipe, classes, dtype=dtype).to(accelerator.device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
