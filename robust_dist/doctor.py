@@ -149,9 +149,7 @@ def _offload() -> Iterator[Check]:
         detail = f"ZeRO-Offload would step by torch's operations, several times as slow: {fused_cpu.why_not()}"
         yield Check("offload", "warn", detail, "pip install --force-reinstall --no-deps robust_dist")
     elif threads == 1 < cores:
-        detail = (
-            f"ZeRO-Offload's step takes 1 of {cores} cores; launched by torchrun or DeepSpeed, a rank's share of them"
-        )
+        detail = f"ZeRO-Offload's step takes 1 of {cores} cores; a launched rank's takes its share of them"
         yield Check("offload", "warn", detail, f"export OMP_NUM_THREADS={cores}")
     else:
         detail = f"ZeRO-Offload's step takes {threads} of {max(1, cores)} cores; of a launched rank, its share of them"

@@ -77,7 +77,7 @@ def threads() -> int:
     host's: neither is right for ZeRO-Offload's step.
     """
     found = torch.get_num_threads()
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun, of DeepSpeed
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # launchers differ
     if ranks is None:
         return found
     share = _share(ranks)
