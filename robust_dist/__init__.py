@@ -38,7 +38,8 @@ def load(path: "str | Path", *, checkpoint: str | int = "last", **options: Any) 
     Args:
         path: A run's folder, under whatever engine it was trained, or what `robust-dist export` wrote.
         checkpoint: Of a run: "last", "best" (by logged accuracy, of the checkpoints that are there), or a step.
-        **options: `kind`, the recipe's class, for a run whose recipe has keys of your own.
+        **options: `model`, of a run whose model was given to `fit`, as it was given there; `kind`, the recipe's class,
+            for a run whose recipe has keys of your own.
 
     Returns:
         The model in eval mode on the CPU in float32, with the weights that the run evaluated; and a callable that takes

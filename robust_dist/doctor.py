@@ -17,7 +17,7 @@ from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version
 
 Status = Literal["ok", "warn", "fail"]
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-VERSIONED = ("torchvision", "accelerate", "deepspeed", "transformers", "timm", "numpy", "triton")
+VERSIONED = (*surroundings.PACKAGES, "transformers", "timm", "triton")
 LOWEST_TORCH, LOWEST_PYTHON = (2, 6), (3, 10)
 
 
@@ -138,6 +138,22 @@ def _cpu() -> Iterator[Check]:
     else:
         remedy = f"export OMP_NUM_THREADS={max(1, int(cores))}"
         yield Check("cpu", "warn", f"{detail}: more threads than cores slow each other down", remedy)
+
+
+def _offload() -> Iterator[Check]:
+    """How many cores a step on the CPU takes, as ZeRO-Offload makes it while the GPU waits."""
+    from robust_dist.optim import fused_cpu
+
+    cores, threads = int(surroundings.usable_cores()), fused_cpu.threads()
+    if fused_cpu.why_not() is not None:
+        detail = f"ZeRO-Offload would step by torch's operations, several times as slow: {fused_cpu.why_not()}"
+        yield Check("offload", "warn", detail, "pip install --force-reinstall --no-deps robust_dist")
+    elif threads == 1 < cores:
+        detail = f"ZeRO-Offload's step takes 1 of {cores} cores; a launched rank's takes its share of them"
+        yield Check("offload", "warn", detail, f"export OMP_NUM_THREADS={cores}")
+    else:
+        detail = f"ZeRO-Offload's step takes {threads} of {max(1, cores)} cores; of a launched rank, its share of them"
+        yield Check("offload", "ok", detail)
 
 
 def _devices() -> Iterator[Check]:
@@ -264,6 +280,7 @@ GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
     _torchvision,
     _numpy,
     _cpu,
+    _offload,
     _devices,
     _optimizer_backends,
     _augment_backends,

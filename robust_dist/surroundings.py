@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+# What a run notes and `robust-dist doctor` tells, beside torch.
+PACKAGES = ("torchvision", "accelerate", "deepspeed", "numpy")
 MIN_SHARED_BYTES = 256 * 2**20
 MIN_TEMPORARY_BYTES = 512 * 2**20
 MIN_OPEN_FILES = 1024
@@ -50,6 +52,15 @@ def problems(*, has_gpu: bool) -> list[Problem]:
         *(stale_locks(extension_folder(os.environ)) if locks_outlive_builds(extension_source()) else ()),
     )
     return [problem for problem in found if problem is not None]
+
+
+def processor() -> str | None:
+    """The processor's name as Linux tells it; None elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def usable_cores() -> float:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs what the tests need, then runs linter, type checker and the default tests.
-# Words after the command go to pytest, which else runs all default tests, two files at a time:
-# bash tests/run.sh -k optim, bash tests/run.sh --slow
+# Words after the command go to pytest, which else runs all default tests; these, and a folder's, two files at a time:
+# bash tests/run.sh tests/optim, bash tests/run.sh -k optim, bash tests/run.sh --slow
 # With --multinode it also installs what two hosts on one machine need (Debian, as root), and runs their tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,5 +31,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
+at_a_time=$([ $# -gt 0 ] || echo two)
+for word in "$@"; do
+  [ ! -d "$word" ] || at_a_time=${at_a_time:-two}
+  case $word in -n* | --numprocesses* | -s | --pdb) at_a_time=as_said ;; esac
+done
+[ "$at_a_time" != two ] || set -- -n 2 --dist loadfile --no-loadscope-reorder "$@"
 exec "$python" -m pytest "$@"

@@ -9,6 +9,7 @@ import torch
 from robust_dist import doctor, extras
 from robust_dist.augment import backends
 from robust_dist.doctor import Check, exit_code, format_report, report
+from robust_dist.optim import fused_cpu
 
 METADATA = """Metadata-Version: 2.4
 Name: robust_dist
@@ -132,6 +133,23 @@ def test_too_many_threads_are_a_warning(monkeypatch):
     (check,) = doctor._cpu()
     torch.set_num_threads(before)
     assert (check.status, check.remedy) == ("warn", "export OMP_NUM_THREADS=1")
+
+
+@pytest.mark.parametrize(("threads", "status"), [(1, "warn"), (8, "ok")])
+def test_the_threads_of_an_offloaded_step_are_said(monkeypatch, threads, status):
+    monkeypatch.setattr(doctor.surroundings, "usable_cores", lambda: 8.0)
+    monkeypatch.setattr(fused_cpu, "threads", lambda: threads)
+    monkeypatch.setattr(fused_cpu, "why_not", lambda: None)
+    (check,) = doctor._offload()
+    assert check.status == status
+    assert check.detail.startswith(f"ZeRO-Offload's step takes {threads} of 8 cores")
+    assert (check.remedy == "export OMP_NUM_THREADS=8") == (status == "warn")
+
+
+def test_an_offloaded_step_without_the_c_library_is_a_warning(monkeypatch):
+    monkeypatch.setattr(fused_cpu, "why_not", lambda: "it was not built")
+    (check,) = doctor._offload()
+    assert (check.status, "it was not built" in check.detail) == ("warn", True)
 
 
 def test_a_check_that_breaks_stops_no_other():

@@ -8,8 +8,8 @@ README = (house.PACKAGE / "README.md").read_text(encoding="utf-8")
 # What may only become less.
 LIMITS = {
     "import circles": 0,
-    "files that name DeepSpeed": 40,
-    "files that hold engine-name strings": 25,
+    "files that name DeepSpeed": 26,
+    "files that hold engine-name strings": 11,
     "files that use object collectives": 1,
     "private names of other packages, by file": 44,
 }

@@ -9,6 +9,10 @@ A backend but torch's is a module of this package with
 and perhaps, for the stages alone, `trivial(stage, images, plan) -> images` of uint8 images and `mix(images, plan) ->
 images` of any dtype, and `instruction_set() -> str` for `doctor`.
 
+A backend whose device is not looked at may have `repeat(pipeline, images, labels, keys, index)`, too: what `augment`
+gives where dtypes, shapes, devices and settings are those of the call before, of which nothing is checked again; None
+where they are not.
+
 `augment` gets a RobustAugment in training; uint8 images [N, C, H, W], of any strides; labels, integers [N]; keys,
 int64 [B]; and index, int64 [B], of the samples of the batch, or None where they are all N = B in their order. It has
 been checked by then that they belong together. It gives [B, C, H, W] in `pipeline.dtype` and in the memory format that

@@ -1,15 +1,16 @@
 """The augmentation on a GPU in two launches by Triton: draws and statistics, then every pixel, once.
 
-Read are the stored uint8 images, written are the normalised ones: nothing is kept in between but a plan of 80 bytes a
-sample and, for operations on levels, a table of 256 bytes a channel. Nothing waits for the device, grids depend on
-shapes alone, and a CUDA graph captures it after one call that compiles and copies the tables.
+Read are the stored uint8 images, written are the normalised ones: nothing is kept in between but a plan of 96 bytes a
+sample and, for operations on levels, a table of 256 bytes a channel. Statistics of images above 64 x 64 are taken by
+tiles, which a small launch in between brings together. Nothing waits for the device, grids depend on shapes alone, and
+a CUDA graph captures it after one call that compiles and copies the tables.
 """
 
 import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +20,21 @@ from robust_dist.augment import warp
 from robust_dist.augment.layout import bits_of, memory_format
 
 if TYPE_CHECKING:
+    from robust_dist.augment.crop_flip import RandomCrop
     from robust_dist.augment.pipeline import RobustAugment
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LANES = 128  # pixels at a time, one a thread of 4 warps: with few registers, many warps hide the memory's latency
-_TILES = 512, 1024  # pixels of a program, for small images so that a few hundred fill a GPU, and for larger ones
+_QUADS = 128  # fours of pixels at a time, one a thread of 4 warps: with few registers, many warps hide the latency
+_REGISTERS = 96, 128  # of a thread that renders, nearest or bilinear: the fewest that leave none in memory
+_PASSES = 8  # at most, of a program for large images; one for small ones, so that a few hundred fill a GPU
 _SMALL = 64 * 64  # pixels of the largest small image
-_STATISTICS = 4096  # pixels at a time: few rounds, whose latency is the launch's, as one sample in five has any
+_STATISTICS = 4096  # pixels of a tile of statistics: all are read before any is waited for
+_MANY = 16  # tiles brought together at a time
 _CLASSES = 1024
 _RANKED = 32, 128  # samples of a program, and those they are compared with at a time
-_COLUMNS = 10  # of the plan, as in fused_triton_prepare.py
+_PLAN = 12  # int64 of a sample, as in fused_triton_prepare.py
+_RECORDS = 16  # of a pipeline: shapes, devices and settings whose launches it knows
 _FULL = 2**53
 _EXACT = {"enable_fp_fusion": False}
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
@@ -63,34 +68,142 @@ def augment(
 
     The first call for a device and size compiles the kernels and copies tables to the device, which waits.
     """
-    if pipeline.trivial is not None:
-        pipeline.trivial.check_channels(images)
-    batch, device = keys.shape[0], images.device
-    layout = pipeline.out_format(images)
-    out = torch.empty((batch, *images.shape[1:]), dtype=pipeline.dtype, device=device, memory_format=layout)
-    targets = torch.empty(batch, pipeline.num_classes, device=device)
-    if batch:
-        images, plan, luts = _addressable(images), *_scratch(batch, images)
-        scale = _keep(pipeline, _scale, device, pipeline.dtype)
-        with torch.cuda.device_of(images):
-            _prepare(pipeline, images, labels, keys, index, plan, luts, targets)
-            _render(images, plan, luts, scale, out, pipeline.trivial, _crop_fill(pipeline))
-    return out, targets
+    images = _addressable(images)
+    alike = _alike(pipeline, images, labels, keys, index)
+    records = _records.setdefault(pipeline, {})
+    record = records.get(alike)
+    if record is None:
+        while len(records) >= _RECORDS:
+            records.pop(next(iter(records)))
+        record = records[alike] = _Record(alike, pipeline, images, keys, index)
+    _last[pipeline] = record
+    return record.run(images, labels, keys, index)
+
+
+def repeat(
+    pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """See robust_dist/augment/backends.py."""
+    record = _last.get(pipeline)
+    if record is None or record.alike != _alike(pipeline, images, labels, keys, index):
+        return None
+    return record.run(images, labels, keys, index)
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan") -> Tensor:
     """TrivialAugment alone, on uint8 images [B, C, H, W] with a plan that is given."""
     batch, device = images.shape[0], images.device
-    out = torch.empty(images.shape, dtype=torch.uint8, device=device, memory_format=memory_format(images))
-    images, _, luts = _addressable(images), *_scratch(batch, images)
+    layout = memory_format(images)
+    out = torch.empty(images.shape, dtype=torch.uint8, device=device, memory_format=layout)
+    images, room = _addressable(images), _room(images)
     row = (plan.op * stage.num_bins + plan.magnitude_bin) * 2 + plan.negative
     here, none = torch.arange(batch, device=device), torch.zeros_like(row)
-    columns = here * images.stride(0), row, none + 1, none, none, here, none, none, none, none
-    table, scale = torch.stack(columns, 1), torch.arange(256, dtype=torch.uint8, device=device).repeat(3)
+    scratch = torch.empty(batch, room, dtype=torch.int64, device=device)
+    columns = here * images.stride(0), row, none + 1, none, none, here, *(none,) * (_PLAN - 6)
+    scratch[:, :_PLAN] = torch.stack(columns, 1)
+    scale = torch.arange(256, dtype=torch.uint8, device=device).repeat(3)
+    terms, tables = _keep(stage, _terms, device, *images.shape[2:]), _keep(stage, _tables, device, images.shape[1])
+    united = _unite(stage.num_bins, batch, images)
     with torch.cuda.device_of(images):
-        _write_luts(stage, images, table, luts)
-        _render(images, table, luts, scale, out, stage, 0)
+        _observe(stage.num_bins, images).start(images, terms, scratch)
+        if united is not None:
+            united.start(terms, scratch)
+        rendered = _render(batch, images, layout, stage, crop=None, mixed=False, num_classes=0)
+        rendered.start(images, out, out, scratch, tables, terms, scale)
     return out
+
+
+class _Launch(NamedTuple):
+    """A kernel and all that it is launched with but tensors: what is compiled in, in the order of its arguments."""
+
+    kernel: Any
+    grid: tuple[int]
+    constants: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def start(self, *tensors: Tensor) -> None:
+        self.kernel[self.grid](*tensors, *self.constants, **self.options)
+
+
+class _Record:
+    """The launches for tensors and settings that are alike: all that the host decides, decided once."""
+
+    def __init__(
+        self, alike: tuple[Any, ...], pipeline: "RobustAugment", images: Tensor, keys: Tensor, index: Tensor | None
+    ) -> None:
+        trivial, cutmix, device = pipeline.trivial, pipeline.cutmix, images.device
+        if trivial is not None:
+            trivial.check_channels(images)
+        batch, (channels, height, width) = keys.shape[0], images.shape[1:]
+        self.alike, self.batch, self.device = alike, batch, device
+        self.out, self.dtype, self.layout = (batch, *images.shape[1:]), pipeline.dtype, pipeline.out_format(images)
+        self.targets, self.scratch = (batch, pipeline.num_classes), (batch, _room(images))
+        self.ranked = cutmix is not None and cutmix.mode == "batch"
+        self.beta = self.terms = self.tables = None
+        if cutmix is not None and cutmix.alpha != 1:
+            self.beta = _keep(cutmix, bits_of, "_beta", torch.float64, device)
+        if trivial is not None:
+            self.terms = _keep(trivial, _terms, device, height, width)
+            self.tables = _keep(trivial, _tables, device, channels)
+        self.scale = _keep(pipeline, _scale, device, pipeline.dtype)
+        self.prepare = _prepare(pipeline, images, batch, gather=index is not None)
+        self.unite = None if trivial is None else _unite(trivial.num_bins, batch, images)
+        mixed = cutmix is not None and _below(cutmix.p) > 0
+        self.render = _render(
+            batch, images, self.layout, trivial, crop=pipeline.crop, mixed=mixed, num_classes=pipeline.num_classes
+        )
+
+    def run(self, images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Augment a batch."""
+        device = self.device
+        out = torch.empty(self.out, dtype=self.dtype, device=device, memory_format=self.layout)
+        targets = torch.empty(self.targets, dtype=torch.float32, device=device)
+        if self.batch:
+            scratch = torch.empty(self.scratch, dtype=torch.int64, device=device)
+            keys, terms = keys.contiguous(), scratch if self.terms is None else self.terms
+            index = keys if index is None else index.contiguous()
+            beta, tables = keys if self.beta is None else self.beta, scratch if self.tables is None else self.tables
+            with torch.cuda.device_of(images):
+                partners = _partners(keys) if self.ranked else keys
+                self.prepare.start(images, labels.contiguous(), keys, index, partners, beta, terms, scratch)
+                if self.unite is not None:
+                    self.unite.start(terms, scratch)
+                self.render.start(images, out, targets, scratch, tables, terms, self.scale)
+        return out, targets
+
+
+_records: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Record]] = WeakKeyDictionary()
+_last: WeakKeyDictionary[nn.Module, _Record] = WeakKeyDictionary()
+
+
+def _alike(
+    pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
+) -> tuple[Any, ...]:
+    """All of a call but the tensors' values: two that are equal launch the same."""
+    crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
+    return (
+        images.shape,
+        images.stride(),
+        images.dtype,
+        images.device,
+        labels.shape,
+        labels.dtype,
+        labels.device,
+        keys.shape,
+        keys.dtype,
+        keys.device,
+        None if index is None else (index.shape, index.dtype, index.device),
+        pipeline.training,
+        pipeline.backend,
+        pipeline.dtype,
+        pipeline.channels_last,
+        pipeline.num_classes,
+        pipeline.size,
+        None if crop is None else (crop, crop.padding, crop.fill),
+        None if flip is None else (flip, flip.p),
+        None if trivial is None else (trivial, trivial.num_bins, trivial.interpolation),
+        None if cutmix is None else (cutmix, cutmix.p, cutmix.mode, cutmix.block, cutmix.alpha),
+    )
 
 
 def _interpreted() -> bool:
@@ -129,8 +242,9 @@ def _terms(trivial: nn.Module, device: torch.device, height: int, width: int) ->
     return torch.cat([*slopes, bits_of(trivial, "_factors", torch.float32, cpu)], 1).to(device)
 
 
-def _luts(trivial: nn.Module, device: torch.device) -> Tensor:
-    return trivial.get_buffer("_luts").to(device)
+def _tables(trivial: nn.Module, device: torch.device, channels: int) -> Tensor:
+    """The tables of levels that no image changes, uint8 [rows, C, 256]."""
+    return trivial.get_buffer("_luts").unsqueeze(1).repeat(1, channels, 1).to(device)
 
 
 def _fill(trivial: nn.Module) -> int:
@@ -151,14 +265,28 @@ def _below(p: float) -> int:
     return math.ceil(p * _FULL)
 
 
-def _scratch(batch: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the plan, int64, and the levels' tables, uint8, of a batch."""
-    luts = torch.empty(batch, images.shape[1], 256, dtype=torch.uint8, device=images.device)
-    return torch.empty(batch, _COLUMNS, dtype=torch.int64, device=images.device), luts
+def _tiles(images: Tensor) -> int:
+    """Into how many tiles of statistics an image falls."""
+    return -(-images.shape[2] * images.shape[3] // _STATISTICS)
 
 
-def _crop_fill(pipeline: "RobustAugment") -> int:
-    return 0 if pipeline.crop is None else int(pipeline.crop.fill)
+def _room(images: Tensor) -> int:
+    """int64 of scratch a sample: its plan, the tables of its channels, and what tiles find in a large image."""
+    channels, tiles = images.shape[1], _tiles(images)
+    return _PLAN + channels * 32 + (channels * tiles * 128 if tiles > 1 else 0)
+
+
+def _geometry(images: Tensor) -> dict[str, int]:
+    """What kernels know of the images when they are compiled."""
+    channels, height, width = images.shape[1:]
+    strides = dict(zip(("CHANNEL", "ROW", "COLUMN"), images.stride()[1:], strict=True))
+    return {"C": channels, "H": height, "W": width, **strides}
+
+
+def _passes(quads: int, small: bool) -> int:
+    """How often a program renders `_QUADS` fours of pixels: so that none is left over, where that can be."""
+    whole = [passes for passes in range(2, _PASSES + 1) if quads % (_QUADS * passes) == 0]
+    return 1 if small else max(whole, default=_PASSES // 2)
 
 
 def _power(count: int, largest: int) -> int:
@@ -167,8 +295,8 @@ def _power(count: int, largest: int) -> int:
 
 
 def _warps(tile: int) -> int:
-    """16 pixels a thread: most programs end after the draws, which each of their threads repeats."""
-    return max(1, tile // 512)
+    """8 to 16 pixels a thread: few rounds, and as many draws to a program as it has threads."""
+    return min(8, max(1, tile // 256))
 
 
 def _partners(keys: Tensor) -> Tensor:
@@ -179,112 +307,86 @@ def _partners(keys: Tensor) -> Tensor:
     return partners
 
 
-def _prepare(
-    pipeline: "RobustAugment",
-    images: Tensor,
-    labels: Tensor,
-    keys: Tensor,
-    index: Tensor | None,
-    plan: Tensor,
-    luts: Tensor,
-    targets: Tensor,
-) -> None:
-    """Write each sample's plan, targets and levels."""
+def _prepare(pipeline: "RobustAugment", images: Tensor, batch: int, gather: bool) -> _Launch:
+    """Each sample's plan, and its table of levels or what its tiles find."""
     from robust_dist.augment.fused_triton_prepare import prepare_kernel
 
-    (channels, height, width), batch = pipeline.image_shape, keys.shape[0]
+    channels, height, width = images.shape[1:]
     crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
-    keys, device, tile = keys.contiguous(), images.device, _power(height * width, _STATISTICS)
-    mixing = cutmix is not None and cutmix.mode == "batch"
-    beta = _keep(cutmix, bits_of, "_beta", torch.float64, device) if cutmix is not None and cutmix.alpha != 1 else None
-    prepare_kernel[(batch * channels,)](
-        images,
-        labels.contiguous(),
-        keys,
-        keys if index is None else index.contiguous(),
-        _partners(keys) if mixing else keys,
-        keys if beta is None else beta,
-        luts if trivial is None else _keep(trivial, _luts, device),
-        luts if trivial is None else _keep(trivial, _terms, device, height, width),
-        plan,
-        luts,
-        targets,
-        batch,
-        *images.stride(),
-        C=channels,
-        H=height,
-        W=width,
-        PADDING=0 if crop is None else crop.padding,
-        CROP_FILL=_crop_fill(pipeline),
-        FLIP_BELOW=0 if flip is None else _below(flip.p),
-        NUM_BINS=0 if trivial is None else trivial.num_bins,
-        MIX_BELOW=0 if cutmix is None else _below(cutmix.p),
-        BLOCK=1 if cutmix is None else cutmix.block * (cutmix.mode == "elem"),
-        KNOTS=0 if beta is None else beta.shape[1],
-        GATHER=index is not None,
-        NUM_CLASSES=pipeline.num_classes,
-        CLASSES=_power(pipeline.num_classes, _CLASSES),
-        TILE=tile,
-        num_warps=_warps(tile),
-        **_EXACT,
-    )
+    tile = _power(height * width, _STATISTICS)
+    samples, observers = 32 * _warps(tile), 0 if trivial is None else batch * channels * _tiles(images)
+    beta = cutmix is not None and cutmix.alpha != 1
+    constants = {
+        "batch": batch,
+        "image_stride": images.stride(0),
+        **_geometry(images),
+        "PADDING": 0 if crop is None else crop.padding,
+        "CROP_FILL": 0 if crop is None else int(crop.fill),
+        "FLIP_BELOW": 0 if flip is None else _below(flip.p),
+        "NUM_BINS": 0 if trivial is None else trivial.num_bins,
+        "MIX_BELOW": 0 if cutmix is None else _below(cutmix.p),
+        "BLOCK": 1 if cutmix is None else cutmix.block * (cutmix.mode == "elem"),
+        "KNOTS": cutmix.get_buffer("_beta").shape[1] if cutmix is not None and beta else 0,
+        "GATHER": gather,
+        "TILE": tile,
+        "ROOM": _room(images),
+        "SAMPLES": samples,
+    }
+    grid = (-(-batch // samples) + observers,)
+    return _Launch(prepare_kernel, grid, tuple(constants.values()), {"num_warps": _warps(tile), **_EXACT})
 
 
-def _write_luts(stage: "TrivialAugment", images: Tensor, plan: Tensor, luts: Tensor) -> None:
-    """Write the levels' tables of a plan."""
+def _observe(num_bins: int, images: Tensor) -> _Launch:
+    """The tables of levels of a plan, or what tiles find."""
+    from robust_dist.augment.fused_triton_prepare import statistics_kernel
+
+    batch, channels, tile = *images.shape[:2], _power(images.shape[2] * images.shape[3], _STATISTICS)
+    constants = {**_geometry(images), "NUM_BINS": num_bins, "TILE": tile, "ROOM": _room(images)}
+    grid = (batch * channels * _tiles(images),)
+    return _Launch(statistics_kernel, grid, tuple(constants.values()), {"num_warps": _warps(tile), **_EXACT})
+
+
+def _unite(num_bins: int, batch: int, images: Tensor) -> _Launch | None:
+    """The tables of levels from what the tiles of large images found; None for small ones."""
     from robust_dist.augment.fused_triton_prepare import luts_kernel
 
-    (channels, height, width), device = images.shape[1:], images.device
-    tile = _power(height * width, _STATISTICS)
-    luts_kernel[(plan.shape[0] * channels,)](
-        images,
-        _keep(stage, _luts, device),
-        _keep(stage, _terms, device, height, width),
-        plan,
-        luts,
-        *images.stride()[1:],
-        C=channels,
-        H=height,
-        W=width,
-        NUM_BINS=stage.num_bins,
-        TILE=tile,
-        num_warps=_warps(tile),
-        **_EXACT,
-    )
+    (channels, height, width), tiles = images.shape[1:], _tiles(images)
+    if tiles == 1:
+        return None
+    constants = channels, height * width, num_bins, tiles, _MANY, _room(images)
+    return _Launch(luts_kernel, (batch * channels,), constants, _EXACT)
 
 
 def _render(
+    batch: int,
     images: Tensor,
-    plan: Tensor,
-    luts: Tensor,
-    scale: Tensor,
-    out: Tensor,
+    layout: torch.memory_format,
     trivial: "TrivialAugment | None",
-    crop_fill: int,
-) -> None:
-    """Write every pixel that the plan names."""
+    *,
+    crop: "RandomCrop | None",
+    mixed: bool,
+    num_classes: int,
+) -> _Launch:
+    """Every pixel that the plans name, and the targets."""
     from robust_dist.augment.fused_triton_pixels import pixels_kernel
 
-    (channels, height, width), device = images.shape[1:], images.device
-    pixels = height * width
-    tile = min(-(-pixels // _LANES) * _LANES, _TILES[pixels > _SMALL])
-    pixels_kernel[(plan.shape[0] * -(-pixels // tile),)](
-        images,
-        out.view(_BITS[out.element_size()]),
-        plan,
-        luts,
-        luts if trivial is None else _keep(trivial, _terms, device, height, width),
-        scale,
-        *images.stride()[1:],
-        C=channels,
-        H=height,
-        W=width,
-        CROP_FILL=crop_fill,
-        FILL=0 if trivial is None else _keep(trivial, _fill),
-        NUM_BINS=0 if trivial is None else trivial.num_bins,
-        BILINEAR=trivial is not None and trivial.interpolation == "bilinear",
-        CHANNELS_LAST=not out.is_contiguous(),
-        TILE=tile,
-        LANES=_LANES,
-        **_EXACT,
-    )
+    (channels, height, width), quads = images.shape[1:], images.shape[2] * -(-images.shape[3] // 4)
+    passes = _passes(quads, height * width <= _SMALL)
+    bilinear = trivial is not None and trivial.interpolation == "bilinear"
+    constants = {
+        **_geometry(images),
+        "CROPPED": crop is not None and crop.padding > 0,
+        "CROP_FILL": 0 if crop is None else int(crop.fill),
+        "FILL": 0 if trivial is None else _keep(trivial, _fill),
+        "NUM_BINS": 0 if trivial is None else trivial.num_bins,
+        "BILINEAR": bilinear,
+        "MIXED": mixed,
+        "CHANNELS_LAST": layout == torch.channels_last and channels > 1,
+        "NUM_CLASSES": num_classes,
+        "CLASSES": _power(num_classes, _CLASSES),
+        "ROOM": _room(images),
+        "TILE": _QUADS * passes,
+        "QUADS": _QUADS,
+    }
+    grid = (batch * -(-quads // (_QUADS * passes)),)
+    return _Launch(pixels_kernel, grid, tuple(constants.values()), {"maxnreg": _REGISTERS[bilinear], **_EXACT})

@@ -1,6 +1,6 @@
 """Triton functions of the draws: `robust_dist.augment.keys` on unsigned 64-bit integers, which wrap as it does.
 
-A key of one sample is a scalar of the program; where samples are compared, it is a block.
+Keys are a block, one sample a thread, or a scalar of the program.
 """
 
 import triton
@@ -54,12 +54,12 @@ def randint(key: tl.tensor, stream: tl.constexpr, high: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor:
-    """`robust_dist.augment.beta.beta_share` of one draw: which of 64 parts of the table, then where in that part."""
-    part: tl.constexpr = (KNOTS - 1) // 64
-    knots = tl.arange(0, 64) * part
-    start = (tl.sum((tl.load(table + knots) <= u).to(tl.int32), 0) - 1) * part
-    inner = start + 1 + tl.arange(0, part)
-    left = start + tl.sum((tl.load(table + inner) <= u).to(tl.int32), 0)
+    """`robust_dist.augment.beta.beta_share` of draws: the knot before each by halves, then linear to the next."""
+    tl.static_assert(KNOTS == 2**13 + 1)
+    left = u.to(tl.int32)  # 0
+    for halving in tl.static_range(1, 14):
+        half = (KNOTS - 1) >> halving
+        left += tl.where(tl.load(table + left + half) <= u, half, 0)
     p_left, p_right = tl.load(table + left), tl.load(table + left + 1)
     s_left, s_right = tl.load(table + KNOTS + left), tl.load(table + KNOTS + left + 1)
     return s_left + (s_right - s_left) * ((u - p_left) / (p_right - p_left))

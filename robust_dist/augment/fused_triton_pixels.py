@@ -1,19 +1,41 @@
-"""The second launch: every pixel of the batch, from where it is stored to where it is wanted, once.
+"""The last launch: every pixel of the batch, from where it is stored to where it is wanted, once; and the targets.
 
-CutMix is which sample's plan a lane follows; crop, flip and warp are where it reads.
+A thread has four neighbours of a row at a time, so that it stores 8 bytes of bfloat16 or 16 of float32 at once. CutMix
+is which sample's plan a pixel follows; crop, flip and warp are where it reads.
 """
 
 import triton
 import triton.language as tl
 
-from robust_dist.augment.fused_triton_prepare import ACROSS, COLUMNS, DOWN, ORIGIN, PARTNER, ROW, STEP, X1, X2, Y1, Y2
-from robust_dist.augment.fused_triton_read import channels, luma, pick, rounded, spot, to_levels
-from robust_dist.augment.fused_triton_warp import warped
+from robust_dist.augment.fused_triton_prepare import (
+    ACROSS,
+    DOWN,
+    LABEL,
+    LAM,
+    ORIGIN,
+    PARTNER,
+    ROW_OF_TABLES,
+    STEP,
+    X1,
+    X2,
+    Y1,
+    Y2,
+    luts_in,
+    room_of,
+)
+from robust_dist.augment.fused_triton_read import channels, luma, read, rounded, to_levels
+from robust_dist.augment.fused_triton_warp import coordinates, is_warp, read_bilinear, read_nearest
 from robust_dist.augment.tables import OP
 from robust_dist.triton_launch import Kernel
 
 _BRIGHTNESS, _COLOR, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Color"]), tl.constexpr(OP["Contrast"])
-_SHARPNESS, _POSTERIZE = tl.constexpr(OP["Sharpness"]), tl.constexpr(OP["Posterize"])
+_SHARPNESS, _POSTERIZE, _SOLARIZE = (tl.constexpr(OP[n]) for n in ("Sharpness", "Posterize", "Solarize"))
+
+
+@triton.jit
+def _is_fixed(op: tl.tensor) -> tl.tensor:
+    """Whether an operation is a table of levels that no image changes."""
+    return (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE)
 
 
 @triton.jit
@@ -29,7 +51,8 @@ def _blend(value: tl.tensor, grey: tl.tensor, f: tl.tensor, rest: tl.tensor, mas
 
 @triton.jit
 def _look_up(luts: tl.tensor, value: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    return tl.where(mask, tl.load(luts + value, mask, other=0).to(tl.int32), value)
+    """Levels by a table; every level has a place in it, whether the pixel wants it or not."""
+    return tl.where(mask, tl.load(luts + value).to(tl.int32), value)
 
 
 @triton.jit
@@ -49,190 +72,508 @@ def _sums(
     x: tl.tensor,
     y: tl.tensor,
     mask: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
     """Sums of the channels over 3 x 3 pixels."""
     red = tl.zeros_like(x)
     green, blue = red, red
-    for neighbour in tl.static_range(9):
-        u, v = x + (neighbour % 3 - 1), y + (neighbour // 3 - 1)
-        place, stored = spot(step, across, down, u, v, row_stride, column_stride, H, W)
-        r, g, b = channels(images, place, mask & stored, channel_stride, C, CROP_FILL)
-        red += r
-        green += g
-        blue += b
+    column, row = across + step * x, down + y
+    for above in range(-1, 2):  # row by row, as the loads of all nine would take every register
+        for beside in tl.static_range(-1, 2):
+            r, g, b = read(
+                images, column + beside, row + above, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL
+            )
+            red += r
+            green += g
+            blue += b
     return red, green, blue
 
 
 @triton.jit
-def _augmented(
+def _store_targets(
+    targets: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
+    NUM_CLASSES: tl.constexpr,
+    CLASSES: tl.constexpr,
+) -> None:
+    """One sample's shares of the classes, from its plan and its partner's."""
+    label, their_label, lam = tl.load(own + LABEL), tl.load(other + LABEL), tl.load(own + LAM)
+    lam = lam.to(tl.int32).to(tl.float32, bitcast=True)
+    rest = tl.where(label == their_label, 1.0, 1.0 - lam)
+    for start in range(0, NUM_CLASSES, CLASSES):
+        name = start + tl.arange(0, CLASSES)
+        share = tl.where(name == their_label, rest, tl.where(name == label, lam, 0.0))
+        tl.store(targets + name, share, name < NUM_CLASSES)
+
+
+@triton.jit
+def _read_straight(
     images: tl.tensor,
+    origin_own: tl.tensor,
+    origin_other: tl.tensor,
+    step: tl.tensor,
+    across: tl.tensor,
+    down_own: tl.tensor,
+    down_other: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    inside: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+) -> tl.tensor:
+    """Levels of the channels through crop and flip alone: the rows of four pixels are found once."""
+    row_own, row_other, column = down_own + y, down_other + y, across + step * x
+    start = tl.where(inside, origin_other + row_other * ROW, origin_own + row_own * ROW)
+    if CROPPED:
+        stored = tl.where(inside, (row_other >= 0) & (row_other < H), (row_own >= 0) & (row_own < H))
+        mask = mask & stored & (column >= 0) & (column < W)
+    return channels(images + (start + column * COLUMN), mask, C, CHANNEL, CROP_FILL)
+
+
+@triton.jit
+def _read_warped(
+    image: tl.tensor,
+    step: tl.tensor,
+    across: tl.tensor,
+    down: tl.tensor,
+    x0: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    inside: tl.tensor,
+    moved: tl.tensor,
+    terms_own: tl.tensor,
+    terms_other: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+    FILL: tl.constexpr,
+    BILINEAR: tl.constexpr,
+) -> tl.tensor:
+    """Levels of the channels where the own sample or the partner is warped; `x0` is the first column of each four."""
+    x = (x0.to(tl.float32) - (W - 1) / 2) + tl.arange(0, 4)[:, None].to(tl.float32)
+    y = y.to(tl.float32) - (H - 1) / 2
+    at_x, at_y = coordinates(x, y, terms_own, terms_other, inside, H, W)
+    if BILINEAR:
+        at_x, at_y = tl.where(moved, at_x, x + (W - 1) / 2), tl.where(moved, at_y, y + (H - 1) / 2)
+        red, green, blue = read_bilinear(
+            image, step, across, down, at_x, at_y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, FILL
+        )
+    else:
+        red, green, blue = read_nearest(
+            image, step, across, down, at_x, at_y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, FILL
+        )
+    return red, green, blue
+
+
+@triton.jit
+def _toned(
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    inside: tl.tensor,
+    mask: tl.tensor,
+    op_own: tl.tensor,
+    op_other: tl.tensor,
+    row_own: tl.tensor,
+    row_other: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
+    tables: tl.tensor,
+    C: tl.constexpr,
+) -> tl.tensor:
+    """Levels by the samples' tables, where the mask is on."""
+    lut_own = tl.where(_is_fixed(op_own), tables + row_own * (C * 256), luts_in(own))
+    lut_other = tl.where(_is_fixed(op_other), tables + row_other * (C * 256), luts_in(other))
+    lut = tl.where(inside, lut_other, lut_own)
+    red = _look_up(lut, red, mask)
+    if C == 3:
+        green, blue = _look_up(lut + 256, green, mask), _look_up(lut + 512, blue, mask)
+    return red, green, blue
+
+
+@triton.jit
+def _coloured(
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    inside: tl.tensor,
+    mask: tl.tensor,
+    terms_own: tl.tensor,
+    terms_other: tl.tensor,
+) -> tl.tensor:
+    """Color, where the mask is on."""
+    f = tl.where(inside, tl.load(terms_other + 6), tl.load(terms_own + 6))
+    rest = tl.where(inside, tl.load(terms_other + 7), tl.load(terms_own + 7))
+    grey = luma(red, green, blue)
+    return _blend(red, grey, f, rest, mask), _blend(green, grey, f, rest, mask), _blend(blue, grey, f, rest, mask)
+
+
+@triton.jit
+def _sharp(
+    image: tl.tensor,
     step: tl.tensor,
     across: tl.tensor,
     down: tl.tensor,
     x: tl.tensor,
     y: tl.tensor,
-    mask: tl.tensor,
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
     inside: tl.tensor,
-    op_own: tl.tensor,
-    op_other: tl.tensor,
-    own: tl.tensor,
-    other: tl.tensor,
-    lut_own: tl.tensor,
-    lut_other: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    mask: tl.tensor,
+    terms_own: tl.tensor,
+    terms_other: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
-    FILL: tl.constexpr,
-    BILINEAR: tl.constexpr,
 ) -> tl.tensor:
-    """Levels of the channels after TrivialAugment; a branch is taken where the own sample or its partner needs it.
-
-    `own` and `other` point to the rows of the terms.
-    """
-    op = tl.where(inside, op_other, op_own)
-    red, green, blue = warped(
-        images,
-        step,
-        across,
-        down,
-        x,
-        y,
-        mask,
-        inside,
-        op_own,
-        op_other,
-        own,
-        other,
-        channel_stride,
-        row_stride,
-        column_stride,
-        C,
-        H,
-        W,
-        CROP_FILL,
-        FILL,
-        BILINEAR,
-    )
-    if _has_lut(op_own) | _has_lut(op_other):
-        lanes, lut = mask & _has_lut(op), tl.where(inside, lut_other, lut_own)
-        red = _look_up(lut, red, lanes)
-        if C == 3:
-            green, blue = _look_up(lut + 256, green, lanes), _look_up(lut + 512, blue, lanes)
-    if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
-        f, rest, lanes = pick(own, other, inside, 6), pick(own, other, inside, 7), op == _COLOR
-        grey = luma(red, green, blue)
-        red, green = _blend(red, grey, f, rest, lanes), _blend(green, grey, f, rest, lanes)
-        blue = _blend(blue, grey, f, rest, lanes)
-    if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
-        rest = pick(own, other, inside, 7)
-        lanes = mask & (op == _SHARPNESS) & (x > 0) & (x < W - 1) & (y > 0) & (y < H - 1)
-        r, g, b = _sums(
-            images, step, across, down, x, y, lanes, channel_stride, row_stride, column_stride, C, H, W, CROP_FILL
-        )
-        red = _sharpened(red, r, rest, lanes)
-        if C == 3:
-            green, blue = _sharpened(green, g, rest, lanes), _sharpened(blue, b, rest, lanes)
+    """Sharpness, where the mask is on, but at the border."""
+    rest = tl.where(inside, tl.load(terms_other + 7), tl.load(terms_own + 7))
+    mask = mask & (x > 0) & (x < W - 1) & ((y > 0) & (y < H - 1))
+    r, g, b = _sums(image, step, across, down, x, y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL)
+    red = _sharpened(red, r, rest, mask)
+    if C == 3:
+        green, blue = _sharpened(green, g, rest, mask), _sharpened(blue, b, rest, mask)
     return red, green, blue
 
 
-@Kernel
 @triton.jit
-def pixels_kernel(
-    images: tl.tensor,
+def _fours(a: tl.tensor) -> tl.tensor:
+    """The rows of [4, quads]."""
+    even, odd = tl.split(tl.reshape(tl.trans(a), [a.shape[1], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
+    """[4, quads] of its rows."""
+    return tl.trans(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4]))
+
+
+@triton.jit
+def _store_interleaved(target: tl.tensor, red: tl.tensor, green: tl.tensor, blue: tl.tensor, mask: tl.tensor) -> None:
+    """Twelve neighbours, red, green, blue and so on, as three times four; `target` [4, quads] has the first four."""
+    r0, r1, r2, r3 = _fours(red)
+    g0, g1, g2, g3 = _fours(green)
+    b0, b1, b2, b3 = _fours(blue)
+    tl.store(target, _four(r0, g0, b0, r1), mask)
+    tl.store(target + 4, _four(g1, b1, r2, g2), mask)
+    tl.store(target + 8, _four(b2, r3, g3, b3), mask)
+
+
+@triton.jit
+def _mask(quad: tl.tensor, x: tl.tensor, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """Which pixels are there; where rows are fours and tiles whole, all are, and the compiler knows."""
+    mask = tl.full(x.shape, 1, tl.int1)
+    if H * ((W + 3) // 4) % TILE != 0:
+        mask = mask & (quad < H * ((W + 3) // 4))[None, :]
+    if W % 4 != 0:
+        mask = mask & (x < W)
+    return mask
+
+
+@triton.jit
+def _store_pixels(
     out: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    terms: tl.tensor,
     scale: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    quad: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    mask: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+) -> None:
+    """Normalised values to one sample's place, four at once where rows are fours of pixels."""
+    red = tl.load(scale + red)
+    if C == 3:
+        green, blue = tl.load(scale + 256 + green), tl.load(scale + 512 + blue)
+    if CHANNELS_LAST and W % 4 == 0:
+        _store_interleaved(out + ((quad * 12)[None, :] + tl.arange(0, 4)[:, None]), red, green, blue, mask)
+    else:
+        next_pixel: tl.constexpr = C if CHANNELS_LAST else 1
+        next_channel: tl.constexpr = 1 if CHANNELS_LAST else H * W
+        place = (quad * 4)[None, :] + tl.arange(0, 4)[:, None] if W % 4 == 0 else y * W + x
+        target = out + place * next_pixel
+        tl.store(target, red, mask)
+        if C == 3:
+            tl.store(target + next_channel, green, mask)
+            tl.store(target + 2 * next_channel, blue, mask)
+
+
+@triton.jit
+def _operated(
+    images: tl.tensor,
+    origin_own: tl.tensor,
+    origin_other: tl.tensor,
+    step: tl.tensor,
+    across: tl.tensor,
+    down_own: tl.tensor,
+    down_other: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    inside: tl.tensor,
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    op_own: tl.tensor,
+    op_other: tl.tensor,
+    row_own: tl.tensor,
+    row_other: tl.tensor,
+    own: tl.tensor,
+    other: tl.tensor,
+    tables: tl.tensor,
+    terms_own: tl.tensor,
+    terms_other: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
+    CROP_FILL: tl.constexpr,
+) -> tl.tensor:
+    """Levels after operations that move no pixel; a branch is taken where the own sample or its partner needs it."""
+    op = tl.where(inside, op_other, op_own)
+    if _has_lut(op_own) | _has_lut(op_other):
+        red, green, blue = _toned(
+            red,
+            green,
+            blue,
+            inside,
+            _has_lut(op),
+            op_own,
+            op_other,
+            row_own,
+            row_other,
+            own,
+            other,
+            tables,
+            C,
+        )
+    if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
+        red, green, blue = _coloured(red, green, blue, inside, op == _COLOR, terms_own, terms_other)
+    if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
+        image, down = (
+            images + tl.where(inside, origin_other, origin_own),
+            tl.where(inside, down_other, down_own),
+        )
+        red, green, blue = _sharp(
+            image,
+            step,
+            across,
+            down,
+            x,
+            y,
+            red,
+            green,
+            blue,
+            inside,
+            mask & (op == _SHARPNESS),
+            terms_own,
+            terms_other,
+            C,
+            H,
+            W,
+            CHANNEL,
+            ROW,
+            COLUMN,
+            CROPPED,
+            CROP_FILL,
+        )
+    return red, green, blue
+
+
+# A slice of a set starts anywhere, and no load here is wider than its element.
+@Kernel
+@triton.jit(do_not_specialize_on_alignment=["images"])
+def pixels_kernel(
+    images: tl.tensor,
+    out: tl.tensor,
+    targets: tl.tensor,
+    scratch: tl.tensor,
+    tables: tl.tensor,
+    terms: tl.tensor,
+    scale: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
     FILL: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BILINEAR: tl.constexpr,
+    MIXED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    NUM_CLASSES: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROOM: tl.constexpr,
     TILE: tl.constexpr,
-    LANES: tl.constexpr,
+    QUADS: tl.constexpr,
 ) -> None:
-    """One tile of one sample in each program, some of its pixels at a time.
+    """TILE quads of one sample in each program, QUADS of them at a time.
 
-    `scale` holds, for each channel and level, the bits of the normalised value: `out` is seen as integers.
+    `scale` holds, for each channel and level, the bits of the normalised value as an integer,
+    and `out` is seen as such. Of a tile
+    of one sample, the first writes the targets; NUM_CLASSES is 0 where there are none.
     """
-    tiles: tl.constexpr = (H * W + TILE - 1) // TILE
+    in_row: tl.constexpr = (W + 3) // 4
+    quads: tl.constexpr = H * in_row
+    tiles: tl.constexpr = (quads + TILE - 1) // TILE
     sample, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
-    own = plan + sample * COLUMNS
-    x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
-    x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
-    reached = (x1 < x2) & (y1 * W < first + TILE) & (y2 * W > first)
-    partner = tl.where(reached, tl.load(own + PARTNER).to(tl.int32), sample)
-    other = plan + partner * COLUMNS
+    own = room_of(scratch, sample, ROOM)
+    partner, x1, y1, x2, y2 = sample, 0, 0, 0, 0
+    if MIXED:
+        x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
+        x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
+        partner = tl.load(own + PARTNER).to(tl.int32)
+    if NUM_CLASSES > 0 and first == 0:
+        theirs = room_of(scratch, partner, ROOM)
+        _store_targets(targets + sample.to(tl.int64) * NUM_CLASSES, own, theirs, NUM_CLASSES, CLASSES)
+    if MIXED:
+        reached = (x1 < x2) & (y1 * in_row < first + TILE) & (y2 * in_row > first)
+        partner = tl.where(reached, partner, sample)
+    other = room_of(scratch, partner, ROOM)
     origin_own, origin_other = tl.load(own + ORIGIN), tl.load(other + ORIGIN)
     step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
     across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
     down_own, down_other = tl.load(own + DOWN).to(tl.int32), tl.load(other + DOWN).to(tl.int32)
+    row_own, row_other, op_own, op_other, warps = 0, 0, 0, 0, False
     if NUM_BINS > 0:
-        row_own, row_other = tl.load(own + ROW).to(tl.int32), tl.load(other + ROW).to(tl.int32)
+        row_own, row_other = tl.load(own + ROW_OF_TABLES).to(tl.int32), tl.load(other + ROW_OF_TABLES).to(tl.int32)
         op_own, op_other = row_own // (2 * NUM_BINS), row_other // (2 * NUM_BINS)
-        own, other = terms + row_own * 8, terms + row_other * 8
-    out += sample.to(tl.int64) * (C * H * W)
-    next_pixel: tl.constexpr = C if CHANNELS_LAST else 1
-    next_channel: tl.constexpr = 1 if CHANNELS_LAST else H * W
+        warps = is_warp(op_own) | is_warp(op_other)
+    terms_own, terms_other = terms + row_own * 8, terms + row_other * 8
+    out = out.to(scale.dtype) + sample.to(tl.int64) * (C * H * W)
 
-    for start in range(first, first + TILE, LANES):
-        pixel = start + tl.arange(0, LANES)
-        x, y, mask = pixel % W, pixel // W, pixel < H * W
-        inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
-        stored = images + tl.where(inside, origin_other, origin_own)
+    for start in range(first, first + TILE, QUADS):
+        quad = start + tl.arange(0, QUADS)
+        at_row = quad // in_row
+        x0, y = ((quad - at_row * in_row) * 4)[None, :], at_row[None, :]
+        four = tl.arange(0, 4)[:, None]
+        x = x0 + four
+        mask = _mask(quad, x, H, W, TILE)
+        inside = tl.full([4, QUADS], 0, tl.int1)
+        if MIXED:
+            inside = (x >= x1) & (x < x2) & ((y >= y1) & (y < y2))
         step = tl.where(inside, step_other, step_own)
         across = tl.where(inside, across_other, across_own)
-        down = tl.where(inside, down_other, down_own)
-        if NUM_BINS > 0:
-            red, green, blue = _augmented(
-                stored,
+        if warps:
+            image = images + tl.where(inside, origin_other, origin_own)
+            down, moved = tl.where(inside, down_other, down_own), is_warp(tl.where(inside, op_other, op_own))
+            red, green, blue = _read_warped(
+                image,
                 step,
                 across,
                 down,
-                x,
+                x0,
                 y,
                 mask,
                 inside,
-                op_own,
-                op_other,
-                own,
-                other,
-                luts + sample * (C * 256),
-                luts + partner * (C * 256),
-                channel_stride,
-                row_stride,
-                column_stride,
+                moved,
+                terms_own,
+                terms_other,
                 C,
                 H,
                 W,
+                CHANNEL,
+                ROW,
+                COLUMN,
+                CROPPED,
                 CROP_FILL,
                 FILL,
                 BILINEAR,
             )
         else:
-            place, there = spot(step, across, down, x, y, row_stride, column_stride, H, W)
-            red, green, blue = channels(stored, place, mask & there, channel_stride, C, CROP_FILL)
-        target, red = out + pixel * next_pixel, tl.load(scale + red, mask, other=0)
-        if C == 3:
-            green, blue = tl.load(scale + 256 + green, mask, other=0), tl.load(scale + 512 + blue, mask, other=0)
-            tl.store(target + next_channel, green, mask)
-            tl.store(target + 2 * next_channel, blue, mask)
-        tl.store(target, red, mask)
+            red, green, blue = _read_straight(
+                images,
+                origin_own,
+                origin_other,
+                step,
+                across,
+                down_own,
+                down_other,
+                x,
+                y,
+                mask,
+                inside,
+                C,
+                H,
+                W,
+                CHANNEL,
+                ROW,
+                COLUMN,
+                CROPPED,
+                CROP_FILL,
+            )
+        if NUM_BINS > 0:
+            red, green, blue = _operated(
+                images,
+                origin_own,
+                origin_other,
+                step,
+                across,
+                down_own,
+                down_other,
+                x,
+                y,
+                mask,
+                inside,
+                red,
+                green,
+                blue,
+                op_own,
+                op_other,
+                row_own,
+                row_other,
+                own,
+                other,
+                tables,
+                terms_own,
+                terms_other,
+                C,
+                H,
+                W,
+                CHANNEL,
+                ROW,
+                COLUMN,
+                CROPPED,
+                CROP_FILL,
+            )
+        _store_pixels(out, scale, quad, x, y, red, green, blue, mask, C, H, W, CHANNELS_LAST)

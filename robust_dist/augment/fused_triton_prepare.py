@@ -1,7 +1,9 @@
-"""The first launch: each sample's draws, its targets, and a table of levels where its operation is one.
+"""The first launch: each sample's draws and the statistics of its image where its operation needs any.
 
-A program is one channel of one sample; most end after the draws. Only Contrast, AutoContrast and Equalize read pixels.
-The plan of a sample is a row of int64, written here and read by the second launch.
+The draws are made once a sample, a sample to a thread, by the first programs. The others belong to a tile of a channel
+of a sample each, draw its operation alone and end, but for Contrast, AutoContrast and Equalize. Small images are one
+tile, whose program writes the table of levels; the tiles of a large image are seen at the same time, and a launch of
+its own brings together what they found. The plan of a sample is twelve int64, read by the last launch.
 """
 
 import triton
@@ -9,19 +11,44 @@ import triton.language as tl
 
 from robust_dist.augment import fused_triton_draws as draws
 from robust_dist.augment.fused_triton_draws import beta_share, chance, randint, uniform
-from robust_dist.augment.fused_triton_statistics import autocontrast_lut, contrast_lut, equalize_lut
+from robust_dist.augment.fused_triton_statistics import (
+    autocontrast_lut,
+    contrast_lut,
+    equalize_lut,
+    grey_sum,
+    level_counts,
+    tile_levels,
+)
 from robust_dist.augment.tables import OP, OPS
 from robust_dist.triton_launch import Kernel
 
-_BRIGHTNESS, _CONTRAST = tl.constexpr(OP["Brightness"]), tl.constexpr(OP["Contrast"])
+_CONTRAST = tl.constexpr(OP["Contrast"])
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(OP["AutoContrast"]), tl.constexpr(OP["Equalize"])
-_POSTERIZE, _SOLARIZE = tl.constexpr(OP["Posterize"]), tl.constexpr(OP["Solarize"])
 _NUM_OPS = tl.constexpr(len(OPS))
 
 # Columns of the plan: the image's first pixel in elements of the store, the row of TrivialAugment's tables, the sign of
-# a step to the right, the column and the row where reading starts, the partner, and the box.
-ORIGIN, ROW, STEP, ACROSS, DOWN, PARTNER, X1, Y1, X2, Y2 = (tl.constexpr(c) for c in range(10))
-COLUMNS = tl.constexpr(10)
+# a step to the right, the column and the row where reading starts, the partner, the box, the label,
+# and the bits of lam, float32. Without CutMix, partner and box are left out, and lam is 1.
+ORIGIN, ROW_OF_TABLES, STEP, ACROSS, DOWN, PARTNER, X1, Y1, X2, Y2, LABEL, LAM = (tl.constexpr(c) for c in range(12))
+COLUMNS = tl.constexpr(12)
+
+
+@triton.jit
+def room_of(scratch: tl.tensor, sample: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
+    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and what tiles of a large image found."""
+    return scratch + sample.to(tl.int64) * ROOM
+
+
+@triton.jit
+def luts_in(room: tl.tensor) -> tl.tensor:
+    """The tables, uint8 [C, 256]."""
+    return (room + COLUMNS).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def _found_in(room: tl.tensor, C: tl.constexpr) -> tl.tensor:
+    """What tiles found, int32 [C, tiles, 256]."""
+    return (room + COLUMNS + C * 32).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
@@ -35,50 +62,46 @@ def _row(key: tl.tensor, NUM_BINS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _partner(
-    sample: tl.tensor, key: tl.tensor, partners: tl.tensor, batch: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """The place that `CutMix.plan` draws."""
-    if BLOCK == 0:
-        place = tl.load(partners + sample).to(tl.int32)
-    else:
-        start = sample // BLOCK * BLOCK
-        size = tl.minimum(batch - start, BLOCK)
-        step = 1 + randint(key, draws.CUTMIX_PARTNER, tl.maximum(size - 1, 1))
-        place = start + (sample - start + step) % size
-    return place
+def _start(key: tl.tensor, stream: tl.constexpr, PADDING: tl.constexpr) -> tl.tensor:
+    """The stored column or row at which the crop begins."""
+    return randint(key, stream, 2 * PADDING + 1) - PADDING
 
 
 @triton.jit
-def _store_targets(
-    targets: tl.tensor,
-    own: tl.tensor,
-    other: tl.tensor,
-    lam: tl.tensor,
-    NUM_CLASSES: tl.constexpr,
-    CLASSES: tl.constexpr,
-) -> None:
-    rest = tl.where(own == other, 1.0, 1.0 - lam)
-    for start in range(0, NUM_CLASSES, CLASSES):
-        label = start + tl.arange(0, CLASSES)
-        share = tl.where(label == other, rest, tl.where(label == own, lam, 0.0))
-        tl.store(targets + label, share, label < NUM_CLASSES)
-
-
-@triton.jit
-def _image(index: tl.tensor, sample: tl.tensor, GATHER: tl.constexpr) -> tl.tensor:
+def _image(index: tl.tensor, sample: tl.tensor, there: tl.tensor, GATHER: tl.constexpr) -> tl.tensor:
     """The image of a place in the batch, int64."""
     if GATHER:
-        image = tl.load(index + sample)
+        image = tl.load(index + sample, there, other=0)
     else:
         image = sample.to(tl.int64)
     return image
 
 
 @triton.jit
+def _partner(
+    sample: tl.tensor,
+    there: tl.tensor,
+    key: tl.tensor,
+    partners: tl.tensor,
+    batch: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The places that `CutMix.plan` draws."""
+    if BLOCK == 0:
+        place = tl.load(partners + sample, there, other=0).to(tl.int32)
+    else:
+        start = sample // BLOCK * BLOCK
+        size = tl.minimum(batch - start, BLOCK)
+        step = 1 + randint(key, draws.CUTMIX_PARTNER, tl.maximum(size - 1, 1))
+        place = start + (sample - start + step) % tl.maximum(size, 1)
+    return place
+
+
+@triton.jit
 def _mix(
     sample: tl.tensor,
-    keys: tl.tensor,
+    there: tl.tensor,
+    key: tl.tensor,
     partners: tl.tensor,
     beta: tl.tensor,
     plan: tl.tensor,
@@ -88,9 +111,8 @@ def _mix(
     MIX_BELOW: tl.constexpr,
     BLOCK: tl.constexpr,
     KNOTS: tl.constexpr,
-) -> tl.tensor:
-    """CutMix's draws to the plan; gives the partner and the pixels of the box."""
-    key = tl.load(keys + (sample if BLOCK > 0 else 0)).to(tl.uint64)
+) -> None:
+    """CutMix's draws to the plan."""
     mixed = chance(key, draws.CUTMIX_APPLY, MIX_BELOW)
     cut = uniform(key, draws.CUTMIX_SHARE)
     if KNOTS > 0:
@@ -100,63 +122,130 @@ def _mix(
     middle_x, middle_y = randint(key, draws.CUTMIX_X, W), randint(key, draws.CUTMIX_Y, H)
     x1, y1 = tl.maximum(middle_x - half_x, 0), tl.maximum(middle_y - half_y, 0)
     x2, y2 = tl.minimum(middle_x + half_x, W), tl.minimum(middle_y + half_y, H)
+    tl.store(plan + PARTNER, tl.where(mixed, _partner(sample, there, key, partners, batch, BLOCK), sample), there)
+    tl.store(plan + X1, x1, there)
+    tl.store(plan + Y1, y1, there)
+    tl.store(plan + X2, tl.where(mixed, x2, x1), there)
+    tl.store(plan + Y2, y2, there)
     pixels = tl.where(mixed, (x2 - x1) * (y2 - y1), 0)
-    partner = tl.where(mixed, _partner(sample, key, partners, batch, BLOCK), sample)
-    tl.store(plan + PARTNER, partner)
-    tl.store(plan + X1, x1)
-    tl.store(plan + Y1, y1)
-    tl.store(plan + X2, tl.where(mixed, x2, x1))
-    tl.store(plan + Y2, y2)
-    return partner, pixels
+    lam = tl.div_rn((H * W - pixels).to(tl.float32), tl.full(pixels.shape, H * W, tl.float32))
+    tl.store(plan + LAM, lam.to(tl.int32, bitcast=True), there)
 
 
 @triton.jit
-def _write_lut(
+def _draw(
+    labels: tl.tensor,
+    keys: tl.tensor,
+    index: tl.tensor,
+    partners: tl.tensor,
+    beta: tl.tensor,
+    scratch: tl.tensor,
+    batch: tl.tensor,
+    first: tl.tensor,
+    image_stride: tl.tensor,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLIP_BELOW: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    MIX_BELOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KNOTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    ROOM: tl.constexpr,
+    SAMPLES: tl.constexpr,
+) -> None:
+    """The plans of some samples, from place `first` of the batch on."""
+    sample = first + tl.arange(0, SAMPLES)
+    there, own = sample < batch, room_of(scratch, sample, ROOM)
+    key = tl.load(keys + sample, there, other=0).to(tl.uint64)
+    image = _image(index, sample, there, GATHER)
+    flip = chance(key, draws.FLIP, FLIP_BELOW).to(tl.int32)
+    tl.store(own + ORIGIN, image * image_stride, there)
+    tl.store(own + ROW_OF_TABLES, _row(key, NUM_BINS), there)
+    tl.store(own + STEP, 1 - 2 * flip, there)
+    tl.store(own + ACROSS, _start(key, draws.CROP_LEFT, PADDING) + flip * (W - 1), there)
+    tl.store(own + DOWN, _start(key, draws.CROP_TOP, PADDING), there)
+    tl.store(own + LABEL, tl.load(labels + image, there, other=0).to(tl.int64), there)
+    if MIX_BELOW == 0:
+        tl.store(own + LAM, tl.full([SAMPLES], 0x3F800000, tl.int32), there)
+    else:
+        drawing = key if BLOCK > 0 else tl.load(keys).to(tl.uint64)
+        _mix(sample, there, drawing, partners, beta, own, batch, H, W, MIX_BELOW, BLOCK, KNOTS)
+
+
+@triton.jit
+def _needs_statistics(op: tl.tensor, channel: tl.tensor) -> tl.tensor:
+    """Whether an operation looks at a channel; Contrast's first looks at all."""
+    return (op == _AUTOCONTRAST) | (op == _EQUALIZE) | ((op == _CONTRAST) & (channel == 0))
+
+
+@triton.jit
+def _store_contrast(lut: tl.tensor, total: tl.tensor, term: tl.tensor, C: tl.constexpr, PIXELS: tl.constexpr) -> None:
+    """Contrast's tables of all channels; `term` points to the row of the terms."""
+    values, ramp = contrast_lut(total, tl.load(term + 6), tl.load(term + 7), PIXELS), tl.arange(0, 256)
+    for channel in tl.static_range(C):
+        tl.store(lut + channel * 256 + ramp, values)
+
+
+@triton.jit
+def _observe(
     images: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    row: tl.tensor,
+    left: tl.tensor,
+    top: tl.tensor,
+    op: tl.tensor,
+    term: tl.tensor,
     channel: tl.tensor,
-    tables: tl.tensor,
-    terms: tl.tensor,
+    first: tl.tensor,
     lut: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    found: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
-    NUM_BINS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """The table of one channel where the row's operation is one; Contrast's first channel writes those of all."""
-    op, ramp = row // (2 * NUM_BINS), tl.arange(0, 256)
-    if (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE):
-        tl.store(lut + ramp, tl.load(tables + row * 256 + ramp))
-    if (op == _CONTRAST) & (channel == 0):
-        f, rest = tl.load(terms + row * 8 + 6), tl.load(terms + row * 8 + 7)
-        values = contrast_lut(
-            images, step, across, down, channel_stride, row_stride, column_stride, f, rest, C, H, W, CROP_FILL, TILE
+    """One tile's statistics: to the channel's table where it is the only tile, else to `found`."""
+    alone: tl.constexpr = H * W <= TILE
+    ramp = tl.arange(0, 256)
+    if op == _CONTRAST:
+        red, green, blue, mask = tile_levels(
+            images, left, top, first, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, TILE
         )
-        for other in tl.static_range(C):
-            tl.store(lut + other * 256 + ramp, values)
-    first = images + channel * channel_stride
-    if op == _AUTOCONTRAST:
-        values = autocontrast_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
-        tl.store(lut + ramp, values)
-    if op == _EQUALIZE:
-        values = equalize_lut(first, step, across, down, row_stride, column_stride, H, W, CROP_FILL, TILE)
-        tl.store(lut + ramp, values)
-
-
-# Slices of a set start anywhere, and nothing here loads wider than its element: their alignment compiles nothing anew.
-_ANYWHERE = ["images", "labels", "keys", "index", "partners", "beta"]
+        total = grey_sum(red, green, blue, mask, C)
+        if alone:
+            _store_contrast(lut, total.to(tl.int64), term, C, H * W)
+        else:
+            tl.store(found, total)
+    else:
+        value, _, _, mask = tile_levels(
+            images + channel * CHANNEL, left, top, first, 1, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, TILE
+        )
+        if op == _AUTOCONTRAST:
+            low, high = tl.min(tl.where(mask, value, 255), 0), tl.max(tl.where(mask, value, 0), 0)
+            if alone:
+                tl.store(lut + ramp, autocontrast_lut(low, high))
+            else:
+                tl.store(found, low)
+                tl.store(found + 1, high)
+        else:
+            counts = level_counts(value, mask)
+            if alone:
+                tl.store(lut + ramp, equalize_lut(counts, H * W))
+            else:
+                tl.store(found + ramp, counts)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(
+    do_not_specialize=["batch"],
+    # Slices of a set start anywhere, and nothing here loads wider than its element.
+    do_not_specialize_on_alignment=["images", "labels", "keys", "index", "partners", "beta"],
+)
 def prepare_kernel(
     images: tl.tensor,
     labels: tl.tensor,
@@ -164,19 +253,16 @@ def prepare_kernel(
     index: tl.tensor,
     partners: tl.tensor,
     beta: tl.tensor,
-    tables: tl.tensor,
     terms: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    targets: tl.tensor,
+    scratch: tl.tensor,
     batch: tl.tensor,
     image_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
     PADDING: tl.constexpr,
     CROP_FILL: tl.constexpr,
     FLIP_BELOW: tl.constexpr,
@@ -185,49 +271,109 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
     KNOTS: tl.constexpr,
     GATHER: tl.constexpr,
-    NUM_CLASSES: tl.constexpr,
-    CLASSES: tl.constexpr,
     TILE: tl.constexpr,
+    ROOM: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ) -> None:
-    """Program sample * C + channel. A stage that is off: PADDING, FLIP_BELOW, NUM_BINS or MIX_BELOW is 0."""
-    sample, channel = tl.program_id(0) // C, tl.program_id(0) % C
-    key = tl.load(keys + sample).to(tl.uint64)
-    row = _row(key, NUM_BINS)
-    flip = chance(key, draws.FLIP, FLIP_BELOW).to(tl.int32)
-    across = randint(key, draws.CROP_LEFT, 2 * PADDING + 1) - PADDING + flip * (W - 1)
-    down = randint(key, draws.CROP_TOP, 2 * PADDING + 1) - PADDING
-    step = 1 - 2 * flip
-    image = _image(index, sample, GATHER)
-    if channel == 0:
-        own = plan + sample * COLUMNS
-        tl.store(own + ORIGIN, image * image_stride)
-        tl.store(own + ROW, row)
-        tl.store(own + STEP, step)
-        tl.store(own + ACROSS, across)
-        tl.store(own + DOWN, down)
-        partner, pixels = _mix(sample, keys, partners, beta, own, batch, H, W, MIX_BELOW, BLOCK, KNOTS)
-        lam = tl.div_rn((H * W - pixels).to(tl.float32), H * W * 1.0)
-        label, other = tl.load(labels + image), tl.load(labels + _image(index, partner, GATHER))
-        _store_targets(targets + sample.to(tl.int64) * NUM_CLASSES, label, other, lam, NUM_CLASSES, CLASSES)
-    if NUM_BINS > 0:
-        _write_lut(
-            images + image * image_stride,
-            step,
-            across,
-            down,
-            row,
+    """Programs of SAMPLES samples, then those of statistics: (sample * C + channel) * tiles + tile.
+
+    A stage that is off: PADDING, FLIP_BELOW, NUM_BINS or MIX_BELOW is 0.
+    """
+    tiles: tl.constexpr = (H * W + TILE - 1) // TILE
+    program = tl.program_id(0) - (batch + SAMPLES - 1) // SAMPLES
+    if program < 0:
+        _draw(
+            labels,
+            keys,
+            index,
+            partners,
+            beta,
+            scratch,
+            batch,
+            tl.program_id(0) * SAMPLES,
+            image_stride,
+            H,
+            W,
+            PADDING,
+            FLIP_BELOW,
+            NUM_BINS,
+            MIX_BELOW,
+            BLOCK,
+            KNOTS,
+            GATHER,
+            ROOM,
+            SAMPLES,
+        )
+    elif NUM_BINS > 0:
+        sample, channel = program // (C * tiles), program // tiles % C
+        key = tl.load(keys + sample).to(tl.uint64)
+        op = randint(key, draws.OPERATION, _NUM_OPS)
+        if _needs_statistics(op, channel):
+            room = room_of(scratch, sample, ROOM)
+            _observe(
+                images + _image(index, sample, True, GATHER) * image_stride,
+                _start(key, draws.CROP_LEFT, PADDING),
+                _start(key, draws.CROP_TOP, PADDING),
+                op,
+                terms + _row(key, NUM_BINS) * 8,
+                channel,
+                program % tiles * TILE,
+                luts_in(room) + channel * 256,
+                _found_in(room, C) + program % (C * tiles) * 256,
+                C,
+                H,
+                W,
+                CHANNEL,
+                ROW,
+                COLUMN,
+                PADDING > 0,
+                CROP_FILL,
+                TILE,
+            )
+
+
+@Kernel
+@triton.jit(do_not_specialize_on_alignment=["images"])
+def statistics_kernel(
+    images: tl.tensor,
+    terms: tl.tensor,
+    scratch: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> None:
+    """The programs of statistics alone, for a plan that is given, without crop and flip."""
+    tiles: tl.constexpr = (H * W + TILE - 1) // TILE
+    program = tl.program_id(0)
+    sample, channel = program // (C * tiles), program // tiles % C
+    room = room_of(scratch, sample, ROOM)
+    row = tl.load(room + ROW_OF_TABLES).to(tl.int32)
+    op = row // (2 * NUM_BINS)
+    if _needs_statistics(op, channel):
+        _observe(
+            images + tl.load(room + ORIGIN),
+            0,
+            0,
+            op,
+            terms + row * 8,
             channel,
-            tables,
-            terms,
-            luts + tl.program_id(0) * 256,
-            channel_stride,
-            row_stride,
-            column_stride,
+            program % tiles * TILE,
+            luts_in(room) + channel * 256,
+            _found_in(room, C) + program % (C * tiles) * 256,
             C,
             H,
             W,
-            CROP_FILL,
-            NUM_BINS,
+            CHANNEL,
+            ROW,
+            COLUMN,
+            False,
+            0,
             TILE,
         )
 
@@ -235,39 +381,38 @@ def prepare_kernel(
 @Kernel
 @triton.jit
 def luts_kernel(
-    images: tl.tensor,
-    tables: tl.tensor,
     terms: tl.tensor,
-    plan: tl.tensor,
-    luts: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    scratch: tl.tensor,
     C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    PIXELS: tl.constexpr,
     NUM_BINS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    MANY: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> None:
-    """Program sample * C + channel: the tables alone, for a plan that is given, without crop and flip."""
-    own = plan + tl.program_id(0) // C * COLUMNS
-    _write_lut(
-        images + tl.load(own + ORIGIN),
-        1,
-        0,
-        0,
-        tl.load(own + ROW).to(tl.int32),
-        tl.program_id(0) % C,
-        tables,
-        terms,
-        luts + tl.program_id(0) * 256,
-        channel_stride,
-        row_stride,
-        column_stride,
-        C,
-        H,
-        W,
-        0,
-        NUM_BINS,
-        TILE,
-    )
+    """Program sample * C + channel: the table of levels from what the tiles of a large image found, MANY at a time."""
+    sample, channel = tl.program_id(0) // C, tl.program_id(0) % C
+    room = room_of(scratch, sample, ROOM)
+    row = tl.load(room + ROW_OF_TABLES).to(tl.int32)
+    op, ramp = row // (2 * NUM_BINS), tl.arange(0, 256)
+    lut, found = luts_in(room) + channel * 256, _found_in(room, C) + channel * (TILES * 256)
+    if _needs_statistics(op, channel):
+        if op == _EQUALIZE:
+            counts = tl.zeros([256], tl.int32)
+            for start in range(0, TILES, MANY):
+                tile = start + tl.arange(0, MANY)[:, None]
+                counts += tl.sum(tl.load(found + tile * 256 + ramp[None, :], tile < TILES, other=0), 0)
+            tl.store(lut + ramp, equalize_lut(counts, PIXELS))
+        elif op == _CONTRAST:
+            sums = tl.zeros([MANY], tl.int64)
+            for start in range(0, TILES, MANY):
+                tile = start + tl.arange(0, MANY)
+                sums += tl.load(found + tile * 256, tile < TILES, other=0).to(tl.int64)
+            _store_contrast(lut, tl.sum(sums, 0), terms + row * 8, C, PIXELS)
+        else:
+            lows, highs = tl.full([MANY], 255, tl.int32), tl.zeros([MANY], tl.int32)
+            for start in range(0, TILES, MANY):
+                tile = start + tl.arange(0, MANY)
+                lows = tl.minimum(lows, tl.load(found + tile * 256, tile < TILES, other=255))
+                highs = tl.maximum(highs, tl.load(found + tile * 256 + 1, tile < TILES, other=0))
+            tl.store(lut + ramp, autocontrast_lut(tl.min(lows, 0), tl.max(highs, 0)))

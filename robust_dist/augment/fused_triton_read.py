@@ -1,45 +1,48 @@
-"""Triton functions of pixels: reading through crop and flip, and the roundings of `levels.py` and `warp.py`."""
+"""Triton functions of pixels: reading through crop and flip, and the roundings of `levels.py` and `warp.py`.
+
+Pixels of a pass are a block [4, quads], four neighbours of a row to a thread; what a row has in common is [1, quads].
+Strides of an image's channels, rows and columns are compiled in, so that a load is an address and nothing else.
+"""
 
 import triton
 import triton.language as tl
 
 _RED, _GREEN, _BLUE = tl.constexpr(0.2989), tl.constexpr(0.587), tl.constexpr(0.114)
 _HALF_EVEN = tl.constexpr(1.5 * 2**23)
+_HALF_EVEN_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def spot(
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+def read(
+    images: tl.tensor,
+    column: tl.tensor,
+    row: tl.tensor,
+    mask: tl.tensor,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    CROPPED: tl.constexpr,
+    CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """Where column x and row y of the cropped and mirrored images are stored, int32, and whether they are at all."""
-    column, row = across + step * x, down + y
-    stored = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-    return row * row_stride + column * column_stride, stored
+    """int32 levels of the channels at places of the stored images; CROP_FILL outside and where the mask is off."""
+    if CROPPED:
+        mask = mask & (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    return channels(images + (row * ROW + column * COLUMN), mask, C, CHANNEL, CROP_FILL)
 
 
 @triton.jit
 def channels(
-    images: tl.tensor,
-    place: tl.tensor,
-    mask: tl.tensor,
-    channel_stride: tl.tensor,
-    C: tl.constexpr,
-    CROP_FILL: tl.constexpr,
+    pixel: tl.tensor, mask: tl.tensor, C: tl.constexpr, CHANNEL: tl.constexpr, CROP_FILL: tl.constexpr
 ) -> tl.tensor:
     """int32 levels of three channels, or of one, thrice; CROP_FILL where the mask is off."""
-    red = tl.load(images + place, mask, other=CROP_FILL).to(tl.int32)
+    red = tl.load(pixel, mask, other=CROP_FILL).to(tl.int32)
     green, blue = red, red
     if C == 3:
-        green = tl.load(images + channel_stride + place, mask, other=CROP_FILL).to(tl.int32)
-        blue = tl.load(images + 2 * channel_stride + place, mask, other=CROP_FILL).to(tl.int32)
+        green = tl.load(pixel + CHANNEL, mask, other=CROP_FILL).to(tl.int32)
+        blue = tl.load(pixel + 2 * CHANNEL, mask, other=CROP_FILL).to(tl.int32)
     return red, green, blue
 
 
@@ -63,6 +66,6 @@ def rounded(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def pick(own: tl.tensor, other: tl.tensor, inside: tl.tensor, column: tl.constexpr) -> tl.tensor:
-    """A value of two samples' rows, chosen for each lane."""
-    return tl.where(inside, tl.load(other + column), tl.load(own + column))
+def nearest(x: tl.tensor) -> tl.tensor:
+    """`rounded` as int32: the last bits of the sum are the number."""
+    return (x + _HALF_EVEN).to(tl.int32, bitcast=True) - _HALF_EVEN_BITS

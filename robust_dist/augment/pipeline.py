@@ -1,19 +1,20 @@
 """The paper's whole training augmentation as one module: crop, flip, TrivialAugment, CutMix, normalise."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from robust_dist.augment.backends import check_backend, choose, module_of
-from robust_dist.augment.checks import check_images, check_index, check_labels, check_vector
+from robust_dist.augment.checks import check_images, check_index, check_labels, check_vector, readable
 from robust_dist.augment.crop_flip import RandomCrop, RandomHorizontalFlip
 from robust_dist.augment.cutmix import CutMix, soft_targets
 from robust_dist.augment.keys import random_keys
 from robust_dist.augment.layout import bits_of, keep_bits, memory_format, select, to_grid
 from robust_dist.augment.trivial import TrivialAugment
 from robust_dist.validate import whole_number
+
+Repeat = Callable[["RobustAugment", Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -94,6 +95,7 @@ class RobustAugment(nn.Module):
         self._set_scale(mean, std, dtype)
         self.channels_last = channels_last
         self.backend = check_backend(backend)
+        self._repeat: Repeat | None = None  # the backend's, once it has augmented a batch
         alone = "torch" if backend == "torch" else "auto"
         mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block, backend=alone)
         operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill, backend=alone)
@@ -132,6 +134,10 @@ class RobustAugment(nn.Module):
                 images outside [0, 1] and an index outside the set.
             RuntimeError: For a demanded backend that cannot take the images' device.
         """
+        if not torch.compiler.is_compiling() and self._repeat is not None and keys is not None:
+            known = self._repeat(self, images, labels, keys, index)
+            if known is not None:
+                return known
         self._check(images)
         if index is not None:
             check_index(index, images)
@@ -145,8 +151,13 @@ class RobustAugment(nn.Module):
             keys = random_keys(batch.shape[0], generator, images.device)
         check_vector("keys", keys, batch)
         backend = self.backend_for(images.device)
-        augment = self._by_torch if backend == "torch" else partial(module_of(backend).augment, self)
-        return augment(to_grid(images), labels, keys, index)
+        if backend == "torch":
+            return self._by_torch(to_grid(images), labels, keys, index)
+        module = module_of(backend)
+        if not readable(images):
+            self._repeat = getattr(module, "repeat", None)
+        result: tuple[Tensor, Tensor] = module.augment(self, to_grid(images), labels, keys, index)
+        return result
 
     def backend_for(self, device: torch.device | str) -> str:
         """The backend that augments images on `device`: "torch", "native" or "triton"."""

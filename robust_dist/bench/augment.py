@@ -24,7 +24,7 @@ from robust_dist.bench.augment_peers import (
     trivial_makers,
 )
 from robust_dist.bench.figure import Bar, Panel, draw_bars
-from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.measure.dispatch import Counts, count
 from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
@@ -81,14 +81,6 @@ class Row:
     look: Look
 
 
-@dataclass(frozen=True)
-class Result:
-    """The rows; and for each contender that is not there, why."""
-
-    rows: list[Row]
-    left_out: dict[str, str]
-
-
 def _labels(batch: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device) % CLASSES
 
@@ -99,7 +91,12 @@ def _images(batch: int, side: int, device: torch.device) -> Tensor:
 
 
 def trivial_task(device: torch.device, compiled: bool) -> Task:
-    """TrivialAugment alone, uint8 to uint8."""
+    """TrivialAugment alone, uint8 [B, 3, H, W] to uint8.
+
+    Args:
+        device: Where a contender works.
+        compiled: Whether `torch.compile`d ones are among them.
+    """
     image = looking.picture(LOOK_SIDE)
     outcomes, makers = looking.torchvision_outcomes(image.unsqueeze(0)), trivial_makers(compiled)
 
@@ -111,7 +108,12 @@ def trivial_task(device: torch.device, compiled: bool) -> Task:
 
 
 def mix_task(device: torch.device, compiled: bool) -> Task:
-    """CutMix alone, uint8 to uint8, or floating to floating where a peer takes no uint8."""
+    """CutMix alone, uint8 [B, 3, H, W] to uint8, or floating to floating where a peer takes no uint8.
+
+    Args:
+        device: Where a contender works.
+        compiled: Whether `torch.compile`d ones are among them.
+    """
     makers = mix_makers(compiled)
 
     def look(name: str) -> Look:
@@ -122,7 +124,12 @@ def mix_task(device: torch.device, compiled: bool) -> Task:
 
 
 def pipeline_task(device: torch.device, compiled: bool) -> Task:
-    """The whole pipeline, uint8 to float32, on a GPU to bfloat16; one part after the other is looked at."""
+    """The whole pipeline, uint8 [B, 3, H, W] to float32, on a GPU to bfloat16; its parts are looked at in turn.
+
+    Args:
+        device: Where a contender works.
+        compiled: Whether `torch.compile`d ones are among them.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     image, side = looking.picture(PIPELINE_LOOK_SIDE), PIPELINE_LOOK_SIDE
     outcomes = looking.torchvision_outcomes(looking.shifted(image))
@@ -161,7 +168,7 @@ def _rows(
     return rows
 
 
-def _looks(task: Task, result: Result) -> dict[str, Look]:
+def _looks(task: Task, result: Result[Row]) -> dict[str, Look]:
     found = {}
     for name in task.makers(LOOK_SIDE):
         try:
@@ -180,11 +187,12 @@ def run(
     device: str | None = None,
     compiled: bool = False,
     tasks: Sequence[str] = TASKS,
-) -> Result:
-    """Time our augmentations and the peers' in turn; arguments and errors as in `bench_augment`."""
+) -> Result[Row]:
+    """Times of our augmentations and the peers'; arguments and errors as in `bench_augment`, `tasks` among `TASKS`."""
     for name, value, low in (("batch_32", batch_32, 0), ("batch_224", batch_224, 0), ("rounds", rounds, 1)):
         whole_number(name, value, low)
-    where, result = pick_device(device), Result([], {})
+    where = pick_device(device)
+    result: Result[Row] = Result([], {})
     builders = {"TrivialAugment": trivial_task, "CutMix": mix_task, "pipeline": pipeline_task}
     with thread_count(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' deprecations
@@ -225,13 +233,19 @@ def _table(rows: Sequence[Row], yardstick: str, on_gpu: bool) -> list[str]:
     return [f"### {first.task}, {first.batch} images of {first.side}x{first.side}", "", table(head, map(_cells, rows))]
 
 
-def _tables(result: Result) -> Iterator[list[Row]]:
+def _tables(result: Result[Row]) -> Iterator[list[Row]]:
     for key in dict.fromkeys((row.task, row.side) for row in result.rows):
         yield [row for row in result.rows if (row.task, row.side) == key]
 
 
-def report(result: Result, rounds: int, device: torch.device) -> str:
-    """The rows as Markdown: a table for each task and size, with the machine and what was left out."""
+def report(result: Result[Row], rounds: int, device: torch.device) -> str:
+    """The rows as Markdown: a table for each task and size, with the machine and what was left out.
+
+    Args:
+        result: What `run` gave.
+        rounds: As `run` was told.
+        device: As `run` took it: on a GPU operations are kernels.
+    """
     lines = [f"{machine()}; medians of {rounds} rounds, contenders in turn", ""]
     lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()]
     for rows in _tables(result):
@@ -244,8 +258,13 @@ def report(result: Result, rounds: int, device: torch.device) -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def draw(result: Result, path: Path) -> None:
-    """Images per second of every row, a panel for each task and size, into a PNG."""
+def draw(result: Result[Row], path: Path) -> None:
+    """A picture of every row's images per second, a panel for each task and size.
+
+    Args:
+        result: What `run` gave.
+        path: The PNG to write.
+    """
     panels = [
         Panel(f"{rows[0].task}, {rows[0].batch} images of {rows[0].side}x{rows[0].side}", [_bar(row) for row in rows])
         for rows in _tables(result)
@@ -268,7 +287,7 @@ def bench_augment(
     compiled: bool = False,
     out: str | Path | None = None,
 ) -> str:
-    """Time our augmentations and the peers' in turn: TrivialAugment alone, CutMix alone, the whole pipeline.
+    """Times of our augmentations and the peers', in turn: TrivialAugment alone, CutMix alone, the whole pipeline.
 
     What a contender does is looked at, not asserted: which draws the samples of a batch have of their own, whether each
     comes out as one of torchvision's own outcomes (all of which are made), and whether targets are the shares of the

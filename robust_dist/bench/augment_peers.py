@@ -44,7 +44,13 @@ Maker = Callable[[Tensor], Contender]
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a pipeline that are on; normalising always is."""
+    """The stages of a pipeline that are on; normalising always is.
+
+    Attributes:
+        crop_and_flip: Crop at random with padding, and flip.
+        trivial: TrivialAugment.
+        cutmix: CutMix.
+    """
 
     crop_and_flip: bool = True
     trivial: bool = True
@@ -221,7 +227,14 @@ def _kornia_mix(images: Tensor) -> Contender:
 
 
 def pipeline_makers(side: int, dtype: torch.dtype, compiled: bool, stages: Stages | None = None) -> dict[str, Maker]:
-    """Crop, flip, TrivialAugment, CutMix, normalise, cast; images of side x side pixels come out in `dtype`."""
+    """Pipelines by name: crop, flip, TrivialAugment, CutMix, normalise, cast.
+
+    Args:
+        side: Height and width of the images, pixels.
+        dtype: Of the images that come out.
+        compiled: Whether `torch.compile`d ones are among them.
+        stages: Which stages are on; None: all.
+    """
     on = stages or Stages()
     settings: dict[str, Any] = {"crop": PADDING if on.crop_and_flip else None, "flip": on.crop_and_flip}
     settings |= {"trivial": on.trivial, "cutmix": on.cutmix, "dtype": dtype}

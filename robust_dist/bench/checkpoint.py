@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from robust_dist.bench.timing import machine
 from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.space import checkpoint_bytes, text_of
-from robust_dist.engines.engine import engine_named
+from robust_dist.engines.engine import engine_of
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
@@ -37,7 +37,7 @@ def bench_checkpoint(rounds: int = 7, model: str = "resnet34_cifar", folder: str
     net, optimizer = accelerator.prepare(bare, RAdaBeliefW(bare.parameters()))
     accelerator.backward(net(torch.zeros(2, 3, 32, 32, device=accelerator.device)).sum())
     optimizer.step()
-    size = checkpoint_bytes(engine_named("ddp"), accelerator.unwrap_model(net), rank=0, world_size=1)
+    size = checkpoint_bytes(engine_of(accelerator), accelerator.unwrap_model(net), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(dir=folder) as place, ExitStack() as stack:
         now, later = (
             stack.enter_context(_saver(Path(place, str(background)), size, background)) for background in (False, True)

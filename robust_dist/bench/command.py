@@ -53,7 +53,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def run(words: argparse.Namespace) -> int:
-    """Run one benchmark and print its table."""
+    """Print the table of one benchmark; the exit status, always 0.
+
+    Args:
+        words: Parsed words of `robust-dist bench`.
+
+    Raises:
+        ValueError: --threads below 1, or as the benchmark.
+    """
     import torch
 
     if words.threads is not None and words.threads < 1:

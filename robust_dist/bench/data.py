@@ -50,7 +50,13 @@ class Row:
 
 
 def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
-    """Epochs of our Loader over each format."""
+    """Epochs of our Loader over each format, by name.
+
+    Args:
+        files: The images.
+        root: A folder for caches.
+        workers: Processes that read.
+    """
     from robust_dist.data.folder import open_image_folder
     from robust_dist.data.hub import open_hub
     from robust_dist.data.shards import open_webdataset
@@ -82,7 +88,13 @@ def _stream(source: Any, workers: int) -> Epoch:
 
 
 def peers(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
-    """Epochs of the peers: each reads, decodes, crops at random and stacks in as many workers as ours."""
+    """Epochs of the peers by name: each reads, decodes, crops at random and stacks in as many workers as ours.
+
+    Args:
+        files: The images.
+        root: A folder for caches.
+        workers: Processes that read.
+    """
     return {
         YARDSTICK: _torchvision(files, workers),
         'datasets, format "torch", DataLoader': _datasets(files, root, workers),
@@ -135,7 +147,12 @@ def _same(value: Any) -> Any:
 
 
 def limit(files: Files, rounds: int) -> dict[str, float]:
-    """Images per second of one process that does nothing but decode (and crop) what lies in its memory."""
+    """Images per second of one process that does nothing but decode (and crop) what lies in its memory.
+
+    Args:
+        files: The images.
+        rounds: Measurements, of which the median counts.
+    """
     from PIL import Image
 
     from robust_dist.data.decode import decode_rgb, random_resized_crop
@@ -168,7 +185,12 @@ def consume(epoch: Epoch) -> tuple[int, Tensor]:
 
 
 def wait_share(epoch: Epoch, seconds: float) -> float:
-    """The share of its time that a consumer waits which takes `seconds` a batch, from the second batch on."""
+    """The share of its time that a consumer waits for batches, 0 to 1, from the second batch on.
+
+    Args:
+        epoch: Gives the batches of an epoch.
+        seconds: What the consumer takes for a batch.
+    """
     batches = epoch()
     next(batches)
     start, waited = time.perf_counter(), 0.0
@@ -231,7 +253,7 @@ def _quiet() -> Iterator[None]:
 def bench_data(
     *, images: int = 2_000, workers: int | None = None, rounds: int = 5, step_ms: float | None = None
 ) -> str:
-    """Time our loader over each format and the peers in turn, on JPEGs that are made for it, on the CPU.
+    """Times of our loader over each format and of the peers, in turn, on JPEGs that are made for it, on the CPU.
 
     Every contender reads, decodes, crops at random to 224 x 224 and stacks batches of 64 in as many workers, which live
     through all rounds. What an epoch gives is looked at, not asserted: its number of images, and whether the next epoch

@@ -38,7 +38,13 @@ class Files:
 
 
 def write_files(root: Path, images: int, shards: int) -> Files:
-    """Make `images` images below `root`, as an image folder, as parquet files and as `shards` tar shards."""
+    """The same JPEGs as an image folder, as parquet files and as tar shards.
+
+    Args:
+        root: The folder to write below.
+        images: How many.
+        shards: Tar files.
+    """
     encoded = list(islice(jpegs(), images))
     return Files(
         _write_folder(root / "folder", encoded),

@@ -11,7 +11,7 @@ from torch import Tensor
 from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.optimizer_peers import ADAMW_FUSED, OURS, Maker, makers
 from robust_dist.bench.parameter_sets import SETS, numel, parameters
-from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.checkpoint.space import free_memory
 from robust_dist.measure.memory import peak_extra_bytes
 from robust_dist.measure.table import table
@@ -52,14 +52,6 @@ class Row:
     bandwidth: float
     of_limit: float
     extra: float | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """The rows; and for each contender that is not there, why."""
-
-    rows: list[Row]
-    left_out: dict[str, str]
 
 
 def _limit(elements: int, device: torch.device) -> tuple[str, Callable[[], object]]:
@@ -143,8 +135,8 @@ def _check(sets: Sequence[str], rounds: int) -> None:
 
 def run(
     *, sets: Sequence[str] = tuple(SETS), rounds: int = 7, threads: int | None = None, device: str | None = None
-) -> Result:
-    """Time a step of every optimizer that is installed, all in turn in every round.
+) -> Result[Row]:
+    """Times of a step of every optimizer that is installed, all in turn in every round.
 
     Where the memory does not hold the states of all, they are timed in groups, each beside the limit and torch's AdamW
     fused, to which its ratios are.
@@ -160,7 +152,7 @@ def run(
     """
     _check(sets, rounds)
     where = pick_device(device)
-    result = Result([], {})
+    result: Result[Row] = Result([], {})
     with thread_count(threads):
         for name in sets:
             result.rows.extend(_set_rows(name, rounds, where, result.left_out))
@@ -177,8 +169,13 @@ def _cells(row: Row) -> Iterator[str]:
     yield "" if row.extra is None else f"{row.extra:.1f}"
 
 
-def report(result: Result, rounds: int) -> str:
-    """The rows as Markdown, with the machine and what was left out."""
+def report(result: Result[Row], rounds: int) -> str:
+    """The rows as Markdown, with the machine and what was left out.
+
+    Args:
+        result: What `run` gave.
+        rounds: As `run` was told.
+    """
     rows = result.rows
     on_gpu = any(row.timing.host is not None for row in rows)
     lines = [f"{machine()}; medians of {rounds} rounds, contenders in turn", ""]
@@ -191,8 +188,13 @@ def report(result: Result, rounds: int) -> str:
     return "\n".join([*lines, table(head, map(_cells, rows))])
 
 
-def draw(result: Result, path: Path) -> None:
-    """Bytes per second of every row, a panel for each set, into a PNG."""
+def draw(result: Result[Row], path: Path) -> None:
+    """A picture of every row's bytes per second, a panel for each set.
+
+    Args:
+        result: What `run` gave.
+        path: The PNG to write.
+    """
     panels = []
     for name in dict.fromkeys(row.parameters for row in result.rows):
         rows = [row for row in result.rows if row.parameters == name]
@@ -216,7 +218,15 @@ def bench_optimizer(
     device: str | None = None,
     out: str | Path | None = None,
 ) -> str:
-    """The times of `run` as a Markdown table; with `out`, also `optimizer.md` and `optimizer.png` in that folder."""
+    """The times of `run` as a Markdown table; arguments and errors as there.
+
+    Args:
+        sets: Names among `SETS`.
+        rounds: Measurements of each.
+        threads: Threads on the CPU; None leaves torch's.
+        device: A torch device; None takes the GPU if there is one.
+        out: A folder for `optimizer.md` and `optimizer.png`; None writes nothing.
+    """
     result = run(sets=sets, rounds=rounds, threads=threads, device=device)
     with thread_count(threads):
         text = report(result, rounds)

@@ -41,7 +41,12 @@ def numel(shapes: Sequence[Shape]) -> int:
 
 
 def parameters(shapes: Sequence[Shape], device: torch.device) -> list[Tensor]:
-    """float32 parameters of these shapes with gradients, both of normal noise, the same every time."""
+    """Parameters with gradients, float32, both of normal noise, the same at each call.
+
+    Args:
+        shapes: One for each parameter.
+        device: Where they lie.
+    """
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
     for param in params:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from robust_dist.engines.fsdp.engine import VARIANTS
 from robust_dist.measure.dispatch import Collectives
 from robust_dist.measure.memory import MIB, storage_bytes
 from robust_dist.measure.table import table
@@ -18,7 +19,8 @@ from robust_dist.schedule import RobustSchedule
 
 BYTES_PER_PARAMETER = 12  # float32: the parameter and the optimizer's two moments
 HSDP_SHARDS = 8
-LAYOUTS = ("FSDP2", "HSDP")
+# Names of variants, the simplest first, and whether their shards stay in a group of 8 ranks.
+LAYOUTS = {one.name: one.in_nodes for one in sorted(VARIANTS, key=lambda one: one.in_nodes) if one.reshard}
 _HEAD = ["parameters", "layout", "ranks", "largest parameter's shard, first / last rank", "empty shards", "MiB"]
 _HEAD += ["MiB if shared equally", "state placed otherwise", "collectives: a step", "the switch, a run"]
 _SWITCH_RUN = 8  # optimizer steps of the run in which the switch's collectives are counted
@@ -80,7 +82,11 @@ class Held:
 
 @contextmanager
 def fake_rank(world_size: int, rank: int) -> Iterator[None]:
-    """Be `rank` of `world_size` ranks whose collectives return at once.
+    """This process as one of many ranks whose collectives return at once.
+
+    Args:
+        world_size: Number of ranks.
+        rank: Of this process, from 0.
 
     Raises:
         RuntimeError: This process is in a process group already.
@@ -101,6 +107,10 @@ def fake_rank(world_size: int, rank: int) -> Iterator[None]:
 def build_mesh(layout: str, world_size: int) -> Any:
     """The DeviceMesh of a layout: one dimension for FSDP2, (world_size / 8, 8) for HSDP.
 
+    Args:
+        layout: Among `LAYOUTS`.
+        world_size: Number of ranks, a multiple of 8.
+
     Raises:
         ValueError: An unknown layout, or a world size that is no multiple of 8.
     """
@@ -110,7 +120,7 @@ def build_mesh(layout: str, world_size: int) -> Any:
         raise ValueError(f"layout={layout!r} is unknown; it must be one of {', '.join(map(repr, LAYOUTS))}")
     if world_size < HSDP_SHARDS or world_size % HSDP_SHARDS:
         raise ValueError(f"world_size={world_size} must be a multiple of {HSDP_SHARDS}: HSDP shards over that many")
-    if layout == "FSDP2":
+    if not LAYOUTS[layout]:
         return init_device_mesh("cpu", (world_size,))
     return init_device_mesh("cpu", (world_size // HSDP_SHARDS, HSDP_SHARDS), mesh_dim_names=("replicate", "shard"))
 
@@ -119,6 +129,10 @@ def sharded(shapes: Sequence[Shape], mesh: Any) -> list[nn.Parameter]:
     """This rank's parameters and gradients under `fully_shard`, which shards one parameter of each shape.
 
     The others are its likeness, padding included: at 16,384 ranks `fully_shard` needs 30 ms for each.
+
+    Args:
+        shapes: One for each parameter, float32.
+        mesh: The layout's DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -155,7 +169,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def step_once(params: Sequence[nn.Parameter]) -> Held:
-    """Make one optimizer step on sharded parameters and look at what is there afterwards."""
+    """What a rank holds after one optimizer step on sharded parameters, and what the step sent."""
     optimizer = RAdaBeliefW(params)
     with Collectives() as counter:
         optimizer.step()
@@ -197,7 +211,7 @@ class Case:
 
     Attributes:
         name: Of the set of parameters.
-        layout: "FSDP2" or "HSDP".
+        layout: Among `LAYOUTS`: FSDP2 or HSDP.
         world_size: Number of ranks.
         first: What rank 0 holds.
         last: What the last rank holds.
@@ -217,14 +231,14 @@ class Case:
     def ideal_bytes(self) -> float:
         """12 bytes a parameter, in equal shares."""
         elements = sum(torch.Size(shape).numel() for shape in SETS[self.name]())
-        return BYTES_PER_PARAMETER * elements / (self.world_size if self.layout == "FSDP2" else HSDP_SHARDS)
+        return BYTES_PER_PARAMETER * elements / (HSDP_SHARDS if LAYOUTS[self.layout] else self.world_size)
 
 
 def measure(layout: str, world_size: int, names: Sequence[str] | None = None) -> list[Case]:
-    """Be the first rank and the last one, and step every set of parameters on each.
+    """What the first rank and the last one hold after a step on every set of parameters.
 
     Args:
-        layout: "FSDP2" or "HSDP".
+        layout: Among `LAYOUTS`: FSDP2 or HSDP.
         world_size: Number of ranks, a multiple of 8.
         names: Which sets; None is all of `SETS`.
 

@@ -7,14 +7,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+from robust_dist.surroundings import processor
 from robust_dist.validate import whole_number
 
 _BURST = 8  # calls, few enough for a GPU's queue to take them all
 
 Call = Callable[[], object]
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class _Sample:
     seconds: float
     cpu: float
     host: float | None = None
+
+
+@dataclass(frozen=True)
+class Result(Generic[RowT]):
+    """What a benchmark found.
+
+    Attributes:
+        rows: Of the contenders that were timed.
+        left_out: For each contender that is not there, why.
+    """
+
+    rows: list[RowT]
+    left_out: dict[str, str]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -189,9 +205,6 @@ def _synchronize() -> None:
 
 def machine() -> str:
     """One line that names the processor, the accelerator, the threads and torch's version."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cpu = processor() or platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"

@@ -4,21 +4,45 @@ import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 
+from robust_dist.bench.augment_peers import BACKENDS
 from robust_dist.bench.figure import Bar, Panel, draw_bars
-from robust_dist.bench.timing import Timing, interleaved, machine, pick_device, reason, thread_count
-from robust_dist.bench.train_contenders import GRAPH, NONE, Contender, Settings, random_set, recipes
+from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.data import ImageSet
 from robust_dist.measure.table import table
+from robust_dist.train.data_config import DataConfig
+from robust_dist.train.engine import fit_engine
+from robust_dist.train.recipe import AugmentConfig, ModelConfig, PrecisionConfig, Recipe
+from robust_dist.train.trial import Trial, random_set
 from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")
+NONE, COMPILED, GRAPH = "none", "torch, compiled", "the whole step as a CUDA graph"
 _ALONE = "alone: "
+_STEPS = 16  # of an epoch
+_WITHOUT = AugmentConfig(crop=0, flip=False, trivial=False, cutmix=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contenders have in common.
+
+    Attributes:
+        batch: Images a step, of 32 x 32 pixels.
+        precision: Autocast, "no" or "bf16".
+        device: Where they train.
+    """
+
+    batch: int
+    precision: Any
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -42,24 +66,46 @@ class Row:
     to_none: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """The rows; and for each contender that is not there, why."""
+def _recipe(model: str, settings: Settings) -> Recipe:
+    return Recipe(
+        data=DataConfig(name="cifar10"),
+        model=ModelConfig(name=model),
+        precision=PrecisionConfig(mixed=settings.precision, deterministic=False),
+        batch_size=settings.batch,
+    )
 
-    rows: list[Row]
-    left_out: dict[str, str]
+
+def _recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) -> dict[str, tuple[Recipe, str | None]]:
+    """Name to a recipe and the backend that augments; None for the recipe's own choice."""
+    plain = _recipe(model, settings)
+    found: dict[str, tuple[Recipe, str | None]] = {NONE: (replace(plain, augment=_WITHOUT), None)}
+    found |= {name: (plain, name) for name in BACKENDS}
+    if compiled:
+        found[COMPILED] = replace(plain, augment=AugmentConfig(compile=True)), None
+    if cuda_graph:
+        found[GRAPH] = replace(plain, cuda_graph=True), None
+    return found
+
+
+def _trial(recipe: Recipe, backend: str | None, images: ImageSet, accelerator: Accelerator, folder: Path) -> Trial:
+    fit_engine(accelerator, recipe)
+    trial = Trial(recipe, accelerator, folder, images, images)
+    for module in trial.trainer.augment.modules():
+        if backend is not None and hasattr(module, "backend"):
+            cast(Any, module).backend = backend
+    return trial
 
 
 def _model_rows(
     model: str, settings: Settings, options: dict[str, bool], rounds: int, left_out: dict[str, str]
 ) -> list[Row]:
     accelerator = Accelerator(cpu=settings.device.type == "cpu", mixed_precision=settings.precision)
-    images = random_set(settings)
+    images = random_set(settings.batch * _STEPS, (3, 32, 32), 10, settings.device)
     calls: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (recipe, backend) in recipes(model, settings, **options).items():
+        for name, (recipe, backend) in _recipes(model, settings, **options).items():
             try:
-                one = Contender(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
+                one = _trial(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
                 calls[name], calls[_ALONE + name] = one.step, one.augment
             except Exception as error:
                 left_out[f"{model}, {name}"] = reason(error)
@@ -105,13 +151,13 @@ def run(
     precision: str | None = None,
     compiled: bool = False,
     cuda_graph: bool = False,
-) -> Result:
-    """Time training steps in turn; arguments and errors as in `bench_train`."""
+) -> Result[Row]:
+    """Times of training steps, in turn; arguments and errors as in `bench_train`."""
     _check(batch, rounds, precision, models)
     where = pick_device(device)
     on_gpu = where.type == "cuda"
     settings = Settings(batch, precision or ("bf16" if on_gpu else "no"), where)
-    result = Result([], _unavailable(where, cuda_graph))
+    result: Result[Row] = Result([], _unavailable(where, cuda_graph))
     options = {"compiled": compiled, "cuda_graph": cuda_graph and on_gpu}
     torch.backends.cudnn.benchmark = True
     with thread_count(threads), warnings.catch_warnings():
@@ -131,8 +177,14 @@ def _cells(row: Row, batch: int) -> Iterator[str]:
         yield f"{row.timing.host * 1e3:.2f}"
 
 
-def report(result: Result, batch: int, about: str) -> str:
-    """The rows as Markdown, with the machine and what was left out."""
+def report(result: Result[Row], batch: int, about: str) -> str:
+    """The rows as Markdown, with the machine and what was left out.
+
+    Args:
+        result: What `run` gave.
+        batch: Images a step.
+        about: What the first line says of the run.
+    """
     head = [
         "model",
         "augmentation",
@@ -150,8 +202,15 @@ def report(result: Result, batch: int, about: str) -> str:
     return "\n".join([*lines, table(head, (_cells(row, batch) for row in result.rows))])
 
 
-def draw(result: Result, batch: int, path: Path, about: str) -> None:
-    """Images per second of every row, a panel for each model, into a PNG."""
+def draw(result: Result[Row], batch: int, path: Path, about: str) -> None:
+    """A picture of every row's images per second, a panel for each model.
+
+    Args:
+        result: What `run` gave.
+        batch: Images a step.
+        path: The PNG to write.
+        about: What the note says of the run.
+    """
     panels = []
     for model in dict.fromkeys(row.model for row in result.rows):
         rows = [row for row in result.rows if row.model == model]
@@ -178,7 +237,7 @@ def bench_train(
     cuda_graph: bool = False,
     out: str | Path | None = None,
 ) -> str:
-    """Time whole training steps of the recipe's loop on random 32 x 32 images, with and without augmentation, in turn.
+    """Times of the recipe's whole training steps on random 32 x 32 images, with and without augmentation, in turn.
 
     Args:
         models: Models by name.

@@ -28,15 +28,15 @@ from robust_dist.validate import whole_number
 
 FORMS = ("accelerate", "trainer")
 _CARRIED = ("custom_checkpoint_*.pkl", "scaler.pt", "sampler*.bin", "dl_state_dict*.bin")
-_ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.DEEPSPEED)
+_ACCELERATE = (layouts.DDP, layouts.FSDP_FULL, layouts.FSDP_SHARDED, layouts.ZERO)
 
 
 def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in a checkpoint of any engine, whole and on the CPU.
 
     Args:
-        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, DeepSpeed) with or without our manifest, a
-            `checkpoint-N` of Trainer's under any of these, a DeepSpeed folder, a `torch.distributed.checkpoint` folder,
+        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, ZeRO) with or without our manifest, a
+            `checkpoint-N` of Trainer's under any of these, ZeRO's own folder, a `torch.distributed.checkpoint` folder,
             or a `torch.save` file with "model" and "optimizer".
         number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
         unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
@@ -78,7 +78,7 @@ def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor
     place = find_layout(path)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return plain.read_weights(place.path, names)
-    if place.kind == layouts.DEEPSPEED:
+    if place.kind == layouts.ZERO:
         from robust_dist.checkpoint import zero_read
 
         return zero_read.read_weights(place.path)
@@ -92,7 +92,7 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
         return read_file(place.path, number=number, unwrap=unwrap)
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return read_folder(place.path, number=number, unwrap=unwrap)
-    if place.kind == layouts.DEEPSPEED:
+    if place.kind == layouts.ZERO:
         from robust_dist.checkpoint.zero_read import read_zero
 
         return read_zero(place.path)
@@ -112,7 +112,7 @@ def _read_beside(state: TrainingState, place: Layout) -> None:
     noted, ranks = read_names(folder), len(random_states)
     if noted is not None:
         state.extra = noted.extra() | state.extra
-    if place.kind != layouts.DEEPSPEED:
+    if place.kind != layouts.ZERO:
         state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
     if trainer.is_trainers(folder):
         trainer.read_beside(state, folder)

@@ -15,6 +15,7 @@ from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.engines.engine import UNNOTED_SHARDS
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
@@ -90,7 +91,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     groups = [{**group, "params": [renamed[name] for name in group["params"]]} for group in groups]
     ranks, extra = ranks_of(folders[0]) or None, {"objects": objects} if objects else {}
     return TrainingState(
-        model, optimizer, groups, _schedule(flat, before), engine="fsdp", world_size=ranks, extra=extra
+        model, optimizer, groups, _schedule(flat, before), engine=UNNOTED_SHARDS, world_size=ranks, extra=extra
     )
 
 

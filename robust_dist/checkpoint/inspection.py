@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_dist.checkpoint import trainer
 from robust_dist.checkpoint.conversion import read
-from robust_dist.checkpoint.layout import DEEPSPEED, Layout, find_layout
+from robust_dist.checkpoint.layout import ZERO, Layout, find_layout
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, verify
 from robust_dist.checkpoint.training_state import TrainingState
 
@@ -70,7 +70,8 @@ def _place(path: Path) -> tuple[Layout | None, str | None]:
 def _layout(path: Path, place: Layout | None) -> str:
     kind = "folder" if place is None else place.kind
     if path.is_dir() and trainer.is_trainers(path):
-        kind = "Trainer folder (DeepSpeed)" if kind == DEEPSPEED else kind.replace("Accelerate", "Trainer")
+        own = f"Trainer folder ({kind.removesuffix(' folder')})"
+        kind = own if kind == ZERO else kind.replace("Accelerate", "Trainer")
     return f"{kind}, with {MANIFEST}" if (path / MANIFEST).is_file() else kind
 
 

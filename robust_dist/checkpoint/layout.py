@@ -9,7 +9,7 @@ from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 DDP = "Accelerate folder (DDP)"
 FSDP_SHARDED = "Accelerate folder (FSDP, sharded state dict)"
 FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
-DEEPSPEED = "DeepSpeed folder"
+ZERO = "DeepSpeed folder"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
 # Marks a folder of Trainer's, which is of any of the first four kinds.
@@ -67,7 +67,7 @@ def kinds_in(path: Path) -> list[str]:
         FSDP_FULL: (path / FULL_MODEL_FILE).is_file(),
         FSDP_SHARDED: (path / "pytorch_model_fsdp_0").is_dir(),
         DCP: (path / ".metadata").is_file() or any(path.glob("*.distcp")),
-        DEEPSPEED: is_zero(path),
+        ZERO: is_zero(path),
     }
     found = [kind for kind, there in tests.items() if there]
     if len(found) > 1 and tests[DDP] and _is_export(path):

@@ -99,8 +99,8 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     """Write `parameters.json`, which names the optimizer's parameters, into a checkpoint's folder.
 
     DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
-    written later, too, by a script that builds the same model and optimizer. FSDP's and DeepSpeed's files carry the
-    names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
+    written later, too, by a script that builds the same model and optimizer. Files of engines that shard
+    carry the names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
 
     Args:
         folder: The checkpoint's folder.
@@ -133,7 +133,7 @@ def _name_of(param: Tensor, names: Mapping[int, str]) -> str:
     if id(param) not in names:
         raise CheckpointError(
             f"the optimizer has a parameter of shape {tuple(param.shape)} that is none of the model's: give "
-            "note_parameters the model whose parameters the optimizer steps (under DeepSpeed no note is needed)"
+            "note_parameters the model whose parameters the optimizer steps (under ZeRO no note is needed)"
         )
     return names[id(param)]
 

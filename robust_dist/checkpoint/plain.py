@@ -11,6 +11,7 @@ from torch import Tensor
 from robust_dist.checkpoint.names import ParameterNames, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 
 OPTIMIZER_FILE = "optimizer.bin"
@@ -88,7 +89,7 @@ def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> 
     ordered = "safetensors" not in file.name
     optimizer, groups = named_optimizer(saved, model, noted, ordered=ordered, where=path, number=number)
     extra = {"objects": objects} if objects else {}
-    return TrainingState(model, optimizer, groups, engine="fsdp" if full else "ddp", extra=extra)
+    return TrainingState(model, optimizer, groups, engine=UNNOTED_SHARDS if full else UNNOTED, extra=extra)
 
 
 def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:

@@ -19,8 +19,8 @@ from robust_dist.schedule import base_optimizer
 def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """As `accelerator.save_state`, and right under every engine.
 
-    Under FSDP, parameters that were never stepped are saved as that; under DeepSpeed, a rank that cannot write does not
-    keep the others waiting.
+    Under FSDP, parameters that were never stepped are saved as that; under ZeRO, a rank that cannot write does not keep
+    the others waiting.
 
     Args:
         accelerator: The Accelerator, after `prepare`; every rank calls this.
@@ -36,7 +36,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`).
 
     Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    by `dcp_files`; what DeepSpeed reads it unpickles, whatever is asked of it. Accelerate passes
+    by `dcp_files`; ZeRO's files are unpickled, whatever is asked. Accelerate passes
     over a random state that it cannot read: here it is an error.
 
     Args:

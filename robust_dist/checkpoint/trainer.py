@@ -1,8 +1,8 @@
 """Checkpoints of `transformers.Trainer`: an engine's own files, some under other names, and `trainer_state.json`.
 
-Under DeepSpeed Trainer looks for a folder `global_step*` and then loads what `latest` names. Without DeepSpeed and
-FSDP it takes the optimizer's state from `optimizer.pt`, but only where `scheduler.pt` lies beside it, and else starts
-it anew without a word.
+Under ZeRO Trainer looks for a folder `global_step*` and then loads what `latest` names. Without ZeRO and FSDP
+it takes the optimizer's state from `optimizer.pt`, but only where `scheduler.pt` lies beside it, and else starts it
+anew without a word.
 """
 
 import json
@@ -61,7 +61,7 @@ def check_files(folder: Path, kind: str) -> None:
             f"{folder / TRAINERS_OPTIMIZER}: is missing: torn, or saved with save_only_model=True, which leaves "
             "out what a run needs to go on"
         )
-    if kind != layout.DEEPSPEED and not (folder / TRAINERS_SCHEDULE).is_file():
+    if kind != layout.ZERO and not (folder / TRAINERS_SCHEDULE).is_file():
         raise CheckpointError(
             f"{folder / TRAINERS_SCHEDULE}: is missing: Trainer would load the weights alone, without a word"
         )
@@ -122,7 +122,7 @@ def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size
             (folder / "pytorch_model.bin").unlink(missing_ok=True)
     if (folder / SCHEDULE_FILE).is_file():
         os.rename(folder / SCHEDULE_FILE, folder / TRAINERS_SCHEDULE)
-    if kind == layout.DEEPSPEED:
+    if kind == layout.ZERO:
         os.rename(folder / TAG, folder / f"global_step{step}")
         (folder / LATEST).write_text(f"global_step{step}", encoding="utf-8")
     if src.is_dir() and is_trainers(src):

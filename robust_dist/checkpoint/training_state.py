@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from robust_dist.engines.engine import UNNOTED
+
 
 @dataclass
 class TrainingState:
@@ -28,7 +30,7 @@ class TrainingState:
     optimizer: dict[str, dict[str, Tensor]]
     groups: list[dict[str, Any]]
     schedule: dict[str, Any] | None = None
-    engine: str = "ddp"
+    engine: str = UNNOTED
     world_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 

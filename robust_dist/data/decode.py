@@ -91,7 +91,12 @@ def is_turned(data: bytes) -> bool:
 
 
 def check_header(data: bytes) -> None:
-    """Look at an image file's header alone, which costs a hundredth of decoding.
+    """`header`, for its errors alone."""
+    header(data)
+
+
+def header(data: bytes) -> ImageFile.ImageFile:
+    """An image of which the header alone is decoded, which costs a hundredth of the whole.
 
     Raises:
         BadImageError: as `decode_rgb`, as far as the header tells.
@@ -100,7 +105,9 @@ def check_header(data: bytes) -> None:
         raise BadImageError("an empty file")
     with _strict_and_quiet:
         try:
-            _check_size(_open(data))
+            image = _open(data)
+            _check_size(image)
+            return image
         except (BadImageError, MemoryError):
             raise
         except Exception as error:  # What a decoder raises over a bad file can be of any type.
@@ -165,7 +172,7 @@ def resize_center_crop(image: Image.Image, size: int, resize: int) -> Tensor:
     """
     if resize < size:
         raise ValueError(f"resize must be at least size={size}, got {resize}")
-    resized = image.resize(_resized_size(image.width, image.height, resize), Image.Resampling.BILINEAR)
+    resized = image.resize(resized_size(image.width, image.height, resize), Image.Resampling.BILINEAR)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return to_tensor(resized.crop((left, top, left + size, top + size)))
 
@@ -268,7 +275,12 @@ def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     return left, top, left + w, top + h
 
 
-def _resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """Width and height of an image whose shorter side becomes `shorter` pixels.
+
+    Raises:
+        BadImageError: they would have more than `MAX_PIXELS` pixels.
+    """
     longer = int(shorter * max(width, height) / min(width, height))
     if shorter * longer > MAX_PIXELS:
         raise BadImageError(

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -53,25 +53,32 @@ class ImageReader(Dataset[Pack]):
         bad: dict[int, BadImage] = {}
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
             try:
-                images[slot], labels[slot] = self._read(index, key)
+                data, label = self.read(index)
+                images[slot], labels[slot] = self.crop(decode_rgb(data), key), label
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
-        if not bad:
-            return Pack(images, labels)
-        weights = torch.ones(len(indices))
-        weights[list(bad)] = 0
-        for slot, other in stand_ins(list(bad), len(indices), self.block).items():
-            images[slot], labels[slot] = images[other], labels[other]
-        return Pack(images, labels, weights, tuple(bad.values()))
+        return filled(images, labels, bad, self.block)
 
-    def _read(self, index: int, key: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
+        """A sample's file and its label."""
         data, label = self.source.read(index)
         if not 0 <= label < len(self.source.classes):
             raise ValueError(
                 f"{self.source.where(index)} has label {label}, outside the {len(self.source.classes)} classes of "
                 f"{self.source.name} (0 to {len(self.source.classes) - 1})"
             )
-        return self.crop(decode_rgb(data), key), label
+        return data, label
+
+
+def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: int) -> Pack:
+    """The pack of images whose `bad` slots are to hold stand-ins and to count nothing; changes images and labels."""
+    if not bad:
+        return Pack(images, labels)
+    weights, slots = torch.ones(len(labels)), sorted(bad)
+    weights[slots] = 0
+    for slot, other in stand_ins(slots, len(labels), block).items():
+        images[slot], labels[slot] = images[other], labels[other]
+    return Pack(images, labels, weights, tuple(bad[slot] for slot in slots))
 
 
 def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
@@ -101,7 +108,7 @@ class Workers:
         pin: whether images are given out in pinned memory.
     """
 
-    def __init__(self, reader: ImageReader, *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
+    def __init__(self, reader: Dataset[Any], *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
         self.requests = _Requests()
         options: dict[str, Any] = {"collate_fn": _unchanged}
         if workers:
@@ -111,7 +118,7 @@ class Workers:
                 "persistent_workers": True,
                 "worker_init_fn": shield,
             }
-        self._loader: DataLoader[Pack] | None = DataLoader(
+        self._loader: DataLoader[Any] | None = DataLoader(
             reader,
             batch_size=None,
             sampler=self.requests,

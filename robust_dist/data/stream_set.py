@@ -10,9 +10,10 @@ from torch import Tensor
 from robust_dist.data.batch import Request
 from robust_dist.data.batches import Cut
 from robust_dist.data.crops import CentralCrop, RandomCrop
+from robust_dist.data.device_decode import Decode, DeviceReader, EncodedReader
 from robust_dist.data.errors import BadImage
 from robust_dist.data.identity import fingerprint
-from robust_dist.data.loader import Loader
+from robust_dist.data.loader import Loader, Reader
 from robust_dist.data.order import EpochOrder, Order
 from robust_dist.data.reading import ImageReader, Workers
 from robust_dist.data.sets import EvalBatch, LabelledSet
@@ -34,6 +35,7 @@ class StreamSet(LabelledSet):
         workers: processes that read; 0 reads in this one, between the steps.
         prefetch: micro-batches that each worker reads ahead.
         shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
+        decode: what decodes JPEGs on the device; None where workers do.
     """
 
     source: ImageSource
@@ -42,6 +44,7 @@ class StreamSet(LabelledSet):
     workers: int = 4
     prefetch: int = 2
     shuffle_window: int = SHUFFLE_WINDOW
+    decode: Decode | None = None
     _bad: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -71,14 +74,16 @@ class StreamSet(LabelledSet):
         """A permutation where the source is one group, else shuffled within windows of groups."""
         return EpochOrder(seed, epoch, self.group_sizes, self.shuffle_window)
 
-    def reader(self, *, block: int = 1, workers: int | None = None) -> Workers:
+    def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
         """Worker processes; they live from the first request to `close`."""
-        return Workers(
-            ImageReader(self.source, self.crop, self.crop.size, block),
+        reader = ImageReader(self.source, self.crop, self.crop.size, block)
+        read = Workers(
+            reader if self.decode is None else EncodedReader(reader),
             workers=self.workers if workers is None else workers,
             prefetch=self.prefetch,
             pin=self.device.type == "cuda",
         )
+        return read if self.decode is None else DeviceReader(read, reader, self.decode, self.device)
 
     def loader(self, cut: Cut) -> Loader:
         """Epochs of the set.

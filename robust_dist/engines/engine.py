@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
-# Of checkpoints that were written before they noted their engine.
-UNNOTED = "ddp"
+# Of checkpoints that do not note their engine: whole ones, and those in shards.
+UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
 # Modules of this folder that define ENGINES, a tuple of records.
 _OWN = ("ddp", "fsdp", "deepspeed")
 
@@ -84,7 +84,7 @@ class Engine:
     variants: tuple["Variant", ...] = ()
 
     def runs(self, accelerator: Any) -> bool:
-        """Whether an `Accelerator` trains under this engine."""
+        """Whether an `Accelerator` trains under this engine; every engine says it."""
         raise NotImplementedError
 
     def title(self, accelerator: Any) -> str:
@@ -92,14 +92,25 @@ class Engine:
         return self.kind
 
     def fit(self, accelerator: Any, settings: RunSettings) -> None:
-        """Complete the engine's own configuration from the run's settings, before `prepare`.
+        """Completes the engine's own configuration from the run's settings, before `prepare`.
+
+        Args:
+            accelerator: The Accelerator, before `prepare`.
+            settings: What the run asks for.
 
         Raises:
             ValueError: The two contradict each other, or the engine cannot do what is asked.
         """
 
     def prepare(self, accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Any, Any, Any]:
-        """What this engine makes of model, optimizer and schedule."""
+        """What this engine makes of model, optimizer and schedule.
+
+        Args:
+            accelerator: The Accelerator.
+            model: The whole model; whether it must be contiguous, `trains_any_memory_format` says.
+            optimizer: The run's optimizer over the model's parameters.
+            schedule: A RobustSchedule over the optimizer.
+        """
         prepared: tuple[Any, Any, Any] = accelerator.prepare(model, optimizer, schedule)
         return prepared
 
@@ -150,7 +161,14 @@ class Engine:
         raise NotImplementedError
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers."""
+        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers.
+
+        Args:
+            sizes: Of the model.
+            rank: Which rank.
+            world_size: Ranks that save.
+            whole: In the form of `has_full_state_dict`.
+        """
         return sizes.elements * (sizes.bytes_each + sizes.moments) if rank == 0 else 0
 
 

@@ -62,7 +62,11 @@ def make_accelerator(
 
 
 def check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
+    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half.
+
+    Raises:
+        EngineError: Names the mesh's sizes and the number of ranks.
+    """
     # Another launcher's ranks, as MPI's, are counted by Accelerate.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return

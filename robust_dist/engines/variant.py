@@ -102,12 +102,18 @@ class Collective:
 def of_all(
     job: "Question", what: str, operation: Operation, payload: float, count: int, *, overlaps: bool
 ) -> Collective:
-    """A collective of all ranks."""
+    """A collective of all ranks; the other arguments are `Collective`'s fields."""
     return Collective(what, operation, payload, job.world_size, count, job.nodes > 1, overlaps)
 
 
 def split(profile: "Profile", batch: int, bytes_per_born: float) -> tuple[float, float]:
-    """Bytes of activations, and of the gradients that exist beside them at the highest moment."""
+    """Bytes of activations, and of the gradients that exist beside them at the highest moment.
+
+    Args:
+        profile: Of the model.
+        batch: Images of a micro batch.
+        bytes_per_born: Bytes that stay of each element of a finished gradient.
+    """
     both, alone = profile.live(batch, bytes_per_born), profile.live(batch)
     return min(alone, both), max(both - alone, 0.0)
 
@@ -181,12 +187,18 @@ class Variant:
         return torch.float32, None if dtype == torch.float32 else dtype
 
     def held(self, shapes: "Shapes", job: "Question", rank: int = 0) -> Held:
-        """Exact bytes that `rank` holds."""
+        """Exact bytes that a rank holds.
+
+        Args:
+            shapes: Of the model.
+            job: The job.
+            rank: Which one.
+        """
         numel, count = shapes.numel, len(shapes.parameters)
         return Held(SINGLE * numel, 0, SINGLE * numel, MOMENTS * numel + STEP * count, numel)
 
     def worst_rank(self, shapes: "Shapes", job: "Question") -> int:
-        """The rank that holds most."""
+        """The rank that holds most of the job's."""
         return 0
 
     def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
@@ -206,11 +218,23 @@ class Variant:
         return Passes(profile.live(batch), 0.0, SINGLE * shapes.numel)
 
     def step_bytes(self, own: Held, job: "Question", temporaries: int) -> float:
-        """Most bytes of gradients and temporaries in the optimizer's step, of which the optimizer itself has some."""
+        """Most bytes of gradients and temporaries in the optimizer's step.
+
+        Args:
+            own: What the rank holds.
+            job: The job.
+            temporaries: Bytes that the optimizer itself needs.
+        """
         return own.gradients + temporaries
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """What the engine sends in an optimizer step of so many micro batches."""
+        """What the engine sends in an optimizer step.
+
+        Args:
+            shapes: Of the model.
+            job: The job.
+            accumulation: Micro batches of a step.
+        """
         yield of_all(job, "gradients", "all-reduce", SINGLE * shapes.numel, _buckets(shapes), overlaps=True)
 
     def words(self, job: "Question") -> list[str]:
@@ -222,7 +246,16 @@ class Variant:
         return self
 
     def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
-        """The model under this engine on the ranks of the process group of CPUs, `batch` images at a time."""
+        """The model under this engine on the ranks of the process group of CPUs.
+
+        Args:
+            model: The whole model, float32, on the CPU.
+            job: The job.
+            batch: Images at a time and rank.
+
+        Raises:
+            ImportError: The engine's package is not installed.
+        """
         return Run(nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
 
     def config_file(self, job: "Question") -> str:
@@ -231,7 +264,12 @@ class Variant:
         return f"configs/accelerate/{prefix}{self.file}.yaml"
 
     def launch_line(self, job: "Question", accumulation: int) -> str:
-        """The whole command, to be typed on every node."""
+        """The whole command, to be typed on every node.
+
+        Args:
+            job: The job.
+            accumulation: Micro batches of a step.
+        """
         words = ["accelerate launch", f"--config_file {self.config_file(job)}", f"--num_processes {job.world_size}"]
         if job.nodes > 1:
             words += [f"--num_machines {job.nodes}", "--machine_rank $NODE_RANK", "--main_process_ip $MASTER_ADDR"]

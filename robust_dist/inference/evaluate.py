@@ -17,7 +17,7 @@ from robust_dist.data.folder import open_image_folder
 from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.stream_set import StreamSet
-from robust_dist.inference.preprocess import Preprocess, pixels_of
+from robust_dist.inference.preprocess import Preprocess, is_own, pixels_of
 from robust_dist.inference.trained import Trained, settings_of
 from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
@@ -86,14 +86,16 @@ def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> 
     """
     record = trained.record
     settings = settings_of(Document(record.recipe, str(trained.path)), type(trained.settings), words)
+    if is_own(settings.data):
+        raise DataError(f"{trained.path}: the run's images were given in Python; name a folder of images (PATH)")
     found = open_eval_set(settings.data, device, trained.classes, download=settings.data.download)
     _check_fits(trained, found)
     differing = part_differences("eval", part_record(found), record.data.get("eval", {}))
     if differing and not words:
         raise DataError(f"{trained.path} was evaluated on other images: {'; '.join(differing)}")
-    pixels = pixels_of(settings.data, channels_last=settings.model.channels_last)
-    is_own = not differing and pixels == record.preprocessing
-    return Images(found, Preprocess(trained.classes, pixels), record.checkpoint.eval_accuracy if is_own else None)
+    pixels = pixels_of(settings.data, settings.model.channels_last)
+    are_same = not differing and pixels == record.preprocessing
+    return Images(found, Preprocess(trained.classes, pixels), record.checkpoint.eval_accuracy if are_same else None)
 
 
 def folder_images(trained: Trained, folder: str | Path, device: torch.device) -> Images:

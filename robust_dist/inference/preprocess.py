@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,7 +12,9 @@ from torch import Tensor
 from robust_dist.augment import RobustAugment
 from robust_dist.data.decode import as_rgb, decode_rgb, resize_center_crop, to_tensor
 from robust_dist.data.errors import BadImageError
+from robust_dist.data.registry import DATASETS
 from robust_dist.data.source import Upright, turns_upright
+from robust_dist.documents import typed
 from robust_dist.train.build import preprocessing_of
 from robust_dist.train.data_config import DataConfig
 
@@ -40,12 +43,33 @@ class Pixels:
     channels_last: bool = False
 
 
-def pixels_of(data: DataConfig, *, channels_last: bool) -> Pixels:
+def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
     """What a recipe's evaluation does to its images."""
     image = preprocessing_of(data, evaluation=True)
     resize = data.eval_sides[1] if data.streamed else None
     upright = data.source is not None and turns_upright(str(data.exif), auto=data.name == "hub")
     return Pixels(image.size, resize, tuple(image.mean), tuple(image.std), upright, channels_last)
+
+
+def is_own(data: DataConfig) -> bool:
+    """Whether a run's images were given to `fit`, so that `data.json` alone says what they were."""
+    return data.name not in DATASETS and data.source is None
+
+
+def pixels_noted(record: dict[str, Any], channels_last: bool) -> Pixels:
+    """What a run's evaluation does to its images by its `data.json`."""
+    noted: _Noted = typed(record.get("preprocessing"), _Noted, "data.json: preprocessing")
+    return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, channels_last=channels_last)
+
+
+@dataclass
+class _Noted:
+    """The preprocessing in `data.json`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_size: int
+    eval_resize: int | None = None
 
 
 class Preprocess:

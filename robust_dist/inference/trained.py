@@ -1,7 +1,7 @@
 """A trained model, read from a run's folder or from what `robust-dist export` wrote."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +18,15 @@ from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
-from robust_dist.inference.preprocess import Pixels, Preprocess, pixels_of
+from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
+Own = nn.Module | Callable[[int], nn.Module]
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 # Accelerate's name for the moving average, the one object that a run registers with it.
 AVERAGE = "custom_checkpoint_0.pkl"
@@ -136,20 +138,22 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load(
-    path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe
-) -> tuple[nn.Module, Preprocess]:
+def load(path: str | Path, **options: Any) -> tuple[nn.Module, Preprocess]:
     """See `robust_dist.load`."""
-    trained = read(path, checkpoint=checkpoint, kind=kind)
+    trained = read(path, **options)
     return trained.model, trained.preprocess
 
 
-def read(path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe] = Recipe) -> Trained:
+def read(
+    path: str | Path, *, checkpoint: str | int = "last", model: Own | None = None, kind: type[Recipe] = Recipe
+) -> Trained:
     """The model of a run, or of an export.
 
     Args:
         path: The folder.
         checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
+        model: Of a run whose model is no recipe's: the module that `fit` was given, or the function of the number of
+            classes. A module is filled with the weights and put into eval mode.
         kind: The recipe's class, for a run of a class of your own.
 
     Raises:
@@ -160,9 +164,9 @@ def read(path: str | Path, *, checkpoint: str | int = "last", kind: type[Recipe]
     if (folder / RECORD).is_file():
         if checkpoint != "last":
             raise ValueError(f"{folder} is an export of one checkpoint: leave checkpoint={checkpoint!r} out")
-        return _read_export(folder, kind)
+        return _read_export(folder, model, kind)
     if (folder / "recipe.yaml").is_file():
-        return _read_run(folder, checkpoint, kind)
+        return _read_run(folder, checkpoint, model, kind)
     raise ValueError(f"{folder}: {_why_none(folder)}")
 
 
@@ -174,7 +178,7 @@ def _why_none(folder: Path) -> str:
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 
 
-def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Trained:
+def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[Recipe]) -> Trained:
     run = RunFolder(folder)
     document = read_yaml(folder / "recipe.yaml")
     recipe = typed(document.data, dict[str, Any], document.name)
@@ -183,9 +187,10 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Traine
     place, manifest = choose(run, checkpoint)
     engine = str(manifest.metadata.get("engine", UNNOTED))
     _check_evaluated(place, manifest, recipe)
-    pixels = pixels_of(settings.data, channels_last=settings.model.channels_last)
+    channels_last = settings.model.channels_last
+    pixels = pixels_noted(data, channels_last) if is_own(settings.data) else pixels_of(settings.data, channels_last)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
-    model = build(settings, len(classes), len(pixels.mean), engine)
+    model = build(settings, len(classes), len(pixels.mean), engine, own)
     _fill(model, _weights(place, settings, model), place, settings.model.name)
     ranks = int(manifest.metadata.get("num_processes", 1))
     origin = Origin(manifest.step, manifest.metadata.get(ACCURACY), engine, ranks)
@@ -195,11 +200,11 @@ def _read_run(folder: Path, checkpoint: str | int, kind: type[Recipe]) -> Traine
     return Trained(folder, model, Preprocess(classes, pixels), settings, record)
 
 
-def _read_export(folder: Path, kind: type[Recipe]) -> Trained:
+def _read_export(folder: Path, own: Own | None, kind: type[Recipe]) -> Trained:
     record: Record = read_json(folder / RECORD, Record)
     settings = settings_of(Document(record.recipe, str(folder / RECORD)), kind)
     pixels = record.preprocessing
-    model = build(settings, len(record.classes), len(pixels.mean), record.checkpoint.engine)
+    model = build(settings, len(record.classes), len(pixels.mean), record.checkpoint.engine, own)
     try:
         load_model(model, str(folder / WEIGHTS))
     except FileNotFoundError:
@@ -299,12 +304,24 @@ def _check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) ->
         )
 
 
-def build(settings: Recipe, num_classes: int, channels: int, engine: str) -> nn.Module:
-    """The recipe's model in eval mode; torch's generator is left as it was."""
+def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
+    """The recipe's model, or a run's own one, in eval mode; torch's generator is left as it was.
+
+    Raises:
+        ValueError: The model is no recipe's, and none is given.
+    """
+    if own is None and settings.model.name == OWN:
+        raise ValueError(
+            f"the run's model is your own (model.name={OWN!r}): give it in Python, robust_dist.load(RUN, model=...)"
+        )
     section = replace(settings.model, sync_batchnorm=False)
     with torch.random.fork_rng(devices=[]):
-        contiguous = not engine_named(engine).trains_any_memory_format
-        return section.build(num_classes, channels, seed=0, contiguous=contiguous).eval().requires_grad_(False)
+        if own is not None:
+            model = own if isinstance(own, nn.Module) else own(num_classes)
+        else:
+            contiguous = not engine_named(engine).trains_any_memory_format
+            model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+    return model.eval().requires_grad_(False)
 
 
 def _weights(place: Path, settings: Recipe, model: nn.Module) -> dict[str, Tensor]:

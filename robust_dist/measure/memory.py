@@ -62,6 +62,10 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     """The most memory that a call takes while it runs and gives back, in bytes; None where nothing tells.
 
     On a GPU it is the allocator's peak. On the CPU it is the process's, off by up to some 100 KiB (Linux).
+
+    Args:
+        call: The work.
+        device: Where it works.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ depends neither on Python's nor on torch's binary interface, and it releases the
 
 import ctypes
 import functools
+import os
 from array import array
 from collections.abc import Sequence
 from itertools import compress
@@ -26,6 +27,7 @@ from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
 from robust_dist.optim.tensors import TensorLists, inverse
+from robust_dist.surroundings import usable_cores
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,6 +68,25 @@ def why_not() -> str | None:
     """Why there is no compiled backend, or None where there is one."""
     found = _load()
     return found if isinstance(found, str) else None
+
+
+def threads() -> int:
+    """Threads of a step: torch's; of a launched rank its share of the cores where those are more, or a single one.
+
+    Launchers leave each rank one thread, as Accelerate and torchrun do where OMP_NUM_THREADS is not set, or all of the
+    host's: neither is right for ZeRO-Offload's step.
+    """
+    found = torch.get_num_threads()
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # launchers differ
+    if ranks is None:
+        return found
+    share = _share(ranks)
+    return found if 1 < found <= share else share
+
+
+@functools.cache
+def _share(ranks: str) -> int:
+    return max(1, int(usable_cores()) // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def _declare(found: Any) -> None:
@@ -124,7 +145,7 @@ def _scalars(batch: TensorLists, h: Hyper, step: float) -> _Scalars:
     kind = _KEEP if lr == 0.0 else _RECTIFIED if c.rectified else _UNRECTIFIED
     share = (1.0 - h.beta2) * h.beta1 * h.beta1
     moments = (1.0 - h.beta1, h.beta2, share, h.added_eps, -scale if h.maximize else scale)
-    return _Scalars(*moments, float(c.decay), float(c.step_size), c.inner, c.outer, kind, torch.get_num_threads())
+    return _Scalars(*moments, float(c.decay), float(c.step_size), c.inner, c.outer, kind, threads())
 
 
 def fused_cpu(batch: TensorLists, h: Hyper) -> None:

@@ -14,16 +14,15 @@ import triton.language as tl
 from robust_dist.optim import counting, fused_triton_table
 from robust_dist.triton_launch import Kernel
 
-CHUNK = tl.constexpr(fused_triton_table.CHUNK)
 SETTINGS = tl.constexpr(fused_triton_table.SETTINGS)
 RATE_MASK = tl.constexpr(fused_triton_table.RATE_MASK)
 EXACT = tl.constexpr(counting.EXACT)
 EXACT_BITS = tl.constexpr(counting.EXACT_BITS)
 
 # The table's columns: addresses and numbers from the host ...
-PARAM, EXP_AVG, EXP_AVG_SQ, MASTER, STEP, NUMEL, GROUP, PLACE, FIRST_INDEX = map(tl.constexpr, range(9))
+PARAM, EXP_AVG, EXP_AVG_SQ, MASTER, STEP, NUMEL, GROUP, PLACE, FIRST_INDEX, LENGTH = map(tl.constexpr, range(10))
 # ... then integers and float64 scalars from `advance`.
-KIND, KEY, RATE, BETA2, SHARE, ADDED_EPS, SCALE, DECAY, STEP_SIZE, INNER, OUTER = map(tl.constexpr, range(9, 20))
+KIND, KEY, RATE, BETA2, SHARE, ADDED_EPS, SCALE, DECAY, STEP_SIZE, INNER, OUTER = map(tl.constexpr, range(10, 21))
 KEEP, UNRECTIFIED, RECTIFIED, SKIP = map(tl.constexpr, range(4))
 
 # The settings' columns, of which RUN alone is an integer.
@@ -280,21 +279,24 @@ def step(
         TYPE: Of the second moments, the masters and the arithmetic.
         HAS_MASTER: Whether the step works on masters.
         STOCHASTIC: Whether what is kept in bfloat16 without a master is rounded by chance.
-        BLOCK: Elements that are in registers at a time; CHUNK is a multiple of it.
+        BLOCK: Elements that are in registers at a time; a chunk's length is a multiple of it.
     """
     row = tl.load(chunks + 2 * tl.program_id(0))
-    # As a product, so that the compiler knows it to be aligned.
-    first = tl.load(chunks + 2 * tl.program_id(0) + 1) * CHUNK
+    length = _integer(table, count, row, LENGTH)
+    # The compiler must know it to be aligned.
+    first = tl.multiple_of(tl.load(chunks + 2 * tl.program_id(0) + 1) * length, BLOCK)
     kind = _integer(table, count, row, KIND)
-    size = tl.minimum(_integer(table, count, row, NUMEL) - first, CHUNK).to(tl.int32)
+    size = tl.minimum(_integer(table, count, row, NUMEL) - first, length).to(tl.int32)
     size = tl.where(kind == SKIP, 0, size)
     param = _integer(table, count, row, PARAM)
     grad = tl.load(grads + row)
     exp_avg = _integer(table, count, row, EXP_AVG)
     exp_avg_sq = _integer(table, count, row, EXP_AVG_SQ)
     master = _integer(table, count, row, MASTER)
-    # Whole blocks of aligned tensors go without masks, in loads of 16 bytes.
-    whole = tl.where(((param | grad | exp_avg | exp_avg_sq | master) & 15) == 0, size // BLOCK, 0)
+    # Whole blocks of aligned tensors go without masks, in accesses of 16 bytes. DDP's buckets and FSDP's shards put
+    # gradients alone at odd addresses: their loads alone are narrow then.
+    whole = tl.where(((param | exp_avg | exp_avg_sq | master) & 15) == 0, size // BLOCK, 0)
+    odd = (grad & 15) != 0
     blocks = (size + (BLOCK - 1)) // BLOCK
 
     rate = _scalar(table, count, row, RATE, TYPE)
@@ -312,6 +314,7 @@ def step(
     for MASKED in tl.static_range(2):
         params = _array(param, first, PARAM_TYPE, MASKED)
         gradients = _array(grad, first, GRAD_TYPE, MASKED)
+        odd_gradients = _array(grad, first, GRAD_TYPE, True)
         exp_avgs = _array(exp_avg, first, EXP_AVG_TYPE, MASKED)
         exp_avg_sqs = _array(exp_avg_sq, first, TYPE, MASKED)
         masters = _array(master, first, TYPE, MASKED)
@@ -322,7 +325,12 @@ def step(
             p = _load(masters if HAS_MASTER else params, place, mask, TYPE)
             m = _load(exp_avgs, place, mask, TYPE)
             v = _load(exp_avg_sqs, place, mask, TYPE)
-            belief = _load(gradients, place, mask, TYPE) * scale - m
+            if MASKED:
+                g = _load(gradients, place, mask, TYPE)
+            else:  # one of both, by a predicate
+                narrow = _load(odd_gradients, place, odd, TYPE)
+                g = tl.where(odd, narrow, _load(gradients, place, odd == 0, TYPE))
+            belief = g * scale - m
             m = m + rate * belief  # eq. 6
             v = beta2 * v + share * belief * belief + added_eps  # eq. 16
             update = tl.where(kind == RECTIFIED, _divided(m, v, inner, outer), m)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_table, upload
+from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_length, chunk_table, upload
 from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
@@ -71,6 +71,10 @@ class Rows:
         param = self.tensors.params[index]
         return param.numel() * (2 if param.is_complex() else 1)
 
+    def chunk_length(self) -> int:
+        """Elements that a program of the kernel `step` steps of these tensors."""
+        return chunk_length(sum(map(self.numel, range(len(self.members)))))
+
     @property
     def _pointed(self) -> tuple[list[Tensor], ...]:
         t = self.tensors
@@ -80,24 +84,19 @@ class Rows:
         """What the host writes into the table, in the order of its columns."""
         t = self.tensors
         return [
-            *(
-                list(map(Tensor.data_ptr, column))
-                for column in (t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps)
-            ),
+            *(list(map(Tensor.data_ptr, column)) for column in self._pointed),
             [self.numel(index) for index in range(len(t.params))],
             self.members,
             [place for place, _ in t.origins],
             [first for _, first in t.origins],
+            [self.chunk_length()] * len(t.params),
         ]
 
     def key(self) -> Hashable:
         """Changes where a `Plan` of these rows would be another one."""
         t = self.tensors
         return (
-            *[
-                tuple(map(Tensor.data_ptr, column))
-                for column in (t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps)
-            ],
+            *[tuple(map(Tensor.data_ptr, column)) for column in self._pointed],
             *[tuple([tensor.dtype for tensor in column]) for column in (t.params, t.exp_avgs, t.masters)],
             tuple(map(Tensor.numel, t.params)),
             tuple(self.members),
@@ -191,4 +190,4 @@ def plan(rows: Rows) -> Plan:
 
 
 def _chunks(rows: Rows, members: Sequence[int], device: torch.device) -> Tensor:
-    return chunk_table([rows.numel(index) for index in members], members, device)
+    return chunk_table([rows.numel(index) for index in members], members, device, rows.chunk_length())

@@ -17,10 +17,11 @@ from robust_dist.optim.reference import PAPER_THRESHOLD, rho_inf
 from robust_dist.optim.settings import INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED, Hyper
 from robust_dist.splitmix import GOLDEN, mix_int, signed
 
-CHUNK = 4096  # elements
+CHUNK, LONGEST_CHUNK = 4096, 16384  # elements, of the least and of the largest models
+PROGRAMS = 4096  # some for every processor of any GPU; where there are more, each takes a longer chunk
 # Columns of the table: first what the host writes, then what `advance` adds; fused_triton_kernel.py names them.
-HOST_COLUMNS = 9
-COLUMNS = 20
+HOST_COLUMNS = 10
+COLUMNS = 21
 # Columns of the settings; lr and weight_decay are the first two.
 LR, WEIGHT_DECAY = 0, 1
 SETTINGS = 15
@@ -54,18 +55,27 @@ def written(words: Sequence[int], device: torch.device) -> Tensor:
     return found
 
 
-def chunk_table(numels: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
+def chunk_length(numel: int) -> int:
+    """Elements of a chunk where all tensors together have so many: short chunks share few of them evenly."""
+    length = CHUNK
+    while length < LONGEST_CHUNK and numel > length * PROGRAMS:
+        length *= 2
+    return length
+
+
+def chunk_table(numels: Sequence[int], rows: Sequence[int], device: torch.device, length: int = CHUNK) -> Tensor:
     """Cut tensors into chunks.
 
     Args:
         numels: Number of elements of each tensor.
         rows: Its row in the table.
         device: Where the result lies.
+        length: Elements of a chunk.
 
     Returns:
         int64 [chunks, 2]: the row, and the chunk's number within its tensor, from 0.
     """
-    counts = [-(-numel // CHUNK) for numel in numels]
+    counts = [-(-numel // length) for numel in numels]
     total = sum(counts)
     columns = upload([*counts, *accumulate(counts, initial=0)][:-1] + list(rows), device).view(3, -1)
     tensors = torch.arange(len(counts), device=device)

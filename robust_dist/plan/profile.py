@@ -1,7 +1,6 @@
 """What a forward and a backward pass need beside the weights: measured on fake tensors, which have no memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robust_dist.engines.variant import Variant
 from robust_dist.measure.dispatch import LiveBytes
-from robust_dist.measure.memory import storage_key
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta
 from robust_dist.train.loss import summed_loss
@@ -27,13 +25,11 @@ class Pass:
     """One forward and backward pass at one batch size.
 
     Attributes:
-        saved: Bytes kept for the backward pass, parameters not counted.
         live: Most bytes alive beside parameters and finished gradients, for each number of finished gradients.
         born: Elements of finished gradients, beside `live`.
         flops: Floating-point operations.
     """
 
-    saved: int
     live: tuple[int, ...]
     born: tuple[int, ...]
     flops: int
@@ -45,10 +41,6 @@ class Profile:
 
     small: Pass
     large: Pass
-
-    def saved(self, batch: int) -> float:
-        """Bytes kept for the backward pass."""
-        return _line(self.small.saved, self.large.saved, batch)
 
     def live(self, batch: int, bytes_per_born: float = 0.0) -> float:
         """Most bytes alive at a time, gradients counted with `bytes_per_born` an element as they are finished."""
@@ -151,14 +143,13 @@ def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocas
         marks = _Marks(model, tracker)
         with counter, tracker:
             images = torch.empty(shape, dtype=weights)
-            with _saving(model) as saved:
-                with casting:
-                    logits = model(images)
-                loss = summed_loss(logits, torch.empty_like(logits.float()), None, 0.0)
+            with casting:
+                logits = model(images)
+            loss = summed_loss(logits, torch.empty_like(logits.float()), None, 0.0)
             del logits
             loss.backward()
             marks.note()
-    return Pass(sum(saved.values()), tuple(marks.live), tuple(marks.born), counter.get_total_flops())
+    return Pass(tuple(marks.live), tuple(marks.born), counter.get_total_flops())
 
 
 class _Marks:
@@ -196,19 +187,3 @@ def _fake(model: nn.Module, weights: torch.dtype) -> None:
             for name, old in held.items():
                 if old is not None:
                     held[name] = fake(old)  # type: ignore[assignment]
-
-
-@contextmanager
-def _saving(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collects the storages that autograd saves, by address, with their bytes; the model's own are left out."""
-    own = set(map(storage_key, (*model.parameters(), *model.buffers())))
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = storage_key(tensor)
-        if key not in own:
-            saved[key] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved

@@ -6,3 +6,12 @@ from robust_dist.schedule.robust import RobustSchedule
 from robust_dist.schedule.switch import WeightDecaySwitch
 
 __all__ = ["RankDisagreementError", "RobustSchedule", "WeightDecaySwitch", "base_optimizer"]
+
+
+def __getattr__(name: str) -> object:
+    # Its place up to 0.6.0.
+    if name == "ballot":
+        from robust_dist.ranks import ballot
+
+        return ballot
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,20 +1,23 @@
 """What a study costs: its runs, its steps, and the hours that a measured step makes of them."""
 
+import tempfile
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from robust_dist.augment import sample_keys
 from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
-from robust_dist.train.build import build_augment, build_classifier, build_optimizer, open_sets, preprocessing_of
+from robust_dist.train.build import build_accelerator, open_sets, preprocessing_of
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.keys import keys_of
-from robust_dist.train.loss import summed_loss
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
+from robust_dist.train.trial import Trial, random_set
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}
@@ -108,50 +111,39 @@ def _cost_key(recipe: Recipe) -> str:
 def measure(recipe: Recipe) -> tuple[float, float]:
     """Seconds of one optimizer step, and of the evaluation of one image, on this machine's first device.
 
-    The step is augmentation, forward and backward pass, and update, on one process and random images (reading
-    and decoding of streamed ones is not in it); the median of up to 20 steps, or of as many as 8 seconds hold.
+    The step is the training loop's own on one process and random images (reading and decoding of streamed ones is not
+    in it); the median of up to 20 steps, or of as many as 8 seconds hold. On a processor, which has no fp16, bf16 is
+    measured in its place.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = facts(recipe.data)
-    torch.manual_seed(0)
-    images, held_out = (_noise(recipe, known.channels, device, evaluation=one) for one in (False, True))
-    labels = torch.randint(known.classes, (recipe.batch_size,), device=device)
-    keys = sample_keys(0, 0, torch.arange(recipe.batch_size, device=device))
-    augment = build_augment(recipe, known.classes).to(device)
-    normalize = build_augment(recipe, known.classes, evaluation=True).to(device).normalize
-    model = build_classifier(recipe, known.classes, known.channels).to(device)
-    optimizer = build_optimizer(recipe, model, max(100, steps_of(recipe)))
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.mixed]
-    autocast: dict[str, Any] = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}
-
-    def step() -> None:
-        prepared, targets = augment(images, labels, keys)
-        with torch.autocast(**autocast):
-            logits = model(prepared)
-        (summed_loss(logits, targets, None, recipe.label_smoothing) / recipe.batch_size).backward()
-        if recipe.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def look() -> None:
-        with torch.no_grad(), torch.autocast(**autocast):
-            model(normalize(held_out))
-
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    of_step = _median_seconds(step, device)
-    model.eval()
-    return of_step, _median_seconds(look, device) / recipe.batch_size
+    if device.type == "cpu":
+        recipe = replace(recipe, cuda_graph=False)
+        if recipe.precision.mixed == "fp16":
+            recipe = replace(recipe, precision=replace(recipe.precision, mixed="bf16"))
+    classes = facts(recipe.data).classes
+    train_set = random_set(2 * recipe.batch_size, _shape(recipe, evaluation=False), classes, device)
+    test_set = random_set(recipe.batch_size, _shape(recipe, evaluation=True), classes, device)
+    with tempfile.TemporaryDirectory() as folder, _own_accelerator(recipe) as accelerator:
+        trial = Trial(recipe, accelerator, Path(folder), train_set, test_set)
+        return _median_seconds(trial.step, device), _median_seconds(trial.evaluate, device) / recipe.batch_size
 
 
-def _noise(recipe: Recipe, channels: int, device: torch.device, *, evaluation: bool) -> Tensor:
+def _shape(recipe: Recipe, *, evaluation: bool) -> tuple[int, int, int]:
     side = preprocessing_of(recipe.data, evaluation=evaluation).size
-    shape = (recipe.batch_size, channels, side, side)
-    return torch.randint(256, shape, dtype=torch.uint8, device=device)
+    return facts(recipe.data).channels, side, side
 
 
-def _median_seconds(action: Any, device: torch.device) -> float:
+@contextmanager
+def _own_accelerator(recipe: Recipe) -> Iterator[Accelerator]:
+    """An Accelerator that leaves nothing behind: recipes differ in precision, of which a process has one."""
+    AcceleratorState._reset_state(True)
+    try:
+        yield build_accelerator(recipe)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def _median_seconds(action: Callable[[], None], device: torch.device) -> float:
     began = time.perf_counter()
     times: list[float] = []
     while len(times) <= _STEPS and (len(times) < 3 or time.perf_counter() - began < _SECONDS):

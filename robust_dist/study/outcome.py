@@ -8,6 +8,7 @@ from typing import Any
 from robust_dist.data import dataset_info
 from robust_dist.documents import DocumentError
 from robust_dist.private import hidden
+from robust_dist.surroundings import processor
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.main import DIVERGED
 from robust_dist.train.metrics import last_row
@@ -136,12 +137,4 @@ def _environment(run_dir: Path) -> dict[str, Any]:
         # A result counts, whatever became of the note beside it.
         starts = []
     noted = {key: value for key, value in (starts[-1] if starts else {}).items() if key not in ("command", "time")}
-    return noted | {"processor": _processor()}
-
-
-def _processor() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return noted | {"processor": processor()}

@@ -14,8 +14,7 @@ from typing import IO, Any
 from robust_dist.checkpoint import write_atomically
 from robust_dist.private import has_options, hidden
 from robust_dist.ranks.claim import BEAT_SECONDS, RunClaim
-from robust_dist.study.child import GRACE_SECONDS, Launcher
-from robust_dist.study.devices import gpus, slot_environment
+from robust_dist.study.child import GRACE_SECONDS, Launcher, gpus, slot_environment
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run, Study
 from robust_dist.study.outcome import Result, judge

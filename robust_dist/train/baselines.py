@@ -40,7 +40,7 @@ class _Foreach(Optimizer):
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state.update({name: torch.zeros_like(param) for name in self.NAMES})
-            # Out of place: DeepSpeed's universal load may share one tensor between parameters.
+            # Out of place: a load may share one tensor between parameters.
             state["step"] = state["step"] + 1
             found[int(state["step"])].append(param)
         return found

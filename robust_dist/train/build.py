@@ -157,18 +157,21 @@ def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preproces
     return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
 
 
-def build_augment(recipe: Recipe, num_classes: int, *, evaluation: bool = False) -> RobustAugment:
+def build_augment(
+    recipe: Recipe, num_classes: int, *, evaluation: bool = False, dtype: torch.dtype = torch.float32
+) -> RobustAugment:
     """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
 
     Args:
         recipe: All settings.
         num_classes: Of the data set.
         evaluation: For the size of evaluation images, where only `normalize` is of use.
+        dtype: Of the images given out; see `images_dtype`.
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
     return recipe.augment.build(
-        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, **kept
+        num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, dtype=dtype, **kept
     )
 
 

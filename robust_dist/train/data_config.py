@@ -80,6 +80,8 @@ class DataConfig:
         std: Likewise.
         workers: Processes a rank that read and decode; 0 does it between the steps.
         prefetch: Batches that each worker reads ahead.
+        decode: What decodes while training: cpu, the workers; cuda, the GPU by torchvision, JPEGs alone (pixels differ
+            by a few levels); auto, the GPU where it can. Crops are the same.
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
@@ -120,6 +122,7 @@ class DataConfig:
     std: tuple[float, float, float] | None = field(default=None, metadata=FOR_FILES)
     workers: int = field(default=4, metadata=FOR_FILES | FREE)
     prefetch: int = field(default=2, metadata=FOR_FILES | FREE)
+    decode: Literal["auto", "cpu", "cuda"] = field(default="cpu", metadata=FOR_FILES)
     max_bad_share: float = field(default=0.01, metadata=FOR_FILES | FREE)
     shuffle_window: int = field(default=16_384, metadata=FOR_FILES)
     exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=FOR_FILES)
@@ -209,6 +212,7 @@ class DataConfig:
                 f"left out: {why} keeps images whole in memory, as they are stored; augment.crop crops on the device"
             )
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
+        require(self.decode == "cpu", "data.decode", self.decode, f"cpu: with {why} each image is decoded once")
         # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
         self.crop_scale = None
 

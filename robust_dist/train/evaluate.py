@@ -55,8 +55,8 @@ def _buffers_by_dtype(model: nn.Module) -> list[list[Tensor]]:
 
 
 def _copy_back(flat: Tensor, buffers: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(value.view_as(buffer))
+    values = flat.split([buffer.numel() for buffer in buffers])
+    torch._foreach_copy_(buffers, [value.view_as(buffer) for buffer, value in zip(buffers, values, strict=True)])
 
 
 @torch.no_grad()

@@ -23,9 +23,7 @@ from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.main import train
 from robust_dist.train.recipe import Recipe, load_recipe
-
-# What a recipe calls the parts that Python gave.
-OWN = "own"
+from robust_dist.train.settings import OWN
 
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -18,6 +18,7 @@ from robust_dist.checkpoint.space import write_failure
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.private import has_options, hidden, hidden_words
 from robust_dist.ranks.claim import FolderClaim, FolderInUseError
+from robust_dist.surroundings import PACKAGES
 from robust_dist.train.data_record import Record, differences
 from robust_dist.train.metrics import read_rows, sort_rows
 from robust_dist.train.parse import fitted
@@ -311,14 +312,13 @@ def environment(num_processes: int, device: torch.device, engine: str) -> dict[s
         device: Rank 0's device.
         engine: Accelerate's distributed type.
     """
-    packages = ["robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy"]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": hidden_words(sys.argv),
         "revision": _revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in ("robust_dist", "torch", *PACKAGES)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "num_processes": num_processes,
         "threads_per_process": torch.get_num_threads(),

@@ -87,8 +87,8 @@ class StaticStep:
     """An optimizer step as a function of tensors that keep their addresses: on a GPU a CUDA graph, replayed.
 
     The first `WARM_UP_STEPS` steps over full batches run as they are, on the stream that captures the next one. Batches
-    of another size (an epoch's last) and those with weights always do. On other devices the same function
-    is called at every step, with the same tensors.
+    of another size (an epoch's last) and those with weights always do. After `optimizer.load_state_dict` it begins
+    anew. On other devices the same function is called at every step, with the same tensors.
 
     Args:
         step: One step over a batch: augmentation, passes and update. What the host decides in it, it decides once.
@@ -105,6 +105,8 @@ class StaticStep:
         self.rates = DeviceRates(base_optimizer(optimizer), device)
         self._batch: Batch | None = None
         self.replay = _Graph(self.over_static, device) if device.type == "cuda" else _Call(self.over_static)
+        # What is loaded lies at other addresses than the captured ones.
+        base_optimizer(optimizer).register_load_state_dict_post_hook(lambda _: self.replay.forget())
 
     def __call__(self, batch: Batch) -> None:
         """Train on a batch; the rates are those that the optimizer's groups have."""
@@ -151,6 +153,9 @@ class _Call:
     def __call__(self) -> None:
         self.function()
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def on_own_stream(self, function: Callable[[], None]) -> None:
         function()
 
@@ -172,6 +177,10 @@ class _Graph:
         if self.graph is None:
             self.graph = self._capture()
         self.graph.replay()
+
+    def forget(self) -> None:
+        """Capture anew, after as many ordinary calls as at first."""
+        self.graph, self.calls = None, 0
 
     def on_own_stream(self, function: Callable[[], None]) -> None:
         """Call a function on the capturing stream, between what the current one did and will do."""

@@ -14,11 +14,19 @@ from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
 from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
-from robust_dist.train.build import build_augment, build_classifier, build_loader, build_optimizer, build_schedule
+from robust_dist.train.build import (
+    build_augment,
+    build_classifier,
+    build_loader,
+    build_optimizer,
+    build_schedule,
+    preprocessing_of,
+)
 from robust_dist.train.display import Display
 from robust_dist.train.engine import check_model
-from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate, use_averaged_weights
+from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.meter import Figures, build_meter, measured
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
@@ -55,12 +63,13 @@ class Trainer:
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
-        self.augment = build_augment(recipe, classes).to(accelerator.device)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.engine = engine_of(accelerator)
         contiguous = not self.engine.trains_any_memory_format
         model = build_classifier(recipe, classes, train_set.channels, contiguous=contiguous)
         check_model(accelerator, recipe, model)
+        dtype = images_dtype(accelerator.mixed_precision, model, train_set.channels, preprocessing_of(recipe.data).size)
+        self.augment = build_augment(recipe, classes, dtype=dtype).to(accelerator.device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(recipe, model, self.total_steps)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
@@ -166,7 +175,7 @@ class Trainer:
         self.optimizer.train()
         self.meter.begin()
         for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
-            self._train_step(parts)
+            self.train_step(parts)
             self._note_bad_images()
             self.meter.count(parts[0].global_size)
             display.step()
@@ -181,7 +190,7 @@ class Trainer:
             torch.cuda.synchronize()
         return self.meter.epoch()
 
-    def _train_step(self, parts: list[Batch]) -> None:
+    def train_step(self, parts: list[Batch]) -> None:
         """One optimizer step: the mean loss over the global batch, however it is cut up."""
         group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
@@ -242,16 +251,7 @@ class Trainer:
         if self.ema is not None:
             # Each rank averages statistics of its own; a checkpoint holds the first one's.
             broadcast_buffers(self.ema.module)
-        whole = self.ema.module if self.ema is not None else self.bare_model
-        score = evaluate(
-            self.model if self.engine.forward_is_collective else whole,
-            self.test_set,
-            self.eval_augment,
-            batch_size=self.recipe.data.eval_batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            dtype=self.step.input_dtype,
-        )
+        score = self.evaluate()
         row = {
             "epoch": trained["epoch"],
             "step": self.progress.step,
@@ -276,6 +276,19 @@ class Trainer:
             self._save(score.accuracy)
         tick(f"step {self.progress.step + 1}")
         return row
+
+    def evaluate(self) -> Score:
+        """The score of the weights that count: their average where there is one."""
+        whole = self.ema.module if self.ema is not None else self.bare_model
+        return evaluate(
+            self.model if self.engine.forward_is_collective else whole,
+            self.test_set,
+            self.eval_augment,
+            batch_size=self.recipe.data.eval_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            dtype=self.step.input_dtype,
+        )
 
     def _build_ema(self) -> AveragedModel | None:
         if self.recipe.ema_decay is None:

@@ -5,6 +5,9 @@ import reprlib
 
 from robust_dist.validate import whole_number
 
+# What a recipe calls a part that `fit` was given.
+OWN = "own"
+
 
 def require(ok: bool, setting: str, value: object, wanted: str) -> None:
     """Raise a ValueError that names the setting, its value and what would be right."""

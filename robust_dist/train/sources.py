@@ -25,14 +25,17 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     Raises:
         DataError: Folders, splits or shards that are not there, or that are not what they should be.
         ImportError: A package that the format needs is not installed.
+        ValueError: `data.decode` wants a GPU that cannot decode.
     """
     from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 
     assert data.crop_scale is not None
     train = open_source(data, "train", None, download=download)
     cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
-    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch)
+    decode = decoder(data.decode, device)
+    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch, decode=decode)
     return (
         reading(train, cropped, shuffle_window=data.shuffle_window),
         eval_stream(data, device, train.classes, download=download),
@@ -40,12 +43,17 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
 
 
 def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, download: bool) -> LabelledSet:
-    """Evaluation images alone, as `open_streams` has them; `classes` are the training part's."""
+    """Evaluation images alone, as `open_streams` has them; `classes` are the training part's.
+
+    Where they are to be decoded on a GPU and cannot, the CPU does it: a trained model is evaluated anywhere.
+    """
     from robust_dist.data.crops import CentralCrop
+    from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 
     source = open_source(data, "eval", classes, download=download)
-    return StreamSet(source, CentralCrop(*data.eval_sides), device, workers=data.workers, prefetch=data.prefetch)
+    crop, decode = CentralCrop(*data.eval_sides), decoder("cpu" if data.decode == "cpu" else "auto", device)
+    return StreamSet(source, crop, device, workers=data.workers, prefetch=data.prefetch, decode=decode)
 
 
 def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:

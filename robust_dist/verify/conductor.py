@@ -213,7 +213,7 @@ def _local(ranks: Ranks, rank: int) -> str:
 
 
 def _environment(part: Part, ranks: Ranks, rank: int) -> dict[str, str]:
-    """What a part's process of a rank finds; one that runs alone is no rank to Accelerate, torch and DeepSpeed."""
+    """What a part's process of a rank finds; one that runs alone is a rank to nobody."""
     env = dict(os.environ)
     if part.ranks == "all":
         return env | ranks.env | {"RANK": str(rank), "LOCAL_RANK": _local(ranks, rank)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust_dist import RAdaBeliefW, RobustAugment
 from robust_dist.augment import sample_keys
+from robust_dist.bench.timing import interleaved
 from robust_dist.verify.parts import Scene
 
 ROUNDS = 7
@@ -126,19 +127,8 @@ def _speed(scene: Scene, what: str, found: float, limit: float | None, *, least:
 
 def timed(device: torch.device, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Median seconds of each call, over rounds in which every call has its turn."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            _wait(device)
-            began = time.perf_counter()
-            for _ in range(4):
-                call()
-            _wait(device)
-            found[name].append((time.perf_counter() - began) / 4)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    found = interleaved(calls, rounds=ROUNDS, warmup=3, device=device)
+    return {name: timing.median for name, timing in found.items()}
 
 
 def _until_return(device: torch.device, call: Callable[[], Any]) -> float:

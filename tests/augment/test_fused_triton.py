@@ -86,6 +86,17 @@ def test_statistics_of_cropped_images_equal_torchs(channels, kind, interpreter):
     assert_same(interpreter("augment", module, *parts, None), by_torch(module, *parts))
 
 
+@pytest.mark.parametrize("kind", ["noise", "low contrast", "constant"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_statistics_of_the_tiles_of_large_images_are_those_of_the_whole(channels, kind, interpreter):
+    shape, cells = (0, channels, 65, 130), [(8, 30, 0), (8, 20, 1), (12, 0, 0), (13, 0, 0)]
+    module, parts = make(shape), batch(shape, kind, cells)
+    assert_same(interpreter("augment", module, *parts, None), by_torch(module, *parts))
+    stage = TrivialAugment(backend="torch")
+    found, expected = interpreter("trivial", stage, parts[0], plan_of(cells)), stage.apply(parts[0], plan_of(cells))
+    assert_same([found], [expected])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_come_in_the_dtype_and_format_asked_for(dtype, channels_last, interpreter):

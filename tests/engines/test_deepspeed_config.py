@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dist.engines.deepspeed import check_config, register
+from robust_dist.engines.deepspeed import check_config, config, register
 from robust_dist.engines.deepspeed.sections import normalized
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
@@ -217,6 +217,21 @@ def test_an_offload_that_would_step_with_another_optimizer_is_an_error():
         offload = {"stage": 3, "offload_optimizer": {"device": "cpu", **wrong}}
         with pytest.raises(ValueError, match=f"offload_optimizer.{next(iter(wrong))}="):
             check_config(GIVEN | {"zero_optimization": offload})
+
+
+@pytest.mark.parametrize(("cores", "level"), [(1, "INFO"), (16, "WARNING")])
+def test_an_offload_says_how_many_threads_step(monkeypatch, caplog, cores, level):
+    monkeypatch.setattr(config, "usable_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    caplog.set_level("INFO", logger=config.__name__)
+    check_config(GIVEN)
+    assert caplog.records == []
+    check_config(GIVEN | {"zero_optimization": OFFLOAD})
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert f"with 1 threads, this host has {cores} cores" in record.getMessage()
 
 
 def test_a_forgotten_registration_is_an_error(monkeypatch):

@@ -147,6 +147,7 @@ def _offloaded(folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default:::torch.*")  # NCCL's news of each release are no faults
 @pytest.mark.cell("FSDP2, CPUOffloadPolicy", "trajectory", 1)
 def test_cpu_offload_of_fsdp2_is_one_process(tmp_path):
     store = f"file://{tmp_path}/store"

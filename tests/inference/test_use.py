@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from robust_dist.data.crops import CentralCrop
 from robust_dist.data.decode import decode_rgb
 from robust_dist.inference.evaluate import calibration_error
 from robust_dist.inference.trained import choose
+from robust_dist.models import build_model
 from robust_dist.ranks.claim import FolderClaim
 from robust_dist.train.folder import RunFolder
 from tests.inference.runs import CLASSES, RUNS
@@ -87,6 +89,20 @@ def test_weights_are_the_same_bits_in_every_engine_s_files(trained, tmp_path):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), to
     convert(source, tmp_path / "zero3", "zero3", 3)
     assert all(torch.equal(value, wanted[key]) for key, value in read_weights(tmp_path / "zero3").items())
+
+
+def test_a_run_with_a_model_and_images_of_your_own_is_loaded_into_that_model(trained, tmp_path):
+    run = shutil.copytree(trained.runs["ddp"], tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["name"] = recipe["data"]["name"] = recipe["optimizer"]["name"] = "own"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"robust_dist\.load\(RUN, model=\.\.\.\)"):
+        robust_dist.load(run)
+    wanted, preprocess = robust_dist.load(trained.runs["ddp"])
+    for own in (lambda classes: build_model("resnet8", classes), build_model("resnet8", 10)):
+        model, same = robust_dist.load(run, model=own)
+        assert same.pixels == preprocess.pixels
+        assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_the_moving_average_is_what_is_loaded(trained):

@@ -81,7 +81,8 @@ def test_live_bytes_forget_what_is_gone_and_count_a_storage_once():
 def test_kernels_are_counted_on_a_gpu():
     x = torch.ones(1000, device="cuda")
     counts = count(lambda: (x * 2).sum().item(), x.device)
-    # two kernels, and the copy of the value
-    assert (counts.operations, counts.waits) == (3, 1)
+    # Two kernels and the copy of the value; of a sum some releases make two, or fill something first.
+    assert 3 <= counts.operations <= 5
+    assert counts.waits == 1
     # The allocator rounds a tensor up to 512 bytes.
     assert peak_extra_bytes(lambda: x * 2, x.device) == 4096

@@ -383,3 +383,35 @@ def test_a_library_that_is_absent_broken_or_of_other_sources_is_a_reason_and_no_
     elif text is not None:
         (tmp_path / "_fused.so").write_bytes(text)
     assert why in native_library.load(tmp_path, lambda found: found.no_such_function)
+
+
+SHARES = [
+    # cores, ranks of this host, torch's threads, threads of a step
+    (16, None, 16, 16),
+    (16, None, 1, 1),  # as somebody wants it
+    (16, "4", 1, 4),  # what Accelerate and torchrun leave a rank
+    (16, "4", 16, 4),  # what DeepSpeed's launcher leaves it
+    (16, "4", 3, 3),
+    (16, "1", 1, 16),
+    (2, "8", 1, 1),
+    (0.5, "2", 4, 1),
+    (16, "many", 16, 16),
+]
+
+
+@pytest.mark.parametrize(("cores", "ranks", "of_torch", "expected"), SHARES)
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_a_step_takes_the_cores_of_its_rank_and_not_all_of_the_host_s(
+    monkeypatch, name, cores, ranks, of_torch, expected
+):
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    if ranks is not None:
+        monkeypatch.setenv(name, ranks)
+    monkeypatch.setattr(fused_cpu, "usable_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
+    fused_cpu._share.cache_clear()
+    try:
+        assert fused_cpu.threads() == expected
+    finally:
+        fused_cpu._share.cache_clear()

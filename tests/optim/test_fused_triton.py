@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from robust_dist.optim import RAdaBeliefW, fused_triton, fused_triton_plan, fused_triton_table
 from robust_dist.optim.fused_cpu import library
-from robust_dist.optim.fused_triton_table import CHUNK, chunk_table, upload
+from robust_dist.optim.fused_triton_table import CHUNK, chunk_length, chunk_table, upload
 from robust_dist.optim.reference import reference_step
 from robust_dist.optim.settings import hyper
 from tests.optim import interpreted
@@ -81,11 +81,14 @@ PLACES_OF_EPS = [("inside", True), ("outside", True), ("outside_uncorrected", Fa
 places_of_eps = pytest.mark.parametrize(("place", "accumulate"), PLACES_OF_EPS, ids=str)
 
 
-def same_as_in_c(params, twins, grads, **options):
+def same_as_in_c(params, twins, grads, *, keep_gradients=False, **options):
     """Step both from the same state, once here and once by the pass in C, and compare their bits."""
     for param, twin, grad in zip(params, twins, grads, strict=True):
-        param.grad, twin.grad = torch.zeros_like(param), torch.zeros_like(twin)
-        param.grad.data, twin.grad.data = grad.to(param.device), grad.clone()
+        twin.grad = torch.zeros_like(twin)
+        twin.grad.data = grad.clone()
+        if not keep_gradients:
+            param.grad = torch.zeros_like(param)
+            param.grad.data = grad.to(param.device)
     ours, theirs = at_step_6(params, **options), at_step_6(twins, **options)
     ours.step()
     with interpreted.away():
@@ -128,6 +131,43 @@ def test_a_tensor_of_several_chunks_is_stepped_to_its_end_wherever_it_lies(devic
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_at_odd_addresses_change_no_bit(device, dtype):
+    """DDP's buckets and FSDP's shards put gradients side by side, wherever the one before ends."""
+    sizes = [2 * fused_triton.BLOCK + 4, 6, fused_triton.BLOCK]
+    bucket = gradients((sum(sizes) + 1,), 1, dtype=dtype)[0].to(device)
+    views = bucket[1:].split(sizes)
+    assert [view.data_ptr() % 16 != 0 for view in views] == [True] * len(sizes)
+    params, twins = (leaves(where, [(size,) for size in sizes], dtype) for where in (device, CPU))
+    for param, view in zip(params, views, strict=True):
+        assert param.data_ptr() % 16 == 0
+        param.grad = view
+    same_as_in_c(params, twins, [view.cpu() for view in views], keep_gradients=True)
+
+
+@built
+@pytest.mark.parametrize("programs", [1, 2, 1 << 20])
+def test_bits_do_not_depend_on_the_length_of_a_chunk(device, monkeypatch, programs):
+    monkeypatch.setattr(fused_triton_table, "PROGRAMS", programs)
+    sizes = [2 * CHUNK + 5, 7]
+    assert chunk_length(sum(sizes)) == {1: 4 * CHUNK, 2: 2 * CHUNK, 1 << 20: CHUNK}[programs]
+    params, twins = (leaves(where, [(size,) for size in sizes], torch.float32) for where in (device, CPU))
+    same_as_in_c(params, twins, [gradients((size,), 1, dtype=torch.float32)[0] for size in sizes])
+
+
+def test_large_models_get_long_chunks_so_that_programs_are_enough_and_not_too_many():
+    assert [chunk_length(numel) for numel in (0, 853_018, 11_173_962, 25_557_032, 100_000_000, 10**10)] == [
+        CHUNK,
+        CHUNK,
+        CHUNK,
+        2 * CHUNK,
+        4 * CHUNK,
+        4 * CHUNK,
+    ]
+    assert all(chunk_length(numel) % fused_triton.BLOCK == 0 for numel in (1, 10**8, 10**10))
+
+
+@built
 @pytest.mark.parametrize("options", MEMORY, ids=str)
 def test_what_is_kept_in_bfloat16_has_the_bits_of_the_pass_in_c(device, options):
     shapes = [(9,), (4, 2)]
@@ -161,17 +201,20 @@ def test_all_groups_that_share_dtypes_are_stepped_by_one_launch(device, launches
             torch.testing.assert_close(param.detach(), twin.detach(), rtol=2e-6, atol=1e-7)
 
 
-@given(numels=st.lists(st.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 2**31 + 5]), max_size=5))
+@given(
+    numels=st.lists(st.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 2**31 + 5]), max_size=5),
+    length=st.sampled_from([CHUNK, 4 * CHUNK]),
+)
 @settings(max_examples=30, deadline=None)
-def test_the_chunks_cover_every_element_once(numels):
+def test_the_chunks_cover_every_element_once(numels, length):
     rows = [7 * i + 3 for i in range(len(numels))]
-    chunks = chunk_table(numels, rows, CPU)
+    chunks = chunk_table(numels, rows, CPU, length)
     for row, numel in zip(rows, numels, strict=True):
         numbers = chunks[chunks[:, 0] == row, 1]
-        assert torch.equal(numbers, torch.arange(-(-numel // CHUNK)))
+        assert torch.equal(numbers, torch.arange(-(-numel // length)))
         if numel:
-            assert 0 < numel - numbers[-1].item() * CHUNK <= CHUNK
-    assert len(chunks) == sum(-(-numel // CHUNK) for numel in numels)
+            assert 0 < numel - numbers[-1].item() * length <= length
+    assert len(chunks) == sum(-(-numel // length) for numel in numels)
 
 
 def test_elements_beyond_2_31_are_found(device):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -164,6 +165,41 @@ def test_the_launch_line_is_one_that_accelerate_takes(variant):
     rest = dict(zip(words.training_script_args[::2], words.training_script_args[1::2], strict=True))
     assert rest["--batch_size"] == "16"
     assert rest["--accumulation"] == "2"
+
+
+HALVED = """
+from dataclasses import dataclass
+
+from robust_dist.engines.ddp import DDP
+from robust_dist.engines.variant import Collective, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfVariant(Variant):
+    def collectives(self, shapes, job, accumulation):
+        yield Collective("gradients", "all-reduce", 2 * shapes.numel, job.world_size, 1, job.nodes > 1, True)
+
+
+engine = DDP(kind="half_ddp", variants=(HalfVariant(name="DDP, half", file="half"),))
+"""
+
+
+def test_an_engine_from_another_package_stands_in_the_table_with_what_it_sends_and_how_it_starts(tmp_path):
+    (tmp_path / "halved.py").write_text(HALVED)
+    info = tmp_path / "halved-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halved\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[robust_dist.engines]\nhalf = halved:engine\n")
+    words = ["plan", "--model", "resnet8", "--image-size", "32", "--batch-size", "64", "--nodes", "2", "--json"]
+    code = f"import sys; from robust_dist.cli import main; sys.exit(main({words}))"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = {one["engine"]: one for one in json.loads(done.stdout)["engines"]}
+    assert {"DDP, half", "DDP", "FSDP2", "ZeRO-3"} <= set(found)
+    sent = {name: found[name]["traffic"][0]["payload"] for name in ("DDP", "DDP, half")}
+    assert sent["DDP"] == 2 * sent["DDP, half"]
+    assert found["DDP, half"]["config"] == "configs/accelerate/multinode_half.yaml"
 
 
 def test_json_holds_the_same_answer(capsys):

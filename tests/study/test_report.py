@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from robust_dist.cli import main
-from robust_dist.study.devices import slot_environment
+from robust_dist.study.child import slot_environment
 from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Failure, Result, judge
 from robust_dist.study.report import write_report

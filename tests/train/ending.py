@@ -46,7 +46,7 @@ def _break(fault):
     """Let the first rank but one come to grief when it has done STEP steps; a full disk is told to all."""
     from robust_dist.train.loop import Trainer
 
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def broken(self, parts):
         if self.progress.step == STEP:
@@ -56,7 +56,7 @@ def _break(fault):
                 FAULTS[fault]()
         step(self, parts)
 
-    Trainer._train_step = broken
+    Trainer.train_step = broken
 
 
 def print_into(path):

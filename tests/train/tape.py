@@ -36,6 +36,9 @@ class Tape:
                 for operation in self.operations:
                     _repeat(*operation)
 
+    def forget(self):
+        self.calls = 0
+
     def on_own_stream(self, function):
         function()
 

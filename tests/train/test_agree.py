@@ -1,5 +1,6 @@
 """Ranks share settings, backends, buffers, scores and figures."""
 
+import copy
 import json
 import tempfile
 import time
@@ -12,11 +13,12 @@ from torch import nn
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import DATASETS, load_dataset
+from robust_dist.measure.dispatch import Watch
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import on_rank_0, ranks_text
 from robust_dist.train.backends import backends_of
 from robust_dist.train.build import load_sets
-from robust_dist.train.evaluate import average_buffers, evaluate
+from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.main import check_ranks_agree
 from robust_dist.train.meter import Figures, Meter, measured
 from robust_dist.train.recipe import DataConfig, Recipe
@@ -69,6 +71,30 @@ def fetched(accelerator):
 PIPELINE = RobustAugment(3, 8, (0.5,), (0.2,))
 
 
+def copies_of_buffers(norm):
+    """How often averaging and broadcasting copy, for the buffers of ten layers."""
+    layers = nn.Sequential(*(copy.deepcopy(norm) for _ in range(10)))
+    calls = Calls()
+    with calls:
+        average_buffers(layers)
+        broadcast_buffers(layers)
+    return calls.count("aten::_foreach_copy_"), calls.count("aten::copy_")
+
+
+class Calls(Watch):
+    """The names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def note(self, func, args, kwargs, result):
+        self.names.append(func._schema.name)
+
+    def count(self, name):
+        return self.names.count(name)
+
+
 def stepped_by(*, foreach):
     return RAdaBeliefW([nn.Parameter(torch.zeros(2))], foreach=foreach)
 
@@ -85,6 +111,7 @@ def scenarios():
         "one backend": backends_of(Recipe(), accelerator, stepped_by(foreach=True), PIPELINE).optimizer,
         "same": message(lambda: check_ranks_agree(Recipe())),
         "buffers": norm.running_mean.tolist(),
+        "copies": copies_of_buffers(norm),
         "score": score(rank, world),
         "fetched": fetched(accelerator),
         "measured": measured(Meter(world, 6, 2.0), Figures(1.0 + rank, 12, wait_seconds=0.5), accelerator),
@@ -102,6 +129,7 @@ def test_settings_backends_buffers_and_scores_are_the_same_on_every_rank(world_s
         assert f"optimizer: rank 0: 'foreach'; {others}: 'single-tensor'" in result["backends"]
         assert result["one backend"] == "foreach"
         assert result["buffers"] == [(world_size - 1) / 2] * 3
+        assert result["copies"] == (2, 0)
         assert result["score"].samples == 359
     assert [result["fetched"] for result in results] == [[True] * 2] + [[False] * 2] * (world_size - 1)
     assert len({json.dumps(result["measured"]) for result in results}) == 1

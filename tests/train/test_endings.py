@@ -36,7 +36,7 @@ def test_every_rank_that_runs_dumps_its_stacks_before_the_collectives_give_up(en
     dumps = {path.stem: path.read_text() for path in (ending.run / "stacks").glob("rank-*.txt")}
     assert set(dumps) == ({"rank-0", "rank-1"} if fault == "sleeps" else {"rank-0"})
     assert f"step {STEP + 1}, for " in dumps["rank-0"]
-    assert "in _train_step" in dumps["rank-0"]
+    assert "in train_step" in dumps["rank-0"]
     assert "watchdog" in dumps["rank-0"]
     assert fault == "stops" or "in sleep_for_ever" in dumps["rank-1"]
     said = ending.outputs[0]

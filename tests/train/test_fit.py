@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import robust_dist
 from robust_dist.data import load_dataset
 from robust_dist.data.registry import DATASETS
 from robust_dist.models import MODELS, build_model
@@ -164,3 +165,19 @@ def test_the_page_s_example_trains_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 ranks" in done.stdout
     assert len((tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_evaluated(tmp_path):
+    labels = torch.arange(64) % 4
+    images = (labels.view(-1, 1, 1, 1) * 60 + torch.arange(3).view(3, 1, 1)).expand(64, 3, 8, 8).byte().contiguous()
+    model = Flat(4, side=8)
+    recipe = parse_recipe([*WORDS, "--batch_size", "16", "--epochs", "3"])
+    result = fit(recipe, model=model, train_set=(images, labels), eval_set=(images, labels), run_dir=tmp_path)
+    own, preprocess = robust_dist.load(tmp_path, model=model)
+    with torch.no_grad():
+        right = sum(
+            own(preprocess(image)[None]).argmax().item() == label for image, label in zip(images, labels, strict=True)
+        )
+    assert right / 64 == result.rows[-1]["eval_accuracy"]
+    with pytest.raises(ValueError, match=r"your own.*load\(RUN, model="):
+        robust_dist.load(tmp_path)

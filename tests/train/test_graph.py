@@ -1,5 +1,6 @@
 """A step over tensors that keep their places: the ordinary loop's numbers, called and recorded, to the bit."""
 
+import copy
 import json
 import multiprocessing
 import sys
@@ -158,6 +159,23 @@ def test_a_recording_that_reads_the_host_s_rates_differs_so_the_tape_would_show_
     step.rates.fill = lambda: None
     baked.train(image_set, step)
     assert not same(plain, baked)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_what_is_loaded_after_a_recording_is_what_goes_on():
+    image_set = toy_set()
+    saved, plain, static = Toy(capturable=True), Toy(capturable=True), Toy(capturable=True)
+    saved.train(image_set, epochs=1)
+    step = taped(static)
+    plain.train(image_set, epochs=1)
+    static.train(image_set, step, epochs=1)
+    for toy, train in ((plain, plain.learn), (static, step)):
+        for name in ("model", "optimizer", "schedule"):
+            getattr(toy, name).load_state_dict(copy.deepcopy(getattr(saved, name).state_dict()))
+        for (batch,) in image_set.loader(Cut(BATCH, seed=1, block=4)).epoch(1):
+            train(batch)
+            toy.schedule.step()
+    assert same(plain, static)
 
 
 @needs_torch_2_7

@@ -1,5 +1,6 @@
 """Checks of optimizer and schedule in a DeepSpeed JSON, before an engine is built from it."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 
 from robust_dist.documents import read_json
 from robust_dist.engines.deepspeed.sections import AUTO, OURS, Finding, findings, normalized
-from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim import RAdaBeliefW, fused_cpu
 from robust_dist.ranks.talk import rank
+from robust_dist.surroundings import usable_cores
 
+_LOG = logging.getLogger(__name__)
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
@@ -20,7 +23,8 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
 
     A JSON that names another optimizer and another scheduler, or none, is left to DeepSpeed. Parameters of DeepSpeed's
     own optimizers that ask for what RAdaBeliefW does anyway pass (`"torch_adam"`, `"adam_w_mode": true`,
-    `"bias_correction": true`, `"amsgrad": false`), and so do step counts such as 1000.0.
+    `"bias_correction": true`, `"amsgrad": false`), and so do step counts such as 1000.0. With `offload_optimizer` the
+    log says how many threads a rank steps with, as a warning where it is one of many cores.
 
     Args:
         config: The JSON as a dict, or the path of its file.
@@ -35,6 +39,8 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
     loaded = config if isinstance(config, Mapping) else _read(Path(config))
     found = [*_of_sections(loaded, OURS, auto), *_of_offload(loaded), *([] if auto else _of_open(loaded))]
     _refuse(found)
+    if _offload(loaded) and rank() == 0:
+        _say_threads()
 
 
 def check_engine_config(engine: Any) -> None:
@@ -169,6 +175,15 @@ def _of_offload(config: Mapping[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield from _of_other_steps(config)
+
+
+def _say_threads() -> None:
+    threads, cores = fused_cpu.threads(), int(usable_cores())
+    what = f"offload_optimizer: each rank steps on the CPU with {threads} threads, this host has {cores} cores"
+    if threads == 1 < cores:
+        _LOG.warning("%s; export OMP_NUM_THREADS=CORES, a rank's share of them", what)
+    else:
+        _LOG.info(what)
 
 
 def _of_open(config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -135,9 +135,9 @@ def _with_schedule_keys(state: "TrainingState") -> "TrainingState":
     return replace(state, groups=groups)
 
 
-_VARIANTS = (
+VARIANTS = (
     FSDPVariant(name="HSDP", file="hsdp", in_nodes=True),
     FSDPVariant(name="FSDP2, no reshard", file="fsdp2", reshard=False),
     FSDPVariant(name="FSDP2", file="fsdp2"),
 )
-ENGINES = (FSDP(variants=_VARIANTS),)
+ENGINES = (FSDP(variants=VARIANTS),)
