@@ -1,6 +1,6 @@
 """Images in the dtype that autocast would cast them to, where a model does nothing with them before that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,8 +47,7 @@ class _Uses(TorchFunctionMode):
     ) -> Any:
         """Run `func` and note what it does with the images."""
         result = func(*args, **(kwargs or {}))
-        given = [*args, *(kwargs or {}).values()]
-        if any(one is image for one in given for image in self.images):
+        if any(one is image for one in _flat([args, kwargs or {}]) for image in self.images):
             self._note(_name(func), result)
         return result
 
@@ -59,6 +58,17 @@ class _Uses(TorchFunctionMode):
             self.images.append(result)
         elif name not in _ASKING:
             self.otherwise = True
+
+
+def _flat(given: Any) -> Iterator[Any]:
+    """What lies in arguments, also in lists of them."""
+    if isinstance(given, (list, tuple)):
+        for one in given:
+            yield from _flat(one)
+    elif isinstance(given, dict):
+        yield from _flat(list(given.values()))
+    else:
+        yield given
 
 
 def _name(func: Callable[..., Any]) -> str:

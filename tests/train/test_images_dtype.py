@@ -23,6 +23,16 @@ class Scaled(nn.Module):
         return self.layer((images * 2).flatten(1))
 
 
+class Joined(nn.Linear):
+    """Casts images in its layer, and also puts them beside others."""
+
+    def __init__(self):
+        super().__init__(192, 3)
+
+    def forward(self, images):
+        return super().forward(images.flatten(1)) + torch.stack([images, images]).mean()
+
+
 @pytest.mark.parametrize(
     ("model", "size", "expected"),
     [
@@ -30,6 +40,7 @@ class Scaled(nn.Module):
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), 8, torch.bfloat16),
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), 8, torch.float32),
         (Scaled, 8, torch.float32),
+        (Joined, 8, torch.float32),
         (lambda: nn.Linear(5, 3), 8, torch.float32),  # does not take such images at all
     ],
 )
