@@ -2,6 +2,7 @@
 # Makes .venv, installs what the tests need, then runs linter, type checker and the default tests.
 # Words after the command go to pytest, which else runs all default tests; these, and a folder's, two files at a time:
 # bash tests/run.sh tests/optim, bash tests/run.sh -k optim, bash tests/run.sh --slow
+# With --gpu it runs the tests marked gpu alone, GPU_TEST_PROCESSES (4) at a time and for GPU_TEST_SECONDS (900) at most.
 # With --multinode it also installs what two hosts on one machine need (Debian, as root), and runs their tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,10 +24,22 @@ multinode_tools() {
   fi
 }
 
+words=() gpu=
 for word in "$@"; do
   [ "$word" != --multinode ] || multinode_tools
+  if [ "$word" = --gpu ]; then gpu=yes; else words+=("$word"); fi
 done
+set -- ${words[@]+"${words[@]}"}
 source launch/setup.sh test
+if [ -n "$gpu" ]; then
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "error: --gpu needs a GPU that torch sees; robust-dist doctor says what it finds" >&2
+    exit 2
+  }
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+  exec timeout --signal=INT "${GPU_TEST_SECONDS:-900}" "$python" -m pytest -m gpu -n "${GPU_TEST_PROCESSES:-4}" \
+    --dist loadfile --timeout 300 "$@"
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

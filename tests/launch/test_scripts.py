@@ -62,6 +62,25 @@ def test_setup_installs_again_when_the_requirements_have_changed(checkout):
         assert ("called -m pip install" in result.stdout) is expected
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_tests_of_a_gpu_run_alone_in_parallel_and_within_a_limit(checkout, has_gpu):
+    shutil.copytree(ROOT / "tests", checkout / "tests", ignore=lambda *_: set(os.listdir(ROOT / "tests")) - {"run.sh"})
+    shutil.copy(checkout / "pyproject.toml", checkout / ".venv" / ".installed-test")
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase $2 in *torch*) exit {int(not has_gpu)} ;; "import sys") exit 0 ;; esac\necho "called $*"\n'
+    )
+    command = ["bash", str(checkout / "tests" / "run.sh"), "--gpu", "-k", "optim"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if has_gpu:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "called -m pytest -m gpu -n 4 --dist loadfile --timeout 300 -k optim\n"
+    else:
+        assert result.returncode == 2
+        assert "error: --gpu needs a GPU that torch sees" in result.stderr
+        assert "called" not in result.stdout
+
+
 def test_one_process_where_two_were_asked_for_is_refused():
     # Accelerate's own launcher starts one process here, and says nothing.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
