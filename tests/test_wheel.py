@@ -67,7 +67,7 @@ def test_an_installed_wheel_trains_a_recipe_by_its_name_from_any_folder(installe
     status, said = run(installed, "-c", "import robust_dist; print(robust_dist.__file__)", cwd=tmp_path)
     assert status == 0, said
     assert said.startswith(str(installed.parents[1]))
-    words = ["--config", "quickstart", "--epochs", "2", "--run_dir", "run"]
+    words = ["--config", "quickstart", "--epochs", "2", "--run_dir", "run", "--model.options", "{stem_stride: 2}"]
     status, said = run(installed, "-m", "robust_dist.cli", "train", "--accelerate", "cpu", *words, cwd=tmp_path)
     assert status == 0, said
     assert "2 ranks" in said

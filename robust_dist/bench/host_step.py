@@ -81,7 +81,7 @@ def _measured_by(root: Path) -> dict[str, float]:
     env = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"--beside {root}: its step cannot be timed: {done.stderr.strip()[-300:]}")
+        raise ValueError(f"--beside {root}: its step cannot be timed: {done.stderr.strip().rpartition(chr(10))[2]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from robust_dist.data import registry
 from robust_dist.study.parse import load_study
@@ -51,6 +52,8 @@ def installed(install):
 @pytest.fixture
 def words(tmp_path):
     """The words of a run on an archive of its own."""
+    # Accelerate keeps the precision of the process's first run.
+    AcceleratorState._reset_state(True)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         for part, count in (("train", TRAIN), ("test", TEST)):
             for number in range(count):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import robust_dist
@@ -22,6 +23,13 @@ from robust_dist.train.recipe import parse_recipe
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05"]
 WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "2", *QUIET]
+NAMED = [*WORDS, "--model.options", "{stem_stride: 2}"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate():
+    # Accelerate keeps the precision of the process's first run.
+    AcceleratorState._reset_state(True)
 
 
 def rows(result):
@@ -35,12 +43,12 @@ def digits(part):
 @pytest.fixture(scope="module")
 def by_name(tmp_path_factory):
     """What the recipe's own parts come to."""
-    return fit(parse_recipe(WORDS), run_dir=tmp_path_factory.mktemp("by") / "name")
+    return fit(parse_recipe(NAMED), run_dir=tmp_path_factory.mktemp("by") / "name")
 
 
 def test_a_run_by_name_is_the_one_of_the_command_line(by_name, tmp_path):
     assert rows(by_name) == [
-        without_measured(row) for row in main.train(parse_recipe([*WORDS, "--run_dir", str(tmp_path / "run")]))
+        without_measured(row) for row in main.train(parse_recipe([*NAMED, "--run_dir", str(tmp_path / "run")]))
     ]
     assert by_name.best["eval_accuracy"] == max(row["eval_accuracy"] for row in by_name.rows)
     assert by_name.checkpoint.name == "step-00000024"
@@ -55,7 +63,7 @@ def test_parts_of_one_s_own_that_are_the_recipe_s_give_its_bits(by_name, tmp_pat
 
     own = fit(
         parse_recipe(WORDS),
-        model=lambda classes: build_model("resnet8", classes),
+        model=lambda classes: build_model("resnet8", classes, stem_stride=2),
         optimizer=optimizer,
         run_dir=tmp_path,
     )
@@ -103,12 +111,12 @@ def test_an_own_augmentation_is_called_with_bytes_labels_and_keys(tmp_path):
         )
         return images.float() / 510, labels
 
-    result = fit(parse_recipe(WORDS), augment=halved, run_dir=tmp_path)
+    result = fit(parse_recipe(NAMED), augment=halved, run_dir=tmp_path)
     assert set(seen) == {(torch.uint8, (3, 32, 32), torch.int64, torch.int64, True)}
     assert len(seen) == 24
     assert json.loads((tmp_path / "environment.json").read_text())["starts"][0]["backends"]["augmentation"] == "own"
     # As it had never stopped: the same call finds a finished run.
-    assert rows(fit(parse_recipe(WORDS), augment=halved, run_dir=tmp_path)) == rows(result)
+    assert rows(fit(parse_recipe(NAMED), augment=halved, run_dir=tmp_path)) == rows(result)
     assert len(seen) == 24
 
 
