@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 _DECIDING = 30.0
 # Seconds for which a save waits for votes that are about to be cast.
 _PATIENCE = 5.0
+# Stands behind the number of a call in which a rank has a wish, until that is cast.
+_VOTING = 1
 # Steps after which votes that decided nothing are deleted.
 _KEPT = 1024
 
@@ -47,12 +49,14 @@ class Vote:
         Returns:
             As `decided`.
         """
-        store.set(f"call of/{rank}", str(self.calls))
+        store.set(f"call of/{rank}", f"{self.calls} {_VOTING}" if wish else str(self.calls))
         if not self._known:
             self._known = True
             store.append("voters", f"{rank} ")  # type: ignore[attr-defined]
-        if wish and self._add(store) >= needed:
-            self._decide(rank, store)
+        if wish:
+            if self._add(store) >= needed:
+                self._decide(rank, store)
+            store.set(f"call of/{rank}", str(self.calls))
         return self.decided(store)
 
     def decided(self, store: "Store") -> int | None:
@@ -66,7 +70,7 @@ class Vote:
         return None
 
     def wait_for_voters(self, store: "Store", ranks: int) -> None:
-        """Wait, five seconds at most, until the other voters have made this rank's last call: it may decide.
+        """Wait, five seconds at most, until the other voters have voted in this rank's last call: it may decide.
 
         Who votes is known from the second call on; at the first it may be all of these many ranks.
         """
@@ -75,15 +79,19 @@ class Vote:
         wanted = ranks if self.calls == 1 else 1
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
-            calls = self._calls(store)
-            if min(calls) >= self.calls and len(calls) >= wanted:
+            notes = self._notes(store)
+            if len(notes) >= wanted and all(call - len(voting) >= self.calls for call, *voting in notes):
                 return
             time.sleep(0.01)
 
     def _calls(self, store: "Store") -> list[int]:
         """The call that each voter has reached."""
+        return [call for call, *_ in self._notes(store)]
+
+    def _notes(self, store: "Store") -> list[list[int]]:
+        """The call that each voter has reached, and `_VOTING` behind it while its wish is on the way."""
         keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
-        return list(map(int, store.multi_get(keys)))
+        return [list(map(int, note.split())) for note in store.multi_get(keys)]
 
     def _add(self, store: "Store") -> int:
         key = f"votes/{self.calls}"
