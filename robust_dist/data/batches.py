@@ -69,7 +69,7 @@ class BatchPlan:
     Attributes:
         name: what error messages call the set.
         samples: samples of the set.
-        cut: how its epochs are cut.
+        cut: how its epochs are cut; a number is the batch size of one process, as up to 0.6.0.
 
     Raises:
         ValueError: a cut that leaves a rank or a micro-batch empty.
@@ -80,6 +80,8 @@ class BatchPlan:
     cut: Cut
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cut, Cut):
+            object.__setattr__(self, "cut", Cut(self.cut, seed=0))
         if self.steps == 0:
             raise ValueError(
                 f"drop_last=True with batch_size={self.cut.batch_size} leaves no batch of the {self.samples} images "

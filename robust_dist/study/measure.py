@@ -1,4 +1,7 @@
-"""What a study costs: its runs, its steps, and the hours that a measured step makes of them."""
+"""What a study costs: its runs, its steps, and the hours that a measured step makes of them.
+
+The step that is measured is a run's own, `train.step.TrainStep`.
+"""
 
 import tempfile
 import time

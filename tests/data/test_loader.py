@@ -8,6 +8,7 @@ import torch
 from robust_dist import RobustAugment
 from robust_dist.augment.keys import sample_keys
 from robust_dist.data import Batch, DeviceLoader, ImageSet, evaluation_batches
+from robust_dist.data.batches import BatchPlan, Cut
 
 N = 75
 BATCH, BLOCK = 32, 2
@@ -212,3 +213,9 @@ def test_no_batch_waits_for_the_device(numbers):
         torch.cuda.set_sync_debug_mode("default")
     for (found, _), (twin,) in zip(on_gpu, loaders(numbers)[0].epoch(1), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, tensors(twin), strict=True))
+
+
+def test_a_plan_takes_the_batch_size_of_one_process():
+    assert BatchPlan("s", 9, 4).runs(2) == BatchPlan("s", 9, Cut(4, seed=0)).runs(2)
+    with pytest.raises(ValueError, match="batch_size=0 is below 1"):
+        BatchPlan("s", 9, 0)
