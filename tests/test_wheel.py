@@ -1,6 +1,7 @@
-"""The package as `pip install` leaves it: recipes, studies and launcher files by name, from any folder."""
+"""The package as `pip install` leaves it: recipes, studies and launcher files by name from any folder; users' walks."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,10 @@ def installed(wheel, tmp_path_factory):
         archive.extractall(packages)
     others = dict.fromkeys([sysconfig.get_paths()["purelib"], *(p for p in sys.path if p.endswith("site-packages"))])
     (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
+    for name, module in (("robust-dist", "robust_dist.cli"), ("accelerate", "accelerate.commands.accelerate_cli")):
+        script = folder / "bin" / name
+        script.write_text(f"#!{folder}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.chmod(0o755)
     return folder / "bin" / "python"
 
 
@@ -72,6 +77,23 @@ def test_an_installed_wheel_trains_a_recipe_by_its_name_from_any_folder(installe
     assert status == 0, said
     assert "2 ranks" in said
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def walk(installed, folder, script):
+    """What a user's script of `tests/walks` prints, in a folder of its own."""
+    shutil.copytree(ROOT / "tests" / "walks", folder, dirs_exist_ok=True)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"OMP_NUM_THREADS": "1", "PATH": f"{installed.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_script_with_a_deepspeed_json_leads_to_an_exported_model(installed, tmp_path):
+    pytest.importorskip("deepspeed")
+    said = walk(installed, tmp_path, "deepspeed.sh")
+    assert "wrote exported: model.safetensors" in said
+    assert said.endswith("the exported model gives the trained one's logits\n")
 
 
 def test_a_file_of_the_current_folder_comes_before_the_package_s(tmp_path, monkeypatch):

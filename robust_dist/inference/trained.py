@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.checkpoint.conversion import read_weights
+from robust_dist.checkpoint.layout import kinds_in
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.documents import DocumentError, read_json, typed
@@ -170,10 +171,23 @@ def read(
     raise ValueError(f"{folder}: {_why_none(folder)}")
 
 
+def is_bare_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint that belongs to no run of ours."""
+    folder = Path(path).expanduser()
+    known = (folder / RECORD).is_file() or _run_of(folder) is not None
+    return folder.is_dir() and not known and bool(kinds_in(folder))
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+
+
 def _why_none(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder"
-    above = next((one for one in folder.absolute().parents if (one / "recipe.yaml").is_file()), None)
+    above = _run_of(folder)
     hint = "" if above is None else f"; it belongs to a run: name {above}"
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 
