@@ -49,11 +49,11 @@ def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",
 def export_weights(checkpoint: Path, out: Path) -> list[str]:
     """Write the weights of a checkpoint of any training loop into a new folder, as `model.safetensors`.
 
-    Names are the model's own, dtypes those of the checkpoint (float32 of ZeRO-3's masters); a parameter with several
+    Names are the model's own, dtypes those of the checkpoint; a parameter with several
     names is written under each. `safetensors.torch.load_model(model, FILE)` takes it.
 
     Args:
-        checkpoint: A folder of Accelerate, Trainer, DeepSpeed, or FSDP (DCP).
+        checkpoint: A folder, of any engine.
         out: The folder; there must be none.
 
     Returns:
