@@ -78,13 +78,19 @@ class ImageFolderSource:
         """The file's path."""
         return os.path.join(self.folder, self._below[self._folder_of[index]], self._files[index])
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The images' labels, int32 [N]."""
+        labels: np.ndarray = self._label_of[self._folder_of]
+        return labels
+
     def part(self, split: Split, *, evaluation: bool) -> "ImageFolderSource":
         """The images for evaluation, or those for training.
 
         Raises:
             DataError: there is none for evaluation, as each class has one image.
         """
-        labels = self._label_of[self._folder_of]
+        labels = self.labels
         names = [f"{self.classes[label]}/{file}" for label, file in zip(labels, self._files, strict=True)]
         chosen = split.evaluates(names, labels)
         if not chosen.any():
@@ -99,7 +105,7 @@ class ImageFolderSource:
 
     def fingerprint(self) -> str:
         """A hash of the files' paths below their class folders, and of their labels."""
-        return fingerprint(self._files.data, self._files.bounds, self._label_of[self._folder_of])
+        return fingerprint(self._files.data, self._files.bounds, self.labels)
 
 
 def open_image_folder(
