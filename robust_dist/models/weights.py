@@ -1,4 +1,4 @@
-"""Published weights of torchvision's and timm's models, and the layers of a classifier that depend on its classes."""
+"""Published weights of torchvision's and timm's models, and the layer of a classifier that gives its classes."""
 
 import os
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ class FetchError(ValueError):
 def head_of(model: nn.Module, num_classes: int | None = None) -> tuple[str, ...]:
     """Names of the modules that give the classes' logits.
 
-    They are those that timm names; else the last linear or convolutional layer with as many outputs as classes.
+    They are those that timm names; else the last linear layer, or convolution of 1x1, with as many outputs as classes.
 
     Args:
         model: The classifier.
@@ -112,7 +112,8 @@ def read_published(name: str, weights: str, num_classes: int, channels: int, opt
 def _outputs(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features
-    return module.out_channels if isinstance(module, nn.Conv2d) else None
+    # A wider one sees neighbours, so it is no classifier over pooled features.
+    return module.out_channels if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) else None
 
 
 def _tag(weights: str) -> str:

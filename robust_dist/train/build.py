@@ -214,9 +214,7 @@ def _with_head_apart(
     )
     found = [group for group in body if group["params"]], [group | {"lr": rate} for group in heads if group["params"]]
     if not all(found):
-        what = (
-            "no linear or convolutional layer with as many outputs as classes" if not names else "nothing but its head"
-        )
+        what = "no linear layer with as many outputs as classes" if not names else "nothing but its head"
         raise ValueError(
             f"optimizer.head_lr_mult={config.head_lr_mult} needs a head with parameters of its own to train, and the "
             f"model has {what}; set it to 1"
