@@ -1,8 +1,10 @@
 """The commands of `robust-dist`: training and what comes before and after."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import robust_dist
 from robust_dist.engines.engine import EngineError, engine_named
@@ -47,6 +49,22 @@ def _preview(words: argparse.Namespace) -> int:
         images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
     )
     print(f"wrote {words.out}")
+    return 0
+
+
+def _recipe(words: argparse.Namespace) -> int:
+    from robust_dist.inference.output import check_new
+    from robust_dist.train.suggest import suggest
+
+    if words.out is not None:
+        check_new(Path(words.out))
+    text = suggest(words.folder)
+    if words.out is None:
+        print(text, end="")
+        return 0
+    with open(words.out, "x", encoding="utf-8") as file:
+        file.write(text)
+    print(f"wrote {words.out}; train it: robust-dist train --config {shlex.quote(words.out)}")
     return 0
 
 
@@ -98,15 +116,26 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--accelerate", metavar="FILE")
     train.set_defaults(run=_train, extra="train")
 
-    doctor = commands.add_parser("doctor", help="installed versions, devices and backends; likely problems and how to fix them")
+    doctor = commands.add_parser(
+        "doctor", help="installed versions, devices and backends; likely problems and how to fix them"
+    )
     doctor.set_defaults(run=_doctor, extra="train")
 
     _add_verify_command(commands)
+    recipe = commands.add_parser(
+        "recipe", help="look at a folder of images and write a recipe for it, with its reasons"
+    )
+    recipe.add_argument("folder", metavar="PATH", help="a folder with a sub-folder of images for each class")
+    recipe.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    recipe.set_defaults(run=_recipe, extra="train")
+
     preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
     preview.add_argument("--rows", type=int, default=8, help="number of samples (default: %(default)s)")
-    preview.add_argument("--epoch", type=int, default=0, help="the epoch whose random draws are shown (default: %(default)s)")
+    preview.add_argument(
+        "--epoch", type=int, default=0, help="the epoch whose random draws are shown (default: %(default)s)"
+    )
     preview.set_defaults(run=_preview, extra="train")
 
     _add_bench_command(commands)
@@ -120,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.verify.__main__ import add_arguments
 
-    verify = commands.add_parser("verify", help="check that everything works on this machine, and how fast; writes a report")
+    verify = commands.add_parser(
+        "verify", help="check that everything works on this machine, and how fast; writes a report"
+    )
     add_arguments(verify)
     verify.set_defaults(run=_verify, extra="train")
 
@@ -128,7 +159,9 @@ def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.bench.command import add_arguments
 
-    bench = commands.add_parser("bench", help="speed compared with other libraries and with the hardware's limit, in one run")
+    bench = commands.add_parser(
+        "bench", help="speed compared with other libraries and with the hardware's limit, in one run"
+    )
     add_arguments(bench)
     bench.set_defaults(run=_bench, extra="bench")
 

@@ -5,11 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = (
-    Path(ROOT, "robust_dist", "engines", "README.md")
-    .read_text()
-    .partition("## Private interfaces we depend on")[2]
-)
+PAGE = Path(ROOT, "robust_dist", "engines", "README.md").read_text().partition("## Private interfaces we depend on")[2]
 
 
 def private_imports(path):
