@@ -116,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--accelerate", metavar="FILE")
     train.set_defaults(run=_train, extra="train")
 
-    doctor = commands.add_parser(
-        "doctor", help="installed versions, devices and backends; likely problems and how to fix them"
-    )
+    doctor = commands.add_parser("doctor", help="installed versions, devices, backends; problems and their fixes")
     doctor.set_defaults(run=_doctor, extra="train")
 
     _add_verify_command(commands)
@@ -133,9 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
     preview.add_argument("--rows", type=int, default=8, help="number of samples (default: %(default)s)")
-    preview.add_argument(
-        "--epoch", type=int, default=0, help="the epoch whose random draws are shown (default: %(default)s)"
-    )
+    preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")
 
     _add_bench_command(commands)
@@ -149,9 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.verify.__main__ import add_arguments
 
-    verify = commands.add_parser(
-        "verify", help="check that everything works on this machine, and how fast; writes a report"
-    )
+    verify = commands.add_parser("verify", help="check that everything works here, and how fast; writes a report")
     add_arguments(verify)
     verify.set_defaults(run=_verify, extra="train")
 
@@ -159,9 +153,7 @@ def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.bench.command import add_arguments
 
-    bench = commands.add_parser(
-        "bench", help="speed compared with other libraries and with the hardware's limit, in one run"
-    )
+    bench = commands.add_parser("bench", help="speed compared with other libraries and the hardware's limit")
     add_arguments(bench)
     bench.set_defaults(run=_bench, extra="bench")
 
