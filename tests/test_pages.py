@@ -21,26 +21,32 @@ BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALL = "--epochs 1 --model.name resnet8 --model.options '{stem_stride: 2}' --tracking.trackers [] "
 SMALL += "--tracking.progress false"
 PETS = f"{SMALL} --batch_size 8 --data.size 16 --data.eval_resize 16 --data.workers 0"
-QUICKSTART = f"--config quickstart {SMALL} --batch_size 512"
+QUICKSTART = f"--config quickstart {SMALL} --batch_size 512 --run_dir runs/quickstart"
 
-# Commands that train: what makes each small. Launchers' words are read by the launcher's own parser, and the recipe's
-# words train on one rank.
+# Commands that train, in this order: what is put in place of some words, and what is added to make each small.
+# Launchers' words are read by the launcher's own parser, and the recipe's words train on one rank.
 TRAINED = {
-    "robust-dist train --config imagefolder --data.root /data/pets --run_dir runs/pets": PETS,
+    "robust-dist train --config imagefolder --data.root /data/pets --run_dir runs/pets": ({}, PETS),
     "robust-dist train --accelerate ddp --num_processes 8 --config imagefolder --data.root /data/pets "
-    "--run_dir runs/pets": PETS,
+    "--run_dir runs/pets": ({}, PETS),
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 launch/train.py "
-    "--config configs/recipes/imagefolder.yaml --data.root /data/pets --run_dir runs/pets": PETS,
+    "--config configs/recipes/imagefolder.yaml --data.root /data/pets --run_dir runs/pets": ({}, PETS),
+    "robust-dist train --config imagefolder_small --data.root /data/pets --model.weights DEFAULT --optimizer.lr 0.001 "
+    "--optimizer.head_lr_mult 10": ({"DEFAULT": "runs/pets"}, PETS + " --data.eval_share null --run_dir runs/small"),
+    "robust-dist train --config RUN/recipe.yaml --init_from RUN --epochs 60 --run_dir runs/longer": (
+        {"RUN": "runs/pets", "60": "1"},
+        "",
+    ),
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 4 launch/train.py "
     "--config configs/recipes/cifar10_resnet56.yaml --run_dir runs/lr05 --optimizer.lr 0.05": (
-        f"{SMALL} --batch_size 512 --data.name digits"
+        {},
+        f"{SMALL} --batch_size 512 --data.name digits",
     ),
 }
 # Commands of `robust-dist` that are run after these: what is put in place of some words, and what is added.
 RUN = {
     "robust-dist evaluate runs/pets /data/pets/test": ({"/data/pets/test": "/data/pets/val"}, ""),
     "robust-dist predict runs/pets photo.jpg": ({}, ""),
-    "robust-dist doctor": ({}, ""),
     "robust-dist plan --model timm/vit_large_patch16_224 --nodes 8 --batch-size 4096 --precision bf16": (
         {"timm/vit_large_patch16_224": "timm/test_vit"},
         "",
@@ -67,6 +73,7 @@ RUN = {
 # Commands that other tests run: where, and a piece of the test's code that shows it.
 ELSEWHERE = {
     "bash launch/quickstart.sh": ("launch/test_scripts.py", '"quickstart.sh"'),
+    "robust-dist doctor": ("test_cli.py", '"doctor"'),
     "robust-dist verify --minutes 5": ("verify/test_verify.py", '"verify"'),
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 -m robust_dist.verify": (
         "verify/test_verify.py",
@@ -131,6 +138,14 @@ def test_every_extra_that_a_page_installs_is_there():
     assert {name for found in wanted if found for name in found[1].split(",")} <= set(extras)
 
 
+def small(command, replaced):
+    """The command with other words in place of some."""
+    for words, others in {**replaced, "/data/pets": "pets"}.items():
+        assert words in command or words == "/data/pets"
+        command = command.replace(words, others)
+    return command
+
+
 def script_words(command):
     """The recipe's words of a command that trains, after its launcher's own parser has taken the others."""
     from accelerate.commands.launch import launch_command_parser
@@ -158,15 +173,14 @@ def train_all(folder):
     os.chdir(folder)
     from accelerate.state import AcceleratorState, GradientState
 
-    todo = [QUICKSTART + " --run_dir runs/quickstart"]
+    todo = [shlex.split(QUICKSTART)]
     todo += [
-        f"{shlex.join(script_words(command.replace('/data/pets', 'pets')))} {small}"
-        for command, small in TRAINED.items()
+        [*script_words(small(command, replaced)), *shlex.split(added)] for command, (replaced, added) in TRAINED.items()
     ]
     for words in todo:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        main(["train", *shlex.split(words)])
+        main(["train", *words])
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +206,18 @@ def folder(tmp_path_factory):
 
 
 def test_the_commands_that_train_train(folder):
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["lr05", "pets", "quickstart"]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == [
+        "longer",
+        "lr05",
+        "pets",
+        "quickstart",
+        "small",
+    ]
 
 
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_runs(folder, command, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     replaced, added = RUN[command]
-    small = command
-    for words, others in replaced.items():
-        assert words in small
-        small = small.replace(words, others)
-    assert main([*shlex.split(small.replace("/data/pets", "pets"))[1:], *added.split()]) in (0, None)
+    assert main([*shlex.split(small(command, replaced))[1:], *added.split()]) == 0
     assert capsys.readouterr().out

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from robust_dist.config_files import config_names, find_config
 from robust_dist.train.__main__ import launch_command
@@ -87,6 +88,19 @@ def walk(installed, folder, script):
     done = subprocess.run(["bash", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_folder_of_pictures_leads_to_predictions_and_a_model_in_use(installed, tmp_path):
+    for level, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(12):
+            picture = Image.new("RGB", (24, 20), (80 * level + number, 200 - 80 * level, 60))
+            picture.save(tmp_path / "pictures" / name / f"{number}.png")
+    said = walk(installed, tmp_path, "folder.sh")
+    assert ", the same)" in said
+    assert said.splitlines()[-1].partition(" is ")[2] in ("ant", "bee", "cat")
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 36
+    assert (tmp_path / "exported" / "model.json").is_file()
 
 
 def test_a_script_with_a_deepspeed_json_leads_to_an_exported_model(installed, tmp_path):
