@@ -32,7 +32,10 @@ TRAINED = {
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 launch/train.py "
     "--config configs/recipes/imagefolder.yaml --data.root /data/pets --run_dir runs/pets": ({}, PETS),
     "robust-dist train --config imagefolder_small --data.root /data/pets --model.weights DEFAULT --optimizer.lr 0.001 "
-    "--optimizer.head_lr_mult 10": ({"DEFAULT": "runs/pets"}, PETS + " --data.eval_share null --run_dir runs/small"),
+    "--optimizer.head_lr_mult 10": (
+        {"DEFAULT": "runs/pets"},
+        PETS + " --data.eval_share null --optimizer.beta2 0.99 --run_dir runs/small",
+    ),
     "robust-dist train --config RUN/recipe.yaml --init_from RUN --epochs 60 --run_dir runs/longer": (
         {"RUN": "runs/pets", "60": "1"},
         "",
