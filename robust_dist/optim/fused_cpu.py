@@ -22,11 +22,10 @@ from robust_dist.optim.addresses import addresses
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.counting import count_of
 from robust_dist.optim.foreach import foreach
-from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
-from robust_dist.optim.tensors import TensorLists, inverse
+from robust_dist.optim.tensors import TensorLists, can_flatten, inverse
 from robust_dist.surroundings import usable_cores
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")

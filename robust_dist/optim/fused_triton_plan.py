@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_length, chunk_table, upload
-from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
-from robust_dist.optim.tensors import TensorLists
+from robust_dist.optim.tensors import TensorLists, can_flatten
 
 # How the kernels call what they read and write; uint16 stands for bfloat16's bits.
 _TYPES = {

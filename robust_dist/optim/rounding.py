@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.counting import counts_of
-from robust_dist.optim.layout import is_dense
 from robust_dist.optim.settings import Hyper
-from robust_dist.optim.tensors import TensorLists
+from robust_dist.optim.tensors import TensorLists, is_dense
 from robust_dist.splitmix import GOLDEN, mix, mix_int, signed
 
 LOW, HIGH = 0, 16
