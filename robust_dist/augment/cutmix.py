@@ -24,7 +24,7 @@ _WIDEST = 60.0  # log-odds beyond which a share is below 1e-26 and cuts no pixel
 
 
 def _log_density(odds: Tensor, alpha: float) -> Tensor:
-    """Of the log-odds of a Beta(alpha, alpha) draw, up to a constant: -2 alpha log(2 cosh(odds / 2))."""
+    """The log-density of a Beta(alpha, alpha) draw's log-odds, up to a constant: -2 alpha log(2 cosh(odds / 2))."""
     half = odds.abs() / 2
     return -2 * alpha * (half + torch.log1p(torch.exp(-2 * half)))
 
@@ -60,7 +60,7 @@ def beta_share(u: Tensor, table: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CutMixPlan:
-    """Which box of which other sample covers each sample of a batch, on the images' device.
+    """The box of another sample that covers each sample of a batch, on the images' device.
 
     Attributes:
         partner: Position in the batch of the sample that the box is cut from, int64 [B].
@@ -183,7 +183,7 @@ class CutMix(Stage):
     def apply(  # type: ignore[override]
         self, images: Tensor, labels: Tensor | None = None, plan: CutMixPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `mix`, with soft targets, float32 [B, num_classes], instead of the triple."""
+        """Like `mix`, with soft targets, float32 [B, num_classes], instead of the triple."""
         if labels is None or plan is None:
             return self._visit(images)
         mixed, (own, other, lam) = self.mix(images, labels, plan)

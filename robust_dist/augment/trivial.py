@@ -12,13 +12,13 @@ from torch import Tensor
 from robust_dist.augment import levels, tables, warp
 from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.checks import check_images, check_range, check_vector, readable
-from robust_dist.augment.keys import Stream, bits_of_each, random_keys, to_int
-from robust_dist.augment.layout import Stage, bits_of, from_grid, keep_bits, memory_format, to_grid
+from robust_dist.augment.keys import Stream, bits_of_each, to_int
+from robust_dist.augment.layout import ImageStage, bits_of, from_grid, keep_bits, memory_format, to_grid
 from robust_dist.validate import whole_number
 
 
 class Kind(IntEnum):
-    """What computes an operation; from LEVELS on, a table from level to level does."""
+    """The way an operation is computed; from LEVELS on, by a table from level to level."""
 
     NOTHING = 0
     WARP = 1
@@ -90,7 +90,7 @@ _CHUNK = 2**19  # values of a group worked on at a time on the CPU
 
 @dataclass(frozen=True, eq=False)
 class TrivialAugmentPlan:
-    """What happens to each sample of a batch, on the images' device.
+    """The operation of each sample of a batch, on the images' device.
 
     Attributes:
         op: Index into `TrivialAugment.OPS`, int64 [B].
@@ -112,7 +112,7 @@ def _fill_values(fill: float | Sequence[float]) -> list[int]:
     return [int(v) for v in values]
 
 
-class TrivialAugment(Stage):
+class TrivialAugment(ImageStage):
     """One random operation of random strength for each sample, equal to torchvision's TrivialAugmentWide.
 
     Every operation gives the bits of torchvision's uint8 tensor kernels with nearest interpolation, in eager and
@@ -196,14 +196,6 @@ class TrivialAugment(Stage):
     def backend_for(self, device: torch.device | str) -> str:
         """The backend that augments images on `device`: "torch", "native" or "triton"."""
         return choose_stage(self.backend, torch.device(device), "trivial")[0]
-
-    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
-        check_images(images)
-        if keys is None:
-            keys = random_keys(images.shape[0], generator, images.device)
-        check_vector("keys", keys, images)
-        return self.apply(images, self.plan(keys))
 
     def extra_repr(self) -> str:
         """The settings."""

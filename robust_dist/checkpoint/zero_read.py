@@ -53,7 +53,7 @@ _ENGINE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class _Shard:
-    """What one rank's optimizer file holds.
+    """The contents of one rank's optimizer file.
 
     Attributes:
         path: The file.

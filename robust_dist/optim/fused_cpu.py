@@ -64,7 +64,7 @@ def library() -> Any:
 
 
 def why_not() -> str | None:
-    """Why there is no compiled backend, or None where there is one."""
+    """The reason why there is no compiled backend, or None if there is one."""
     found = _load()
     return found if isinstance(found, str) else None
 
@@ -222,7 +222,7 @@ class _Prepared:
         found_inf: Tensor | None,
         counts: list[float],
     ) -> bool:
-        """As backends.py says."""
+        """Step a batch; see backends.py."""
         scale = inverse(grad_scale)
         for part, h, count in zip(self.parts, hypers, counts, strict=True):
             if part is not None:

@@ -93,7 +93,7 @@ def indices(param: Tensor, first: int) -> Tensor:
 
 
 class Rounder:
-    """What a batch's backend stores: values as they are, or rounded stochastically to bfloat16.
+    """Stores a batch's results: values as they are, or rounded stochastically to bfloat16.
 
     Args:
         batch: The batch; nothing is rounded here where it has no `origins`.

@@ -85,7 +85,7 @@ class TensorLists:
         return found
 
     def batches(self, counts: Sequence[float | None]) -> "list[TensorLists]":
-        """What backends step, from lists of local tensors.
+        """The batches that backends step, from lists of local tensors.
 
         Args:
             counts: For each parameter, its step count on the host, or None to leave it on the device.
@@ -134,5 +134,5 @@ def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def inverse(grad_scale: Tensor | None) -> Tensor | None:
-    """What unscales gradients: 0-d float32, or None."""
+    """The factor that unscales gradients: 0-d float32, or None."""
     return None if grad_scale is None else grad_scale.reshape(()).double().reciprocal().float()

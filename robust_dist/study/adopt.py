@@ -63,7 +63,7 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
 
 @dataclass
 class _Report:
-    """What is read of a `report.json`."""
+    """The part of a `report.json` that is read."""
 
     study: dict[str, Any]
     runs: list[dict[str, Any]]
