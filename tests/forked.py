@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -181,30 +180,14 @@ def _fork_pythons() -> None:
 
 
 def _be_child(words: list[str], ends: list[int], given: dict[str, Any]) -> None:
-    """Never returns."""
-    code: Any = 1
-    try:
-        if given["start_new_session"]:
-            os.setsid()
-        for stream, end in enumerate(ends):
-            if end != -1:
-                os.dup2(end, stream)
-        run_words(words, given["env"] or dict(os.environ), given["cwd"])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        if not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
-        with contextlib.suppress(Exception):
-            threading._shutdown()
-            atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    """Never returns; what the parent would do at its end, as removing its temporary folders, is not done here."""
+    if given["start_new_session"]:
+        os.setsid()
+    for stream, end in enumerate(ends):
+        if end != -1:
+            os.dup2(end, stream)
+    args = words, given["env"] or dict(os.environ), given["cwd"]
+    os._exit(multiprocessing.get_context("fork").Process(target=run_words, args=args)._bootstrap())
 
 
 def run_words(words: list[str], env: Mapping[str, str], cwd: str | Path | None = None) -> None:
