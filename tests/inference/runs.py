@@ -26,11 +26,11 @@ RUNS = {
     "average": ("ddp", [*FILES, "--ema_decay", "0.6"]),
     "schedule-free": ("ddp", [*FILES, *SCHEDULE_FREE]),
     "fsdp2": ("fsdp2", []),
-    "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam", *EARLY]),
+    "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
     "average again": ("ddp", [*FILES, "--ema_decay", "0.6", "--optimizer.lr", "0", "--init_from", "average"]),
     "fsdp2 again": ("fsdp2", [*FILES, *VIT, "--optimizer.lr", "0", "--init_from", "fsdp2 bf16"]),
     "zero2": ("zero2", []),
-    "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw"]),
+    "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw", *EARLY]),
     "zero3": ("zero3", [*FILES, *VIT, "--optimizer.name", "nag", *EARLY]),
     "zero3 head": ("zero3", [*FILES, *VIT, *HEAD_ALONE, "--model.weights", "fsdp2 again"]),
 }

@@ -366,7 +366,7 @@ def test_a_run_s_last_line_names_the_next_command_and_the_data_by_their_path(tra
     assert "359 held-out images of digits" in trained.output["ddp"]
 
 
-@pytest.mark.parametrize("name", ["fsdp2 bf16", "zero3"])
+@pytest.mark.parametrize("name", ["zero2 bf16", "zero3"])
 def test_early_stopping_ends_every_rank_after_the_same_epoch_and_saves_it(trained, name, capsys):
     run = trained.runs[name]
     assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
