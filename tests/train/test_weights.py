@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet
@@ -62,6 +63,25 @@ def test_top_5_and_every_class_s_accuracy_are_those_of_counting_by_hand(num_clas
     assert list(found.class_accuracy) == wanted
     there = [value for value in wanted if value is not None]
     assert found.mean_class_accuracy == pytest.approx(sum(there) / len(there))
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_counting_a_batch_calls_nothing_that_waits_for_the_device():
+    with Operators() as called:
+        count_batch(torch.randn(8, 10), EvalBatch(torch.zeros(8), torch.arange(8)), 10)
+    assert "index_add_" in called.names
+    assert called.names.isdisjoint({"_local_scalar_dense", "nonzero", "bincount", "masked_select", "item", "equal"})
 
 
 def test_logits_that_are_no_numbers_name_no_class_beyond_the_first_five():
