@@ -148,7 +148,7 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     if names:
         drawn = axes.get_legend_handles_labels()
         holder, where = (figure, "outside right upper") if many else (axes, "best")
-        holder.legend(*drawn, title=names, loc=where)
+        holder.legend(*drawn, title=names, loc=where, handlelength=3.5)
     bars = f"{_averaged(summary)}, bars: ± 1 standard deviation (n - 1)" if several else "one seed, no bars"
     crosses = any(_all_diverged(summary, cell) for cell in range(len(summary.points)))
     notes = ["x at the bottom: every seed diverged"] if crosses else []
