@@ -36,7 +36,7 @@ def stops_after(values, **config):
         ([0.5, 0.6, 0.7, 0.8], {"patience": 1}, None),
         ([0.5, 0.7, 0.7, 0.6, 0.9], {"patience": 2}, 4),
         ([0.5, 0.7, 0.6, 0.71, 0.6, 0.6, 0.6], {"patience": 3}, 7),
-        ([0.5, 0.55, 0.6, 0.65], {"patience": 2, "min_delta": 0.12}, None),
+        ([0.5, 0.55, 0.6, 0.65], {"patience": 2, "min_delta": 0.09}, None),
         ([0.5, 0.55, 0.6, 0.65], {"patience": 2, "min_delta": 0.15}, 3),
         ([2.0, 1.0, 1.1, 0.9, 1.0], {"patience": 2, "metric": "eval_loss"}, None),
         ([2.0, 1.0, 1.1, 1.0, 0.5], {"patience": 2, "metric": "train_loss"}, 4),
