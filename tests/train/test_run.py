@@ -22,6 +22,7 @@ from tests.train.launching import (
 )
 
 KEYS = {"epoch", "step", "train_loss", "eval_accuracy", "eval_loss", "eval_samples", "lr", "weight_decay"}
+KEYS |= {"eval_top5_accuracy", "eval_mean_class_accuracy", "eval_class_accuracy"}
 
 
 def last_weights(run_dir):
