@@ -52,7 +52,8 @@ def installed(wheel, tmp_path_factory):
     (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
     for name, module in (("robust-dist", "robust_dist.cli"), ("accelerate", "accelerate.commands.accelerate_cli")):
         script = folder / "bin" / name
-        script.write_text(f"#!{folder}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        lines = ["import sys", f"from {module} import main", 'if __name__ == "__main__":', "    sys.exit(main())"]
+        script.write_text("\n".join([f"#!{folder}/bin/python", *lines, ""]))
         script.chmod(0o755)
     return folder / "bin" / "python"
 
