@@ -19,6 +19,7 @@ from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, veri
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
+from robust_dist.own_code import OwnCodeError
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
@@ -188,7 +189,8 @@ def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[R
     engine = str(manifest.metadata.get("engine", UNNOTED))
     _check_evaluated(place, manifest, recipe)
     channels_last = settings.model.channels_last
-    pixels = pixels_noted(data, channels_last) if is_own(settings.data) else pixels_of(settings.data, channels_last)
+    own_data = is_own(settings.data)
+    pixels = pixels_noted(data, settings.data, channels_last) if own_data else pixels_of(settings.data, channels_last)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
     model = build(settings, len(classes), len(pixels.mean), engine, own)
     _fill(model, _weights(place, settings, model), place, settings.model.name)
@@ -294,9 +296,11 @@ def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
 
 def _check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
     """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
+    if manifest.metadata.get(ACCURACY) is not None:
+        return
     name = (recipe.get("optimizer") or {}).get("name", "")
     choice = choice_of(name) if name else None
-    if choice is not None and choice.averages_weights and manifest.metadata.get(ACCURACY) is None:
+    if choice is not None and choice.averages_weights:
         raise CheckpointError(
             f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
             "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "
@@ -320,7 +324,12 @@ def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: O
             model = own if isinstance(own, nn.Module) else own(num_classes)
         else:
             contiguous = not engine_named(engine).trains_any_memory_format
-            model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+            try:
+                model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+            except OwnCodeError as error:
+                raise OwnCodeError(
+                    f"{error}; in Python, robust_dist.load(RUN, model=...) takes the model itself"
+                ) from None
     return model.eval().requires_grad_(False)
 
 

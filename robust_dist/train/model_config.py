@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_dist.own_code import check_form, is_name
+from robust_dist.train.keys import NAMES_CODE
+
 # What the run itself gives a model's constructor.
 _GIVEN = {
     **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
@@ -21,16 +24,21 @@ class ModelConfig:
     """The classifier.
 
     Attributes:
-        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME; or your own
+            class, or function of the number of classes, as MODULE:NAME.
         options: Further keyword arguments of the model's constructor.
         channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
         sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
     """
 
-    name: str = "resnet20"
+    name: str = field(default="resnet20", metadata=NAMES_CODE)
     options: dict[str, Any] = field(default_factory=dict)
     channels_last: bool = False
     sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if is_name(self.name):
+            check_form("model.name", self.name)
 
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
         """The model, with the same initial weights on every rank.
