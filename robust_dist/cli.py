@@ -56,6 +56,8 @@ def _preview(words: argparse.Namespace) -> int:
         batch_size=recipe.batch_size,
         before=own,
     )
+    if recipe.augment.after:
+        print(f"not shown, as it comes after the normalisation: {', '.join(recipe.augment.after)}")
     print(f"wrote {words.out}")
     return 0
 

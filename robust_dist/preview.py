@@ -77,7 +77,7 @@ def preview(
     size = min(batch_size, len(image_set))
     if not 1 <= rows <= size:
         raise ValueError(f"rows must lie in 1 to {size} (the samples of the first batch), not {rows}")
-    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size, before=before or {}), Path(path))
+    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size, before=before), Path(path))
 
 
 def columns(
@@ -88,14 +88,14 @@ def columns(
     seed: int,
     epoch: int,
     size: int,
-    before: Mapping[str, Stage],
+    before: Mapping[str, Stage] | None = None,
 ) -> list[Column]:
     """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
     images, labels, keys, bad = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
     _tell_bad(bad, len(images), image_set.name)
     names = [image_set.classes[label] for label in labels.tolist()]
     found = [Column(image_set.stage, images[:rows], names[:rows])]
-    for title, stage in before.items():
+    for title, stage in (before or {}).items():
         images, labels = stage(images, labels, keys)
         found.append(Column(title, images[:rows], names[:rows]))
     if augment.crop is not None or augment.flip is not None:

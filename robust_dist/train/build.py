@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +185,8 @@ def build_augment(
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
-    return recipe.augment.build(
+    config = replace(recipe.augment, before=[], after=[]) if evaluation else recipe.augment
+    return config.build(
         num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, dtype=dtype, **kept
     )
 

@@ -113,6 +113,11 @@ def fit(
             parts.enter_context(optimizers.named(OWN, choice))
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, name=OWN))
         if augment is not None:
+            stages = recipe.augment.before + recipe.augment.after
+            if stages:
+                raise ValueError(
+                    f"augment is given, and the recipe has stages of its own ({', '.join(stages)}); leave one"
+                )
             recipe = replace(recipe, augment=_with_pipeline(recipe.augment, augment))
         rows = _train(recipe)
     folder = RunFolder(recipe.run_dir)

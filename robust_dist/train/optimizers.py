@@ -149,7 +149,8 @@ def own_choice(name: str) -> OptimizerChoice:
     made = own_code.load(_KEY, name)
     if isinstance(made, OptimizerChoice):
         return made
-    if not callable(made) or (isinstance(made, type) and not issubclass(made, Optimizer)):
+    is_other = isinstance(made, torch.nn.Module) or (isinstance(made, type) and not issubclass(made, Optimizer))
+    if is_other or not callable(made):
         wanted = "a class of torch.optim.Optimizer, a function that returns one, or an OptimizerChoice"
         raise own_code.wrong(_KEY, name, made, wanted)
 

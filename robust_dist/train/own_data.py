@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_dist import own_code
 from robust_dist.data.image_set import ImageSet
@@ -53,7 +53,8 @@ def check_own_set(name: str, found: Any, data: "DataConfig") -> None:
     """
     if isinstance(found, DatasetInfo):
         return
-    if not callable(found):
+    is_model = isinstance(found, nn.Module) or (isinstance(found, type) and issubclass(found, nn.Module))
+    if is_model or not callable(found):
         wanted = "a Dataset class or a function of train (bool), a DatasetInfo or a SourceChoice"
         raise own_code.wrong(_KEY, name, found, wanted)
     own_code.check_call(_KEY, name, found, **_arguments(data, found, train=True))
