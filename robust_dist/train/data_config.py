@@ -173,7 +173,7 @@ class DataConfig:
     @property
     def title(self) -> str:
         """What a person knows the images by: the path of a set of the Hub, the folder of files, or the set's name."""
-        return self.path or (self.name if self.source is None else self.root)
+        return self.path or (self.name if own_code.is_name(self.name) or self.source is None else self.root)
 
     @property
     def streamed(self) -> bool:
