@@ -66,7 +66,7 @@ def walked(tmp_path_factory):
     text = study.read_text()
     assert "epochs: 5" in text
     assert "batch_size: [64, 256]" in text
-    study.write_text(text.replace("epochs: 5", "epochs: 1").replace("batch_size: [64, 256]", "batch_size: [256]"))
+    study.write_text(text.replace("epochs: 5", "epochs: 3").replace("[64, 256]", "[64]"))
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[:, :, 1::4] = image[:, :, ::4] = 200
     from torchvision.transforms.functional import to_pil_image
@@ -96,11 +96,8 @@ def test_own_parts_train_and_the_model_is_used_by_the_next_commands(walked):
 def test_an_own_method_stands_in_a_study_s_report_beside_the_built_in_ones(walked):
     folder, said = walked
     report = json.loads((folder / "runs/study/report/report.json").read_text())
-    assert {
-        run["labels"]["method"] if isinstance(run["labels"], dict) else run["labels"][0] for run in report["runs"]
-    } == {
-        "ours",
-        "AdamW",
-        "Lion",
-    }
+    found = {run["labels"][0]: run["accuracy"] for run in report["runs"]}
+    assert found.keys() == {"ours", "AdamW", "Lion"}
+    # Three epochs of digits, where guessing is right in 10 %.
+    assert found["Lion"] > 0.2
     assert "[3/3]" in said
