@@ -226,7 +226,8 @@ class Recipe:
         """Refuse weights to begin with from two places, and a checkpoint of none."""
         weights, source = self.model.weights, self.init_from
         _require(source != "", "init_from", source, "a run's folder, or null")
-        _require(source is None or weights is None, "init_from", source, f"null with model.weights={weights!r}")
+        wanted = f"left out with model.weights={weights!r}, or that set to null"
+        _require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
         _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"
