@@ -11,6 +11,7 @@ from robust_dist.private import HIDDEN, hidden
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.command_line import parse
 from robust_dist.train.data_config import DataConfig
+from robust_dist.train.early_stopping import EarlyStoppingConfig
 from robust_dist.train.keys import COSTLY, FREE, flatten, keys_of, recipe_dict, values_of
 from robust_dist.train.model_config import ModelConfig
 from robust_dist.train.optimizers import OptimizerConfig
@@ -21,6 +22,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EarlyStoppingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
@@ -155,6 +157,7 @@ class Recipe:
         precision: Number formats.
         checkpoint: When the run is saved.
         tracking: What is shown.
+        early_stopping: Whether the run may end before its last epoch.
         epochs: Passes over the training images.
         batch_size: Global batch: images per optimizer step over all ranks and accumulated parts.
         accumulation: Parts into which a rank cuts its share of a batch.
@@ -185,6 +188,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig, metadata=COSTLY)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=FREE)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig, metadata=FREE)
     epochs: int = 300
     batch_size: int = field(default=128, metadata=COSTLY)
     accumulation: int = field(default=1, metadata=FREE)
