@@ -1,4 +1,4 @@
-"""What a run of a study came to."""
+"""The outcome of a study's run."""
 
 import math
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class Failure:
 
 
 def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Failure:
-    """What a training process left behind.
+    """The outcome of a training process: a result or a failure.
 
     A run has diverged where its loss was no longer finite, or where both losses of the last epoch, in training and in
     evaluation, lie above that of guessing, ln(classes), which is where an untrained classifier starts. (Training's

@@ -20,8 +20,9 @@ _KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "re
 _MOST_CELLS = 10_000
 # Of a file's name, with the seed and what is put beside it.
 _MOST_LETTERS = 200
-# A run of a study shows itself in the study's own lines, and its last checkpoint is enough to go on.
-_QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1}
+# A run of a study shows itself in the study's own lines, its last checkpoint is enough to go on, and all train equally
+# long.
+_QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1, "early_stopping.patience": None}
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:

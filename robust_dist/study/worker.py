@@ -212,7 +212,7 @@ def _interrupted_later() -> Iterator[None]:
 
 
 def _secret_words(recipe: dict[str, Any]) -> list[str]:
-    """What no file has, as words for the started process, which shows them to nobody."""
+    """Secret settings, which no file has, as words for the started process."""
     keys, words = keys_of(Recipe), []
     for name in (*keys.mappings, *keys.values):
         section, _, key = name.rpartition(".")

@@ -94,7 +94,7 @@ def train(
     try:
         rows = trainer.fit()
         tick("the end", may_be_slow=True)
-        on_rank_0(lambda: plot_curves(rows, folder.path / "curves.png"))
+        on_rank_0(lambda: plot_curves(rows, folder.path / "curves.png", recipe))
         accelerator.wait_for_everyone()
     finally:
         folder.release()
@@ -153,15 +153,22 @@ def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: Las
     except Exception as error:
         sys.exit(_fail(error, rank))
     if rank.number == 0:
-        last = last_row(rows, recipe.epochs)
-        if last is None:
-            print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
-        else:
-            seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
-            print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
-        print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
-        run = shlex.quote(recipe.run_dir)
-        print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
+        _say_end(recipe, rows)
+
+
+def _say_end(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+    last = last_row(rows, recipe.epochs, recipe.early_stopping)
+    if last is None:
+        print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
+    else:
+        seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
+        early = "" if last["epoch"] == recipe.epochs else f", in epoch {last['epoch']} of {recipe.epochs}"
+        print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}{early}")
+    print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
+    if "tensorboard" in recipe.tracking.trackers:
+        print(f"tensorboard: tensorboard --logdir {shlex.quote(os.path.join(recipe.run_dir, 'trackers'))}")
+    run = shlex.quote(recipe.run_dir)
+    print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
 
 
 def _fail(error: Exception, rank: Rank) -> int:

@@ -13,6 +13,7 @@ from robust_dist.schedule.curve import DECAYS
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.command_line import parse
 from robust_dist.train.data_config import DataConfig
+from robust_dist.train.early_stopping import EarlyStoppingConfig
 from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, flatten, keys_of, recipe_dict, values_of
 from robust_dist.train.model_config import ModelConfig
 from robust_dist.train.optimizers import OptimizerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EarlyStoppingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
@@ -163,6 +165,7 @@ class Recipe:
         precision: Number formats.
         checkpoint: When the run is saved.
         tracking: What is shown.
+        early_stopping: Whether the run may end before its last epoch.
         epochs: Passes over the training images.
         batch_size: Global batch: images per optimizer step over all ranks and accumulated parts.
         accumulation: Parts into which a rank cuts its share of a batch.
@@ -193,6 +196,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig, metadata=COSTLY)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=FREE)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig, metadata=FREE)
     epochs: int = 300
     batch_size: int = field(default=128, metadata=COSTLY)
     accumulation: int = field(default=1, metadata=FREE)
@@ -234,7 +238,8 @@ class Recipe:
         """Refuse weights to begin with from two places, and a checkpoint of none."""
         weights, source = self.model.weights, self.init_from
         _require(source != "", "init_from", source, "a run's folder, or null")
-        _require(source is None or weights is None, "init_from", source, f"null with model.weights={weights!r}")
+        wanted = f"left out with model.weights={weights!r}, or that set to null"
+        _require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
         _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"

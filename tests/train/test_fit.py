@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from robust_dist.train.fit import fit, image_set
 from robust_dist.train.folder import RunFolderError
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import parse_recipe
+from tests.forked import python
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05"]
 WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "2", *QUIET]
@@ -169,10 +168,9 @@ def test_the_page_s_example_trains_on_two_ranks(tmp_path):
     script = tmp_path / "own.py"
     script.write_text(example())
     config = Path(__file__).parents[2] / "configs/accelerate/cpu.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script]
-    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 ranks" in done.stdout
+    code, said = python("-m", "accelerate.commands.launch", "--config_file", config, script, cwd=tmp_path)
+    assert code == 0, said[-2000:]
+    assert "2 ranks" in said
     assert len((tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()) == 2
 
 
