@@ -103,14 +103,11 @@ def columns(
     _tell_bad(bad, len(images), image_set.name)
     names = [image_set.classes[label] for label in labels.tolist()]
     found = [Column(image_set.stage, images[:rows], names[:rows])]
-<<<<<<< HEAD
+    if isinstance(image_set, StreamSet) and isinstance(image_set.crop, RandomCrop):
+        found.insert(0, _whole_images(image_set, image_set.crop, first, rows))
     for title, stage in (before or {}).items():
         images, labels = stage(images, labels, keys)
         found.append(Column(title, images[:rows], names[:rows]))
-=======
-    if isinstance(image_set, StreamSet) and isinstance(image_set.crop, RandomCrop):
-        found.insert(0, _whole_images(image_set, image_set.crop, first, rows))
->>>>>>> main
     if augment.crop is not None or augment.flip is not None:
         images, captions = _crop_and_flip(augment, images, keys)
         title = " and ".join(name for name in ("crop", "flip") if getattr(augment, name) is not None)

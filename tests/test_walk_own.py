@@ -86,7 +86,7 @@ def test_own_parts_train_and_the_model_is_used_by_the_next_commands(walked):
     assert "on 128 images of own_data:Stripes" in said
     assert "the same)" in said
     (row,) = csv.DictReader((folder / "predicted.csv").open())
-    assert row["class"] in ("standing", "lying")
+    assert row["class_1"] in ("standing", "lying")
     record = json.loads((folder / "exported/model.json").read_text())
     assert record["recipe"]["model"]["name"] == "own_model:SmallNet"
     noted = json.loads((folder / "runs/own/environment.json").read_text())["starts"][0]["own_code"]
