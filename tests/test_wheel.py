@@ -1,114 +1,32 @@
-"""The package as `pip install` leaves it: recipes, studies and launcher files by name from any folder; users' walks."""
+"""The package as `pip install` leaves it: recipes, studies and launcher files by name, from any folder."""
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from robust_dist.config_files import config_names, find_config
 from robust_dist.train.__main__ import launch_command
+from tests import fresh
+from tests.fresh import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = [path for path in ROOT.glob("configs/**/*.*") if path.suffix != ".md" and "results" not in path.parts]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    # Not in the checkout, whose build folder may hold files of another version.
-    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if name.startswith(("robust_dist/", "configs/", "pyproject", "README", "LICENSE")) and "/results/" not in name:
-            target = folder / "source" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_symlink():
-                target.symlink_to(os.readlink(ROOT / name))
-            else:
-                target.write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [*command, "-w", folder / "out", folder / "source"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return next((folder / "out").glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """The interpreter of an environment that has the wheel, and this one's other packages behind it."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    packages = next(folder.glob("lib/python*/site-packages"))
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(packages)
-    others = dict.fromkeys([sysconfig.get_paths()["purelib"], *(p for p in sys.path if p.endswith("site-packages"))])
-    (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
-    for name, module in (("robust-dist", "robust_dist.cli"), ("accelerate", "accelerate.commands.accelerate_cli")):
-        script = folder / "bin" / name
-        lines = ["import sys", f"from {module} import main", 'if __name__ == "__main__":', "    sys.exit(main())"]
-        script.write_text("\n".join([f"#!{folder}/bin/python", *lines, ""]))
-        script.chmod(0o755)
-    return folder / "bin" / "python"
-
-
-def run(python, *words, cwd):
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run([python, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_a_wheel_has_every_recipe_study_and_launcher_file(wheel):
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("robust_dist/configs/")}
+def test_a_wheel_has_every_recipe_study_and_launcher_file():
+    inside = {name for name in zipfile.ZipFile(fresh.wheel()).namelist() if name.startswith("robust_dist/configs/")}
     assert inside == {f"robust_dist/{path.relative_to(ROOT)}" for path in CONFIGS}
 
 
-def test_an_installed_wheel_trains_a_recipe_by_its_name_from_any_folder(installed, tmp_path):
+def test_an_installed_wheel_trains_a_recipe_by_its_name_from_any_folder(tmp_path):
     words = ["--config", "quickstart", "--epochs", "2", "--run_dir", "run", "--model.options", "{stem_stride: 2}"]
     code = "import sys, robust_dist; print(robust_dist.__file__, flush=True)\n"
     code += f"from robust_dist.cli import main; sys.exit(main({['train', '--accelerate', 'cpu', *words]}))"
-    status, said = run(installed, "-c", code, cwd=tmp_path)
+    status, said = fresh.run("-c", code, cwd=tmp_path)
     assert status == 0, said
-    assert said.startswith(str(installed.parents[1]))
+    assert said.startswith(str(fresh.interpreter().parents[1]))
     assert "2 ranks" in said
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def walk(installed, folder, script):
-    """What a user's script of `tests/walks` prints, in a folder of its own."""
-    shutil.copytree(ROOT / "tests" / "walks", folder, dirs_exist_ok=True)
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env |= {"OMP_NUM_THREADS": "1", "PATH": f"{installed.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_folder_of_pictures_leads_to_predictions_and_a_model_in_use(installed, tmp_path):
-    for level, name in enumerate(("ant", "bee", "cat")):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for number in range(12):
-            picture = Image.new("RGB", (24, 20), (80 * level + number, 200 - 80 * level, 60))
-            picture.save(tmp_path / "pictures" / name / f"{number}.png")
-    said = walk(installed, tmp_path, "folder.sh")
-    assert ", the same)" in said
-    assert said.splitlines()[-1].partition(" is ")[2] in ("ant", "bee", "cat")
-    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 36
-    assert (tmp_path / "exported" / "model.json").is_file()
-
-
-def test_a_script_with_a_deepspeed_json_leads_to_an_exported_model(installed, tmp_path):
-    pytest.importorskip("deepspeed")
-    said = walk(installed, tmp_path, "deepspeed.sh")
-    assert "wrote exported: model.safetensors" in said
-    assert said.endswith("the exported model gives the trained one's logits\n")
 
 
 def test_a_file_of_the_current_folder_comes_before_the_package_s(tmp_path, monkeypatch):

@@ -81,7 +81,8 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
         "std": recipe["data"]["std"],
         "exif": "on",
         "max_bad_share": 0.09,
-        "block": 4,
+        "drop_last": True,
+        "block": 2,
         "workers": 0,
     }
     told = "\n".join(said)
