@@ -32,13 +32,13 @@ def decoder(choice: str, device: torch.device) -> Decode | None:
     Raises:
         ValueError: "cuda" where the device cannot; says why.
     """
-    if choice == "cpu":
+    if choice not in ("cuda", "auto"):
         return None
-    why = _why_not(device)
+    why = why_not(device)
     if why is None:
         return _on(device)
     if choice == "cuda":
-        raise ValueError(f"data.decode={choice!r} cannot be had: {why}; set data.decode to cpu or auto")
+        raise ValueError(f"data.decode={choice!r} cannot be had: {why}; set data.decode to exact, fast or auto")
     return None
 
 
@@ -54,7 +54,7 @@ def _on(device: torch.device) -> Decode:
     return decode
 
 
-def _why_not(device: torch.device) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Why JPEGs cannot be decoded on the device; None where one was."""
     if device.type != "cuda":
         return f"the images' device is {device}"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
+from robust_dist.data.fast_decode import fast_crop
 from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
@@ -36,10 +37,11 @@ class ImageReader(Dataset[Pack]):
         crop: makes each of them uint8 [3, size, size].
         size: height and width of the images given out.
         block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
+        fast: whether JPEGs are decoded by `fast_crop`; the crop is then one that it takes.
     """
 
-    def __init__(self, source: ImageSource, crop: Crop, size: int, block: int = 1) -> None:
-        self.source, self.crop, self.size, self.block = source, crop, size, block
+    def __init__(self, source: ImageSource, crop: Crop, size: int, block: int = 1, *, fast: bool = False) -> None:
+        self.source, self.crop, self.size, self.block, self.fast = source, crop, size, block, fast
 
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Pack:
         """Read the images of the indices, cropped by the keys.
@@ -54,10 +56,18 @@ class ImageReader(Dataset[Pack]):
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
             try:
                 data, label = self.read(index)
-                images[slot], labels[slot] = self.crop(decode_rgb(data), key), label
+                images[slot], labels[slot] = self.image(data, key), label
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
         return filled(images, labels, bad, self.block)
+
+    def image(self, data: bytes, key: int) -> Tensor:
+        """What becomes of an image file's bytes.
+
+        Raises:
+            BadImageError: see `decode_rgb`.
+        """
+        return fast_crop(data, self.crop, key) if self.fast else self.crop(decode_rgb(data), key)
 
     def read(self, index: int) -> tuple[bytes, int]:
         """A sample's file and its label."""

@@ -36,6 +36,7 @@ class StreamSet(LabelledSet):
         prefetch: micro-batches that each worker reads ahead.
         shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
         decode: what decodes JPEGs on the device; None where workers do.
+        fast: whether the workers decode JPEGs by `fast_crop`; else exactly, by Pillow.
     """
 
     source: ImageSource
@@ -45,6 +46,7 @@ class StreamSet(LabelledSet):
     prefetch: int = 2
     shuffle_window: int = SHUFFLE_WINDOW
     decode: Decode | None = None
+    fast: bool = False
     _bad: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -76,7 +78,7 @@ class StreamSet(LabelledSet):
 
     def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
         """Worker processes; they live from the first request to `close`."""
-        reader = ImageReader(self.source, self.crop, self.crop.size, block)
+        reader = ImageReader(self.source, self.crop, self.crop.size, block, fast=self.fast)
         read = Workers(
             reader if self.decode is None else EncodedReader(reader),
             workers=self.workers if workers is None else workers,
@@ -111,6 +113,11 @@ class StreamSet(LabelledSet):
             for _, pack in reader.read(requests):
                 self._bad.extend(pack.bad)
                 yield EvalBatch(pack.images, pack.labels, None if pack.weights is None else pack.weights > 0)
+
+    @property
+    def decoder(self) -> str:
+        """What decodes its JPEGs, in the words of a recipe's `data.decode`."""
+        return "cuda" if self.decode is not None else "fast" if self.fast else "exact"
 
     @property
     def stage(self) -> str:

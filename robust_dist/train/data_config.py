@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
 from robust_dist.extras import added
 from robust_dist.private import hidden
-from robust_dist.train.keys import COSTLY, FREE, default_of, only_for
+from robust_dist.train.keys import COSTLY, FREE, default_of, only_for, synonyms
 from robust_dist.train.settings import require, require_number
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Metadata of a key that all sources of image files look at, and sets by name do not.
 FOR_FILES: dict[str, Any] = {"for_files": True}
+_DECODE = synonyms(cpu="exact")
 Classes = tuple[str, ...] | None
 
 
@@ -80,8 +81,10 @@ class DataConfig:
         std: Likewise.
         workers: Processes a rank that read and decode; 0 does it between the steps.
         prefetch: Batches that each worker reads ahead.
-        decode: What decodes while training: cpu, the workers; cuda, the GPU by torchvision, JPEGs alone (pixels differ
-            by a few levels); auto, the GPU where it can. Crops are the same.
+        decode: What decodes while training: exact, the workers by Pillow; fast, the workers, JPEGs only as large as
+            their crop needs them (pixels differ by a few levels); cuda, the GPU by torchvision, JPEGs alone (likewise);
+            auto, the GPU where it can, else fast, and what the run's folder notes where it goes on. Crops are the same.
+            cpu is another word for exact.
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
@@ -122,7 +125,7 @@ class DataConfig:
     std: tuple[float, float, float] | None = field(default=None, metadata=FOR_FILES)
     workers: int = field(default=4, metadata=FOR_FILES | FREE)
     prefetch: int = field(default=2, metadata=FOR_FILES | FREE)
-    decode: Literal["auto", "cpu", "cuda"] = field(default="cpu", metadata=FOR_FILES)
+    decode: Literal["auto", "exact", "fast", "cuda", "cpu"] = field(default="exact", metadata=FOR_FILES | _DECODE)
     max_bad_share: float = field(default=0.01, metadata=FOR_FILES | FREE)
     shuffle_window: int = field(default=16_384, metadata=FOR_FILES)
     exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=FOR_FILES)
@@ -132,6 +135,8 @@ class DataConfig:
         if isinstance(self.exif, bool):
             # YAML reads a plain on or off so.
             self.exif = "on" if self.exif else "off"
+        if self.decode == "cpu":
+            self.decode = "exact"
         require_number("data.block", self.block, 1)
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
         self._check_keys()
@@ -212,7 +217,7 @@ class DataConfig:
                 f"left out: {why} keeps images whole in memory, as they are stored; augment.crop crops on the device"
             )
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
-        require(self.decode == "cpu", "data.decode", self.decode, f"cpu: with {why} each image is decoded once")
+        require(self.decode == "exact", "data.decode", self.decode, f"exact: with {why} each image is decoded once")
         # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
         self.crop_scale = None
 

@@ -1,6 +1,7 @@
 """From the recipe's data keys to the sets of a run whose images are files."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.ranks.talk import agree, taking_part
+from robust_dist.ranks.talk import agree, gather, rank, taking_part
 from robust_dist.train.data_config import Classes, DataConfig
 
 # So many of a set's first images are looked at for an EXIF orientation.
@@ -35,7 +36,9 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     train = open_source(data, "train", None, download=download)
     cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
     decode = decoder(data.decode, device)
-    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch, decode=decode)
+    reading = partial(
+        StreamSet, device=device, workers=data.workers, prefetch=data.prefetch, decode=decode, fast=_is_fast(data)
+    )
     return (
         reading(train, cropped, shuffle_window=data.shuffle_window),
         eval_stream(data, device, train.classes, download=download),
@@ -52,8 +55,60 @@ def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, dow
     from robust_dist.data.stream_set import StreamSet
 
     source = open_source(data, "eval", classes, download=download)
-    crop, decode = CentralCrop(*data.eval_sides), decoder("cpu" if data.decode == "cpu" else "auto", device)
-    return StreamSet(source, crop, device, workers=data.workers, prefetch=data.prefetch, decode=decode)
+    decode = decoder("auto" if data.decode == "cuda" else data.decode, device)
+    return StreamSet(
+        source,
+        CentralCrop(*data.eval_sides),
+        device,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        decode=decode,
+        fast=_is_fast(data),
+    )
+
+
+def _is_fast(data: DataConfig) -> bool:
+    """Whether what the GPU does not decode is decoded by `fast_crop`."""
+    return data.decode in ("fast", "auto")
+
+
+def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> DataConfig:
+    """The section with a decoder in the place of `decode: auto`, the same on every rank.
+
+    Args:
+        data: Of the recipe.
+        device: This rank's.
+        noted: `RunFolder.decoder`: what a run that goes on was trained with is what it goes on with.
+    """
+    from robust_dist.data.device_decode import why_not
+
+    if not data.streamed or data.decode != "auto":
+        return data
+    if noted in ("exact", "fast"):
+        return replace(data, decode="exact" if noted == "exact" else "fast")
+    reasons = [why for why in gather(why_not(device)) if why is not None]
+    if not reasons:
+        return replace(data, decode="cuda")
+    if noted == "cuda" and rank() == 0:
+        print(
+            f"warning: the run's images were decoded by the GPU so far, which cannot be done here ({reasons[0]}): "
+            "it goes on with data.decode=fast, whose levels differ by a few",
+            flush=True,
+        )
+    # Versions that noted nothing had the CPU decode exactly.
+    return replace(data, decode="exact" if noted == "" else "fast")
+
+
+def tell_decoder(train: LabelledSet) -> None:
+    """Print what decodes JPEGs, unless it is Pillow, exactly."""
+    from robust_dist.data.fast_decode import decoder_name, is_installed
+
+    found = getattr(train, "decoder", "exact")
+    if found == "cuda":
+        print("JPEGs are decoded by the GPU (data.decode=cuda)")
+    elif found == "fast":
+        advice = "" if is_installed else "; simplejpeg takes less time: pip install 'robust_dist[data]'"
+        print(f"JPEGs are decoded by {decoder_name()} (data.decode=fast){advice}")
 
 
 def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:

@@ -1,0 +1,139 @@
+"""JPEGs decoded only as large as their crop needs them: `data.decode: fast`, with the boxes of the exact way.
+
+By simplejpeg (libjpeg-turbo), or without it by Pillow, whose pixels are the same and take longer. All other files, and
+what simplejpeg finds fault with, are Pillow's, so that the rules for bad images are those of `decode_rgb`.
+"""
+
+import math
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL import __version__ as pillow_version
+from torch import Tensor
+
+from robust_dist.data.crops import Window
+from robust_dist.data.decode import decode_rgb, header, orientation, planes, to_tensor
+from robust_dist.data.source import Upright
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+is_installed = simplejpeg is not None
+# What JPEG's cosine transform shrinks by on its way.
+SHRINKS = (8, 4, 2)
+# What makes a stored image upright, by its EXIF orientation: mirrored along x, along y, and then transposed.
+_TURNS = {
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+_AS_STORED = (False, False, False)
+
+
+def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
+    """What `crop` makes of an image file's bytes, from the same box as of `decode_rgb(data)`.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where its box is at least so many times as wide and as high as the result.
+
+    Args:
+        data: the whole file.
+        crop: a `RandomCrop` or `CentralCrop`.
+        key: of the sample.
+
+    Returns:
+        uint8 [3, size, size]. Of JPEGs of grey or YCbCr: within 2 levels of the exact pixels where they are decoded at
+        full size, else blurred a little otherwise (robust_dist/data/README.md has the figures). Of all other files the
+        exact pixels.
+
+    Raises:
+        BadImageError: as `decode_rgb`.
+    """
+    image = header(data)
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        exact: Tensor = crop(decode_rgb(data), key)
+        return exact
+    turn = _TURNS.get(orientation(image), _AS_STORED) if isinstance(data, Upright) else _AS_STORED
+    width, height = image.size
+    window: Window = crop.window(*((height, width) if turn[2] else (width, height)), key)
+    window = _stored(window, width, height, turn)
+    shrink = next((one for one in SHRINKS if window.scale >= one), 1)
+    return _turned(_resized(_pixels(data, width, height, shrink), window, shrink), turn)
+
+
+def decoder_name(choice: str = "fast") -> str:
+    """The package that decodes JPEGs here for a recipe's `data.decode`, and its version."""
+    if choice == "cuda":
+        return f"torchvision {metadata.version('torchvision')}"
+    if choice == "fast" and simplejpeg is not None:
+        return f"simplejpeg {simplejpeg.__version__}"
+    return f"Pillow {pillow_version}"
+
+
+def _pixels(data: bytes, width: int, height: int, shrink: int) -> np.ndarray:
+    """The stored image, uint8 [ceil(height / shrink), ceil(width / shrink), 3]."""
+    shape = (-(-height // shrink), -(-width // shrink), 3)
+    pixels = None if simplejpeg is None else _by_simplejpeg(data, *shape[:2])
+    return np.array(decode_rgb(bytes(data), shrink=shrink)) if pixels is None or pixels.shape != shape else pixels
+
+
+def _by_simplejpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
+    """None where it finds fault with the file: Pillow says whether there is one."""
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        return pixels
+    except MemoryError:
+        raise
+    except Exception:  # What a decoder raises over a bad file can be of any type.
+        return None
+
+
+def _stored(window: Window, width: int, height: int, turn: tuple[bool, bool, bool]) -> Window:
+    """The window in the stored image of `width` x `height`, of which `turn` makes the upright one."""
+    along_x, along_y, transposed = turn
+    left, top, right, bottom = window.box
+    if transposed:
+        left, top, right, bottom = top, left, bottom, right
+    if along_x:
+        left, right = width - right, width - left
+    if along_y:
+        top, bottom = height - bottom, height - top
+    return Window((left, top, right, bottom), window.size, window.is_cut_out)
+
+
+def _turned(image: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
+    along_x, along_y, transposed = turn
+    axes = [2] * along_x + [1] * along_y
+    image = image.flip(axes) if axes else image
+    return image.transpose(1, 2).contiguous() if transposed else image
+
+
+def _resized(pixels: np.ndarray, window: Window, shrink: int) -> Tensor:
+    """The window, uint8 [3, size, size], of an image [H, W, 3] that is 1 / `shrink` of the one that it is a box of."""
+    left, top, right, bottom = (side / shrink for side in window.box)
+    if shrink == 1 and window.is_cut_out:
+        cut = pixels[int(top) : int(bottom), int(left) : int(right)]
+        return _by_torch(cut, window.size)
+    # The filter reaches as far as it shrinks.
+    around = 0 if window.is_cut_out else math.ceil(max(right - left, bottom - top) / window.size) + 1
+    x, y = max(0, math.floor(left) - around), max(0, math.floor(top) - around)
+    image = Image.fromarray(pixels[y : math.ceil(bottom) + around, x : math.ceil(right) + around])
+    # A division may end a hair beyond the last pixel.
+    box = (left - x, top - y, min(right - x, image.width), min(bottom - y, image.height))
+    return to_tensor(image.resize((window.size, window.size), Image.Resampling.BILINEAR, box=box))
+
+
+def _by_torch(pixels: np.ndarray, size: int) -> Tensor:
+    """By the bilinear filter that averages over what it shrinks; without Pillow's two copies."""
+    # torch's kernel for bytes is at its fastest where an image is channels last, and whole.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return planes(scaled[0].numpy())
