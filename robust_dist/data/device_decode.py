@@ -19,7 +19,7 @@ from robust_dist.data.batch import Pack, Request
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.decode import crop_box, decode_rgb, header, is_turned, resized_size
 from robust_dist.data.errors import BadImage, BadImageError
-from robust_dist.data.reading import ImageReader, filled
+from robust_dist.data.reading import ImageReader, filled, room
 from robust_dist.data.source import Upright
 
 # Whole files, uint8 [bytes] on the CPU, to RGB images, uint8 [3, H, W] on the device; a RuntimeError for a bad one.
@@ -98,7 +98,7 @@ class EncodedReader(Dataset[Encoded]):
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Encoded:
         """Read the images of the indices, and crop those that are decoded here by the keys."""
         reader, (indices, keys) = self.reader, request
-        images = torch.zeros(len(indices), 3, reader.size, reader.size, dtype=torch.uint8)
+        images = room(len(indices), reader.size)
         labels = torch.zeros(len(indices), dtype=torch.int64)
         bad: dict[int, BadImage] = {}
         files: dict[int, bytes] = {}

@@ -6,6 +6,7 @@ what simplejpeg finds fault with, are Pillow's, so that the rules for bad images
 
 import math
 from importlib import metadata
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from robust_dist.data.crops import Window
-from robust_dist.data.decode import decode_rgb, header, orientation, planes, to_tensor
+from robust_dist.data.decode import MAX_PIXELS, decode_rgb, header, orientation, planes, to_tensor
 from robust_dist.data.source import Upright
 
 try:
@@ -37,6 +38,11 @@ _TURNS = {
     8: (True, False, True),
 }
 _AS_STORED = (False, False, False)
+# Of JPEG: baseline, extended and progressive frames; and what may stand before them: tables, APP0 to APP15, a comment.
+_FRAMES, _FRAME = (0xC0, 0xC1, 0xC2), Struct(">BHHB")
+_SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
+# Has the EXIF orientation, as EXIF or in XMP.
+_APP1 = 0xE1
 
 
 def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
@@ -57,16 +63,34 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     Raises:
         BadImageError: as `decode_rgb`.
     """
-    image = header(data)
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-        exact: Tensor = crop(decode_rgb(data), key)
-        return exact
-    turn = _TURNS.get(orientation(image), _AS_STORED) if isinstance(data, Upright) else _AS_STORED
-    width, height = image.size
+    size, turn = plain_size(data), _AS_STORED
+    if size is None:
+        image = header(data)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+            exact: Tensor = crop(decode_rgb(data), key)
+            return exact
+        size = image.size
+        turn = _TURNS.get(orientation(image), _AS_STORED) if isinstance(data, Upright) else _AS_STORED
+    width, height = size
     window: Window = crop.window(*((height, width) if turn[2] else (width, height)), key)
     window = _stored(window, width, height, turn)
     shrink = next((one for one in SHRINKS if window.scale >= one), 1)
     return _turned(_resized(_pixels(data, width, height, shrink), window, shrink), turn)
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a usual JPEG of grey or three colours; None where Pillow must look, which takes longer."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and len(data) > at + 10 and data.startswith(b"\xff\xd8"):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _FRAMES:
+            bits, height, width, colours = _FRAME.unpack_from(data, at + 4)
+            usual = bits == 8 and colours in (1, 3) and 0 < width * height <= MAX_PIXELS
+            return (width, height) if usual else None
+        if marker not in _SEGMENTS or length < 2 or (marker == _APP1 and isinstance(data, Upright)):
+            break
+        at += 2 + length
+    return None
 
 
 def decoder_name(choice: str = "fast") -> str:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,6 +24,9 @@ from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
 Crop = Callable[[Any, int], Tensor]
+T = TypeVar("T", bound=tuple[Any, ...])
+# Bytes up to which a tensor is sent to the rank as they are.
+BY_VALUE = 2**16
 # Seconds in which the end of a worker is known after what it left undone.
 GONE_WITHIN = 0.5
 # What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
@@ -50,7 +54,7 @@ class ImageReader(Dataset[Pack]):
             ValueError: the source gave a label outside its classes.
         """
         indices, keys = request
-        images = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        images = room(len(indices), self.size)
         labels = torch.zeros(len(indices), dtype=torch.int64)
         bad: dict[int, BadImage] = {}
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
@@ -91,6 +95,20 @@ def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: i
     return Pack(images, labels, weights, tuple(bad[slot] for slot in slots))
 
 
+def room(count: int, size: int) -> Tensor:
+    """Zeros for a batch of images, uint8 [count, 3, size, size]; in a worker in memory that its rank sees, too.
+
+    So a batch is written where the rank reads it. torch copies what lies elsewhere when it hands it over.
+    """
+    if multiprocessing.parent_process() is None:
+        return torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    # The system gives new pages as zeros.
+    storage = torch.UntypedStorage._new_shared(count * 3 * size * size)
+    whole = torch.empty(0, dtype=torch.uint8)
+    whole.set_(storage)
+    return whole.view(count, 3, size, size)
+
+
 def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
     """For each bad slot of `count` a good one whose image takes its place; none where all slots are bad.
 
@@ -120,7 +138,7 @@ class Workers:
 
     def __init__(self, reader: Dataset[Any], *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
         self.requests = _Requests()
-        options: dict[str, Any] = {"collate_fn": _unchanged}
+        options: dict[str, Any] = {"collate_fn": _small_parts_by_value if workers else _unchanged}
         if workers:
             options |= {
                 "multiprocessing_context": _server(),
@@ -162,7 +180,7 @@ class Workers:
         self.requests.source = requests, asked
         try:
             for pack in self._started(self._loader):
-                yield asked.popleft(), pack
+                yield asked.popleft(), _as_tensors(pack)
         except (RuntimeError, OSError, EOFError) as error:
             # An error that a worker raised is raised here again, and that worker lives on.
             if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
@@ -197,8 +215,18 @@ def _nothing() -> Generator[tuple[Request, Pack], None, None]:
     yield from ()
 
 
-def _unchanged(pack: Pack) -> Pack:
+def _unchanged(pack: T) -> T:
     return pack
+
+
+def _small_parts_by_value(pack: T) -> T:
+    """Of a worker's pack: a tensor that is handed over costs a file and several messages, so small ones are arrays."""
+    small = (isinstance(part, Tensor) and part.nbytes <= BY_VALUE for part in pack)
+    return type(pack)(*(part.numpy() if is_small else part for part, is_small in zip(pack, small, strict=True)))
+
+
+def _as_tensors(pack: T) -> T:
+    return type(pack)(*(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pack))
 
 
 def _server() -> BaseContext:
