@@ -1,8 +1,10 @@
 """The commands of `robust-dist`: training and what comes before and after."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import robust_dist
 from robust_dist.engines.engine import EngineError, engine_named
@@ -47,6 +49,22 @@ def _preview(words: argparse.Namespace) -> int:
         images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
     )
     print(f"wrote {words.out}")
+    return 0
+
+
+def _recipe(words: argparse.Namespace) -> int:
+    from robust_dist.inference.output import check_new
+    from robust_dist.train.suggest import suggest
+
+    if words.out is not None:
+        check_new(Path(words.out))
+    text = suggest(words.folder)
+    if words.out is None:
+        print(text, end="")
+        return 0
+    with open(words.out, "x", encoding="utf-8") as file:
+        file.write(text)
+    print(f"wrote {words.out}; train it: robust-dist train --config {shlex.quote(words.out)}")
     return 0
 
 
@@ -102,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor, extra="train")
 
     _add_verify_command(commands)
+    recipe = commands.add_parser(
+        "recipe", help="look at a folder of images and write a recipe for it, with its reasons"
+    )
+    recipe.add_argument("folder", metavar="PATH", help="a folder with a sub-folder of images for each class")
+    recipe.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    recipe.set_defaults(run=_recipe, extra="train")
+
     preview = commands.add_parser("preview", help="a PNG of what the augmentation does to your own data")
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")

@@ -1,5 +1,6 @@
 """A folder of images, a sub-folder a class: the layout of torchvision's ImageFolder."""
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from robust_dist.data.identity import fingerprint
 from robust_dist.data.names import composed
 from robust_dist.data.packed import PackedStrings
 from robust_dist.data.source import Upright, check_index, turns_upright
+from robust_dist.data.split import Split
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
@@ -33,6 +35,7 @@ class ImageFolderSource:
     Attributes:
         folder: which has the class folders.
         left_out: reasons, each with how many files (or hidden folders) do not count for it.
+        split: by which these are one part of the folder's images; None where they are all of them.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ImageFolderSource:
         self._folder_of = np.repeat(np.arange(len(below), dtype=np.int32), [len(one) for one in files])
         self._kind = Upright if upright else bytes
         self.group_sizes: tuple[int, ...] = (len(self._files),)
+        self.split: Split | None = None
 
     def __len__(self) -> int:
         return len(self._files)
@@ -74,9 +78,34 @@ class ImageFolderSource:
         """The file's path."""
         return os.path.join(self.folder, self._below[self._folder_of[index]], self._files[index])
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The images' labels, int32 [N]."""
+        labels: np.ndarray = self._label_of[self._folder_of]
+        return labels
+
+    def part(self, split: Split, *, evaluation: bool) -> "ImageFolderSource":
+        """The images for evaluation, or those for training.
+
+        Raises:
+            DataError: there is none for evaluation, as each class has one image.
+        """
+        labels = self.labels
+        names = [f"{self.classes[label]}/{file}" for label, file in zip(labels, self._files, strict=True)]
+        chosen = split.evaluates(names, labels)
+        if not chosen.any():
+            raise DataError(f"{self.name}: each class has one image, so none is left for evaluation")
+        kept = chosen if evaluation else ~chosen
+        made = copy.copy(self)
+        made._files = PackedStrings.of(self._files[index] for index in np.flatnonzero(kept).tolist())
+        made._folder_of, made.split = self._folder_of[kept], split
+        made.group_sizes = (len(made._files),)
+        made.name = f"{self.name} ({'evaluation' if evaluation else 'training'} part)"
+        return made
+
     def fingerprint(self) -> str:
         """A hash of the files' paths below their class folders, and of their labels."""
-        return fingerprint(self._files.data, self._files.bounds, self._label_of[self._folder_of])
+        return fingerprint(self._files.data, self._files.bounds, self.labels)
 
 
 def open_image_folder(

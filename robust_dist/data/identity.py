@@ -50,6 +50,9 @@ def shared_images(train: Any, test: Any) -> str | None:
     Found are the same files of shards or parquet, the same rows of a table, and folders and images of a folder that are
     the same through links. Copies are not: see `are_copies`.
     """
+    if getattr(train, "split", None) is not None:
+        # Two parts of one folder, told apart by their names.
+        return None
     if hasattr(train, "folder") and hasattr(test, "folder"):
         return _linked(train, test)
     if not (hasattr(train, "stretches") and hasattr(test, "stretches")):

@@ -10,7 +10,8 @@ from safetensors.torch import save_model
 
 from robust_dist.extras import require
 from robust_dist.inference.output import check_new, new_folder
-from robust_dist.inference.trained import RECORD, WEIGHTS, Trained
+from robust_dist.inference.trained import Trained
+from robust_dist.train.run_weights import RECORD, WEIGHTS
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 

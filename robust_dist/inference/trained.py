@@ -12,24 +12,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from robust_dist.checkpoint import CheckpointError, CheckpointStore
-from robust_dist.checkpoint.conversion import read_weights
-from robust_dist.checkpoint.plain import load_file
-from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
+from robust_dist.checkpoint.store import ACCURACY
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.optimizers import choice_of
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.run_weights import (
+    RECORD,
+    WEIGHTS,
+    check_evaluated,
+    choose,
+    data_of,
+    evaluated_weights,
+    mismatches,
+    why_none,
+)
 from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
 Own = nn.Module | Callable[[int], nn.Module]
-WEIGHTS, RECORD = "model.safetensors", "model.json"
-# Accelerate's name for the moving average, the one object that a run registers with it.
-AVERAGE = "custom_checkpoint_0.pkl"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Sections that a model in use does without; a package that they name need not be installed.
 _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
@@ -167,15 +170,7 @@ def read(
         return _read_export(folder, model, kind)
     if (folder / "recipe.yaml").is_file():
         return _read_run(folder, checkpoint, model, kind)
-    raise ValueError(f"{folder}: {_why_none(folder)}")
-
-
-def _why_none(folder: Path) -> str:
-    if not folder.exists():
-        return "there is no such folder"
-    above = next((one for one in folder.absolute().parents if (one / "recipe.yaml").is_file()), None)
-    hint = "" if above is None else f"; it belongs to a run: name {above}"
-    return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
+    raise ValueError(f"{folder}: {why_none(folder)}")
 
 
 def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[Recipe]) -> Trained:
@@ -183,15 +178,15 @@ def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[R
     document = read_yaml(folder / "recipe.yaml")
     recipe = typed(document.data, dict[str, Any], document.name)
     settings = settings_of(document, kind)
-    data = _data(run)
+    data = data_of(run)
     place, manifest = choose(run, checkpoint)
     engine = str(manifest.metadata.get("engine", UNNOTED))
-    _check_evaluated(place, manifest, recipe)
+    check_evaluated(place, manifest, recipe)
     channels_last = settings.model.channels_last
     pixels = pixels_noted(data, channels_last) if is_own(settings.data) else pixels_of(settings.data, channels_last)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
     model = build(settings, len(classes), len(pixels.mean), engine, own)
-    _fill(model, _weights(place, settings, model), place, settings.model.name)
+    _fill(model, evaluated_weights(place, recipe, model.state_dict()), place, settings.model.name)
     ranks = int(manifest.metadata.get("num_processes", 1))
     origin = Origin(manifest.step, manifest.metadata.get(ACCURACY), engine, ranks)
     # An export is handed on; a tracker's options name accounts and hosts.
@@ -235,75 +230,6 @@ def settings_of(document: Document, kind: type[Recipe], words: Sequence[str] = (
     return recipe
 
 
-def _data(run: RunFolder) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = read_json(run.data_path, dict[str, Any])
-    except FileNotFoundError:
-        raise ValueError(
-            f"{run.path} has no data.json, which names the classes: start the run's command once more, which writes it"
-        ) from None
-    return data
-
-
-def choose(run: RunFolder, checkpoint: str | int) -> tuple[Path, Manifest]:
-    """A run's checkpoint and its manifest.
-
-    Args:
-        run: The folder.
-        checkpoint: "last", "best", or a step.
-
-    Raises:
-        CheckpointError: There is none, not this one, or it is torn.
-        ValueError: `checkpoint` is none of these.
-    """
-    store = CheckpointStore(run.checkpoints)
-    steps = store.steps()
-    if not steps:
-        raise CheckpointError(f"{run.checkpoints} holds no checkpoint yet")
-    there = f"there are those of step {', '.join(map(str, steps))}"
-    if checkpoint == "best":
-        step = _best(store, steps, run)
-    elif checkpoint == "last":
-        step = steps[-1]
-    elif str(checkpoint).isdigit():
-        step = int(checkpoint)
-    else:
-        raise ValueError(f"checkpoint={checkpoint!r} is none of last, best and a step; {there}")
-    if step not in steps:
-        raise CheckpointError(f"{run.checkpoints} holds no checkpoint of step {step}; {there}")
-    try:
-        verify(store.path_of(step))
-        return store.path_of(step), read_manifest(store.path_of(step))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; name another checkpoint, {there}") from None
-
-
-def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
-    scored = []
-    for step in steps:
-        try:
-            accuracy = read_manifest(store.path_of(step)).metadata.get(ACCURACY)
-        except CheckpointError:
-            continue
-        if accuracy is not None:
-            scored.append((accuracy, step))
-    if not scored:
-        raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint of an epoch's end, so none has an accuracy")
-    return max(scored)[1]
-
-
-def _check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
-    """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
-    name = (recipe.get("optimizer") or {}).get("name", "")
-    choice = choice_of(name) if name else None
-    if choice is not None and choice.averages_weights and manifest.metadata.get(ACCURACY) is None:
-        raise CheckpointError(
-            f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
-            "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "
-            "end, or let the run reach one"
-        )
-
-
 def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
     """The recipe's model, or a run's own one, in eval mode; torch's generator is left as it was.
 
@@ -324,23 +250,11 @@ def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: O
     return model.eval().requires_grad_(False)
 
 
-def _weights(place: Path, settings: Recipe, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the run evaluated: the moving average where the recipe has one."""
-    if settings.ema_decay is None:
-        return read_weights(place, model.state_dict())
-    entries = typed(load_file(place / AVERAGE), dict[str, Any], str(place / AVERAGE))
-    return {name.removeprefix("module."): value for name, value in entries.items() if name != "n_averaged"}
-
-
 def _fill(model: nn.Module, weights: dict[str, Tensor], place: Path, name: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        own = model.state_dict()
-        lacking, strange = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-        shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-        said = {"lacks": lacking, "has beyond it": strange, "has in other shapes": sorted(shapes)}
-        listed = "; ".join(f"it {what} {', '.join(names[:3])}" for what, names in said.items() if names)
+        listed = "; ".join(mismatches(model.state_dict(), weights))
         raise DocumentError(f"{place}: its weights are not those of model.name={name!r}: {listed}") from None
 
 

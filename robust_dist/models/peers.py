@@ -15,7 +15,7 @@ SINGLE_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in (
 
 def torchvision_names() -> list[str]:
     """Torchvision's classifiers; raises ImportError where torchvision is missing."""
-    models = _torchvision()
+    models = torchvision_models()
     return models.list_models(module=models)
 
 
@@ -28,7 +28,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int = 3, **optio
     if in_channels != 3:
         raise ValueError(f"torchvision's {name} takes in_channels=3, not {in_channels}; timm/{name} may take others")
     merged = {**SINGLE_OUTPUT.get(name, {}), **options}
-    return _torchvision().get_model(name, weights=None, num_classes=num_classes, **merged)
+    return torchvision_models().get_model(name, weights=None, num_classes=num_classes, **merged)
 
 
 def build_cifar_stem(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
@@ -42,7 +42,7 @@ def build_cifar_stem(name: str, num_classes: int, in_channels: int = 3, **option
 
 def timm_names() -> list[str]:
     """Timm's models with the prefix timm/; raises ImportError where timm is missing."""
-    return [TIMM_PREFIX + name for name in _timm().list_models()]
+    return [TIMM_PREFIX + name for name in timm_module().list_models()]
 
 
 def build_timm(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
@@ -51,12 +51,14 @@ def build_timm(name: str, num_classes: int, in_channels: int = 3, **options: Any
     Raises:
         ImportError: timm is not installed.
     """
-    return _timm().create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
+    return timm_module().create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
 
 
-def _torchvision() -> ModuleType:
+def torchvision_models() -> ModuleType:
+    """torchvision.models; raises ImportError where torchvision is missing."""
     return require("torchvision.models", extra="train", purpose="a model of torchvision")
 
 
-def _timm() -> ModuleType:
+def timm_module() -> ModuleType:
+    """The package timm; raises ImportError where it is missing."""
     return require("timm", extra="bench", purpose="a model of timm")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,12 @@ from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
+from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups
 from robust_dist.ranks.talk import attempt, on_rank_0
 from robust_dist.schedule import RobustSchedule
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from robust_dist.train.optimizers import check_fits, make_optimizer
+from robust_dist.train.optimizers import OptimizerConfig, check_fits, make_optimizer
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
 from robust_dist.train.sources import (
@@ -182,13 +183,14 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contigu
     return recipe.model.build(num_classes, channels, seed=recipe.seed, contiguous=contiguous)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
-    """The recipe's optimizer over the model's parameters, in one group where everything is decayed.
+def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_classes: int | None = None) -> Optimizer:
+    """The recipe's optimizer over the model's parameters, in one group where everything is decayed at one rate.
 
     Args:
         recipe: All settings.
         model: The classifier, before any engine wraps it.
         total_steps: Optimizer steps of the whole run, from which `optimizer.beta2: auto` follows.
+        num_classes: The model's outputs, by which its head is known.
 
     Raises:
         ValueError: A setting that this optimizer cannot have.
@@ -196,7 +198,30 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
     """
     check_fits(recipe)
     groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
+    if recipe.optimizer.head_lr_mult != 1:
+        groups = _with_head_apart(groups, model, recipe.optimizer, num_classes)
     return make_optimizer(recipe.optimizer, groups, total_steps)
+
+
+def _with_head_apart(
+    groups: list[dict[str, Any]], model: nn.Module, config: OptimizerConfig, num_classes: int | None
+) -> list[dict[str, Any]]:
+    """The groups without the head's parameters, then those of the head with its own rate; never an empty group."""
+    names = head_of(model, num_classes)
+    head = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    rate = config.lr * config.head_lr_mult
+    body, heads = (
+        [group | {"params": [p for p in group["params"] if (id(p) in head) == is_head]} for group in groups]
+        for is_head in (False, True)
+    )
+    found = [group for group in body if group["params"]], [group | {"lr": rate} for group in heads if group["params"]]
+    if not all(found):
+        what = "no linear layer with as many outputs as classes" if not names else "nothing but its head"
+        raise ValueError(
+            f"optimizer.head_lr_mult={config.head_lr_mult} needs a head with parameters of its own to train, and the "
+            f"model has {what}; set it to 1"
+        )
+    return [*found[0], *found[1]]
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:

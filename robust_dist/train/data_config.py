@@ -56,6 +56,9 @@ class DataConfig:
         train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
             shards, with braces or wildcards (webdataset).
         eval: The evaluation images, likewise (defaults: val for imagefolder, validation for hub).
+        eval_share: imagefolder: class folders lie directly below root, and about this share of each class's images is
+            for evaluation, chosen by a hash of the file's name. Another file moves no image to the other part.
+        split_seed: imagefolder, with eval_share: another number, another choice.
         path: hub: a set's name on the Hub, a folder, or with data_files a format such as parquet.
         config: hub: the set's configuration ("subset"), where it has several.
         revision: hub: a branch, tag or commit; name one, so that the set cannot change under a run.
@@ -103,6 +106,8 @@ class DataConfig:
     eval_batch_size: int = 500
     train: str | list[str] | None = field(default=None, metadata=FOR_FILES)
     eval: str | list[str] | None = field(default=None, metadata=FOR_FILES)
+    eval_share: float | None = field(default=None, metadata=only_for("imagefolder"))
+    split_seed: int = field(default=0, metadata=only_for("imagefolder"))
     path: str | None = field(default=None, metadata=only_for("hub"))
     config: str | None = field(default=None, metadata=only_for("hub"))
     revision: str | None = field(default=None, metadata=only_for("hub"))
@@ -148,6 +153,7 @@ class DataConfig:
         require(0 <= share < 1, "data.max_bad_share", share, "in [0, 1)")
         if self.num_classes is not None:
             require_number("data.num_classes", self.num_classes, 1)
+        self._check_split()
         if self.image_keys is not None:
             named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
             require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
@@ -207,6 +213,17 @@ class DataConfig:
             require(self.path is not None, "data.path", self.path, "a set's name on the Hub, or a folder")
         if self.source is not None:
             self._check_source(self.source)
+
+    def _check_split(self) -> None:
+        """Refuse a share that leaves nothing, and parts that have a folder each."""
+        require_number("data.split_seed", self.split_seed, 0, 2**63 - 1)
+        if self.eval_share is None:
+            require(self.split_seed == 0, "data.split_seed", self.split_seed, "left out without data.eval_share")
+            return
+        require(0 < self.eval_share < 1, "data.eval_share", self.eval_share, "above 0 and below 1, or null")
+        for part in ("train", "eval"):
+            wanted = "left out: with data.eval_share both parts are of the folder data.root"
+            require(getattr(self, part) is None, f"data.{part}", getattr(self, part), wanted)
 
     def _check_in_memory(self, defaults: dict[str, Any]) -> None:
         """Refuse crops of a set whose images stay as they are stored."""
@@ -278,9 +295,31 @@ def source_choice(name: str) -> SourceChoice | None:
 
 
 def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
+    from robust_dist.data.errors import DataError
     from robust_dist.data.folder import open_image_folder
+    from robust_dist.data.split import Split
 
-    return open_image_folder(Path(data.root).expanduser() / data.part(part), classes=classes, exif=str(data.exif))
+    root, upright = Path(data.root).expanduser(), str(data.exif)
+    if data.eval_share is None:
+        try:
+            return open_image_folder(root / data.part(part), classes=classes, exif=upright)
+        except DataError as error:
+            hint = _flat_hint(root, root / data.part(part))
+            raise DataError(f"{error}{hint}") from None
+    split = Split(data.eval_share, data.split_seed)
+    return open_image_folder(root, classes=classes, exif=upright).part(split, evaluation=part == "eval")
+
+
+def _flat_hint(root: Path, missing: Path) -> str:
+    """What to do where a part has no folder, and class folders lie in its place."""
+    from robust_dist.data.folder import EXTENSIONS
+
+    images = (path for path in root.glob("*/*") if path.suffix.lower() in EXTENSIONS)
+    if missing.exists() or next(images, None) is None:
+        return ""
+    return (
+        f". The sub-folders of {root} hold images themselves: data.eval_share=0.2 takes a part of them for evaluation"
+    )
 
 
 def _hub(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":

@@ -108,10 +108,13 @@ def part_record(dataset: LabelledSet) -> Record:
     """What `data.json` holds of one part."""
     source = getattr(dataset, "source", None)
     made: Record = {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()}
-    revision = getattr(source, "revision", None)
-    return (
-        made | ({"revision": revision} if revision else {}) | ({"left_out": out} if (out := left_out(dataset)) else {})
-    )
+    revision, split = getattr(source, "revision", None), getattr(source, "split", None)
+    more = {
+        "revision": revision,
+        "split": None if split is None else vars(split),
+        "left_out": left_out(dataset),
+    }
+    return made | {key: value for key, value in more.items() if value}
 
 
 def _sizes(recipe: Recipe, image: Preprocessing) -> Record:

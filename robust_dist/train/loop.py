@@ -28,6 +28,7 @@ from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.pretrained import begin
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
 from robust_dist.train.recipe import Recipe
@@ -68,10 +69,11 @@ class Trainer:
         contiguous = not self.engine.trains_any_memory_format
         model = build_classifier(recipe, classes, train_set.channels, contiguous=contiguous)
         check_model(accelerator, recipe, model)
+        self.begun = begin(recipe, accelerator, folder, model, tuple(train_set.classes))
         dtype = images_dtype(accelerator.mixed_precision, model, train_set.channels, preprocessing_of(recipe.data).size)
         self.augment = build_augment(recipe, classes, dtype=dtype).to(accelerator.device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        optimizer = build_optimizer(recipe, model, self.total_steps)
+        optimizer = build_optimizer(recipe, model, self.total_steps, num_classes=classes)
         schedule = build_schedule(recipe, optimizer, self.total_steps)
         self.meter = build_meter(recipe, accelerator, model, self.augment.image_shape)
         self.model, self.optimizer, self.schedule = self.engine.prepare(accelerator, model, optimizer, schedule)
@@ -87,6 +89,8 @@ class Trainer:
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
+        if self.ema is not None and self.begun.average is not None:
+            self.ema.load_state_dict(self.begun.average)
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
         self.step = TrainStep(
             recipe,

@@ -85,6 +85,7 @@ def train(
     on_rank_0(lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings))
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note |= {"data": data_notes(sets), "backends": asdict(backends)} | decoder_note(sets[0])
+    note |= {"weights": trainer.begun.lines[0].removeprefix("weights: ")} if trainer.begun.lines else {}
     record = on_rank_0(lambda: data_record(recipe, sets, preprocessing_of(recipe.data)))
     on_rank_0(lambda: folder.claim(asked, note, record))
     on_rank_0(lambda: set_aside(folder.path))

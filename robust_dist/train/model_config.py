@@ -8,8 +8,7 @@ from torch import nn
 
 # What the run itself gives a model's constructor.
 _GIVEN = {
-    **dict.fromkeys(("pretrained", "weights"), "models start from fresh weights here"),
-    **dict.fromkeys(("pretrained_cfg", "checkpoint_path"), "models start from fresh weights here"),
+    **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
     **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
     "name": "model.name says it",
     "model_name": "model.name says it",
@@ -23,17 +22,21 @@ class ModelConfig:
     Attributes:
         name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
         options: Further keyword arguments of the model's constructor.
+        weights: What a new run begins with: DEFAULT or a name of torchvision's or timm's weights of this model; or a
+            path: a run's folder, an export, a checkpoint, a .safetensors or .pt file of a state dict. Where their
+            classes are others the head is a new one. null draws all weights by the seed.
         channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
         sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
     """
 
     name: str = "resnet20"
     options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     channels_last: bool = False
     sync_batchnorm: bool = False
 
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
-        """The model, with the same initial weights on every rank.
+        """The model, with the same initial weights on every rank; `weights` are loaded into it later (`pretrained`).
 
         Args:
             num_classes: Outputs.
@@ -45,10 +48,12 @@ class ModelConfig:
             ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
         """
         from robust_dist.models import build_model
+        from robust_dist.models.weights import implied_options
 
         self._check_options()
+        options = implied_options(self.name, self.weights) | self.options
         torch.manual_seed(seed)
-        model = build_model(self.name, num_classes, in_channels=channels, **self.options)
+        model = build_model(self.name, num_classes, in_channels=channels, **options)
         if self.sync_batchnorm:
             if not torch.cuda.is_available():
                 raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")

@@ -38,9 +38,10 @@ def say_run(
 ) -> None:
     """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
     ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    odd = [*warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
+    odd = [*warnings, *trainer.begun.warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
     print(
         run_line(recipe, accelerator, trainer, backends),
+        *trainer.begun.lines,
         *(f"warning: {warning}" for warning in odd),
         sep="\n",
         flush=True,

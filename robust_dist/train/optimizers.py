@@ -46,6 +46,8 @@ class OptimizerConfig:
             schedulefree_adamw and prodigy (of the extra "study"); or one that an installed package adds.
             robust_dist/train/optimizers.py says what each is.
         lr: Learning rate before the schedule.
+        head_lr_mult: Factor of the head's learning rate, which is then a param group of its own; the head is the layer
+            that gives the classes.
         betas: Decay rates of the two moments; nag has only the first, as its momentum.
         beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
         beta2_steps: What auto divides by the run's optimizer steps.
@@ -60,6 +62,7 @@ class OptimizerConfig:
 
     name: str = field(default="RAdaBeliefW", metadata=COSTLY)
     lr: float = 0.01
+    head_lr_mult: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     beta2: float | Literal["auto"] | None = None
     beta2_steps: float = 7.5
@@ -73,6 +76,7 @@ class OptimizerConfig:
         wanted = f"one of {', '.join(_OWN)}, or a name of the entry points {GROUP!r} of an installed package"
         require(choice_of(self.name) is not None, "optimizer.name", self.name, wanted)
         require_number("optimizer.lr", self.lr, 0)
+        require_number("optimizer.head_lr_mult", self.head_lr_mult, 0)
         require_number("optimizer.eps", self.eps, 0)
         require_number("optimizer.weight_decay", self.weight_decay, 0)
         for beta in self.betas:
@@ -195,6 +199,12 @@ def _of_adam(recipe: "Recipe") -> str | None:
     return f"optimizer.weight_decay={decay} with name='adam', which has none: set 0, or adamw" if decay else None
 
 
+def _of_prodigy(recipe: "Recipe") -> str | None:
+    factor = recipe.optimizer.head_lr_mult
+    wanted = "which has one learning rate for all groups: set 1"
+    return None if factor == 1 else f"optimizer.head_lr_mult={factor} with name='prodigy', {wanted}"
+
+
 def _of_schedule_free(recipe: "Recipe") -> str | None:
     if recipe.schedule.name != "constant":
         wanted = "schedule-free: set schedule.name=constant (warm-up is allowed)"
@@ -227,5 +237,5 @@ _OWN = {
     "schedulefree_adamw": OptimizerChoice(
         make=_schedule_free, needs_whole_parameters=True, averages_weights=True, problem=_of_schedule_free
     ),
-    "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True),
+    "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True, problem=_of_prodigy),
 }

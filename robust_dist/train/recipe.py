@@ -165,6 +165,11 @@ class Recipe:
         cuda_graph: Replay a whole optimizer step (augmentation, forward and backward pass, clipping, update) as one
             CUDA graph, with the same numbers. For one process on one GPU, without accumulation.
         seed: Seed of the initial weights, the order and every draw.
+        init_from: A run's folder, or an export: begin with its weights, batch statistics and (where both have one)
+            moving average, and with a new optimizer and schedule. The classes must be the same; model.weights is for
+            others.
+        init_checkpoint: Which checkpoint of the run that init_from or model.weights names: last, best (by its logged
+            accuracy) or a step.
         run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
         num_processes: Ranks that must be there; any number where null.
         timeout_seconds: How long a rank waits for the others (a download among them) before it gives up; a step, a
@@ -188,6 +193,8 @@ class Recipe:
     ema_decay: float | None = None
     cuda_graph: bool = field(default=False, metadata=FREE)
     seed: int = 0
+    init_from: str | None = None
+    init_checkpoint: str = "last"
     run_dir: str = field(default="runs/run", metadata=FREE)
     num_processes: int | None = field(default=None, metadata=FREE)
     timeout_seconds: float = field(default=600.0, metadata=FREE)
@@ -208,11 +215,24 @@ class Recipe:
         _require_number("seed", self.seed, 0, 2**63 - 1)
         if self.num_processes is not None:
             _require_number("num_processes", self.num_processes, 1)
+        self._check_start()
         _require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
         self._check_crop()
         if not isinstance(self.profile, bool):
             fits = self.profile[0] >= 1 and self.profile[1] >= 1
             _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
+
+    def _check_start(self) -> None:
+        """Refuse weights to begin with from two places, and a checkpoint of none."""
+        weights, source = self.model.weights, self.init_from
+        _require(source != "", "init_from", source, "a run's folder, or null")
+        _require(source is None or weights is None, "init_from", source, f"null with model.weights={weights!r}")
+        fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
+        _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
+        named = source is not None or weights is not None or self.init_checkpoint == "last"
+        _require(
+            named, "init_checkpoint", self.init_checkpoint, "last, where neither init_from nor model.weights is set"
+        )
 
     def _check_crop(self) -> None:
         """Refuse padding that leaves next to nothing of an image."""

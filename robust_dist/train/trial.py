@@ -52,6 +52,9 @@ class Trial:
     ) -> None:
         tracking = replace(recipe.tracking, trackers=[], progress=False)
         recipe = replace(recipe, run_dir=str(folder), epochs=_EPOCHS, num_processes=None, tracking=tracking)
+        # Which weights it begins with changes no step's cost.
+        model = replace(recipe.model, weights=None)
+        recipe = replace(recipe, model=model, init_from=None, init_checkpoint="last")
         self.trainer = Trainer(recipe, accelerator, RunFolder(folder), train_set, test_set)
         self.trainer.model.train()
         self.trainer.optimizer.train()

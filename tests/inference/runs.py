@@ -15,6 +15,9 @@ SCHEDULE_FREE = ["--optimizer.name", "schedulefree_adamw", "--schedule.name", "c
 # Three steps, with a checkpoint after the second.
 FILES = ["--data.name", "imagefolder", "--data.size", "16", "--data.eval_resize", "20", "--data.workers", "0"]
 FILES += ["--batch_size", "16", "--checkpoint.every_steps", "2"]
+SOURCES = ("--init_from", "--model.weights")
+# Rates of 1e-12 and, for the head, 0.01.
+HEAD_ALONE = ["--optimizer.lr", "1e-12", "--optimizer.head_lr_mult", "1e10", "--optimizer.beta2", "0.9"]
 # Name: engine, and what it adds to tests.train.under_engines.WORDS. ZeRO last: DeepSpeed changes functions of torch.
 RUNS = {
     "ddp": ("ddp", LOW),
@@ -22,9 +25,12 @@ RUNS = {
     "schedule-free": ("ddp", [*FILES, *SCHEDULE_FREE]),
     "fsdp2": ("fsdp2", []),
     "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
+    "average again": ("ddp", [*FILES, "--ema_decay", "0.6", "--optimizer.lr", "0", "--init_from", "average"]),
+    "fsdp2 again": ("fsdp2", [*FILES, *VIT, "--optimizer.lr", "0", "--init_from", "fsdp2 bf16"]),
     "zero2": ("zero2", []),
     "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw"]),
     "zero3": ("zero3", [*FILES, *VIT, "--optimizer.name", "nag"]),
+    "zero3 head": ("zero3", [*FILES, *VIT, *HEAD_ALONE, "--model.weights", "fsdp2 again"]),
 }
 
 
@@ -43,6 +49,15 @@ def write_images(folder):
 def train_all(folder):
     """Train every run; on each rank. Returns what each printed."""
     return {
-        name: train_under(engine, f"{folder}/{name}", "--data.root", f"{folder}/images", *PLAIN, *words)
+        name: train_under(
+            engine, f"{folder}/{name}", "--data.root", f"{folder}/images", *PLAIN, *_placed(folder, words)
+        )
         for name, (engine, words) in RUNS.items()
     }
+
+
+def _placed(folder, words):
+    """The words, with the place of the run that they begin from."""
+    return [
+        f"{folder}/{word}" if word in RUNS and words[place - 1] in SOURCES else word for place, word in enumerate(words)
+    ]

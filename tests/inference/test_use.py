@@ -105,6 +105,35 @@ def test_a_run_with_a_model_and_images_of_your_own_is_loaded_into_that_model(tra
         assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+def weights_of(run, checkpoint="last"):
+    return read_weights(choose(RunFolder(run), checkpoint)[0])
+
+
+@pytest.mark.parametrize(("name", "source"), [("average again", "average"), ("fsdp2 again", "fsdp2 bf16")])
+def test_a_run_begins_with_the_bits_of_another_and_with_a_new_schedule(trained, name, source):
+    run, before = trained.runs[name], trained.runs[source]
+    found, wanted = weights_of(run), weights_of(before)
+    parameters = [key for key in wanted if "running" not in key and "tracked" not in key]
+    assert all(torch.equal(found[key], wanted[key]) for key in parameters)
+    assert [path.name for path in sorted(run.glob("checkpoints/step-*"))] == ["step-00000002", "step-00000003"]
+    assert f"weights: {before}, step 3, head included" in trained.output[name]
+
+
+def test_a_run_with_a_moving_average_goes_on_with_the_one_that_it_began_with(trained):
+    counts = [int(load_file_of_average(trained.runs[name])["n_averaged"]) for name in ("average", "average again")]
+    assert counts == [3, 6]
+
+
+def load_file_of_average(run):
+    return torch.load(choose(RunFolder(run), "last")[0] / "custom_checkpoint_0.pkl", weights_only=True)
+
+
+def test_under_an_engine_that_shards_the_head_has_a_rate_of_its_own(trained):
+    found, before = weights_of(trained.runs["zero3 head"]), weights_of(trained.runs["fsdp2 again"])
+    moved = {key for key in before if not torch.allclose(found[key], before[key], rtol=0, atol=1e-7)}
+    assert moved == {"head.weight", "head.bias"}
+
+
 def test_the_moving_average_is_what_is_loaded(trained):
     run = trained.runs["average"]
     model, _ = robust_dist.load(run)
