@@ -44,6 +44,8 @@ _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 # Has the EXIF orientation, as EXIF or in XMP.
 _APP1 = 0xE1
 
+Size = tuple[int, int]
+
 
 def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     """What `crop` makes of an image file's bytes, from the same box as of `decode_rgb(data)`.
@@ -63,22 +65,51 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     Raises:
         BadImageError: as `decode_rgb`.
     """
-    size, turn = plain_size(data), _AS_STORED
-    if size is None:
-        image = header(data)
-        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-            exact: Tensor = crop(decode_rgb(data), key)
-            return exact
-        size = image.size
-        turn = _TURNS.get(orientation(image), _AS_STORED) if isinstance(data, Upright) else _AS_STORED
-    width, height = size
+    found = _jpeg(data)
+    if found is None:
+        exact: Tensor = crop(decode_rgb(data), key)
+        return exact
+    (width, height), turn = found
     window: Window = crop.window(*((height, width) if turn[2] else (width, height)), key)
     window = _stored(window, width, height, turn)
     shrink = next((one for one in SHRINKS if window.scale >= one), 1)
-    return _turned(_resized(_pixels(data, width, height, shrink), window, shrink), turn)
+    return _turned(resized(_pixels(data, width, height, shrink), window, shrink, shrink), turn)
 
 
-def plain_size(data: bytes) -> tuple[int, int] | None:
+def fast_pixels(data: bytes, needed: int) -> tuple[np.ndarray, Size]:
+    """An image file's pixels, whole and upright where that is asked for, and its width and height.
+
+    Args:
+        data: the whole file.
+        needed: pixels of which a JPEG's decoder may leave no fewer by shrinking; sides are rounded up.
+
+    Returns:
+        uint8 [H, W, 3], and the size that the file says.
+
+    Raises:
+        BadImageError: as `decode_rgb`.
+    """
+    found = _jpeg(data)
+    if found is None or any(found[1]):
+        image = decode_rgb(data)
+        return np.asarray(image), image.size
+    width, height = found[0]
+    shrink = next((one for one in SHRINKS if width * height >= needed * one**2), 1)
+    return _pixels(data, width, height, shrink), (width, height)
+
+
+def _jpeg(data: bytes) -> tuple[Size, tuple[bool, bool, bool]] | None:
+    """Stored width and height of a JPEG of grey or three colours, and what makes it upright; None for other files."""
+    size = plain_size(data)
+    if size is not None:
+        return size, _AS_STORED
+    image = header(data)
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    return image.size, _TURNS.get(orientation(image), _AS_STORED) if isinstance(data, Upright) else _AS_STORED
+
+
+def plain_size(data: bytes) -> Size | None:
     """Width and height of a usual JPEG of grey or three colours; None where Pillow must look, which takes longer."""
     at = 2
     while data[at : at + 1] == b"\xff" and len(data) > at + 10 and data.startswith(b"\xff\xd8"):
@@ -140,19 +171,48 @@ def _turned(image: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
     return image.transpose(1, 2).contiguous() if transposed else image
 
 
-def _resized(pixels: np.ndarray, window: Window, shrink: int) -> Tensor:
-    """The window, uint8 [3, size, size], of an image [H, W, 3] that is 1 / `shrink` of the one that it is a box of."""
-    left, top, right, bottom = (side / shrink for side in window.box)
-    if shrink == 1 and window.is_cut_out:
-        cut = pixels[int(top) : int(bottom), int(left) : int(right)]
-        return _by_torch(cut, window.size)
-    # The filter reaches as far as it shrinks.
-    around = 0 if window.is_cut_out else math.ceil(max(right - left, bottom - top) / window.size) + 1
-    x, y = max(0, math.floor(left) - around), max(0, math.floor(top) - around)
-    image = Image.fromarray(pixels[y : math.ceil(bottom) + around, x : math.ceil(right) + around])
+def resized(pixels: np.ndarray, window: Window, x: float, y: float, *, first: int = 0, exact: bool = False) -> Tensor:
+    """A window of an image, of which smaller pixels are at hand.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        window: of the image.
+        x: how many times the image is as wide as `pixels`.
+        y: how many times it is as high.
+        first: the number of the first row in `pixels`, where it has but those of `rows_of`.
+        exact: whether Pillow resizes all of it.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    left, top, right, bottom = _box(window, x, y)
+    if x == y == 1 and window.is_cut_out and not exact:
+        return _by_torch(pixels[int(top) - first : int(bottom) - first, int(left) : int(right)], window.size)
+    begin, end = _reach(left, right, window)
+    row, last = _reach(top, bottom, window)
+    image = Image.fromarray(pixels[row - first : last - first, begin:end])
     # A division may end a hair beyond the last pixel.
-    box = (left - x, top - y, min(right - x, image.width), min(bottom - y, image.height))
+    box = (left - begin, top - row, min(right - begin, image.width), min(bottom - row, image.height))
     return to_tensor(image.resize((window.size, window.size), Image.Resampling.BILINEAR, box=box))
+
+
+def rows_of(window: Window, x: float, y: float, height: int) -> tuple[int, int]:
+    """The rows that `resized` looks at, of an image `height` pixels high: the first, and the one after the last."""
+    _, top, _, bottom = _box(window, x, y)
+    first, last = _reach(top, bottom, window)
+    return first, min(last, height)
+
+
+def _box(window: Window, x: float, y: float) -> tuple[float, float, float, float]:
+    left, top, right, bottom = window.box
+    return left / x, top / y, right / x, bottom / y
+
+
+def _reach(low: float, high: float, window: Window) -> Size:
+    """The first pixel that counts along a side of the box, and the one after the last."""
+    # The filter reaches as far as it shrinks.
+    around = 0 if window.is_cut_out else math.ceil((high - low) / window.size) + 1
+    return max(0, math.floor(low) - around), math.ceil(high) + around
 
 
 def _by_torch(pixels: np.ndarray, size: int) -> Tensor:
