@@ -1,5 +1,6 @@
 """What workers make of a decoded image: a random crop in training, the central one in evaluation; picklable."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class RandomCrop:
         """uint8 [3, size, size]."""
         return random_resized_crop(image, self.size, key, scale=self.scale, ratio=self.ratio)
 
+    def pixels_needed(self, width: int, height: int) -> int:
+        """So many pixels of an image are enough for every crop: the smallest one is not enlarged."""
+        narrowest = min(self.ratio[0], 1 / self.ratio[1], 1.0)
+        return min(width * height, math.ceil(self.size**2 / (self.scale[0] * narrowest)))
+
     def window(self, width: int, height: int, key: int) -> Window:
         """The window of an image of that size."""
         return Window(crop_box(width, height, key, scale=self.scale, ratio=self.ratio), self.size, is_cut_out=True)
@@ -67,6 +73,10 @@ class CentralCrop:
     def __call__(self, image: Any, key: int) -> Tensor:
         """uint8 [3, size, size]."""
         return resize_center_crop(image, self.size, self.resize)
+
+    def pixels_needed(self, width: int, height: int) -> int:
+        """So many pixels of an image are enough: its shorter side is not enlarged."""
+        return min(width * height, math.ceil(self.resize**2 * max(width / height, height / width)))
 
     def window(self, width: int, height: int, key: int) -> Window:
         """The window of an image of that size.

@@ -5,6 +5,7 @@ what simplejpeg finds fault with, are Pillow's, so that the rules for bad images
 """
 
 import math
+from collections.abc import Callable
 from importlib import metadata
 from struct import Struct
 from typing import Any
@@ -76,12 +77,12 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     return _turned(resized(_pixels(data, width, height, shrink), window, shrink, shrink), turn)
 
 
-def fast_pixels(data: bytes, needed: int) -> tuple[np.ndarray, Size]:
+def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndarray, Size]:
     """An image file's pixels, whole and upright where that is asked for, and its width and height.
 
     Args:
         data: the whole file.
-        needed: pixels of which a JPEG's decoder may leave no fewer by shrinking; sides are rounded up.
+        needed: takes width and height, and gives the number of pixels that a JPEG's decoder leaves, at least.
 
     Returns:
         uint8 [H, W, 3], and the size that the file says.
@@ -94,7 +95,7 @@ def fast_pixels(data: bytes, needed: int) -> tuple[np.ndarray, Size]:
         image = decode_rgb(data)
         return np.asarray(image), image.size
     width, height = found[0]
-    shrink = next((one for one in SHRINKS if width * height >= needed * one**2), 1)
+    shrink = next((one for one in SHRINKS if width * height >= needed(width, height) * one**2), 1)
     return _pixels(data, width, height, shrink), (width, height)
 
 

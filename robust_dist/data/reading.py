@@ -20,6 +20,7 @@ from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
 from robust_dist.data.fast_decode import fast_crop
+from robust_dist.data.image_cache import CachedImages, ImageCache
 from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
@@ -42,10 +43,21 @@ class ImageReader(Dataset[Pack]):
         size: height and width of the images given out.
         block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
         fast: whether JPEGs are decoded by `fast_crop`; the crop is then one that it takes.
+        cache: keeps decoded images; likewise.
     """
 
-    def __init__(self, source: ImageSource, crop: Crop, size: int, block: int = 1, *, fast: bool = False) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        crop: Crop,
+        size: int,
+        block: int = 1,
+        *,
+        fast: bool = False,
+        cache: ImageCache | None = None,
+    ) -> None:
         self.source, self.crop, self.size, self.block, self.fast = source, crop, size, block, fast
+        self.cached = None if cache is None else CachedImages(source, crop, fast, cache)
 
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Pack:
         """Read the images of the indices, cropped by the keys.
@@ -59,29 +71,35 @@ class ImageReader(Dataset[Pack]):
         bad: dict[int, BadImage] = {}
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
             try:
-                data, label = self.read(index)
-                images[slot], labels[slot] = self.image(data, key), label
+                images[slot], labels[slot] = self.sample(index, key)
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
         return filled(images, labels, bad, self.block)
 
-    def image(self, data: bytes, key: int) -> Tensor:
-        """What becomes of an image file's bytes.
+    def sample(self, index: int, key: int) -> tuple[Tensor, int]:
+        """A sample's image, uint8 [3, size, size], and its label.
 
         Raises:
-            BadImageError: see `decode_rgb`.
+            BadImageError: see `ImageSource.read` and `decode_rgb`.
         """
-        return fast_crop(data, self.crop, key) if self.fast else self.crop(decode_rgb(data), key)
+        if self.cached is not None:
+            image, label = self.cached.read(index, key)
+            return image, self._checked(index, label)
+        data, label = self.read(index)
+        return fast_crop(data, self.crop, key) if self.fast else self.crop(decode_rgb(data), key), label
 
     def read(self, index: int) -> tuple[bytes, int]:
         """A sample's file and its label."""
         data, label = self.source.read(index)
+        return data, self._checked(index, label)
+
+    def _checked(self, index: int, label: int) -> int:
         if not 0 <= label < len(self.source.classes):
             raise ValueError(
                 f"{self.source.where(index)} has label {label}, outside the {len(self.source.classes)} classes of "
                 f"{self.source.name} (0 to {len(self.source.classes) - 1})"
             )
-        return data, label
+        return label
 
 
 def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: int) -> Pack:

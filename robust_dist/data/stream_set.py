@@ -12,7 +12,8 @@ from robust_dist.data.batches import Cut
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.device_decode import Decode, DeviceReader, EncodedReader
 from robust_dist.data.errors import BadImage
-from robust_dist.data.identity import fingerprint
+from robust_dist.data.identity import source_fingerprint
+from robust_dist.data.image_cache import ImageCache
 from robust_dist.data.loader import Loader, Reader
 from robust_dist.data.order import EpochOrder, Order
 from robust_dist.data.reading import ImageReader, Workers
@@ -37,6 +38,7 @@ class StreamSet(LabelledSet):
         shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
         decode: what decodes JPEGs on the device; None where workers do.
         fast: whether the workers decode JPEGs by `fast_crop`; else exactly, by Pillow.
+        cache: keeps decoded images for the workers; None, with `decode`, where nothing does.
     """
 
     source: ImageSource
@@ -47,6 +49,7 @@ class StreamSet(LabelledSet):
     shuffle_window: int = SHUFFLE_WINDOW
     decode: Decode | None = None
     fast: bool = False
+    cache: ImageCache | None = None
     _bad: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -78,7 +81,7 @@ class StreamSet(LabelledSet):
 
     def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
         """Worker processes; they live from the first request to `close`."""
-        reader = ImageReader(self.source, self.crop, self.crop.size, block, fast=self.fast)
+        reader = ImageReader(self.source, self.crop, self.crop.size, block, fast=self.fast, cache=self.cache)
         read = Workers(
             reader if self.decode is None else EncodedReader(reader),
             workers=self.workers if workers is None else workers,
@@ -126,8 +129,7 @@ class StreamSet(LabelledSet):
 
     def fingerprint(self) -> str:
         """The source's, or of one that has none a hash of its classes and groups."""
-        own = getattr(self.source, "fingerprint", None)
-        return own() if own is not None else fingerprint(self.classes, self.group_sizes)
+        return source_fingerprint(self.source)
 
     def take_bad(self) -> list[BadImage]:
         """See `LabelledSet.take_bad`."""
