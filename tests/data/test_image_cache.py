@@ -99,7 +99,7 @@ def test_small_images_have_the_exact_pixels_and_large_ones_are_shrunk_to_what_th
         distance = (image.short() - CROP(decode_rgb(data), 7 + index).short()).abs().float()
         if index < 4:
             assert 0 < distance.max() <= 24
-            assert distance.mean() <= 3
+            assert distance.mean() <= 4
         else:
             assert distance.max() == 0
     sizes = sorted(path.stat().st_size for path in kept(tmp_path / "cache"))
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(images, tmp_path):
 def test_batches_bad_images_and_a_resumed_epoch_are_the_same_with_a_cache_that_ranks_share(images, tmp_path):
     def epoch(cache, workers=0, start=0, rank=0, world_size=1):
         dataset = StreamSet(images, CROP, CPU, workers=workers, cache=cache)
-        loader = dataset.loader(Cut(4, 3, rank, world_size, block=2))
+        loader = dataset.loader(Cut(6, 3, rank, world_size, block=1))
         found = [batch for parts in loader.epoch(2, start) for batch in parts]
         bad = loader.take_bad()
         loader.close()
