@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import robust_dist
+from robust_dist import own_code
 from robust_dist.engines.engine import EngineError, engine_named
 from robust_dist.inference.command import add_commands, split_data_words
 from robust_dist.study.commands import add_study_commands
@@ -38,6 +39,7 @@ def _preview(words: argparse.Namespace) -> int:
     import torch
 
     from robust_dist.preview import preview
+    from robust_dist.train.augment_config import own_stage
     from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
@@ -45,9 +47,19 @@ def _preview(words: argparse.Namespace) -> int:
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))
+    own = {name: own_stage("augment.before", name) for name in recipe.augment.before}
     preview(
-        images, augment, words.out, rows=words.rows, seed=recipe.seed, epoch=words.epoch, batch_size=recipe.batch_size
+        images,
+        augment,
+        words.out,
+        rows=words.rows,
+        seed=recipe.seed,
+        epoch=words.epoch,
+        batch_size=recipe.batch_size,
+        before=own,
     )
+    if recipe.augment.after:
+        print(f"not shown, as it comes after the normalisation: {', '.join(recipe.augment.after)}")
     print(f"wrote {words.out}")
     return 0
 
@@ -209,6 +221,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words.overrides, words.data_words = overrides, data_words
     run: Callable[[argparse.Namespace], int] = words.run
     try:
+        own_code.allow(getattr(words, "imports", ()))
         return run(words)
     except ModuleNotFoundError as error:
         hint = "" if "pip install" in str(error) else f"; {EXTRA_HINT.format(extra=words.extra)}"

@@ -1,7 +1,7 @@
 """`robust-dist preview`: a PNG of what the augmentation does to the user's own data."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
+from robust_dist.data.crops import RandomCrop
+from robust_dist.data.decode import crop_box, decode_rgb, to_tensor
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.names import printable
-from robust_dist.data.sets import LabelledSet
+from robust_dist.data.sets import FirstSamples, LabelledSet
+from robust_dist.data.stream_set import StreamSet
 from robust_dist.extras import require
 
+Stage = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CELL_INCHES = 1.55
 DPI = 150
 SHOWN = 5
+THUMBNAIL = 256
+_NO_BOX: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 STAND_IN = "not readable:\na stand-in"
 ENHANCERS = {"Brightness", "Color", "Contrast", "Sharpness"}
 
@@ -27,16 +33,16 @@ class Column:
 
     Attributes:
         title: the stage's name.
-        images: uint8 [rows, C, H, W].
+        images: of each row, uint8 [C, H, W].
         captions: what happened to each sample, one a row.
-        boxes: per row (x1, y1, x2, y2) in pixels of what was pasted, or None.
+        boxes: per row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
         stand_ins: rows whose own image could not be read, so that another one's stands there.
     """
 
     title: str
-    images: Tensor
+    images: Tensor | Sequence[Tensor]
     captions: Sequence[str]
-    boxes: Sequence[tuple[int, ...]] | None = None
+    boxes: Sequence[tuple[float, ...]] | None = None
     stand_ins: frozenset[int] = frozenset()
 
 
@@ -49,8 +55,11 @@ def preview(
     seed: int = 0,
     epoch: int = 0,
     batch_size: int = 128,
+    before: Mapping[str, Stage] | None = None,
 ) -> None:
     """Write a PNG with one row a sample and one column a stage: stored, crop and flip, TrivialAugment, CutMix.
+
+    Of a set that is read while training, the whole image stands first, with the random crop that is cut out of it.
 
     The samples are the first of the epoch's first global batch, with the keys that training gives them, so what is
     seen is what training sees (before normalisation). Stages that `augment` leaves out have no column. A sample that
@@ -65,6 +74,7 @@ def preview(
         seed: of the order and of the keys.
         epoch: the epoch shown.
         batch_size: samples of a batch, among which CutMix finds its partners.
+        before: stages of one's own before the crop, by their names; a column each.
 
     Raises:
         ValueError: rows below 1, or more than the batch or the set holds.
@@ -74,17 +84,30 @@ def preview(
     size = min(batch_size, len(image_set))
     if not 1 <= rows <= size:
         raise ValueError(f"rows must lie in 1 to {size} (the samples of the first batch), not {rows}")
-    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size), Path(path))
+    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size, before=before), Path(path))
 
 
 def columns(
-    image_set: LabelledSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
+    image_set: LabelledSet,
+    augment: RobustAugment,
+    *,
+    rows: int,
+    seed: int,
+    epoch: int,
+    size: int,
+    before: Mapping[str, Stage] | None = None,
 ) -> list[Column]:
     """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
-    images, labels, keys, bad = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
+    first = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
+    images, labels, keys, bad = first.images, first.labels, first.keys, first.bad
     _tell_bad(bad, len(images), image_set.name)
     names = [image_set.classes[label] for label in labels.tolist()]
     found = [Column(image_set.stage, images[:rows], names[:rows])]
+    if isinstance(image_set, StreamSet) and isinstance(image_set.crop, RandomCrop):
+        found.insert(0, _whole_images(image_set, image_set.crop, first, rows))
+    for title, stage in (before or {}).items():
+        images, labels = stage(images, labels, keys)
+        found.append(Column(title, images[:rows], names[:rows]))
     if augment.crop is not None or augment.flip is not None:
         images, captions = _crop_and_flip(augment, images, keys)
         title = " and ".join(name for name in ("crop", "flip") if getattr(augment, name) is not None)
@@ -98,6 +121,26 @@ def columns(
         found.append(_cutmix_column(augment.cutmix, images, labels, keys, names, rows))
     stand_ins = frozenset(row for row in bad if row < rows)
     return [replace(column, stand_ins=stand_ins) for column in found]
+
+
+def _whole_images(image_set: StreamSet, crop: RandomCrop, first: FirstSamples, rows: int) -> Column:
+    """The images before the random crop, shrunk to `THUMBNAIL` pixels, with the crop outlined."""
+    images, captions = [], []
+    boxes: list[tuple[float, ...]] = []
+    for row in range(rows):
+        if row in first.bad:
+            images.append(first.images[row])
+            captions.append("")
+            boxes.append(_NO_BOX)
+            continue
+        image = decode_rgb(image_set.source.read(int(first.indices[row]))[0])
+        captions.append(f"{image.width} x {image.height} px")
+        box = crop_box(image.width, image.height, int(first.keys[row]), scale=crop.scale, ratio=crop.ratio)
+        shrink = max(1.0, max(image.size) / THUMBNAIL)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        images.append(to_tensor(image))
+        boxes.append(tuple(side / shrink for side in box))
+    return Column("original", images, captions, boxes)
 
 
 def _tell_bad(bad: Mapping[int, BadImage], count: int, name: str) -> None:
@@ -210,7 +253,7 @@ def _cross_out(place: Any) -> None:
     place.text(0.5, 0.5, STAND_IN, fontsize=7, ha="center", va="center", transform=place.transAxes, bbox=box)
 
 
-def _outline(place: Any, box: tuple[int, ...]) -> None:
+def _outline(place: Any, box: tuple[float, ...]) -> None:
     """A dashed rectangle around the box, whose pixels' centres lie on whole numbers."""
     x1, y1, x2, y2 = box
     if x2 > x1 and y2 > y1:

@@ -9,6 +9,7 @@ from robust_dist.augment import RobustAugment, TrivialAugment, tables
 from robust_dist.augment.keys import permutation, sample_keys
 from robust_dist.data import DeviceLoader, ImageSet
 from robust_dist.data.batches import Cut
+from robust_dist.data.decode import decode_rgb, to_tensor
 from robust_dist.data.errors import DataError
 from robust_dist.preview import columns, draw, mixture, operation, preview
 from tests.data.tiny_sets import encoded
@@ -55,8 +56,16 @@ def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, r
     augment = RobustAugment(len(CLASSES), 8, MEAN, STD, crop=None, cutmix_mode=mode, block=4)
     ((batch,), *_) = streamed.loader(Cut(BATCH, seed=3, block=4)).epoch(2)
     trained, _ = augment(batch.images, batch.labels, batch.keys)
-    first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, size=BATCH)
-    assert first.title == "random crop"
+    original, first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, size=BATCH)
+    assert (original.title, first.title) == ("original", "random crop")
+    for row, index in enumerate(batch.indices[:rows].tolist()):
+        whole = to_tensor(decode_rgb(source.read(index)[0]))
+        assert torch.equal(original.images[row], whole)
+        left, top, right, bottom = map(int, original.boxes[row])
+        cut = whole[None, :, top:bottom, left:right]
+        assert (cut == cut[..., :1, :1]).all()
+        assert torch.equal(first.images[row, :, 0, 0], cut[0, :, 0, 0])
+        assert original.captions[row] == f"{whole.shape[2]} x {whole.shape[1]} px"
     assert torch.equal(first.images, batch.images[:rows])
     torch.testing.assert_close(augment.normalize(last.images), trained[:rows])
 

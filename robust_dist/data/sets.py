@@ -37,12 +37,14 @@ class FirstSamples(NamedTuple):
         labels: int64 [count].
         keys: int64 [count].
         bad: by place, those that could not be read, whose image and label are a stand-in's.
+        indices: int64 [count], the samples' numbers in the set.
     """
 
     images: Tensor
     labels: Tensor
     keys: Tensor
     bad: Mapping[int, BadImage]
+    indices: Tensor
 
 
 class LabelledSet(ABC):
@@ -122,7 +124,7 @@ class LabelledSet(ABC):
         batch = Batch(pack.images, pack.labels, *request, size, pack.weights, whole=pack.whole)
         places = [] if pack.weights is None else (pack.weights == 0).nonzero().flatten().tolist()
         images, labels, keys = (one.to(self.device) for one in (batch.images, batch.labels, batch.keys))
-        return FirstSamples(images, labels, keys, dict(zip(places, pack.bad, strict=True)))
+        return FirstSamples(images, labels, keys, dict(zip(places, pack.bad, strict=True)), request.indices)
 
     def take_bad(self) -> list[BadImage]:
         """The images that could not be read for evaluation since the last call, on this rank."""

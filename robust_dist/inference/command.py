@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from robust_dist.own_code import add_argument
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,6 +37,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="last|best|STEP",
         help="of a run: the last one (default), that of the best logged accuracy which is there, or that of a step",
     )
+    add_argument(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

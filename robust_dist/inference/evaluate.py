@@ -19,14 +19,13 @@ from robust_dist.data.sets import LabelledSet
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.preprocess import Preprocess, is_own, pixels_of
 from robust_dist.inference.trained import Trained, settings_of
+from robust_dist.own_code import is_name
 from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
-from robust_dist.train.evaluate import count_batch, score_of
+from robust_dist.train.evaluate import count_batch, no_totals, score_of
 from robust_dist.yaml_file import Document
 
 BINS = 15
-# Where there are fewer classes, five guesses are hardly ever wrong.
-LEAST_FOR_TOP5 = 6
 SHOWN, NAMED = 20, 5
 
 
@@ -86,7 +85,7 @@ def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> 
     """
     record = trained.record
     settings = settings_of(Document(record.recipe, str(trained.path)), type(trained.settings), words)
-    if is_own(settings.data):
+    if is_own(settings.data) and not is_name(settings.data.name):
         raise DataError(f"{trained.path}: the run's images were given in Python; name a folder of images (PATH)")
     found = open_eval_set(settings.data, device, trained.classes, download=settings.data.download)
     _check_fits(trained, found)
@@ -135,27 +134,27 @@ def evaluate(trained: Trained, on: Images, device: torch.device) -> Evaluation:
         device: Where the model runs and the images are given out.
     """
     forward, preprocess = trained.evaluating(device), on.preprocess.to(device)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    classes = len(trained.classes)
+    totals = no_totals(classes, device)
     seen: list[Tensor] = []
     size = trained.settings.data.eval_batch_size
     # Each rank of the run took a share; the bits of a sample's logits may depend on its batch.
     for start, stop in even_cuts(len(on.images), trained.record.checkpoint.num_processes):
         for batch in on.images.eval_batches(start, stop, size):
             logits = forward(preprocess.normalize(batch.images))
-            totals += count_batch(logits, batch)
+            totals += count_batch(logits, batch, classes)
             good = slice(None) if batch.good is None else batch.good
             seen.append(_judged(logits[good], batch.labels[good]))
     score, found = score_of(totals), torch.cat(seen)
     if not score.samples:
         raise DataError(f"{on.images.name}: none of the {len(on.images):,} images could be read")
-    labels, predicted, confidence, rank = found.unbind(1)
-    classes = len(trained.classes)
+    labels, predicted, confidence = found.unbind(1)
     places = labels.long() * classes + predicted.long()
     return Evaluation(
         data=on.images.name,
         images=score.samples,
         accuracy=score.accuracy,
-        top5=(rank < 5).double().mean().item() if classes >= LEAST_FOR_TOP5 else None,
+        top5=score.top5,
         loss=score.loss,
         calibration_error=calibration_error(confidence, labels == predicted),
         confusion=torch.bincount(places, minlength=classes**2).view(classes, classes).tolist(),
@@ -165,10 +164,9 @@ def evaluate(trained: Trained, on: Images, device: torch.device) -> Evaluation:
 
 
 def _judged(logits: Tensor, labels: Tensor) -> Tensor:
-    """Float64 [B, 4] on the CPU: label, predicted class, its probability, how many classes come before the label."""
+    """Float64 [B, 3] on the CPU: label, predicted class, its probability."""
     confidence = logits.double().softmax(1).amax(1)
-    own = logits.gather(1, labels[:, None])
-    columns = (labels, logits.argmax(1), confidence, (logits > own).sum(1))
+    columns = (labels, logits.argmax(1), confidence)
     return torch.stack([column.double().cpu() for column in columns], 1)
 
 

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robust_dist.data.names import printable
 from robust_dist.documents import DocumentError, typed
 from robust_dist.ranks.claim import is_held
+from robust_dist.train.curves import best_row, line_style
+from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import flatten, keys_of, recipe_dict
 from robust_dist.train.metrics import last_row
 from robust_dist.train.recipe import Recipe
 from robust_dist.yaml_file import read_yaml
+
+_STOPS = "early_stopping"
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Run:
 
     Attributes:
         name: Its path below the folder that was named.
-        state: finished, running, stopped, or why it cannot be told.
+        state: finished, running, stopped, stopped early (it no longer improved), or why it cannot be told.
         recipe: Dotted keys and values.
         rows: The epochs of `metrics.jsonl`, oldest first.
     """
@@ -64,13 +69,15 @@ def _run(path: Path, name: str) -> Run:
         recipe = typed(read_yaml(path / "recipe.yaml").data, dict[str, Any], str(path / "recipe.yaml"))
         flat = keys_of(Recipe).in_our_words(flatten(recipe_dict(Recipe())) | flatten(recipe))
         rows = folder.metrics()
-    except DocumentError as error:
+        stops = EarlyStoppingConfig(**{name: flat[f"{_STOPS}.{name}"] for name in vars(EarlyStoppingConfig())})
+    except (DocumentError, ValueError, TypeError) as error:
         return Run(name, f"damaged: {error}")
-    epochs = flat["epochs"]
     if is_held(path):
         state = "running"
-    elif last_row(rows, epochs) is not None:
+    elif last_row(rows, flat["epochs"]) is not None:
         state = "finished"
+    elif early_stop(rows, stops) is not None:
+        state = "stopped early"
     else:
         state = "stopped"
     return Run(name, state, flat, rows)
@@ -87,18 +94,19 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def table(runs: Sequence[Run]) -> str:
     """A line for each run, under a heading."""
     keys = differing(runs)
-    rows = [["run", "state", "epochs", "best", "last", "images/s", *keys]]
+    rows = [["run", "state", "epochs", "best", "last", "top-5", "images/s", *keys]]
     for run in runs:
         accuracies = [accuracy for _, accuracy in run.accuracies]
-        speed = run.rows[-1].get("images_per_second") if run.rows else None
-        done = run.rows[-1].get("epoch", 0) if run.rows else 0
+        last = run.rows[-1] if run.rows else {}
+        speed, top5 = last.get("images_per_second"), last.get("eval_top5_accuracy")
         rows.append(
             [
                 run.name,
                 run.state,
-                f"{done}/{run.recipe['epochs']}" if run.recipe else "-",
+                f"{last.get('epoch', 0)}/{run.recipe['epochs']}" if run.recipe else "-",
                 f"{max(accuracies):.2%}" if accuracies else "-",
                 f"{accuracies[-1]:.2%}" if accuracies else "-",
+                "-" if top5 is None else f"{top5:.2%}",
                 "-" if speed is None else f"{speed:,.0f}",
                 *(str(run.recipe.get(key, "-")) for key in keys),
             ]
@@ -108,20 +116,32 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draw the runs' accuracies over the epochs into a PNG."""
+    """Draw the runs' accuracies over the epochs into a PNG, each one's best epoch with a star."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    keys = differing(runs)
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    keys = differing(runs)[:3]
+    shown = [run for run in runs if run.accuracies]
+    figure = Figure(figsize=(10, 6 + 0.12 * max(0, len(shown) - 12)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for run in runs:
-        if run.accuracies:
-            said = ", ".join(f"{key.rpartition('.')[2]} {run.recipe.get(key)}" for key in keys[:3])
-            axes.plot(*zip(*run.accuracies, strict=True), marker=".", label=f"{run.name}{said and f' ({said})'}")
-    axes.set(xlabel="epoch", ylabel="accuracy")
+    for number, run in enumerate(shown):
+        said = ", ".join(f"{key.rpartition('.')[2]} {run.recipe.get(key)}" for key in keys)
+        epochs, shares = zip(*run.accuracies, strict=True)
+        style = line_style(number) | {"markersize": 4, "markevery": max(1, len(epochs) // 20)}
+        label = printable(f"{run.name}{said and f' ({said})'}")
+        axes.plot(epochs, [100 * share for share in shares], **style, label=label)
+        best = best_row(run.rows)
+        if best is not None:
+            star = {"marker": "*", "markersize": 13, "color": style["color"], "markeredgecolor": "black"}
+            axes.plot([best["epoch"]], [100 * best["eval_accuracy"]], linestyle="", zorder=3, **star)
+    axes.set(xlabel="epoch", ylabel="accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(fontsize=8)
+        title = f"run ({', '.join(keys)}); stars: best epochs" if keys else "run; stars: best epochs"
+        legend = figure.legend(fontsize=8, title=title, loc="outside lower center", ncols=1 if len(shown) < 5 else 2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     figure.savefig(path, dpi=120, format="png")

@@ -43,10 +43,7 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
             cell or no seed of this one.
     """
     try:
-        noted: _Report = read_json(path, _Report)
-        theirs = study_from_dict(noted.study, f"{path}: study")
-        runs = [(run, f"{path}: runs[{i}]") for i, run in enumerate(noted.runs) if not run.get("missing")]
-        found = {_key(run, where): typed(run, Result, where) for run, where in runs}
+        theirs, found = _read(path)
     except (OSError, ValueError) as error:
         raise StudyError(f"--from {path} is no study's report.json: {error}") from error
     differing = differences(study, theirs, "the report", common=True)
@@ -61,9 +58,38 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
     return {name: found[key] for name, key in keys if key in found}
 
 
+def folder_of_report(path: str | Path, where: str | Path) -> StudyFolder:
+    """A study's folder with the finished runs of a `report.json`, from which the report can be made again.
+
+    Args:
+        path: The `report.json`.
+        where: An empty folder, which becomes the study's.
+
+    Raises:
+        StudyError: The file is no report.
+    """
+    try:
+        study, found = _read(path)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is no study's folder and no report.json: {error}") from error
+    folder = StudyFolder(where)
+    folder.claim(study)
+    keys = {run.name: (run.cell.labels, run.seed) for run in study.runs()}
+    adopt(folder, study, {name: found[key] for name, key in keys.items() if key in found})
+    return folder
+
+
+def _read(path: str | Path) -> tuple[Study, dict[tuple[tuple[str, ...], int], Result]]:
+    """The study of a `report.json`, and its finished runs by their labels and seed."""
+    noted: _Report = read_json(path, _Report)
+    runs = [(run, f"{path}: runs[{i}]") for i, run in enumerate(noted.runs) if not run.get("missing")]
+    found = {_key(run, where): typed(run, Result, where) for run, where in runs}
+    return study_from_dict(noted.study, f"{path}: study"), found
+
+
 @dataclass
 class _Report:
-    """What is read of a `report.json`."""
+    """The part of a `report.json` that is read."""
 
     study: dict[str, Any]
     runs: list[dict[str, Any]]

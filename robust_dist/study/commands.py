@@ -1,10 +1,17 @@
 """`robust-dist study run | status | report`."""
 
 import argparse
+import contextlib
 import signal
+import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from robust_dist.study.folder import StudyFolder
+
+from robust_dist.own_code import add_argument
 
 
 def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,6 +28,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     run.add_argument(
         "--gpu", default="h100", help="with --dry-run on a machine without one: whose hours to estimate (default: h100)"
     )
+    add_argument(run)
     run.set_defaults(run=_run, extra="study")
 
     status = words.add_parser("status", help="what is finished, running, failed, waiting")
@@ -28,8 +36,8 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     status.set_defaults(run=_status, extra="study")
 
     report = words.add_parser("report", help="table, JSON, heat map and curves, of an unfinished study, too")
-    report.add_argument("dir", metavar="D", help="a study's folder")
-    report.add_argument("--against", metavar="D2", help="another study's, tested pair by pair over common cells")
+    report.add_argument("dir", metavar="D", help="a study's folder, or an earlier report.json (then give --out, too)")
+    report.add_argument("--against", metavar="D2", help="another one, tested pair by pair over common cells")
     report.add_argument("--out", metavar="DIR", help="where to write (default: D/report)")
     report.add_argument(
         "--diverged-as",
@@ -90,15 +98,29 @@ def _status(words: argparse.Namespace) -> int:
 
 
 def _report(words: argparse.Namespace) -> int:
-    from robust_dist.study.folder import StudyFolder
     from robust_dist.study.keys import StudyError
     from robust_dist.study.report import write_report
 
     if words.diverged_as is not None and not 0 <= words.diverged_as <= 1:
         raise StudyError(f"--diverged-as={words.diverged_as} is not valid: it must be a share, from 0 to 1")
-    folder = StudyFolder(words.dir)
-    out = Path(words.out) if words.out else folder.path / "report"
-    against = StudyFolder(words.against) if words.against else None
-    print(write_report(folder, out, against=against, diverged_as=words.diverged_as))
+    with contextlib.ExitStack() as stack:
+        folder, against = (_opened(path, stack) for path in (words.dir, words.against))
+        assert folder is not None
+        if not words.out and Path(words.dir).is_file():
+            raise StudyError(f"{words.dir} is a report, which lies in no study's folder: give --out DIR")
+        out = Path(words.out) if words.out else folder.path / "report"
+        print(write_report(folder, out, against=against, diverged_as=words.diverged_as))
     print(f"wrote {out}")
     return 0
+
+
+def _opened(path: str | None, stack: contextlib.ExitStack) -> "StudyFolder | None":
+    """A study's folder; of a `report.json` one with its runs, for as long as the stack."""
+    from robust_dist.study.adopt import folder_of_report
+    from robust_dist.study.folder import StudyFolder
+
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        return StudyFolder(path)
+    return folder_of_report(path, stack.enter_context(tempfile.TemporaryDirectory()))

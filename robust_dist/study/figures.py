@@ -125,7 +125,7 @@ def bootstrap(grid: Array, figure: Figure, *, level: float = 0.95, seed: int = 0
 
 
 def _resamples(num_seeds: int, seed: int) -> Array:
-    """What each seed weighs in each resample [resamples, seeds]."""
+    """The weight of each seed in each resample [resamples, seeds]."""
     if num_seeds**num_seeds <= _DRAWS:
         draws = np.array(list(product(range(num_seeds), repeat=num_seeds)))
     else:

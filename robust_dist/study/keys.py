@@ -1,4 +1,4 @@
-"""Which dotted keys a recipe has, and how the values of a grid are written."""
+"""The dotted keys of a recipe, and the spelling of a grid's values."""
 
 import json
 from typing import Any
@@ -8,6 +8,7 @@ from robust_dist.train.recipe import Recipe
 
 # A study sets these itself.
 OWN = ("seed", "run_dir")
+_STOPS = "early_stopping."
 
 
 class StudyError(ValueError):
@@ -28,7 +29,7 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
     known = keys_of(Recipe)
     if not isinstance(key, str) or key in known.sections or not known.is_known(key):
         raise StudyError(f"{where}: {key!r} is no key of a recipe{known.did_you_mean(str(key))}")
-    if key in OWN or (moves_weights and known.is_free(key)):
+    if key in OWN or key.startswith(_STOPS) or (moves_weights and known.is_free(key)):
         raise StudyError(f"{where}: {key!r} cannot be set here ({_why_not(key)})")
     return key
 
@@ -36,11 +37,13 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
 def _why_not(key: str) -> str:
     if key == "seed":
         return "give the study's seeds"
+    if key.startswith(_STOPS):
+        return "all runs of a study train equally long"
     return "every run has a folder of its own" if key == "run_dir" else "it changes no result"
 
 
 def label_of(value: Any) -> str:
-    """How a value is called in tables and file names: numbers as %g has them, whatever the file's spelling."""
+    """A value's name in tables and file names: numbers in %g, whatever the file's spelling."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     try:

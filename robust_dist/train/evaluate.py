@@ -16,6 +16,7 @@ from robust_dist.data.loader import Loader
 from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import base_optimizer
+from robust_dist.train.metrics import LEAST_FOR_TOP5
 from robust_dist.train.watchdog import tick
 
 # With a momentum of 0.1, half a percent of batch normalisation's former statistics is left after so many.
@@ -30,11 +31,21 @@ class Score:
         accuracy: Share of samples whose class has the largest logit.
         samples: How many were counted, over all ranks.
         loss: Mean cross-entropy.
+        top5: Share of samples whose class is among the five largest logits; None below six classes.
+        class_accuracy: The accuracy on each class's samples, in the classes' order; None for a class without any.
     """
 
     accuracy: float
     samples: int
     loss: float
+    top5: float | None
+    class_accuracy: tuple[float | None, ...]
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Mean of `class_accuracy` over the classes that have samples (balanced accuracy)."""
+        there = [accuracy for accuracy in self.class_accuracy if accuracy is not None]
+        return sum(there) / len(there) if there else math.nan
 
 
 @torch.no_grad()
@@ -100,7 +111,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=image_set.device)
+    totals = no_totals(len(image_set.classes), image_set.device)
     shares = even_cuts(len(image_set), world_size)
     batches = image_set.eval_batches(*shares[rank], batch_size)
     longest = max(stop - start for start, stop in shares)
@@ -109,28 +120,67 @@ def evaluate(
         batch = next(batches, None)
         logits = model(augment.normalize(image_set.filler() if batch is None else batch.images).to(dtype))
         if batch is not None:
-            totals += count_batch(logits, batch)
+            totals += count_batch(logits, batch, len(image_set.classes))
     model.train(training)
     if world_size > 1:
         dist.all_reduce(totals)
     return score_of(totals)
 
 
+def no_totals(num_classes: int, device: torch.device) -> Tensor:
+    """Zeros to which the `count_batch` of each batch is added, float64."""
+    return torch.zeros(4 + 2 * num_classes, dtype=torch.float64, device=device)
+
+
 def score_of(totals: Tensor) -> Score:
     """The score of the sum of what `count_batch` gave."""
-    correct, samples, loss = totals.tolist()
+    correct, samples, loss, top5, *by_class = totals.tolist()
     counted = samples or math.nan
-    return Score(correct / counted, int(samples), loss / counted)
+    num_classes = len(by_class) // 2
+    pairs = zip(by_class[:num_classes], by_class[num_classes:], strict=True)
+    return Score(
+        accuracy=correct / counted,
+        samples=int(samples),
+        loss=loss / counted,
+        top5=top5 / counted if num_classes >= LEAST_FOR_TOP5 else None,
+        class_accuracy=tuple(right / of if of else None for right, of in pairs),
+    )
 
 
-def count_batch(logits: Tensor, batch: EvalBatch) -> Tensor:
-    """[correct, samples, summed loss] of one batch, float64."""
+def count_batch(logits: Tensor, batch: EvalBatch, num_classes: int) -> Tensor:
+    """What one batch adds to the totals; nothing of it waits for the device.
+
+    Args:
+        logits: [B, at least num_classes].
+        batch: The images that gave them.
+        num_classes: Classes of the data.
+
+    Returns:
+        Float64: correct, samples, summed loss, correct among the five largest logits, then the correct ones of each
+        class, then the samples of each class. All but the loss are whole numbers, so their sums over batches and ranks
+        are exact.
+    """
     labels = batch.labels
     if batch.good is not None:
         logits, labels = logits[batch.good], labels[batch.good]
     loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([correct.double(), correct.new_full((), len(labels)).double(), loss.double()])
+    right = logits.argmax(1) == labels
+    correct, top5 = right.sum(), (label_ranks(logits, labels) < 5).sum()
+    sums = torch.stack([correct.double(), correct.new_full((), len(labels)).double(), loss.double(), top5.double()])
+    by_class = sums.new_zeros(2, num_classes)
+    by_class.index_add_(1, labels, torch.stack([right, torch.ones_like(right)]).double())
+    return torch.cat([sums, by_class.flatten()])
+
+
+def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before each sample's own, int64 [B].
+
+    Equal logits come in the classes' order, as `argmax` takes them, and one that is no number counts as the largest.
+    """
+    logits = torch.where(logits.isnan(), math.inf, logits)
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
 def use_averaged_weights(

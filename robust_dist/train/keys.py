@@ -11,6 +11,8 @@ from typing import Any, get_origin, get_type_hints
 FREE: dict[str, Any] = {"free": True}
 # It changes how long a training step takes.
 COSTLY: dict[str, Any] = {"costly": True}
+# Its value may be the name of one's own code, `module:Name` (robust_dist/own_code.py).
+NAMES_CODE: dict[str, Any] = {"names_code": True}
 
 
 def only_for(*names: str) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class Keys:
         values: Type hints of all other keys.
         free: Keys and sections that may change between two starts of one run.
         costly: Keys and sections that change how long a training step takes.
+        names_code: Keys whose value may be a `module:Name`.
         synonyms: Other words for values, of each key that takes some.
     """
 
@@ -46,6 +49,7 @@ class Keys:
     values: dict[str, Any]
     free: frozenset[str]
     costly: frozenset[str]
+    names_code: frozenset[str]
     synonyms: dict[str, dict[str, str]]
 
     def owner(self, name: str) -> str | None:
@@ -87,7 +91,7 @@ def _says(names: frozenset[str], name: str) -> bool:
 def keys_of(kind: type) -> Keys:
     """The keys of a dataclass of dataclasses."""
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = {}, {}, {}
-    said: dict[str, set[str]] = {"free": set(), "costly": set()}
+    said: dict[str, set[str]] = {"free": set(), "costly": set(), "names_code": set()}
     words: dict[str, dict[str, str]] = {}
     sections, mappings, values = found
     for name, hint, of in _walk(kind, ""):
@@ -98,7 +102,8 @@ def keys_of(kind: type) -> Keys:
                 names.add(name)
         if "synonyms" in of.metadata:
             words[name] = of.metadata["synonyms"]
-    return Keys(*found, frozenset(said["free"]), frozenset(said["costly"]), words)
+    facts: dict[str, Any] = {fact: frozenset(names) for fact, names in said.items()}
+    return Keys(*found, **facts, synonyms=words)
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any, "Field[Any]"]]:

@@ -23,16 +23,19 @@ from robust_dist.train.build import (
     preprocessing_of,
 )
 from robust_dist.train.display import Display
+from robust_dist.train.early_stopping import early_stop
 from robust_dist.train.engine import check_model
 from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.images_dtype import images_dtype
 from robust_dist.train.meter import Figures, build_meter, measured
+from robust_dist.train.metrics import LEAST_FOR_TOP5, MOST_LISTED
 from robust_dist.train.pretrained import begin
 from robust_dist.train.profiling import Profiling
 from robust_dist.train.progress import Progress, check_finite
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.run_checkpoints import RunCheckpoints
+from robust_dist.train.settings import require
 from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
@@ -64,6 +67,9 @@ class Trainer:
         bad_images = folder.path / "bad_images.txt"
         self.bad = BadImages(bad_images, recipe.data.max_bad_share) if recipe.data.streamed else None
         classes = len(train_set.classes)
+        if recipe.early_stopping.patience is not None and recipe.early_stopping.metric == "eval_top5_accuracy":
+            wanted = f"another one for {classes} classes: eval_top5_accuracy is recorded from {LEAST_FOR_TOP5} on"
+            require(classes >= LEAST_FOR_TOP5, "early_stopping.metric", recipe.early_stopping.metric, wanted)
         self.eval_augment = build_augment(recipe, classes, evaluation=True).to(accelerator.device)
         self.engine = engine_of(accelerator)
         contiguous = not self.engine.trains_any_memory_format
@@ -89,6 +95,7 @@ class Trainer:
         # Equal weights on all ranks, but dropout masks of each rank's own.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
+        self.early_stop: str | None = None
         if self.ema is not None and self.begun.average is not None:
             self.ema.load_state_dict(self.begun.average)
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=accelerator.device))
@@ -147,6 +154,8 @@ class Trainer:
                 raise
             tick("the last checkpoint", may_be_slow=True)
             self.saver.wait()
+        if self.early_stop is not None:
+            self.accelerator.print(self.early_stop)
         if self.saver.count:
             self.accelerator.print(self.saver.summary())
         return self.folder.metrics()
@@ -165,11 +174,13 @@ class Trainer:
             tick("the first step", may_be_slow=True)
         if self.progress.unfinished:
             display.epoch(self._record_epoch(None))
-        while self.progress.step < self.total_steps:
+        if self.progress.step % self.loader.steps_per_epoch == 0:
+            self._consider_early_stop()
+        while self.progress.step < self.total_steps and self.early_stop is None:
             epoch, start = divmod(self.progress.step, self.loader.steps_per_epoch)
             figures = self._train_epoch(epoch, start, display, profiling)
             display.epoch(self._finish_epoch(epoch, figures))
-            if self.stopper.stop and self.progress.step < self.total_steps:
+            if self.stopper.stop and self.progress.step < self.total_steps and self.early_stop is None:
                 self._leave()
 
     def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
@@ -263,6 +274,8 @@ class Trainer:
             "eval_accuracy": score.accuracy,
             "eval_loss": score.loss,
             "eval_samples": score.samples,
+            "eval_top5_accuracy": score.top5,
+            "eval_mean_class_accuracy": score.mean_class_accuracy,
             "lr": trained["lr"],
             "weight_decay": trained["weight_decay"],
         }
@@ -271,15 +284,24 @@ class Trainer:
         if self.bad is not None:
             row["bad_images"] = trained["bad_images"]
             row["eval_bad_images"] = self.bad.count_evaluation(self.test_set)
+        row["eval_class_accuracy"] = list(score.class_accuracy) if len(score.class_accuracy) <= MOST_LISTED else None
         on_rank_0(lambda: self.folder.append(row))
         self.trackers.log(row)
         self.progress.begin_epoch()
+        self._consider_early_stop()
         every = self.recipe.checkpoint.every_epochs
-        due = trained["epoch"] % every == 0 or trained["epoch"] == self.recipe.epochs
+        is_last = trained["epoch"] == self.recipe.epochs or self.early_stop is not None
+        due = trained["epoch"] % every == 0 or is_last
         if (due or self.stopper.stop) and self.progress.step != self.progress.resumed_step:
             self._save(score.accuracy)
         tick(f"step {self.progress.step + 1}")
         return row
+
+    def _consider_early_stop(self) -> None:
+        """After an epoch that is recorded; the same decision on every rank, at this start and at the next one."""
+        config = self.recipe.early_stopping
+        if config.patience is not None:
+            self.early_stop = on_rank_0(lambda: early_stop(self.folder.metrics(), config))
 
     def evaluate(self) -> Score:
         """The score of the weights that count: their average where there is one."""

@@ -31,6 +31,7 @@ from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
 from robust_dist.train.opening import data_lines, data_notes, decoder_note, part_lines, say_run
 from robust_dist.train.output import LastingOutput
+from robust_dist.train.own import changed_sources, check_own, own_sources
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
@@ -65,6 +66,7 @@ def train(
     """
     check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
+    attempt(lambda: check_own(recipe))
     check_ranks_agree(recipe)
     folder, asked = RunFolder(recipe.run_dir), recipe
     stopped = on_rank_0(folder.stop_note)
@@ -76,7 +78,8 @@ def train(
     tick("loading the data", may_be_slow=True)
     noted = on_rank_0(folder.decoder)
     sets = load_sets(replace(recipe, data=with_decoder(recipe.data, accelerator.device, noted)), accelerator)
-    warnings = on_rank_0(lambda: check_parts(recipe.data, sets))
+    sources = own_sources(recipe)
+    warnings = on_rank_0(lambda: [*check_parts(recipe.data, sets), *changed_sources(folder, sources)])
     if main:
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", may_be_slow=True)
@@ -84,7 +87,8 @@ def train(
     backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
     on_rank_0(lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings))
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
-    note |= {"data": data_notes(sets), "backends": asdict(backends)} | decoder_note(sets[0])
+    note |= {"data": data_notes(sets), "backends": asdict(backends)} | ({"own_code": sources} if sources else {})
+    note |= decoder_note(sets[0])
     note |= {"weights": trainer.begun.lines[0].removeprefix("weights: ")} if trainer.begun.lines else {}
     record = on_rank_0(lambda: data_record(recipe, sets, preprocessing_of(recipe.data)))
     on_rank_0(lambda: folder.claim(asked, note, record))
@@ -93,7 +97,7 @@ def train(
     try:
         rows = trainer.fit()
         tick("the end", may_be_slow=True)
-        on_rank_0(lambda: plot_curves(rows, folder.path / "curves.png"))
+        on_rank_0(lambda: plot_curves(rows, folder.path / "curves.png", recipe))
         accelerator.wait_for_everyone()
     finally:
         folder.release()
@@ -102,13 +106,14 @@ def train(
 
 
 def check_ranks_agree(recipe: Recipe) -> None:
-    """Compare the recipe between the ranks.
+    """Compare the recipe, and the code of the user's own that it names, between the ranks.
 
     Raises:
         ValueError: On every rank, with each differing setting and its value on each rank.
     """
     problem = "the ranks were started with different settings; start all with the same"
-    agree(flatten(hidden(recipe_dict(recipe))), problem)
+    sources = {f"the source of {name}": found["sha256"] for name, found in own_sources(recipe).items()}
+    agree(flatten(hidden(recipe_dict(recipe))) | sources, problem)
 
 
 def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:
@@ -151,15 +156,22 @@ def _run(args: Sequence[str] | None, kind: type[Recipe], rank: Rank, output: Las
     except Exception as error:
         sys.exit(_fail(error, rank))
     if rank.number == 0:
-        last = last_row(rows, recipe.epochs)
-        if last is None:
-            print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
-        else:
-            seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
-            print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}")
-        print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
-        run = shlex.quote(recipe.run_dir)
-        print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
+        _say_end(recipe, rows)
+
+
+def _say_end(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+    last = last_row(rows, recipe.epochs, recipe.early_stopping)
+    if last is None:
+        print("\nfinished; metrics.jsonl has no row of the last epoch, so there is no accuracy to show")
+    else:
+        seen = f"{last['eval_samples']} held-out images of {recipe.data.title}"
+        early = "" if last["epoch"] == recipe.epochs else f", in epoch {last['epoch']} of {recipe.epochs}"
+        print(f"\naccuracy {last['eval_accuracy']:.2%} on {seen}{early}")
+    print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
+    if "tensorboard" in recipe.tracking.trackers:
+        print(f"tensorboard: tensorboard --logdir {shlex.quote(os.path.join(recipe.run_dir, 'trackers'))}")
+    run = shlex.quote(recipe.run_dir)
+    print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
 
 
 def _fail(error: Exception, rank: Rank) -> int:

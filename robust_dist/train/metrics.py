@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.documents import DocumentError, parse_json, read_text, typed
+from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
 
 Rows = list[dict[str, Any]]
+_NEVER = EarlyStoppingConfig()
+# Where there are fewer classes, five guesses are hardly ever wrong.
+LEAST_FOR_TOP5 = 6
+# More classes would make each line longer than anybody reads; `robust-dist evaluate` tells them all.
+MOST_LISTED = 1000
 # Figures of an epoch that measure the machine and the moment, and so differ between two equal runs.
 MEASURED = frozenset(
     {
@@ -98,10 +104,17 @@ def _is_end(row: dict[str, Any], steps_per_epoch: int) -> bool:
     return rest == 0 and epoch >= 1 and row.get("epoch", epoch) == epoch
 
 
-def last_row(rows: Rows, epochs: int) -> dict[str, Any] | None:
-    """The row of the last epoch of a run of so many, if it is there, with an accuracy."""
+def last_row(rows: Rows, epochs: int, stops: EarlyStoppingConfig = _NEVER) -> dict[str, Any] | None:
+    """The row of the last epoch of a run, if it is there, with an accuracy.
+
+    Args:
+        rows: Of the run, oldest first.
+        epochs: How many it trains for.
+        stops: When it ends before.
+    """
     found = rows[-1] if rows else {}
-    return found if found.get("epoch") == epochs and found.get("eval_accuracy") is not None else None
+    ends = found.get("epoch") == epochs or early_stop(rows, stops) is not None
+    return found if ends and found.get("eval_accuracy") is not None else None
 
 
 def without_measured(row: dict[str, Any]) -> dict[str, Any]:

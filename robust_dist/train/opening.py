@@ -78,6 +78,8 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
         found.append(f"there is one class, {train.classes[0]!r}: whatever the model answers is right ({train.name})")
     elif classes >= len(train):
         found.append(f"{len(train):,} training images are of {classes:,} classes: is one image a class right?")
+    if recipe.early_stopping.patience is not None:
+        found += _early_stopping_doubts(recipe)
     needed = _steps_needed(recipe, total_steps)
     if total_steps < needed:
         epochs = -(-needed * recipe.epochs // total_steps)
@@ -89,6 +91,21 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
     if ranks_here > cores:
         found.append(f"{ranks_here} ranks share {_count(cores, 'core')} of this host: start no more ranks than cores")
     return found
+
+
+def _early_stopping_doubts(recipe: Recipe) -> list[str]:
+    """What is laid out for the full length, and so is missing from a run that ends before."""
+    schedule = recipe.schedule
+    planned = [] if schedule.name == "constant" else [f"the learning rate's decay (schedule.name={schedule.name})"]
+    if recipe.optimizer.weight_decay and schedule.weight_decay_off_at < 1:
+        planned.append(f"the weight-decay switch (schedule.weight_decay_off_at={schedule.weight_decay_off_at:g})")
+    if not planned:
+        return []
+    return [
+        f"early_stopping.patience={recipe.early_stopping.patience}: {' and '.join(planned)} "
+        f"belong{'s' * (len(planned) == 1)} to all {_count(recipe.epochs, 'epoch')}, and a run that stops early ends "
+        "without; fewer epochs cost as little and have the whole schedule"
+    ]
 
 
 def _steps_needed(recipe: Recipe, total_steps: int) -> int:

@@ -1,23 +1,32 @@
-"""Output that may end before the run does: a full disk, a reader that is gone, a terminal that was closed."""
+"""The run's output: kept in RUN/log.txt, and free to end before the run does (a full disk, a terminal that is gone)."""
 
 import contextlib
 import os
+import re
+import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from robust_dist.private import hidden_text, hidden_words
 from robust_dist.train.rank_info import Rank
 
 LOG = "log.txt"
+# Of what is printed before the run's folder is there; an error before that belongs to no run.
+_MOST_LINES = 10_000
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class LastingOutput:
-    """While it is entered, a write to stdout or stderr that fails ends that stream's output and nothing else.
+    """While it is entered, the first rank's stdout and stderr are kept in RUN/log.txt, too, without secrets.
 
-    The first one that fails is noted in a line of RUN/log.txt, as soon as the run has its folder.
+    The file begins once the run has its folder, with what was printed until then, and each start adds to it. A write to
+    stdout or stderr that fails ends that stream's output and nothing else; the first one that fails is noted in a line
+    of the file, by any rank. Where the file takes no more, the console says so once.
 
     Args:
         rank: Who this process is, and where its run's folder is once that is claimed.
@@ -28,6 +37,7 @@ class LastingOutput:
         self._note: str | None = None
         self._noted = False
         self._streams: dict[str, Any] = {}
+        self._log = _Log() if rank.number == 0 else None
 
     def __enter__(self) -> "LastingOutput":
         _occupy_descriptors()
@@ -35,7 +45,7 @@ class LastingOutput:
             stream = self._streams[name] = getattr(sys, name)
             # A process that was started with the descriptor closed has none.
             shown = stream if stream is not None else open(os.devnull, "w")
-            setattr(sys, name, _Stream(shown, name, self))
+            setattr(sys, name, _Stream(shown, name, self, self._log))
         return self
 
     def __exit__(
@@ -45,10 +55,14 @@ class LastingOutput:
             # What is still buffered would otherwise fail at the interpreter's end, with an exit status of its own.
             getattr(sys, name).flush()
             setattr(sys, name, stream)
+        if self._log is not None:
+            self._log.close()
 
     def claimed(self, folder: Path) -> None:
         """The run's folder belongs to this run from now on."""
         self.rank.claimed(folder)
+        if self._log is not None:
+            self._log.open(folder / LOG)
         self._write_note()
 
     def ended(self, name: str, error: Exception) -> None:
@@ -65,6 +79,68 @@ class LastingOutput:
             file.write(self._note)
 
 
+class _Log:
+    """Whole lines of what is printed, in a file; those from before `open` are kept until then."""
+
+    def __init__(self) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._waiting: list[str] | None = [f"--- {now} {shlex.join(hidden_words(sys.argv))}\n"]
+        self._file: Any = None
+        self._begun: dict[str, str] = {}
+        # A bar is drawn by a thread of its own, too; a warning of ours is printed while a line is taken.
+        self._lock = threading.RLock()
+
+    def open(self, path: Path) -> None:
+        """Begin to write, with what was kept."""
+        waiting, self._waiting = self._waiting or [], None
+        try:
+            # A process that is killed has left each line in the file.
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        except OSError as error:
+            self._end(path, error)
+        for line in waiting:
+            self._put(line)
+
+    def add(self, name: str, text: str) -> None:
+        """Take what the stream of that name printed; of a line that was overwritten, as a bar's, its last state."""
+        with self._lock:
+            *lines, self._begun[name] = (self._begun.get(name, "") + text).split("\n")
+            self._begun[name] = self._begun[name].rpartition("\r")[2]
+            for line in lines:
+                self._keep(line)
+
+    def close(self) -> None:
+        """Write what no line's end followed."""
+        for name, rest in self._begun.items():
+            if rest:
+                self.add(name, "\n")
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _keep(self, line: str) -> None:
+        states = [state for state in _ESCAPES.sub("", line).split("\r") if state.strip()]
+        whole = hidden_text(states[-1].rstrip() if states else "") + "\n"
+        if self._waiting is None:
+            self._put(whole)
+        elif len(self._waiting) < _MOST_LINES:
+            self._waiting.append(whole)
+
+    def _put(self, line: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line)
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
+            self._end(Path(file.name), error)
+
+    def _end(self, path: Path, error: OSError) -> None:
+        print(f"warning: {path} takes no more ({error.strerror}); the run goes on without it", file=sys.stderr)
+
+
 def _occupy_descriptors() -> None:
     """Open descriptors 0, 1 and 2 where they are closed: a file would get the number, and the prints of C code."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -73,10 +149,10 @@ def _occupy_descriptors() -> None:
 
 
 class _Stream:
-    """A text stream whose failures are told to its `LastingOutput`, once."""
+    """A text stream whose text goes into the log, too, and whose failures are told to its `LastingOutput`, once."""
 
-    def __init__(self, stream: Any, name: str, owner: LastingOutput) -> None:
-        self._stream, self._name, self._owner = stream, name, owner
+    def __init__(self, stream: Any, name: str, owner: LastingOutput, log: _Log | None) -> None:
+        self._stream, self._name, self._owner, self._log = stream, name, owner, log
         self._ended = False
 
     def __getattr__(self, name: str) -> Any:
@@ -85,6 +161,8 @@ class _Stream:
     def write(self, text: str) -> int:
         """As the stream's own; what it does not take is dropped."""
         self._attempt(lambda: self._stream.write(text))
+        if self._log is not None:
+            self._log.add(self._name, text)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

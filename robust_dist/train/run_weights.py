@@ -94,9 +94,11 @@ def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
 
 def check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
     """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
+    if manifest.metadata.get(ACCURACY) is not None:
+        return
     name = (recipe.get("optimizer") or {}).get("name", "")
     choice = choice_of(name) if name else None
-    if choice is not None and choice.averages_weights and manifest.metadata.get(ACCURACY) is None:
+    if choice is not None and choice.averages_weights:
         raise CheckpointError(
             f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
             "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "

@@ -88,7 +88,7 @@ class Trackers:
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand an epoch's object on; a tracker that fails is named once, and the run goes on without it."""
-        values = {key: value for key, value in row.items() if key != "step" and value is not None}
+        values = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
         for tracker in self.accelerator.trackers:
             try:
                 tracker.log(values, step=row["step"])

@@ -50,6 +50,8 @@ def test_an_evaluation_gives_the_logged_accuracy_and_loss_again_to_the_bit(train
     assert right / found["images"] == found["accuracy"]
     assert [row["images"] for row in found["classes"]] == [sum(row) for row in found["confusion"]]
     assert (found["top5_accuracy"] is None) == (len(found["classes"]) < 6)
+    assert found["top5_accuracy"] == row["eval_top5_accuracy"]
+    assert [of["accuracy"] for of in found["classes"]] == row["eval_class_accuracy"]
     assert (tmp_path / "new" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -364,6 +366,20 @@ def test_a_run_s_last_line_names_the_next_command_and_the_data_by_their_path(tra
     assert "359 held-out images of digits" in trained.output["ddp"]
 
 
+@pytest.mark.parametrize("name", ["zero2 bf16", "zero3"])
+def test_early_stopping_ends_every_rank_after_the_same_epoch_and_saves_it(trained, name, capsys):
+    run = trained.runs[name]
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert choose(RunFolder(run), "last")[1].step == last_row(run)["step"]
+    said = trained.output[name]
+    assert "stopped early: eval_accuracy has not improved by more than 1 for 1 epoch; its best value, " in said
+    assert "held-out images of" in said
+    assert ", in epoch 2 of 5\n" in said
+    assert said.count("warning: early_stopping.patience=1: the learning rate's decay") == 1
+    main(["runs", str(run)])
+    assert "  stopped early  2/5 " in capsys.readouterr().out
+
+
 def test_runs_below_a_folder_are_listed_with_what_became_of_them_and_in_what_they_differ(trained, tmp_path, capsys):
     for name in ("ddp", "zero2"):
         shutil.copytree(trained.runs[name], tmp_path / "group" / name)
@@ -371,11 +387,11 @@ def test_runs_below_a_folder_are_listed_with_what_became_of_them_and_in_what_the
     picture = tmp_path / "curves.png"
     assert main(["runs", str(tmp_path), "--plot", str(picture)]) == 0
     head, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "epochs", "best", "last", "images/s", "precision.mixed"]
+    assert head.split() == ["run", "state", "epochs", "best", "last", "top-5", "images/s", "precision.mixed"]
     accuracy = f"{last_row(trained.runs['ddp'])['eval_accuracy']:.2%}"
     assert first.split()[:5] == ["group/ddp", "finished", "1/1", accuracy, accuracy]
     assert first.split()[-1] == "bf16"
-    assert second.split() == ["group/zero2", "stopped", "0/1", "-", "-", "-", "no"]
+    assert second.split() == ["group/zero2", "stopped", "0/1", "-", "-", "-", "-", "no"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     claim = FolderClaim(tmp_path / "group" / "zero2")
     claim.take()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from robust_dist.cli import main
+from robust_dist.study import plots
 from robust_dist.study.child import slot_environment
 from robust_dist.study.keys import StudyError
 from robust_dist.study.outcome import Failure, Result, judge
 from robust_dist.study.report import write_report
 from robust_dist.study.summary import against_reference, robustness, summarize
+from robust_dist.train.curves import line_style
 from robust_dist.train.main import DIVERGED
 from robust_dist.train.recipe import Recipe
 from tests.study.studies import with_results, write
@@ -121,6 +123,58 @@ def test_pictures_are_drawn_and_curves_only_over_learning_rates(folder, tmp_path
     write_report(rows, tmp_path / "other")
     assert (tmp_path / "other" / "heat_map.png").exists()
     assert not (tmp_path / "other" / "learning_rates.png").exists()
+
+
+def test_a_report_is_made_again_from_its_json_alone(folder, tmp_path, capsys):
+    first, again = folder.path / "report", tmp_path / "again"
+    write_report(folder, first)
+    assert main(["study", "report", str(first / "report.json"), "--out", str(again)]) == 0
+    for name in ("report.md", "report.json", "heat_map.png", "learning_rates.png"):
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+    assert main(["study", "report", str(first / "report.json")]) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+    assert main(["study", "report", str(first / "report.md"), "--out", str(again)]) == 2
+    assert "is no study's folder and no report.json" in capsys.readouterr().err
+
+
+def picture_of(folder, plot, monkeypatch, tmp_path):
+    """The figure that a function draws."""
+    drawn = []
+    figure = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
+    plot(summarize(folder), tmp_path / "picture.png")
+    return drawn[-1]
+
+
+def test_lines_differ_in_marker_and_line_and_the_picture_explains_bars_and_crosses(folder, tmp_path, monkeypatch):
+    figure = picture_of(folder, plots.plot_learning_rates, monkeypatch, tmp_path)
+    (axes,) = figure.axes
+    lines = [container[0] for container in axes.containers]
+    assert len({line.get_marker() for line in lines}) == len({line.get_linestyle() for line in lines}) == 2
+    assert axes.get_legend().get_title().get_text() == "method"
+    note = figure.get_supxlabel()
+    assert "bars: ± 1 standard deviation (n - 1)" in note
+    assert "x at the bottom: every seed diverged" in note
+    styles = {(style["color"], style["linestyle"], style["marker"]) for style in map(line_style, range(60))}
+    assert len(styles) == 60
+
+
+def test_numbers_grow_to_the_right_and_upwards_in_a_heat_map(tmp_path, monkeypatch):
+    axes = {"optimizer.weight_decay": [0.1, 0.01], "optimizer.lr": [0.1, 0.001, 0.01]}
+    shares = {("0.1", "0.1"): 0.5, ("0.1", "0.001"): 0.1, ("0.01", "0.01"): 0.9}
+
+    def accuracy(run):
+        return "diverged" if run.cell.labels == ("0.01", "0.1") and run.seed == 0 else shares.get(run.cell.labels, 0.7)
+
+    folder = with_results(tmp_path / "study", write(tmp_path / "grid.yaml", axes=axes, seeds=[0, 1]), accuracy)
+    figure = picture_of(folder, plots.plot_heat_map, monkeypatch, tmp_path)
+    drawn = figure.axes[0]
+    assert [text.get_text() for text in drawn.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    # The first row is the highest.
+    assert [text.get_text() for text in drawn.get_yticklabels()] == ["0.1", "0.01"]
+    texts = [text.get_text() for text in drawn.texts]
+    assert texts == ["10.00", "70.00", "50.00", "70.00", "90.00", "40.00*"]
+    assert "*: some of the seeds diverged" in figure.get_supxlabel()
 
 
 def test_two_studies_are_tested_over_their_common_cells_and_seeds(folder, tmp_path, capsys):

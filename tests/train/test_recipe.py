@@ -1,5 +1,6 @@
 """Recipes: YAML and command line into a dataclass, errors that name the key."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 
 from robust_dist.private import HIDDEN, hidden, hidden_text, hidden_words, remember_secrets
 from robust_dist.train.failures import record_failure
+from robust_dist.train.keys import keys_of
 from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
 from robust_dist.yaml_file import dump_yaml
@@ -316,3 +318,18 @@ def test_the_whole_recipe_can_be_printed_and_every_key_has_its_help(tmp_path, ca
         parse_recipe(["--help"])
     said = capsys.readouterr().out
     assert all(f"--{key} " in said for key in flatten(recipe_dict(Recipe())))
+
+
+def test_the_page_of_expectations_names_keys_that_there_are_and_argues_what_is_absent():
+    page = (Path(__file__).parents[2] / "robust_dist" / "train" / "EXPECTATIONS.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ") and "| here |" not in line]
+    assert len(rows) > 40
+    known = keys_of(Recipe)
+    for expected, here in rows:
+        answer = here.strip()
+        assert answer.startswith(("yes: ", "absent", "of the augmentation: ")), expected
+        assert all(": " in absent for absent in re.findall("[aA]bsent[^.]*", answer)), f"{expected}: no reason"
+        named = [
+            key for key in re.findall(r"`([a-z_]+\.[a-z0-9_]+)[^`]*`", answer) if key.split(".")[0] in known.sections
+        ]
+        assert all(known.is_known(key) for key in named), f"{expected}: {named}"

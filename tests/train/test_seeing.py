@@ -11,6 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from robust_dist.train import main
 from robust_dist.train.build import load_sets
+from robust_dist.train.curves import best_row, decay_corners, plot_curves
 from robust_dist.train.display import Display
 from robust_dist.train.meter import Figures, Meter
 from robust_dist.train.metrics import MEASURED, without_measured
@@ -20,6 +21,7 @@ from robust_dist.train.recipe import (
     ModelConfig,
     OptimizerConfig,
     Recipe,
+    ScheduleConfig,
     TrackingConfig,
     parse_recipe,
 )
@@ -37,7 +39,7 @@ def run(folder, *, profile=False, epochs=1, **tracking):
     """The rows of epochs of 12 steps, in this process."""
     AcceleratorState._reset_state(True)
     recipe = Recipe(
-        model=ModelConfig("resnet8"),
+        model=ModelConfig("resnet8", {"stem_stride": 2}),
         optimizer=OptimizerConfig(lr=0.05),
         checkpoint=CheckpointConfig(keep=9),
         tracking=TrackingConfig(**{"trackers": [], "progress": False} | tracking),
@@ -246,3 +248,52 @@ def test_the_bar_shows_rate_wait_memory_and_mfu():
     text = display._postfix(Figures(seconds=2.0, images=80, wait_seconds=0.5))
     assert text.startswith("20 images/s per rank, data wait 25%, ")
     assert text.endswith(" GiB, MFU 20.0%")
+
+
+def decays(*values, epochs, off_at=0.75, decay=0.01):
+    """The corners of a run that has such decays after its epochs."""
+    recipe = Recipe(
+        optimizer=OptimizerConfig(weight_decay=decay),
+        schedule=ScheduleConfig(weight_decay_off_at=off_at),
+        epochs=epochs,
+    )
+    rows = [{"epoch": epoch, "weight_decay": value} for epoch, value in enumerate(values, start=1)]
+    return decay_corners(rows, recipe)
+
+
+def test_weight_decay_is_drawn_as_a_step_where_it_was_switched_off():
+    # A row is of its epoch's last step: the switch lies before it, where the recipe says.
+    assert decays(0.01, 0.01, 0.0, epochs=3) == ([0, 2.25, 2.25, 3], [0.01, 0.01, 0, 0])
+    assert decays(0.01, 0.01, 0.01, 0.0, epochs=4) == ([0, 3, 3, 4], [0.01, 0.01, 0, 0])
+    assert decays(0.0, epochs=1) == ([0, 0.75, 0.75, 1], [0.01, 0.01, 0, 0])
+    assert decays(0.01, 0.01, epochs=30) == ([0, 2], [0.01, 0.01])
+    # A trigger of one's own switches at another step than the recipe's.
+    assert decays(0.01, 0.0, 0.0, epochs=3) == ([0, 1, 1, 3], [0.01, 0.01, 0, 0])
+    assert decays(0.0, 0.0, epochs=2, decay=0.0) == ([0, 2], [0, 0])
+    assert decays(None, epochs=2) == ([], [])
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_curves_are_drawn_of_one_epoch_many_and_rows_without_numbers(rows, tmp_path):
+    nothing = {"train_loss": None, "eval_loss": float("nan"), "eval_accuracy": float("nan"), "lr": None}
+    found = [
+        {"epoch": epoch, "train_loss": 1.0, "eval_accuracy": 0.5, "weight_decay": 0.01, "eval_samples": 3}
+        | (nothing if epoch % 3 == 0 else {})
+        for epoch in range(1, rows + 1)
+    ]
+    recipe = Recipe(epochs=300, run_dir=str(tmp_path / "$x_$"))
+    plot_curves(found, tmp_path / "curves.png", recipe)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert best_row(found) == found[0]
+    plot_curves([], tmp_path / "none.png", recipe)
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_last_lines_name_tensorboard_s_command_where_it_is_used(tmp_path, capsys):
+    main._say_end(
+        Recipe(run_dir=str(tmp_path / "a run"), epochs=1), [{"epoch": 1, "eval_accuracy": 0.5, "eval_samples": 8}]
+    )
+    accuracy, _, board, use = capsys.readouterr().out.strip().splitlines()
+    assert accuracy == "accuracy 50.00% on 8 held-out images of digits"
+    assert board == f"tensorboard: tensorboard --logdir '{tmp_path}/a run/trackers'"
+    assert use.startswith("use it: ")
