@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
@@ -118,7 +118,7 @@ def room(count: int, size: int) -> Tensor:
 
     So a batch is written where the rank reads it. torch copies what lies elsewhere when it hands it over.
     """
-    if multiprocessing.parent_process() is None:
+    if get_worker_info() is None:
         return torch.zeros(count, 3, size, size, dtype=torch.uint8)
     # The system gives new pages as zeros.
     storage = torch.UntypedStorage._new_shared(count * 3 * size * size)

@@ -36,8 +36,9 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
         **{part: part_record(dataset) for part, dataset in zip(PARTS, sets, strict=True)},
         "preprocessing": {"mean": list(image.mean), "std": list(image.std), **_sizes(recipe, image)},
     }
-    if recipe.data.streamed:
-        record["decode"] = sets[0].decoder  # type: ignore[attr-defined]
+    decoder = getattr(sets[0], "decoder", None)
+    if decoder is not None:
+        record["decode"] = decoder
     plain: Record = json.loads(json.dumps(record))
     return plain
 
