@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.bench.data_files import KINDS, USUAL, Files, write_files
+from robust_dist.bench.data_files import CLASSES, KINDS, USUAL, Files, write_files
 from robust_dist.bench.timing import Timing, interleaved, machine
 from robust_dist.extras import require
 from robust_dist.measure.table import table
@@ -366,7 +366,7 @@ def bench_data(
     is another one.
 
     Args:
-        images: How many, at least one a worker; files are read from the system's cache. By the size where not given.
+        images: How many, at least one a worker and a class; by the size where not given.
         workers: Processes of each contender; the processor's cores where not given.
         rounds: Turns of every contender, at least 1.
         size: Of the pictures, of `KINDS`.
@@ -386,7 +386,7 @@ def bench_data(
     workers = cores if workers is None else workers
     kind = KINDS[size]
     images = max(kind.images, workers) if images is None else images
-    for name, value, low in (("images", images, max(workers, 1)), ("workers", workers, 0), ("rounds", rounds, 1)):
+    for name, value, low in (("images", images, max(workers, CLASSES)), ("workers", workers, 0), ("rounds", rounds, 1)):
         whole_number(name, value, low)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         root = Path(folder)
