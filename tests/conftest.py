@@ -9,7 +9,8 @@ import torch
 from tests.engines import matrix
 from tests.multinode import table
 
-# Folders of tests that start processes and wait for them: first, so that workers (pytest-xdist) end together.
+# The longest files, then the folders of tests that start processes: first, so that workers (pytest-xdist) end together.
+LONGEST = ("test_deepspeed.py", "test_zero.py", "test_torch_engines.py", "test_engines.py", "test_crash_points.py")
 LONG = ("engines", "train", "checkpoint", "study", "launch")
 CELLS = pytest.StashKey[matrix.Cells]()
 FAULTS = pytest.StashKey[table.Rows]()
@@ -28,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path.parent.name not in LONG))
     wanted = {
         "gpu": torch.cuda.is_available(),
         "slow": config.getoption("--slow"),

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,6 +16,7 @@ from robust_dist.ranks.claim import (
     age,
     host_id,
 )
+from tests.forked import start_python
 
 # A short beat, so that a test need not wait for the real one.
 QUICK = {"beat": 0.1, "silence": 1.5}
@@ -28,7 +27,7 @@ def start(folder, host, code, locks=False):
     load = "import os, pathlib, time; from robust_dist.ranks import claim as m\n"
     load += "claim = m.FolderClaim(pathlib.Path({!r}), host={!r}, locks={!r}, **{!r})\n"
     text = load.format(str(folder), host, locks, QUICK) + code
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    return start_python("-c", text)
 
 
 def end(*processes):
@@ -163,10 +162,10 @@ def test_a_claim_ends_when_the_last_process_that_inherited_it_is_killed(tmp_path
     code = (
         "import subprocess, sys; from pathlib import Path; from robust_dist.ranks.claim import RunClaim;"
         f"c = RunClaim.take(Path({str(path)!r}));"
-        "p = subprocess.Popen(['sleep', '60'], pass_fds=[c.fileno], stdout=subprocess.DEVNULL);"
+        "n = subprocess.DEVNULL; p = subprocess.Popen(['sleep', '60'], pass_fds=[c.fileno], stdout=n, stderr=n);"
         "print(p.pid, flush=True); p.wait()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    holder = start_python("-c", code)
     heir = int(holder.stdout.readline())
     try:
         assert RunClaim.take(path) is None

@@ -15,8 +15,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_the_core_works_with_torch_alone():
-    code = """
+CORE = """
 import torch
 from robust_dist import *
 model = torch.nn.Linear(4, 3)
@@ -31,8 +30,16 @@ schedule.step()
 register()
 print("done", targets.shape)
 """
-    result = run(ALONE.format(refused=EXTRAS) + code)
-    assert "done" in result.stdout, result.stderr
+COMMAND = "from robust_dist.cli import main; import sys; sys.exit(main(['preview']))"
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(ALONE.format(refused=EXTRAS) + CORE + COMMAND)
+
+
+def test_the_core_works_with_torch_alone(alone):
+    assert "done" in alone.stdout, alone.stderr
 
 
 def test_importing_and_asking_for_the_engines_changes_nothing_of_torch():
@@ -62,9 +69,7 @@ print((time.perf_counter() - middle) / (middle - start))
     assert min(float(run(code).stdout) for _ in range(3)) < 0.1
 
 
-def test_a_command_whose_extra_is_missing_names_the_extra():
-    code = "from robust_dist.cli import main; import sys; sys.exit(main(['preview']))"
-    result = run(ALONE.format(refused=EXTRAS) + code)
-    assert result.returncode == 2
-    assert "robust_dist[train]" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_command_whose_extra_is_missing_names_the_extra(alone):
+    assert alone.returncode == 2
+    assert "robust_dist[train]" in alone.stderr
+    assert "Traceback" not in alone.stderr

@@ -1,9 +1,8 @@
 """A kernel's later launches give the driver what its first one gave, without Triton's binder."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.forked import python
 
 triton = pytest.importorskip("triton", minversion="3.3")
 
@@ -84,8 +83,8 @@ def test_what_was_compiled_is_launched_again_with_the_same_arguments_and_other_k
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 6):
         pytest.skip("launched by the binder")
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = python("-c", SCRIPT)
+    assert code == 0, said[-3000:]
 
 
 def test_the_installed_triton_is_one_whose_compiled_kernels_are_known():

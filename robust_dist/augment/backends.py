@@ -1,4 +1,4 @@
-"""Which code augments: torch's operations, a pass in C on the CPU, or Triton's kernels on a GPU; all give one result.
+"""The backends: torch's operations, a pass in C on the CPU, or Triton's kernels on a GPU, all with the same result.
 
 A backend but torch's is a module of this package with
 
@@ -44,7 +44,7 @@ def _found(name: str) -> ModuleType | str:
 
 
 def missing(name: str) -> str | None:
-    """Why the backend `name` cannot be used here; None where it can."""
+    """The reason why the backend `name` cannot be used here; None if it can."""
     if name == "torch":
         return None
     found = _found(name)
@@ -108,7 +108,7 @@ def _say_once(why: str) -> None:
 
 
 def choose_stage(backend: str, device: torch.device, name: str) -> tuple[str, Callable[..., Any] | None]:
-    """As `choose`, for the stage `name` alone, "trivial" or "mix", with the function that does it; None for torch's.
+    """Like `choose`, for the stage `name` alone, "trivial" or "mix", with the function that does it; None for torch's.
 
     Raises:
         RuntimeError: As `choose`, and for a demanded backend that does whole pipelines only.

@@ -1,4 +1,4 @@
-"""What every augmentation asks of its inputs, and what it may look at without waiting for a device."""
+"""Checks of every augmentation's inputs, which never wait for a device."""
 
 import torch
 from torch import Tensor

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robust_dist.augment.checks import check_images, check_share, check_vector
-from robust_dist.augment.keys import Stream, randint, random_keys, uniform
-from robust_dist.augment.layout import Stage, choose, memory_format
+from robust_dist.augment.keys import Stream, randint, uniform
+from robust_dist.augment.layout import ImageStage, choose, memory_format
 from robust_dist.validate import whole_number
 
 
 @dataclass(frozen=True, eq=False)
 class CropPlan:
-    """Where each sample's window stands in the padded image, on the images' device.
+    """The position of each sample's window in the padded image, on the images' device.
 
     Attributes:
         top: First row, int64 [B], 0 to 2 padding; `padding` leaves the image in its place.
@@ -28,7 +28,7 @@ class CropPlan:
 
 @dataclass(frozen=True, eq=False)
 class FlipPlan:
-    """Which samples are mirrored.
+    """The samples that are mirrored.
 
     Attributes:
         flip: bool [B], on the images' device.
@@ -48,7 +48,7 @@ def cut(images: Tensor, plan: CropPlan, padding: int, fill: float) -> Tensor:
     return out.view(images.shape)
 
 
-class RandomCrop(Stage):
+class RandomCrop(ImageStage):
     """Pad each image on all sides and cut a window of its own size, at a place of its own.
 
     Args:
@@ -90,15 +90,8 @@ class RandomCrop(Stage):
         out = cut(images, plan, self.padding, self.fill)
         return out.contiguous(memory_format=memory_format(images))
 
-    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
-        check_images(images)
-        keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
-        check_vector("keys", keys, images)
-        return self.apply(images, self.plan(keys))
 
-
-class RandomHorizontalFlip(Stage):
+class RandomHorizontalFlip(ImageStage):
     """Mirror each image left to right with probability p.
 
     Args:
@@ -133,10 +126,3 @@ class RandomHorizontalFlip(Stage):
         check_vector("plan.flip", plan.flip, images, torch.bool)
         out = choose((plan.flip.view(-1, 1, 1, 1),), images.flip(3), images)
         return out.contiguous(memory_format=memory_format(images))
-
-    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
-        check_images(images)
-        keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
-        check_vector("keys", keys, images)
-        return self.apply(images, self.plan(keys))

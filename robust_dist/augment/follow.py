@@ -1,4 +1,4 @@
-"""What masks and boxes have in common: the stages that move them, and torchvision's tensor classes."""
+"""The common part of masks and boxes: the stages that move them, and torchvision's tensor classes."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def stages_of(augment: RobustAugment | Stage) -> list[Stage]:
 
 
 def warps(plan: TrivialAugmentPlan) -> Tensor:
-    """Which samples a plan shears, translates or rotates: bool [B]."""
+    """The samples that a plan shears, translates or rotates: bool [B]."""
     return (plan.op >= _WARPS[0]) & (plan.op <= _WARPS[1])
 
 

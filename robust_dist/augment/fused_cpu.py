@@ -65,7 +65,7 @@ def _load() -> Any:
 
 
 def missing() -> str | None:
-    """Why the pass cannot be used here; None where it can."""
+    """The reason why the pass cannot be used here; None if it can."""
     found = _load()
     return found if isinstance(found, str) else None
 
@@ -97,7 +97,7 @@ class Call:
         self.point(images=images)
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Give fields the addresses of tensors, made contiguous but for images."""
+        """Give fields the addresses of tensors, made contiguous except for images."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 kept = tensor if name in ("images", "out") else tensor.cpu().contiguous()
@@ -170,7 +170,7 @@ def augment(
 
 
 def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
-    """What torch makes of each level of each channel: [C, 256] in the pipeline's dtype, and uint8 [C, bytes, 256]."""
+    """Each level of each channel as torch scales it: [C, 256] in the pipeline's dtype, and uint8 [C, bytes, 256]."""
     known = _scales.get(pipeline)
     if known is None or known[0].dtype != pipeline.dtype:
         channels = pipeline.image_shape[0]

@@ -41,7 +41,7 @@ _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDiction
 
 
 def missing() -> str | None:
-    """Why the kernels cannot be used here; None where they can. Looks for a C compiler, too, as a launch needs one."""
+    """The reason why the kernels cannot be used here, such as no C compiler, which a launch needs; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _interpreted():
@@ -211,7 +211,7 @@ def _interpreted() -> bool:
 
 
 def _no_launcher() -> str | None:
-    """Why Triton cannot build what launches kernels: it compiles C against Python's headers at its first use."""
+    """The reason why Triton cannot build its launcher: it compiles C against Python's headers at its first use."""
     from triton.runtime import driver
 
     try:
@@ -254,14 +254,14 @@ def _fill(trivial: nn.Module) -> int:
 
 
 def _scale(pipeline: "RobustAugment", device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What becomes of each level of each channel, [C, 256], as integers of the same bits; a CPU divides exactly."""
+    """The scaled value of each level of each channel, [C, 256], as integers of the same bits; a CPU divides exactly."""
     levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, pipeline.image_shape[0], 1, 256)
     scaled = pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2)
     return scaled.view(_BITS[dtype.itemsize]).to(device)
 
 
 def _below(p: float) -> int:
-    """Of the 2**53 uniform draws, how many lie below p."""
+    """The number of the 2**53 uniform draws below p."""
     return math.ceil(p * _FULL)
 
 
@@ -277,14 +277,14 @@ def _room(images: Tensor) -> int:
 
 
 def _geometry(images: Tensor) -> dict[str, int]:
-    """What kernels know of the images when they are compiled."""
+    """The sizes and strides of the images that kernels are compiled for."""
     channels, height, width = images.shape[1:]
     strides = dict(zip(("CHANNEL", "ROW", "COLUMN"), images.stride()[1:], strict=True))
     return {"C": channels, "H": height, "W": width, **strides}
 
 
 def _passes(quads: int, small: bool) -> int:
-    """How often a program renders `_QUADS` fours of pixels: so that none is left over, where that can be."""
+    """The number of passes of `_QUADS` fours of pixels in a program, without a remainder where possible."""
     whole = [passes for passes in range(2, _PASSES + 1) if quads % (_QUADS * passes) == 0]
     return 1 if small else max(whole, default=_PASSES // 2)
 

@@ -54,7 +54,7 @@ def randint(key: tl.tensor, stream: tl.constexpr, high: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor:
-    """`robust_dist.augment.beta.beta_share` of draws: the knot before each by halves, then linear to the next."""
+    """`robust_dist.augment.cutmix.beta_share` of draws: the knot before each by halves, then linear to the next."""
     tl.static_assert(KNOTS == 2**13 + 1)
     left = u.to(tl.int32)  # 0
     for halving in tl.static_range(1, 14):

@@ -290,7 +290,7 @@ def _store_interleaved(target: tl.tensor, red: tl.tensor, green: tl.tensor, blue
 
 @triton.jit
 def _mask(quad: tl.tensor, x: tl.tensor, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
-    """Which pixels are there; where rows are fours and tiles whole, all are, and the compiler knows."""
+    """The pixels that exist; if rows are fours and tiles whole, all do, and the compiler knows."""
     mask = tl.full(x.shape, 1, tl.int1)
     if H * ((W + 3) // 4) % TILE != 0:
         mask = mask & (quad < H * ((W + 3) // 4))[None, :]

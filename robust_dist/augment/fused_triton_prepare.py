@@ -47,7 +47,7 @@ def luts_in(room: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _found_in(room: tl.tensor, C: tl.constexpr) -> tl.tensor:
-    """What tiles found, int32 [C, tiles, 256]."""
+    """The tiles' histograms, int32 [C, tiles, 256]."""
     return (room + COLUMNS + C * 32).to(tl.pointer_type(tl.int32))
 
 

@@ -36,14 +36,14 @@ def tile_levels(
 
 @triton.jit
 def grey_sum(red: tl.tensor, green: tl.tensor, blue: tl.tensor, mask: tl.tensor, C: tl.constexpr) -> tl.tensor:
-    """Of grey levels; int32 holds those of 2**23 pixels."""
+    """The sum of grey levels; int32 holds that of 2**23 pixels."""
     grey = luma(red, green, blue).to(tl.int32) if C == 3 else red
     return tl.sum(tl.where(mask, grey, 0), 0)
 
 
 @triton.jit
 def level_counts(value: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """How often each level is there, [256]."""
+    """The count of each level, [256]."""
     counts = tl.histogram(tl.where(mask, value, 0), 256)
     return counts - tl.where(tl.arange(0, 256) == 0, tl.sum((mask == 0).to(tl.int32), 0), 0)
 

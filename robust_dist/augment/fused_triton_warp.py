@@ -26,7 +26,7 @@ def coordinates(
     H: tl.constexpr,
     W: tl.constexpr,
 ) -> tl.tensor:
-    """Where each pixel is read, float32 [4, quads], with every rounding of `warp.coordinates`.
+    """The place that each pixel is read from, float32 [4, quads], with every rounding of `warp.coordinates`.
 
     `x` [4, quads] and `y` [1, quads] are float32 distances from the centre; rows of other operations stay.
     """

@@ -16,7 +16,7 @@ from robust_dist.splitmix import GOLDEN, mix, mix_int, shift, signed
 
 
 class Stream(IntEnum):
-    """What a draw is for; two purposes never share a stream. Renumbering changes every run."""
+    """The purpose of a draw; two purposes never share a stream. Renumbering changes every run."""
 
     ORDER = 0
     OPERATION = 1

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robust_dist.augment.checks import readable
+from robust_dist.augment.checks import check_images, check_vector, readable
+from robust_dist.augment.keys import random_keys
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -87,3 +88,16 @@ class Stage(nn.Module):
 
     def _visit(self, function: object) -> Any:
         return nn.Module.apply(self, cast(Callable[[nn.Module], None], function))
+
+
+class ImageStage(Stage):
+    """A stage of images alone, whose plan is drawn by their keys."""
+
+    plan: Callable[[Tensor], Any]
+
+    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
+        check_images(images)
+        keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
+        check_vector("keys", keys, images)
+        return cast(Tensor, self.apply(images, self.plan(keys)))  # type: ignore[call-arg, arg-type]

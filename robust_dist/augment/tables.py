@@ -114,7 +114,7 @@ def factor_table(num_bins: int) -> Tensor:
 
 
 def lut_table(num_bins: int) -> Tensor:
-    """What becomes of each level where no statistics of the image are needed: uint8 [rows, 256]."""
+    """The new value of each level for operations without statistics of the image: uint8 [rows, 256]."""
     levels = torch.arange(256)
     table = levels.repeat(len(OPS) * num_bins * 2, 1)
     factors = signed_rows(factor_table(num_bins), OP["Brightness"])[..., :1]

@@ -1,8 +1,10 @@
 """TrivialAugment (Mueller and Hutter 2021, "wide" space) on batches, with an operation for every sample."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,10 +12,59 @@ from torch import Tensor
 from robust_dist.augment import levels, tables, warp
 from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.checks import check_images, check_range, check_vector, readable
-from robust_dist.augment.groups import Grouped, Kind, Masked
-from robust_dist.augment.keys import Stream, bits_of_each, random_keys, to_int
-from robust_dist.augment.layout import Stage, bits_of, from_grid, keep_bits, memory_format, to_grid
+from robust_dist.augment.keys import Stream, bits_of_each, to_int
+from robust_dist.augment.layout import ImageStage, bits_of, from_grid, keep_bits, memory_format, to_grid
 from robust_dist.validate import whole_number
+
+
+class Kind(IntEnum):
+    """The way an operation is computed; from LEVELS on, by a table from level to level."""
+
+    NOTHING = 0
+    WARP = 1
+    COLOR = 2
+    SHARPNESS = 3
+    LEVELS = 4
+    CONTRAST = 5
+    AUTOCONTRAST = 6
+    EQUALIZE = 7
+
+
+class Masked:
+    """Every function sees every sample, and masks choose: static shapes, no waiting for the device."""
+
+    def __init__(self, kind: Tensor) -> None:
+        """Take the `Kind` of each sample, int64 [B]."""
+        self._kind = kind
+
+    def update(
+        self, out: Tensor, kinds: tuple[Kind, Kind], function: Callable[..., Tensor], *arguments: Tensor
+    ) -> Tensor:
+        """`out` with `function(*arguments)` in the samples whose kind lies between two, inclusive."""
+        mask = (self._kind >= int(kinds[0])) & (self._kind <= int(kinds[1]))
+        return torch.where(mask.view(-1, *[1] * (out.dim() - 1)), function(*arguments), out)
+
+
+class Grouped:
+    """Every function sees its own samples alone, which lie together; `out` changes in place."""
+
+    def __init__(self, kind: Tensor, chunk: int) -> None:
+        """Take the `Kind` of each sample, int64 [B], ascending, and how many samples fit the processor's cache."""
+        counts = torch.bincount(kind, minlength=len(Kind)).tolist()
+        self._bounds = [0, *accumulate(counts)]
+        self._chunk = chunk
+
+    def update(
+        self, out: Tensor, kinds: tuple[Kind, Kind], function: Callable[..., Tensor], *arguments: Tensor
+    ) -> Tensor:
+        """`out`, changed in place, with `function(*arguments)` in the samples between two kinds, inclusive."""
+        start, stop = self._bounds[kinds[0]], self._bounds[kinds[1] + 1]
+        pieces = -((start - stop) // self._chunk)
+        for piece in range(pieces):
+            part = slice(start + (stop - start) * piece // pieces, start + (stop - start) * (piece + 1) // pieces)
+            out[part] = function(*(a[part] for a in arguments))
+        return out
+
 
 _KINDS = (
     Kind.NOTHING,
@@ -39,7 +90,7 @@ _CHUNK = 2**19  # values of a group worked on at a time on the CPU
 
 @dataclass(frozen=True, eq=False)
 class TrivialAugmentPlan:
-    """What happens to each sample of a batch, on the images' device.
+    """The operation of each sample of a batch, on the images' device.
 
     Attributes:
         op: Index into `TrivialAugment.OPS`, int64 [B].
@@ -61,7 +112,7 @@ def _fill_values(fill: float | Sequence[float]) -> list[int]:
     return [int(v) for v in values]
 
 
-class TrivialAugment(Stage):
+class TrivialAugment(ImageStage):
     """One random operation of random strength for each sample, equal to torchvision's TrivialAugmentWide.
 
     Every operation gives the bits of torchvision's uint8 tensor kernels with nearest interpolation, in eager and
@@ -145,14 +196,6 @@ class TrivialAugment(Stage):
     def backend_for(self, device: torch.device | str) -> str:
         """The backend that augments images on `device`: "torch", "native" or "triton"."""
         return choose_stage(self.backend, torch.device(device), "trivial")[0]
-
-    def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
-        check_images(images)
-        if keys is None:
-            keys = random_keys(images.shape[0], generator, images.device)
-        check_vector("keys", keys, images)
-        return self.apply(images, self.plan(keys))
 
     def extra_repr(self) -> str:
         """The settings."""

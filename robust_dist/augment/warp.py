@@ -42,7 +42,7 @@ def _scaled(slopes: Tensor, size: int) -> Tensor:
 
 
 def grid_slopes(matrix: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a column, a row and every pixel add to the grid, each for x and y, float32 [B, 2]."""
+    """The grid's increments of a column, of a row and of every pixel, each for x and y, float32 [B, 2]."""
     a, b, c, d, p, q, u, v = matrix.unbind(1)
     across, down = _halved(a, c, height, width), _halved(b, d, height, width)
     return across, down, _halved(p * (height / 2) - u, q * (width / 2) - v, height, width)
@@ -61,7 +61,7 @@ def _to_pixels(grid: Tensor, size: int) -> Tensor:
 
 
 def coordinates(terms: Terms) -> tuple[Tensor, Tensor]:
-    """Where each output pixel is read: x and y, in pixels, float32 [B, H, W]."""
+    """The place that each output pixel is read from: x and y, in pixels, float32 [B, H, W]."""
     grid = terms.across.unsqueeze(2) + terms.down.unsqueeze(3)
     x, y = grid.add_(terms.offset.unsqueeze(2).unsqueeze(3)).add_(1).unbind(1)
     return _to_pixels(x, terms.across.shape[2]), _to_pixels(y, terms.down.shape[2])
@@ -75,7 +75,7 @@ def _index(x: Tensor, y: Tensor) -> Tensor:
 
 
 def nearest_index(across: Tensor, down: Tensor, offset: Tensor) -> Tensor:
-    """Where each pixel's nearest one lies in flat images with a border of one pixel, int64 [B, H W]."""
+    """Each pixel's nearest source in flat images with a border of one pixel, int64 [B, H W]."""
     x, y = coordinates(Terms(across, down, offset))
     return _index(x.round_(), y.round_())
 

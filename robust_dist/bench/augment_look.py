@@ -1,4 +1,4 @@
-"""What an augmentation does, found by looking: a draw per sample, torchvision's pixels, exact targets."""
+"""Observed properties of an augmentation: a draw per sample, torchvision's pixels, exact targets."""
 
 import importlib
 from collections.abc import Callable, Iterator

@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed.
+    """A contender to be timed.
 
     Attributes:
         call: (images uint8 [B, 3, H, W], labels int64 [B]) to (images, soft targets [B, 10] or the labels).

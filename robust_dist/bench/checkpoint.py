@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: in the background, at once, and without checksums and sync."""
+"""The cost of a checkpoint for training: in the background, at once, and without checksums and sync."""
 
 import statistics
 import tempfile

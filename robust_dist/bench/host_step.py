@@ -1,4 +1,4 @@
-"""What a steady optimizer step costs the host, launches left out: `robust-dist bench host`.
+"""The host's cost of a steady optimizer step, without launches: `robust-dist bench host`.
 
 The file runs by itself, too, so that an older version of the package can be timed by it beside this one.
 """
@@ -28,7 +28,7 @@ def _parameters(count: int) -> list[torch.Tensor]:
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 9) -> float:
-    """Of this thread's own time, of the fastest round."""
+    """Seconds of this thread's own time, in the fastest round."""
     found = []
     for _ in range(rounds):
         start = time.thread_time()
@@ -52,7 +52,7 @@ def _stepping(count: int) -> Callable[[], object]:
 
 
 def _gathering() -> Callable[[], object]:
-    """What torch's foreach optimizers do before their first kernel: sort all tensors by device and dtype."""
+    """The work of torch's foreach optimizers before their first kernel: sorting all tensors by device and dtype."""
     params = _parameters(TENSORS)
     columns = [params, [param.grad for param in params], *([torch.zeros_like(p) for p in params] for _ in range(2))]
     return lambda: torch.optim.Optimizer._group_tensors_by_device_and_dtype(columns)  # type: ignore[arg-type]

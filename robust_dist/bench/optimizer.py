@@ -55,7 +55,7 @@ class Row:
 
 
 def _limit(elements: int, device: torch.device) -> tuple[str, Callable[[], object]]:
-    """What moves as many bytes as an ideal step: a device-to-device copy on a GPU, an in-place triad on the CPU."""
+    """A pass over as many bytes as an ideal step: a device-to-device copy on a GPU, an in-place triad on the CPU."""
     on_gpu = device.type == "cuda"
     size = elements * BYTES_PER_PARAMETER // (8 if on_gpu else 12)
     parts = -(-size // LIMIT_ELEMENTS)

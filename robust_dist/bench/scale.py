@@ -1,4 +1,4 @@
-"""What one rank of thousands holds and sends: `robust-dist bench scale`, with torch's fake process group."""
+"""The memory and traffic of one rank of thousands: `robust-dist bench scale`, with torch's fake process group."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ SETS = {"ResNet-50": resnet50, "ViT-L/16": vit_large}
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds after an optimizer step, and what the step sent.
+    """One rank's memory after an optimizer step, and the step's traffic.
 
     Attributes:
         shapes: The rank's shard of each parameter.
@@ -76,7 +76,7 @@ class Held:
 
     @property
     def empty(self) -> int:
-        """How many of the shards have no element."""
+        """The number of shards without elements."""
         return sum(0 in shape for shape in self.shapes)
 
 
@@ -169,7 +169,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def step_once(params: Sequence[nn.Parameter]) -> Held:
-    """What a rank holds after one optimizer step on sharded parameters, and what the step sent."""
+    """A rank's memory after one optimizer step on sharded parameters, and the step's traffic."""
     optimizer = RAdaBeliefW(params)
     with Collectives() as counter:
         optimizer.step()
@@ -235,7 +235,7 @@ class Case:
 
 
 def measure(layout: str, world_size: int, names: Sequence[str] | None = None) -> list[Case]:
-    """What the first rank and the last one hold after a step on every set of parameters.
+    """The memory of the first rank and the last one after a step on every set of parameters.
 
     Args:
         layout: Among `LAYOUTS`: FSDP2 or HSDP.
@@ -263,7 +263,7 @@ def measure(layout: str, world_size: int, names: Sequence[str] | None = None) ->
 
 
 def bench_scale(world_sizes: Sequence[int] = (8, 64, 1024, 16384)) -> str:
-    """What a rank holds and sends at these numbers of ranks, as a Markdown table.
+    """A rank's memory and traffic at these numbers of ranks, as a Markdown table.
 
     Every number comes from a real `RAdaBeliefW.step()` on `fully_shard`'s DTensors, in the first and in the last rank
     of a fake process group; nothing is sent, and no other rank is needed.

@@ -48,7 +48,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class Result(Generic[RowT]):
-    """What a benchmark found.
+    """The result of a benchmark.
 
     Attributes:
         rows: Of the contenders that were timed.
@@ -97,7 +97,7 @@ def thread_count(number: int | None) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a contender is not there, in a line."""
+    """The reason why a contender is missing, in a line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed"
     if isinstance(error, ImportError):

@@ -32,7 +32,7 @@ _WITHOUT = AugmentConfig(crop=0, flip=False, trivial=False, cutmix=False)
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contenders have in common.
+    """The settings that all contenders share.
 
     Attributes:
         batch: Images a step, of 32 x 32 pixels.

@@ -248,7 +248,7 @@ def _metadata(state: TrainingState, to: str, world_size: int) -> dict[str, Any] 
 
 
 def _note_on_names(src: Path, state: TrainingState) -> list[str]:
-    """Of a file whose writer is unknown: a "module." in front of all names may be DDP's."""
+    """A note if the writer is unknown and all names begin with "module.", which may be DDP's."""
     unknown = find_layout(src).kind in (layouts.FILE, layouts.DCP)
     if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
         return []

@@ -51,7 +51,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a DCP folder says it holds, after every file that it names was found there in full.
+    """The contents of a DCP folder, after every file that it names was found there in full.
 
     No code of the file is run.
 

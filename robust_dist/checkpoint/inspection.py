@@ -38,7 +38,7 @@ def inspect(path: str | Path) -> str:
 
 
 def examine(path: str | Path) -> Inspection:
-    """As `inspect`, with the verdict as a value of its own.
+    """Like `inspect`, with the verdict as a value of its own.
 
     Raises:
         CheckpointError: There is nothing, or it is no checkpoint.

@@ -33,7 +33,7 @@ class UnnamedError(CheckpointError):
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """What `parameters.json` holds.
+    """The contents of `parameters.json`.
 
     Attributes:
         groups: For each of the optimizer's groups the names of its parameters, in its order.

@@ -17,7 +17,7 @@ from robust_dist.schedule import base_optimizer
 
 
 def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
-    """As `accelerator.save_state`, and right under every engine.
+    """Like `accelerator.save_state`, but right under every engine.
 
     Under FSDP, parameters that were never stepped are saved as that; under ZeRO, a rank that cannot write does not keep
     the others waiting.
@@ -31,7 +31,7 @@ def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 
 
 def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
-    """As `accelerator.load_state`, and right under every engine.
+    """Like `accelerator.load_state`, but right under every engine.
 
     Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`).
 

@@ -94,7 +94,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
-        """Of a prepared model, without its outermost wrapper."""
+        """The sizes of a prepared model, without its outermost wrapper."""
         params = list(model.parameters())
         return cls(
             # ZeRO-3 leaves the size of the whole parameter at the shard.

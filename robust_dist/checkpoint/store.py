@@ -91,7 +91,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def part_path(folder: Path, rank: int) -> Path:
-    """Where a rank notes which files of an unfinished checkpoint it has brought to the disk."""
+    """The file in which a rank notes the files of an unfinished checkpoint that it has brought to the disk."""
     return folder / f"{PART}{rank:05d}.json"
 
 
@@ -106,7 +106,7 @@ def read_part(folder: Path, rank: int) -> dict[str, list[int]] | None:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` holds.
+    """The contents of `manifest.json`.
 
     Attributes:
         format: Of the manifest.
@@ -221,7 +221,7 @@ def synced(folder: Path, names: Iterable[str] | None = None) -> dict[str, list[i
 
 
 def partial_of(folder: Path, token: str = "") -> Path:
-    """Where the files of what will be the checkpoint `folder` are written; `token` marks the start that does."""
+    """The folder into which a checkpoint's files are written first; `token` marks the start that writes them."""
     return folder.with_name(f".{folder.name}{'.' * bool(token)}{token}.partial")
 
 
@@ -289,7 +289,7 @@ class CheckpointStore:
         self.keep, self.keep_best, self.token, self.guard = keep, keep_best, token, guard
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step lies, once it is whole."""
+        """The folder of a step's checkpoint, once it is whole."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:

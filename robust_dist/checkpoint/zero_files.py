@@ -135,7 +135,7 @@ def cut(tensor: Tensor, world_size: int, *, aligned: bool = False) -> list[Tenso
 
 
 def cut_group(tensors: Sequence[Tensor], world_size: int, stage: int) -> list[Tensor]:
-    """What each rank holds of a group: a slice of it flattened (stages 1, 2), or a slice of each tensor (3)."""
+    """Each rank's part of a group: a slice of it flattened (stages 1, 2), or a slice of each tensor (3)."""
     if stage < 3:
         return cut(torch.cat([tensor.reshape(-1) for tensor in tensors]), world_size, aligned=True)
     return [torch.cat(parts) for parts in zip(*(cut(tensor, world_size) for tensor in tensors), strict=True)]

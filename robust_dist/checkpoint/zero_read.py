@@ -53,7 +53,7 @@ _ENGINE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class _Shard:
-    """What one rank's optimizer file holds.
+    """The contents of one rank's optimizer file.
 
     Attributes:
         path: The file.
@@ -86,12 +86,7 @@ def read_zero(path: Path) -> TrainingState:
         CheckpointError: A rank's file is missing, torn, or of another save; the optimizer is not RAdaBeliefW; the model
             was split otherwise than over data-parallel ranks; or stage 0's parameters cannot be named.
     """
-    folder = tag_folder(path)
-    if folder is None:
-        raise CheckpointError(f"{path}: no DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`")
-    file, partitioned = _first_model_file(folder)
-    content = load(file)
-    _check_model_file(file, content)
+    folder, file, partitioned, content = _opened(path)
     content["module"], objects = split_objects(content["module"])
     if content["param_shapes"] is None:
         state = _read_stage0(path, folder, file, content)
@@ -113,12 +108,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: A rank's file is missing, torn, or of another save.
     """
-    folder = tag_folder(path)
-    if folder is None:
-        raise CheckpointError(f"{path}: no DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`")
-    file, partitioned = _first_model_file(folder)
-    content = load(file)
-    _check_model_file(file, content)
+    folder, _, partitioned, content = _opened(path)
     model, _ = split_objects(content["module"])
     if not partitioned:
         return model
@@ -128,6 +118,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for number, group in enumerate(shapes):
         whole |= _join([shard.fp32[number] for shard in shards], shards, number, group)
     return model | _with_shared(whole, content)
+
+
+def _opened(path: Path) -> tuple[Path, Path, bool, dict[str, Any]]:
+    """A checkpoint's folder, its first model file, whether that holds a partition, and its content."""
+    folder = tag_folder(path)
+    if folder is None:
+        raise CheckpointError(f"{path}: no DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`")
+    file, partitioned = _first_model_file(folder)
+    content = load(file)
+    _check_model_file(file, content)
+    return folder, file, partitioned, content
 
 
 def _with_shared(whole: dict[str, Tensor], content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def _check_version(code: CodeType) -> None:
 
 
 def miscounted(wrapper: Any) -> str | None:
-    """What is wrong with a scheduler of torch's that counts each of an AcceleratedScheduler's copies of a call.
+    """The problem of a torch scheduler that counts each of an AcceleratedScheduler's copies of a call, or None.
 
     Args:
         wrapper: What `Accelerator.prepare` made of a scheduler.

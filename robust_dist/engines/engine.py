@@ -30,7 +30,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run asks of its engine.
+    """A run's demands on its engine.
 
     Attributes:
         optimizer: The optimizer's name.
@@ -103,7 +103,7 @@ class Engine:
         """
 
     def prepare(self, accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Any, Any, Any]:
-        """What this engine makes of model, optimizer and schedule.
+        """Model, optimizer and schedule, prepared by this engine.
 
         Args:
             accelerator: The Accelerator.
@@ -119,7 +119,7 @@ class Engine:
         return False
 
     def input_dtype(self, model: nn.Module) -> torch.dtype | None:
-        """What images must be cast to before the model; None where the engine casts by itself."""
+        """The dtype that images must be cast to before the model; None if the engine casts by itself."""
         return None
 
     def saves_whole(self, accelerator: Any) -> bool:

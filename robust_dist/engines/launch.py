@@ -1,4 +1,4 @@
-"""From what the launcher was asked for to an `Accelerator`: a configuration for GPUs needs GPUs, a mesh its ranks."""
+"""The `Accelerator` that the launcher was asked for: a configuration for GPUs needs GPUs, a mesh its ranks."""
 
 import math
 import os
@@ -112,7 +112,7 @@ def check_launch() -> None:
 
 
 def gpus_wanted(words: Sequence[str]) -> str | None:
-    """Which file of a launcher's command line is a configuration for the GPUs of one host; None where none is.
+    """The file of a launcher's command line that configures the GPUs of one host; None if there is none.
 
     Args:
         words: The launcher's command line, `accelerate launch --config_file FILE ... SCRIPT ...`.

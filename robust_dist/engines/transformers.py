@@ -51,7 +51,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         self.switch_state: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into trainer_state.json."""
+        """The state that Trainer writes into trainer_state.json."""
         if self.switch is not None:
             self.switch_state = self.switch.state_dict()
         return {

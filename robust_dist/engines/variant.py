@@ -1,4 +1,4 @@
-"""How an engine lays a job out over ranks: what a rank holds, what it sends, and the command that starts it.
+"""An engine's layout of a job over ranks: a rank's memory, its traffic, and the command that starts it.
 
 `robust-dist plan` compares the variants of all engines; a `Variant` as it is keeps everything whole, as DDP does.
 """
@@ -179,7 +179,7 @@ class Variant:
     offload: bool = False
 
     def unfit(self, job: "Question") -> str | None:
-        """Why this is no candidate for these machines, or None."""
+        """The reason why this is no candidate for these machines, or None."""
         return None
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
@@ -228,7 +228,7 @@ class Variant:
         return own.gradients + temporaries
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """What the engine sends in an optimizer step.
+        """The engine's traffic of an optimizer step.
 
         Args:
             shapes: Of the model.

@@ -1,1 +1,1 @@
-"""What work costs: operators, memory, arithmetic, the rates of GPUs, and the tables that show it."""
+"""The cost of work: operators, memory, arithmetic, the rates of GPUs, and the tables that show it."""

@@ -1,4 +1,4 @@
-"""What torch's operators do while a mode is active: their work, the collectives among them, the storages they make.
+"""Modes that watch torch's operators: their work, the collectives among them, the storages they make.
 
 All modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
 PIL) is not seen.

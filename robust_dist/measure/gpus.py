@@ -103,7 +103,7 @@ def peak_tflops(name: str, mixed: str) -> float | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan needs to know of a GPU.
+    """The figures of a GPU that a plan needs.
 
     Attributes:
         device: Its name among the peaks.

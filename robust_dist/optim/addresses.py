@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, and whether dicts still hold the same objects, asked of hundreds at once.
+"""Addresses of hundreds of tensors, and whether dicts still hold the same objects, in one call.
 
 `Tensor.data_ptr` takes ten times as long: most of a steady step of many small tensors. The C functions
 (native/objects.c) read torch's own tensor where its Python object holds it; that place is found when the process first
@@ -42,7 +42,7 @@ class _Native:
 
 
 def _place() -> int | None:
-    """Where a tensor's Python object holds torch's tensor, which is a pointer to its implementation."""
+    """The offset in a tensor's Python object of torch's tensor, which is a pointer to its implementation."""
     tensor = torch.empty(1)
     for place in range(_WORD, Tensor.__basicsize__, _WORD):
         if ctypes.c_int64.from_address(id(tensor) + place).value == tensor._cdata:
@@ -97,7 +97,7 @@ def same(found: Iterable[Any], kept: Iterable[Any]) -> bool:
 
 
 class Contents:
-    """What dicts held when this was made: the same objects under the same keys, in the same order.
+    """The contents of dicts at one time: the same objects under the same keys, in the same order.
 
     Attributes:
         values: Of all dicts, one after the other.

@@ -50,7 +50,7 @@ class Prepared(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """How the parameters of a group are stepped.
+    """The way in which the parameters of a group are stepped.
 
     Attributes:
         name: What a run's files call it.

@@ -48,7 +48,7 @@ def _increments(steps: Tensor) -> Tensor:
 
 
 def increments(steps: list[Tensor]) -> list[Tensor]:
-    """What takes step tensors to their next counts when it is added: 1, or the distance to the next float32."""
+    """The increment from step tensors to their next counts: 1, or the distance to the next float32."""
     if all(step.device == steps[0].device for step in steps):
         return list(_increments(torch.stack(steps)).unbind())
     return list(map(_increments, steps))

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.coefficients import Coefficients, device_coefficients, either, host_coefficients
-from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
-from robust_dist.optim.tensors import TensorLists
+from robust_dist.optim.tensors import TensorLists, can_flatten
 
 # elements; with several threads every operation ends in a barrier, which is dear on busy cores, so fewer and larger
 CPU_BLOCK = 1 << 18

@@ -22,11 +22,10 @@ from robust_dist.optim.addresses import addresses
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.counting import count_of
 from robust_dist.optim.foreach import foreach
-from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.rounding import host_keys
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
-from robust_dist.optim.tensors import TensorLists, inverse
+from robust_dist.optim.tensors import TensorLists, can_flatten, inverse
 from robust_dist.surroundings import usable_cores
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
@@ -65,7 +64,7 @@ def library() -> Any:
 
 
 def why_not() -> str | None:
-    """Why there is no compiled backend, or None where there is one."""
+    """The reason why there is no compiled backend, or None if there is one."""
     found = _load()
     return found if isinstance(found, str) else None
 
@@ -223,7 +222,7 @@ class _Prepared:
         found_inf: Tensor | None,
         counts: list[float],
     ) -> bool:
-        """As backends.py says."""
+        """Step a batch; see backends.py."""
         scale = inverse(grad_scale)
         for part, h, count in zip(self.parts, hypers, counts, strict=True):
             if part is not None:

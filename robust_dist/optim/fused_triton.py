@@ -56,7 +56,7 @@ _reasons: dict[torch.device, str | None] = {}
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why there is no Triton backend for a device, or None where there is one; the first call compiles both kernels.
+    """The reason why there is no Triton backend for a device, or None; the first call compiles both kernels.
 
     The answer holds for the process, but not that a trial found no memory: it is made again.
     """
@@ -87,7 +87,7 @@ def _why_not(device: torch.device) -> tuple[str | None, bool]:
 
 
 def failure(params: Sequence[Tensor]) -> str | None:
-    """Why the backend cannot step parameters of a device that it is for; None for others, and where it can."""
+    """The reason why the backend cannot step parameters of a device that it is for; None for others, and if it can."""
     if not params or params[0].device.type not in DEVICE_TYPES:
         return None
     return why_not(params[0].device)
@@ -140,7 +140,7 @@ def _step(table: Tensor, grads: Tensor, chunks: Tensor, kinds: Kinds) -> None:
 
 @dataclass
 class FusedTriton:
-    """What an optimizer's steps remember from one to the next, of one device: a function of the tensors' addresses.
+    """The memory of an optimizer's steps on one device, a function of the tensors' addresses.
 
     Attributes:
         plans: By the keys of their rows, the one that was used last at the end.
@@ -233,7 +233,7 @@ class _Prepared:
         found_inf: Tensor | None,
         counts: list[float],
     ) -> bool:
-        """As backends.py says."""
+        """Step a batch; see backends.py."""
         if is_capturing(self.device):  # a graph has a plan of its own
             return False
         scale, skip = (_scalar(value, self.device) for value in (grad_scale, found_inf))

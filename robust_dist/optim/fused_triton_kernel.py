@@ -84,7 +84,7 @@ def _put(table, count, row, column, value, inside):
 
 @triton.jit
 def _given(group, first, second, third, fourth):
-    """Of the group: a float64 among the bits that a launch was given."""
+    """A setting of the group: a float64 among the bits that a launch was given."""
     word = tl.where(group == 0, first, tl.where(group == 1, second, tl.where(group == 2, third, fourth)))
     return (word.to(tl.int64) ^ RATE_MASK).to(tl.float64, bitcast=True)
 

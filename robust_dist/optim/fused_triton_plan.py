@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels step, in which launches: made anew only where the tensors have changed."""
+"""The plan of the Triton kernels' launches and their tensors: made anew only when the tensors have changed."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_length, chunk_table, upload
-from robust_dist.optim.layout import can_flatten
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
-from robust_dist.optim.tensors import TensorLists
+from robust_dist.optim.tensors import TensorLists, can_flatten
 
 # How the kernels call what they read and write; uint16 stands for bfloat16's bits.
 _TYPES = {
@@ -81,7 +80,7 @@ class Rows:
         return t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps
 
     def host_columns(self) -> list[list[int]]:
-        """What the host writes into the table, in the order of its columns."""
+        """The host's entries of the table, in the order of its columns."""
         t = self.tensors
         return [
             *(list(map(Tensor.data_ptr, column)) for column in self._pointed),
@@ -130,7 +129,7 @@ class Launch:
 
 @dataclass
 class Plan:
-    """How rows are stepped.
+    """The way in which rows are stepped.
 
     Attributes:
         table: int64 [COLUMNS, rows].

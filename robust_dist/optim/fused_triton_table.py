@@ -1,4 +1,4 @@
-"""What the Triton kernels read from the device's memory: where the tensors lie, and the settings of the groups.
+"""The Triton kernels' table in the device's memory: addresses of the tensors and settings of the groups.
 
 The table is int64 [COLUMNS, rows], a row a tensor; its last columns hold float64 bits, which `advance` writes. The
 chunks are int64 [chunks, 2]: the row, and the chunk's number within its tensor.
@@ -89,7 +89,7 @@ def _log(beta: float) -> float:
 
 
 def _rectification(h: Hyper) -> tuple[float, float, float]:
-    """Where a step is rectified, rho_inf, and eq. 13's factor that is the same at every step."""
+    """The threshold of rectification, rho_inf, and eq. 13's factor that is the same at every step."""
     longest = rho_inf(h.beta2)
     if longest <= max(h.rectify_threshold, PAPER_THRESHOLD):
         return math.inf, longest, 0.0

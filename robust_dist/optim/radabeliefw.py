@@ -285,7 +285,7 @@ class RAdaBeliefW(Optimizer):
             backend.step_on_device(self._memory(backend), its, grad_scale, found_inf)
 
     def _memory(self, backend: Backend) -> dict[Any, Any]:
-        """What a backend keeps between the steps; not made in __init__, which pickle does not call."""
+        """A backend's memory between the steps; not made in __init__, which pickle does not call."""
         memories: dict[str, dict[Any, Any]] = self.__dict__.setdefault("_memories", {})
         return memories.setdefault(backend.name, {})
 

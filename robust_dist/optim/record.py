@@ -1,4 +1,6 @@
-"""What one step found out, so that the next one with the same tensors need not: validated at each step, in C's loops.
+"""A record of a step's tensors and settings, so that the next step with the same ones need not collect them again.
+
+It is validated at each step, in C's loops.
 
 A record holds for the param groups, settings, parameters and states that it was made of. A step asks whether they are
 the same objects, and whether parameters and state lie where they lay: a swapped `.data`, FSDP2's swap, loaded state, a
@@ -122,7 +124,7 @@ class Record:
         return list(map(_local, grads))
 
     def _addresses(self) -> "array[int]":
-        """Where the parameters and all of their state lie."""
+        """The addresses of the parameters and all of their state."""
         if not self.sharded:
             return addresses(self.tensors)
         width, values = len(self.columns), self.contents.values

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from robust_dist.optim.counting import counts_of
-from robust_dist.optim.layout import is_dense
 from robust_dist.optim.settings import Hyper
-from robust_dist.optim.tensors import TensorLists
+from robust_dist.optim.tensors import TensorLists, is_dense
 from robust_dist.splitmix import GOLDEN, mix, mix_int, signed
 
 LOW, HIGH = 0, 16
@@ -94,7 +93,7 @@ def indices(param: Tensor, first: int) -> Tensor:
 
 
 class Rounder:
-    """What a batch's backend stores: values as they are, or rounded stochastically to bfloat16.
+    """Stores a batch's results: values as they are, or rounded stochastically to bfloat16.
 
     Args:
         batch: The batch; nothing is rounded here where it has no `origins`.

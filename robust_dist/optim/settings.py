@@ -79,7 +79,7 @@ class Hyper:
 
     @property
     def added_eps(self) -> float:
-        """What eq. 16 adds to the second moment at every step."""
+        """The term that eq. 16 adds to the second moment at every step."""
         return self.eps if self.accumulate_eps else 0.0
 
 

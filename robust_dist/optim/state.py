@@ -130,7 +130,7 @@ def traced_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> 
 
 
 def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
-    """What this rank computes on, of a DTensor parameter whose state is `complete`.
+    """This rank's local tensors of a DTensor parameter whose state is `complete`.
 
     A gradient sharded otherwise than `param` is redistributed. Without autograd the local tensors are what
     `to_local()` returns, at a hundredth of its price.

@@ -11,6 +11,18 @@ from robust_dist.optim.state import all_plain, is_dtensor, local_columns, local_
 Origin = tuple[int, int]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie side by side, contiguous or channels_last."""
+    if tensor.is_contiguous():
+        return True
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def can_flatten(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors lie in memory without gaps and in the same order, so that they can be walked as arrays."""
+    return is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
+
+
 @dataclass
 class TensorLists:
     """Parameters with their gradients and state; all lists are parallel.
@@ -73,7 +85,7 @@ class TensorLists:
         return found
 
     def batches(self, counts: Sequence[float | None]) -> "list[TensorLists]":
-        """What backends step, from lists of local tensors.
+        """The batches that backends step, from lists of local tensors.
 
         Args:
             counts: For each parameter, its step count on the host, or None to leave it on the device.
@@ -122,5 +134,5 @@ def _local(columns: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def inverse(grad_scale: Tensor | None) -> Tensor | None:
-    """What unscales gradients: 0-d float32, or None."""
+    """The factor that unscales gradients: 0-d float32, or None."""
     return None if grad_scale is None else grad_scale.reshape(()).double().reciprocal().float()

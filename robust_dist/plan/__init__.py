@@ -1,1 +1,1 @@
-"""What a training job needs of memory and network under each engine, and which one to take."""
+"""The memory and network traffic of a training job under each engine, and the engine to take."""

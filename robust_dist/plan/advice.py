@@ -13,7 +13,7 @@ _MOST_NODES = 1024
 
 
 def reason(plan: Plan) -> str:
-    """Why this engine: two or three sentences."""
+    """The reasons for this engine, in two or three sentences."""
     best = plan.best
     assert best is not None
     question, clock = plan.question, best.clock
@@ -57,7 +57,7 @@ def _against(one: Estimate, plan: Plan) -> str:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """What would make the job fit, each with the figure it rests on."""
+    """Changes that would make the job fit, each with the figure it rests on."""
     question = plan.question
     least = min(plan.estimates, key=lambda one: one.memory.peak)
     activations = least.memory.activations / GIB

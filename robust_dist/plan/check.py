@@ -83,7 +83,7 @@ class Compared:
 
     @property
     def error(self) -> float:
-        """Of the predicted peak, as a share of the measured one."""
+        """The error of the predicted peak, as a share of the measured one."""
         predicted, measured = self.peaks
         return predicted / measured - 1
 

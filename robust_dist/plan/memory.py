@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What stays from step to step."""
+        """The bytes that stay from step to step."""
         own = self.held
         return own.parameters + self.buffers + (0 if own.on_host else own.masters + own.state)
 

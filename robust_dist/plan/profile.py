@@ -1,4 +1,4 @@
-"""What a forward and a backward pass need beside the weights: measured on fake tensors, which have no memory."""
+"""The memory of a forward and a backward pass beside the weights, measured on fake tensors, which have none."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass

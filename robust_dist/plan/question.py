@@ -1,4 +1,4 @@
-"""What is asked of a plan: model, machines, batch, precision; checked before anything is computed."""
+"""The question to a plan: model, machines, batch, precision; checked before anything is computed."""
 
 import math
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ class Question:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         return DTYPES[self.precision]
 
     @property

@@ -1,1 +1,1 @@
-"""How ranks talk: shared values, decisions and errors (`talk`), votes that no rank waits for, and claims on folders."""
+"""Communication of ranks: shared values, decisions and errors, votes without waiting, claims on folders."""

@@ -1,4 +1,4 @@
-"""From an optimizer, which may be wrapped, to what schedules it: hooks that keep no schedule alive."""
+"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive."""
 
 import weakref
 from collections.abc import Callable

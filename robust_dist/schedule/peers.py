@@ -97,7 +97,7 @@ class Peers:
         return self._ask(lambda store: self.vote.cast(wish, needed, dist.get_rank(), store))
 
     def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
-        """As `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
+        """Like `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
         # To begin with a process group is for a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:

@@ -89,7 +89,7 @@ def _read(path: str | Path) -> tuple[Study, dict[tuple[tuple[str, ...], int], Re
 
 @dataclass
 class _Report:
-    """What is read of a `report.json`."""
+    """The part of a `report.json` that is read."""
 
     study: dict[str, Any]
     runs: list[dict[str, Any]]

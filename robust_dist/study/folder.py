@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class StudyFolder:
-    """Where a study lies, for every worker that sees it.
+    """A study's folder, shared by all of its workers.
 
     `study.yaml` (the checked study), `journal.log` (Optuna's), `claims/` (who trains what), `recipes/`, `runs/` (a
     run's folder each), `logs/`, `results/` (a file per finished run), `failed/`, `report/`.
@@ -91,11 +91,11 @@ class StudyFolder:
             raise StudyError(f"{self.path} is no study's folder: {error}") from error
 
     def result(self, run: Run) -> Result | None:
-        """What a run came to, or None while it is not finished."""
+        """The result of a run, or None while it is not finished."""
         return _read(self.of("results", run, ".json"), Result)
 
     def failure(self, run: Run) -> Failure | None:
-        """How a run's last start failed, or None."""
+        """The failure of a run's last start, or None."""
         return _read(self.of("failed", run, ".json"), Failure)
 
     def write_result(self, run: Run, result: Result) -> None:
@@ -110,7 +110,7 @@ class StudyFolder:
 
 
 def differences(ours: Study, theirs: Study, where: str = "the folder", *, common: bool = False) -> list[str]:
-    """What differs between two studies and changes their results, one line each.
+    """The differences between two studies that change their results, one line each.
 
     Args:
         ours: A study.

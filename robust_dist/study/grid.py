@@ -136,7 +136,7 @@ def study_dict(study: Study) -> dict[str, Any]:
 
 @dataclass
 class _Noted:
-    """What `study_dict` writes, for the reader."""
+    """A study from the dict that `study_dict` writes."""
 
     name: str
     description: str

@@ -1,4 +1,4 @@
-"""Which dotted keys a recipe has, and how the values of a grid are written."""
+"""The dotted keys of a recipe, and the spelling of a grid's values."""
 
 import json
 from typing import Any
@@ -43,7 +43,7 @@ def _why_not(key: str) -> str:
 
 
 def label_of(value: Any) -> str:
-    """How a value is called in tables and file names: numbers as %g has them, whatever the file's spelling."""
+    """A value's name in tables and file names: numbers in %g, whatever the file's spelling."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     try:

@@ -1,4 +1,4 @@
-"""What a study costs: its runs, its steps, and the hours that a measured step makes of them.
+"""The cost of a study: its runs, its steps, and their hours by a measured step.
 
 The step that is measured is a run's own, `train.step.TrainStep`.
 """
@@ -30,7 +30,7 @@ _STEPS = 20
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run costs on the device at hand.
+    """The cost of one run on the device at hand.
 
     Attributes:
         steps: Optimizer steps.
@@ -44,13 +44,13 @@ class Cost:
 
     @property
     def hours(self) -> float:
-        """Of the run, without its start."""
+        """Seconds of the run, without its start."""
         return (self.steps * self.step_seconds + self.eval_seconds) / 3600
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set: training and evaluation images, classes, channels."""
+    """The sizes of a data set: training and evaluation images, classes, channels."""
 
     train: int
     eval: int

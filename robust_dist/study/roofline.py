@@ -1,4 +1,4 @@
-"""What `--dry-run` says: hours by measured steps here, and on a GPU elsewhere an estimate from counted operations."""
+"""The estimate of `--dry-run`: hours by measured steps here, and for a GPU elsewhere by counted operations."""
 
 from dataclasses import replace
 

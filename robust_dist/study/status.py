@@ -9,7 +9,7 @@ from robust_dist.train.folder import RunFolder
 
 
 def status(folder: StudyFolder) -> str:
-    """What stands where, as text.
+    """The state of all runs, as text.
 
     Args:
         folder: The study's folder.

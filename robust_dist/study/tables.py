@@ -105,7 +105,7 @@ def _robustness_part(summary: Summary, diverged_as: float | None) -> list[str]:
 
 
 def _counted(summary: Summary, diverged_as: float | None) -> float:
-    """What the paper's diverged cells count as: the study's own data decide."""
+    """The value of a diverged cell: the given one, or the accuracy of guessing on the study's own data."""
     if diverged_as is not None:
         return diverged_as
     chances = [result.chance for result in summary.results.values() if result.chance is not None]

@@ -213,7 +213,7 @@ def _local(ranks: Ranks, rank: int) -> str:
 
 
 def _environment(part: Part, ranks: Ranks, rank: int) -> dict[str, str]:
-    """What a part's process of a rank finds; one that runs alone is a rank to nobody."""
+    """The environment of a rank's process of a part; a process that runs alone gets no rank."""
     env = dict(os.environ)
     if part.ranks == "all":
         return env | ranks.env | {"RANK": str(rank), "LOCAL_RANK": _local(ranks, rank)}
@@ -248,7 +248,7 @@ def _end_of(log: Path) -> str:
 
 
 def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]) -> Outcome:
-    """What became of the part on all ranks, as rank 0 knows it."""
+    """The outcome of the part on all ranks, as rank 0 knows it."""
     if ranks.rank != 0:
         store.set(f"{part.name}/{ranks.rank}", json.dumps(mine))
         return Outcome(part.name, "done")

@@ -1,4 +1,4 @@
-"""What each rank verifies for itself: backends against float64, pixels and draws against the CPU's."""
+"""Checks of each rank by itself: backends against float64, pixels and draws against the CPU's."""
 
 import platform
 from collections.abc import Iterator, Mapping

@@ -15,7 +15,7 @@ from robust_dist.verify.claims import Claims
 
 @dataclass(frozen=True)
 class Part:
-    """What is verified in one go.
+    """One step of the verification.
 
     Attributes:
         name: Of the part.
@@ -57,7 +57,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a part's process knows.
+    """The surroundings of a part's process.
 
     Attributes:
         claims: Where its claims go.

@@ -16,7 +16,7 @@ FAILED = ("failed", "hung")
 
 @dataclass
 class Outcome:
-    """What became of a part.
+    """The outcome of a part.
 
     Attributes:
         part: Its name.

@@ -1,4 +1,4 @@
-"""How fast the optimizer, the augmentation and a training step are, beside their limits, in one run."""
+"""The speed of the optimizer, the augmentation and a training step, beside their limits, in one run."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What the ranks verify together: that they are alike, switch at one step, and train and resume under each engine."""
+"""Checks of the ranks together: they are alike, switch at one step, and train and resume under each engine."""
 
 import hashlib
 import os

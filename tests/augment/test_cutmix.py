@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from robust_dist.augment import CutMix, sample_keys, validate_labels
-from robust_dist.augment.beta import beta_share, beta_table
+from robust_dist.augment.cutmix import beta_share, beta_table
 from robust_dist.augment.keys import Stream, randint, uniform
 from tests.augment.chance import assert_flat
 

@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from hypothesis import strategies as st
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, backends, fused_cpu, sample_keys
 from tests.augment.reference import CELLS, pictures, plan_of
+from tests.forked import python
 
-ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(fused_cpu.missing() is not None, reason="the C library is not built")
 WIDTHS = range(0 if fused_cpu.missing() else fused_cpu._load().robust_dist_widest() + 1)
 KINDS = ["noise", "smooth", "grey", "low contrast", "constant", "two levels"]
@@ -217,9 +215,8 @@ assert augmented() == alone
 
 @built
 def test_one_thread_two_threads_and_a_forked_child_give_the_same():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, said = python("-c", THREADS)
+    assert code == 0, said
 
 
 def test_without_the_library_torch_takes_over_and_native_says_what_is_missing(monkeypatch, tmp_path):

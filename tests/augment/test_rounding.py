@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from robust_dist.augment import levels, rounding, tables
+from robust_dist.augment import levels, tables
 
-FUSED = rounding._addcmul_is_fused()
+FUSED = levels._addcmul_is_fused()
 SHAPES = {
     "all dense": ((4, 3, 5, 37), (4, 3, 5, 37)),
     "a channel and a number": ((4, 1, 5, 37), (4, 1, 1, 1)),
@@ -18,14 +18,14 @@ SHAPES = {
 def _arithmetic(request, monkeypatch):
     if request.param == "addcmul" and not FUSED:
         pytest.skip("addcmul rounds twice on this processor")
-    monkeypatch.setattr(rounding, "_addcmul_is_fused", lambda: request.param == "addcmul")
+    monkeypatch.setattr(levels, "_addcmul_is_fused", lambda: request.param == "addcmul")
 
 
 @pytest.mark.usefixtures("_arithmetic")
 def test_a_blend_equals_torchs_own_in_every_cell_of_level_grey_and_factor():
     level, grey = torch.arange(256.0).repeat_interleave(256), torch.arange(256.0).repeat(256)
     for f, rest in tables.signed_rows(tables.factor_table(31), tables.OP["Color"]).reshape(-1, 2):
-        ours = rounding.multiply_add(grey, rest.view(1), level * f)
+        ours = levels.multiply_add(grey, rest.view(1), level * f)
         assert torch.equal(ours, level.mul(float(f)).add_(grey, alpha=float(rest)))
 
 
@@ -34,14 +34,14 @@ def test_a_blend_equals_torchs_own_in_every_cell_of_level_grey_and_factor():
 def test_multiply_add_rounds_once_at_every_place_of_every_layout(shapes):
     a, b = (torch.rand(shape) * 256 for shape in shapes)
     c = torch.rand(4, 3, 5, 37) * 256 - 128
-    assert torch.equal(rounding.multiply_add(a, b, c), (a.double() * b.double() + c.double()).float())
+    assert torch.equal(levels.multiply_add(a, b, c), (a.double() * b.double() + c.double()).float())
 
 
 def test_a_plain_product_and_sum_would_be_wrong():
     level, grey = torch.arange(256.0).repeat_interleave(256), torch.arange(256.0).repeat(256)
     factors = tables.signed_rows(tables.factor_table(31), tables.OP["Color"]).reshape(-1, 2)
-    plain = [rounding.to_levels(level * f + grey * rest) for f, rest in factors]
-    fused = [rounding.to_levels(level.mul(float(f)).add_(grey, alpha=float(rest))) for f, rest in factors]
+    plain = [levels.to_levels(level * f + grey * rest) for f, rest in factors]
+    fused = [levels.to_levels(level.mul(float(f)).add_(grey, alpha=float(rest))) for f, rest in factors]
     assert sum(int((p != q).sum()) for p, q in zip(plain, fused, strict=True)) > 100
 
 
@@ -72,4 +72,4 @@ def test_equalize_equals_torchvisions_for_skewed_histograms(pixels):
 
 def test_a_quotient_is_rounded_once():
     a, b = torch.randint(0, 256, (10_000,)).float(), torch.rand(10_000) + 0.004
-    assert torch.equal(rounding.divide(a, b), (a.double() / b.double()).float())
+    assert torch.equal(levels.divide(a, b), (a.double() / b.double()).float())

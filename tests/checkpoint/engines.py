@@ -21,7 +21,7 @@ from tests.engines.fsdp_on_cpu import pretend_fsdp_runs_on_cpus
 from tests.engines.odd_moments import SpareNet
 from tests.engines.torch_engines import same_bits
 
-SAVED = (4, 8)
+SAVED = course.SAVED
 # name -> (version of FSDP, its state dict); None: DDP
 ACCELERATED = {
     "accelerate ddp": None,

@@ -69,7 +69,7 @@ def _write_all(folder):
 
 def _convert_on_one_rank(folder):
     if dist.get_rank() == 1:
-        convert(folder / "FSDP2 at 4", folder / "by one rank", "fsdp", 2)
+        convert(folder / "FSDP2 at 2", folder / "by one rank", "fsdp", 2)
     dist.barrier()
 
 
@@ -85,7 +85,7 @@ def _read_all(folder):
 
 
 def _sharded(folder):
-    return _converted(folder, "FSDP2", "accelerate fsdp1", 8)
+    return _converted(folder, "FSDP2", "accelerate fsdp1", 6)
 
 
 def _target(reader):
@@ -192,13 +192,13 @@ def chain(start, tmp_path, *steps):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_there_and_back_again_is_bit_for_bit(written, tmp_path, source):
-    start = written / f"{source} at 8"
+    start = written / f"{source} at 6"
     other, own = ("fsdp", "ddp") if _row(source) == "DDP" else ("ddp", "fsdp")
     assert_same_state(read(chain(start, tmp_path, (other, 5), (own, 2))), read(start))
 
 
 def test_ddp_to_zero2_to_fsdp_to_ddp_is_bit_for_bit(written, tmp_path):
-    start = written / "accelerate ddp at 8"
+    start = written / "accelerate ddp at 6"
     end = read(chain(start, tmp_path, ("zero2", 3), ("fsdp", 2), ("ddp", 1)))
     assert_same_state(end, read(start))
     assert end.world_size == 1
@@ -545,7 +545,7 @@ def test_a_torn_runs_checkpoint_is_an_error_that_names_the_file(tmp_path, run_ch
 )
 def test_a_torn_file_without_a_manifest_is_an_error_that_names_it(written, tmp_path, source, file):
     copy = tmp_path / "copy"
-    start = written / f"{source} at 8"
+    start = written / f"{source} at 6"
     shutil.copytree(start, copy) if start.is_dir() else shutil.copy(start, copy)
     damage(copy / file if file else copy)
     with pytest.raises(CheckpointError, match=rf"{Path(file or 'copy').name}: .*(torn|short)"):
@@ -557,7 +557,7 @@ def test_a_torn_file_without_a_manifest_is_an_error_that_names_it(written, tmp_p
     [("FSDP2", ".metadata"), ("FSDP2", "__0_0.distcp"), ("accelerate fsdp2", "optimizer_0/.metadata")],
 )
 def test_a_missing_shard_is_an_error_that_names_it(written, tmp_path, source, file):
-    shutil.copytree(written / f"{source} at 8", tmp_path / "copy")
+    shutil.copytree(written / f"{source} at 6", tmp_path / "copy")
     (tmp_path / "copy" / file).unlink()
     with pytest.raises(CheckpointError, match=rf"{Path(file).name}: (is )?missing"):
         read(tmp_path / "copy")
@@ -590,7 +590,7 @@ def test_an_interrupted_save_is_refused(tmp_path, trained):
 
 
 def test_two_checkpoints_in_one_folder_are_refused(written, tmp_path, trained):
-    shutil.copytree(written / "accelerate fsdp2 at 8", tmp_path / "both")
+    shutil.copytree(written / "accelerate fsdp2 at 6", tmp_path / "both")
     save_plainly(tmp_path / "both", trained)
     with pytest.raises(CheckpointError, match=r"holds .*DDP.* and .*sharded.*; move one"):
         read(tmp_path / "both")

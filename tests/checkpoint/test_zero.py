@@ -17,6 +17,7 @@ from robust_dist.engines.accelerate import base_optimizer
 from robust_dist.engines.deepspeed import register
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.engines.toys import DECAY, LR, batch, same, used, wanted
 from tests.ranks import run_ranks
 
@@ -128,7 +129,9 @@ def start(stage, more, client=False, optimizer="RAdaBeliefW"):
         return deepspeed.initialize(
             model=model, optimizer=mine, lr_scheduler=RobustSchedule(mine, TOTAL), config=config
         )[0]
-    config["optimizer"] = {"type": optimizer, "params": {"lr": LR}}
+    # DeepSpeed's own AdamW would be compiled first.
+    torchs = {"torch_adam": True} if optimizer == "AdamW" else {}
+    config["optimizer"] = {"type": optimizer, "params": {"lr": LR, **torchs}}
     if optimizer == "RAdaBeliefW":
         config["scheduler"] = {"type": "RobustSchedule", "params": {"total_num_steps": TOTAL}}
     groups = groups_of(model) if optimizer != "SGD" else [{"params": groups_of(model)[0]["params"]}]
@@ -213,8 +216,7 @@ def rest_of(engine):
 
 
 def prepare_ranks():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
+    get_ready()
     register()
 
 

@@ -1,4 +1,4 @@
-"""The course that every engine runs: 12 steps, two decay groups, clipping, accumulation, the switch in the middle."""
+"""The course that every engine runs: 8 steps, two decay groups, clipping, accumulation, the switch in the middle."""
 
 import functools
 import math
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.schedule import RobustSchedule
 
-TOTAL, OFF_AT, ACCUMULATION, BATCH = 12, 0.5, 2, 24
+TOTAL, OFF_AT, ACCUMULATION, BATCH = 8, 0.5, 2, 24
 LR, DECAY, CLIP = 0.05, 0.1, 0.6
-SWITCH = 6
+SWITCH = 4
+# Steps whose checkpoints are kept: before the switch and after it.
+SAVED = (2, 6)
 TOLERANCE = 1e-6
 
 

@@ -168,18 +168,18 @@ def wrong_checkpoints(folder):
     for stage in range(4):
         kind, path = f"ZeRO {stage}", f"{folder}/ZeRO {stage}"
         engine = scenarios.client(kind)
-        check_checkpoint(engine, path, "step4")
+        check_checkpoint(engine, path, "step2")
         refused(engine, path, "step5", "^there is no checkpoint .*step5$")
         with error(CheckpointMismatchError, "there is no .*latest: give the tag"):
             check_checkpoint(engine, f"{folder}/nothing", None)
         assert engine.load_checkpoint(f"{folder}/nothing") == (None, None)
-        refused(scenarios.client(kind, model=Wide()), path, "step4", "of another model.*gate.bias")
-        refused(scenarios.client(kind, one_group), path, "step4", "has 2 param groups, the optimizer has 1")
+        refused(scenarios.client(kind, model=Wide()), path, "step2", "of another model.*gate.bias")
+        refused(scenarios.client(kind, one_group), path, "step2", "has 2 param groups, the optimizer has 1")
         other = ds.from_client(ds.config(stage, zero_allow_untested_optimizer=True), adamw)
         other.save_checkpoint(path, tag="adamw")
         refused(engine, path, "adamw", "of another optimizer than RAdaBeliefW", "no .*rectify_threshold")
         torn_checkpoints(engine, stage, path)
-    refused(scenarios.client("ZeRO 1"), f"{folder}/ZeRO 3", "step4", "mp_rank_00_model_states.pt is missing")
+    refused(scenarios.client("ZeRO 1"), f"{folder}/ZeRO 3", "step2", "mp_rank_00_model_states.pt is missing")
 
 
 def torn_checkpoints(engine, stage, path):
@@ -187,7 +187,7 @@ def torn_checkpoints(engine, stage, path):
     whose = "rank 1: " if stage else "^"
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt" if stage else "mp_rank_00_model_states.pt"
     if dist.get_rank() == 0:
-        shutil.copytree(f"{path}/step4", f"{path}/torn")
+        shutil.copytree(f"{path}/step2", f"{path}/torn")
         with open(f"{path}/torn/{name}", "r+b") as file:
             file.truncate(Path(file.name).stat().st_size // 2)
     dist.barrier()
@@ -202,17 +202,17 @@ def torn_checkpoints(engine, stage, path):
 def plain_checkpoints_of_another_world(folder):
     """DeepSpeed refuses them, too; ours says what to run."""
     for stage in scenarios.UNIVERSAL_STAGES:
-        refused(scenarios.unequal(stage), f"{folder}/{stage}", "step4", "written by . ranks, . run", "ds_to_universal")
+        refused(scenarios.unequal(stage), f"{folder}/{stage}", "step2", "written by . ranks, . run", "ds_to_universal")
 
 
 def wrong_universal_checkpoints(folder):
     universal = {"checkpoint": {"load_universal": True}}
     for stage in scenarios.UNIVERSAL_STAGES:
         path = f"{folder}/{stage}"
-        check_checkpoint(scenarios.unequal(stage, **universal), path, "step4u")
+        check_checkpoint(scenarios.unequal(stage, **universal), path, "step2u")
         single = ds.from_client(ds.config(stage, **universal), one_group)
-        refused(single, path, "step4u", "has 2 param groups, the optimizer has 1")
+        refused(single, path, "step2u", "has 2 param groups, the optimizer has 1")
         wide = scenarios.unequal(stage, Wide(), **universal)
-        refused(wide, path, "step4u", "of another model.*gate.bias")
+        refused(wide, path, "step2u", "of another model.*gate.bias")
         # What the converter wrote last is found by the file that it leaves.
-        refused(wide, path, None, "step8u is of another model")
+        refused(wide, path, None, "step6u is of another model")

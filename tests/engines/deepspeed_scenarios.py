@@ -60,14 +60,14 @@ def steps_of(engine):
 
 
 def trajectory(kind, folder=None):
-    """By name from the JSON; leaves checkpoints of steps 4 and 8 where there is a folder."""
+    """By name from the JSON; leaves checkpoints of steps 2 and 6 where there is a folder."""
     engine = named(kind)
     base = base_optimizer(engine.optimizer)
     assert type(base) is RAdaBeliefW
     assert isinstance(engine.lr_scheduler, RobustSchedule)
     assert engine.lr_scheduler.optimizer is base
     assert steps_of(engine) <= {0.0}
-    for first, last in ((0, 4), (4, 8), (8, TOTAL)):
+    for first, last in ((0, 2), (2, 6), (6, TOTAL)):
         end = hold(engine, first, last)
         if folder and last < TOTAL:
             engine.save_checkpoint(f"{folder}/{kind}", tag=f"step{last}")
@@ -81,18 +81,18 @@ def trajectory(kind, folder=None):
 def resume(kind, folder, end):
     """Into a fresh engine, and into one that is elsewhere: the rest of the run, bit for bit."""
     fresh = client(kind)
-    fresh.load_checkpoint(f"{folder}/{kind}", tag="step4")
-    ds.assert_same_bits(hold(fresh, 4), end)
+    fresh.load_checkpoint(f"{folder}/{kind}", tag="step2")
+    ds.assert_same_bits(hold(fresh, 2), end)
     elsewhere = named(kind)
     hold(elsewhere, 0, 2)
-    elsewhere.load_checkpoint(f"{folder}/{kind}", tag="step8")
-    ds.assert_same_bits(hold(elsewhere, 8), end)
+    elsewhere.load_checkpoint(f"{folder}/{kind}", tag="step6")
+    ds.assert_same_bits(hold(elsewhere, 6), end)
 
 
 def switch(kind, folder, end):
     """An engine that is past the switch goes back before it, after it, and before it again."""
     engine = named(kind)
-    for tag, step in (("step8", 8), ("step4", 4), ("step8", 8), ("step4", 4)):
+    for tag, step in (("step6", 6), ("step2", 2), ("step6", 6), ("step2", 2)):
         engine.load_checkpoint(f"{folder}/{kind}", tag=tag)
         ds.assert_same_bits(hold(engine, step), end)
 
@@ -148,7 +148,7 @@ def groups(kind, folder):
     assert len(base_optimizer(engine.optimizer).param_groups) == 2
     other = named(kind)
     other.load_checkpoint(f"{folder}/{kind}", tag="dropped")
-    hold(other, 3, 8)
+    hold(other, 3, 6)
     engine = client(kind, ds.unequal_optimizer)
     engine.save_checkpoint(f"{folder}/{kind}", tag="unequal")
     other = client(kind, ds.unequal_optimizer)
@@ -273,7 +273,7 @@ def overflows_are_no_steps():
 
 def load_without_the_schedule_keeps_the_engines_step(folder):
     engine = named("ZeRO 2")
-    engine.load_checkpoint(f"{folder}/ZeRO 2", tag="step8", load_lr_scheduler_states=False)
+    engine.load_checkpoint(f"{folder}/ZeRO 2", tag="step6", load_lr_scheduler_states=False)
     course.assert_settings(base_optimizer(engine.optimizer).param_groups, 0)
 
 
@@ -317,15 +317,15 @@ def unequal(stage, model=None, **more):
 
 
 def save_for_another_world(folder):
-    """Checkpoints of steps 4 and 8 of a run with unequal groups, and their universal form."""
+    """Checkpoints of steps 2 and 6 of a run with unequal groups, and their universal form."""
     track = ds.track_alone(ds.unequal_optimizer)
     for stage in (0, *UNIVERSAL_STAGES):
         engine = unequal(stage)
-        for first, last in ((0, 4), (4, 8)):
+        for first, last in ((0, 2), (2, 6)):
             ds.hold(engine, track, first, last)
             engine.save_checkpoint(f"{folder}/{stage}", tag=f"step{last}")
         if stage and dist.get_rank() == 0:
-            for tag in ("step4", "step8"):
+            for tag in ("step2", "step6"):
                 ds.make_universal(f"{folder}/{stage}/{tag}", f"{folder}/{stage}/{tag}u", stage)
         dist.barrier()
 
@@ -336,7 +336,7 @@ def load_from_another_world(stage, folder):
     more = {"checkpoint": {"load_universal": True}} if stage else {}
     suffix = "u" if stage else ""
     engine = unequal(stage, **more)
-    for step in (4, 8, 4):
+    for step in (2, 6, 2):
         engine.load_checkpoint(f"{folder}/{stage}", tag=f"step{step}{suffix}")
         assert_unequal(engine)
         owners = [state["step"].data_ptr() for state in base_optimizer(engine.optimizer).state.values()]
@@ -354,7 +354,7 @@ def deepspeeds_universal_fault_is_still_there(folder):
     setattr(Stage3, name, mended.__wrapped__)
     try:
         engine = unequal(3, checkpoint={"load_universal": True})
-        engine.load_checkpoint(f"{folder}/3", tag="step4u")
+        engine.load_checkpoint(f"{folder}/3", tag="step2u")
     finally:
         setattr(Stage3, name, mended)
     base = base_optimizer(engine.optimizer)

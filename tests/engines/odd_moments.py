@@ -13,7 +13,7 @@ from robust_dist.optim import param_groups
 from tests.engines import course
 from tests.engines.torch_engines import Run, same_bits
 
-STEP = 9
+STEP = 5
 
 
 class SpareNet(course.Net):

@@ -1,10 +1,6 @@
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from robust_dist.engines.accelerate import base_optimizer, check
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch
 from tests.engines.toys import DECAY, LR, batch, build_model, groups_of, same, used, wanted
+from tests.forked import python
 from tests.ranks import free_port, run_ranks
 
 pytest.importorskip("accelerate")
@@ -341,14 +338,14 @@ with open(sys.argv[1], "a") as file:
 
 def _launches(script, folder):
     """name -> (command, environment): set-ups that Accelerate starts without a word, but not as asked."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return {
         "launch --cpu": ([*launch, "--cpu", "--num_processes", "2", script, f"{folder}/launch --cpu", "null"], {}),
         "torchrun": ([*torchrun, "--master_port", str(free_port()), script, f"{folder}/torchrun", "null"], {}),
         "deepspeed on cpu": (
-            [sys.executable, script, f"{folder}/deepspeed on cpu", "null"],
+            [script, f"{folder}/deepspeed on cpu", "null"],
             {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"},
         ),
         "fsdp": (
@@ -358,31 +355,17 @@ def _launches(script, folder):
     }
 
 
-def _log(run):
-    """What a launch printed; one that hangs is ended with all that it started."""
-    try:
-        return run.communicate(timeout=120)[0].decode()
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        return run.communicate()[0].decode() + "\ntimed out"
-
-
 @pytest.fixture(scope="module")
-def launched():
-    """What `check` says in each of them; all at once, for most of their time is start-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "script.py")
-        script.write_text(SCRIPT)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"PYTHONPATH": str(ROOT)}
-        runs = {
-            name: subprocess.Popen(
-                command, env=env | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            for name, (command, extra) in _launches(str(script), folder).items()
-        }
-        logs = {name: _log(run) for name, run in runs.items()}
-        files = {name: Path(folder, name) for name in runs}
-        yield {name: file.read_text() if file.exists() else logs[name] for name, file in files.items()}
+def launched(tmp_path_factory):
+    """What `check` says in each of them."""
+    folder = tmp_path_factory.mktemp("launched")
+    script, said = folder / "script.py", {}
+    script.write_text(SCRIPT)
+    for name, (words, env) in _launches(str(script), folder).items():
+        _, said[name] = python(*words, PYTHONPATH=str(ROOT), **env)
+        if (folder / name).exists():
+            said[name] = (folder / name).read_text()
+    return said
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.engines import deepspeed_bad_input as bad
 from tests.engines import deepspeed_course as ds
 from tests.engines import deepspeed_models as models
 from tests.engines import deepspeed_scenarios as scenarios
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.engines.matrix import ENGINES as ROWS
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
@@ -28,11 +29,6 @@ FP32 = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 SHORT = ("ZeRO 1, bf16, gradients in fp32",)
 WHOLE = tuple(kind for kind in scenarios.ENGINES if kind not in SHORT)
 TIMEOUT = 300.0
-
-
-def get_ready():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
 
 
 def registered_once():

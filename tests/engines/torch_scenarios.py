@@ -24,7 +24,6 @@ from robust_dist.schedule import RankDisagreementError
 from tests.engines import course, odd_moments
 from tests.engines.torch_engines import Run, same_bits
 
-SAVED = (4, 8)
 ORDERS = ("optimizer first", "schedule first")
 PLAIN = ("one process", "DDP")
 # Engines of each world; a launch of one rank stands for the engines that make no sense there, too.
@@ -74,8 +73,8 @@ def _path(folder, engine, world, step):
 
 
 def save(run, path, plainly):
-    """At step 4 as a user would, by torch.save of the state_dicts or by DCP; at step 8 by our own function."""
-    if path.name.endswith(str(SAVED[1])):
+    """Before the switch as a user would, by torch.save of the state_dicts or by DCP; after it by our own function."""
+    if path.name.endswith(str(course.SAVED[1])):
         fsdp.save(path, run.model, run.optimizer, run.schedule)
     elif not plainly:
         dcp.save(state_of(run), checkpoint_id=path)
@@ -191,15 +190,15 @@ def _finish(run, engine, first):
 
 def resume(engine, folder):
     """Saved before and after the switch, loaded in both orders: on with the bits of the run that was never stopped."""
-    paths = [_path(folder, engine, dist.get_world_size(), step) for step in SAVED]
+    paths = [_path(folder, engine, dist.get_world_size(), step) for step in course.SAVED]
     run = Run(engine)
-    for first, last, path in zip((0, *SAVED), SAVED, paths, strict=False):
+    for first, last, path in zip((0, *course.SAVED), course.SAVED, paths, strict=False):
         run.go(first, last)
         save(run, path, engine in PLAIN)
-    assert same_bits(run.go(SAVED[-1]), undisturbed[engine]), "saving disturbs the run"
+    assert same_bits(run.go(course.SAVED[-1]), undisturbed[engine]), "saving disturbs the run"
     # `run` is past the switch: from the first file its decay must come back, from the second it must not.
     for made, order in ((lambda: Run(engine), ORDERS[0]), (lambda: run, ORDERS[1])):
-        for step, path in zip(SAVED, paths, strict=True):
+        for step, path in zip(course.SAVED, paths, strict=True):
             fresh = made()
             load(fresh, path, order)
             fresh.assert_settings(step)
@@ -237,11 +236,11 @@ def groups(engine, folder):
     else:
         assert _names(run.model, run.optimizer.param_groups) == wanted
     # At its end the schedule is past the switch: an optimizer's file from before it must not bring the decay back.
-    run, path = ended[engine], _path(folder, engine, dist.get_world_size(), SAVED[0])
+    run, path = ended[engine], _path(folder, engine, dist.get_world_size(), course.SAVED[0])
     load(run, path, only_optimizer=True)
     run.assert_settings(course.TOTAL)
     load(run, path)
-    run.assert_settings(SAVED[0])
+    run.assert_settings(course.SAVED[0])
 
 
 def _assert_flat_parameters_cannot_be_split(model):
@@ -259,13 +258,13 @@ def a_split_by_ndim_is_wrong(engine):
 def write(engine, folder):
     """What another number of ranks will read."""
     run = Run(engine)
-    run.go(0, SAVED[0])
-    save(run, _path(folder, engine, dist.get_world_size(), SAVED[0]), False)
+    run.go(0, course.SAVED[0])
+    save(run, _path(folder, engine, dist.get_world_size(), course.SAVED[0]), False)
 
 
 def other_world_size(engine, writers, reader, folder):
     """What `writers` ranks wrote goes on here, on the track of one process."""
-    run, step = Run(reader), SAVED[engine != reader]
+    run, step = Run(reader), course.SAVED[engine != reader]
     load(run, _path(folder, engine, writers, step))
     run.assert_settings(step)
     run.go(step)

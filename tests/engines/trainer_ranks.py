@@ -13,6 +13,7 @@ from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.transformers import RobustTrainerCallback
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule, base_optimizer
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.engines.toys import DECAY, LR, batch, build_model, groups_of, same, used, wanted
 
 TOTAL = 8
@@ -281,8 +282,7 @@ def check_dropped_optimizer(folder):
 
 
 def under_deepspeed(folder):
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
+    get_ready()
     import robust_dist.autoregister  # noqa: F401
 
     check_by_name_with_callback(folder)

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from robust_dist.optim import RAdaBeliefW, fused_cpu
 from robust_dist.optim.fused_cpu import _KINDS, _Scalars, _table, call, library
 from robust_dist.optim.rounding import LOW, random_bits, round_stochastically, tensor_keys
 from robust_dist.optim.tensors import TensorLists
+from tests.forked import python
 from tests.optim.helpers import BACKENDS, bits, gradients, reference, start, step, train
 
-ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(library() is None, reason="the C library is not built")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -299,10 +298,9 @@ def test_two_threads_with_two_optimizers_do_not_disturb_each_other():
 
 
 FORKED = """
-import os, torch
+import os
 from torch.utils.data import DataLoader, Dataset
 from robust_dist.optim import RAdaBeliefW
-torch.set_num_threads(2)
 param = torch.ones(200_000, requires_grad=True)
 param.grad = torch.ones_like(param)
 optimizer = RAdaBeliefW([param], fused=True)
@@ -327,7 +325,6 @@ second, third = stepped(), stepped()
 assert torch.equal(seen, torch.stack([second, second, third, third])), (seen, second, third)
 """
 DENORMALS = """
-import torch
 from robust_dist.optim import RAdaBeliefW
 def denormals_survive():
     tiny = torch.full((100_000,), 1e-40)
@@ -343,9 +340,8 @@ assert denormals_survive()
 @built
 @pytest.mark.parametrize("script", [FORKED, DENORMALS], ids=["forked children step", "denormals survive"])
 def test_the_process_is_left_as_it_was(script):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, said = python("-c", "import torch\ntorch.set_num_threads(2)\n" + script)
+    assert code == 0, said
 
 
 @built

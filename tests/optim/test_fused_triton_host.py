@@ -1,8 +1,6 @@
 """The host's side of the CUDA step in Triton: what it sends, what it remembers, when it takes another backend."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from robust_dist.optim import RAdaBeliefW, backends, fused_triton, fused_triton_table
 from robust_dist.optim.fused_triton_table import upload, words_of, written
 from robust_dist.optim.reference import reference_step
+from tests.forked import python
 from tests.optim import interpreted
 from tests.optim.helpers import gradients, reference, start, step
 from tests.optim.interpreted import CPU, leaves, snapshot
@@ -221,8 +220,7 @@ param.grad = torch.ones(3)
 RAdaBeliefW([param]).step()
 print("robust_dist.optim.fused_triton_kernel" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["False"], done.stderr
+    assert python("-c", code) == (0, "False\n")
 
 
 def test_the_trial_of_the_kernels_passes_where_they_run(device):

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import yaml
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.outcome import Result
 from robust_dist.study.parse import load_study
+from tests.forked import Forked, start_python
 
 ROOT = Path(__file__).parents[2]
 # Two optimizer steps of 512 digits.
@@ -35,20 +34,19 @@ def write(path: Path, **keys) -> Path:
     return path
 
 
-def start(config: Path, folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "robust_dist.cli", "study", "run", str(config), "--dir", str(folder), *words]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **pipe)
+def start(config: Path, folder: Path, *words: str) -> Forked:
+    command = ["-m", "robust_dist.cli", "study", "run", config, "--dir", folder, *words]
+    return start_python(*command, OMP_NUM_THREADS="1")
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Forked) -> None:
     """Kill the command's own process, not its training processes."""
     os.kill(process.pid, signal.SIGKILL)
     # They hold its pipe until they have noticed.
     process.communicate(timeout=120)
 
 
-def wait_until(condition, process: subprocess.Popen, timeout: float = 240) -> None:
+def wait_until(condition, process: Forked, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.stdout.read()

@@ -11,7 +11,8 @@ from tests.forked import CONTEXT, ensure_server, set_environment
 from tests.ranks import rank_environment
 from tests.train.under_engines import environment
 
-WORDS = ["--model.name", "resnet8", "--batch_size", "32", "--epochs", "1", "--tracking.trackers", "[]"]
+WORDS = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
+WORDS += ["--batch_size", "32", "--epochs", "1", "--tracking.trackers", "[]"]
 WORDS += ["--tracking.progress", "false", "--augment.trivial", "false"]
 STEP = 3
 

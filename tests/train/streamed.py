@@ -21,7 +21,7 @@ SMALL += ["--data.size", "32", "--data.eval_size", "48", "--data.eval_resize", "
 SMALL += ["--data.workers", "0", "--data.block", "2", "--data.shuffle_window", "12", "--data.drop_last", "false"]
 SMALL += ["--schedule.warmup_steps", "0", "--optimizer.no_decay", "[]"]
 EXACT = ["--precision.mixed", "no"]
-RESNET = ["--model.name", "resnet8"]
+RESNET = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
 # No batch normalisation, whose statistics are each rank's own; its tokens are averaged, so that any size will do.
 VIT = ["--model.name", "timm/test_vit3", "--model.options", "{dynamic_img_size: true, img_size: 32, global_pool: avg}"]
 

@@ -72,7 +72,8 @@ class BrightRecipe(Recipe):
     augment: BrightAugment = field(default_factory=BrightAugment)
 
 
-TINY = ["--model.name", "resnet8", "--batch_size", "512", "--epochs", "1", "--tracking.trackers", "[]"]
+TINY = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
+TINY += ["--batch_size", "512", "--epochs", "1", "--tracking.trackers", "[]"]
 TINY += ["--tracking.progress", "false", "--augment.cutmix", "false"]
 
 

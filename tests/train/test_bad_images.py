@@ -40,7 +40,7 @@ def run(images, folder, **changes):
     data = DataConfig("imagefolder", str(images), size=16, eval_batch_size=8, workers=0, block=2, max_bad_share=0.05)
     settings = {
         "data": data,
-        "model": ModelConfig("resnet8"),
+        "model": ModelConfig("resnet8", {"stem_stride": 2}),
         "optimizer": OptimizerConfig(lr=0.05),
         "checkpoint": CheckpointConfig(every_epochs=2),
         "tracking": TrackingConfig(trackers=[], progress=False),

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.forked import CONTEXT, begin, ensure_server
 from tests.ranks import rank_environment
 from tests.train.launching import SCRIPT, metrics
 from tests.train.under_engines import environment
 from tests.versions import TORCH_2_7
 
-WORDS = ["--model.name", "resnet8", "--batch_size", "256", "--epochs", "2", "--checkpoint.every_steps", "4"]
+WORDS = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
+WORDS += ["--batch_size", "256", "--epochs", "2", "--checkpoint.every_steps", "4"]
 WORDS += ["--tracking.trackers", "[]", "--tracking.progress", "false", "--timeout_seconds", "60"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -46,6 +48,8 @@ def _rank(rank, engine, words, env, run, number, log):
         from tests.engines.fsdp_on_cpu import pretend_fsdp_runs_on_cpus
 
         pretend_fsdp_runs_on_cpus()
+    if engine.startswith("zero"):
+        get_ready()
     if rank == 0:
         _watch(run, number, log)
     sys.argv = [SCRIPT, *words]
@@ -67,11 +71,9 @@ def start(folder: Path, engine: str, world_size: int, number: int = 0) -> int | 
     """Train in `folder`/run; rank 0's `number`-th change of a file there does not happen, and ends all ranks."""
     ensure_server()
     run = str(folder / "run")
-    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
         env |= environment(engine) | rank_environment(world_size)
-    # A killed build of DeepSpeed's leaves a lock for which all others would wait.
-    env |= {"TORCH_EXTENSIONS_DIR": str(folder.parent / "extensions")}
     words = [*WORDS, "--run_dir", run]
     args = (engine, world_size, words, env, run, number, str(folder / "changes"), str(folder / "output"))
     process = CONTEXT.Process(target=_lead, args=args)

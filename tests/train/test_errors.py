@@ -2,8 +2,6 @@
 
 import contextlib
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.launch import check_mesh
+from tests.forked import python
 from tests.train.launching import train
 from tests.train.under_engines import ROOT
 
@@ -83,7 +82,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(run):
 
 def test_a_checkpoint_of_another_recipe_is_named_and_not_used(run):
     recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 5"))
+    (run / "recipe.yaml").write_text(recipe.replace("\nseed: 0", "\nseed: 5"))
     before = names(run)
     code, output = train(1, *SAVING, "--seed", "5", "--run_dir", str(run))
     assert code == 2
@@ -111,12 +110,11 @@ def test_an_engine_that_the_machine_or_the_ranks_cannot_be_is_one_message(tmp_pa
     words = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "--num_processes", str(ranks)]
     recipe = ["--config", str(ROOT / "configs" / "recipes" / "quickstart.yaml")]
     script = [str(ROOT / "launch" / "train.py"), *recipe, "--run_dir", str(tmp_path / "run")]
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    done = subprocess.run([*launch, *words, *script], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert message in done.stderr
+    code, said = python("-m", "accelerate.commands.accelerate_cli", "launch", *words, *script)
+    assert code != 0
+    assert message in said
     # The launcher's own traceback is there.
-    assert "train/build.py" not in done.stderr
+    assert "train/build.py" not in said
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -10,7 +9,7 @@ import pytest
 
 from robust_dist.checkpoint import verify
 from robust_dist.train.stop import StopSignals
-from tests.forked import CONTEXT, ensure_server
+from tests.forked import CONTEXT, ensure_server, start_python
 from tests.small_disk import can_mount, small_disk
 from tests.train.launching import command, finish, metrics, ranks_of, train, wait_for_step
 
@@ -27,9 +26,7 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_as_an_undis
     run = tmp_path / "run"
     words = command(2, *words, "--run_dir", str(run))
     at = words.index("--num_processes")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*words[:at], "--max_restarts", "1", *words[at:]], env=env, **pipe)
+    process = start_python(*words[:at], "--max_restarts", "1", *words[at:], OMP_NUM_THREADS="1")
     wait_for_step(process, run, 4)
     # The first rank, which holds the run's folder.
     os.kill(ranks_of(process)[0], signal.SIGKILL)

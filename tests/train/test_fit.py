@@ -1,9 +1,8 @@
 """`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from robust_dist.train.fit import fit, image_set
 from robust_dist.train.folder import RunFolderError
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import parse_recipe
+from tests.forked import python
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05"]
 WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "2", *QUIET]
@@ -168,10 +168,9 @@ def test_the_page_s_example_trains_on_two_ranks(tmp_path):
     script = tmp_path / "own.py"
     script.write_text(example())
     config = Path(__file__).parents[2] / "configs/accelerate/cpu.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script]
-    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 ranks" in done.stdout
+    code, said = python("-m", "accelerate.commands.launch", "--config_file", config, script, cwd=tmp_path)
+    assert code == 0, said[-2000:]
+    assert "2 ranks" in said
     assert len((tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -189,3 +188,23 @@ def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_eval
     assert right / 64 == result.rows[-1]["eval_accuracy"]
     with pytest.raises(ValueError, match=r"your own.*load\(RUN, model="):
         robust_dist.load(tmp_path)
+
+
+def test_a_notebook_s_cell_shows_the_progress_bar(tmp_path):
+    pytest.importorskip("ipykernel")
+    from jupyter_client.manager import run_kernel
+
+    words = [word for word in NAMED if word not in ("--tracking.progress", "false")]
+    cell = (
+        "from robust_dist.train import fit\n"
+        "from robust_dist.train.recipe import parse_recipe\n"
+        f"print(fit(parse_recipe({words + ['--epochs', '1']!r}), run_dir='run').best['eval_samples'])\n"
+    )
+    shown = []
+    with run_kernel(kernel_name="python3", cwd=str(tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"}) as client:
+        client.execute_interactive(cell, timeout=300, output_hook=lambda message: shown.append(message["content"]))
+    text = "".join(content.get("text", "") for content in shown) + str(
+        [c.get("evalue") for c in shown if "evalue" in c]
+    )
+    assert "359\n" in text
+    assert "/12 [" in text

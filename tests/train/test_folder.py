@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from robust_dist.train.metrics import last_row
 from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe, parse_recipe, recipe_dict
 from robust_dist.train.resume import check_not_lost
+from tests.forked import start_python
 
 
 def test_claim_writes_the_recipe_and_notes_every_start(tmp_path):
@@ -39,11 +38,12 @@ folder.claim(Recipe(), {{}})
 print("held", flush=True)
 time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(RunFolderError, match=rf"in use by a live run \(pid {process.pid} "):
-            RunFolder(tmp_path).claim(Recipe(), {})
-        process.kill()
+    process = start_python("-c", holder)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(RunFolderError, match=rf"in use by a live run \(pid {process.pid} "):
+        RunFolder(tmp_path).claim(Recipe(), {})
+    process.kill()
+    process.wait()
     RunFolder(tmp_path).claim(Recipe(), {})
 
 

@@ -29,7 +29,7 @@ def run(folder, **changes):
     AcceleratorState._reset_state(True)
     settings = {
         "data": DataConfig(name="digits"),
-        "model": ModelConfig("resnet8"),
+        "model": ModelConfig("resnet8", {"stem_stride": 2}),
         "optimizer": OptimizerConfig(lr=0.05),
         "tracking": TrackingConfig(trackers=[], progress=False),
         "epochs": 1,

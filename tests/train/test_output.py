@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from robust_dist.train.output import LOG, LastingOutput
 from robust_dist.train.rank_info import Rank
-from tests.train.launching import CONTEXT, SCRIPT, TINY
+from tests.forked import CONTEXT, ensure_server
+from tests.train.launching import SCRIPT, TINY
 
 
 def full_disk():
@@ -105,6 +106,7 @@ def _train_into_a_full_disk(words):
 
 
 def test_a_run_whose_output_nobody_takes_trains_to_its_end(tmp_path):
+    ensure_server()
     run = tmp_path / "run"
     process = CONTEXT.Process(target=_train_into_a_full_disk, args=([*TINY, "--epochs", "1", "--run_dir", str(run)],))
     process.start()

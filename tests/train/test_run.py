@@ -17,7 +17,6 @@ from tests.train.launching import (
     newest_step,
     ranks_of,
     start,
-    start_by_command,
     train,
     wait_for_step,
 )
@@ -44,8 +43,7 @@ def test_a_run_killed_at_a_random_step_then_stopped_by_a_signal_equals_an_undist
     assert [row["weight_decay"] for row in rows] == [0.01, 0.01, 0.0]
 
     step = random.randrange(1, 24)
-    # The user's own command here; what is forked below goes on with it.
-    process = start_by_command(world_size, *words, "--run_dir", str(killed))
+    process = start(world_size, *words, "--run_dir", str(killed))
     kill_after(process, killed, step)
     process = start(world_size, *words, "--run_dir", str(killed))
     # All the ranks stop where one of them is asked to; a launcher makes 1 of their status 75.
@@ -139,7 +137,7 @@ def test_a_live_run_s_folder_is_refused_on_every_rank_and_nothing_is_touched(tmp
 
 def test_a_diverged_run_stops_and_names_its_settings(tmp_path):
     words = ["--optimizer.lr", "1e30", "--checkpoint.every_steps", "1", "--run_dir", str(tmp_path)]
-    code, output = finish(start_by_command(1, *words))
+    code, output = train(1, *words)
     assert code == 3
     assert "optimizer.lr=1e+30" in output
     assert "nothing was saved after it went bad" in output

@@ -10,10 +10,9 @@ import os
 import re
 from pathlib import Path
 
-import torch.distributed as dist
-
 ROOT = Path(__file__).parents[2]
-WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "1", "--optimizer.lr", "0.05"]
+WORDS = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
+WORDS += ["--batch_size", "128", "--epochs", "1", "--optimizer.lr", "0.05"]
 WORDS += ["--tracking.trackers", "[]", "--tracking.progress", "false", "--timeout_seconds", "60"]
 # 12 optimizer steps, the switch at 9.
 WORDS += ["--checkpoint.every_steps", "5", "--optimizer.no_decay", "[bias, norm]", "--optimizer.clip_norm", "1"]
@@ -51,14 +50,15 @@ def engine(name: str):
     """The process as `accelerate launch` would start it with this config, in the group that is there."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from tests.engines.deepspeed_on_cpu import get_ready
     from tests.engines.fsdp_on_cpu import pretend_fsdp_runs_on_cpus
 
     before = dict(os.environ)
     made = environment(name)
     _forget_engine()
     os.environ.update(made)
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        get_ready()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     # The group outlives the run: DeepSpeed keeps it for the next one.

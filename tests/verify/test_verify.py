@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from robust_dist.cli import main as command
 from robust_dist.verify.parts import PARTS
-from tests.forked import ROOT
+from tests.forked import ROOT, python
 
 # Put into a part's process before anything else is imported: what is broken in it.
 CONSTANT = "from robust_dist.verify import correct; correct.BACKENDS['fused']['eps'] = 1e-7"
@@ -34,7 +32,7 @@ DIES = "import os; os.abort()"
 
 def verify(folder, *words, broken=None, launcher=()):
     """Exit status, what was printed and the report of a verification whose parts were broken by name."""
-    env = dict(os.environ, OMP_NUM_THREADS="1")
+    env = {"OMP_NUM_THREADS": "1"}
     if broken:
         (folder / "broken").mkdir()
         lines = [
@@ -43,11 +41,11 @@ def verify(folder, *words, broken=None, launcher=()):
         ]
         lines += [f"if part == {part!r}:\n    exec({code!r})" for part, code in broken.items()]
         (folder / "broken" / "sitecustomize.py").write_text("\n".join(lines))
-        env["PYTHONPATH"] = os.pathsep.join([str(folder / "broken"), str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    run = [sys.executable, *launcher, "-m", "robust_dist.verify", "--out", str(folder / "out"), *words]
-    done = subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+        env["PYTHONPATH"] = os.pathsep.join([str(folder / "broken"), str(ROOT)])
+    run = [*launcher, "-m", "robust_dist.verify", "--out", folder / "out", *words]
+    code, said = python(*run, cwd=ROOT, timeout=500, **env)
     report = json.loads((folder / "out" / "report.json").read_text())
-    return done.returncode, done.stdout + done.stderr, {part["part"]: part for part in report["parts"]}
+    return code, said, {part["part"]: part for part in report["parts"]}
 
 
 def wrong_claims(part):

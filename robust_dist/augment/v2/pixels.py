@@ -72,5 +72,5 @@ def write(images: Tensor, value: Any) -> Any:
 
 
 def device_of(value: Any) -> torch.device:
-    """Where an image lies; PIL images are on the CPU."""
+    """The device of an image; PIL images are on the CPU."""
     return value.device if isinstance(value, Tensor) else torch.device("cpu")

@@ -28,7 +28,7 @@ def _operations(num_bins: int, interpolation: str, fill: tuple[float, ...], devi
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What one call draws: a plan for B samples, and their boxes, moved, by the `id` of the boxes that came in."""
+    """The draws of one call: a plan for B samples, and their moved boxes by the `id` of the original ones."""
 
     pixels: Pixels
     plan: TrivialAugmentPlan

@@ -76,7 +76,7 @@ class DeepSpeed(Engine):
         return next(model.parameters()).dtype
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """As `accelerator.save_state`, but a rank that cannot write finishes, so that no other rank waits for it.
+        """Like `accelerator.save_state`, but a rank that cannot write finishes, so that no other rank waits for it.
 
         Raises:
             Exception: The first write that failed on this rank.

@@ -30,7 +30,7 @@ _OURS = "total_steps, warmup_steps, weight_decay_off_at, min_lr_ratio, decay, pr
 
 
 class DeepSpeedRobustSchedule(RobustSchedule):
-    """What a DeepSpeed JSON names as "RobustSchedule": the same schedule, also under DeepSpeed's names.
+    """The schedule that a DeepSpeed JSON names as "RobustSchedule", also with DeepSpeed's names of settings.
 
     With any of DeepSpeed's names the warm-up is DeepSpeed's, step by step ("log" unless warmup_type is "linear");
     without warmup_num_steps there is none, and without warmup_max_lr the groups' own rates are the peak.
@@ -98,7 +98,7 @@ class DeepSpeedCurve(Curve):
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, whatever the names.
+    """The settings that were asked for, whatever the names.
 
     Attributes:
         curve: The learning rate by step.

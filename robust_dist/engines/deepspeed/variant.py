@@ -63,7 +63,7 @@ class ZeroVariant(Variant):
         return self.overlap > 0
 
     def unfit(self, job: "Question") -> str | None:
-        """Why this is no candidate for these machines, or None."""
+        """The reason why this is no candidate for these machines, or None."""
         return ALONE if job.world_size == 1 and not self.offload else None
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:

@@ -36,7 +36,7 @@ def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Why a checkpoint described as `saved` does not fit `present`; empty if it does."""
+    """The reasons why a checkpoint described as `saved` does not fit `present`; empty if it does."""
     return [*_model_misfits(saved["model"], present["model"]), *_optimizer_misfits(saved, present)]
 
 

@@ -44,7 +44,7 @@ class FSDP(Engine):
         return bool(accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT")
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """As `accelerator.save_state`; parameters that were never stepped are saved as that.
+        """Like `accelerator.save_state`; parameters that were never stepped are saved as that.
 
         Raises:
             CheckpointError: DCP could not write a file; an OSError where the system said why.
@@ -61,7 +61,7 @@ class FSDP(Engine):
             accelerator.save_state(str(folder), **options)
 
     def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """As `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
+        """Like `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
 
         torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they
         drop the state of parameters that are frozen now, and all of it where gradients are there, as under FSDP1 before

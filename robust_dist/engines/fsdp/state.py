@@ -126,7 +126,7 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
 
 
 def _called(model: nn.Module) -> dict[Tensor, set[str]]:
-    """What torch's state dicts call each parameter; a flat one of FSDP1 has several names."""
+    """The names of each parameter in torch's state dicts; a flat one of FSDP1 has several."""
     return {param: set(_get_fqns(model, name)) for name, param in model.named_parameters()}
 
 

@@ -38,7 +38,7 @@ class FSDPVariant(Variant):
         return job.gpus_per_node if self.in_nodes else job.world_size
 
     def unfit(self, job: "Question") -> str | None:
-        """Why this is no candidate for these machines, or None."""
+        """The reason why this is no candidate for these machines, or None."""
         if job.world_size == 1:
             return ALONE
         if self.in_nodes and job.nodes == 1:
