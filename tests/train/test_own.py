@@ -227,6 +227,7 @@ def test_a_folder_of_pythonpath_counts_and_one_of_installed_packages_does_not(tm
 
 def test_a_run_s_own_folder_is_no_place_of_code(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "data.json").touch()
     (tmp_path / "recipe.yaml").write_text("model: {name: planted:Net}\n")
     (tmp_path / "planted.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.chdir(tmp_path)
