@@ -1,7 +1,7 @@
 """`robust-dist preview`: a PNG of what the augmentation does to the user's own data."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from robust_dist.data.sets import FirstSamples, LabelledSet
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.extras import require
 
+Stage = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CELL_INCHES = 1.55
 DPI = 150
 SHOWN = 5
@@ -54,6 +55,7 @@ def preview(
     seed: int = 0,
     epoch: int = 0,
     batch_size: int = 128,
+    before: Mapping[str, Stage] | None = None,
 ) -> None:
     """Write a PNG with one row a sample and one column a stage: stored, crop and flip, TrivialAugment, CutMix.
 
@@ -72,6 +74,7 @@ def preview(
         seed: of the order and of the keys.
         epoch: the epoch shown.
         batch_size: samples of a batch, among which CutMix finds its partners.
+        before: stages of one's own before the crop, by their names; a column each.
 
     Raises:
         ValueError: rows below 1, or more than the batch or the set holds.
@@ -81,11 +84,18 @@ def preview(
     size = min(batch_size, len(image_set))
     if not 1 <= rows <= size:
         raise ValueError(f"rows must lie in 1 to {size} (the samples of the first batch), not {rows}")
-    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size), Path(path))
+    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size, before=before), Path(path))
 
 
 def columns(
-    image_set: LabelledSet, augment: RobustAugment, *, rows: int, seed: int, epoch: int, size: int
+    image_set: LabelledSet,
+    augment: RobustAugment,
+    *,
+    rows: int,
+    seed: int,
+    epoch: int,
+    size: int,
+    before: Mapping[str, Stage] | None = None,
 ) -> list[Column]:
     """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
     first = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
@@ -95,6 +105,9 @@ def columns(
     found = [Column(image_set.stage, images[:rows], names[:rows])]
     if isinstance(image_set, StreamSet) and isinstance(image_set.crop, RandomCrop):
         found.insert(0, _whole_images(image_set, image_set.crop, first, rows))
+    for title, stage in (before or {}).items():
+        images, labels = stage(images, labels, keys)
+        found.append(Column(title, images[:rows], names[:rows]))
     if augment.crop is not None or augment.flip is not None:
         images, captions = _crop_and_flip(augment, images, keys)
         title = " and ".join(name for name in ("crop", "flip") if getattr(augment, name) is not None)

@@ -19,6 +19,7 @@ from robust_dist.data.sets import LabelledSet
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.preprocess import Preprocess, is_own, pixels_of
 from robust_dist.inference.trained import Trained, settings_of
+from robust_dist.own_code import is_name
 from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
 from robust_dist.train.evaluate import count_batch, no_totals, score_of
@@ -84,7 +85,7 @@ def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> 
     """
     record = trained.record
     settings = settings_of(Document(record.recipe, str(trained.path)), type(trained.settings), words)
-    if is_own(settings.data):
+    if is_own(settings.data) and not is_name(settings.data.name):
         raise DataError(f"{trained.path}: the run's images were given in Python; name a folder of images (PATH)")
     found = open_eval_set(settings.data, device, trained.classes, download=settings.data.download)
     _check_fits(trained, found)

@@ -15,6 +15,7 @@ from robust_dist.data.errors import BadImageError
 from robust_dist.data.registry import DATASETS
 from robust_dist.data.source import Upright, turns_upright
 from robust_dist.documents import typed
+from robust_dist.own_code import is_name
 from robust_dist.train.build import preprocessing_of
 from robust_dist.train.data_config import DataConfig
 
@@ -52,14 +53,15 @@ def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
 
 
 def is_own(data: DataConfig) -> bool:
-    """Whether a run's images were given to `fit`, so that `data.json` alone says what they were."""
-    return data.name not in DATASETS and data.source is None
+    """Whether a run's images were the user's own, so that `data.json` says what they were; nothing is imported."""
+    return is_name(data.name) or (data.name not in DATASETS and data.source is None)
 
 
-def pixels_noted(record: dict[str, Any], channels_last: bool) -> Pixels:
+def pixels_noted(record: dict[str, Any], data: DataConfig, channels_last: bool) -> Pixels:
     """What a run's evaluation does to its images by its `data.json`."""
     noted: _Noted = typed(record.get("preprocessing"), _Noted, "data.json: preprocessing")
-    return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, channels_last=channels_last)
+    upright = turns_upright(str(data.exif), auto=False)
+    return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, upright, channels_last)
 
 
 @dataclass

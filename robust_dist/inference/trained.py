@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from robust_dist.checkpoint.layout import kinds_in
 from robust_dist.checkpoint.store import ACCURACY
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
+from robust_dist.own_code import OwnCodeError
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
@@ -27,6 +29,7 @@ from robust_dist.train.run_weights import (
     data_of,
     evaluated_weights,
     mismatches,
+    run_of,
     why_none,
 )
 from robust_dist.train.settings import OWN
@@ -173,6 +176,13 @@ def read(
     raise ValueError(f"{folder}: {why_none(folder)}")
 
 
+def is_bare_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint that belongs to no run of ours."""
+    folder = Path(path).expanduser()
+    known = (folder / RECORD).is_file() or run_of(folder) is not None
+    return folder.is_dir() and not known and bool(kinds_in(folder))
+
+
 def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[Recipe]) -> Trained:
     run = RunFolder(folder)
     document = read_yaml(folder / "recipe.yaml")
@@ -183,7 +193,8 @@ def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[R
     engine = str(manifest.metadata.get("engine", UNNOTED))
     check_evaluated(place, manifest, recipe)
     channels_last = settings.model.channels_last
-    pixels = pixels_noted(data, channels_last) if is_own(settings.data) else pixels_of(settings.data, channels_last)
+    own_data = is_own(settings.data)
+    pixels = pixels_noted(data, settings.data, channels_last) if own_data else pixels_of(settings.data, channels_last)
     classes = tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes"))
     model = build(settings, len(classes), len(pixels.mean), engine, own)
     _fill(model, evaluated_weights(place, recipe, model.state_dict()), place, settings.model.name)
@@ -246,7 +257,11 @@ def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: O
             model = own if isinstance(own, nn.Module) else own(num_classes)
         else:
             contiguous = not engine_named(engine).trains_any_memory_format
-            model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+            try:
+                model = section.build(num_classes, channels, seed=0, contiguous=contiguous)
+            except OwnCodeError as error:
+                said = f"{error}; in Python, robust_dist.load(RUN, model=...) takes the model itself"
+                raise OwnCodeError(said) from None
     return model.eval().requires_grad_(False)
 
 

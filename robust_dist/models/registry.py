@@ -1,5 +1,6 @@
-"""Classifiers by name: our own for small images, torchvision's, timm's."""
+"""Classifiers by name: our own for small images, torchvision's, timm's, and the user's own."""
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +8,10 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from robust_dist import own_code
 from robust_dist.models.cifar_resnet import CifarResNet
 from robust_dist.models.peers import (
     TIMM_PREFIX,
@@ -21,7 +24,10 @@ from robust_dist.models.peers import (
 from robust_dist.validate import whole_number
 
 Builder = Callable[..., nn.Module]
-FAMILIES = "ours: {ours}; torchvision's classifiers by their names (resnet18); timm's as timm/NAME"
+FAMILIES = (
+    "ours: {ours}; torchvision's classifiers by their names (resnet18); timm's as timm/NAME; yours as MODULE:NAME"
+)
+_KEY = "model.name"
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     """Build a classifier, float32 on the CPU, with fresh weights from torch's default generator.
 
     Args:
-        name: a key of `MODELS`; else a classifier of torchvision by its name; else timm/NAME.
+        name: a key of `MODELS`; else a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
+            function of the user's own (`own_model`).
         num_classes: outputs.
         in_channels: channels of the images.
         **options: handed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
@@ -99,7 +106,71 @@ def _plain(error: TypeError) -> str:
     return re.sub(r"^\S+\(\) ", "it ", str(error)).replace("keyword argument", "option")
 
 
+def own_model(name: str) -> Builder:
+    """The builder of a model that is named as `module:Name`.
+
+    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has a
+    parameter of that name or takes any, else as its first argument), with in_channels where it has that parameter, and
+    with the options.
+
+    Raises:
+        OwnCodeError: The name cannot be imported (`own_code.load`), or is neither class nor function of a module.
+    """
+    made = own_code.load(_KEY, name)
+    if (
+        isinstance(made, nn.Module)
+        or not callable(made)
+        or (isinstance(made, type) and not issubclass(made, nn.Module))
+    ):
+        raise own_code.wrong(_KEY, name, made, "a class of torch.nn.Module, or a function that returns one")
+    return partial(_build_own, name, made)
+
+
+def _build_own(name: str, made: Builder, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
+    if own_code.takes(made, "in_channels"):
+        options = {"in_channels": in_channels, **options}
+    by_name = own_code.takes(made, "num_classes") or (own_code.takes_any(made) and not _needs_one(made))
+    model = (
+        own_code.call(_KEY, name, made, num_classes=num_classes, **options)
+        if by_name
+        else own_code.call(_KEY, name, made, num_classes, **options)
+    )
+    if not isinstance(model, nn.Module):
+        raise own_code.OwnCodeError(f"{_KEY}={name!r} returned a {type(model).__name__}; it must be a torch.nn.Module")
+    return model
+
+
+def _needs_one(made: Builder) -> bool:
+    """Whether the first argument must be given."""
+    first = next(iter(inspect.signature(made).parameters.values()))
+    return first.default is first.empty and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+
+
+def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
+    """Refuse a model that does not give one logit a class.
+
+    Args:
+        key: What was given the model, for messages.
+        name: The model's name there.
+        model: On the CPU; its mode is left as it was.
+        image: Channels, height and width of an image.
+        num_classes: Logits wanted.
+
+    Raises:
+        ValueError: It gives another shape, or no tensor; or (OwnCodeError) it fails.
+    """
+    was_training = model.training
+    with torch.no_grad():
+        found = own_code.call(key, name, model.eval(), torch.zeros(2, *image))
+    model.train(was_training)
+    shape = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if shape != [2, num_classes]:
+        raise ValueError(f"{key}={name!r} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
+
+
 def _builder(name: str) -> Builder:
+    if own_code.is_name(name):
+        return own_model(name)
     if name in MODELS:
         return MODELS[name].builder
     if name.startswith(TIMM_PREFIX):

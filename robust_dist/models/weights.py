@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from robust_dist.models.peers import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
 
 DEFAULT = "DEFAULT"
+# Of googlenet and inception_v3, for training alone; our models are built without them.
+_FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Published:
     Attributes:
         title: What a person knows them by.
         entries: The state dict.
-        num_classes: Of their head; None where they have no head for these classes.
+        num_classes: Of their head; 0 where they have none.
         mean: Of each channel of their training images, on the scale 0 to 1.
         std: Likewise.
     """
 
     title: str
     entries: dict[str, Tensor]
-    num_classes: int | None
+    num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -125,11 +127,10 @@ def _of_torchvision(name: str, tag: str) -> Published:
     choice = getattr(torchvision_models().get_model_weights(name), tag)
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(choice.url))
     title, is_here = f"torchvision's {choice}", file.is_file()
-    only_one = {"aux_logits": False} if name in SINGLE_OUTPUT else {}
     if not is_here:
         print(f"fetching {title} from {choice.url} into {file}", flush=True)
     try:
-        donor = torchvision_models().get_model(name, weights=choice, progress=False, **only_one)
+        donor = torchvision_models().get_model(name, weights=choice, progress=False)
     except Exception as error:
         if is_here:
             raise ValueError(
@@ -137,7 +138,8 @@ def _of_torchvision(name: str, tag: str) -> Published:
             ) from None
         raise _cannot_fetch(title, choice.url, f"put it at {file}", error) from None
     made = choice.transforms()
-    return Published(title, donor.state_dict(), len(choice.meta["categories"]), tuple(made.mean), tuple(made.std))
+    entries = {key: value for key, value in donor.state_dict().items() if not key.startswith(_FURTHER_HEADS)}
+    return Published(title, entries, len(choice.meta["categories"]), tuple(made.mean), tuple(made.std))
 
 
 def _of_timm(name: str, tag: str, num_classes: int, channels: int, options: dict[str, Any]) -> Published:
@@ -154,8 +156,7 @@ def _of_timm(name: str, tag: str, num_classes: int, channels: int, options: dict
         raise ValueError(f"model.weights={tag!r}: {title} does not fit model.options={options}: {error}") from None
     except Exception as error:
         raise _cannot_fetch(title, url, "put it anywhere", error) from None
-    classes = num_classes if said.num_classes == num_classes else None
-    return Published(title, donor.state_dict(), classes, tuple(said.mean), tuple(said.std))
+    return Published(title, donor.state_dict(), said.num_classes, tuple(said.mean), tuple(said.std))
 
 
 def _cannot_fetch(title: str, url: str, place: str, error: Exception) -> FetchError:

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from robust_dist.own_code import add_argument
 from robust_dist.plan.question import DTYPES, Question
 
 # What --check runs where nothing is said: large enough to be seen beside a process's own memory.
@@ -13,8 +14,9 @@ CHECK_MODEL, CHECK_SIZE, CHECK_BATCH = "resnet50", 96, 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words on its parser; those that are left out stay None, and a recipe may give them."""
     add = parser.add_argument
-    add("--model", help="a model: resnet56, a torchvision name, timm/NAME")
+    add("--model", help="a model: resnet56, a torchvision name, timm/NAME, your own as MODULE:NAME")
     add("--config", help="a recipe, in YAML or by name, for model, batch, precision and image size")
+    add_argument(parser)
     add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus-per-node", type=int, help="GPUs of each (default: 8)")
     add("--gpu", help="h100, a100-80, ... (default: h100)")
@@ -55,7 +57,7 @@ def question_of(words: argparse.Namespace) -> Question:
 
 
 def _from_recipe(path: str) -> dict[str, Any]:
-    from robust_dist.data import DATASETS
+    from robust_dist.train.own_data import known_info
     from robust_dist.train.recipe import load_recipe
 
     recipe = load_recipe(path)
@@ -66,7 +68,7 @@ def _from_recipe(path: str) -> dict[str, Any]:
         "precision": recipe.precision.mixed,
         "recipe": path,
     }
-    info = DATASETS.get(recipe.data.name)
+    info = known_info(recipe.data)
     size = getattr(recipe.data, "image_size", None) or getattr(info, "size", None)
     return known | ({"image_size": size} if isinstance(size, int) else {})
 

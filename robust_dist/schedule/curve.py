@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the optimizer step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
@@ -10,6 +11,8 @@ from torch import Tensor
 from robust_dist.validate import one_of, real_number, whole_number
 
 DecayKind = Literal["cosine", "step", "constant"]
+# The share of the base rate at a step (from 0) of a run of so many steps.
+OwnDecay = Callable[[int, int], float]
 DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")
 _Rate = TypeVar("_Rate", float, Tensor)
 # The paper's baseline: a tenth from epoch 150 of 300 on, a hundredth from epoch 225 on.
@@ -33,13 +36,13 @@ class Curve:
         warmup_steps: W.
         min_lr_ratio: r.
         decay: "cosine" is the line above. "step": eta, eta/10 for s >= T/2, eta/100 for s >= 3 T/4 (the paper's
-            baseline, epochs 150 and 225 of 300). "constant": eta.
+            baseline, epochs 150 and 225 of 300). "constant": eta. A function: eta decay(s, T) for s >= W.
     """
 
     total_steps: int
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
-    decay: DecayKind = "cosine"
+    decay: DecayKind | OwnDecay = "cosine"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
@@ -69,6 +72,8 @@ class Curve:
         return floor + (rate - floor) * ((now - share * eta) / above)
 
     def _decayed(self, step: int) -> float:
+        if callable(self.decay):
+            return float(self.decay(step, self.total_steps))
         if self.decay == "step":
             return 0.1 ** sum(step >= share * self.total_steps for share in _MILESTONES)
         return 1.0 if self.decay == "constant" else self._cosine(step)
@@ -90,7 +95,8 @@ def checked_curve(total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, decay:
     total = whole_number("total_steps", total_steps, 1)
     warmup = whole_number("warmup_steps", warmup_steps, 0, total)
     ratio = real_number("min_lr_ratio", min_lr_ratio, 0.0, 1.0)
-    one_of("decay", decay, DECAYS)
+    if not callable(decay):
+        one_of("decay", decay, DECAYS)
     if decay != "cosine" and ratio:
         raise ValueError(f"min_lr_ratio={ratio} is where the cosine ends; with decay={decay!r} it must be 0")
     return Curve(total_steps=total, warmup_steps=warmup, min_lr_ratio=ratio, decay=decay)

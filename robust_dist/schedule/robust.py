@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.optim.dry_step import is_dry
-from robust_dist.schedule.curve import Curve, DecayKind, checked_curve
+from robust_dist.schedule.curve import Curve, DecayKind, OwnDecay, checked_curve
 from robust_dist.schedule.engine_facts import is_repeated_call
 from robust_dist.schedule.hooks import attach, base_optimizer
 from robust_dist.schedule.learning_rates import LearningRates
@@ -47,7 +47,8 @@ class RobustSchedule(LRScheduler):
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]. None: this object leaves the
             decay to a WeightDecaySwitch of your own.
         min_lr_ratio: Where the cosine ends, in units of eta, in [0, 1].
-        decay: "cosine"; "step": eta/10 for s >= T/2 and eta/100 for s >= 3 T/4, the paper's baseline; "constant".
+        decay: "cosine"; "step": eta/10 for s >= T/2 and eta/100 for s >= 3 T/4, the paper's baseline; "constant"; or a
+            function of s and T, the share of eta at the steps after the warm-up.
         process_group: The ranks that must agree; None is the default group.
         last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
 
@@ -64,7 +65,7 @@ class RobustSchedule(LRScheduler):
         warmup_steps: int = 0,
         weight_decay_off_at: float | None = 0.75,
         min_lr_ratio: float = 0.0,
-        decay: DecayKind = "cosine",
+        decay: DecayKind | OwnDecay = "cosine",
         process_group: dist.ProcessGroup | None = None,
         last_epoch: int = -1,
     ) -> None:

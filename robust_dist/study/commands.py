@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from robust_dist.study.folder import StudyFolder
 
+from robust_dist.own_code import add_argument
+
 
 def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `study` to the commands of `robust-dist`."""
@@ -26,6 +28,7 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     run.add_argument(
         "--gpu", default="h100", help="with --dry-run on a machine without one: whose hours to estimate (default: h100)"
     )
+    add_argument(run)
     run.set_defaults(run=_run, extra="study")
 
     status = words.add_parser("status", help="what is finished, running, failed, waiting")

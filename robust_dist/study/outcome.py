@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data import dataset_info
-from robust_dist.documents import DocumentError
+from robust_dist.documents import DocumentError, read_json
+from robust_dist.own_code import is_name
 from robust_dist.private import hidden
 from robust_dist.surroundings import processor
 from robust_dist.train.folder import RunFolder
@@ -80,7 +81,7 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
     last = last_row(rows, recipe.epochs)
     if status != 0 or last is None:
         return Failure(status, end_of(log))
-    chance = chance_of(recipe)
+    chance = chance_of(recipe, run_dir)
     guessing = math.inf if chance is None else -math.log(chance)
     seen, held_out = (math.nan if last.get(key) is None else last[key] for key in ("train_loss", "eval_loss"))
     why = (
@@ -91,13 +92,18 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
     return _result(run_dir, recipe, rows, last["eval_accuracy"], None if learned else why)
 
 
-def chance_of(recipe: Recipe) -> float | None:
-    """Accuracy of guessing on the recipe's data; None where the recipe does not tell how many classes it has."""
+def chance_of(recipe: Recipe, run_dir: Path) -> float | None:
+    """Accuracy of guessing on the recipe's data; None where the recipe does not tell how many classes it has.
+
+    Of data of the user's own, the run's `data.json` tells.
+    """
     if recipe.data.num_classes is not None:
         return 1 / recipe.data.num_classes
     try:
+        if is_name(recipe.data.name):
+            return 1 / len(read_json(RunFolder(run_dir).data_path, dict[str, Any])["classes"])
         return 1 / dataset_info(recipe.data.name).num_classes
-    except ValueError:
+    except (ValueError, OSError, KeyError, ZeroDivisionError):
         return None
 
 
@@ -118,7 +124,7 @@ def _result(
     return Result(
         accuracy=accuracy,
         diverged=diverged,
-        chance=chance_of(recipe),
+        chance=chance_of(recipe, run_dir),
         epochs=last.get("epoch", 0),
         steps=last.get("step", 0),
         train_loss=last.get("train_loss"),

@@ -11,6 +11,7 @@ from robust_dist.documents import DocumentError
 from robust_dist.study.grid import Axis, Cell, Study
 from robust_dist.study.keys import StudyError, check_key, label_of
 from robust_dist.train.optimizers import check_fits
+from robust_dist.train.own import check_own
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.yaml_file import Document, Place, read_yaml
@@ -219,6 +220,7 @@ def _recipe(base: Document, given: dict[str, Any], where: str) -> Recipe:
         for key, value in given.items():
             settings.set(key, Document(value, key), value)
         recipe: Recipe = settings.recipe()
+        check_own(recipe)
         check_fits(recipe)
     except ValueError as error:
         raise StudyError(f"{where}: {error}") from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import IO, Any
 
+from robust_dist import own_code
 from robust_dist.checkpoint import write_atomically
 from robust_dist.private import has_options, hidden
 from robust_dist.ranks.claim import BEAT_SECONDS, RunClaim
@@ -147,6 +148,7 @@ class Workers:
         write_atomically(recipe, dump_yaml(hidden(ours)), private=has_options(ours))
         log = self.folder.make("logs", run, ".log").open("ab")
         words = ["--config", str(recipe), *_secret_words(ours), "--run_dir", str(self.folder.of("runs", run))]
+        words += [word for module in sorted(own_code.named) for word in ("--import", module)]
         env = slot_environment(slot, self.num_workers, self.gpus, os.environ)
         process = self.launcher.start(words, env, log, claim.fileno)
         return _Training(run, trial, claim, process, log, time.monotonic())

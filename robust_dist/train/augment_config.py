@@ -1,13 +1,21 @@
 """The section "augment" of a recipe, and the pipeline that it builds."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from robust_dist.augment import RobustAugment
-from robust_dist.train.keys import values_of
+import torch
+from torch import Tensor, nn
+
+from robust_dist import own_code
+from robust_dist.augment import RobustAugment, sample_keys, soft_targets
+from robust_dist.train.keys import NAMES_CODE, values_of
 from robust_dist.train.settings import require, require_number
+
+# From images, labels or targets, and keys (int64 [B]) to images and labels or targets.
+Stage = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -25,6 +33,11 @@ class AugmentConfig:
         cutmix_alpha: Parameter of Beta(alpha, alpha), from which the share is drawn.
         cutmix_p: Probability of CutMix.
         compile: Run the pipeline through torch.compile.
+        before: Stages of your own before the crop, as [MODULE:NAME, ...]: functions (or torch.nn.Module classes) from
+            images (uint8 [B, C, H, W]), labels (int64 [B]) and keys (int64 [B], one a sample and epoch) to images and
+            labels of the same kinds.
+        after: Stages of your own after CutMix: from images (floating, normalised), targets (float32 [B, classes]) and
+            keys to images and targets.
     """
 
     crop: int | None = None
@@ -37,6 +50,8 @@ class AugmentConfig:
     cutmix_alpha: float = 1.0
     cutmix_p: float = 1.0
     compile: bool = False
+    before: list[str] = field(default_factory=list, metadata=NAMES_CODE)
+    after: list[str] = field(default_factory=list, metadata=NAMES_CODE)
 
     def __post_init__(self) -> None:
         if self.crop is not None:
@@ -44,6 +59,9 @@ class AugmentConfig:
         require_number("augment.num_bins", self.num_bins, 2, 65_536)
         require(0 < self.cutmix_alpha < math.inf, "augment.cutmix_alpha", self.cutmix_alpha, "a finite number above 0")
         require_number("augment.cutmix_p", self.cutmix_p, 0, 1)
+        for key in ("before", "after"):
+            for name in getattr(self, key):
+                own_code.check_form(f"augment.{key}", name)
 
     def build(
         self,
@@ -67,6 +85,88 @@ class AugmentConfig:
             flip: Likewise, whether images are mirrored.
             **more: What other sections say of the pipeline, under RobustAugment's names.
         """
-        own = values_of(self, AugmentConfig, "compile")
+        own = values_of(self, AugmentConfig, "compile", "before", "after")
         own |= {"crop": crop if self.crop is None else self.crop, "flip": flip if self.flip is None else self.flip}
-        return RobustAugment(num_classes, size, mean, std, **own, **more)
+        pipeline = RobustAugment(num_classes, size, mean, std, **own, **more)
+        if self.before or self.after:
+            add_stages(pipeline, self.before, self.after)
+        return pipeline
+
+
+def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[str]) -> None:
+    """Put stages of the user's own into a pipeline, which apply in training.
+
+    Raises:
+        OwnCodeError: A stage that cannot be imported, or that gives other images, labels or targets than it must.
+    """
+    first, last = [own_stage("augment.before", name) for name in before], [own_stage("augment.after", n) for n in after]
+    for number, stage in enumerate(first + last):
+        if isinstance(stage, nn.Module):
+            pipeline.add_module(f"own{number}", stage)
+    with torch.random.fork_rng(devices=[]):
+        _try_stages(pipeline, dict(zip(before, first, strict=True)), dict(zip(after, last, strict=True)))
+    if first:
+        pipeline.register_forward_pre_hook(partial(_run_before, first), with_kwargs=True)
+    if last:
+        pipeline.register_forward_hook(partial(_run_after, last))
+
+
+def own_stage(key: str, name: str) -> Stage:
+    """The stage that is named as `module:Name`.
+
+    Raises:
+        OwnCodeError: It cannot be imported, or is no stage.
+    """
+    made = own_code.load(key, name)
+    if isinstance(made, type) and issubclass(made, nn.Module):
+        made = own_code.call(key, name, made)
+    if isinstance(made, type) or not callable(made):
+        raise own_code.wrong(key, name, made, "a function of images, labels and keys, or a torch.nn.Module class")
+    own_code.check_call(key, name, made, *(torch.zeros(0),) * 3)
+    stage: Stage = made
+    return stage
+
+
+def _run_before(stages: Sequence[Stage], pipeline: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    if not pipeline.training:
+        return None
+    images, labels, keys, *rest = args
+    index = kwargs.pop("index", None)
+    if index is not None:
+        images, labels = images.index_select(0, index), labels.index_select(0, index)
+    for stage in stages:
+        images, labels = stage(images, labels, keys)
+    return (images, labels, keys, *rest), kwargs
+
+
+def _run_after(stages: Sequence[Stage], pipeline: Any, args: Any, outputs: Any) -> Any:
+    if not pipeline.training:
+        return outputs
+    images, targets = outputs
+    for stage in stages:
+        images, targets = stage(images, targets, args[2])
+    return images, targets
+
+
+def _try_stages(pipeline: RobustAugment, first: dict[str, Stage], last: dict[str, Stage]) -> None:
+    """Refuse stages that do not give what they must, on two grey images."""
+    images = torch.full((2, *pipeline.image_shape), 128, dtype=torch.uint8)
+    labels, keys = torch.zeros(2, dtype=torch.int64), sample_keys(0, 0, torch.arange(2))
+    for name, stage in first.items():
+        images, labels = _tried("augment.before", name, stage, images, labels, keys)
+    floats = (pipeline.normalize(images), soft_targets(labels, pipeline.num_classes))
+    for name, stage in last.items():
+        floats = _tried("augment.after", name, stage, *floats, keys)
+
+
+def _tried(key: str, name: str, stage: Stage, *given: Tensor) -> tuple[Tensor, Tensor]:
+    found = own_code.call(key, name, stage, *given)
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(one, Tensor) for one in found):
+        raise own_code.OwnCodeError(f"{key}={name!r} returned a {type(found).__name__}; it must return two tensors")
+    for what, before, after in zip(("images", "labels or targets"), given, found, strict=False):
+        if (before.dtype, before.shape) != (after.dtype, after.shape):
+            raise own_code.OwnCodeError(
+                f"{key}={name!r} made {what} of {before.dtype} {list(before.shape)} into {after.dtype} "
+                f"{list(after.shape)}; dtype and shape must stay"
+            )
+    return found[0], found[1]

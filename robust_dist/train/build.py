@@ -1,7 +1,9 @@
 """From a recipe to the things that a run needs."""
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +13,24 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from robust_dist import own_code
 from robust_dist.augment import RobustAugment
-from robust_dist.data import dataset_info, load_dataset
+from robust_dist.data import load_dataset
 from robust_dist.data.batches import Cut
+from robust_dist.data.image_set import ImageSet
 from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
+from robust_dist.models.registry import check_output
 from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups
 from robust_dist.ranks.talk import attempt, on_rank_0
 from robust_dist.schedule import RobustSchedule
+from robust_dist.schedule.curve import OwnDecay
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from robust_dist.train.optimizers import OptimizerConfig, check_fits, make_optimizer
+from robust_dist.train.own_data import info_of
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.rendezvous import init_method
 from robust_dist.train.sources import (
@@ -34,6 +41,9 @@ from robust_dist.train.sources import (
     open_streams,
     tell_exif,
 )
+
+# Steps of a run at which a schedule of one's own is tried.
+TRIED = 1000
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -79,16 +89,15 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
 
 def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
     """Training and evaluation images: streamed, or whole in memory, where `data.keep_on` says."""
+    if own_code.is_name(data.name):
+        data.check_own()
     if data.streamed:
         return open_streams(data, device, download=download)
     # The training images first: they are read more often.
     sets = (
         open_in_memory(data, download=download)
         if data.in_memory
-        else [
-            load_dataset(data.name, Path(data.root), train=part, download=download, own_files=data.own_files)
-            for part in (True, False)
-        ]
+        else [_set_by_name(data, train=part, download=download) for part in (True, False)]
     )
     train, test = place(sets, device, data.keep_on)
     return train, test
@@ -111,9 +120,15 @@ def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ..
     if data.in_memory:
         found = eval_in_memory(data, classes, download=download)
     else:
-        root = Path(data.root)
-        found = load_dataset(data.name, root, train=False, download=download, own_files=data.own_files)
+        found = _set_by_name(data, train=False, download=download)
     return place([found], device, data.keep_on)[0]
+
+
+def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
+    root = Path(data.root)
+    if own_code.is_name(data.name):
+        return info_of(data).loader(root, train, download)
+    return load_dataset(data.name, root, train=train, download=download, own_files=data.own_files)
 
 
 def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
@@ -154,7 +169,7 @@ def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preproces
         size = data.eval_sides[0] if evaluation else data.size
         padding = round(size / 8) if data.in_memory else 0
         return Preprocessing(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
-    info = dataset_info(data.name)
+    info = info_of(data)
     return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
 
 
@@ -171,14 +186,19 @@ def build_augment(
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
-    return recipe.augment.build(
+    config = replace(recipe.augment, before=[], after=[]) if evaluation else recipe.augment
+    return config.build(
         num_classes, image.size, image.mean, image.std, crop=image.crop, flip=image.flip, dtype=dtype, **kept
     )
 
 
 def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contiguous: bool = False) -> nn.Module:
-    """The model of the recipe; see `ModelConfig.build`."""
-    return recipe.model.build(num_classes, channels, seed=recipe.seed, contiguous=contiguous)
+    """The model of the recipe; see `ModelConfig.build`. One of the user's own must give a logit a class."""
+    model = recipe.model.build(num_classes, channels, seed=recipe.seed, contiguous=contiguous)
+    if own_code.is_name(recipe.model.name):
+        side = preprocessing_of(recipe.data).size
+        check_output("model.name", recipe.model.name, model, (channels, side, side), num_classes)
+    return model
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_classes: int | None = None) -> Optimizer:
@@ -224,4 +244,28 @@ def _with_head_apart(
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
     """Learning rate and weight decay of every step."""
-    return RobustSchedule(optimizer, total_steps, **recipe.schedule.arguments)
+    arguments = recipe.schedule.arguments
+    if own_code.is_name(recipe.schedule.name):
+        arguments["decay"] = own_decay(recipe.schedule.name, total_steps)
+    return RobustSchedule(optimizer, total_steps, **arguments)
+
+
+def own_decay(name: str, total_steps: int) -> OwnDecay:
+    """The schedule that is named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
+
+    Raises:
+        OwnCodeError: It cannot be imported, is no function of two numbers, or gives something else than shares.
+    """
+    key = "schedule.name"
+    made = own_code.load(key, name)
+    if isinstance(made, type) or not callable(made):
+        wanted = "a function of step and total_steps that returns the share of the learning rate"
+        raise own_code.wrong(key, name, made, wanted)
+    for step in range(0, total_steps, -(-total_steps // TRIED)):
+        share = own_code.call(key, name, made, step, total_steps)
+        if not isinstance(share, (int, float)) or not 0 <= share < math.inf:
+            raise own_code.OwnCodeError(
+                f"{key}={name!r} gives {share!r} at step {step} of {total_steps}; it must be finite and at least 0"
+            )
+    decay: OwnDecay = made
+    return decay

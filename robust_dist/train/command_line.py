@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from robust_dist.config_files import config_names
+from robust_dist.own_code import allow
 from robust_dist.private import hidden
 from robust_dist.train.keys import default_of, keys_of, recipe_dict
 from robust_dist.train.parse import Settings, SettingsError
@@ -39,6 +40,8 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
     for name, raw in getattr(found, "given", []):
         if name == "config":
             settings.read(raw)
+        elif name == "import":
+            allow([raw])
         else:
             settings.word(name, raw)
     try:
@@ -81,6 +84,12 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
         help="a YAML file, or a recipe of the package by name",
         **options,
     )
+    parser.add_argument(
+        "--import",
+        metavar="MODULE",
+        help="take names (MODULE:NAME) of this installed module, too; without it only your own files' names are taken",
+        **options,
+    )
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe, and stop")
     keys = keys_of(kind)
     _add_options(parser, kind, "", options)
@@ -88,7 +97,7 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
         group = parser.add_argument_group(name, _first_paragraph(section))
         group.add_argument(f"--{name}", metavar="{KEY: VALUE, ...}", help=argparse.SUPPRESS, **options)
         _add_options(group, section, f"{name}.", options)
-    known = {"--", "--help", "--config", "--print_config"}
+    known = {"--", "--help", "--config", "--import", "--print_config"}
     known |= {f"--{name}" for part in (keys.sections, keys.mappings, keys.values) for name in part}
     # Names below a mapping, and unknown ones, which `Settings` refuses with all else that is wrong.
     for word in sorted({word.partition("=")[0] for word in words if word.startswith("--")} - known):

@@ -13,10 +13,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from robust_dist import own_code
 from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
 from robust_dist.extras import added
 from robust_dist.private import hidden
-from robust_dist.train.keys import COSTLY, FREE, default_of, only_for
+from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for
 from robust_dist.train.settings import require, require_number
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class DataConfig:
     Attributes:
         name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a source of
             image files: imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads), webdataset, or one
-            that an installed package adds.
+            that an installed package adds; or your own, as MODULE:NAME: a Dataset class or function of train (bool),
+            whose images are read once and lie whole in memory, or a SourceChoice.
         root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
             holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. Not used by
             hub.
@@ -90,10 +92,10 @@ class DataConfig:
             larger mixes better, smaller reads fewer groups at a time.
         exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so for hub alone, as
             `datasets` does; imagefolder and webdataset leave images as they are stored.
-        options: Settings of a source that an installed package adds.
+        options: Settings of your own data, or of a source that an installed package adds.
     """
 
-    name: str = field(default="digits", metadata=COSTLY)
+    name: str = field(default="digits", metadata=COSTLY | NAMES_CODE)
     root: str = field(default="data", metadata=FREE)
     download: bool = field(default=True, metadata=FREE)
     own_files: bool = field(default=False, metadata=FREE)
@@ -139,7 +141,10 @@ class DataConfig:
             self.exif = "on" if self.exif else "off"
         require_number("data.block", self.block, 1)
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
-        self._check_keys()
+        if own_code.is_name(self.name):
+            own_code.check_form("data.name", self.name)
+        else:
+            self._check_keys()
         self._check_sizes()
         require_number("data.workers", self.workers, 0, 4096)
         for key in ("prefetch", "shuffle_window"):
@@ -153,6 +158,19 @@ class DataConfig:
             named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
             require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
 
+    def check_own(self) -> None:
+        """Import data of the user's own, and check the keys as those of other data are when they are read.
+
+        Raises:
+            OwnCodeError: It cannot be imported, or is no data.
+            ValueError: Keys that it does not look at.
+        """
+        from robust_dist.train.own_data import check_own_set
+
+        self._check_keys()
+        if self.source is None:
+            check_own_set(self.name, own_code.load("data.name", self.name), self)
+
     @property
     def source(self) -> "SourceChoice | None":
         """The source of image files that the section names; None where it names none."""
@@ -161,7 +179,7 @@ class DataConfig:
     @property
     def title(self) -> str:
         """What a person knows the images by: the path of a set of the Hub, the folder of files, or the set's name."""
-        return self.path or (self.name if self.source is None else self.root)
+        return self.path or (self.name if own_code.is_name(self.name) or self.source is None else self.root)
 
     @property
     def streamed(self) -> bool:
@@ -195,6 +213,8 @@ class DataConfig:
             self._check_in_memory(defaults)
         for of in fields(self):
             owners, value = of.metadata.get("only_for", ()), getattr(self, of.name)
+            if of.name == "options" and own_code.is_name(self.name):
+                continue
             if of.metadata.get("for_files") and self.source is None:
                 owners = (*_OWN, *sorted(entry_points(group=SOURCES).names))
             if owners and self.name not in owners and value != defaults[of.name]:
@@ -283,9 +303,16 @@ class SourceChoice:
     takes_lists: bool = False
 
 
-@cache
 def source_choice(name: str) -> SourceChoice | None:
-    """The source of a name, of this package or of another one's entry points; None where there is none."""
+    """The source of a name: of this package, of another one's entry points, or your own; None where there is none."""
+    if own_code.is_name(name):
+        found = own_code.load("data.name", name)
+        return found if isinstance(found, SourceChoice) else None
+    return _known(name)
+
+
+@cache
+def _known(name: str) -> SourceChoice | None:
     return _OWN.get(name) or (None if name in DATASETS else added(SOURCES, name, SourceChoice))
 
 

@@ -1,5 +1,6 @@
 """Progress on the screen while a run trains: a bar, and a line per epoch."""
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,13 @@ from robust_dist.train.meter import Figures, Meter, data_wait_share
 from robust_dist.train.recipe import Recipe
 
 SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return "IPKernelApp" in getattr(shell, "config", {})
 
 
 class Display:
@@ -32,7 +40,8 @@ class Display:
         self.bar = tqdm(
             total=total_steps,
             initial=done,
-            disable=hidden or None,
+            # A notebook's cell is no terminal, and shows a bar all the same.
+            disable=hidden or (False if in_notebook() else None),
             unit="step",
             dynamic_ncols=True,
             mininterval=SECONDS_BETWEEN_LOOKS,

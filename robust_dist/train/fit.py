@@ -1,27 +1,27 @@
 """A run with your own model, images, optimizer or augmentation: in a script, a notebook or `accelerate launch`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.state import AcceleratorState, PartialState, is_initialized
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robust_dist.augment import RobustAugment
 from robust_dist.augment.cutmix import soft_targets
-from robust_dist.data.image_set import ImageSet
-from robust_dist.data.registry import DATASETS, DatasetInfo
-from robust_dist.models.registry import MODELS, ModelInfo
+from robust_dist.data.registry import DATASETS
+from robust_dist.models.registry import MODELS, ModelInfo, check_output
 from robust_dist.train import optimizers
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.build import preprocessing_of
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.main import train
+from robust_dist.train.own_data import image_set, info_of_sets
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.settings import OWN
 
@@ -37,12 +37,23 @@ class Result:
         best: The row with the highest eval_accuracy; the earliest of several.
         run_dir: The run's folder.
         checkpoint: Its newest checkpoint.
+        paths: What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log, those that
+            are there.
     """
 
     rows: list[dict[str, Any]]
     best: dict[str, Any]
     run_dir: Path
     checkpoint: Path
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """See the class."""
+        files = {"recipe": "recipe.yaml", "data": "data.json", "metrics": "metrics.jsonl"}
+        files |= {"curves": "curves.png", "log": "log.txt"}
+        places = {"run_dir": self.run_dir, "checkpoint": self.checkpoint}
+        places |= {name: self.run_dir / file for name, file in files.items()}
+        return {name: path for name, path in places.items() if path.exists()}
 
 
 def fit(
@@ -58,7 +69,8 @@ def fit(
     """Train a recipe, with parts of your own in place of those that it names.
 
     The run is the recipe's in all else: checkpoints, metrics and curves in its folder; the same call goes on where it
-    stopped; under `accelerate launch` every rank calls it. Not for two runs at a time in one process.
+    stopped; under `accelerate launch` every rank calls it. A process may call it again, also in another precision, but
+    not for two runs at a time.
 
     Args:
         recipe: All settings; or a YAML file; or the name of one of the package's recipes.
@@ -86,8 +98,9 @@ def fit(
         raise ValueError(f"{given} is given and {missing} is not; give both, or leave both to the recipe's data")
     with contextlib.ExitStack() as parts:
         if train_set is not None:
-            sets = image_set(train_set, "train_set"), image_set(eval_set, "eval_set")
-            parts.enter_context(_named(DATASETS, _info(*sets)))
+            first = image_set(train_set, "train_set")
+            sets = first, image_set(eval_set, "eval_set", first.classes)
+            parts.enter_context(_named(DATASETS, info_of_sets(*sets)))
             of = recipe.data
             recipe = replace(recipe, data=DataConfig(OWN, block=of.block, drop_last=of.drop_last, keep_on=of.keep_on))
         if model is not None:
@@ -100,64 +113,35 @@ def fit(
             parts.enter_context(optimizers.named(OWN, choice))
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, name=OWN))
         if augment is not None:
+            stages = recipe.augment.before + recipe.augment.after
+            if stages:
+                raise ValueError(
+                    f"augment is given, and the recipe has stages of its own ({', '.join(stages)}); leave one"
+                )
             recipe = replace(recipe, augment=_with_pipeline(recipe.augment, augment))
-        rows = train(recipe)
+        rows = _train(recipe)
     folder = RunFolder(recipe.run_dir)
     newest = max(folder.checkpoints.glob("step-*"))
     return Result(rows, max(rows, key=lambda row: row["eval_accuracy"]), folder.path, newest)
 
 
-def image_set(given: Any, name: str) -> ImageSet:
-    """What `fit` takes as images, as an ImageSet on the CPU.
-
-    Args:
-        given: See `fit`.
-        name: Of the set, for messages.
-
-    Raises:
-        ValueError: Images of several sizes, or not square; named with the first one's place.
-    """
-    if isinstance(given, ImageSet):
-        return given
-    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor):
-        images, labels = given
-    else:
-        samples = [given[index] for index in range(len(given))]
-        tensors = [_pixels(sample[0]) for sample in samples]
-        sizes = [tuple(tensor.shape) for tensor in tensors]
-        other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
-        if other is not None:
+def _train(recipe: Recipe) -> list[dict[str, Any]]:
+    """Train in a process that may train again, in another precision, of which Accelerate's state has one."""
+    if is_initialized():
+        found = AcceleratorState().mixed_precision
+        if found != recipe.precision.mixed:
             raise ValueError(
-                f"{name}: image {other} is {sizes[other]}, and image 0 is {sizes[0]}; give images of one size, or "
-                "train from files of any size with data.name=imagefolder, hub or webdataset"
+                f"precision.mixed={recipe.precision.mixed!r}, and this process has an Accelerator of its own with "
+                f"mixed_precision={found!r}: set the same, or let fit make the only one"
             )
-        images, labels = torch.stack(tensors), torch.tensor([int(sample[1]) for sample in samples])
-    if images.ndim == 4 and images.shape[2] != images.shape[3]:
-        raise ValueError(f"{name}: images of {images.shape[2]}x{images.shape[3]} are not square; crop or pad them")
-    count = int(labels.max()) + 1 if len(labels) else 0
-    classes: Sequence[Any] = getattr(given, "classes", range(count))
-    return ImageSet(images, labels, tuple(map(str, classes)), name)
-
-
-def _pixels(image: Any) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _info(train_set: ImageSet, eval_set: ImageSet) -> DatasetInfo:
-    scaled = train_set.images.double() / 255
-    return DatasetInfo(
-        num_classes=len(train_set.classes),
-        channels=train_set.channels,
-        size=train_set.images.shape[-1],
-        mean=tuple(scaled.mean((0, 2, 3)).tolist()),
-        std=tuple(scaled.std((0, 2, 3)).tolist()),
-        crop_padding=round(train_set.images.shape[-1] / 8),
-        flip=True,
-        description="given to fit",
-        loader=lambda root, train, download: train_set if train else eval_set,
-    )
+        return train(recipe)
+    try:
+        return train(recipe)
+    finally:
+        if is_initialized():
+            # The end of the run has closed the process group; the next run opens its own.
+            vars(AcceleratorState()).clear()
+            vars(PartialState()).clear()
 
 
 def _builder(model: nn.Module | Callable[[int], nn.Module], side: int) -> Callable[..., nn.Module]:
@@ -165,19 +149,10 @@ def _builder(model: nn.Module | Callable[[int], nn.Module], side: int) -> Callab
         if options:
             raise ValueError(f"model.options={options} are for a model that the recipe names; leave them out")
         made = model if isinstance(model, nn.Module) else model(num_classes)
-        _check_model(made, (in_channels, side, side), num_classes)
+        check_output("model", type(made).__name__, made, (in_channels, side, side), num_classes)
         return made
 
     return build
-
-
-def _check_model(model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
-    was_training = model.training
-    with torch.no_grad():
-        shape = list(model.eval()(torch.zeros(2, *image)).shape)
-    model.train(was_training)
-    if shape != [2, num_classes]:
-        raise ValueError(f"model={type(model).__name__} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
 
 
 @contextlib.contextmanager

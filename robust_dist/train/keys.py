@@ -11,6 +11,8 @@ from typing import Any, get_origin, get_type_hints
 FREE: dict[str, Any] = {"free": True}
 # It changes how long a training step takes.
 COSTLY: dict[str, Any] = {"costly": True}
+# Its value may be the name of one's own code, `module:Name` (robust_dist/own_code.py).
+NAMES_CODE: dict[str, Any] = {"names_code": True}
 
 
 def only_for(*names: str) -> dict[str, Any]:
@@ -33,6 +35,7 @@ class Keys:
         values: Type hints of all other keys.
         free: Keys and sections that may change between two starts of one run.
         costly: Keys and sections that change how long a training step takes.
+        names_code: Keys whose value may be a `module:Name`.
     """
 
     sections: dict[str, type]
@@ -40,6 +43,7 @@ class Keys:
     values: dict[str, Any]
     free: frozenset[str]
     costly: frozenset[str]
+    names_code: frozenset[str]
 
     def owner(self, name: str) -> str | None:
         """The mapping that a dotted name below it belongs to."""
@@ -61,7 +65,7 @@ class Keys:
         """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
         known = [*self.values, *self.mappings, *self.sections]
         near = get_close_matches(name, known, n=2)
-        # Right but for its section, as `lr`.
+        # Right except that its section is missing, as in `lr`.
         near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
         return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
 
@@ -75,7 +79,7 @@ def _says(names: frozenset[str], name: str) -> bool:
 def keys_of(kind: type) -> Keys:
     """The keys of a dataclass of dataclasses."""
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = {}, {}, {}
-    said: dict[str, set[str]] = {"free": set(), "costly": set()}
+    said: dict[str, set[str]] = {"free": set(), "costly": set(), "names_code": set()}
     sections, mappings, values = found
     for name, hint, of in _walk(kind, ""):
         place = sections if is_dataclass(hint) else mappings if get_origin(hint) is dict else values
@@ -83,7 +87,8 @@ def keys_of(kind: type) -> Keys:
         for fact, names in said.items():
             if of.metadata.get(fact):
                 names.add(name)
-    return Keys(*found, frozenset(said["free"]), frozenset(said["costly"]))
+    facts: dict[str, Any] = {fact: frozenset(names) for fact, names in said.items()}
+    return Keys(*found, **facts)
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any, "Field[Any]"]]:

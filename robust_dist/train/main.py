@@ -31,6 +31,7 @@ from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
 from robust_dist.train.opening import data_lines, data_notes, part_lines, say_run
 from robust_dist.train.output import LastingOutput
+from robust_dist.train.own import changed_sources, check_own, own_sources
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
@@ -64,6 +65,7 @@ def train(
     """
     check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
+    attempt(lambda: check_own(recipe))
     check_ranks_agree(recipe)
     folder, asked = RunFolder(recipe.run_dir), recipe
     stopped = on_rank_0(folder.stop_note)
@@ -74,7 +76,8 @@ def train(
     on_rank_0(lambda: check_installed(recipe.tracking.trackers))
     tick("loading the data", may_be_slow=True)
     sets = load_sets(recipe, accelerator)
-    warnings = on_rank_0(lambda: check_parts(recipe.data, sets))
+    sources = own_sources(recipe)
+    warnings = on_rank_0(lambda: [*check_parts(recipe.data, sets), *changed_sources(folder, sources)])
     if main:
         print(*data_lines(sets, recipe.data.keep_on), *part_lines(sets), sep="\n", flush=True)
     tick("building the model", may_be_slow=True)
@@ -82,7 +85,7 @@ def train(
     backends = backends_of(recipe, accelerator, trainer.optimizer, trainer.augment)
     on_rank_0(lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings))
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
-    note |= {"data": data_notes(sets), "backends": asdict(backends)}
+    note |= {"data": data_notes(sets), "backends": asdict(backends)} | ({"own_code": sources} if sources else {})
     note |= {"weights": trainer.begun.lines[0].removeprefix("weights: ")} if trainer.begun.lines else {}
     record = on_rank_0(lambda: data_record(recipe, sets, preprocessing_of(recipe.data)))
     on_rank_0(lambda: folder.claim(asked, note, record))
@@ -100,13 +103,14 @@ def train(
 
 
 def check_ranks_agree(recipe: Recipe) -> None:
-    """Compare the recipe between the ranks.
+    """Compare the recipe, and the code of the user's own that it names, between the ranks.
 
     Raises:
         ValueError: On every rank, with each differing setting and its value on each rank.
     """
     problem = "the ranks were started with different settings; start all with the same"
-    agree(flatten(hidden(recipe_dict(recipe))), problem)
+    sources = {f"the source of {name}": found["sha256"] for name, found in own_sources(recipe).items()}
+    agree(flatten(hidden(recipe_dict(recipe))) | sources, problem)
 
 
 def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_dist.own_code import check_form, is_name
+from robust_dist.train.keys import NAMES_CODE
+
 # What the run itself gives a model's constructor.
 _GIVEN = {
     **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
@@ -20,7 +23,8 @@ class ModelConfig:
     """The classifier.
 
     Attributes:
-        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME.
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME; or your own
+            class, or function of the number of classes, as MODULE:NAME.
         options: Further keyword arguments of the model's constructor.
         weights: What a new run begins with: DEFAULT or a name of torchvision's or timm's weights of this model; or a
             path: a run's folder, an export, a checkpoint, a .safetensors or .pt file of a state dict. Where their
@@ -29,11 +33,15 @@ class ModelConfig:
         sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
     """
 
-    name: str = "resnet20"
+    name: str = field(default="resnet20", metadata=NAMES_CODE)
     options: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     channels_last: bool = False
     sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if is_name(self.name):
+            check_form("model.name", self.name)
 
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
         """The model, with the same initial weights on every rank; `weights` are loaded into it later (`pretrained`).

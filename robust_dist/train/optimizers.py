@@ -11,7 +11,8 @@
 | prodigy | prodigyopt.Prodigy (Mishchenko and Defazio 2023); lr multiplies its own estimate, 1 is usual | decoupled |
 
 An installed package adds one by an entry point of the group "robust_dist.optimizers" whose value is an
-`OptimizerChoice`; its name is then taken wherever a recipe or a study names an optimizer.
+`OptimizerChoice`; its name is then taken wherever a recipe or a study names an optimizer. `module:Name` names your own:
+a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoice`.
 """
 
 import math
@@ -24,17 +25,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.optim import Optimizer
 
+from robust_dist import own_code
 from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.baselines import NAG, PaperAdam
-from robust_dist.train.keys import COSTLY
+from robust_dist.train.keys import COSTLY, NAMES_CODE
 from robust_dist.train.settings import require, require_number
 
 if TYPE_CHECKING:
     from robust_dist.train.recipe import Recipe
 
 GROUP = "robust_dist.optimizers"
+_KEY = "optimizer.name"
 
 
 @dataclass
@@ -43,8 +46,8 @@ class OptimizerConfig:
 
     Attributes:
         name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
-            schedulefree_adamw and prodigy (of the extra "study"); or one that an installed package adds.
-            robust_dist/train/optimizers.py says what each is.
+            schedulefree_adamw and prodigy (of the extra "study"); one that an installed package adds; or your own, as
+            MODULE:NAME. robust_dist/train/optimizers.py says what each is.
         lr: Learning rate before the schedule.
         head_lr_mult: Factor of the head's learning rate, which is then a param group of its own; the head is the layer
             that gives the classes.
@@ -60,7 +63,7 @@ class OptimizerConfig:
             by chance with stochastic_rounding: true (and a seed).
     """
 
-    name: str = field(default="RAdaBeliefW", metadata=COSTLY)
+    name: str = field(default="RAdaBeliefW", metadata=COSTLY | NAMES_CODE)
     lr: float = 0.01
     head_lr_mult: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -73,8 +76,14 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = f"one of {', '.join(_OWN)}, or a name of the entry points {GROUP!r} of an installed package"
-        require(choice_of(self.name) is not None, "optimizer.name", self.name, wanted)
+        if own_code.is_name(self.name):
+            own_code.check_form(_KEY, self.name)
+        else:
+            wanted = (
+                f"one of {', '.join(_OWN)}, a name of the entry points {GROUP!r} of an installed package, or your own "
+                "as MODULE:NAME"
+            )
+            require(choice_of(self.name) is not None, _KEY, self.name, wanted)
         require_number("optimizer.lr", self.lr, 0)
         require_number("optimizer.head_lr_mult", self.head_lr_mult, 0)
         require_number("optimizer.eps", self.eps, 0)
@@ -118,22 +127,67 @@ class OptimizerChoice:
     problem: "Callable[[Recipe], str | None]" = lambda recipe: None
 
 
-@cache
 def choice_of(name: str) -> OptimizerChoice | None:
-    """The optimizer of a name, of this package or of another one's entry points; None where there is none."""
+    """The optimizer of a name: of this package, of another one's entry points, or your own; None where there is none.
+
+    Raises:
+        OwnCodeError: A `module:Name` that cannot be imported, or is no optimizer.
+    """
+    return own_choice(name) if own_code.is_name(name) else _known(name)
+
+
+@cache
+def _known(name: str) -> OptimizerChoice | None:
     return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+
+
+def own_choice(name: str) -> OptimizerChoice:
+    """The optimizer that is named as `module:Name`.
+
+    A class or function is called with the param groups (each with its weight decay), with those of lr, betas, eps and
+    weight_decay that it has as parameters, and with `optimizer.options`.
+
+    Raises:
+        OwnCodeError: It cannot be imported, or is no optimizer.
+    """
+    made = own_code.load(_KEY, name)
+    if isinstance(made, OptimizerChoice):
+        return made
+    is_other = isinstance(made, torch.nn.Module) or (isinstance(made, type) and not issubclass(made, Optimizer))
+    if is_other or not callable(made):
+        wanted = "a class of torch.optim.Optimizer, a function that returns one, or an OptimizerChoice"
+        raise own_code.wrong(_KEY, name, made, wanted)
+
+    def arguments(config: OptimizerConfig, betas: tuple[float, float]) -> dict[str, Any]:
+        given = adam_arguments(config, betas)
+        return (
+            given if own_code.takes_any(made) else {key: one for key, one in given.items() if own_code.takes(made, key)}
+        )
+
+    return OptimizerChoice(make=partial(_make_own, name, made), arguments=arguments)
+
+
+def _make_own(name: str, made: Callable[..., Any], groups: list[dict[str, Any]], **arguments: Any) -> Optimizer:
+    optimizer = own_code.call(_KEY, name, made, groups, **arguments)
+    if not isinstance(optimizer, Optimizer):
+        wanted = "it must return a torch.optim.Optimizer"
+        raise own_code.OwnCodeError(f"{_KEY}={name!r} returned a {type(optimizer).__name__}; {wanted}")
+    if not all("lr" in group for group in optimizer.param_groups):
+        wanted = 'put "lr" into the defaults, which the schedule sets'
+        raise own_code.OwnCodeError(f"{_KEY}={name!r} has param groups without a learning rate; {wanted}")
+    return optimizer
 
 
 @contextmanager
 def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
     """Let recipes name an optimizer, within a `with` block."""
     _OWN[name] = choice
-    choice_of.cache_clear()
+    _known.cache_clear()
     try:
         yield
     finally:
         del _OWN[name]
-        choice_of.cache_clear()
+        _known.cache_clear()
 
 
 def chosen(config: OptimizerConfig) -> OptimizerChoice:

@@ -1,4 +1,4 @@
-"""From YAML files and a command line to a recipe. A recipe is data: nothing that it says is imported or called."""
+"""From YAML files and a command line to a recipe. A recipe is data: reading it imports and calls nothing."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass

@@ -162,11 +162,11 @@ def _keeps_head(
     """Whether the head of the weights is of the run's classes; and, for a person, why not."""
     if found.classes is not None:
         return found.classes == classes, _classes_differ(found.classes, classes)
-    if found.num_classes is not None:
+    if found.num_classes:
         return found.num_classes == len(classes), f"its classes are {found.num_classes:,}, here are {len(classes):,}"
     entries = {name: value for name, value in own.items() if is_below(name, head)}
     there = [name for name in entries if name in found.entries]
-    if not there:
+    if not there or found.num_classes == 0:
         return False, f"it has no head for the {len(classes):,} classes here"
     other = next((name for name in there if found.entries[name].shape != entries[name].shape), None)
     return other is None and len(there) == len(entries), "" if other is None else (

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
+from robust_dist.own_code import check_form, is_name
 from robust_dist.private import HIDDEN, hidden
+from robust_dist.schedule.curve import DECAYS
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.command_line import parse
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.early_stopping import EarlyStoppingConfig
-from robust_dist.train.keys import COSTLY, FREE, flatten, keys_of, recipe_dict, values_of
+from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, flatten, keys_of, recipe_dict, values_of
 from robust_dist.train.model_config import ModelConfig
 from robust_dist.train.optimizers import OptimizerConfig
 from robust_dist.train.settings import require as _require
@@ -46,18 +48,24 @@ class ScheduleConfig:
 
     Attributes:
         name: cosine (paper, eq. 17, per step); step: a tenth from 50 % of all steps and a hundredth from 75 % on (the
-            paper's baseline); constant.
+            paper's baseline); constant; or your own function of step and total steps, as MODULE:NAME, which gives the
+            share of the learning rate after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay_off_at: Share of all steps after which weight decay is 0 (paper: 0.75).
         min_lr_ratio: Where the cosine ends, as a share of the learning rate.
     """
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: str = field(default="cosine", metadata=NAMES_CODE)
     warmup_steps: int = 0
     weight_decay_off_at: float = 0.75
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        if is_name(self.name):
+            check_form("schedule.name", self.name)
+        else:
+            wanted = f"one of {', '.join(DECAYS)}, or your own function as MODULE:NAME"
+            _require(self.name in DECAYS, "schedule.name", self.name, wanted)
         _require_number("schedule.warmup_steps", self.warmup_steps, 0)
         _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
         _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
@@ -66,7 +74,7 @@ class ScheduleConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The section under RobustSchedule's names."""
+        """The section under RobustSchedule's names, as plain values."""
         return values_of(self, ScheduleConfig, "name") | {"decay": self.name}
 
 
@@ -230,7 +238,8 @@ class Recipe:
         """Refuse weights to begin with from two places, and a checkpoint of none."""
         weights, source = self.model.weights, self.init_from
         _require(source != "", "init_from", source, "a run's folder, or null")
-        _require(source is None or weights is None, "init_from", source, f"null with model.weights={weights!r}")
+        wanted = f"left out with model.weights={weights!r}, or that set to null"
+        _require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
         _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"
@@ -240,7 +249,8 @@ class Recipe:
 
     def _check_crop(self) -> None:
         """Refuse padding that leaves next to nothing of an image."""
-        if not self.augment.crop:
+        # The size of data of the user's own is known when it is read.
+        if not self.augment.crop or is_name(self.data.name):
             return
         from robust_dist.data import DATASETS
 
@@ -281,7 +291,8 @@ def conflicts(
 def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
 
-    A recipe is data: nothing that it says is imported or called.
+    A recipe is data: reading it imports and calls nothing. The run that it starts imports what it names as
+    `module:Name`, if that is the user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
 
     Args:
         args: Command-line words; `sys.argv` where None.

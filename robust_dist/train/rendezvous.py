@@ -5,6 +5,7 @@ gloo's and NCCL's addresses in it: restarted ranks then wait for dead ones (seen
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from robust_dist.ranks.claim import host_id
 
 _SCHEME = "robust-dist"
+_meetings = itertools.count()
 
 
 def init_method() -> str | None:
@@ -35,4 +37,7 @@ def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store,
         # A store that remembers this launcher's earlier attempt is one for all attempts.
         mine = f"robust_dist/{host_id()}/{os.getppid()}/{os.environ.get('LOCAL_RANK', '0')}"
         first = store.compare_set(mine, "", attempt).decode()
-        yield (store if first == attempt else PrefixStore(f"attempt-{attempt}", store)), rank, world_size
+        part = store if first == attempt else PrefixStore(f"attempt-{attempt}", store)
+        # A group that this process has closed has left its keys.
+        number = next(_meetings)
+        yield (PrefixStore(f"meeting-{number}", part) if number else part), rank, world_size

@@ -21,11 +21,17 @@ _AVERAGE = "custom_checkpoint_0.pkl"
 _NAMED = 5
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+
+
 def why_none(folder: Path) -> str:
     """The reason why a folder is neither a run's nor an export."""
     if not folder.exists():
         return "there is no such folder"
-    above = next((one for one in folder.absolute().parents if (one / "recipe.yaml").is_file()), None)
+    above = run_of(folder)
     hint = "" if above is None else f"; it belongs to a run: name {above}"
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 
@@ -94,9 +100,11 @@ def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
 
 def check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
     """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
+    if manifest.metadata.get(ACCURACY) is not None:
+        return
     name = (recipe.get("optimizer") or {}).get("name", "")
     choice = choice_of(name) if name else None
-    if choice is not None and choice.averages_weights and manifest.metadata.get(ACCURACY) is None:
+    if choice is not None and choice.averages_weights:
         raise CheckpointError(
             f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
             "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "

@@ -24,7 +24,7 @@ _SIDES = (32, 64, 96, 128, 160, 192, 224)
 _LONG = 7_500
 _WANTED_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1_500, 30, 100
 # Images, and the batch up to there.
-_BATCHES = ((1_000, 16), (5_000, 32), (20_000, 64), (100_000, 128))
+_BATCHES = ((64, 8), (1_000, 16), (5_000, 32), (20_000, 64), (100_000, 128))
 _LARGEST_BATCH = 256
 _NAMED = 5
 # Which YAML takes for something other than text.
@@ -85,14 +85,14 @@ def _sections(found: Survey) -> list[str]:
     split = found.layout.eval is None
     images = round(sum(found.train) * (1 - EVAL_SHARE)) if split else sum(found.train)
     batch = next((size for most, size in _BATCHES if images <= most), _LARGEST_BATCH)
-    steps_per_epoch = math.ceil(images / batch)
+    steps_per_epoch = max(1, images // batch)
     epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, round(_WANTED_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
     is_long = steps >= _LONG
     side = _side(found)
     warm_up = [f"  # {steps:,} steps are few: this makes the warm-up a share of them.", "  beta2: auto"]
     return [
-        *_data(found, side, split, is_long),
+        *_data(found, side, split, is_long, images, batch),
         *_model(side, images),
         "optimizer:",
         "  lr: 0.01",
@@ -122,7 +122,7 @@ def _is_uniform(found: Survey) -> bool:
     return same and width == height and width <= _SMALL_SIDE
 
 
-def _data(found: Survey, side: int, split: bool, is_long: bool) -> list[str]:
+def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, batch: int) -> list[str]:
     layout = found.layout
     root = layout.root / layout.train if split and layout.train else layout.root
     lines = ["data:", "  name: imagefolder", f"  root: {_value(str(root))}"]
@@ -160,7 +160,10 @@ def _data(found: Survey, side: int, split: bool, is_long: bool) -> list[str]:
     if found.bad:
         share = min(0.5, math.ceil(200 * len(found.bad) / found.looked_at) / 100)
         lines += ["  # Named above: mend or remove them. They are skipped and counted.", f"  max_bad_share: {share}"]
-    lines += ["  # Ranks share a batch in blocks of so many.", "  block: 4"]
+    # A split by hashes may leave fewer for training than are expected.
+    if images >= 2 * batch:
+        lines += ["  # The rest of an epoch, of a few images, would upset batch normalisation.", "  drop_last: true"]
+    lines += [f"  # Up to {max(1, batch // 2)} ranks share a batch.", "  block: 2"]
     return [*lines, f"  workers: {min(8, max(1, cores_here() - 1))}"]
 
 
@@ -182,7 +185,7 @@ def _augment(is_long: bool, steps: int) -> list[str]:
         return [*lines, f"  # {steps:,} steps are enough for TrivialAugment and CutMix, which are on."]
     return [
         *lines,
-        f"  # In {steps:,} steps both cost accuracy (configs/studies/results/small_folder); they pay in long runs.",
+        f"  # In {steps:,} steps both cost accuracy (configs/studies/results/small_folder); they are for long runs.",
         "  trivial: false",
         "  cutmix: false",
     ]

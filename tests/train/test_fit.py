@@ -1,6 +1,7 @@
 """`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -187,3 +188,23 @@ def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_eval
     assert right / 64 == result.rows[-1]["eval_accuracy"]
     with pytest.raises(ValueError, match=r"your own.*load\(RUN, model="):
         robust_dist.load(tmp_path)
+
+
+def test_a_notebook_s_cell_shows_the_progress_bar(tmp_path):
+    pytest.importorskip("ipykernel")
+    from jupyter_client.manager import run_kernel
+
+    words = [word for word in NAMED if word not in ("--tracking.progress", "false")]
+    cell = (
+        "from robust_dist.train import fit\n"
+        "from robust_dist.train.recipe import parse_recipe\n"
+        f"print(fit(parse_recipe({words + ['--epochs', '1']!r}), run_dir='run').best['eval_samples'])\n"
+    )
+    shown = []
+    with run_kernel(kernel_name="python3", cwd=str(tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"}) as client:
+        client.execute_interactive(cell, timeout=300, output_hook=lambda message: shown.append(message["content"]))
+    text = "".join(content.get("text", "") for content in shown) + str(
+        [c.get("evalue") for c in shown if "evalue" in c]
+    )
+    assert "359\n" in text
+    assert "/12 [" in text

@@ -151,6 +151,28 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
         read_published("resnet20", "DEFAULT", 10, 3, {})
 
 
+def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
+    huggingface = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(huggingface, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface, "HF_HUB_CACHE", str(tmp_path))
+    entries = build_model("timm/test_vit", 1000).state_dict()
+    place = tmp_path / "models--timm--test_vit.r160_in1k"
+    for folder in ("refs", f"snapshots/{'a' * 40}"):
+        (place / folder).mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    save_file(entries, place / "snapshots" / ("a" * 40) / "model.safetensors")
+    recipe = Recipe(model=ModelConfig("timm/test_vit", weights="DEFAULT"))
+    model = recipe.model.build(10, 3, seed=0)
+    head = model.head.weight.clone()
+    found = read_published("timm/test_vit", "DEFAULT", 10, 3, {})
+    begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
+    assert "its classes are 1,000, here are 10: the head (head) is a new one of 10" in begun.lines[0]
+    assert "trained on images of mean [0.5, 0.5, 0.5]" in begun.warnings[0]
+    assert torch.equal(model.head.weight, head)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))
+
+
 def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     huggingface = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -217,7 +239,10 @@ def test_a_head_without_a_rate_of_its_own_is_refused(optimizer, model, named):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--init_from", "a", "--model.weights", "b"], "init_from='a' is not valid: it must be null"),
+        (
+            ["--init_from", "a", "--model.weights", "b"],
+            "init_from='a' is not valid: it must be left out with model.weights='b'",
+        ),
         (["--init_checkpoint", "best"], "init_checkpoint='best'"),
         (["--init_checkpoint", "first", "--init_from", "a"], "it must be last, best or a step"),
         (["--optimizer.head_lr_mult", "-1"], "optimizer.head_lr_mult"),

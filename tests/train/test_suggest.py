@@ -38,7 +38,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
         "--run_dir",
         str(tmp_path / "run"),
         "--epochs",
-        "2",
+        "3",
         "--batch_size",
         "8",
         "--tracking.trackers",
@@ -81,7 +81,8 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
         "std": recipe["data"]["std"],
         "exif": "on",
         "max_bad_share": 0.09,
-        "block": 4,
+        "drop_last": True,
+        "block": 2,
         "workers": 0,
     }
     told = "\n".join(said)

@@ -1,0 +1,269 @@
+"""`module:Name` in a recipe or a study: your own code is imported, and no other.
+
+Taken are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line names
+with `--import`. What Python itself or an installed package brings is refused, unless it is named there.
+"""
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_NAME = re.compile(rf"{_MODULE.pattern}:[^\W\d]\w*")
+_INSTALLED = {"site-packages", "dist-packages"}
+# What makes a folder a run's, or an export's.
+_RUNS = (("recipe.yaml", "checkpoints"), ("model.json", "model.safetensors"))
+_found: dict[str, Any] = {}
+# Modules that the command line has named.
+named: set[str] = set()
+
+
+class OwnCodeError(ValueError):
+    """A name of a recipe that cannot be imported, or whose value is not what the key wants."""
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--import MODULE` on a command's parser, as `imports`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="take names (MODULE:NAME) of this installed module, too; else only of your own files",
+    )
+
+
+def is_name(value: str) -> bool:
+    """Whether a value is written as `module:Name`."""
+    return ":" in value
+
+
+def check_form(key: str, value: str) -> None:
+    """Refuse a `module:Name` that is misspelt; nothing is imported.
+
+    Raises:
+        OwnCodeError: It is no dotted module, colon and name.
+    """
+    if not _NAME.fullmatch(value):
+        raise OwnCodeError(f"{key}={value!r} is not valid: write MODULE:NAME, as in my_code:Net or my_package.nets:Net")
+
+
+def allow(modules: Iterable[str]) -> None:
+    """Take names of these modules, and of what lies below them, wherever they are installed.
+
+    Raises:
+        OwnCodeError: One is no dotted name of a module.
+    """
+    for module in modules:
+        if not _MODULE.fullmatch(module):
+            raise OwnCodeError(f"--import {module}: write the dotted name of a module, as in --import timm.models")
+        named.add(module)
+
+
+def load(key: str, value: str) -> Any:
+    """What a `module:Name` stands for; the module is imported where that is allowed.
+
+    Args:
+        key: The recipe's key, for messages.
+        value: The name.
+
+    Raises:
+        OwnCodeError: The module is not one's own, is not there or cannot be imported; or it has no such name.
+    """
+    if value not in _found:
+        check_form(key, value)
+        module, _, name = value.partition(":")
+        held = _imported(key, value, module)
+        if not hasattr(held, name):
+            close = get_close_matches(name, [one for one in vars(held) if not one.startswith("__")], n=3)
+            guess = f"; did you mean {' or '.join(f'{module}:{one}' for one in close)}?" if close else ""
+            raise OwnCodeError(f"{key}={value!r}: {held.__file__ or module} has no name {name!r}{guess}")
+        _found[value] = getattr(held, name)
+    return _found[value]
+
+
+def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what a name stands for.
+
+    Raises:
+        OwnCodeError: It does not take these arguments, or fails; names the line.
+    """
+    check_call(key, value, function, *args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # The user's code can raise anything.
+        raise OwnCodeError(f"{key}={value!r} failed: {_where(error)}") from error
+
+
+def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Refuse what does not take these arguments; it is not called."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        words = [type(arg).__name__ for arg in args] + [f"{name}={one!r}" for name, one in kwargs.items()]
+        name = value.partition(":")[2]
+        raise OwnCodeError(
+            f"{key}={value!r} cannot be called as {name}({', '.join(words)}), as its signature is {name}{signature}: "
+            f"{error}"
+        ) from None
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function or class has a parameter of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def takes_any(function: Callable[..., Any]) -> bool:
+    """Whether a function or class takes keyword arguments of any name."""
+    try:
+        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:
+    """The error of a name whose value is of another kind than the key wants."""
+    what = f"the {type(found).__name__} {found.__name__}" if hasattr(found, "__name__") else f"a {type(found).__name__}"
+    return OwnCodeError(f"{key}={value!r} is {what}; it must be {wanted}")
+
+
+def source_of(value: str) -> tuple[str, str]:
+    """File and SHA-256 of the module that defines what a loaded name stands for; ("", "") where it has no file."""
+    module = sys.modules[value.partition(":")[0]]
+    defined = sys.modules.get(getattr(_found[value], "__module__", ""), module)
+    # What an own module has from an installed package is told by the own one.
+    ours = defined if defined.__name__.partition(".")[0] == module.__name__.partition(".")[0] else module
+    if ours.__file__ is None:
+        return "", ""
+    return ours.__file__, hashlib.sha256(Path(ours.__file__).read_bytes()).hexdigest()
+
+
+def folders() -> list[Path]:
+    """Folders whose modules are one's own: the current one and those of PYTHONPATH, but none of a run or of Python."""
+    given = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    return [folder for folder in dict.fromkeys(path.absolute() for path in given) if not _is_foreign(folder)]
+
+
+def _is_foreign(folder: Path) -> bool:
+    real = folder.resolve()
+    pythons = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    if _INSTALLED & {*folder.parts, *real.parts} or real in pythons:
+        return True
+    return any(all((above / name).exists() for name in names) for above in (real, *real.parents) for names in _RUNS)
+
+
+def _imported(key: str, value: str, module: str) -> ModuleType:
+    importlib.invalidate_caches()
+    if not any(module == one or module.startswith(f"{one}.") for one in named):
+        _check_own(key, value, module)
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # An import can raise anything.
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise OwnCodeError(f"{key}={value!r}: there is no module {error.name!r}{_near(error.name)}") from None
+        raise OwnCodeError(f"{key}={value!r}: {module} cannot be imported: {_where(error)}") from error
+
+
+def _check_own(key: str, value: str, module: str) -> None:
+    """Refuse a module that is not one's own, before anything is imported."""
+    top = module.partition(".")[0]
+    folder = _folder_of(top)
+    if folder is None:
+        raise _refusal(key, value, top)
+    if str(folder) not in sys.path:
+        # At the end: a file of this folder must not stand in for a package that others import.
+        sys.path.append(str(folder))
+    spec = _spec(top)
+    if spec is None or not all(_lies_below(place, folder) for place in _places(spec)):
+        other = f" ({', '.join(_places(spec))})" if spec and _places(spec) else ""
+        raise OwnCodeError(
+            f"{key}={value!r}: Python has another module {top!r}{other}, which comes before the one in {folder}; "
+            "rename yours"
+        )
+
+
+def _folder_of(top: str) -> Path | None:
+    if top in sys.stdlib_module_names or top == "robust_dist":
+        return None
+    found = [(folder, PathFinder.find_spec(top, [str(folder)])) for folder in folders()]
+    # A folder without __init__.py is a package only where nothing else has its name.
+    whole = [folder for folder, spec in found if spec is not None and spec.origin is not None]
+    return next(iter(whole + [folder for folder, spec in found if spec is not None]), None)
+
+
+def _spec(top: str) -> ModuleSpec | None:
+    try:
+        return find_spec(top)
+    except ValueError:
+        return None
+
+
+def _places(spec: ModuleSpec) -> list[str]:
+    return [spec.origin] if spec.origin is not None else list(spec.submodule_search_locations or ())
+
+
+def _lies_below(place: str, folder: Path) -> bool:
+    path = Path(place)
+    return path.absolute().is_relative_to(folder) or path.resolve().is_relative_to(folder.resolve())
+
+
+def _refusal(key: str, value: str, top: str) -> OwnCodeError:
+    where = "in the current folder or in a folder of PYTHONPATH"
+    if _spec(top) is None and top not in sys.modules:
+        return OwnCodeError(
+            f"{key}={value!r}: there is no module {top!r}{_near(top)}. Names are taken of your own files and packages "
+            f"{where} ({_listed()}), and of installed modules that the command line names: --import MODULE"
+        )
+    return OwnCodeError(
+        f"{key}={value!r} is not taken: a recipe imports your own code and no other, and {top!r} is not yours. Name a "
+        f"file or package {where} ({_listed()}); or, for an installed module that you trust, add "
+        f"--import {value.partition(':')[0]} to the command line"
+    )
+
+
+def _listed() -> str:
+    return ", ".join(map(str, folders())) or "none here, as the current one is a run's or Python's own"
+
+
+def _near(module: str) -> str:
+    """The end of a message about a module that is not there: files with a name like it."""
+    there = [path.stem for folder in folders() for path in folder.glob("*.py")]
+    close = get_close_matches(module, there, n=2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _where(error: BaseException) -> str:
+    """An error with the last line of the user's own code that it came through."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{said.partition(' (')[0]} ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return f"{said} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else said
+
+
+def _is_users(file: str) -> bool:
+    path = Path(file)
+    installed = _INSTALLED & set(path.parts) or path.is_relative_to(Path(__file__).parent)
+    return not installed and any(_lies_below(file, folder) for folder in folders())
