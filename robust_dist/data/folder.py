@@ -38,6 +38,8 @@ class ImageFolderSource:
         split: by which these are one part of the folder's images; None where they are all of them.
     """
 
+    split: Split | None = None
+
     def __init__(
         self,
         folder: str,
@@ -60,7 +62,6 @@ class ImageFolderSource:
         self._folder_of = np.repeat(np.arange(len(below), dtype=np.int32), [len(one) for one in files])
         self._kind = Upright if upright else bytes
         self.group_sizes: tuple[int, ...] = (len(self._files),)
-        self.split: Split | None = None
 
     def __len__(self) -> int:
         return len(self._files)

@@ -82,7 +82,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(run):
 
 def test_a_checkpoint_of_another_recipe_is_named_and_not_used(run):
     recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 5"))
+    (run / "recipe.yaml").write_text(recipe.replace("\nseed: 0", "\nseed: 5"))
     before = names(run)
     code, output = train(1, *SAVING, "--seed", "5", "--run_dir", str(run))
     assert code == 2

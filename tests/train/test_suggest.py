@@ -38,7 +38,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
         "--run_dir",
         str(tmp_path / "run"),
         "--epochs",
-        "2",
+        "3",
         "--batch_size",
         "8",
         "--tracking.trackers",

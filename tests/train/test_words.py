@@ -106,7 +106,7 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: models start from fresh"),
+        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: model.weights says it"),
         ("resnet18", {"weights": "DEFAULT"}, "model.options.weights='DEFAULT' cannot be set"),
         ("resnet8", {"pretrained": True}, "model.options.pretrained=True cannot be set"),
         ("timm/test_vit", {"in_chans": 1}, "model.options.in_chans=1 cannot be set: it follows from the data"),
