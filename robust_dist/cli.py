@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--accelerate", metavar="FILE")
     train.set_defaults(run=_train, extra="train")
 
-    doctor = commands.add_parser("doctor", help="versions, devices, backends, what would go wrong and how to mend it")
+    doctor = commands.add_parser("doctor", help="installed versions, devices, backends; problems and their fixes")
     doctor.set_defaults(run=_doctor, extra="train")
 
     _add_verify_command(commands)
@@ -139,10 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
     recipe.set_defaults(run=_recipe, extra="train")
 
-    preview = commands.add_parser("preview", help="a PNG of what the augmentation does to your own data")
+    preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
-    preview.add_argument("--rows", type=int, default=8, help="samples to show (default: %(default)s)")
+    preview.add_argument("--rows", type=int, default=8, help="number of samples (default: %(default)s)")
     preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")
 
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.verify.__main__ import add_arguments
 
-    verify = commands.add_parser("verify", help="whether all is right on this machine, and how fast; writes a report")
+    verify = commands.add_parser("verify", help="check that everything works here, and how fast; writes a report")
     add_arguments(verify)
     verify.set_defaults(run=_verify, extra="train")
 
@@ -165,7 +165,7 @@ def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.bench.command import add_arguments
 
-    bench = commands.add_parser("bench", help="speed beside the peers and the limit, in one run")
+    bench = commands.add_parser("bench", help="speed compared with other libraries and the hardware's limit")
     add_arguments(bench)
     bench.set_defaults(run=_bench, extra="bench")
 
@@ -173,35 +173,35 @@ def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from robust_dist.plan.command import add_arguments
 
-    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which one to take")
+    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which engine to use")
     add_arguments(plan)
     plan.set_defaults(run=_plan, extra="train")
 
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    convert = commands.add_parser("convert", help="write a checkpoint again for another engine or number of ranks")
+    convert = commands.add_parser("convert", help="convert a checkpoint to another engine or number of ranks")
     convert.add_argument(
         "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"
     convert.add_argument("--to", required=True, metavar="ENGINE", help=engines)
-    convert.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that will load it")
+    convert.add_argument("--world-size", type=int, required=True, metavar="N", help="number of ranks that will load it")
     convert.add_argument(
         "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
     )
     convert.add_argument(
-        "--unwrap", action="store_true", help='take away the "module." that DDP put before every name of a file'
+        "--unwrap", action="store_true", help='remove the "module." that DDP puts before every name in a file'
     )
     convert.add_argument(
         "--form",
         choices=["accelerate", "trainer"],
-        help="whose load takes it: Accelerate's, Trainer's (default: as SRC)",
+        help="the loader it is written for: Accelerate's or Trainer's (default: as SRC)",
     )
     convert.set_defaults(run=_convert, extra="train")
 
     inspect = commands.add_parser(
-        "inspect", help="what a checkpoint holds, and whether it is whole (status 1: it is not)"
+        "inspect", help="show what a checkpoint holds and whether it is complete (status 1: it is not)"
     )
     inspect.add_argument("src", metavar="SRC", help="a checkpoint of any of these engines")
     inspect.set_defaults(run=_inspect, extra="train")

@@ -97,7 +97,7 @@ class Call:
         self.point(images=images)
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Give fields the addresses of tensors, made contiguous but for images."""
+        """Give fields the addresses of tensors, made contiguous except for images."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 kept = tensor if name in ("images", "out") else tensor.cpu().contiguous()

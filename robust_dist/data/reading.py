@@ -170,7 +170,7 @@ class Workers:
             sampler=self.requests,
             num_workers=workers,
             pin_memory=pin,
-            # A generator of its own, lest starting workers takes a number from the one that dropout draws from.
+            # Its own generator: starting workers must not take a number from the one that dropout uses.
             generator=torch.Generator(),
             **options,
         )
@@ -204,9 +204,9 @@ class Workers:
             if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
                 raise
             raise WorkersLostError(
-                f"a worker process that reads images is gone ({error}). Most often the system killed it for want of "
-                "memory, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the "
-                "container more shared memory"
+                f"a worker process that reads images is gone ({error}). Most often memory ran out and the system killed"
+                " it, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the"
+                " container more shared memory"
             ) from error
 
     def _started(self, loader: "DataLoader[Pack]") -> Iterator[Pack]:

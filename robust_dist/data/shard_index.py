@@ -116,7 +116,7 @@ def _stamp(shard: str) -> Stamp:
 
 
 def _save(file: Path, stamps: Sequence[Stamp], index: ShardIndex) -> None:
-    """Write beside the file and rename: whoever reads sees the old one or the new one, whole."""
+    """Write beside the file and rename: a reader sees the old file or the new one, complete."""
     arrays = {
         "stamps": np.frombuffer(json.dumps(stamps).encode(), dtype=np.uint8),
         "names": index.names.data,

@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
     runs.set_defaults(run=_runs, extra="train")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN", help="a run's folder, or one that `export` wrote")
+def _add_model(parser: argparse.ArgumentParser, others: str = "") -> None:
+    parser.add_argument("model", metavar="RUN", help=f"a run's folder, or one that `export` wrote{others}")
     parser.add_argument(
         "--checkpoint",
         default="last",
@@ -80,7 +80,7 @@ def _add_predict(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a trained model as files that need no run")
-    _add_model(export)
+    _add_model(export, "; or a checkpoint of your own loop, whose weights alone are written")
     export.add_argument("out", metavar="OUT", help="the folder to write; must not exist")
     export.add_argument(
         "--format",
@@ -189,10 +189,18 @@ def _print(text: Iterator[str], file: TextIO) -> None:
 
 
 def _export(words: argparse.Namespace) -> int:
-    from robust_dist.inference.export import export
-    from robust_dist.inference.trained import read
+    from robust_dist.inference.export import export, export_weights
+    from robust_dist.inference.trained import is_bare_checkpoint, read
 
     out = Path(words.out)
+    if is_bare_checkpoint(words.model):
+        if (words.format, words.checkpoint) != ("safetensors", "last"):
+            raise ValueError(
+                f"{words.model} is a checkpoint of your own loop, of which only the weights can be exported: leave "
+                "--format and --checkpoint out"
+            )
+        print(f"wrote {out}: {', '.join(export_weights(Path(words.model), out))}")
+        return 0
     names = export(read(words.model, checkpoint=words.checkpoint), out, words.format.split(","))
     print(f"wrote {out}: {', '.join(names)}")
     return 0

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 
+from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.extras import require
 from robust_dist.inference.output import check_new, new_folder
 from robust_dist.inference.trained import Trained
@@ -44,6 +45,30 @@ def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",
             FORMATS[name](trained, folder)
         (folder / RECORD).write_text(json.dumps(asdict(trained.record), indent=1) + "\n", encoding="utf-8")
     return sorted(path.name for path in out.iterdir())
+
+
+def export_weights(checkpoint: Path, out: Path) -> list[str]:
+    """Write the weights of a checkpoint of any training loop into a new folder, as `model.safetensors`.
+
+    Names are the model's own, dtypes those of the checkpoint; a parameter with several
+    names is written under each. `safetensors.torch.load_model(model, FILE)` takes it.
+
+    Args:
+        checkpoint: A folder, of any engine.
+        out: The folder; there must be none.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or torn.
+        FileExistsError: `out` is there.
+    """
+    check_new(out)
+    weights = read_weights(checkpoint)
+    with new_folder(out) as folder:
+        save_file({name: value.clone() for name, value in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    return [WEIGHTS]
 
 
 def _weights(trained: Trained, folder: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from robust_dist.checkpoint.layout import kinds_in
 from robust_dist.checkpoint.store import ACCURACY
 from robust_dist.documents import DocumentError, read_json, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
@@ -28,6 +29,7 @@ from robust_dist.train.run_weights import (
     data_of,
     evaluated_weights,
     mismatches,
+    run_of,
     why_none,
 )
 from robust_dist.train.settings import OWN
@@ -172,6 +174,13 @@ def read(
     if (folder / "recipe.yaml").is_file():
         return _read_run(folder, checkpoint, model, kind)
     raise ValueError(f"{folder}: {why_none(folder)}")
+
+
+def is_bare_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint that belongs to no run of ours."""
+    folder = Path(path).expanduser()
+    known = (folder / RECORD).is_file() or run_of(folder) is not None
+    return folder.is_dir() and not known and bool(kinds_in(folder))
 
 
 def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[Recipe]) -> Trained:

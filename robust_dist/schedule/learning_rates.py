@@ -1,4 +1,4 @@
-"""The learning rates of all param groups, beside whoever else sets them."""
+"""The learning rates of all param groups, when other code sets them, too."""
 
 import weakref
 from collections.abc import Callable
@@ -121,7 +121,7 @@ class LearningRates(GroupValues):
         """Put groups back that were on the curve, until all their settings were replaced without a load hook."""
         for group, base in self._whole():
             last = self._last(group)
-            # By identity: whoever sets the rate alone leaves this number.
+            # By identity: code that sets only the rate leaves this number.
             if last is not None and last.exact and group.get(self.initial_key) is not base:
                 self._set(group, base, rate_of(base))
 

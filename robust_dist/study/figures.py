@@ -172,7 +172,7 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     n, observed = len(differences), abs(float(np.mean(differences)))
     exact = 2**n <= _EXACT
     signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
-    # What ties but for rounding is as extreme.
+    # A tie within rounding counts as equally extreme.
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)

@@ -77,7 +77,7 @@ class Keys:
         """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
         known = [*self.values, *self.mappings, *self.sections]
         near = get_close_matches(name, known, n=2)
-        # Right but for its section, as `lr`.
+        # Right except that its section is missing, as in `lr`.
         near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
         return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from robust_dist import own_code
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.private import hidden, hidden_text
 from robust_dist.ranks.claim import FolderLostError
@@ -170,7 +171,7 @@ def _say_end(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
     print(f"curves: {os.path.join(recipe.run_dir, 'curves.png')}")
     if "tensorboard" in recipe.tracking.trackers:
         print(f"tensorboard: tensorboard --logdir {shlex.quote(os.path.join(recipe.run_dir, 'trackers'))}")
-    run = shlex.quote(recipe.run_dir)
+    run = "".join(f"--import {module} " for module in sorted(own_code.named)) + shlex.quote(recipe.run_dir)
     print(f"use it: robust-dist evaluate {run}; robust-dist predict {run} IMAGE ...")
 
 

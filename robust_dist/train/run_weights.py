@@ -21,11 +21,17 @@ _AVERAGE = "custom_checkpoint_0.pkl"
 _NAMED = 5
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+
+
 def why_none(folder: Path) -> str:
     """The reason why a folder is neither a run's nor an export."""
     if not folder.exists():
         return "there is no such folder"
-    above = next((one for one in folder.absolute().parents if (one / "recipe.yaml").is_file()), None)
+    above = run_of(folder)
     hint = "" if above is None else f"; it belongs to a run: name {above}"
     return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
 

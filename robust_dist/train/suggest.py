@@ -185,7 +185,7 @@ def _augment(is_long: bool, steps: int) -> list[str]:
         return [*lines, f"  # {steps:,} steps are enough for TrivialAugment and CutMix, which are on."]
     return [
         *lines,
-        f"  # In {steps:,} steps both cost accuracy (configs/studies/results/small_folder); they pay in long runs.",
+        f"  # In {steps:,} steps both cost accuracy (configs/studies/results/small_folder); they are for long runs.",
         "  trivial: false",
         "  cutmix: false",
     ]

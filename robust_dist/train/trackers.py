@@ -100,7 +100,7 @@ class Trackers:
         settings = {key: _scalar(value) for key, value in flatten(hidden(recipe_dict(self.recipe))).items()}
         for name in names:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One at a time, so that an error is known to be one's own.
+            # One at a time, so that an error can be blamed on the right one.
             self.accelerator.log_with, self.accelerator.trackers = [name], []
             options = {name: self._options(name, known.get(name), done)}
             try:

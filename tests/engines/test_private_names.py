@@ -1,15 +1,11 @@
-"""engines/README.md lists what we use of the libraries' insides, and nothing else is used."""
+"""engines/README.md lists the private interfaces of libraries that we depend on, and no other is used."""
 
 import ast
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = (
-    Path(ROOT, "robust_dist", "engines", "README.md")
-    .read_text()
-    .partition("## What we use of the libraries' insides")[2]
-)
+PAGE = Path(ROOT, "robust_dist", "engines", "README.md").read_text().partition("## Private interfaces we depend on")[2]
 
 
 def private_imports(path):

@@ -93,6 +93,28 @@ def test_weights_are_the_same_bits_in_every_engine_s_files(trained, tmp_path):
     assert all(torch.equal(value, wanted[key]) for key, value in read_weights(tmp_path / "zero3").items())
 
 
+def test_of_a_checkpoint_that_no_run_of_ours_wrote_the_weights_are_exported(trained, tmp_path, capsys):
+    for number, name in enumerate(("ddp", "fsdp2", "zero2", "zero3")):
+        place, _ = choose(RunFolder(trained.runs[name]), "last")
+        shutil.copytree(place, tmp_path / name)
+        out = tmp_path / f"{number}"
+        assert main(["export", str(tmp_path / name), str(out)]) == 0
+        model, _ = robust_dist.load(trained.runs[name])
+        found, wanted = load_file(out / "model.safetensors"), model.state_dict()
+        assert set(found) == set(wanted)
+        assert all(torch.equal(found[key].to(value.dtype), value) for key, value in wanted.items())
+    assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "0")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    for more in (["--format", "onnx"], ["--checkpoint", "best"]):
+        assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "new"), *more]) == 2
+        assert "only the weights can be exported" in capsys.readouterr().err
+    next((tmp_path / "ddp").glob("model*")).write_bytes(b"torn")
+    assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+    assert main(["evaluate", str(tmp_path / "fsdp2")]) == 2
+    assert "holds no recipe.yaml of a run" in capsys.readouterr().err
+
+
 def test_a_run_with_a_model_and_images_of_your_own_is_loaded_into_that_model(trained, tmp_path):
     run = shutil.copytree(trained.runs["ddp"], tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

@@ -49,7 +49,7 @@ def check_engine_config(engine: Any) -> None:
     What DeepSpeed does not use is not looked at: a section beside a client's object, a scheduler without an optimizer.
 
     Raises:
-        ValueError: As `check_config`, but for an "auto" in other sections and a client's optimizer.
+        ValueError: As `check_config`, except for an "auto" in other sections and a client's optimizer.
     """
     config = getattr(engine, "_config", None)
     written = getattr(config, "_param_dict", None)

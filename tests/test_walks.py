@@ -1,6 +1,7 @@
-"""A new user's walk: own model, data, optimizer, schedule and stages by name, then an own method in a study.
+"""New users' walks, in an environment that has the wheel and in a folder that holds the user's files and nothing else.
 
-It happens in an environment that has the wheel, in a folder that holds the files of configs/examples and nothing else.
+A student has a folder of pictures; an engineer a script and a DeepSpeed JSON (tests/walks); a researcher a model, data,
+an optimizer, a schedule and stages of their own (configs/examples), and a method for a study.
 """
 
 import ast
@@ -11,13 +12,26 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from robust_dist.train.recipe import parse_recipe
 from tests import fresh
 
 EXAMPLES = fresh.ROOT / "configs" / "examples"
 # What a user types; one process runs all of it, as the start of each would take seconds.
-COMMANDS = """
+STUDENT = """
+robust-dist recipe pictures --out pictures.yaml
+robust-dist train --config pictures.yaml --model.name resnet8 --data.size 16 --epochs 8 --run_dir runs/pictures
+robust-dist evaluate runs/pictures
+robust-dist predict runs/pictures pictures --format csv --out predictions.csv
+robust-dist export runs/pictures exported
+"""
+ENGINEER = """
+robust-dist inspect checkpoint
+robust-dist export checkpoint exported
+"""
+RESEARCHER = """
 robust-dist train {own} --batch_size 128 --epochs 2 --optimizer.lr 0.003 --run_dir runs/own
 robust-dist evaluate runs/own
 robust-dist predict runs/own stripes.png --format csv --out predicted.csv
@@ -35,6 +49,47 @@ if __name__ == "__main__":
         if status:
             sys.exit(status)
 """
+
+
+def walk(folder, commands, afterwards=""):
+    """What the commands print, and then the piece of Python."""
+    (folder / "drive.py").write_text(DRIVER + afterwards)
+    status, said = fresh.run("drive.py", commands, cwd=folder)
+    assert status == 0, said
+    return said
+
+
+def test_a_student_s_folder_of_pictures_leads_to_predictions_and_a_model_in_use(tmp_path):
+    for level, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(12):
+            picture = Image.new("RGB", (24, 20), (80 * level + number, 200 - 80 * level, 60))
+            picture.save(tmp_path / "pictures" / name / f"{number}.png")
+    use = """
+    import robust_dist
+
+    model, preprocess = robust_dist.load("exported")
+    print("is", preprocess.classes[model(preprocess("pictures/bee/3.png")[None]).argmax()])
+"""
+    said = walk(tmp_path, STUDENT, use)
+    assert ", the same)" in said
+    assert said.splitlines()[-1] in ("is ant", "is bee", "is cat")
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 36
+    assert (tmp_path / "exported" / "model.json").is_file()
+
+
+def test_an_engineer_s_script_with_a_deepspeed_json_leads_to_an_exported_model(tmp_path):
+    pytest.importorskip("deepspeed")
+    shutil.copytree(fresh.ROOT / "tests" / "walks", tmp_path, dirs_exist_ok=True)
+    words = ["--num_processes", "2", "--use_deepspeed", "--deepspeed_config_file", "ds.json", "train.py"]
+    status, said = fresh.run("-m", "accelerate.commands.launch", *words, cwd=tmp_path)
+    assert status == 0, said
+    said = walk(tmp_path, ENGINEER)
+    assert "exp_avg_sq: 4 tensors" in said
+    found, logits = load_file(tmp_path / "exported" / "model.safetensors"), torch.load(tmp_path / "logits.pt")
+    outputs = torch.nn.functional.conv2d(torch.ones(1, 3, 16, 16), found["0.weight"], found["0.bias"], stride=2).relu()
+    outputs = outputs.flatten(1) @ found["3.weight"].T + found["3.bias"]
+    torch.testing.assert_close(outputs, logits)
 
 
 def words_of(path):
@@ -72,11 +127,8 @@ def walked(tmp_path_factory):
     from torchvision.transforms.functional import to_pil_image
 
     to_pil_image(image).save(folder / "stripes.png")
-    (folder / "drive.py").write_text(DRIVER)
     own = list(dict.fromkeys(word for path in scripts() for word in words_of(path)[2:]))
-    status, said = fresh.run("drive.py", COMMANDS.format(own=shlex.join(["--config", "quickstart", *own])), cwd=folder)
-    assert status == 0, said
-    return folder, said
+    return folder, walk(folder, RESEARCHER.format(own=shlex.join(["--config", "quickstart", *own])))
 
 
 def test_own_parts_train_and_the_model_is_used_by_the_next_commands(walked):
