@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "robust_dist"
 # Private by name, and documented all the same; torch's own optimizers are written with its _foreach functions.
-DOCUMENTED = re.compile(r"_(exit|getframe|current_frames|fields|foreach_\w+)$")
+DOCUMENTED = re.compile(r"_(asdict|exit|getframe|current_frames|fields|foreach_\w+)$")
 ENGINES = {"ddp", "fsdp", "fsdp1", "fsdp2", "hsdp", "deepspeed", "zero0", "zero1", "zero2", "zero3"}
 
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from robust_dist.engines.accelerate import EngineError, _check_optimizer
-from robust_dist.optim import RAdaBeliefW
+from robust_dist.engines.accelerate import EngineError, check
 from robust_dist.optim.reference import rectification, reference_step
 from robust_dist.train.baselines import NAG, PaperAdam
 from robust_dist.train.build import build_optimizer, build_schedule
@@ -203,18 +203,13 @@ def test_schedule_free_goes_with_a_constant_schedule_and_without_an_average_of_i
 
 
 def test_an_engine_that_puts_another_optimizer_in_the_place_of_the_recipe_s_is_found_out():
-    class Accelerator:
-        _optimizers = ()
-
-    weight = nn.Parameter(torch.zeros(2))
-    ours, theirs = PaperAdam([weight]), torch.optim.AdamW([weight])
-    accelerator = Accelerator()
-    accelerator._optimizers = [ours]
-    _check_optimizer(accelerator, ours, PaperAdam)
+    weight, accelerator = nn.Parameter(torch.zeros(2)), Accelerator(cpu=True)
+    ours, theirs = accelerator.prepare(PaperAdam([weight]), torch.optim.AdamW([weight]))
+    check(accelerator, ours, optimizer_class=PaperAdam)
     with pytest.raises(EngineError, match=r"torch\.optim\.adamw\.AdamW, not PaperAdam"):
-        _check_optimizer(accelerator, theirs, PaperAdam)
+        check(accelerator, theirs, optimizer_class=PaperAdam)
     with pytest.raises(EngineError, match=r"PaperAdam, not RAdaBeliefW"):
-        _check_optimizer(accelerator, ours, RAdaBeliefW)
+        check(accelerator, ours)
 
 
 def test_a_recipe_reaches_the_options_that_save_memory():

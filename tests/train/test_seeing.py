@@ -39,7 +39,7 @@ def run(folder, *, profile=False, epochs=1, **tracking):
     """The rows of epochs of 12 steps, in this process."""
     AcceleratorState._reset_state(True)
     recipe = Recipe(
-        model=ModelConfig("resnet8", {"stem_stride": 2}),
+        model=ModelConfig("resnet8"),
         optimizer=OptimizerConfig(lr=0.05),
         checkpoint=CheckpointConfig(keep=9),
         tracking=TrackingConfig(**{"trackers": [], "progress": False} | tracking),
