@@ -67,7 +67,7 @@ def _run(path: Path, name: str) -> Run:
     name, folder = path.absolute().name if name == "." else name, RunFolder(path)
     try:
         recipe = typed(read_yaml(path / "recipe.yaml").data, dict[str, Any], str(path / "recipe.yaml"))
-        flat = flatten(recipe_dict(Recipe())) | flatten(recipe)
+        flat = keys_of(Recipe).in_our_words(flatten(recipe_dict(Recipe())) | flatten(recipe))
         rows = folder.metrics()
         stops = EarlyStoppingConfig(**{name: flat[f"{_STOPS}.{name}"] for name in vars(EarlyStoppingConfig())})
     except (DocumentError, ValueError, TypeError) as error:
