@@ -25,7 +25,7 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _NAME = re.compile(rf"{_MODULE.pattern}:[^\W\d]\w*")
 _INSTALLED = {"site-packages", "dist-packages"}
 # What makes a folder a run's, or an export's.
-_RUNS = (("recipe.yaml", "checkpoints"), ("model.json", "model.safetensors"))
+_RUNS = (("recipe.yaml", "data.json", "checkpoints"), ("model.json", "model.safetensors"))
 _found: dict[str, Any] = {}
 # Modules that the command line has named.
 named: set[str] = set()

@@ -1,12 +1,15 @@
 """`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
 
+import importlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -18,7 +21,7 @@ from robust_dist.train import main
 from robust_dist.train.fit import fit, image_set
 from robust_dist.train.folder import RunFolderError
 from robust_dist.train.metrics import without_measured
-from robust_dist.train.recipe import parse_recipe
+from robust_dist.train.recipe import PrecisionConfig, parse_recipe
 from tests.forked import python
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05"]
@@ -164,14 +167,20 @@ def example():
     return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
 
 
-def test_the_page_s_example_trains_on_two_ranks(tmp_path):
+def test_the_page_s_example_trains_on_two_ranks_and_the_process_may_train_again_in_another_precision(tmp_path):
     script = tmp_path / "own.py"
-    script.write_text(example())
+    again = """
+    recipe = parse_recipe(["--batch_size", "64", "--epochs", "1", "--precision.mixed", "bf16"])
+    again = fit(recipe, model=Small, train_set=(images, labels), eval_set=(images, labels), run_dir="runs/again")
+    assert {"run_dir", "checkpoint", "metrics", "curves", "recipe"} <= again.paths.keys()
+"""
+    script.write_text(example() + again.removeprefix("\n"))
     config = Path(__file__).parents[2] / "configs/accelerate/cpu.yaml"
     code, said = python("-m", "accelerate.commands.launch", "--config_file", config, script, cwd=tmp_path)
     assert code == 0, said[-2000:]
-    assert "2 ranks" in said
+    assert said.count("2 ranks") == 2
     assert len((tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs/again/metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_evaluated(tmp_path):
@@ -179,7 +188,8 @@ def test_a_run_of_own_parts_is_loaded_with_its_model_and_predicts_as_it_was_eval
     images = (labels.view(-1, 1, 1, 1) * 60 + torch.arange(3).view(3, 1, 1)).expand(64, 3, 8, 8).byte().contiguous()
     model = Flat(4, side=8)
     recipe = parse_recipe([*WORDS, "--batch_size", "16", "--epochs", "3"])
-    result = fit(recipe, model=model, train_set=(images, labels), eval_set=(images, labels), run_dir=tmp_path)
+    sets = {"train_set": (images, labels), "eval_set": (images, labels)}
+    result = fit(recipe, model=model, **sets, run_dir=tmp_path)
     own, preprocess = robust_dist.load(tmp_path, model=model)
     with torch.no_grad():
         right = sum(
@@ -208,3 +218,34 @@ def test_a_notebook_s_cell_shows_the_progress_bar(tmp_path):
     )
     assert "359\n" in text
     assert "/12 [" in text
+
+
+def test_a_process_may_train_again_in_another_precision_unless_its_own_accelerator_has_one(tmp_path):
+    images, labels = torch.zeros(64, 3, 8, 8, dtype=torch.uint8), torch.arange(64) % 4
+    words = {
+        "model": lambda classes: Flat(classes, side=8),
+        "train_set": (images, labels),
+        "eval_set": (images, labels),
+    }
+    for precision in ("no", "bf16"):
+        recipe = parse_recipe([*WORDS, "--epochs", "1", "--batch_size", "32", "--precision.mixed", precision])
+        assert fit(recipe, **words, run_dir=tmp_path / precision).rows[0]["eval_samples"] == 64
+    Accelerator(cpu=True)
+    try:
+        with pytest.raises(ValueError, match=r"precision.mixed='bf16', and this process has an Accelerator of its own"):
+            fit(recipe, **words, run_dir=tmp_path / "third")
+        assert fit(replace(recipe, precision=PrecisionConfig()), **words, run_dir=tmp_path / "third").rows
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_fit_is_one_function_by_both_of_its_paths():
+    import robust_dist.train
+
+    assert robust_dist.train.fit is fit
+    assert importlib.import_module("robust_dist.train.fit").fit is fit
+
+
+def test_stages_of_a_recipe_and_an_augmentation_of_a_call_do_not_go_together():
+    with pytest.raises(ValueError, match=r"augment is given, and the recipe has stages of its own \(mine:stage\)"):
+        fit(parse_recipe([*NAMED, "--augment.before", "[mine:stage]"]), augment=lambda images, labels, keys: None)

@@ -9,9 +9,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from robust_dist import own_code
+import robust_dist
+from robust_dist import RobustAugment, own_code
+from robust_dist.data.image_set import ImageSet
 from robust_dist.models import build_model
+from robust_dist.preview import columns
+from robust_dist.study.outcome import chance_of
 from robust_dist.study.parse import load_study
+from robust_dist.train.augment_config import own_stage
+from robust_dist.train.build import open_sets
 from robust_dist.train.main import train
 from robust_dist.train.optimizers import OptimizerConfig, choice_of
 from robust_dist.train.own import check_own
@@ -90,6 +96,30 @@ class Twice(nn.Module):
     def forward(self, images, targets, keys):
         return images * 2, targets
 """
+SOURCE = """
+import io
+from PIL import Image
+from robust_dist.train.data_config import SourceChoice
+
+class Squares:
+    name, classes, group_sizes = "squares", ("dark", "red"), (8,)
+
+    def __len__(self):
+        return 8
+
+    def read(self, index):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), (200 * (index % 2), 0, 0)).save(file, "PNG")
+        return file.getvalue(), index % 2
+
+    def where(self, index):
+        return f"square {index}"
+
+def open_squares(data, part, classes, download, shade=0):
+    return Squares()
+
+choice = SourceChoice(open=open_squares)
+"""
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false"]
 
 
@@ -102,6 +132,7 @@ def folder(tmp_path_factory):
     (place / "wrong_syntax.py").write_text("x = 1\ndef f(:\n")
     (place / "needs_more.py").write_text("import a_package_that_is_not_there\n")
     (place / "leaves.py").write_text("import sys\nsys.exit(3)\n")
+    (place / "mysource.py").write_text(SOURCE)
     (place / "json.py").write_text("raise SystemExit('the own json was imported')\n")
     (place / "yaml.py").write_text("raise SystemExit('the own yaml was imported')\n")
     (place / "nets" / "inner").mkdir(parents=True)
@@ -227,6 +258,7 @@ def test_a_folder_of_pythonpath_counts_and_one_of_installed_packages_does_not(tm
 
 def test_a_run_s_own_folder_is_no_place_of_code(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "data.json").touch()
     (tmp_path / "recipe.yaml").write_text("model: {name: planted:Net}\n")
     (tmp_path / "planted.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.chdir(tmp_path)
@@ -265,6 +297,9 @@ def test_a_run_of_own_parts_notes_their_source_and_warns_once_where_it_has_chang
     assert noted["augment.before=changing:noise"]["file"] == str(folder / "changing.py")
     assert "name: mycode:Net" in (tmp_path / "recipe.yaml").read_text()
     assert json.loads((tmp_path / "data.json").read_text())["classes"] == list("0123")
+    assert chance_of(asked, tmp_path) == 0.25
+    model, preprocess = robust_dist.load(tmp_path)
+    assert (type(model).__name__, preprocess.classes) == ("Net", tuple("0123"))
     with (folder / "changing.py").open("a") as file:
         file.write("# Changed.\n")
     capsys.readouterr()
@@ -272,6 +307,30 @@ def test_a_run_of_own_parts_notes_their_source_and_warns_once_where_it_has_chang
     assert capsys.readouterr().out.count("changing.py has changed since this run was last started") == 1
     assert train(asked) == rows
     assert "has changed" not in capsys.readouterr().out
+
+
+def test_files_of_one_s_own_are_read_by_the_source_that_is_named_with_the_keys_of_all_files():
+    words = ["--data.name", "mysource:choice", "--data.size", "16", "--data.workers", "0", "--data.options.shade", "1"]
+    train_set, _ = open_sets(recipe(*words).data, torch.device("cpu"), download=False)
+    first = train_set.first_samples(0, 0, 4, 4)
+    assert first.images.shape == (4, 3, 16, 16)
+    assert [bool(image[0].any()) for image in first.images] == [bool(label) for label in first.labels]
+    with pytest.raises(ValueError, match=r"data.options=\{'colour': 1\} do not suit data.name='mysource:choice'"):
+        check_own(recipe(*words[:2], "--data.options.colour", "1"))
+
+
+def test_the_preview_has_a_column_for_each_stage_of_one_s_own_before_the_crop():
+    images = ImageSet(
+        torch.arange(12 * 64, dtype=torch.int64).remainder(255).byte().view(4, 3, 8, 8),
+        torch.arange(4),
+        tuple("abcd"),
+        "s",
+    )
+    augment = RobustAugment(4, 8, (0.5,) * 3, (0.5,) * 3, crop=1, flip=False, trivial=False, cutmix=False)
+    before = {"mycode:flipped": own_stage("augment.before", "mycode:flipped")}
+    found = columns(images, augment, rows=2, seed=0, epoch=0, size=4, before=before)
+    assert [column.title for column in found] == ["as stored", "mycode:flipped", "crop"]
+    assert torch.equal(found[1].images, found[0].images.flip(3))
 
 
 def test_a_study_takes_own_names_and_refuses_a_wrong_one_with_its_cell(tmp_path):
