@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--cuda-graph", action="store_true", help="with the step captured in a CUDA graph, too")
     _add_device(train)
     data = _add(kinds, "data", "reading images that do not fit a device, beside torchvision, datasets, webdataset")
-    data.add_argument("--images", type=int, default=2_000, help="images that are made (default: %(default)s)")
+    data.add_argument("--images", type=int, help="images that are made of each size; by the size where not given")
+    sizes = ("500x375", "1600x1200", "4000x3000")
+    data.add_argument("--size", nargs="+", choices=sizes, default=sizes[:1], help="of the images, a table each")
+    data.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="of the images (default: %(default)s)")
     data.add_argument("--workers", type=int, help="processes that read; as many as cores where not given")
     data.add_argument("--step-ms", type=float, help="what the consumer takes for a batch, where data wait counts")
     _add(kinds, "checkpoint", "what a checkpoint costs training")
@@ -101,7 +104,8 @@ def _train(words: argparse.Namespace) -> str:
 def _data(words: argparse.Namespace) -> str:
     from robust_dist.bench.data import bench_data
 
-    return bench_data(images=words.images, workers=words.workers, rounds=words.rounds, step_ms=words.step_ms)
+    given = {name: getattr(words, name) for name in ("images", "workers", "rounds", "step_ms", "format")}
+    return "\n\n".join(bench_data(size=size, **given) for size in words.size)
 
 
 def _checkpoint(words: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,17 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.bench.data_files import Files, write_files
+from robust_dist.bench.data_files import CLASSES, KINDS, USUAL, Files, write_files
 from robust_dist.bench.timing import Timing, interleaved, machine
 from robust_dist.extras import require
 from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 
 SIZE = 224
-BATCH = 64
 LOAD = 0.8
 YARDSTICK = "torchvision ImageFolder, DataLoader"
+EXACT, FAST, CACHED = (f"Loader (ours), image folder{how}" for how in ("", ", fast", ", fast, cache"))
+TORCHVISION_IO = "torchvision ImageFolder, its own decoder, DataLoader"
+PURPOSE = "the data benchmark"
+# Pictures whose levels are compared.
+COMPARED = 20
 
+# What limits contenders that decode exactly, and fast.
+LIMITS = {False: "decode and crop", True: "fast decode and crop"}
 Epoch = Callable[[], Iterator[Tensor]]
 
 
@@ -50,7 +57,7 @@ class Row:
 
 
 def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
-    """Epochs of our Loader over each format, by name.
+    """Epochs of our Loader over each format, and by each decoder over the image folder, by name.
 
     Args:
         files: The images.
@@ -59,25 +66,39 @@ def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
     """
     from robust_dist.data.folder import open_image_folder
     from robust_dist.data.hub import open_hub
+    from robust_dist.data.image_cache import cache_for
     from robust_dist.data.shards import open_webdataset
 
+    folder, batch = open_image_folder(files.folder), files.kind.batch
+    kept = cache_for(folder, "bench", _crop(), fast=True, folder=root / "decoded", most_bytes=2**40)
+    kept.begin()
+    found = {
+        EXACT: _stream(folder, workers, batch),
+        FAST: _stream(folder, workers, batch, fast=True),
+        CACHED: _stream(folder, workers, batch, fast=True, cache=kept),
+    }
+    if files.parquet is None:
+        return found
     cache, spool = str(root / "cache"), str(root / "spool")
     sources = {
-        "Loader (ours), image folder": open_image_folder(files.folder),
         "Loader (ours), Hugging Face Arrow": open_hub(str(files.parquet), "train", cache_dir=cache),
         "Loader (ours), parquet streamed": open_hub(str(files.parquet), "train", streaming=True, spool_dir=spool),
         "Loader (ours), WebDataset shards": open_webdataset(files.shards),
     }
-    return {name: _stream(source, workers) for name, source in sources.items()}
+    return found | {name: _stream(source, workers, batch) for name, source in sources.items()}
 
 
-def _stream(source: Any, workers: int) -> Epoch:
-    from robust_dist.data.batches import Cut
+def _crop() -> Any:
     from robust_dist.data.crops import RandomCrop
+
+    return RandomCrop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3))
+
+
+def _stream(source: Any, workers: int, batch: int, **how: Any) -> Epoch:
+    from robust_dist.data.batches import Cut
     from robust_dist.data.stream_set import StreamSet
 
-    crop = RandomCrop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3))
-    loader = StreamSet(source, crop, torch.device("cpu"), workers=workers).loader(Cut(BATCH, seed=0))
+    loader = StreamSet(source, _crop(), torch.device("cpu"), workers=workers, **how).loader(Cut(batch, seed=0, block=1))
     numbers = count()
 
     def epoch() -> Iterator[Tensor]:
@@ -95,36 +116,61 @@ def peers(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
         root: A folder for caches.
         workers: Processes that read.
     """
-    return {
+    found = {
         YARDSTICK: _torchvision(files, workers),
-        'datasets, format "torch", DataLoader': _datasets(files, root, workers),
-        "webdataset, WebLoader": _webdataset(files, workers),
+        TORCHVISION_IO: _torchvision_io(files, workers),
     }
+    if files.parquet is not None:
+        found['datasets, format "torch", DataLoader'] = _datasets(files, root, workers)
+        found["webdataset, WebLoader"] = _webdataset(files, workers)
+    return found
 
 
 def _torchvision(files: Files, workers: int) -> Epoch:
-    image_folder = require("torchvision.datasets", extra="bench", purpose="the data benchmark").ImageFolder
-    return _first_of_pairs(_loader(image_folder(files.folder, _pil_crop()), workers))
+    image_folder = require("torchvision.datasets", extra="bench", purpose=PURPOSE).ImageFolder
+    return _first_of_pairs(_loader(image_folder(files.folder, _pil_crop()), workers, files.kind.batch))
+
+
+def _torchvision_io(files: Files, workers: int) -> Epoch:
+    image_folder = require("torchvision.datasets", extra="bench", purpose=PURPOSE).ImageFolder
+    v2 = require("torchvision.transforms.v2", extra="bench", purpose=PURPOSE)
+    crop = v2.RandomResizedCrop(SIZE, antialias=True)
+    return _first_of_pairs(_loader(image_folder(files.folder, crop, loader=_read_tensor), workers, files.kind.batch))
+
+
+def _read_tensor(path: str) -> Tensor:
+    """By torchvision's own decoder, uint8 [3, H, W]."""
+    return _decoded(require("torchvision.io", extra="bench", purpose=PURPOSE).read_file(path))
+
+
+def _decoded(encoded: Tensor) -> Tensor:
+    tv = require("torchvision.io", extra="bench", purpose=PURPOSE)
+    with warnings.catch_warnings():
+        # torchvision 0.29 announces that TorchCodec will take its decoders over.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        image: Tensor = tv.decode_image(encoded, tv.ImageReadMode.RGB)
+    return image
 
 
 def _datasets(files: Files, root: Path, workers: int) -> Epoch:
-    datasets = require("datasets", extra="bench", purpose="the data benchmark")
+    datasets = require("datasets", extra="bench", purpose=PURPOSE)
     table = datasets.load_dataset(str(files.parquet), split="train", cache_dir=str(root / "cache"))
-    return _first_of_pairs(_loader(table.with_format("torch"), workers, collate_fn=_crop_and_stack))
+    batch = files.kind.batch
+    return _first_of_pairs(_loader(table.with_format("torch"), workers, batch, collate_fn=_crop_and_stack))
 
 
 def _webdataset(files: Files, workers: int) -> Epoch:
-    wds = require("webdataset", extra="bench", purpose="the data benchmark")
+    wds = require("webdataset", extra="bench", purpose=PURPOSE)
     shards = wds.WebDataset(files.shards, shardshuffle=len(files.shards)).shuffle(1000).decode("pil")
-    pairs = shards.to_tuple("jpg", "cls").map_tuple(_pil_crop(), _same).batched(BATCH)
+    pairs = shards.to_tuple("jpg", "cls").map_tuple(_pil_crop(), _same).batched(files.kind.batch)
     options = {"persistent_workers": True} if workers else {}
     return _first_of_pairs(wds.WebLoader(pairs, batch_size=None, num_workers=workers, **options))
 
 
-def _loader(dataset: Any, workers: int, **options: Any) -> Any:
+def _loader(dataset: Any, workers: int, batch: int, **options: Any) -> Any:
     if workers:
         options["persistent_workers"] = True
-    return torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, **options)
+    return torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=workers, **options)
 
 
 def _first_of_pairs(loader: Any) -> Epoch:
@@ -132,12 +178,12 @@ def _first_of_pairs(loader: Any) -> Epoch:
 
 
 def _pil_crop() -> Any:
-    v1 = require("torchvision.transforms", extra="bench", purpose="the data benchmark")
+    v1 = require("torchvision.transforms", extra="bench", purpose=PURPOSE)
     return v1.Compose([v1.RandomResizedCrop(SIZE), v1.PILToTensor()])
 
 
 def _crop_and_stack(samples: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    v2 = require("torchvision.transforms.v2", extra="bench", purpose="the data benchmark")
+    v2 = require("torchvision.transforms.v2", extra="bench", purpose=PURPOSE)
     crop = v2.RandomResizedCrop(SIZE, antialias=True)
     return torch.stack([crop(one["image"]) for one in samples]), torch.stack([one["label"] for one in samples])
 
@@ -155,16 +201,61 @@ def limit(files: Files, rounds: int) -> dict[str, float]:
     """
     from PIL import Image
 
-    from robust_dist.data.decode import decode_rgb, random_resized_crop
+    from robust_dist.data.decode import decode_rgb
+    from robust_dist.data.fast_decode import fast_crop
 
-    paths = sorted(files.folder.rglob("*.jpg"))[:100]
-    encoded = [path.read_bytes() for path in paths]
+    pixels = files.kind.width * files.kind.height
+    encoded, crop = _first(files, max(4, 100 * USUAL.width * USUAL.height // pixels)), _crop()
     calls = {
         "bare PIL decode": lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded],
-        "decode and crop": lambda: [random_resized_crop(decode_rgb(data), SIZE, k) for k, data in enumerate(encoded)],
+        LIMITS[False]: lambda: [crop(decode_rgb(data), key) for key, data in enumerate(encoded)],
+        LIMITS[True]: lambda: [fast_crop(data, crop, key) for key, data in enumerate(encoded)],
     }
     times = interleaved(calls, rounds=rounds)
     return {name: len(encoded) / timing.median for name, timing in times.items()}
+
+
+def _first(files: Files, most: int) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(files.folder.rglob("0*.*"))[:most]]
+
+
+def levels(files: Files) -> dict[str, tuple[float, float]]:
+    """Differences to the exact pixels of the same boxes, of 255: the mean one and the largest, by contender.
+
+    Args:
+        files: The images, of which the first ones count.
+    """
+    from robust_dist.data.decode import decode_rgb
+    from robust_dist.data.fast_decode import fast_crop, resized
+    from robust_dist.data.image_cache import shrunk
+
+    crop = _crop()
+
+    def cached(data: bytes, key: int) -> Tensor:
+        found = shrunk(data, crop.pixels_needed, fast=True)
+        return resized(found.rows, crop.window(*found.size, key), *found.scales)
+
+    ways: dict[str, Callable[[bytes, int], Tensor]] = {
+        EXACT: lambda data, key: crop(decode_rgb(data), key),
+        FAST: lambda data, key: fast_crop(data, crop, key),
+        CACHED: cached,
+        TORCHVISION_IO: _torchvision_box,
+    }
+    encoded = list(enumerate(_first(files, COMPARED)))
+    exact = [ways[EXACT](data, key).short() for key, data in encoded]
+    found = {}
+    for name, way in ways.items():
+        apart = [(way(data, key).short() - one).abs() for (key, data), one in zip(encoded, exact, strict=True)]
+        found[name] = torch.stack(apart).float().mean().item(), float(max(one.max() for one in apart))
+    return found
+
+
+def _torchvision_box(data: bytes, key: int) -> Tensor:
+    v2 = require("torchvision.transforms.v2.functional", extra="bench", purpose=PURPOSE)
+    image = _decoded(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    left, top, right, bottom = map(int, _crop().window(image.shape[2], image.shape[1], key).box)
+    made: Tensor = v2.resized_crop(image, top, left, bottom - top, right - left, [SIZE, SIZE], antialias=True)
+    return made
 
 
 def consume(epoch: Epoch) -> tuple[int, Tensor]:
@@ -208,11 +299,11 @@ def _look(epoch: Epoch) -> tuple[int, bool]:
     return images, not torch.equal(first, next(epoch()))
 
 
-def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None) -> tuple[list[Row], float]:
+def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None, batch: int) -> tuple[list[Row], float]:
     looks = {name: _look(epoch) for name, epoch in contenders.items()}
     times = interleaved({name: partial(consume, epoch) for name, epoch in contenders.items()}, rounds=rounds)
-    fastest = min(times[name].median / looks[name][0] for name in contenders)
-    seconds = step_ms / 1e3 if step_ms is not None else BATCH * fastest / LOAD
+    fastest = min(times[name].median / looks[name][0] for name in contenders if name != CACHED)
+    seconds = step_ms / 1e3 if step_ms is not None else batch * fastest / LOAD
     shares: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, epoch in contenders.items():
@@ -220,27 +311,36 @@ def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None) -
     return [Row(name, times[name], *looks[name], statistics.median(shares[name])) for name in contenders], seconds
 
 
-def _table(rows: Sequence[Row], bare: Mapping[str, float], cores: int, seconds: float) -> str:
+def _table(
+    rows: Sequence[Row],
+    bare: Mapping[str, float],
+    cores: int,
+    seconds: float,
+    apart: Mapping[str, tuple[float, float]],
+) -> str:
     yardstick = next(row for row in rows if row.name == YARDSTICK)
-    best = bare["decode and crop"] * cores
+    best = {fast: bare[name] * cores for fast, name in LIMITS.items()}
     head = ["reader", "images/s", "slowest to fastest", "times torchvision", "of the limit"]
     head += [f"data wait at {seconds * 1e3:.0f} ms a batch", "images an epoch", "epochs differ"]
+    head += ["levels from exact: mean, most"]
     lines = []
     for row in rows:
         speed, low, high = (row.images / t for t in (row.timing.median, row.timing.high, row.timing.low))
         ratio = speed * yardstick.timing.median / yardstick.images
-        cells = [row.name, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}", f"{speed / best:.0%}"]
+        share = "" if row.name == CACHED else f"{speed / best[row.name == FAST]:.0%}"
+        cells = [row.name, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}", share]
         cells += [f"{row.wait:.1%}", f"{row.images:,}", "yes" if row.differ else "no"]
+        cells.append("{:.2f}, {:.0f}".format(*apart[row.name]) if row.name in apart else "")
         lines.append(cells)
     for name, speed in bare.items():
         cells = [f"limit: {name}, one process x {cores} cores", f"{speed * cores:,.0f}", "", ""]
-        lines.append([*cells, f"{speed * cores / best:.0%}", "", "", ""])
+        lines.append([*cells, f"{speed * cores / best[False]:.0%}", "", "", "", ""])
     return table(head, lines)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    bars = require("datasets", extra="bench", purpose="the data benchmark")
+    bars = require("datasets", extra="bench", purpose=PURPOSE)
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bars()
     try:
@@ -251,19 +351,26 @@ def _quiet() -> Iterator[None]:
 
 
 def bench_data(
-    *, images: int = 2_000, workers: int | None = None, rounds: int = 5, step_ms: float | None = None
+    *,
+    images: int | None = None,
+    workers: int | None = None,
+    rounds: int = 5,
+    step_ms: float | None = None,
+    size: str = "500x375",
+    format: str = "jpeg",
 ) -> str:
-    """Times of our loader over each format and of the peers, in turn, on JPEGs that are made for it, on the CPU.
+    """Times of our loader over each format and of the peers, in turn, on pictures that are made for it, on the CPU.
 
-    Every contender reads, decodes, crops at random to 224 x 224 and stacks batches of 64 in as many workers, which live
+    Every contender reads, decodes, crops at random to 224 x 224 and stacks batches in as many workers, which live
     through all rounds. What an epoch gives is looked at, not asserted: its number of images, and whether the next epoch
     is another one.
 
     Args:
-        images: How many, of about 500 x 375 pixels and 110 kB, at least one a worker; files are read from the system's
-            cache.
+        images: How many, at least one a worker and a class; by the size where not given.
         workers: Processes of each contender; the processor's cores where not given.
         rounds: Turns of every contender, at least 1.
+        size: Of the pictures, of `KINDS`.
+        format: jpeg or png.
         step_ms: What the consumer takes for a batch, in ms, where data wait is measured; where not given, so long that
             the fastest contender is busy for 80 % of it.
 
@@ -273,20 +380,26 @@ def bench_data(
     Raises:
         ValueError: For a number out of range.
     """
+    from robust_dist.data.fast_decode import decoder_name
+
     cores = len(os.sched_getaffinity(0))
     workers = cores if workers is None else workers
-    for name, value, low in (("images", images, max(workers, 1)), ("workers", workers, 0), ("rounds", rounds, 1)):
+    kind = KINDS[size]
+    images = max(kind.images, workers) if images is None else images
+    for name, value, low in (("images", images, max(workers, CLASSES)), ("workers", workers, 0), ("rounds", rounds, 1)):
         whole_number(name, value, low)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         root = Path(folder)
-        files = write_files(root, images, shards=max(8, 2 * workers))
+        files = write_files(root, images, max(8, 2 * workers), kind, format)
         contenders = ours(files, root, workers) | peers(files, root, workers)
-        rows, seconds = _rows(contenders, rounds, step_ms)
-        text = _table(rows, limit(files, rounds), cores, seconds)
+        rows, seconds = _rows(contenders, rounds, step_ms, kind.batch)
+        text = _table(rows, limit(files, rounds), cores, seconds, levels(files))
         contenders.clear()
     notes = [
-        f"{images:,} JPEGs of 500x375 pixels and {files.mean_bytes / 1e3:.0f} kB from the system's cache, to batches "
-        f"of {BATCH} at {SIZE}x{SIZE}, {workers} workers each.",
+        f"{images:,} {format.upper()}s of {size} pixels and {files.mean_bytes / 1e3:,.0f} kB from the system's cache, "
+        f"to batches of {kind.batch} at {SIZE}x{SIZE}, {workers} workers each; fast by {decoder_name()}.",
+        "Of the limit: of a process that does nothing but decode and crop in the same way, times the cores. With a "
+        "cache the epochs are those after the first.",
         f"Medians of {rounds} rounds, every contender in turn. {machine()}.",
         "Data wait: what a consumer that sleeps so long over each batch waits, in its time from the second batch on.",
     ]

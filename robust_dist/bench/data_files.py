@@ -1,4 +1,4 @@
-"""The image set that `robust-dist bench data` makes for itself: JPEGs of a usual size, in each format."""
+"""The image sets that `robust-dist bench data` makes for itself: pictures of usual sizes, in each format."""
 
 import io
 import tarfile
@@ -11,11 +11,39 @@ import numpy as np
 
 from robust_dist.extras import require
 
-WIDTH, HEIGHT = 500, 375
 QUALITY = 92
 CLASSES = 10
-SCENES = 24
 ROW_GROUP = 100
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the pictures are like.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        images: how many are made, where nobody says.
+        batch: of a contender.
+        scenes: from which they are cut.
+        sharpness: what is left of the highest frequency's amplitude: a picture that was made smaller is sharp, one with
+            a camera's own pixels is softened by lens and demosaicing, and has fewer bytes a pixel.
+    """
+
+    width: int
+    height: int
+    images: int
+    batch: int
+    scenes: int
+    sharpness: float
+
+
+KINDS = {
+    "500x375": Kind(500, 375, images=2_000, batch=64, scenes=24, sharpness=1.0),
+    "1600x1200": Kind(1600, 1200, images=128, batch=8, scenes=3, sharpness=0.25),
+    "4000x3000": Kind(4000, 3000, images=24, batch=2, scenes=1, sharpness=0.1),
+}
+USUAL = KINDS["500x375"]
 
 
 @dataclass(frozen=True)
@@ -24,55 +52,62 @@ class Files:
 
     Attributes:
         folder: of class folders.
-        parquet: a folder of parquet files.
-        shards: paths of tar shards.
+        parquet: a folder of parquet files; None where they were not wanted.
+        shards: paths of tar shards; none where they were not wanted.
         images: how many there are.
         mean_bytes: of an encoded image.
     """
 
     folder: Path
-    parquet: Path
+    parquet: Path | None
     shards: list[str]
     images: int
     mean_bytes: float
+    kind: Kind = USUAL
 
 
-def write_files(root: Path, images: int, shards: int) -> Files:
-    """The same JPEGs as an image folder, as parquet files and as tar shards.
+def write_files(root: Path, images: int, shards: int, kind: Kind = USUAL, format: str = "jpeg") -> Files:
+    """The same pictures as an image folder, and of JPEGs of the usual size as parquet files and as tar shards, too.
 
     Args:
         root: The folder to write below.
         images: How many.
         shards: Tar files.
+        kind: What the pictures are like.
+        format: jpeg or png.
     """
-    encoded = list(islice(jpegs(), images))
+    encoded = list(islice(pictures(kind=kind, format=format), images))
+    all_formats = kind is USUAL and format == "jpeg"
     return Files(
-        _write_folder(root / "folder", encoded),
-        _write_parquet(root / "parquet", encoded),
-        _write_shards(root / "shards", encoded, shards),
+        _write_folder(root / "folder", encoded, ".jpg" if format == "jpeg" else ".png"),
+        _write_parquet(root / "parquet", encoded) if all_formats else None,
+        _write_shards(root / "shards", encoded, shards) if all_formats else [],
         images,
         sum(map(len, encoded)) / images,
+        kind,
     )
 
 
-def jpegs(seed: int = 0) -> Iterator[bytes]:
+def pictures(seed: int = 0, kind: Kind = USUAL, format: str = "jpeg") -> Iterator[bytes]:
     """Encoded images without end: noise with a photograph's spectrum, so that a decoder has a photograph's work."""
     image = require("PIL.Image", extra="data", purpose="the data benchmark")
     rng = np.random.default_rng(seed)
-    scenes = [_scene(rng) for _ in range(SCENES)]
+    scenes = [_scene(rng, kind) for _ in range(kind.scenes)]
     while True:
-        pixels = np.roll(scenes[rng.integers(SCENES)], rng.integers(WIDTH, size=2), axis=(0, 1))
+        pixels = np.roll(scenes[rng.integers(kind.scenes)], rng.integers(kind.width, size=2), axis=(0, 1))
         file = io.BytesIO()
-        image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+        options = {"quality": QUALITY} if format == "jpeg" else {}
+        image.fromarray(pixels).save(file, format, **options)
         yield file.getvalue()
 
 
-def _scene(rng: np.random.Generator) -> np.ndarray:
-    """uint8 [HEIGHT, WIDTH, 3] whose amplitudes fall with frequency; brightness varies more than colour."""
-    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None, :])
-    falling = 1 / np.maximum(frequency, 1 / WIDTH) ** 1.1
+def _scene(rng: np.random.Generator, kind: Kind) -> np.ndarray:
+    """uint8 [height, width, 3] whose amplitudes fall with frequency; brightness varies more than colour."""
+    height, width = kind.height, kind.width
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    falling = kind.sharpness ** (4 * frequency**2) / np.maximum(frequency, 1 / width) ** 1.1
     planes = [
-        np.fft.irfft2(falling * np.exp(2j * np.pi * rng.random(falling.shape)), (HEIGHT, WIDTH)) for _ in range(3)
+        np.fft.irfft2(falling * np.exp(2j * np.pi * rng.random(falling.shape)), (height, width)) for _ in range(3)
     ]
     brightness, *colour = (plane / plane.std() for plane in planes)
     mixed = np.stack([brightness + 0.3 * colour[0], brightness, brightness + 0.3 * colour[1]], axis=-1)
@@ -80,11 +115,11 @@ def _scene(rng: np.random.Generator) -> np.ndarray:
     return scaled
 
 
-def _write_folder(folder: Path, encoded: list[bytes]) -> Path:
+def _write_folder(folder: Path, encoded: list[bytes], ending: str) -> Path:
     for label in range(CLASSES):
         (folder / f"class{label}").mkdir(parents=True)
     for number, data in enumerate(encoded):
-        (folder / f"class{number % CLASSES}" / f"{number:06d}.jpg").write_bytes(data)
+        (folder / f"class{number % CLASSES}" / f"{number:06d}{ending}").write_bytes(data)
     return folder
 
 

@@ -19,7 +19,7 @@ from robust_dist.data.batch import Pack, Request
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.decode import crop_box, decode_rgb, header, is_turned, resized_size
 from robust_dist.data.errors import BadImage, BadImageError
-from robust_dist.data.reading import ImageReader, filled
+from robust_dist.data.reading import ImageReader, filled, room
 from robust_dist.data.source import Upright
 
 # Whole files, uint8 [bytes] on the CPU, to RGB images, uint8 [3, H, W] on the device; a RuntimeError for a bad one.
@@ -32,13 +32,13 @@ def decoder(choice: str, device: torch.device) -> Decode | None:
     Raises:
         ValueError: "cuda" where the device cannot; says why.
     """
-    if choice == "cpu":
+    if choice not in ("cuda", "auto"):
         return None
-    why = _why_not(device)
+    why = why_not(device)
     if why is None:
         return _on(device)
     if choice == "cuda":
-        raise ValueError(f"data.decode={choice!r} cannot be had: {why}; set data.decode to cpu or auto")
+        raise ValueError(f"data.decode={choice!r} cannot be had: {why}; set data.decode to exact, fast or auto")
     return None
 
 
@@ -54,7 +54,7 @@ def _on(device: torch.device) -> Decode:
     return decode
 
 
-def _why_not(device: torch.device) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Why JPEGs cannot be decoded on the device; None where one was."""
     if device.type != "cuda":
         return f"the images' device is {device}"
@@ -98,7 +98,7 @@ class EncodedReader(Dataset[Encoded]):
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Encoded:
         """Read the images of the indices, and crop those that are decoded here by the keys."""
         reader, (indices, keys) = self.reader, request
-        images = torch.zeros(len(indices), 3, reader.size, reader.size, dtype=torch.uint8)
+        images = room(len(indices), reader.size)
         labels = torch.zeros(len(indices), dtype=torch.int64)
         bad: dict[int, BadImage] = {}
         files: dict[int, bytes] = {}

@@ -75,6 +75,17 @@ class ImageFolderSource:
         except OSError as error:
             raise BadImageError(error.strerror or str(error)) from error
 
+    def glance(self, index: int) -> tuple[bytes, int]:
+        """See `ImageSource`: the file's path, size and times, which change where the file does."""
+        check_index(index, self)
+        path = os.path.realpath(self.where(index))
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise BadImageError(error.strerror or str(error)) from error
+        said = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, self._kind is Upright)
+        return os.fsencode(path) + repr(said).encode(), int(self._label_of[self._folder_of[index]])
+
     def where(self, index: int) -> str:
         """The file's path."""
         return os.path.join(self.folder, self._below[self._folder_of[index]], self._files[index])

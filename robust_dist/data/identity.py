@@ -127,3 +127,10 @@ def _is_twin(path: str, source: Any, other: Any) -> bool:
         return False
     twin = os.path.join(other.folder, os.path.relpath(path, source.folder))
     return os.path.exists(twin) and os.path.samefile(path, twin)
+
+
+def source_fingerprint(source: Any) -> str:
+    """The source's own, or of one that has none a hash of its classes and groups."""
+    own = getattr(source, "fingerprint", None)
+    found: str = own() if own is not None else fingerprint(source.classes, source.group_sizes)
+    return found

@@ -9,19 +9,25 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from robust_dist.data.batch import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
+from robust_dist.data.fast_decode import fast_crop
+from robust_dist.data.image_cache import CachedImages, ImageCache
 from robust_dist.data.source import ImageSource
 
 # What an image becomes: called with what `decode_rgb` gives and the sample's key.
 Crop = Callable[[Any, int], Tensor]
+T = TypeVar("T", bound=tuple[Any, ...])
+# Bytes up to which a tensor is sent to the rank as they are.
+BY_VALUE = 2**16
 # Seconds in which the end of a worker is known after what it left undone.
 GONE_WITHIN = 0.5
 # What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
@@ -36,10 +42,22 @@ class ImageReader(Dataset[Pack]):
         crop: makes each of them uint8 [3, size, size].
         size: height and width of the images given out.
         block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
+        fast: whether JPEGs are decoded by `fast_crop`; the crop is then one that it takes.
+        cache: keeps decoded images; likewise.
     """
 
-    def __init__(self, source: ImageSource, crop: Crop, size: int, block: int = 1) -> None:
-        self.source, self.crop, self.size, self.block = source, crop, size, block
+    def __init__(
+        self,
+        source: ImageSource,
+        crop: Crop,
+        size: int,
+        block: int = 1,
+        *,
+        fast: bool = False,
+        cache: ImageCache | None = None,
+    ) -> None:
+        self.source, self.crop, self.size, self.block, self.fast = source, crop, size, block, fast
+        self.cached = None if cache is None else CachedImages(source, crop, fast, cache)
 
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Pack:
         """Read the images of the indices, cropped by the keys.
@@ -48,26 +66,40 @@ class ImageReader(Dataset[Pack]):
             ValueError: the source gave a label outside its classes.
         """
         indices, keys = request
-        images = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        images = room(len(indices), self.size)
         labels = torch.zeros(len(indices), dtype=torch.int64)
         bad: dict[int, BadImage] = {}
         for slot, (index, key) in enumerate(zip(indices, keys, strict=True)):
             try:
-                data, label = self.read(index)
-                images[slot], labels[slot] = self.crop(decode_rgb(data), key), label
+                images[slot], labels[slot] = self.sample(index, key)
             except BadImageError as error:
                 bad[slot] = BadImage(self.source.where(index), str(error))
         return filled(images, labels, bad, self.block)
 
+    def sample(self, index: int, key: int) -> tuple[Tensor, int]:
+        """A sample's image, uint8 [3, size, size], and its label.
+
+        Raises:
+            BadImageError: see `ImageSource.read` and `decode_rgb`.
+        """
+        if self.cached is not None:
+            image, label = self.cached.read(index, key)
+            return image, self._checked(index, label)
+        data, label = self.read(index)
+        return fast_crop(data, self.crop, key) if self.fast else self.crop(decode_rgb(data), key), label
+
     def read(self, index: int) -> tuple[bytes, int]:
         """A sample's file and its label."""
         data, label = self.source.read(index)
+        return data, self._checked(index, label)
+
+    def _checked(self, index: int, label: int) -> int:
         if not 0 <= label < len(self.source.classes):
             raise ValueError(
                 f"{self.source.where(index)} has label {label}, outside the {len(self.source.classes)} classes of "
                 f"{self.source.name} (0 to {len(self.source.classes) - 1})"
             )
-        return data, label
+        return label
 
 
 def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: int) -> Pack:
@@ -79,6 +111,20 @@ def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: i
     for slot, other in stand_ins(slots, len(labels), block).items():
         images[slot], labels[slot] = images[other], labels[other]
     return Pack(images, labels, weights, tuple(bad[slot] for slot in slots))
+
+
+def room(count: int, size: int) -> Tensor:
+    """Zeros for a batch of images, uint8 [count, 3, size, size]; in a worker in memory that its rank sees, too.
+
+    So a batch is written where the rank reads it. torch copies what lies elsewhere when it hands it over.
+    """
+    if get_worker_info() is None:
+        return torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    # The system gives new pages as zeros.
+    storage = torch.UntypedStorage._new_shared(count * 3 * size * size)
+    whole = torch.empty(0, dtype=torch.uint8)
+    whole.set_(storage)
+    return whole.view(count, 3, size, size)
 
 
 def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
@@ -110,7 +156,7 @@ class Workers:
 
     def __init__(self, reader: Dataset[Any], *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
         self.requests = _Requests()
-        options: dict[str, Any] = {"collate_fn": _unchanged}
+        options: dict[str, Any] = {"collate_fn": _small_parts_by_value if workers else _unchanged}
         if workers:
             options |= {
                 "multiprocessing_context": _server(),
@@ -152,7 +198,7 @@ class Workers:
         self.requests.source = requests, asked
         try:
             for pack in self._started(self._loader):
-                yield asked.popleft(), pack
+                yield asked.popleft(), _as_tensors(pack)
         except (RuntimeError, OSError, EOFError) as error:
             # An error that a worker raised is raised here again, and that worker lives on.
             if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
@@ -187,8 +233,18 @@ def _nothing() -> Generator[tuple[Request, Pack], None, None]:
     yield from ()
 
 
-def _unchanged(pack: Pack) -> Pack:
+def _unchanged(pack: T) -> T:
     return pack
+
+
+def _small_parts_by_value(pack: T) -> T:
+    """Of a worker's pack: a tensor that is handed over costs a file and several messages, so small ones are arrays."""
+    small = (isinstance(part, Tensor) and part.nbytes <= BY_VALUE for part in pack)
+    return type(pack)(*(part.numpy() if is_small else part for part, is_small in zip(pack, small, strict=True)))
+
+
+def _as_tensors(pack: T) -> T:
+    return type(pack)(*(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pack))
 
 
 def _server() -> BaseContext:

@@ -12,7 +12,8 @@ class ImageSource(Protocol):
 
     A source is picklable and holds no open file when it is: each worker of a loader opens what it reads. It may also
     have `fingerprint() -> str`, a cheap hash of names and labels; `left_out`, reasons with how many files do not count
-    for each; and `stretches()`, for `identity.shared_images`.
+    for each; `stretches()`, for `identity.shared_images`; and `glance(index) -> (bytes, label)`, whose bytes change
+    where the sample's file does, and tell whether it is `Upright`: a cache then need not read what it has.
 
     Attributes:
         name: what error messages call the set.

@@ -43,7 +43,7 @@ class Spool:
         Raises:
             DataError: the folder is another user's, or a link that another user made.
         """
-        self._check_folder()
+        self.check_folder()
         file = self.folder / f"{name}.arrow"
         with contextlib.suppress(OSError, _invalid()):
             return _mapped(file)
@@ -68,7 +68,8 @@ class Spool:
         weakref.finalize(self, _remove_in, os.getpid(), private)
         return private
 
-    def _check_folder(self) -> None:
+    def check_folder(self) -> None:
+        """Make the folder; raises a DataError where it is another user's, or a link that another user made."""
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = _not_ours(self.folder, links=self._named)

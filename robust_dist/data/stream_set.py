@@ -12,7 +12,8 @@ from robust_dist.data.batches import Cut
 from robust_dist.data.crops import CentralCrop, RandomCrop
 from robust_dist.data.device_decode import Decode, DeviceReader, EncodedReader
 from robust_dist.data.errors import BadImage
-from robust_dist.data.identity import fingerprint
+from robust_dist.data.identity import source_fingerprint
+from robust_dist.data.image_cache import ImageCache
 from robust_dist.data.loader import Loader, Reader
 from robust_dist.data.order import EpochOrder, Order
 from robust_dist.data.reading import ImageReader, Workers
@@ -36,6 +37,8 @@ class StreamSet(LabelledSet):
         prefetch: micro-batches that each worker reads ahead.
         shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
         decode: what decodes JPEGs on the device; None where workers do.
+        fast: whether the workers decode JPEGs by `fast_crop`; else exactly, by Pillow.
+        cache: keeps decoded images for the workers; None, with `decode`, where nothing does.
     """
 
     source: ImageSource
@@ -45,6 +48,8 @@ class StreamSet(LabelledSet):
     prefetch: int = 2
     shuffle_window: int = SHUFFLE_WINDOW
     decode: Decode | None = None
+    fast: bool = False
+    cache: ImageCache | None = None
     _bad: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -76,7 +81,7 @@ class StreamSet(LabelledSet):
 
     def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
         """Worker processes; they live from the first request to `close`."""
-        reader = ImageReader(self.source, self.crop, self.crop.size, block)
+        reader = ImageReader(self.source, self.crop, self.crop.size, block, fast=self.fast, cache=self.cache)
         read = Workers(
             reader if self.decode is None else EncodedReader(reader),
             workers=self.workers if workers is None else workers,
@@ -113,14 +118,18 @@ class StreamSet(LabelledSet):
                 yield EvalBatch(pack.images, pack.labels, None if pack.weights is None else pack.weights > 0)
 
     @property
+    def decoder(self) -> str:
+        """What decodes its JPEGs, in the words of a recipe's `data.decode`."""
+        return "cuda" if self.decode is not None else "fast" if self.fast else "exact"
+
+    @property
     def stage(self) -> str:
         """What the images given out are."""
         return "random crop" if isinstance(self.crop, RandomCrop) else "central crop"
 
     def fingerprint(self) -> str:
         """The source's, or of one that has none a hash of its classes and groups."""
-        own = getattr(self.source, "fingerprint", None)
-        return own() if own is not None else fingerprint(self.classes, self.group_sizes)
+        return source_fingerprint(self.source)
 
     def take_bad(self) -> list[BadImage]:
         """See `LabelledSet.take_bad`."""

@@ -67,7 +67,7 @@ def _run(path: Path, name: str) -> Run:
     name, folder = path.absolute().name if name == "." else name, RunFolder(path)
     try:
         recipe = typed(read_yaml(path / "recipe.yaml").data, dict[str, Any], str(path / "recipe.yaml"))
-        flat = flatten(recipe_dict(Recipe())) | flatten(recipe)
+        flat = keys_of(Recipe).in_our_words(flatten(recipe_dict(Recipe())) | flatten(recipe))
         rows = folder.metrics()
         stops = EarlyStoppingConfig(**{name: flat[f"{_STOPS}.{name}"] for name in vars(EarlyStoppingConfig())})
     except (DocumentError, ValueError, TypeError) as error:
@@ -97,14 +97,14 @@ def table(runs: Sequence[Run]) -> str:
     rows = [["run", "state", "epochs", "best", "last", "top-5", "images/s", *keys]]
     for run in runs:
         accuracies = [accuracy for _, accuracy in run.accuracies]
-        last = run.rows[-1] if run.rows else {}
+        last, best = run.rows[-1] if run.rows else {}, best_row(run.rows)
         speed, top5 = last.get("images_per_second"), last.get("eval_top5_accuracy")
         rows.append(
             [
                 run.name,
                 run.state,
                 f"{last.get('epoch', 0)}/{run.recipe['epochs']}" if run.recipe else "-",
-                f"{max(accuracies):.2%}" if accuracies else "-",
+                "-" if best is None else f"{best['eval_accuracy']:.2%}",
                 f"{accuracies[-1]:.2%}" if accuracies else "-",
                 "-" if top5 is None else f"{top5:.2%}",
                 "-" if speed is None else f"{speed:,.0f}",
@@ -141,7 +141,9 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         title = f"run ({', '.join(keys)}); stars: best epochs" if keys else "run; stars: best epochs"
-        legend = figure.legend(fontsize=8, title=title, loc="outside lower center", ncols=1 if len(shown) < 5 else 2)
+        legend = figure.legend(
+            fontsize=8, title=title, handlelength=3.5, loc="outside lower center", ncols=1 if len(shown) < 5 else 2
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     figure.savefig(path, dpi=120, format="png")

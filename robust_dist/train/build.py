@@ -39,6 +39,8 @@ from robust_dist.train.sources import (
     eval_stream,
     open_in_memory,
     open_streams,
+    tell_cache,
+    tell_decoder,
     tell_exif,
 )
 
@@ -84,6 +86,8 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
         images = sum(map(len, loaded))
         accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
     on_rank_0(lambda: tell_exif(recipe.data, *loaded))
+    on_rank_0(lambda: tell_decoder(loaded[0]))
+    on_rank_0(lambda: tell_cache(*loaded))
     return loaded
 
 

@@ -17,7 +17,7 @@ from robust_dist import own_code
 from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
 from robust_dist.extras import added
 from robust_dist.private import hidden
-from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for
+from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for, synonyms
 from robust_dist.train.settings import require, require_number
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Metadata of a key that all sources of image files look at, and sets by name do not.
 FOR_FILES: dict[str, Any] = {"for_files": True}
+_DECODE = synonyms(cpu="exact")
 Classes = tuple[str, ...] | None
 
 
@@ -85,8 +86,14 @@ class DataConfig:
         std: Likewise.
         workers: Processes a rank that read and decode; 0 does it between the steps.
         prefetch: Batches that each worker reads ahead.
-        decode: What decodes while training: cpu, the workers; cuda, the GPU by torchvision, JPEGs alone (pixels differ
-            by a few levels); auto, the GPU where it can. Crops are the same.
+        decode: What decodes while training: exact, the workers by Pillow; fast, the workers, JPEGs only as large as
+            their crop needs them (pixels differ by a few levels); cuda, the GPU by torchvision, JPEGs alone (likewise);
+            auto, the GPU where it can, else fast, and what the run's folder notes where it goes on. Crops are the same.
+            cpu is another word for exact.
+        cache: disk keeps decoded images, shrunk to what their crops need, for later epochs and runs; off keeps none.
+        cache_dir: The folder for them on each host's own disk, which its ranks share and which may be deleted; null
+            takes one in the system's temporary folder.
+        cache_gib: The most that it holds, in GiB.
         max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
         shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
             larger mixes better, smaller reads fewer groups at a time.
@@ -129,7 +136,10 @@ class DataConfig:
     std: tuple[float, float, float] | None = field(default=None, metadata=FOR_FILES)
     workers: int = field(default=4, metadata=FOR_FILES | FREE)
     prefetch: int = field(default=2, metadata=FOR_FILES | FREE)
-    decode: Literal["auto", "cpu", "cuda"] = field(default="cpu", metadata=FOR_FILES)
+    decode: Literal["auto", "exact", "fast", "cuda", "cpu"] = field(default="exact", metadata=FOR_FILES | _DECODE)
+    cache: Literal["off", "disk"] | bool = field(default="off", metadata=FOR_FILES)
+    cache_dir: str | None = field(default=None, metadata=FOR_FILES | FREE)
+    cache_gib: float = field(default=64.0, metadata=FOR_FILES | FREE)
     max_bad_share: float = field(default=0.01, metadata=FOR_FILES | FREE)
     shuffle_window: int = field(default=16_384, metadata=FOR_FILES)
     exif: Literal["auto", "on", "off"] | bool = field(default="auto", metadata=FOR_FILES)
@@ -139,6 +149,14 @@ class DataConfig:
         if isinstance(self.exif, bool):
             # YAML reads a plain on or off so.
             self.exif = "on" if self.exif else "off"
+        if isinstance(self.cache, bool):
+            self.cache = "disk" if self.cache else "off"
+        require(0 < self.cache_gib < math.inf, "data.cache_gib", self.cache_gib, "a finite number above 0")
+        if self.cache == "disk":
+            decodes = "exact, fast or auto: data.cache=disk keeps what workers decoded"
+            require(self.decode != "cuda", "data.decode", self.decode, decodes)
+        if self.decode == "cpu":
+            self.decode = "exact"
         require_number("data.block", self.block, 1)
         require_number("data.eval_batch_size", self.eval_batch_size, 1)
         if own_code.is_name(self.name):
@@ -249,7 +267,8 @@ class DataConfig:
                 f"left out: {why} keeps images whole in memory, as they are stored; augment.crop crops on the device"
             )
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
-        require(self.decode == "cpu", "data.decode", self.decode, f"cpu: with {why} each image is decoded once")
+        require(self.cache == "off", "data.cache", self.cache, f"off: with {why} each image is decoded once")
+        require(self.decode == "exact", "data.decode", self.decode, f"exact: with {why} each image is decoded once")
         # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
         self.crop_scale = None
 

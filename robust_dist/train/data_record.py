@@ -27,7 +27,8 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
 
     Returns:
         The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set
-        of the Hub) and the fingerprint, and what was left out; and what is done to images before the model sees them.
+        of the Hub) and the fingerprint, and what was left out; what is done to images before the model sees them; and
+        what decodes those that are read while training.
     """
     record = {
         "name": recipe.data.name,
@@ -35,6 +36,9 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
         **{part: part_record(dataset) for part, dataset in zip(PARTS, sets, strict=True)},
         "preprocessing": {"mean": list(image.mean), "std": list(image.std), **_sizes(recipe, image)},
     }
+    decoder = getattr(sets[0], "decoder", None)
+    if decoder is not None:
+        record["decode"] = decoder
     plain: Record = json.loads(json.dumps(record))
     return plain
 

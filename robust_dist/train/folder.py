@@ -65,6 +65,16 @@ class RunFolder:
         """The note of what the run is trained on."""
         return self.path / "data.json"
 
+    def decoder(self) -> str | None:
+        """What decoded the images that the run was trained on; "" where nothing says so, None where none were."""
+        if not self._has_begun():
+            return None
+        try:
+            noted = json.loads(self.data_path.read_text(encoding="utf-8"))["decode"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return ""
+        return noted if isinstance(noted, str) else ""
+
     def claim(self, recipe: Recipe, environment: dict[str, Any], data: Record | None = None) -> None:
         """Take the folder for this process, or say why not; nothing is written unless all is well.
 

@@ -20,6 +20,11 @@ def only_for(*names: str) -> dict[str, Any]:
     return {"only_for": names}
 
 
+def synonyms(**words: str) -> dict[str, Any]:
+    """Metadata of a key that takes other words for a value, which recipes of older versions may have."""
+    return {"synonyms": words}
+
+
 def default_of(of: "Field[Any]") -> Any:
     """The default of a dataclass's field."""
     return of.default if of.default_factory is MISSING else of.default_factory()
@@ -36,6 +41,7 @@ class Keys:
         free: Keys and sections that may change between two starts of one run.
         costly: Keys and sections that change how long a training step takes.
         names_code: Keys whose value may be a `module:Name`.
+        synonyms: Other words for values, of each key that takes some.
     """
 
     sections: dict[str, type]
@@ -44,6 +50,7 @@ class Keys:
     free: frozenset[str]
     costly: frozenset[str]
     names_code: frozenset[str]
+    synonyms: dict[str, dict[str, str]]
 
     def owner(self, name: str) -> str | None:
         """The mapping that a dotted name below it belongs to."""
@@ -52,6 +59,11 @@ class Keys:
     def is_known(self, name: str) -> bool:
         """Whether a dotted name is a key, a section or a name below a mapping."""
         return any(name in part for part in (self.sections, self.mappings, self.values)) or self.owner(name) is not None
+
+    def in_our_words(self, flat: dict[str, Any]) -> dict[str, Any]:
+        """Dotted keys and values, with the word that a recipe has for each of the other ones."""
+        others = {key: words for key, words in self.synonyms.items() if isinstance(flat.get(key), str)}
+        return flat | {key: words.get(flat[key], flat[key]) for key, words in others.items()}
 
     def is_free(self, name: str) -> bool:
         """Whether a key may change between two starts of one run; a section that it lies in may say so."""
@@ -80,6 +92,7 @@ def keys_of(kind: type) -> Keys:
     """The keys of a dataclass of dataclasses."""
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = {}, {}, {}
     said: dict[str, set[str]] = {"free": set(), "costly": set(), "names_code": set()}
+    words: dict[str, dict[str, str]] = {}
     sections, mappings, values = found
     for name, hint, of in _walk(kind, ""):
         place = sections if is_dataclass(hint) else mappings if get_origin(hint) is dict else values
@@ -87,8 +100,10 @@ def keys_of(kind: type) -> Keys:
         for fact, names in said.items():
             if of.metadata.get(fact):
                 names.add(name)
+        if "synonyms" in of.metadata:
+            words[name] = of.metadata["synonyms"]
     facts: dict[str, Any] = {fact: frozenset(names) for fact, names in said.items()}
-    return Keys(*found, **facts)
+    return Keys(*found, **facts, synonyms=words)
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any, "Field[Any]"]]:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from robust_dist.train.failures import record_failure, report_failure, report_sh
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
-from robust_dist.train.opening import data_lines, data_notes, part_lines, say_run
+from robust_dist.train.opening import data_lines, data_notes, decoder_note, part_lines, say_run
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.own import changed_sources, check_own, own_sources
 from robust_dist.train.progress import DivergedError
 from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
+from robust_dist.train.sources import with_decoder
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 
@@ -76,7 +77,8 @@ def train(
     main = accelerator.is_main_process
     on_rank_0(lambda: check_installed(recipe.tracking.trackers))
     tick("loading the data", may_be_slow=True)
-    sets = load_sets(recipe, accelerator)
+    noted = on_rank_0(folder.decoder)
+    sets = load_sets(replace(recipe, data=with_decoder(recipe.data, accelerator.device, noted)), accelerator)
     sources = own_sources(recipe)
     warnings = on_rank_0(lambda: [*check_parts(recipe.data, sets), *changed_sources(folder, sources)])
     if main:
@@ -87,6 +89,7 @@ def train(
     on_rank_0(lambda: say_run(recipe, accelerator, sets, trainer, backends, warnings))
     note = environment(accelerator.num_processes, accelerator.device, accelerator.distributed_type.value)
     note |= {"data": data_notes(sets), "backends": asdict(backends)} | ({"own_code": sources} if sources else {})
+    note |= decoder_note(sets[0])
     note |= {"weights": trainer.begun.lines[0].removeprefix("weights: ")} if trainer.begun.lines else {}
     record = on_rank_0(lambda: data_record(recipe, sets, preprocessing_of(recipe.data)))
     on_rank_0(lambda: folder.claim(asked, note, record))

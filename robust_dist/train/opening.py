@@ -154,6 +154,16 @@ def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
     ]
 
 
+def decoder_note(train: LabelledSet) -> dict[str, str]:
+    """The note of `environment.json` on what decodes JPEGs while training; empty where nothing does."""
+    decoder = getattr(train, "decoder", None)
+    if decoder is None:
+        return {}
+    from robust_dist.data.fast_decode import decoder_name
+
+    return {"decode": f"{decoder}, by {decoder_name(decoder)}"}
+
+
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
     """Lines for the user, one per memory.
 

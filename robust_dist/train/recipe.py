@@ -275,8 +275,8 @@ def conflicts(
         kind: The class of the recipe that starts.
     """
     defaults = flatten(recipe_dict(kind()))
-    here, there = flatten(hidden(ours)), defaults | flatten(hidden(theirs))
     known = keys_of(kind)
+    here, there = flatten(hidden(ours)), known.in_our_words(defaults | flatten(hidden(theirs)))
     keys = sorted(k for k in here.keys() | there.keys() if not known.is_free(k))
     # No file tells which secret a run had, and the next start may have it from the environment.
     keys = [k for k in keys if HIDDEN not in (here.get(k), there.get(k))]

@@ -1,19 +1,24 @@
 """From the recipe's data keys to the sets of a run whose images are files."""
 
+import shutil
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robust_dist.checkpoint.space import free_memory
-from robust_dist.data.identity import fingerprint
+from robust_dist.checkpoint.space import free_memory, text_of
+from robust_dist.data.identity import fingerprint, source_fingerprint
 from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.ranks.talk import agree, taking_part
+from robust_dist.ranks.talk import agree, gather, rank, taking_part
 from robust_dist.train.data_config import Classes, DataConfig
+
+if TYPE_CHECKING:
+    from robust_dist.data.image_cache import ImageCache
 
 # So many of a set's first images are looked at for an EXIF orientation.
 LOOKED_AT = 16
@@ -34,10 +39,19 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
     assert data.crop_scale is not None
     train = open_source(data, "train", None, download=download)
     cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
-    decode = decoder(data.decode, device)
-    reading = partial(StreamSet, device=device, workers=data.workers, prefetch=data.prefetch, decode=decode)
+    decode = None if data.cache == "disk" else decoder(data.decode, device)
     return (
-        reading(train, cropped, shuffle_window=data.shuffle_window),
+        StreamSet(
+            train,
+            cropped,
+            device,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            shuffle_window=data.shuffle_window,
+            decode=decode,
+            fast=_is_fast(data),
+            cache=_cache(data, train, cropped),
+        ),
         eval_stream(data, device, train.classes, download=download),
     )
 
@@ -52,8 +66,90 @@ def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, dow
     from robust_dist.data.stream_set import StreamSet
 
     source = open_source(data, "eval", classes, download=download)
-    crop, decode = CentralCrop(*data.eval_sides), decoder("cpu" if data.decode == "cpu" else "auto", device)
-    return StreamSet(source, crop, device, workers=data.workers, prefetch=data.prefetch, decode=decode)
+    crop = CentralCrop(*data.eval_sides)
+    decode = None if data.cache == "disk" else decoder("auto" if data.decode == "cuda" else data.decode, device)
+    return StreamSet(
+        source,
+        crop,
+        device,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        decode=decode,
+        fast=_is_fast(data),
+        cache=_cache(data, source, crop),
+    )
+
+
+def _cache(data: DataConfig, source: ImageSource, crop: Any) -> "ImageCache | None":
+    from robust_dist.data.image_cache import cache_for
+
+    if data.cache != "disk":
+        return None
+    folder = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    bound = int(data.cache_gib * 2**30)
+    cache = cache_for(source, source_fingerprint(source), crop, fast=_is_fast(data), folder=folder, most_bytes=bound)
+    cache.begin()
+    return cache
+
+
+def tell_cache(*sets: LabelledSet) -> None:
+    """Print what keeping the sets' decoded images costs, by the first ones."""
+    from robust_dist.data.image_cache import bytes_kept
+
+    cache = getattr(sets[0], "cache", None)
+    if cache is None:
+        return
+    needed, used, free = sum(map(bytes_kept, sets)), cache.used(), shutil.disk_usage(cache.folder).free
+    room = min(1.0, cache.most_bytes / max(needed, 1), (used + free) / max(needed, 1))
+    print(
+        f"data.cache=disk: about {text_of(needed)} of decoded images, kept in {printable(str(cache.folder))}, with "
+        f"{text_of(used)} now and room for {room:.0%} of them ({text_of(cache.most_bytes)} by data.cache_gib; "
+        f"{text_of(free)} are free)"
+    )
+
+
+def _is_fast(data: DataConfig) -> bool:
+    """Whether what the GPU does not decode is decoded by `fast_crop`."""
+    return data.decode in ("fast", "auto")
+
+
+def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> DataConfig:
+    """The section with a decoder in the place of `decode: auto`, the same on every rank.
+
+    Args:
+        data: Of the recipe.
+        device: This rank's.
+        noted: `RunFolder.decoder`: what a run that goes on was trained with is what it goes on with.
+    """
+    from robust_dist.data.device_decode import why_not
+
+    if not data.streamed or data.decode != "auto":
+        return data
+    if noted in ("exact", "fast"):
+        return replace(data, decode="exact" if noted == "exact" else "fast")
+    reasons = [why for why in gather(why_not(device)) if why is not None]
+    if not reasons and data.cache == "off":
+        return replace(data, decode="cuda")
+    if noted == "cuda" and reasons and rank() == 0:
+        print(
+            f"warning: the run's images were decoded by the GPU so far, which cannot be done here ({reasons[0]}): "
+            "it goes on with data.decode=fast, whose levels differ by a few",
+            flush=True,
+        )
+    # Versions that noted nothing had the CPU decode exactly.
+    return replace(data, decode="exact" if noted == "" else "fast")
+
+
+def tell_decoder(train: LabelledSet) -> None:
+    """Print what decodes JPEGs, unless it is Pillow, exactly."""
+    from robust_dist.data.fast_decode import decoder_name, is_installed
+
+    found = getattr(train, "decoder", "exact")
+    if found == "cuda":
+        print("JPEGs are decoded by the GPU (data.decode=cuda)")
+    elif found == "fast":
+        advice = "" if is_installed else "; simplejpeg takes less time: pip install 'robust_dist[data]'"
+        print(f"JPEGs are decoded by {decoder_name()} (data.decode=fast){advice}")
 
 
 def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:

@@ -42,7 +42,7 @@ def test_the_formats_hold_the_same_images_with_the_same_labels(files, tmp_path):
 
 def test_every_contender_gives_every_image_once_an_epoch_and_epochs_that_differ(files, tmp_path):
     contenders = data.ours(files, tmp_path, workers=0) | data.peers(files, tmp_path, workers=0)
-    assert len(contenders) == 7
+    assert len(contenders) == 10
     assert {name: data._look(epoch) for name, epoch in contenders.items()} == dict.fromkeys(contenders, (12, True))
 
 
@@ -72,10 +72,12 @@ def test_the_table_names_every_contender_and_the_limit_and_gives_the_yardsticks_
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
     rows = {line[1]: line for line in lines[2:]}
-    assert len(rows) == 4 + 1 + 2
+    assert len(rows) == 6 + 1 + 3
     assert rows[data.YARDSTICK][4] == "1.00"
     assert rows["Loader (ours), image folder"][7] == "10"
     assert rows[data.YARDSTICK][8] == "no"
+    assert rows[data.EXACT][9] == "0.00, 0"
+    assert float(rows[data.FAST][9].split(",")[1]) <= 2
     assert "data wait at 1 ms a batch" in lines[0]
 
 

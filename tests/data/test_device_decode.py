@@ -208,7 +208,7 @@ def test_a_device_that_cannot_decode_is_an_error_where_it_is_demanded_and_the_cp
 
 
 def test_images_that_are_decoded_once_are_decoded_by_the_cpu():
-    with pytest.raises(ValueError, match=r"data\.decode.*cpu"):
+    with pytest.raises(ValueError, match=r"data\.decode.*exact"):
         DataConfig(name="imagefolder", crop_scale=None, decode="cuda")
     assert DataConfig(name="imagefolder", decode="auto").decode == "auto"
 

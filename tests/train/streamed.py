@@ -35,7 +35,7 @@ def recipes(sets):
         "imagenet_vit_small": [*VIT, "--data.root", f"{sets}/folder"],
         "imagenet_resnet50_shards": [*RESNET, *shards, "--data.num_classes", "3"],
         "imagefolder": [*VIT, "--data.root", f"{sets}/folder"],
-        "imagefolder_small": [*RESNET, "--data.root", f"{sets}/folder/train"],
+        "imagefolder_small": [*RESNET, "--data.root", f"{sets}/folder/train", "--optimizer.beta2", "0.99"],
         "hub": [*RESNET, *table],
         "hub, streaming": [*VIT, *table, "--data.streaming", "true", "--data.spool_dir", f"{sets}/spool"],
     }
