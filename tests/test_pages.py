@@ -98,7 +98,6 @@ ELSEWHERE = {
         "study/test_report.py",
         '"--out"',
     ),
-    "robust-dist study report report.json --out again": ("study/test_report.py", 'report.json"), "--out"'),
     "robust-dist study report runs/studies/A --against runs/studies/B": ("study/test_report.py", '"--against"'),
     "robust-dist bench optimizer": ("bench/test_bench_optimizer.py", '"optimizer"'),
     "robust-dist plan --check": ("plan/test_measured.py", "check"),
