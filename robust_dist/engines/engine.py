@@ -65,6 +65,7 @@ class Engine:
         names_parameters: The optimizer's files name its parameters; otherwise a note of the names is written beside.
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
         has_full_state_dict: There is a form of its checkpoints that the first rank writes whole.
+        trains_once: A process can train one run under it, and no second one.
         extra: The extra of this package that an engine's files need; None for the one that training needs anyway.
         variants: Its ways of launching that `robust-dist plan` compares, the simplest first; they are no subclass's.
     """
@@ -80,6 +81,7 @@ class Engine:
     names_parameters: bool = True
     loads_on_any_ranks: bool = True
     has_full_state_dict: bool = False
+    trains_once: bool = False
     extra: str | None = None
     variants: tuple["Variant", ...] = ()
 

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from robust_dist.augment import RobustAugment
 from robust_dist.augment.cutmix import soft_targets
 from robust_dist.data.registry import DATASETS
+from robust_dist.engines.engine import engine_of
 from robust_dist.models.registry import MODELS, ModelInfo, check_output
 from robust_dist.train import optimizers
 from robust_dist.train.augment_config import AugmentConfig
-from robust_dist.train.build import preprocessing_of
+from robust_dist.train.build import build_accelerator, preprocessing_of
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.main import train
@@ -25,6 +26,8 @@ from robust_dist.train.own_data import image_set, info_of_sets
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.settings import OWN
 
+# The engine under which this process has trained, where it can train no second run.
+_spent: list[str] = []
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -70,7 +73,7 @@ def fit(
 
     The run is the recipe's in all else: checkpoints, metrics and curves in its folder; the same call goes on where it
     stopped; under `accelerate launch` every rank calls it. A process may call it again, also in another precision, but
-    not for two runs at a time.
+    not for two runs at a time; some engines take one run a process, and a second call is an error.
 
     Args:
         recipe: All settings; or a YAML file; or the name of one of the package's recipes.
@@ -135,8 +138,15 @@ def _train(recipe: Recipe) -> list[dict[str, Any]]:
                 f"mixed_precision={found!r}: set the same, or let fit make the only one"
             )
         return train(recipe)
+    if _spent:
+        raise ValueError(
+            f"this process has trained under {_spent[0]}, which takes one run a process: start a process for each run"
+        )
     try:
-        return train(recipe)
+        accelerator = build_accelerator(recipe)
+        if engine_of(accelerator).trains_once:
+            _spent.append(engine_of(accelerator).title(accelerator))
+        return train(recipe, accelerator)
     finally:
         if is_initialized():
             # The end of the run has closed the process group; the next run opens its own.

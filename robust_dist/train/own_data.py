@@ -92,7 +92,8 @@ def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> 
         channels=train_set.channels,
         size=train_set.images.shape[-1],
         mean=tuple(scaled.mean((0, 2, 3)).tolist()),
-        std=tuple(scaled.std((0, 2, 3)).tolist()),
+        # A channel that is the same everywhere stays as it is.
+        std=tuple(deviation or 1.0 for deviation in scaled.std((0, 2, 3)).tolist()),
         crop_padding=round(train_set.images.shape[-1] / 8),
         flip=True,
         description="of the user's own",

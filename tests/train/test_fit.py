@@ -227,6 +227,8 @@ def test_a_process_may_train_again_in_another_precision_unless_its_own_accelerat
         "train_set": (images, labels),
         "eval_set": (images, labels),
     }
+    # Runs by the command line's function leave their precision behind.
+    AcceleratorState._reset_state(True)
     for precision in ("no", "bf16"):
         recipe = parse_recipe([*WORDS, "--epochs", "1", "--batch_size", "32", "--precision.mixed", precision])
         assert fit(recipe, **words, run_dir=tmp_path / precision).rows[0]["eval_samples"] == 64

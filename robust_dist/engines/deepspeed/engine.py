@@ -161,6 +161,8 @@ ENGINES = tuple(
         stage=stage,
         shards_weights=stage == 3,
         forward_is_collective=stage == 3,
+        # It keeps process groups of the first run, which end with it.
+        trains_once=True,
         variants=tuple(variant for variant in _VARIANTS if variant.stage == stage),
     )
     for stage in range(4)
