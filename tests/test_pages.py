@@ -77,6 +77,12 @@ RUN = {
 ELSEWHERE = {
     "bash launch/quickstart.sh": ("launch/test_scripts.py", '"quickstart.sh"'),
     "robust-dist doctor": ("test_cli.py", '"doctor"'),
+    "robust-dist train --config quickstart --model.name my_code:Net --optimizer.name my_code:Lion": (
+        "test_walks.py",
+        "own_model:SmallNet",
+    ),
+    "robust-dist recipe /data/pets --out pets.yaml": ("test_walks.py", "robust-dist recipe pictures --out"),
+    "robust-dist train --config pets.yaml": ("test_walks.py", "robust-dist train --config pictures.yaml"),
     "robust-dist verify --minutes 5": ("verify/test_verify.py", '"verify"'),
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 -m robust_dist.verify": (
         "verify/test_verify.py",

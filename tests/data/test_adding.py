@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from robust_dist.data import registry
 from robust_dist.study.parse import load_study
-from robust_dist.train.data_config import source_choice
+from robust_dist.train import data_config
 from robust_dist.train.folder import RunFolderError
 from robust_dist.train.main import train
 from robust_dist.train.recipe import DataConfig, parse_recipe
@@ -38,9 +38,9 @@ def install(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
 
-    source_choice.cache_clear()
+    data_config._known.cache_clear()
     yield install
-    source_choice.cache_clear()
+    data_config._known.cache_clear()
     sys.modules.pop("zip_source", None)
 
 
