@@ -10,7 +10,7 @@ from tests.engines import matrix
 from tests.multinode import table
 
 # The longest files, then the folders of tests that start processes: first, so that workers (pytest-xdist) end together.
-LONGEST = ("test_deepspeed.py", "test_torch_engines.py", "test_engines.py", "test_every_recipe.py", "test_run.py")
+LONGEST = ("test_deepspeed.py", "test_torch_engines.py", "test_engines.py", "test_run.py", "test_compile.py")
 LONG = ("engines", "train", "checkpoint", "study", "launch")
 CELLS = pytest.StashKey[matrix.Cells]()
 FAULTS = pytest.StashKey[table.Rows]()

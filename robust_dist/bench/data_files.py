@@ -39,9 +39,9 @@ class Kind:
 
 
 KINDS = {
-    "500x375": Kind(500, 375, images=2_000, batch=64, scenes=24, sharpness=1.0),
-    "1600x1200": Kind(1600, 1200, images=128, batch=8, scenes=3, sharpness=0.25),
-    "4000x3000": Kind(4000, 3000, images=24, batch=2, scenes=1, sharpness=0.1),
+    "500x375": Kind(500, 375, images=512, batch=64, scenes=24, sharpness=1.0),
+    "1600x1200": Kind(1600, 1200, images=96, batch=8, scenes=3, sharpness=0.25),
+    "4000x3000": Kind(4000, 3000, images=16, batch=2, scenes=1, sharpness=0.1),
 }
 USUAL = KINDS["500x375"]
 

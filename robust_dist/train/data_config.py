@@ -322,16 +322,12 @@ class SourceChoice:
     takes_lists: bool = False
 
 
+@cache
 def source_choice(name: str) -> SourceChoice | None:
     """The source of a name: of this package, of another one's entry points, or your own; None where there is none."""
     if own_code.is_name(name):
         found = own_code.load("data.name", name)
         return found if isinstance(found, SourceChoice) else None
-    return _known(name)
-
-
-@cache
-def _known(name: str) -> SourceChoice | None:
     return _OWN.get(name) or (None if name in DATASETS else added(SOURCES, name, SourceChoice))
 
 

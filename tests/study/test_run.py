@@ -40,13 +40,16 @@ def _shared(folder):
     wait_until(lambda: any((study / "runs" / "good_seed0" / "checkpoints").glob("step-*")), alone)
     kill(alone)
 
-    first = start(config, study)
     paths = [study / "claims" / f"{row}_seed0" for row in ROWS]
 
     def holders() -> set[int]:
         return {holder.pid for path in paths if (holder := RunClaim.worker_of(path)) is not None}
 
     def end_first():
+        # The other command is the one to find what the killed one left.
+        while not holders():
+            time.sleep(0.01)
+        first = start(config, study)
         wait_until(lambda: first.pid in holders(), first)
         kill(first)
 

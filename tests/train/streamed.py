@@ -29,13 +29,14 @@ VIT = ["--model.name", "timm/test_vit3", "--model.options", "{dynamic_img_size: 
 def recipes(sets):
     """Recipe and format to the words that put the tiny set and model in the place of the real ones."""
     shards = ["--data.root", f"{sets}/shards", "--data.train", "train-*.tar", "--data.eval", "val-*.tar"]
+    whole = ["--data.root", f"{sets}/folder", "--data.eval_share", "null"]
     table = ["--data.path", f"{sets}/parquet"]
     return {
         "imagenet_resnet50": [*RESNET, "--data.root", f"{sets}/folder"],
         "imagenet_vit_small": [*VIT, "--data.root", f"{sets}/folder"],
         "imagenet_resnet50_shards": [*RESNET, *shards, "--data.num_classes", "3"],
         "imagefolder": [*VIT, "--data.root", f"{sets}/folder"],
-        "imagefolder_small": [*RESNET, "--data.root", f"{sets}/folder/train", "--optimizer.beta2", "0.99"],
+        "imagefolder_small": [*RESNET, *whole, "--optimizer.beta2", "0.99"],
         "hub": [*RESNET, *table],
         "hub, streaming": [*VIT, *table, "--data.streaming", "true", "--data.spool_dir", f"{sets}/spool"],
     }
