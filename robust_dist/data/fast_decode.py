@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from robust_dist.data.crops import Window
@@ -131,7 +130,7 @@ def decoder_name(choice: str = "fast") -> str:
         return f"torchvision {metadata.version('torchvision')}"
     if choice == "fast" and simplejpeg is not None:
         return f"simplejpeg {simplejpeg.__version__}"
-    return f"Pillow {pillow_version}"
+    return f"Pillow {metadata.version('pillow')}"
 
 
 def _pixels(data: bytes, width: int, height: int, shrink: int) -> np.ndarray:

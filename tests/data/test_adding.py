@@ -38,9 +38,9 @@ def install(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
 
-    data_config._known.cache_clear()
+    data_config.source_choice.cache_clear()
     yield install
-    data_config._known.cache_clear()
+    data_config.source_choice.cache_clear()
     sys.modules.pop("zip_source", None)
 
 
