@@ -38,12 +38,14 @@ def _doctor(_: argparse.Namespace) -> int:
 def _preview(words: argparse.Namespace) -> int:
     import torch
 
+    from robust_dist.inference.output import check_new
     from robust_dist.preview import preview
     from robust_dist.train.augment_config import own_stage
     from robust_dist.train.build import build_augment, open_sets
     from robust_dist.train.recipe import parse_recipe
 
     whole_number("--epoch", words.epoch, 0)
+    check_new(Path(words.out))
     recipe = parse_recipe([*(["--config", words.config] if words.config else []), *words.overrides])
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))
@@ -70,6 +72,8 @@ def _recipe(words: argparse.Namespace) -> int:
 
     if words.out is not None:
         check_new(Path(words.out))
+        if not Path(words.out).absolute().parent.is_dir():
+            raise ValueError(f"--out {words.out}: there is no folder {Path(words.out).parent}; make it first")
     text = suggest(words.folder)
     if words.out is None:
         print(text, end="")
@@ -141,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")
     preview.add_argument("--config", help="a recipe in YAML")
-    preview.add_argument("--out", default="preview.png", help="the PNG to write (default: %(default)s)")
+    preview.add_argument("--out", default="preview.png", help="the PNG to write; must not exist (default: %(default)s)")
     preview.add_argument("--rows", type=int, default=8, help="number of samples (default: %(default)s)")
     preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")

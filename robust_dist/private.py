@@ -69,6 +69,8 @@ def hidden_text(text: str) -> str:
     such a name and a colon or an equals sign, passwords in URLs, and tokens of the Hub.
     """
     environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _TELLING}
+    # The shell's working directories.
+    environment -= {os.environ.get("PWD"), os.environ.get("OLDPWD")}
     for secret in sorted(_remembered | environment, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _TOKEN.sub(HIDDEN, _URL.sub(rf"\g<1>{HIDDEN}", _IN_TEXT.sub(rf"\g<1>{HIDDEN}", text)))

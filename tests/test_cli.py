@@ -13,6 +13,9 @@ def test_preview_writes_a_picture_of_the_recipe_s_data(tmp_path, capsys):
     assert main(["preview", "--rows", "3", "--out", str(path), "--data.name", "digits"]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert str(path) in capsys.readouterr().out
+    before = path.read_bytes()
+    assert main(["preview", "--rows", "2", "--out", str(path), "--data.name", "digits"]) == 2
+    assert path.read_bytes() == before
 
 
 def test_doctor_says_what_is_here(capsys):

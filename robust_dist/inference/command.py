@@ -59,7 +59,9 @@ def _add_evaluate(commands: Any) -> None:
         "those that --data.KEY VALUE name, as in a recipe",
     )
     evaluate.add_argument(
-        "--out", metavar="DIR", help="the folder to write; must not exist (default: RUN/evaluation-STEP)"
+        "--out",
+        metavar="DIR",
+        help="the folder to write; must not exist (default: RUN/evaluation-STEP[-PATH])",
     )
     _add_device(evaluate)
     evaluate.set_defaults(run=_evaluate, extra="train")
@@ -124,8 +126,13 @@ def _evaluate(words: argparse.Namespace) -> int:
 
     if words.path is not None and words.data_words:
         raise ValueError(f"PATH {words.path!r} and {words.data_words[0]} both name images: give one of them")
+    if words.path is not None and not Path(words.path).is_dir():
+        raise ValueError(f"PATH {words.path!r} is no folder; give one with a sub-folder of images for each class")
     device, trained = _device(words.device), read(words.model, checkpoint=words.checkpoint)
-    out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}")
+    images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
+    out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")
+    if words.out is None and out.exists():
+        raise ValueError(f"{out} is there already, and nothing is written over: choose another folder with --out DIR")
     check_new(out)
     on = (
         evaluate.own_images(trained, words.data_words, device)

@@ -65,4 +65,4 @@ def _improves(value: float, best: float | None, config: EarlyStoppingConfig) -> 
 
 
 def _text(value: float, config: EarlyStoppingConfig) -> str:
-    return f"{value:.4f}" if config.is_loss else f"{value:.2%}"
+    return f"{value:.4g}" if config.is_loss else f"{value:.2%}"

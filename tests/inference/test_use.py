@@ -273,7 +273,19 @@ def test_an_evaluation_is_written_beside_the_run_and_never_over_another(trained,
     assert main(["evaluate", str(run)]) == 0
     assert (run / "evaluation-12" / "evaluation.txt").read_text() in capsys.readouterr().out
     assert main(["evaluate", str(run)]) == 2
-    assert "evaluation-12 is there already" in capsys.readouterr().err
+    assert "evaluation-12 is there already, and nothing is written over: choose another folder with --out DIR" in (
+        capsys.readouterr().err
+    )
+    assert main(["evaluate", str(run), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' is no folder" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_other_images_has_a_folder_of_its_own_beside_the_run(trained, tmp_path, capsys):
+    run = shutil.copytree(trained.runs["average"], tmp_path / "run")
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["evaluate", str(run), str(trained.images / "val")]) == 0
+    assert len(list(run.glob("evaluation-*"))) == 2
+    assert len(list(run.glob("evaluation-*-val"))) == 1
 
 
 def test_the_expected_calibration_error_is_the_mean_gap_over_15_bins():

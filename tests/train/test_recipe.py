@@ -333,3 +333,9 @@ def test_the_page_of_expectations_names_keys_that_there_are_and_argues_what_is_a
             key for key in re.findall(r"`([a-z_]+\.[a-z0-9_]+)[^`]*`", answer) if key.split(".")[0] in known.sections
         ]
         assert all(known.is_known(key) for key in named), f"{expected}: {named}"
+
+
+def test_the_working_directory_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/somebody/pictures")
+    monkeypatch.setenv("DB_PWD", "correct horse")
+    assert hidden_text("/home/somebody/pictures/cat: correct horse") == f"/home/somebody/pictures/cat: {HIDDEN}"
