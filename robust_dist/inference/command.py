@@ -127,7 +127,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     if words.path is not None and words.data_words:
         raise ValueError(f"PATH {words.path!r} and {words.data_words[0]} both name images: give one of them")
     if words.path is not None and not Path(words.path).is_dir():
-        raise ValueError(f"PATH {words.path!r} is no folder; give one with a sub-folder of images for each class")
+        raise ValueError(f"PATH: there is no folder {words.path}; give one with a sub-folder of images for each class")
     device, trained = _device(words.device), read(words.model, checkpoint=words.checkpoint)
     images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
     out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")

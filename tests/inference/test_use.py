@@ -277,7 +277,7 @@ def test_an_evaluation_is_written_beside_the_run_and_never_over_another(trained,
         capsys.readouterr().err
     )
     assert main(["evaluate", str(run), str(tmp_path / "nowhere")]) == 2
-    assert "nowhere' is no folder" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 def test_an_evaluation_of_other_images_has_a_folder_of_its_own_beside_the_run(trained, tmp_path, capsys):
