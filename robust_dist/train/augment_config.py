@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from robust_dist import own_code
 from robust_dist.augment import RobustAugment, sample_keys, soft_targets
-from robust_dist.train.keys import NAMES_CODE, values_of
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import NAMES_CODE, require, require_number, values_of
 
 # From images, labels or targets, and keys (int64 [B]) to images and labels or targets.
 Stage = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data.names import printable
+from robust_dist.train.metrics import best_row
 from robust_dist.train.recipe import Recipe
 
 _MARKERS = "os^DvPX*<>ph"
@@ -70,12 +71,6 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) ->
         axes.set_xlim(0, 1.03 * epochs[-1])
     figure.suptitle(_title(rows, path, recipe), parse_math=False)
     figure.savefig(path, dpi=120)
-
-
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest eval_accuracy, the earliest of several; None where no row has one."""
-    there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
-    return max(there, key=lambda row: row["eval_accuracy"], default=None)
 
 
 def _small(count: int) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from robust_dist.engines.engine import engine_of
 from robust_dist.models.registry import MODELS, ModelInfo, check_output
 from robust_dist.train import optimizers
 from robust_dist.train.augment_config import AugmentConfig
-from robust_dist.train.build import build_accelerator, preprocessing_of
+from robust_dist.train.build import build_accelerator
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.main import train
-from robust_dist.train.own_data import image_set, info_of_sets
 from robust_dist.train.recipe import Recipe, load_recipe
-from robust_dist.train.settings import OWN
+from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
 # The engine under which this process has trained, where it can train no second run.
 _spent: list[str] = []

@@ -17,29 +17,24 @@ from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_ti
 from robust_dist.train.build import (
     build_augment,
     build_classifier,
-    build_loader,
     build_optimizer,
     build_schedule,
-    preprocessing_of,
+    check_model,
+    images_dtype,
 )
-from robust_dist.train.display import Display
-from robust_dist.train.early_stopping import early_stop
-from robust_dist.train.engine import check_model
+from robust_dist.train.checkpoints import Progress, RunCheckpoints, check_finite
+from robust_dist.train.display import Display, Figures, Profiling, build_meter, measured
 from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.images_dtype import images_dtype
-from robust_dist.train.meter import Figures, build_meter, measured
-from robust_dist.train.metrics import LEAST_FOR_TOP5, MOST_LISTED
-from robust_dist.train.pretrained import begin
-from robust_dist.train.profiling import Profiling
-from robust_dist.train.progress import Progress, check_finite
+from robust_dist.train.keys import require
+from robust_dist.train.metrics import LEAST_FOR_TOP5, MOST_LISTED, early_stop
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_checkpoints import RunCheckpoints
-from robust_dist.train.settings import require
+from robust_dist.train.sources import build_loader, preprocessing_of
 from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
+from robust_dist.train.weights import begin
 
 
 class Trainer:

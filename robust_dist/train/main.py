@@ -19,24 +19,20 @@ from robust_dist.private import hidden, hidden_text
 from robust_dist.ranks.claim import FolderLostError
 from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
 from robust_dist.schedule import RankDisagreementError
-from robust_dist.train.backends import backends_of
-from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
-from robust_dist.train.command_line import check_recipe_is_named
+from robust_dist.train.build import build_accelerator, changed_sources, check_own, fit_engine, fit_ranks, own_sources
+from robust_dist.train.checkpoints import DivergedError
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record
-from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
-from robust_dist.train.engine import fit_engine
-from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
+from robust_dist.train.failures import Rank, record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
-from robust_dist.train.opening import data_lines, data_notes, decoder_note, part_lines, say_run
+from robust_dist.train.opening import backends_of, data_lines, data_notes, decoder_note, part_lines, say_run
 from robust_dist.train.output import LastingOutput
-from robust_dist.train.own import changed_sources, check_own, own_sources
-from robust_dist.train.progress import DivergedError
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
-from robust_dist.train.sources import with_decoder
+from robust_dist.train.sources import load_sets, preprocessing_of, with_decoder
+from robust_dist.train.stop import STOPPED_STATUS, Stopped, check_not_stopped
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 

@@ -1,24 +1,75 @@
-"""The first lines of a run: the data it found, the work it will do, and warnings."""
+"""The first lines of a run: the data it found, the work it will do, the backends it takes, and warnings."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from robust_dist.augment import RobustAugment
 from robust_dist.checkpoint.space import text_of
 from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
 from robust_dist.data.names import printable
 from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import cores_here
-from robust_dist.train.backends import Backends
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import agree
+from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
 from robust_dist.train.optimizers import chosen, second_beta
 from robust_dist.train.recipe import Recipe
 
+_NAMES = {"fused_triton": "fused (Triton)", "fused_cpu": "fused (C)", "single": "single-tensor"}
 NAMED = 10
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The backends of a run, by the names that its first line and `environment.json` give them.
+
+    Attributes:
+        optimizer: Of RAdaBeliefW: "fused (Triton)", "fused (C)", "foreach" or "single-tensor"; None for another
+            optimizer, and under an engine that fills the param groups for a step alone.
+        augmentation: "triton", "native", "torch" or "torch.compile".
+    """
+
+    optimizer: str | None
+    augmentation: str
+
+
+def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augment: RobustAugment) -> Backends:
+    """The backends that this run takes, the same on every rank.
+
+    Args:
+        recipe: All settings.
+        accelerator: The engine, after `prepare`.
+        optimizer: What the engine made of the optimizer.
+        augment: The training pipeline.
+
+    Raises:
+        ValueError: On every rank, where ranks take different ones: backends round differently, so that whole
+            weights, which each rank steps for itself, would drift apart.
+    """
+    compiled = recipe.augment.compile
+    found = Backends(
+        optimizer_backend(optimizer), "torch.compile" if compiled else augment.backend_for(accelerator.device)
+    )
+    agree(
+        asdict(found),
+        "the ranks would take different backends, which round differently; make every rank able to take the same (see "
+        "robust-dist doctor on each host), or set optimizer.options.fused=false for all",
+    )
+    return found
+
+
+def optimizer_backend(optimizer: Any) -> str | None:
+    """The backend that steps RAdaBeliefW; see `Backends.optimizer`."""
+    inner = base_optimizer(optimizer)
+    name = inner.backend_in_use() if isinstance(inner, RAdaBeliefW) else None
+    return None if name is None else _NAMES.get(name, name)
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:

@@ -30,8 +30,7 @@ from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.baselines import NAG, PaperAdam
-from robust_dist.train.keys import COSTLY, NAMES_CODE
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import COSTLY, NAMES_CODE, require, require_number
 
 if TYPE_CHECKING:
     from robust_dist.train.recipe import Recipe

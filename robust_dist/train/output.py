@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from robust_dist.private import hidden_text, hidden_words
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 
 LOG = "log.txt"
 # Of what is printed before the run's folder is there; an error before that belongs to no run.

@@ -1,27 +1,112 @@
-"""From the recipe's data keys to the sets of a run whose images are files."""
+"""From the recipe's section "data" to the image sets of a run, and how their images are prepared."""
 
 import shutil
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
+from robust_dist import own_code
 from robust_dist.checkpoint.space import free_memory, text_of
+from robust_dist.data import load_dataset
+from robust_dist.data.batches import Cut
 from robust_dist.data.identity import fingerprint, source_fingerprint
 from robust_dist.data.image_set import ImageSet
+from robust_dist.data.loader import Loader
 from robust_dist.data.names import printable
+from robust_dist.data.placement import place
+from robust_dist.data.registry import DATASETS, DatasetInfo, dataset_info
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
-from robust_dist.ranks.talk import agree, gather, rank, taking_part
-from robust_dist.train.data_config import Classes, DataConfig
+from robust_dist.ranks.talk import agree, attempt, gather, on_rank_0, rank, taking_part
+from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, Classes, DataConfig
+from robust_dist.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from robust_dist.data.image_cache import ImageCache
 
 # So many of a set's first images are looked at for an EXIF orientation.
 LOOKED_AT = 16
+_KEY = "data.name"
+_read: dict[str, DatasetInfo] = {}
+
+
+def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:
+    """Training and evaluation images for this rank's device; one process a host fetches, the others wait.
+
+    Raises:
+        ValueError: On every rank, where the files are missing, torn, too large for the device, or not the same.
+    """
+    first, device = accelerator.is_local_main_process, accelerator.device
+
+    def load(download: bool) -> tuple[LabelledSet, LabelledSet]:
+        return open_sets(recipe.data, device, download=download)
+
+    began = time.monotonic()
+    sets = attempt(lambda: load(recipe.data.download), here=first)
+    others = attempt(lambda: load(False), here=not first)
+    loaded = sets or others
+    assert loaded is not None
+    check_ranks_see_the_same(*loaded)
+    if recipe.data.in_memory:
+        images = sum(map(len, loaded))
+        accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
+    on_rank_0(lambda: tell_exif(recipe.data, *loaded))
+    on_rank_0(lambda: tell_decoder(loaded[0]))
+    on_rank_0(lambda: tell_cache(*loaded))
+    return loaded
+
+
+def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
+    """Training and evaluation images: streamed, or whole in memory, where `data.keep_on` says."""
+    if own_code.is_name(data.name):
+        check_own_data(data)
+    if data.streamed:
+        return open_streams(data, device, download=download)
+    # The training images first: they are read more often.
+    sets = (
+        open_in_memory(data, download=download)
+        if data.in_memory
+        else [_set_by_name(data, train=part, download=download) for part in (True, False)]
+    )
+    train, test = place(sets, device, data.keep_on)
+    return train, test
+
+
+def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
+    """The evaluation images alone, as `open_sets` has them.
+
+    Args:
+        data: The recipe's section.
+        device: Where they are given out.
+        classes: Those of the training images.
+        download: Whether missing files may be fetched.
+
+    Raises:
+        ValueError: The files are missing, torn, or of other classes.
+    """
+    if data.streamed:
+        return eval_stream(data, device, classes, download=download)
+    if data.in_memory:
+        found = eval_in_memory(data, classes, download=download)
+    else:
+        found = _set_by_name(data, train=False, download=download)
+    return place([found], device, data.keep_on)[0]
+
+
+def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
+    root = Path(data.root)
+    if own_code.is_name(data.name):
+        return info_of(data).loader(root, train, download)
+    return load_dataset(data.name, root, train=train, download=download, own_files=data.own_files)
 
 
 def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
@@ -228,3 +313,187 @@ def _fingerprint(dataset: LabelledSet) -> dict[str, Any]:
     """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
     checksum = fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
     return {"images": len(dataset), "classes": len(dataset.classes), "checksum": checksum}
+
+
+def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
+    """The order of the training images and this rank's part of each global batch."""
+    cut = Cut(
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=recipe.accumulation,
+        block=recipe.data.block,
+        drop_last=recipe.data.drop_last,
+    )
+    return train_set.loader(cut)
+
+
+class Preprocessing(NamedTuple):
+    """Preparation of a set's images on the device: side in pixels, mean and std of each channel, own crop and flip.
+
+    `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
+    files kept in memory (4 pixels at 32, as for CIFAR).
+    """
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: int
+    flip: bool
+
+
+def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
+    """The preparation of training images, or of evaluation images.
+
+    Raises:
+        ValueError: An unknown data set.
+    """
+    if data.streamed or data.in_memory:
+        size = data.eval_sides[0] if evaluation else data.size
+        padding = round(size / 8) if data.in_memory else 0
+        return Preprocessing(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
+    info = info_of(data)
+    return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
+
+
+def info_of(data: DataConfig) -> DatasetInfo:
+    """The record of a set by name, or of the user's own, whose images are read for it.
+
+    Raises:
+        ValueError: An unknown name, or a set of one's own that cannot be imported or used.
+    """
+    if not own_code.is_name(data.name):
+        return dataset_info(data.name)
+    found = own_code.load(_KEY, data.name)
+    if isinstance(found, DatasetInfo):
+        return found
+    key = f"{data.name} {data.root} {data.options}"
+    if key not in _read:
+        check_own_set(data.name, found, data)
+        train = _made(data, found, train=True)
+        _read[key] = info_of_sets(
+            train, _made(data, found, train=False, classes=train.classes), partial(_made, data, found)
+        )
+    return _read[key]
+
+
+def known_info(data: DataConfig) -> DatasetInfo | None:
+    """The record of a set by name, or of the user's own; None of image files."""
+    return info_of(data) if own_code.is_name(data.name) and data.source is None else DATASETS.get(data.name)
+
+
+def check_own_data(data: DataConfig) -> None:
+    """Import data of the user's own, and check the keys as those of other data are when they are read.
+
+    Raises:
+        OwnCodeError: It cannot be imported, or is no data.
+        ValueError: Keys that it does not look at.
+    """
+    data.check_keys()
+    if data.source is None:
+        check_own_set(data.name, own_code.load(_KEY, data.name), data)
+
+
+def check_own_set(name: str, found: Any, data: DataConfig) -> None:
+    """Refuse what is no set of images; nothing is read.
+
+    Raises:
+        OwnCodeError: It is not callable, or does not take what it is called with.
+    """
+    if isinstance(found, DatasetInfo):
+        return
+    is_model = isinstance(found, nn.Module) or (isinstance(found, type) and issubclass(found, nn.Module))
+    if is_model or not callable(found):
+        wanted = "a Dataset class or a function of train (bool), a DatasetInfo or a SourceChoice"
+        raise own_code.wrong(_KEY, name, found, wanted)
+    own_code.check_call(_KEY, name, found, **_arguments(data, found, train=True))
+
+
+def _arguments(data: DataConfig, found: Any, *, train: bool) -> dict[str, Any]:
+    known = {"root": data.root, "download": data.download}
+    return {"train": train, **{key: one for key, one in known.items() if own_code.takes(found, key)}, **data.options}
+
+
+def _made(data: DataConfig, found: Any, *, train: bool, classes: Sequence[str] | None = None) -> ImageSet:
+    given = own_code.call(_KEY, data.name, found, **_arguments(data, found, train=train))
+    return image_set(given, f"{data.name} ({'train' if train else 'eval'})", classes)
+
+
+def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> DatasetInfo:
+    """The record of two sets in memory: the training images' mean and deviation, crops padded by an eighth, flips.
+
+    Args:
+        train_set: Training images.
+        eval_set: Evaluation images.
+        again: Called with `train` and `classes` for a part that was given out already; None gives the same out again.
+    """
+    kept: dict[bool, ImageSet] = {True: train_set, False: eval_set}
+    classes = train_set.classes
+
+    def load(root: Any, train: bool, download: bool) -> ImageSet:
+        # Not held here for the run, which may have a copy on a device.
+        found = kept.get(train) if again is None else kept.pop(train, None)
+        return again(train=train, classes=classes) if found is None else found
+
+    scaled = train_set.images.double() / 255
+    return DatasetInfo(
+        num_classes=len(train_set.classes),
+        channels=train_set.channels,
+        size=train_set.images.shape[-1],
+        mean=tuple(scaled.mean((0, 2, 3)).tolist()),
+        # A channel that is the same everywhere stays as it is.
+        std=tuple(deviation or 1.0 for deviation in scaled.std((0, 2, 3)).tolist()),
+        crop_padding=round(train_set.images.shape[-1] / 8),
+        flip=True,
+        description="of the user's own",
+        loader=load,
+    )
+
+
+def image_set(given: Any, name: str, classes: Sequence[str] | None = None) -> ImageSet:
+    """Images of the user's own as an ImageSet on the CPU.
+
+    Args:
+        given: An ImageSet; a pair of images (uint8 [N, C, H, H]) and labels (int64 [N]); or a map-style data set of
+            (PIL image or uint8 [C, H, H], label), which is read once.
+        name: Of the set, for messages.
+        classes: Names where the set has no `classes` of its own; numbers up to the highest label where None.
+
+    Raises:
+        ValueError: Images of several sizes, or not square, named with the first one's place; or something else.
+    """
+    if isinstance(given, ImageSet):
+        return given
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor):
+        images, labels = given
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
+        images, labels = _stacked([given[index] for index in range(len(given))], name)
+    else:
+        raise ValueError(
+            f"{name}: a {type(given).__name__} is no set of images; give a pair of images (uint8 [N, C, H, H]) and "
+            "labels (int64 [N]), or a data set with __len__ and __getitem__ of (PIL image or uint8 [C, H, H], label)"
+        )
+    if images.ndim == 4 and images.shape[2] != images.shape[3]:
+        raise ValueError(f"{name}: images of {images.shape[2]}x{images.shape[3]} are not square; crop or pad them")
+    count = int(labels.max()) + 1 if len(labels) else 0
+    names = getattr(given, "classes", None) or (classes if classes and count <= len(classes) else range(count))
+    return ImageSet(images, labels, tuple(map(str, names)), name)
+
+
+def _stacked(samples: list[Any], name: str) -> tuple[Tensor, Tensor]:
+    tensors = [_tensor_of(sample[0]) for sample in samples]
+    sizes = [tuple(tensor.shape) for tensor in tensors]
+    other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{name}: image {other} is {sizes[other]}, and image 0 is {sizes[0]}; give images of one size, or "
+            "train from files of any size with data.name=imagefolder, hub or webdataset"
+        )
+    return torch.stack(tensors), torch.tensor([int(sample[1]) for sample in samples])
+
+
+def _tensor_of(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

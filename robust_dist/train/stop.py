@@ -10,17 +10,64 @@ from types import TracebackType
 from typing import Any
 
 from robust_dist.ranks.ballot import Ballot
+from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import gather, on_rank_0
-from robust_dist.train.elastic import Stopped, launchers
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
 
+# EX_TEMPFAIL of sysexits.h: not done; the same command goes on.
+STOPPED_STATUS = 75
 # What SLURM's --signal, Kubernetes, spot notices and launchers send; then what a terminal sends: Ctrl-C, and its end.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
 _ECHO_SECONDS = 10.0
 # A person's second Ctrl-C is a wish; the launcher, which had the first one too, passes it on within this time.
 _TYPED_ECHO_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved.
+
+    Args:
+        name: The signal's name.
+        step: Optimizer steps done.
+        total_steps: Optimizer steps of the whole run.
+        checkpoint: Where it was saved.
+    """
+
+    def __init__(self, name: str, step: int, total_steps: int, checkpoint: str) -> None:
+        super().__init__(name, step, total_steps, checkpoint)
+        self.name, self.step, self.total_steps, self.checkpoint = name, step, total_steps, checkpoint
+
+    def __str__(self) -> str:
+        return (
+            f"stopped by {self.name} at step {self.step} of {self.total_steps}; saved in {self.checkpoint}; "
+            "the same command goes on from there"
+        )
+
+
+def launcher() -> list[Any]:
+    """The identity of the process that started this rank."""
+    return [host_id(), os.getppid()]
+
+
+def launchers() -> list[list[Any]]:
+    """The launchers of all ranks, each one once."""
+    return [list(pair) for pair in sorted({tuple(pair) for pair in gather(launcher())})]
+
+
+def check_not_stopped(note: dict[str, Any]) -> None:
+    """Leave again where a launcher starts its ranks once more after a signal stopped the run.
+
+    Args:
+        note: What `stopped.json` says.
+
+    Raises:
+        Stopped: As the start before.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and launcher() in note.get("launchers", []):
+        raise Stopped(note["signal"], note["step"], note["total_steps"], note["checkpoint"])
 
 
 class StopSignals:
@@ -95,9 +142,6 @@ def _forget_in_child() -> None:
             for number in StopSignals._entered._before:
                 signal.signal(number, signal.SIG_DFL)
         StopSignals._entered = None
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class PauseVote:
@@ -181,3 +225,6 @@ class Stopper:
         note["launchers"] = launchers()
         on_rank_0(lambda: folder.note_stop(note))
         raise Stopped(self.stop, step, total_steps, checkpoint)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

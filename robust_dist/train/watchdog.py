@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 
 DUMP_SHARE = 0.75
 HANG_STATUS = 124

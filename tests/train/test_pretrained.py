@@ -16,8 +16,8 @@ from robust_dist.train.build import build_optimizer, build_schedule
 from robust_dist.train.fit import fit
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.optimizers import OptimizerConfig
-from robust_dist.train.pretrained import Weights, load
 from robust_dist.train.recipe import ModelConfig, Recipe, parse_recipe
+from robust_dist.train.weights import Weights, load
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05", "--batch_size", "16"]
 SMALL = "squeezenet1_1"

@@ -1,7 +1,7 @@
-"""Weights that a run begins with: published ones, those of another run, of an export or of a file."""
+"""The weights of runs, exports and files: which of them count, and those that a run begins with."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,171 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from robust_dist.checkpoint import CheckpointStore
+from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.checkpoint.plain import load_file
+from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.data.identity import fingerprint
 from robust_dist.documents import read_json, typed
 from robust_dist.models.weights import head_of, is_below, read_published
 from robust_dist.ranks.talk import agree, attempt, on_rank_0
-from robust_dist.train.build import preprocessing_of
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.optimizers import choice_of
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_weights import (
-    RECORD,
-    WEIGHTS,
-    check_evaluated,
-    choose,
-    data_of,
-    evaluated_weights,
-    mismatches,
-    read_average,
-    why_none,
-)
+from robust_dist.train.sources import preprocessing_of
 from robust_dist.yaml_file import read_yaml
 
+# What `robust-dist export` writes: the weights, and what their use needs to know.
+WEIGHTS, RECORD = "model.safetensors", "model.json"
+# Accelerate's name for the moving average, the one object that a run registers with it.
+_AVERAGE = "custom_checkpoint_0.pkl"
+_NAMED = 5
 _STATE_DICTS = ("model", "model_state_dict", "state_dict")
 _WRAPPED = "module."
 # Mean and standard deviation, on the scale 0 to 1, are written with three or four digits.
 _SAME = 2e-3
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+
+
+def why_none(folder: Path) -> str:
+    """The reason why a folder is neither a run's nor an export."""
+    if not folder.exists():
+        return "there is no such folder"
+    above = run_of(folder)
+    hint = "" if above is None else f"; it belongs to a run: name {above}"
+    return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
+
+
+def data_of(run: RunFolder) -> dict[str, Any]:
+    """The content of a run's `data.json`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        data: dict[str, Any] = read_json(run.data_path, dict[str, Any])
+    except FileNotFoundError:
+        raise ValueError(
+            f"{run.path} has no data.json, which names the classes: start the run's command once more, which writes it"
+        ) from None
+    return data
+
+
+def choose(run: RunFolder, checkpoint: str | int) -> tuple[Path, Manifest]:
+    """A run's checkpoint and its manifest.
+
+    Args:
+        run: The folder.
+        checkpoint: "last", "best", or a step.
+
+    Raises:
+        CheckpointError: There is none, not this one, or it is torn.
+        ValueError: `checkpoint` is none of these.
+    """
+    store = CheckpointStore(run.checkpoints)
+    steps = store.steps()
+    if not steps:
+        raise CheckpointError(f"{run.checkpoints} holds no checkpoint yet")
+    there = f"there are those of step {', '.join(map(str, steps))}"
+    if checkpoint == "best":
+        step = _best(store, steps, run)
+    elif checkpoint == "last":
+        step = steps[-1]
+    elif str(checkpoint).isdigit():
+        step = int(checkpoint)
+    else:
+        raise ValueError(f"checkpoint={checkpoint!r} is none of last, best and a step; {there}")
+    if step not in steps:
+        raise CheckpointError(f"{run.checkpoints} holds no checkpoint of step {step}; {there}")
+    try:
+        verify(store.path_of(step))
+        return store.path_of(step), read_manifest(store.path_of(step))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; name another checkpoint, {there}") from None
+
+
+def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
+    scored = []
+    for step in steps:
+        try:
+            accuracy = read_manifest(store.path_of(step)).metadata.get(ACCURACY)
+        except CheckpointError:
+            continue
+        if accuracy is not None:
+            scored.append((accuracy, step))
+    if not scored:
+        raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint of an epoch's end, so none has an accuracy")
+    return max(scored)[1]
+
+
+def check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
+    """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
+    if manifest.metadata.get(ACCURACY) is not None:
+        return
+    name = (recipe.get("optimizer") or {}).get("name", "")
+    choice = choice_of(name) if name else None
+    if choice is not None and choice.averages_weights:
+        raise CheckpointError(
+            f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
+            "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "
+            "end, or let the run reach one"
+        )
+
+
+def read_average(place: Path) -> dict[str, Any]:
+    """The state of a checkpoint's moving average: "n_averaged", and the model's entries below "module."."""
+    state: dict[str, Any] = typed(load_file(place / _AVERAGE), dict[str, Any], str(place / _AVERAGE))
+    return state
+
+
+def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str]) -> dict[str, Tensor]:
+    """The weights that a run evaluated: the moving average where its recipe has one.
+
+    Args:
+        place: A checkpoint.
+        recipe: Of the run.
+        known: The model's names.
+
+    Raises:
+        CheckpointError: A file is missing or torn.
+    """
+    if recipe.get("ema_decay") is None:
+        return read_weights(place, known)
+    return {name.removeprefix("module."): value for name, value in read_average(place).items() if name != "n_averaged"}
+
+
+def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed.
+
+    Args:
+        own: The model's state dict.
+        given: The weights.
+    """
+    # safetensors leaves further names of a shared tensor out, and old files know no counter of batches.
+    there = {tensor.data_ptr() for name, tensor in own.items() if name in given}
+    lacking = [
+        name
+        for name, tensor in own.items()
+        if name not in given and tensor.data_ptr() not in there and not name.endswith("num_batches_tracked")
+    ]
+    strange = [name for name in given if name not in own]
+    shapes = [
+        f"{name} {list(given[name].shape)} in place of {list(own[name].shape)}"
+        for name in own
+        if name in given and own[name].shape != given[name].shape
+    ]
+    said = {"lacks": lacking, "has beyond it": strange, "has in other shapes": shapes}
+    return [f"it {what} {_listed(names)}" for what, names in said.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -258,7 +396,7 @@ def _read_run(recipe: Recipe, path: Path, model: nn.Module) -> Weights:
         f"{path}, step {manifest.step}" + ("" if theirs.get("ema_decay") is None or goes_on else " (moving average)"),
         read_weights(place, known) if goes_on else evaluated_weights(place, theirs, known),
         classes=tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes")),
-        **_pixels(data.get("preprocessing")),
+        **_noted_pixels(data.get("preprocessing")),
         model=(theirs.get("model") or {}).get("name"),
         average=read_average(place) if goes_on else None,
     )
@@ -270,12 +408,12 @@ def _read_export(path: Path) -> Weights:
         str(path),
         _read_safetensors(path / WEIGHTS),
         classes=tuple(typed(record.get("classes"), list[str], f"{path / RECORD}: classes")),
-        **_pixels(record.get("preprocessing")),
+        **_noted_pixels(record.get("preprocessing")),
         model=(record.get("recipe", {}).get("model") or {}).get("name"),
     )
 
 
-def _pixels(noted: Any) -> dict[str, Any]:
+def _noted_pixels(noted: Any) -> dict[str, Any]:
     """Mean and standard deviation, as far as they are noted."""
     values = noted if isinstance(noted, dict) else {}
     return {key: tuple(values[key]) for key in ("mean", "std") if isinstance(values.get(key), list)}
@@ -302,12 +440,6 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return found
 
 
-_FILES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    ".safetensors": _read_safetensors,
-    **dict.fromkeys((".pt", ".pth", ".bin"), _read_state_dict),
-}
-
-
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix not in _FILES:
         raise ValueError(f"{path}: weights are files that end in {', '.join(_FILES)}")
@@ -320,3 +452,9 @@ def _bare(entries: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if wrapped and not any(name.startswith(_WRAPPED) for name in model.state_dict()):
         return {name.removeprefix(_WRAPPED): value for name, value in entries.items()}
     return entries
+
+
+_FILES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_state_dict),
+}
