@@ -23,6 +23,7 @@ from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import OWN
 from robust_dist.train.main import train
+from robust_dist.train.metrics import best_row
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
@@ -37,7 +38,7 @@ class Result:
 
     Attributes:
         rows: The epochs, as `metrics.jsonl` has them, oldest first.
-        best: The row with the highest eval_accuracy; the earliest of several.
+        best: The row with the highest eval_accuracy; the newest of several.
         run_dir: The run's folder.
         checkpoint: Its newest checkpoint.
         paths: What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log, those that
@@ -125,7 +126,7 @@ def fit(
         rows = _train(recipe)
     folder = RunFolder(recipe.run_dir)
     newest = max(folder.checkpoints.glob("step-*"))
-    return Result(rows, max(rows, key=lambda row: row["eval_accuracy"]), folder.path, newest)
+    return Result(rows, best_row(rows) or rows[-1], folder.path, newest)
 
 
 def _train(recipe: Recipe) -> list[dict[str, Any]]:

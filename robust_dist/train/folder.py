@@ -46,6 +46,10 @@ class RunFolder:
         self._claim: FolderClaim | None = None
 
     @property
+    def _recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -91,9 +95,20 @@ class RunFolder:
             self._claim_for(recipe, environment, data)
         except OSError as error:
             self.release()
-            raise RunFolderError(
-                f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def check_usable(self, recipe: Recipe) -> None:
+        """Say what `claim` would say of the folder and of the settings that it holds; nothing is taken or written.
+
+        Raises:
+            RunFolderError: As `claim`.
+        """
+        try:
+            self._check_is_run_or_empty()
+            if self._recipe_path.exists():
+                self._check_same(recipe_dict(recipe), self._recipe_path, type(recipe))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def check(self) -> None:
         """Make sure that the folder is still this process's; only after `claim`.
@@ -120,14 +135,14 @@ class RunFolder:
         self._check_is_run_or_empty()
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
-        recipe_path, ours = self.path / "recipe.yaml", recipe_dict(recipe)
-        if recipe_path.exists():
-            self._check_same(ours, recipe_path, type(recipe))
+        ours = recipe_dict(recipe)
+        if self._recipe_path.exists():
+            self._check_same(ours, self._recipe_path, type(recipe))
         is_new_data = data is not None and self._is_new_data(data)
         # Others may read what became of a run, but not the accounts and hosts that its options name.
         private = has_options(ours)
         # First, since it makes the folder a run's.
-        write_atomically(recipe_path, dump_yaml(hidden(ours)), private=private)
+        write_atomically(self._recipe_path, dump_yaml(hidden(ours)), private=private)
         if is_new_data:
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         if not self.metrics():
@@ -153,7 +168,7 @@ class RunFolder:
     def rewind(self, step: int, steps_per_epoch: int | None = None) -> list[str]:
         """Bring `metrics.jsonl` to optimizer step `step`: the epochs that ended after it are trained again.
 
-        What is taken out (later epochs, lines that are no rows, rows that stand twice or are of no epoch's end) is
+        What is taken out (later epochs, lines that are no rows, rows of one step or of no epoch's end) is
         first added to `metrics.erased.jsonl`.
 
         Args:
@@ -194,9 +209,19 @@ class RunFolder:
         except OSError as error:
             raise write_failure(self.metrics_path, error) from None
 
+    def _unwritable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
+        )
+
     def _check_is_run_or_empty(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"run_dir={str(self.path)!r} is a file; name a folder")
+        path = self.path.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            which = "is a file" if there == path else f"lies below {there}, which is a file"
+            raise RunFolderError(f"run_dir={str(self.path)!r} {which}; name a folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"{there} may not be written to")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         foreign = {name for name in names if name not in _LEFT_OVER and not name.startswith(".owner-")}
         if foreign and "recipe.yaml" not in names:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from robust_dist import own_code
 from robust_dist.engines.accelerate import EngineError
+from robust_dist.models.registry import builder_of
 from robust_dist.private import hidden, hidden_text
 from robust_dist.ranks.claim import FolderLostError
 from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
@@ -35,6 +36,7 @@ from robust_dist.train.sources import load_sets, preprocessing_of, with_decoder
 from robust_dist.train.stop import STOPPED_STATUS, Stopped, check_not_stopped
 from robust_dist.train.trackers import check_installed, check_names
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
+from robust_dist.train.weights import check_there
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -72,6 +74,7 @@ def train(
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
     on_rank_0(lambda: check_installed(recipe.tracking.trackers))
+    on_rank_0(lambda: _check_begins(asked, folder))
     tick("loading the data", may_be_slow=True)
     noted = on_rank_0(folder.decoder)
     sets = load_sets(replace(recipe, data=with_decoder(recipe.data, accelerator.device, noted)), accelerator)
@@ -100,6 +103,24 @@ def train(
         folder.release()
     accelerator.end_training()
     return rows
+
+
+def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse a folder, a model and weights that cannot be used, in one message, before the data is opened."""
+    found: list[ValueError] = []
+    for check in (
+        lambda: folder.check_usable(recipe),
+        lambda: builder_of(recipe.model.name),
+        lambda: check_there(recipe, folder),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            found.append(error)
+    if len(found) > 1:
+        raise ValueError("\n  ".join(map(str, found)))
+    if found:
+        raise found[0]
 
 
 def check_ranks_agree(recipe: Recipe) -> None:

@@ -184,6 +184,6 @@ def without_measured(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest eval_accuracy, the earliest of several; None where no row has one."""
+    """The row of the highest eval_accuracy, the newest of several; None where no row has one."""
     there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
-    return max(there, key=lambda row: row["eval_accuracy"], default=None)
+    return max(reversed(there), key=lambda row: row["eval_accuracy"], default=None)

@@ -154,8 +154,8 @@ def _early_stopping_doubts(recipe: Recipe) -> list[str]:
         return []
     return [
         f"early_stopping.patience={recipe.early_stopping.patience}: {' and '.join(planned)} "
-        f"belong{'s' * (len(planned) == 1)} to all {_count(recipe.epochs, 'epoch')}, and a run that stops early ends "
-        "without; fewer epochs cost as little and have the whole schedule"
+        f"{'is' if len(planned) == 1 else 'are'} planned over all {_count(recipe.epochs, 'epoch')}, so a run that "
+        "stops early does not get to the end of it; a run of fewer epochs costs as little and completes its schedule"
     ]
 
 

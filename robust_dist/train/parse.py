@@ -77,7 +77,7 @@ class Settings:
             where = document.where(below)
             if name in seen:
                 raise DocumentError(
-                    f"{where}: the key {name!r} stands twice, the first time in {seen[name]}; leave one"
+                    f"{where}: the key {name!r} is given twice, the first time in {seen[name]}; leave one"
                 )
             seen[name] = where
             if name in self.keys.sections:
@@ -144,9 +144,15 @@ class Settings:
             except DocumentError as error:
                 said = str(error)
                 self.problems.append(said if where in (name, f"--{name}") else f"{where}: {said}")
+        try:
+            built = _build(self.kind, found)
+        except ValueError as error:
+            if not self.problems:
+                raise
+            self.problems.append(str(error))
         if self.problems:
             raise SettingsError("\n  ".join(self.problems))
-        return _build(self.kind, found)
+        return built
 
     def _checked(self, name: str, value: Any) -> Any:
         hint = self.keys.values[name]

@@ -123,8 +123,8 @@ class Saver:
         if not self.background:
             return f"checkpoints: {self.count}, training waited {each} for each"
         return (
-            f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in all "
-            f"for the one before); writing took {self.written / self.count:.3f} s each"
+            f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in "
+            f"total for the previous one to finish); writing took {self.written / self.count:.3f} s each"
         )
 
     def _check_room(self) -> None:

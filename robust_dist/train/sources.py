@@ -187,8 +187,8 @@ def tell_cache(*sets: LabelledSet) -> None:
     needed, used, free = sum(map(bytes_kept, sets)), cache.used(), shutil.disk_usage(cache.folder).free
     room = min(1.0, cache.most_bytes / max(needed, 1), (used + free) / max(needed, 1))
     print(
-        f"data.cache=disk: about {text_of(needed)} of decoded images, kept in {printable(str(cache.folder))}, with "
-        f"{text_of(used)} now and room for {room:.0%} of them ({text_of(cache.most_bytes)} by data.cache_gib; "
+        f"data.cache=disk: the decoded images take about {text_of(needed)}; {printable(str(cache.folder))} holds "
+        f"{text_of(used)} now and has room for {room:.0%} of them (data.cache_gib allows {text_of(cache.most_bytes)}; "
         f"{text_of(free)} are free)"
     )
 

@@ -1,8 +1,10 @@
 """The weights of runs, exports and files: which of them count, and those that a run begins with."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.data.identity import fingerprint
 from robust_dist.documents import read_json, typed
-from robust_dist.models.weights import head_of, is_below, read_published
+from robust_dist.models.weights import check_published, head_of, is_below, read_published
 from robust_dist.ranks.talk import agree, attempt, on_rank_0
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
@@ -204,6 +206,10 @@ class Weights:
     average: dict[str, Any] | None = None
 
 
+# From the whole model with fresh weights, and its classes, to the weights that are loaded into it.
+Reader = Callable[[nn.Module, int], Weights]
+
+
 @dataclass(frozen=True)
 class Begun:
     """What became of the weights that a run begins with.
@@ -237,14 +243,12 @@ def begin(
         ValueError: On every rank: the weights are not there, cannot be fetched, do not fit the model, or are not the
             same on all ranks.
     """
-    if recipe.init_from is None and recipe.model.weights is None:
-        return Begun()
-    if on_rank_0(lambda: bool(CheckpointStore(folder.checkpoints).steps())):
+    if not on_rank_0(lambda: _are_wanted(recipe, folder)):
         return Begun()
     first = accelerator.is_local_main_process
 
     def read() -> Weights:
-        return _read(recipe, folder, model, len(classes))
+        return _reader(recipe, folder)(model, len(classes))
 
     # Whoever comes first on a host fetches what is missing.
     one = attempt(read, here=first)
@@ -256,6 +260,21 @@ def begin(
     problem = "the ranks begin with different weights; give every host the same files"
     agree({_setting(recipe): _checksum(model)}, problem)
     return begun
+
+
+def check_there(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse weights to begin with that are not there, before the data is opened.
+
+    Raises:
+        ValueError: Names the setting and what is wrong.
+    """
+    if _are_wanted(recipe, folder):
+        _reader(recipe, folder)
+
+
+def _are_wanted(recipe: Recipe, folder: RunFolder) -> bool:
+    named = recipe.init_from is not None or recipe.model.weights is not None
+    return named and not CheckpointStore(folder.checkpoints).steps()
 
 
 def load(recipe: Recipe, model: nn.Module, found: Weights, classes: tuple[str, ...]) -> Begun:
@@ -274,7 +293,7 @@ def load(recipe: Recipe, model: nn.Module, found: Weights, classes: tuple[str, .
     if found.model not in (None, recipe.model.name) and problems:
         problems.insert(0, f"its model is {found.model}")
     if strict and not keeps:
-        problems.insert(0, f"{why}; to begin with all but the head set model.weights in place of init_from")
+        problems.insert(0, f"{why}; to keep all but the head, set model.weights instead of init_from")
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(
@@ -347,7 +366,8 @@ def _checksum(model: nn.Module) -> str:
     return fingerprint(*(tensor.view(torch.uint8).numpy() for tensor in tensors if tensor.numel()))
 
 
-def _read(recipe: Recipe, folder: RunFolder, model: nn.Module, num_classes: int) -> Weights:
+def _reader(recipe: Recipe, folder: RunFolder) -> Reader:
+    """What reads the weights that a recipe names; all that can be wrong with the name is said before."""
     given = recipe.init_from or recipe.model.weights
     assert given is not None
     path = Path(given).expanduser()
@@ -355,51 +375,75 @@ def _read(recipe: Recipe, folder: RunFolder, model: nn.Module, num_classes: int)
     if recipe.init_checkpoint != "last" and not is_run:
         raise ValueError(f"init_checkpoint={recipe.init_checkpoint!r} is for a run, and {_setting(recipe)} is none")
     if not path.exists() and recipe.init_from is None and not _is_path(given):
-        channels = len(preprocessing_of(recipe.data).mean)
-        published = read_published(recipe.model.name, given, num_classes, channels, recipe.model.options)
-        return Weights(**vars(published), model=None)
+        check_published(recipe.model.name, given)
+        return partial(_read_published, recipe, given)
+    with _setting_named(recipe):
+        reader = _reader_of_path(recipe, path, folder)
+
+    def read(model: nn.Module, num_classes: int) -> Weights:
+        with _setting_named(recipe):
+            return reader(model, num_classes)
+
+    return read
+
+
+@contextmanager
+def _setting_named(recipe: Recipe) -> Iterator[None]:
     try:
-        return _read_path(recipe, path, folder, model)
+        yield
     except (ValueError, OSError) as error:
         raise ValueError(f"{_setting(recipe)}: {error}") from None
+
+
+def _read_published(recipe: Recipe, given: str, model: nn.Module, num_classes: int) -> Weights:
+    channels = len(preprocessing_of(recipe.data).mean)
+    published = read_published(recipe.model.name, given, num_classes, channels, recipe.model.options)
+    return Weights(**vars(published), model=None)
 
 
 def _is_path(given: str) -> bool:
     return os.sep in given or given.startswith("~") or Path(given).suffix in (*_FILES,)
 
 
-def _read_path(recipe: Recipe, path: Path, folder: RunFolder, model: nn.Module) -> Weights:
+def _reader_of_path(recipe: Recipe, path: Path, folder: RunFolder) -> Reader:
     if path.is_file():
         if recipe.init_from is not None:
-            raise ValueError("is a file; name a run's folder, or set model.weights in place of init_from")
-        return Weights(str(path), _bare(_read_file(path), model))
+            raise ValueError("is a file; name a run's folder, or set model.weights instead of init_from")
+        if path.suffix not in _FILES:
+            raise ValueError(f"{path}: weights are files that end in {', '.join(_FILES)}")
+        return lambda model, _: Weights(str(path), _bare(_FILES[path.suffix](path), model))
     if (path / RECORD).is_file():
-        return _read_export(path)
+        return lambda *_: _read_export(path)
     if (path / "recipe.yaml").is_file():
         if path.resolve() == folder.path.resolve():
             raise ValueError("is the folder of this run, which goes on by itself; give another run_dir")
-        return _read_run(recipe, path, model)
-    if recipe.init_from is None and path.is_dir() and " belongs to a run" not in why_none(path):
-        return Weights(str(path), read_weights(path, model.state_dict()))
+        return _reader_of_run(recipe, path)
+    if recipe.init_from is None and path.is_dir() and run_of(path) is None:
+        return lambda model, _: Weights(str(path), read_weights(path, model.state_dict()))
     raise ValueError(why_none(path))
 
 
-def _read_run(recipe: Recipe, path: Path, model: nn.Module) -> Weights:
+def _reader_of_run(recipe: Recipe, path: Path) -> Reader:
     run = RunFolder(path)
     theirs = typed(read_yaml(path / "recipe.yaml").data, dict[str, Any], str(path / "recipe.yaml"))
     data = data_of(run)
     place, manifest = choose(run, recipe.init_checkpoint)
     check_evaluated(place, manifest, theirs)
-    known = model.state_dict()
-    goes_on = recipe.init_from is not None and recipe.ema_decay is not None and theirs.get("ema_decay") is not None
-    return Weights(
-        f"{path}, step {manifest.step}" + ("" if theirs.get("ema_decay") is None or goes_on else " (moving average)"),
-        read_weights(place, known) if goes_on else evaluated_weights(place, theirs, known),
-        classes=tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes")),
-        **_noted_pixels(data.get("preprocessing")),
-        model=(theirs.get("model") or {}).get("name"),
-        average=read_average(place) if goes_on else None,
-    )
+    averages = theirs.get("ema_decay") is not None
+    goes_on = averages and recipe.init_from is not None and recipe.ema_decay is not None
+
+    def read(model: nn.Module, _: int) -> Weights:
+        known = model.state_dict()
+        return Weights(
+            f"{path}, step {manifest.step}" + (" (moving average)" if averages and not goes_on else ""),
+            read_weights(place, known) if goes_on else evaluated_weights(place, theirs, known),
+            classes=tuple(typed(data.get("classes"), list[str], f"{run.data_path}: classes")),
+            **_noted_pixels(data.get("preprocessing")),
+            model=(theirs.get("model") or {}).get("name"),
+            average=read_average(place) if goes_on else None,
+        )
+
+    return read
 
 
 def _read_export(path: Path) -> Weights:
@@ -438,12 +482,6 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         has = f"it has {', '.join(list(found)[:5])}" if found else f"it is a {type(content).__name__}"
         raise ValueError(f"{path}: holds no state dict, nor one called {', '.join(_STATE_DICTS)}; {has}")
     return found
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in _FILES:
-        raise ValueError(f"{path}: weights are files that end in {', '.join(_FILES)}")
-    return _FILES[path.suffix](path)
 
 
 def _bare(entries: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
