@@ -73,16 +73,10 @@ class AugmentConfig:
         flip: bool,
         **more: Any,
     ) -> RobustAugment:
-        """The pipeline for images of one data set.
+        """The pipeline for images of one data set, of `size` pixels a side; mean and std are each channel's.
 
-        Args:
-            num_classes: Of the data set.
-            size: Side of an image, in pixels.
-            mean: Of each channel.
-            std: Of each channel.
-            crop: The data set's own padding in pixels, where the recipe leaves it open.
-            flip: Likewise, whether images are mirrored.
-            **more: What other sections say of the pipeline, under RobustAugment's names.
+        `crop` (padding in pixels) and `flip` are the data set's own, for a recipe that leaves them open; `more` is what
+        other sections say of the pipeline, under RobustAugment's names.
         """
         own = values_of(self, AugmentConfig, "compile", "before", "after")
         own |= {"crop": crop if self.crop is None else self.crop, "flip": flip if self.flip is None else self.flip}
@@ -93,11 +87,7 @@ class AugmentConfig:
 
 
 def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[str]) -> None:
-    """Put stages of the user's own into a pipeline, which apply in training.
-
-    Raises:
-        OwnCodeError: A stage that cannot be imported, or that gives other images, labels or targets than it must.
-    """
+    """Put stages of the user's own into a pipeline, for training; an OwnCodeError names one that cannot be used."""
     first, last = [own_stage("augment.before", name) for name in before], [own_stage("augment.after", n) for n in after]
     for number, stage in enumerate(first + last):
         if isinstance(stage, nn.Module):
@@ -111,11 +101,7 @@ def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[s
 
 
 def own_stage(key: str, name: str) -> Stage:
-    """The stage that is named as `module:Name`.
-
-    Raises:
-        OwnCodeError: It cannot be imported, or is no stage.
-    """
+    """The stage named as `module:Name`; an OwnCodeError if it cannot be imported, or is no stage."""
     made = own_code.load(key, name)
     if isinstance(made, type) and issubclass(made, nn.Module):
         made = own_code.call(key, name, made)

@@ -51,11 +51,7 @@ _ASKING = frozenset(
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers.
-
-    Raises:
-        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
-    """
+    """The engine of the run; an EngineError for a configuration of GPUs or ranks that are not there."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     return make_accelerator(
@@ -72,11 +68,7 @@ def build_augment(
 ) -> RobustAugment:
     """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
 
-    Args:
-        recipe: All settings.
-        num_classes: Of the data set.
-        evaluation: For the size of evaluation images, where only `normalize` is of use.
-        dtype: Of the images given out; see `images_dtype`.
+    For evaluation only its `normalize` is used. `dtype` is that of the images it returns; see `images_dtype`.
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
@@ -96,17 +88,9 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contigu
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_classes: int | None = None) -> Optimizer:
-    """The recipe's optimizer over the model's parameters, in one group where everything is decayed at one rate.
+    """The recipe's optimizer over the parameters of a model that no engine has wrapped yet.
 
-    Args:
-        recipe: All settings.
-        model: The classifier, before any engine wraps it.
-        total_steps: Optimizer steps of the whole run, from which `optimizer.beta2: auto` follows.
-        num_classes: The model's outputs, by which its head is known.
-
-    Raises:
-        ValueError: A setting that this optimizer cannot have.
-        ImportError: Its package is not installed.
+    `total_steps` are those of the whole run (for `optimizer.beta2: auto`); `num_classes` tells which layer is the head.
     """
     check_fits(recipe)
     groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
@@ -145,10 +129,10 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> Ro
 
 
 def own_decay(name: str, total_steps: int) -> OwnDecay:
-    """The schedule that is named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
+    """The schedule named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
 
     Raises:
-        OwnCodeError: It cannot be imported, is no function of two numbers, or gives something else than shares.
+        OwnCodeError: It cannot be imported, is no function of two numbers, or returns something else than shares.
     """
     key = "schedule.name"
     made = own_code.load(key, name)
@@ -196,8 +180,8 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     """Refuse what the engine cannot do, and complete its own configuration from the recipe.
 
     Raises:
-        EngineError: The engine is none that is known here.
-        ValueError: The recipe asks for what the engine cannot do, or the engine's configuration contradicts it.
+        EngineError: An unknown engine.
+        ValueError: The engine cannot do what the recipe asks for, or its configuration contradicts the recipe.
     """
     engine = engine_of(accelerator)
     if recipe.ema_decay is not None and engine.shards_weights:
@@ -220,11 +204,7 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> None:
-    """Refuse a model that torch cannot run under the engine.
-
-    Raises:
-        ValueError: Batch normalisation on a CPU under an engine that casts its weights and not its running statistics.
-    """
+    """Refuse batch normalisation on a CPU under an engine that casts its weights and not its running statistics."""
     engine, low = engine_of(accelerator), accelerator.mixed_precision
     if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
         return
@@ -250,10 +230,10 @@ def _settings(recipe: Recipe) -> RunSettings:
 
 
 def fit_ranks(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """The recipe with the accumulation that `micro_batch_size` asks for on these ranks; the engine is told.
+    """The recipe with the accumulation that `micro_batch_size` needs on these ranks; the engine is told.
 
     Raises:
-        ValueError: `micro_batch_size` holds not one block, or contradicts `accumulation`.
+        ValueError: `micro_batch_size` is smaller than a block, or contradicts `accumulation`.
     """
     if recipe.micro_batch_size is None:
         return recipe
@@ -268,11 +248,7 @@ def fit_ranks(recipe: Recipe, accelerator: Accelerator) -> Recipe:
 
 
 def accumulation_for(recipe: Recipe, num_processes: int) -> int:
-    """The fewest parts of a rank's share of which none has more than `micro_batch_size` images.
-
-    Raises:
-        ValueError: `micro_batch_size` is smaller than a block, which is never cut.
-    """
+    """The fewest parts of a rank's share of a batch that have at most `micro_batch_size` images each."""
     most, block = recipe.micro_batch_size, recipe.data.block
     assert most is not None
     if most < min(block, recipe.batch_size):
@@ -285,7 +261,7 @@ def accumulation_for(recipe: Recipe, num_processes: int) -> int:
 
 
 def largest_part(recipe: Recipe, num_processes: int) -> int:
-    """Most images that a rank holds at once."""
+    """The most images that a rank holds at once."""
     share = -(-_blocks(recipe) // num_processes)
     return min(-(-share // recipe.accumulation) * recipe.data.block, recipe.batch_size)
 
@@ -297,15 +273,9 @@ def _blocks(recipe: Recipe) -> int:
 def images_dtype(mixed: str, model: nn.Module, channels: int, size: int) -> torch.dtype:
     """The dtype of training images: bfloat16 under bf16 autocast where that changes no bit, else float32.
 
-    A convolution or a matrix product under autocast casts its input first, so that an image that is written in bfloat16
-    gives the same result with a fifth of the bytes. A model that adds, scales or normalises images before is left
-    with float32 ones.
-
-    Args:
-        mixed: "bf16", "fp16" or "no", as the engine has it.
-        model: The whole model, before an engine wraps it; it is run without data and left as it was.
-        channels: Of the images.
-        size: Their side in pixels.
+    A convolution or matrix product under autocast casts its input first, so an image that is written in bfloat16 gives
+    the same result with a fifth of the bytes. A model that adds, scales or normalises images before gets float32. The
+    model (whole, not wrapped) is run on the meta device, on one image of `channels` x `size` x `size`.
     """
     if mixed != "bf16" or not _casts_first(model, torch.empty(1, channels, size, size, device="meta")):
         return torch.float32
@@ -338,7 +308,7 @@ class _Uses(TorchFunctionMode):
 
 
 def _flat(given: Any) -> Iterator[Any]:
-    """What lies in arguments, also in lists of them."""
+    """All values in nested arguments."""
     if isinstance(given, (list, tuple)):
         for one in given:
             yield from _flat(one)
@@ -355,7 +325,7 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _casts_first(model: nn.Module, images: Tensor) -> bool:
-    """Whether all that a model does with images is casting them; False where it does not run without data."""
+    """Whether a model does nothing with images but cast them; False where it does not run on the meta device."""
     tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modes = {module: module.training for module in model.modules()}
     # In evaluation mode one image is enough for batch normalisation.
@@ -380,7 +350,7 @@ def own_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def check_own(recipe: Recipe) -> None:
-    """Import what a recipe names of the user's own, and check that it is what its key wants.
+    """Import what a recipe names of the user's own code, and check that it is what its key takes.
 
     Raises:
         OwnCodeError: Names the key, the value and what would be right.
@@ -399,7 +369,7 @@ def check_own(recipe: Recipe) -> None:
 
 
 def own_sources(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """File and SHA-256 of the source of each name of the user's own, by key and name."""
+    """File and SHA-256 of the source of each `module:Name`, by key and name."""
     found = {}
     for key, value in own_names(recipe):
         file, digest = own_code.source_of(value)
@@ -408,7 +378,7 @@ def own_sources(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 def changed_sources(folder: RunFolder, here: dict[str, dict[str, str]]) -> list[str]:
-    """Warnings where code of the user's own is no longer what the run's last start had."""
+    """Warnings where the user's own code is no longer what the run's last start had."""
     try:
         starts: list[dict[str, Any]] = folder.starts()
     except DocumentError:

@@ -83,12 +83,12 @@ class RunCheckpoints:
 
     Args:
         recipe: All settings.
-        accelerator: The engine, after `prepare`.
+        accelerator: The engine, after `prepare`, which made `model` and `optimizer` what they are here.
         folder: The run's.
         train_set: Training images.
-        progress: Where the run stands; it is read by a save and set by `take_up`.
-        model: What the engine made of the model.
-        optimizer: What the engine made of the optimizer.
+        progress: The run's position; a save reads it, `take_up` sets it.
+        model: See `accelerator`.
+        optimizer: See `accelerator`.
     """
 
     def __init__(
@@ -136,11 +136,7 @@ class RunCheckpoints:
             accelerator.print(f"warning: {line}")
 
     def finite_losses(self) -> list[float]:
-        """Every rank's summed loss since the epoch began.
-
-        Raises:
-            DivergedError: The loss is no longer finite.
-        """
+        """Every rank's summed loss since the epoch began; a DivergedError where it is no longer finite."""
         losses: list[float] = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         check_finite(sum(losses), self.progress.step, self.recipe.optimizer)
         return losses
@@ -152,13 +148,13 @@ class RunCheckpoints:
 
         Args:
             saver: Of this start.
-            losses: What `finite_losses` gave.
+            losses: Of `finite_losses`.
             bad_images: The epoch's so far, on all ranks.
-            accuracy: Of the evaluation at this step, where there was one.
+            accuracy: Of the evaluation at this step, if there was one.
             refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
 
         Raises:
-            CheckpointError: On every rank: this checkpoint or the one before could not be written.
+            CheckpointError: On every rank: this checkpoint or the previous one could not be written.
         """
         metadata = {
             "recipe": hidden(recipe_dict(self.recipe)),
@@ -203,14 +199,7 @@ def load_newest(
 ) -> Checkpoint | None:
     """Load the newest usable checkpoint into what the accelerator prepared; None where there is none at all.
 
-    What dead processes left unfinished beside the checkpoints is removed.
-
-    Args:
-        accelerator: The engine, after `prepare`.
-        recipe: Of this start.
-        store: The run's checkpoints; this process holds the run's folder.
-        train_set: The training images of this start.
-        folder: The run's, with the epochs that are recorded.
+    What dead processes left unfinished beside the checkpoints is removed; this process holds the run's folder.
 
     Raises:
         CheckpointError: On every rank: checkpoints are there, but none can be used; they are gone though epochs are
@@ -240,7 +229,7 @@ def loss_of(found: Checkpoint, rank: int, world_size: int) -> float:
 
 
 def check_not_lost(recipe: Recipe, store: CheckpointStore, folder: RunFolder) -> None:
-    """Refuse to begin anew beside the record of a run whose checkpoints somebody took away, or hid.
+    """Refuse to begin anew beside the record of a run whose checkpoints were taken away, or hidden.
 
     Raises:
         CheckpointError: Epochs are recorded, and their checkpoints are gone or cannot be read.
@@ -316,14 +305,9 @@ def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint
 
 
 def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, Any], model: nn.Module) -> list[str]:
-    """Lines for the user where ranks, engine or the parts of a batch differ from the checkpoint's.
+    """Lines for the user where ranks, engine or the parts of a batch differ from the checkpoint's metadata, `before`.
 
-    Args:
-        recipe: Of this start, after `fit_ranks`.
-        num_processes: Ranks of this start.
-        engine: Kind of the engine of this start.
-        before: The checkpoint's metadata.
-        model: The model, wrapped or not.
+    `recipe` is that of this start after `fit_ranks`, `engine` the kind of this start's engine.
     """
     was_ranks, was = int(before["num_processes"]), before["recipe"].get("accumulation", 1)
     was_engine = before.get("engine", UNNOTED)

@@ -15,7 +15,7 @@ _MOST_LETTERS = 60
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the line with this number: the last two differ, too, for those who see no colours."""
+    """Colour, marker and line of a line by number; marker and line differ, too, for those who see no colours."""
     return {
         "color": f"C{number % 10}",
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -24,13 +24,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> None:
-    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing where there are none.
-
-    Args:
-        rows: Objects of `metrics.jsonl`, oldest first.
-        path: The PNG to write.
-        recipe: Of the run.
-    """
+    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing without epochs."""
     rows = [row for row in rows if row.get("epoch") is not None]
     if not rows:
         return

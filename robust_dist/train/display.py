@@ -33,7 +33,7 @@ class Figures:
     Attributes:
         seconds: Its length.
         images: Images that all ranks trained on.
-        wait_seconds: Of them, in which this rank's loop waited for its loader.
+        wait_seconds: The part of the time in which this rank's loop waited for its loader.
     """
 
     seconds: float = 0.0
@@ -52,12 +52,12 @@ def data_wait_share(figures: Figures) -> float:
 
 
 class Meter:
-    """Counts images and seconds of an epoch, and of the moments since someone last looked.
+    """Counts images and seconds of an epoch, and of the time since the last look; no step waits for a device.
 
     Args:
         world_size: Ranks of the run.
-        flops_per_image: What one image costs the model, or None.
-        peak: FLOP/s that one device does at most, or None.
+        flops_per_image: The model's, or None.
+        peak: FLOP/s of one device at most, or None.
     """
 
     def __init__(self, world_size: int, flops_per_image: int | None = None, peak: float | None = None) -> None:
@@ -106,13 +106,9 @@ class Meter:
 
 
 def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, image_shape: tuple[int, ...]) -> Meter:
-    """A meter that knows the model and the device.
+    """A meter that knows the whole, unwrapped model and the device.
 
-    Args:
-        recipe: The run's settings; `tracking.peak_tflops` goes before the device's data sheet.
-        accelerator: The engine.
-        model: The whole model, before the engine shards it.
-        image_shape: [C, H, W] of a training image.
+    `tracking.peak_tflops` goes before the device's data sheet; `image_shape` is [C, H, W].
     """
     peak = recipe.tracking.peak_tflops
     if peak is None and accelerator.device.type == "cuda":
@@ -157,15 +153,7 @@ def in_notebook() -> bool:
 
 
 class Display:
-    """Progress bar and epoch lines on the main process.
-
-    Args:
-        recipe: The run's settings.
-        accelerator: The engine.
-        total_steps: Optimizer steps of the whole run.
-        done: Optimizer steps done before this start.
-        meter: What the bar shows beside the steps.
-    """
+    """Progress bar and epoch lines on the main process; `done` steps were made before this start."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, total_steps: int, done: int, meter: Meter) -> None:
         self.epochs, self.accelerator, self.meter = recipe.epochs, accelerator, meter
@@ -223,9 +211,7 @@ def _mfu(share: float | None, before: str = "  ") -> str:
 def window(setting: bool | tuple[int, int], steps_left: int) -> tuple[int, int] | None:
     """The traced steps of this start: (steps before them, their number); None for none.
 
-    Args:
-        setting: The recipe's `profile`.
-        steps_left: Optimizer steps from this start to the run's end; the window is moved forward until it fits.
+    `steps_left` are those from this start to the run's end; the window is moved forward until it fits.
     """
     if not setting or steps_left < 2:
         return None
@@ -236,15 +222,7 @@ def window(setting: bool | tuple[int, int], steps_left: int) -> tuple[int, int] 
 
 
 class Profiling:
-    """Traces a few steps of the first host's ranks, and tells where the trace lies.
-
-    Args:
-        recipe: The run's settings.
-        accelerator: The engine.
-        folder: The run's folder.
-        total_steps: Optimizer steps of the whole run.
-        done: Optimizer steps done before this start.
-    """
+    """Traces a few steps of the first host's ranks into RUN/profile, and tells where the trace lies."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path, total_steps: int, done: int) -> None:
         self.folder, self.accelerator = folder / "profile", accelerator

@@ -47,7 +47,7 @@ def _number(name: str, default: int) -> int:
 
 @dataclass
 class Rank:
-    """One rank of the run, as its launcher's environment tells it before any process group is there.
+    """One rank of the run, as its launcher's environment tells it before there is a process group.
 
     Attributes:
         number: 0 to world_size - 1.
@@ -153,10 +153,7 @@ def set_aside(run_dir: str | Path) -> None:
 def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) -> str:
     """One line of a rank that lost the others: what it follows from.
 
-    Args:
-        rank: This rank.
-        loss: Its own record.
-        seconds: How long it waits for the word of a rank that failed by itself.
+    `loss` is the rank's own record; it waits for `seconds` for the word of a rank that failed by itself.
     """
     cause = _await_cause(rank, seconds)
     if cause is not None:
@@ -188,10 +185,7 @@ def _await_cause(rank: Rank, seconds: float) -> Record | None:
 def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
     """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one.
 
-    Args:
-        summary: One line.
-        details: What the summary shows.
-        cause: Whether this is no consequence of another rank's error.
+    `summary` is one line, `details` are shown with it, and without `cause` this follows from another rank's error.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     summary, details = hidden_text(summary), hidden_text(details)

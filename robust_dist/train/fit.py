@@ -34,15 +34,13 @@ Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
         rows: The epochs, as `metrics.jsonl` has them, oldest first.
         best: The row with the highest eval_accuracy; the newest of several.
         run_dir: The run's folder.
         checkpoint: Its newest checkpoint.
-        paths: What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log, those that
-            are there.
     """
 
     rows: list[dict[str, Any]]
@@ -52,7 +50,7 @@ class Result:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """See the class."""
+        """What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log."""
         files = {"recipe": "recipe.yaml", "data": "data.json", "metrics": "metrics.jsonl"}
         files |= {"curves": "curves.png", "log": "log.txt"}
         places = {"run_dir": self.run_dir, "checkpoint": self.checkpoint}
@@ -130,7 +128,7 @@ def fit(
 
 
 def _train(recipe: Recipe) -> list[dict[str, Any]]:
-    """Train in a process that may train again, in another precision, of which Accelerate's state has one."""
+    """Train in a process that may train again in another precision, of which Accelerate's state has only one."""
     if is_initialized():
         found = AcceleratorState().mixed_precision
         if found != recipe.precision.mixed:

@@ -35,11 +35,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """The files of one run: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and more.
-
-    Args:
-        path: The folder; made by `claim`.
-    """
+    """The files of one run: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, ..."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -70,7 +66,7 @@ class RunFolder:
         return self.path / "data.json"
 
     def decoder(self) -> str | None:
-        """What decoded the images that the run was trained on; "" where nothing says so, None where none were."""
+        """The decoder of the images that the run was trained on; "" where none is noted, None before any training."""
         if not self._has_begun():
             return None
         try:
@@ -84,12 +80,12 @@ class RunFolder:
 
         Args:
             recipe: The recipe that is to run here.
-            environment: What `environment.json` notes about this start.
-            data: What `data.json` is to hold; None leaves it as it is.
+            environment: The note of this start in `environment.json`.
+            data: The content of `data.json`; None leaves it as it is.
 
         Raises:
             RunFolderError: Another live run holds the folder, it holds a run with other settings or on other data,
-                or it holds files that are no run's.
+                or files that are no run's.
         """
         try:
             self._claim_for(recipe, environment, data)
@@ -98,11 +94,7 @@ class RunFolder:
             raise self._unwritable(error) from None
 
     def check_usable(self, recipe: Recipe) -> None:
-        """Say what `claim` would say of the folder and of the settings that it holds; nothing is taken or written.
-
-        Raises:
-            RunFolderError: As `claim`.
-        """
+        """Raise as `claim` would over the folder and the settings that it holds; nothing is taken or written."""
         try:
             self._check_is_run_or_empty()
             if self._recipe_path.exists():
@@ -111,11 +103,7 @@ class RunFolder:
             raise self._unwritable(error) from None
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's; only after `claim`.
-
-        Raises:
-            FolderLostError: Another run took it over, because this one gave no sign of life.
-        """
+        """Raise a FolderLostError if another run took the claimed folder over, as this one gave no sign of life."""
         if self._claim is not None:
             self._claim.check()
 
@@ -158,22 +146,14 @@ class RunFolder:
             self._claim = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, oldest first; lines that are no epoch's are left out.
-
-        Raises:
-            DocumentError: The file cannot be read.
-        """
+        """The epochs recorded so far, oldest first; lines that are no epoch's are left out."""
         return read_rows(self.metrics_path)[0]
 
     def rewind(self, step: int, steps_per_epoch: int | None = None) -> list[str]:
-        """Bring `metrics.jsonl` to optimizer step `step`: the epochs that ended after it are trained again.
+        """Bring `metrics.jsonl` to the step of the checkpoint that is taken up: later epochs are trained again.
 
-        What is taken out (later epochs, lines that are no rows, rows of one step or of no epoch's end) is
-        first added to `metrics.erased.jsonl`.
-
-        Args:
-            step: Of the checkpoint that is taken up; 0 where there is none.
-            steps_per_epoch: Optimizer steps of an epoch, with which missing and odd rows are told; None tells neither.
+        What is taken out (later epochs, lines that are no rows, rows of one step or of no epoch's end) is first added
+        to `metrics.erased.jsonl`. Without `steps_per_epoch`, missing and odd rows are not looked for.
 
         Returns:
             A line for each thing that is not as it should be.
@@ -280,11 +260,7 @@ class RunFolder:
         return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
     def starts(self) -> list[dict[str, Any]]:
-        """The starts noted in `environment.json`, oldest first.
-
-        Raises:
-            DocumentError: It is damaged.
-        """
+        """The starts noted in `environment.json`, oldest first; a damaged one is a DocumentError."""
         try:
             noted: _Starts = read_json(self.path / "environment.json", _Starts)
         except FileNotFoundError:
@@ -342,10 +318,7 @@ def _revision() -> str | None:
 def environment(num_processes: int, device: torch.device, engine: str) -> dict[str, Any]:
     """Facts needed to judge or repeat a run: versions, devices, ranks, command, revision.
 
-    Args:
-        num_processes: Ranks of the run.
-        device: Rank 0's device.
-        engine: Accelerate's distributed type.
+    `device` is rank 0's, `engine` Accelerate's distributed type.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

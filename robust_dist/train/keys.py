@@ -143,13 +143,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def values_of(section: Any, kind: type, *left_out: str) -> dict[str, Any]:
-    """A section's values by name, for a call that takes them under the same names.
-
-    Args:
-        section: One section of a recipe.
-        kind: The class whose keys are wanted, where the section's own may have more.
-        *left_out: Names that the call does not take.
-    """
+    """A section's values by name, without those `left_out`; of the keys of `kind` alone, where it is a subclass."""
     return {of.name: getattr(section, of.name) for of in fields(kind) if of.name not in left_out}
 
 
@@ -160,7 +154,7 @@ def require(ok: bool, setting: str, value: object, wanted: str) -> None:
 
 
 def require_number(setting: str, value: float, low: float, high: float | None = None) -> None:
-    """Raise a ValueError unless `value` is finite and lies in low to high (`MOST` for whole numbers where None)."""
+    """Raise a ValueError unless `value` is finite and in low to high (`MOST` for whole numbers where None)."""
     most = (MOST if isinstance(value, int) else math.inf) if high is None else high
     bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
     bound += f", and at most {MOST}" if high is None and isinstance(value, int) and value > MOST else ""

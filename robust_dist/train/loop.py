@@ -38,14 +38,7 @@ from robust_dist.train.weights import begin
 
 
 class Trainer:
-    """One run of a recipe on this rank.
-
-    Args:
-        recipe: All settings.
-        accelerator: The engine.
-        folder: The run's folder, claimed by the main process.
-        train_set: Training images.
-        test_set: Evaluation images.
+    """One run of a recipe on this rank, in a folder that the main process has claimed or will claim.
 
     Raises:
         ValueError: A setting that cannot work, before the first step.
@@ -115,16 +108,13 @@ class Trainer:
         )
 
     def fit(self) -> list[dict[str, Any]]:
-        """Train from where the folder's newest checkpoint stands to the last epoch.
-
-        Returns:
-            The rows of `metrics.jsonl`, oldest first.
+        """Train from the folder's newest checkpoint to the last epoch; returns the rows of `metrics.jsonl`.
 
         Raises:
-            CheckpointError: Checkpoints are there, but none can be used, or one cannot be written.
+            CheckpointError: There are checkpoints, but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
             Stopped: A signal asked for it; all is saved.
-            TooManyBadImagesError: More images cannot be read than are let pass; all is saved.
+            TooManyBadImagesError: More images cannot be read than are allowed; all is saved.
         """
         tick("taking up the run", may_be_slow=True)
         self.checkpoints.take_up(self.total_steps, self.loader.steps_per_epoch)
@@ -156,7 +146,6 @@ class Trainer:
         return self.folder.metrics()
 
     def _run(self, display: Display, profiling: Profiling) -> None:
-        """Train and evaluate epoch after epoch."""
         if self.recipe.data.in_memory:
             # Every rank has decoded all of them.
             bad = BadImages(self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
@@ -223,16 +212,13 @@ class Trainer:
                 self._judge_bad_images(self._count_bad_images())
 
     def _count_bad_images(self) -> int:
-        """The epoch's bad images so far, on all ranks."""
         return 0 if self.bad is None else self.bad.count(self.progress.bad_images)
 
     def _judge_bad_images(self, total: int) -> None:
-        """Too many are an error on every rank."""
         if self.bad is not None:
             self.bad.judge(total, self.loader.samples_per_epoch, self.train_set.name, forgiven=self.progress.forgiven)
 
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
-        """Evaluate, record, save."""
         tick(f"the end of epoch {epoch + 1}")
         use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self.step.inputs(batch)[0])
         average_buffers(self.bare_model)
@@ -322,9 +308,8 @@ class Trainer:
     def _save(self, accuracy: float | None = None, *, refused: bool = False) -> None:
         """Save; the checkpoint counts once it is whole.
 
-        Args:
-            accuracy: Of the evaluation at this step, where there was one.
-            refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
+        `accuracy` is that of the evaluation at this step, if there was one. With `refused` the run stops over bad
+        images.
         """
         tick(f"the checkpoint of step {self.progress.step}")
         losses = self.checkpoints.finite_losses()

@@ -48,15 +48,12 @@ DIVERGED = 3
 def train(
     recipe: Recipe, accelerator: Accelerator | None = None, on_claim: Callable[[Path], None] = lambda folder: None
 ) -> list[dict[str, Any]]:
-    """Run a recipe on this rank, or go on with it where its folder stands.
+    """Run a recipe on this rank, or go on with it where its folder stands; returns the rows of `metrics.jsonl`.
 
     Args:
         recipe: All settings.
-        accelerator: The engine; built from the recipe where None.
+        accelerator: The engine; made from the recipe where None.
         on_claim: Called with the run's folder once it belongs to this run.
-
-    Returns:
-        The rows of `metrics.jsonl`, oldest first.
 
     Raises:
         ValueError: A setting, a file or a folder that cannot be used; on every rank, before the first step.
@@ -124,10 +121,10 @@ def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def check_ranks_agree(recipe: Recipe) -> None:
-    """Compare the recipe, and the code of the user's own that it names, between the ranks.
+    """Compare the recipe, and the user's own code that it names, between the ranks.
 
     Raises:
-        ValueError: On every rank, with each differing setting and its value on each rank.
+        ValueError: On every rank, with each differing setting and its values.
     """
     problem = "the ranks were started with different settings; start all with the same"
     sources = {f"the source of {name}": found["sha256"] for name, found in own_sources(recipe).items()}
@@ -148,12 +145,12 @@ def main(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> None
 
     Args:
         args: Command-line words; `sys.argv` where None.
-        kind: The recipe's class: Recipe, or one that adds keys of your own.
+        kind: The recipe's class: Recipe, or a subclass with keys of your own.
 
     Raises:
-        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
-            that a signal stopped and that is saved; 1 after any other error, in one traceback; a rank that hangs is
-            ended with `watchdog.HANG_STATUS`.
+        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 after a
+            signal stopped the run and it was saved; 1 after any other error, in one traceback. The watchdog ends a rank
+            that hangs with `watchdog.HANG_STATUS`.
     """
     rank = Rank()
     if not faulthandler.is_enabled():

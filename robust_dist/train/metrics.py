@@ -54,13 +54,9 @@ class EarlyStoppingConfig:
 
 
 def early_stop(rows: list[dict[str, Any]], config: EarlyStoppingConfig) -> str | None:
-    """The reason to train no further after the last of `rows`, or None.
+    """The reason to train no further after the last of the rows (oldest first), or None.
 
     A value that is missing or no number is no improvement.
-
-    Args:
-        rows: Objects of `metrics.jsonl`, oldest first.
-        config: What must improve, and how soon.
     """
     best: float | None = None
     best_epoch, waited = 0, 0
@@ -127,12 +123,9 @@ def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
 
 
 def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows, Rows, list[str]]:
-    """The rows of a run that stands at an optimizer step.
+    """The rows of a run at an optimizer step.
 
-    Args:
-        rows: Those of the file.
-        step: Steps done.
-        steps_per_epoch: Steps of an epoch, with which missing and odd rows are told; None tells neither.
+    Without `steps_per_epoch`, missing and odd rows are not looked for.
 
     Returns:
         The rows to keep, one an epoch, oldest first; those to take out; and a line for each thing that is odd.
@@ -166,20 +159,14 @@ def _is_end(row: dict[str, Any], steps_per_epoch: int) -> bool:
 
 
 def last_row(rows: Rows, epochs: int, stops: EarlyStoppingConfig | None = None) -> dict[str, Any] | None:
-    """The row of the last epoch of a run, if it is there, with an accuracy.
-
-    Args:
-        rows: Of the run, oldest first.
-        epochs: How many it trains for.
-        stops: When it ends before.
-    """
+    """The row of a run's last epoch, or of the one at which it stops early, if it is there with an accuracy."""
     found = rows[-1] if rows else {}
     ends = found.get("epoch") == epochs or (stops is not None and early_stop(rows, stops) is not None)
     return found if ends and found.get("eval_accuracy") is not None else None
 
 
 def without_measured(row: dict[str, Any]) -> dict[str, Any]:
-    """An epoch's object without its measured figures: what two equal runs must agree on to the bit."""
+    """An epoch's object without its measured figures: two equal runs agree on it to the bit."""
     return {key: value for key, value in row.items() if key not in MEASURED}
 
 

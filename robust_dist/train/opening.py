@@ -41,16 +41,10 @@ class Backends:
 
 
 def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augment: RobustAugment) -> Backends:
-    """The backends that this run takes, the same on every rank.
-
-    Args:
-        recipe: All settings.
-        accelerator: The engine, after `prepare`.
-        optimizer: What the engine made of the optimizer.
-        augment: The training pipeline.
+    """The backends that this run takes; `optimizer` is what the engine made of it.
 
     Raises:
-        ValueError: On every rank, where ranks take different ones: backends round differently, so that whole
+        ValueError: On every rank, where ranks would take different ones: backends round differently, so that whole
             weights, which each rank steps for itself, would drift apart.
     """
     compiled = recipe.augment.compile
@@ -116,11 +110,7 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: B
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
     """Likely mistakes where nothing is wrong, a line each.
 
-    Args:
-        recipe: All settings.
-        sets: Training and evaluation images.
-        total_steps: Optimizer steps of the run.
-        ranks_here: Ranks on this host that share its processor; 0 where they have GPUs.
+    `ranks_here` are the ranks that share this host's processor, 0 where they have GPUs.
     """
     train = sets[0]
     classes, cores = len(train.classes), cores_here()
@@ -145,7 +135,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
 
 
 def _early_stopping_doubts(recipe: Recipe) -> list[str]:
-    """What is laid out for the full length, and so is missing from a run that ends before."""
+    """What is planned for the full length, and so is missing from a run that ends before."""
     schedule = recipe.schedule
     planned = [] if schedule.name == "constant" else [f"the learning rate's decay (schedule.name={schedule.name})"]
     if recipe.optimizer.weight_decay and schedule.weight_decay_off_at < 1:
@@ -184,10 +174,7 @@ def _left_out(dataset: LabelledSet) -> str:
 
 
 def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
-    """The notes of each set in `environment.json`; sets that are read while training have none.
-
-    Args:
-        sets: Of the run.
+    """The notes of each set in memory in `environment.json`.
 
     Returns:
         For each: its name, images, bytes, where it lies, and how many of its bytes lie on the training device.
@@ -216,12 +203,7 @@ def decoder_note(train: LabelledSet) -> dict[str, str]:
 
 
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
-    """Lines for the user, one per memory.
-
-    Args:
-        sets: Of the run.
-        keep_on: The recipe's `data.keep_on`.
-    """
+    """A line for each memory in which sets lie; `keep_on` is the recipe's."""
     placed = [dataset for dataset in sets if isinstance(dataset, ImageSet)]
     streamed = [dataset for dataset in sets if isinstance(dataset, HostSet)]
     lines = []

@@ -127,11 +127,7 @@ class OptimizerChoice:
 
 
 def choice_of(name: str) -> OptimizerChoice | None:
-    """The optimizer of a name: of this package, of another one's entry points, or your own; None where there is none.
-
-    Raises:
-        OwnCodeError: A `module:Name` that cannot be imported, or is no optimizer.
-    """
+    """The optimizer of a name: ours, an entry point's, or the user's own, which is imported; None if there is none."""
     return own_choice(name) if own_code.is_name(name) else _known(name)
 
 
@@ -141,7 +137,7 @@ def _known(name: str) -> OptimizerChoice | None:
 
 
 def own_choice(name: str) -> OptimizerChoice:
-    """The optimizer that is named as `module:Name`.
+    """The optimizer named as `module:Name`.
 
     A class or function is called with the param groups (each with its weight decay), with those of lr, betas, eps and
     weight_decay that it has as parameters, and with `optimizer.options`.
@@ -216,12 +212,7 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
-    """The optimizer over param groups.
-
-    Args:
-        config: The recipe's settings of it.
-        groups: Param groups, each with its weight decay.
-        total_steps: Optimizer steps of the whole run.
+    """The optimizer over param groups that have their weight decay, for a run of `total_steps`.
 
     Raises:
         ValueError: Its package is missing, it does not take an option, or a setting is out of its range.
@@ -237,11 +228,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
 
 
 def check_fits(recipe: "Recipe") -> None:
-    """Refuse a recipe whose optimizer cannot go with its other settings.
-
-    Raises:
-        ValueError: Names the setting and what would be right.
-    """
+    """Refuse a recipe whose optimizer cannot go with its other settings; the ValueError says what would be right."""
     problem = chosen(recipe.optimizer).problem(recipe)
     if problem is not None:
         raise ValueError(problem)

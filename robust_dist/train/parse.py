@@ -27,11 +27,7 @@ _USAGE = (
 
 
 class Settings:
-    """The settings of a recipe by files, command-line words and studies; later ones replace earlier ones.
-
-    Args:
-        kind: The recipe's class.
-    """
+    """The settings of a recipe of class `kind`, from files, words and studies; later ones replace earlier ones."""
 
     def __init__(self, kind: type) -> None:
         self.kind, self.keys = kind, keys_of(kind)
@@ -40,10 +36,10 @@ class Settings:
         self.problems: list[str] = []
 
     def read(self, path: str | Path) -> None:
-        """Take a YAML file, or one of the package's recipes by its name.
+        """Take a YAML file, or one of the package's recipes by name.
 
         Raises:
-            DocumentError: It is missing, no YAML, or has a key twice.
+            DocumentError: It is missing, not YAML, or has a key twice.
         """
         try:
             document = read_yaml(find_config("recipes", path), doubts=True)
@@ -57,15 +53,7 @@ class Settings:
     def take(
         self, document: Document, data: Any, place: Place, prefix: str, seen: dict[str, str] | None = None
     ) -> None:
-        """Take a mapping of a document; an empty one sets nothing.
-
-        Args:
-            document: Where it is from.
-            data: The mapping.
-            place: Its place there.
-            prefix: The section that it is, with a dot behind.
-            seen: Where the document has the keys that it has set so far.
-        """
+        """Take a mapping at a place of a document; `prefix` is its section, `seen` where earlier keys are."""
         if data is None:
             return
         if not isinstance(data, Mapping):
@@ -125,8 +113,8 @@ class Settings:
         """The recipe.
 
         Raises:
-            SettingsError: Unknown keys, empty ones, values of a wrong type.
-            ValueError: Options that name code, values out of range.
+            SettingsError: Unknown or empty keys, or wrong types, with values out of range if there are any.
+            ValueError: Only values out of range; or options that name code.
         """
         found: dict[str, Any] = {}
         for name, value in self._given.items():
@@ -184,12 +172,7 @@ def _with(before: Any, path: list[str], value: Any) -> dict[str, Any]:
 
 
 def check_plain(value: Any, key: str, where: str) -> None:
-    """Refuse options that are more than plain values.
-
-    Raises:
-        DocumentError: A mapping has `class_path` or `init_args`, by which libraries are told to import and call what a
-            file names; or a value is of no plain type.
-    """
+    """Refuse options that are no plain values, and `class_path`, by which libraries import what a file names."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name in _CODE:
@@ -224,7 +207,7 @@ def _is_list(raw: str, hint: Any) -> bool:
 
 
 def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
-    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number where not."""
+    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number elsewhere."""
     if isinstance(value, list):
         inner = next((get_args(member) for member in _kinds(hint) if get_origin(member) in (list, tuple)), ())
         hints = [inner[min(index, len(inner) - 1)] if inner else Any for index in range(len(value))]
@@ -277,11 +260,7 @@ def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def parse(kind: type, words: Sequence[str] | None) -> Any:
-    """A recipe from a command line; later words over earlier ones, whether files or single keys.
-
-    Args:
-        kind: The recipe's class.
-        words: `sys.argv`'s where None.
+    """A recipe of class `kind` from a command line (`sys.argv`'s where None); later words replace earlier ones.
 
     Raises:
         SystemExit: Unknown keys or wrong types, which stderr names; or `--help`, `--print_config`.
@@ -309,11 +288,7 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
 
 
 def check_recipe_is_named(words: Sequence[str]) -> None:
-    """Refuse a command line that names no recipe, by `--config` or by `--model.name` or `--data.name`.
-
-    Raises:
-        ValueError: Lists the recipes.
-    """
+    """Refuse a command line without `--config`, `--model.name` or `--data.name`; the ValueError lists the recipes."""
     if any(word.partition("=")[0] in _NAMES_A_RECIPE for word in words):
         return
     known = ", ".join(config_names("recipes"))
@@ -373,7 +348,7 @@ def _first_paragraph(kind: type) -> str:
 
 
 def _attributes(kind: type) -> dict[str, str]:
-    """The attributes' texts in the docstrings of a class and of those that it extends."""
+    """The attributes' texts in the docstrings of a class and its bases."""
     said: dict[str, str] = {}
     for cls in reversed(kind.__mro__[:-1]):
         block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]

@@ -76,13 +76,9 @@ class ModelConfig:
             check_form("model.name", self.name)
 
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
-        """The model, with the same initial weights on every rank; `weights` are loaded into it later (`pretrained`).
+        """The model, with the same initial weights on every rank; `weights` are loaded later (`weights.begin`).
 
-        Args:
-            num_classes: Outputs.
-            channels: Channels of the images.
-            seed: Of the weights.
-            contiguous: Whether the engine takes contiguous weights alone; then images alone are channels_last.
+        `contiguous` is for engines that take contiguous weights alone; then only images are channels_last.
 
         Raises:
             ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
@@ -340,9 +336,8 @@ def conflicts(
 
     Args:
         ours: `recipe_dict` of the run that starts.
-        theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
-            count as their defaults.
-        where: What holds it, for the lines.
+        theirs: `recipe_dict` of what `where` names; keys that an older version did not have count as their defaults.
+        where: For the lines.
         kind: The class of the recipe that starts.
     """
     defaults = flatten(recipe_dict(kind()))
@@ -360,19 +355,18 @@ def conflicts(
 
 
 def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
-    """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
+    """A recipe from a command line: `--config FILE.yaml`, and overrides such as `--optimizer.lr 0.05`.
 
-    A recipe is data: reading it imports and calls nothing. The run that it starts imports what it names as
-    `module:Name`, if that is the user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
+    Reading it imports and calls nothing. The run that it starts imports what it names as `module:Name`, if that is the
+    user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
 
     Args:
         args: Command-line words; `sys.argv` where None.
         kind: The recipe's class.
 
     Raises:
-        SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
-        ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
-            of its range.
+        SystemExit: An unknown or empty key or a wrong type; the message names it, and the file's line.
+        ValueError: A file that is no recipe, options that name code to run, or a value out of its range.
     """
     return cast(Recipe, parse(kind, args))
 

@@ -34,14 +34,14 @@ class Saver:
     Args:
         store: Where checkpoints lie; the first rank alone changes it.
         settings: The recipe's.
-        need: Bytes that this rank writes into a checkpoint, from above.
+        need: An upper bound of the bytes that this rank writes into a checkpoint.
         timeout: Seconds for which the first rank waits for another one that writes nothing.
 
     Attributes:
-        saved: The step of the last save, committed or on its way; -1 before the first.
+        saved: The step of the last save, complete or on its way; -1 before the first.
         count: Checkpoints saved by this start.
         seconds: Time that training lost to them.
-        waited: The part of it spent waiting for the checkpoint before.
+        waited: The part of it spent waiting for the previous checkpoint.
     """
 
     def __init__(self, store: CheckpointStore, settings: CheckpointConfig, *, need: int, timeout: float) -> None:
@@ -62,7 +62,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Complete what is on its way as far as it can be without the other ranks, and let go of the staged files."""
+        """Complete what is on its way as far as that needs no other rank, and let go of the staged files."""
         if self._pending is not None:
             self._pending.close()
             if self._pending.error is not None:
@@ -71,7 +71,7 @@ class Saver:
             self._staging.close()
 
     def save(self, step: int, write: Write, metadata: dict[str, Any]) -> None:
-        """Save once the checkpoint before is complete.
+        """Save once the previous checkpoint is complete.
 
         Args:
             step: Optimizer steps done.
@@ -79,7 +79,7 @@ class Saver:
             metadata: JSON values to note beside the files.
 
         Raises:
-            CheckpointError: On every rank: this checkpoint or the one before could not be written.
+            CheckpointError: On every rank: this checkpoint or the previous one could not be written.
         """
         self.wait()
         began = time.perf_counter()

@@ -43,7 +43,7 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
     """Training and evaluation images for this rank's device; one process a host fetches, the others wait.
 
     Raises:
-        ValueError: On every rank, where the files are missing, torn, too large for the device, or not the same.
+        ValueError: On every rank: files are missing, torn, too large for the device, or not the same on all ranks.
     """
     first, device = accelerator.is_local_main_process, accelerator.device
 
@@ -66,40 +66,30 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
 
 
 def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images: streamed, or whole in memory, where `data.keep_on` says."""
+    """Training and evaluation images: read while training, or whole in memory where `data.keep_on` says."""
     if own_code.is_name(data.name):
         check_own_data(data)
-    if data.streamed:
-        return open_streams(data, device, download=download)
-    # The training images first: they are read more often.
-    sets = (
-        open_in_memory(data, download=download)
-        if data.in_memory
-        else [_set_by_name(data, train=part, download=download) for part in (True, False)]
-    )
-    train, test = place(sets, device, data.keep_on)
-    return train, test
+    # The training images come first: they are read more often.
+    if data.source is None:
+        sets = [_set_by_name(data, train=part, download=download) for part in (True, False)]
+    else:
+        train = open_source(data, "train", None, download=download)
+        test = open_source(data, "eval", train.classes, download=download)
+        if data.streamed:
+            return _stream(data, device, train), _stream(data, device, test, evaluation=True)
+        sets = [_decoded(data, train, data.size), _decoded(data, test, data.eval_sides[0])]
+    first, second = place(sets, device, data.keep_on)
+    return first, second
 
 
 def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
-    """The evaluation images alone, as `open_sets` has them.
-
-    Args:
-        data: The recipe's section.
-        device: Where they are given out.
-        classes: Those of the training images.
-        download: Whether missing files may be fetched.
-
-    Raises:
-        ValueError: The files are missing, torn, or of other classes.
-    """
+    """The evaluation images alone, as `open_sets` gives them; `classes` are those of the training images."""
+    if data.source is None:
+        return place([_set_by_name(data, train=False, download=download)], device, data.keep_on)[0]
+    source = open_source(data, "eval", classes, download=download)
     if data.streamed:
-        return eval_stream(data, device, classes, download=download)
-    if data.in_memory:
-        found = eval_in_memory(data, classes, download=download)
-    else:
-        found = _set_by_name(data, train=False, download=download)
-    return place([found], device, data.keep_on)[0]
+        return _stream(data, device, source, evaluation=True)
+    return place([_decoded(data, source, data.eval_sides[0])], device, data.keep_on)[0]
 
 
 def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
@@ -109,57 +99,27 @@ def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
     return load_dataset(data.name, root, train=train, download=download, own_files=data.own_files)
 
 
-def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images, as they are read while training; nothing is decoded yet.
+def _stream(data: DataConfig, device: torch.device, source: ImageSource, *, evaluation: bool = False) -> LabelledSet:
+    """Images of one part, as they are read while training; nothing is decoded yet.
 
-    Raises:
-        DataError: Folders, splits or shards that are not there, or that are not what they should be.
-        ImportError: A package that the format needs is not installed.
-        ValueError: `data.decode` wants a GPU that cannot decode.
+    Where they are to be decoded on a GPU and cannot, that is a ValueError for training images; evaluation images are
+    decoded on the CPU then, as a trained model is evaluated anywhere.
     """
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.crops import CentralCrop, RandomCrop
     from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 
     assert data.crop_scale is not None
-    train = open_source(data, "train", None, download=download)
-    cropped = RandomCrop(data.size, data.crop_scale, data.crop_ratio)
-    decode = None if data.cache == "disk" else decoder(data.decode, device)
-    return (
-        StreamSet(
-            train,
-            cropped,
-            device,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            shuffle_window=data.shuffle_window,
-            decode=decode,
-            fast=_is_fast(data),
-            cache=_cache(data, train, cropped),
-        ),
-        eval_stream(data, device, train.classes, download=download),
-    )
-
-
-def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, download: bool) -> LabelledSet:
-    """Evaluation images alone, as `open_streams` has them; `classes` are the training part's.
-
-    Where they are to be decoded on a GPU and cannot, the CPU does it: a trained model is evaluated anywhere.
-    """
-    from robust_dist.data.crops import CentralCrop
-    from robust_dist.data.device_decode import decoder
-    from robust_dist.data.stream_set import StreamSet
-
-    source = open_source(data, "eval", classes, download=download)
-    crop = CentralCrop(*data.eval_sides)
-    decode = None if data.cache == "disk" else decoder("auto" if data.decode == "cuda" else data.decode, device)
+    crop = CentralCrop(*data.eval_sides) if evaluation else RandomCrop(data.size, data.crop_scale, data.crop_ratio)
+    wanted = "auto" if evaluation and data.decode == "cuda" else data.decode
     return StreamSet(
         source,
         crop,
         device,
         workers=data.workers,
         prefetch=data.prefetch,
-        decode=decode,
+        shuffle_window=data.shuffle_window,
+        decode=None if data.cache == "disk" else decoder(wanted, device),
         fast=_is_fast(data),
         cache=_cache(data, source, crop),
     )
@@ -178,7 +138,7 @@ def _cache(data: DataConfig, source: ImageSource, crop: Any) -> "ImageCache | No
 
 
 def tell_cache(*sets: LabelledSet) -> None:
-    """Print what keeping the sets' decoded images costs, by the first ones."""
+    """Print what keeping decoded images costs."""
     from robust_dist.data.image_cache import bytes_kept
 
     cache = getattr(sets[0], "cache", None)
@@ -199,12 +159,9 @@ def _is_fast(data: DataConfig) -> bool:
 
 
 def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> DataConfig:
-    """The section with a decoder in the place of `decode: auto`, the same on every rank.
+    """The section with `decode: auto` resolved, to the same on every rank.
 
-    Args:
-        data: Of the recipe.
-        device: This rank's.
-        noted: `RunFolder.decoder`: what a run that goes on was trained with is what it goes on with.
+    `noted` is `RunFolder.decoder`: a run that goes on keeps its decoder.
     """
     from robust_dist.data.device_decode import why_not
 
@@ -226,7 +183,7 @@ def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> D
 
 
 def tell_decoder(train: LabelledSet) -> None:
-    """Print what decodes JPEGs, unless it is Pillow, exactly."""
+    """Print what decodes JPEGs, unless that is Pillow, exactly."""
     from robust_dist.data.fast_decode import decoder_name, is_installed
 
     found = getattr(train, "decoder", "exact")
@@ -235,22 +192,6 @@ def tell_decoder(train: LabelledSet) -> None:
     elif found == "fast":
         advice = "" if is_installed else "; simplejpeg takes less time: pip install 'robust_dist[data]'"
         print(f"JPEGs are decoded by {decoder_name()} (data.decode=fast){advice}")
-
-
-def open_in_memory(data: DataConfig, *, download: bool) -> list[ImageSet]:
-    """Training and evaluation images of one size, decoded once, on the CPU.
-
-    Raises:
-        DataError: As `open_streams`; or images of other sizes, too many that cannot be read, or no room for them.
-    """
-    train = open_source(data, "train", None, download=download)
-    test = open_source(data, "eval", train.classes, download=download)
-    return [_decoded(data, train, data.size), _decoded(data, test, data.eval_sides[0])]
-
-
-def eval_in_memory(data: DataConfig, classes: Classes, *, download: bool) -> ImageSet:
-    """Evaluation images alone, as `open_in_memory` has them; `classes` are the training part's."""
-    return _decoded(data, open_source(data, "eval", classes, download=download), data.eval_sides[0])
 
 
 def _decoded(data: DataConfig, source: ImageSource, size: int) -> ImageSet:
@@ -266,7 +207,7 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
 
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
-    """Print what is done with the EXIF orientation of streamed sets whose first images have one."""
+    """Print what is done with the EXIF orientation of sets whose first images have one."""
     sources = [getattr(dataset, "source", None) for dataset in sets]
     for line in [exif_line(data, source) for source in sources if source is not None]:
         if line is not None:
@@ -274,7 +215,7 @@ def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
 
 
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
-    """A line on the EXIF orientation of a set's images, where the first ones carry one; else None."""
+    """A line on the EXIF orientation of a set's images, if the first ones carry one."""
     from robust_dist.data.decode import is_turned
     from robust_dist.data.errors import BadImageError
     from robust_dist.data.source import Upright
@@ -295,11 +236,7 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
 
 
 def check_ranks_see_the_same(*sets: LabelledSet) -> None:
-    """Compare the sets between the ranks: hosts with different files would train on different orders.
-
-    Raises:
-        ValueError: On every rank, with what differs of the number of images, of classes, and the checksum of all.
-    """
+    """Compare the sets between ranks; a ValueError on every rank says where hosts have other files."""
     if not taking_part():
         return
     for dataset in sets:
@@ -310,7 +247,6 @@ def check_ranks_see_the_same(*sets: LabelledSet) -> None:
 
 
 def _fingerprint(dataset: LabelledSet) -> dict[str, Any]:
-    """Images, classes, and a checksum of the classes' names, the groups' sizes, and the images' names and labels."""
     checksum = fingerprint(dataset.classes, dataset.group_sizes, dataset.fingerprint())
     return {"images": len(dataset), "classes": len(dataset.classes), "checksum": checksum}
 
@@ -330,10 +266,9 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
 
 
 class Preprocessing(NamedTuple):
-    """Preparation of a set's images on the device: side in pixels, mean and std of each channel, own crop and flip.
+    """How a set's images are prepared on the device: side in pixels, mean and std of each channel, own crop and flip.
 
-    `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
-    files kept in memory (4 pixels at 32, as for CIFAR).
+    `crop` is padding in pixels: 0 for images cropped by workers, an eighth of the side for files kept in memory.
     """
 
     size: int
@@ -344,11 +279,7 @@ class Preprocessing(NamedTuple):
 
 
 def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
-    """The preparation of training images, or of evaluation images.
-
-    Raises:
-        ValueError: An unknown data set.
-    """
+    """The preparation of training images, or of evaluation images; an unknown data set is a ValueError."""
     if data.streamed or data.in_memory:
         size = data.eval_sides[0] if evaluation else data.size
         padding = round(size / 8) if data.in_memory else 0
@@ -361,7 +292,7 @@ def info_of(data: DataConfig) -> DatasetInfo:
     """The record of a set by name, or of the user's own, whose images are read for it.
 
     Raises:
-        ValueError: An unknown name, or a set of one's own that cannot be imported or used.
+        ValueError: An unknown name, or a set of the user's own that cannot be imported or used.
     """
     if not own_code.is_name(data.name):
         return dataset_info(data.name)
@@ -379,16 +310,16 @@ def info_of(data: DataConfig) -> DatasetInfo:
 
 
 def known_info(data: DataConfig) -> DatasetInfo | None:
-    """The record of a set by name, or of the user's own; None of image files."""
+    """As `info_of`; None for image files."""
     return info_of(data) if own_code.is_name(data.name) and data.source is None else DATASETS.get(data.name)
 
 
 def check_own_data(data: DataConfig) -> None:
-    """Import data of the user's own, and check the keys as those of other data are when they are read.
+    """Import data of the user's own, and check the keys that other data have checked when they are read.
 
     Raises:
         OwnCodeError: It cannot be imported, or is no data.
-        ValueError: Keys that it does not look at.
+        ValueError: Keys that it does not use.
     """
     data.check_keys()
     if data.source is None:
@@ -396,11 +327,7 @@ def check_own_data(data: DataConfig) -> None:
 
 
 def check_own_set(name: str, found: Any, data: DataConfig) -> None:
-    """Refuse what is no set of images; nothing is read.
-
-    Raises:
-        OwnCodeError: It is not callable, or does not take what it is called with.
-    """
+    """Refuse with an OwnCodeError what is no set of images or does not take its arguments; nothing is read."""
     if isinstance(found, DatasetInfo):
         return
     is_model = isinstance(found, nn.Module) or (isinstance(found, type) and issubclass(found, nn.Module))
@@ -423,10 +350,7 @@ def _made(data: DataConfig, found: Any, *, train: bool, classes: Sequence[str] |
 def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> DatasetInfo:
     """The record of two sets in memory: the training images' mean and deviation, crops padded by an eighth, flips.
 
-    Args:
-        train_set: Training images.
-        eval_set: Evaluation images.
-        again: Called with `train` and `classes` for a part that was given out already; None gives the same out again.
+    `again(train=..., classes=...)` makes a part that was already given out; without it the same one is given out again.
     """
     kept: dict[bool, ImageSet] = {True: train_set, False: eval_set}
     classes = train_set.classes
@@ -457,11 +381,11 @@ def image_set(given: Any, name: str, classes: Sequence[str] | None = None) -> Im
     Args:
         given: An ImageSet; a pair of images (uint8 [N, C, H, H]) and labels (int64 [N]); or a map-style data set of
             (PIL image or uint8 [C, H, H], label), which is read once.
-        name: Of the set, for messages.
-        classes: Names where the set has no `classes` of its own; numbers up to the highest label where None.
+        name: For messages.
+        classes: Names for a set without `classes` of its own; numbers up to the highest label where None.
 
     Raises:
-        ValueError: Images of several sizes, or not square, named with the first one's place; or something else.
+        ValueError: Images of several sizes or not square, or no set of images.
     """
     if isinstance(given, ImageSet):
         return given

@@ -26,14 +26,7 @@ _TYPED_ECHO_SECONDS = 1.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved.
-
-    Args:
-        name: The signal's name.
-        step: Optimizer steps done.
-        total_steps: Optimizer steps of the whole run.
-        checkpoint: Where it was saved.
-    """
+    """The run was asked to stop by a signal of this name and has saved, at `step` of `total_steps`, in `checkpoint`."""
 
     def __init__(self, name: str, step: int, total_steps: int, checkpoint: str) -> None:
         super().__init__(name, step, total_steps, checkpoint)
@@ -57,14 +50,7 @@ def launchers() -> list[list[Any]]:
 
 
 def check_not_stopped(note: dict[str, Any]) -> None:
-    """Leave again where a launcher starts its ranks once more after a signal stopped the run.
-
-    Args:
-        note: What `stopped.json` says.
-
-    Raises:
-        Stopped: As the start before.
-    """
+    """Leave again (raise Stopped) where a launcher starts its ranks once more after a signal stopped the run."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and launcher() in note.get("launchers", []):
         raise Stopped(note["signal"], note["step"], note["total_steps"], note["checkpoint"])
@@ -74,10 +60,9 @@ class StopSignals:
     """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is entered; a second one ends the process at once.
 
     A second SIGINT counts from 1 s after the first, any other pair from 10 s: launchers pass the same notice on. What
-    the process was started ignoring (nohup, a shell's background job) stays ignored.
-
-    A thread does the noting, so that the second signal also ends a rank whose main thread hangs in a collective.
-    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+    the process was started ignoring (nohup, a shell's background job) stays ignored. A thread does the noting, so that
+    the second signal also ends a rank whose main thread hangs in a collective. Outside the main thread nothing is
+    noted.
 
     Attributes:
         received: The first signal, or None.
@@ -154,11 +139,7 @@ class PauseVote:
         self._ballot: Ballot | None = None
 
     def ask(self, wish: bool) -> bool:
-        """Cast this step's vote; returns whether any rank wanted a pause at the step before.
-
-        Args:
-            wish: Whether this rank wants a pause.
-        """
+        """Cast this step's vote; returns whether any rank wanted a pause at the step before."""
         wished = self.close()
         self._ballot = Ballot(wish, None)
         return wished
@@ -171,9 +152,6 @@ class PauseVote:
 
 class Stopper:
     """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
-
-    Args:
-        saver: The run's.
 
     Attributes:
         stop: The signal's name once the ranks agree that the run is to stop.
@@ -214,11 +192,7 @@ class Stopper:
             self.saver.wait()
 
     def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
-        """Note the stop in the run's folder.
-
-        Raises:
-            Stopped: Always.
-        """
+        """Note the stop in the run's folder, and raise Stopped."""
         assert self.stop is not None
         checkpoint = str(self.saver.store.path_of(step))
         note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}

@@ -33,10 +33,7 @@ _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 
 
 def suggest(folder: str | Path) -> str:
-    """The YAML text of a recipe that trains on a folder of images as it is.
-
-    Args:
-        folder: With class folders, or with folders such as train and val that have those.
+    """The YAML text of a recipe that trains on a folder of images as it is: class folders, or train and val with those.
 
     Raises:
         DataError: It is no folder of images in classes.

@@ -19,14 +19,7 @@ _EPOCHS = 10_000
 
 
 def random_set(count: int, shape: Sequence[int], num_classes: int, device: torch.device) -> ImageSet:
-    """A set of noise on the device, the same at each call: uint8 [count, C, H, W] with int64 labels.
-
-    Args:
-        count: Images.
-        shape: (C, H, W) of an image.
-        num_classes: Labels are below it.
-        device: Where images and labels lie.
-    """
+    """A set of noise on the device, the same at each call: uint8 [count, *shape] (C, H, W) and int64 labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
@@ -34,17 +27,10 @@ def random_set(count: int, shape: Sequence[int], num_classes: int, device: torch
 
 
 class Trial:
-    """A trainer that steps over random images for ever.
+    """A trainer that steps over random images without end; nothing is kept in its folder.
 
-    Args:
-        recipe: Of the run; its engine has been fitted.
-        accelerator: The engine.
-        folder: A folder for the run; nothing is kept in it.
-        train_set: The training images, on the device.
-        test_set: The evaluation images, on the device.
-
-    Raises:
-        ValueError: A setting that cannot work.
+    The recipe's engine must have been fitted (`fit_engine`), and both sets lie on the device. A setting that cannot
+    work is a ValueError.
     """
 
     def __init__(

@@ -55,11 +55,7 @@ def why_none(folder: Path) -> str:
 
 
 def data_of(run: RunFolder) -> dict[str, Any]:
-    """The content of a run's `data.json`.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The content of a run's `data.json`; a ValueError where there is none."""
     try:
         data: dict[str, Any] = read_json(run.data_path, dict[str, Any])
     except FileNotFoundError:
@@ -70,11 +66,7 @@ def data_of(run: RunFolder) -> dict[str, Any]:
 
 
 def choose(run: RunFolder, checkpoint: str | int) -> tuple[Path, Manifest]:
-    """A run's checkpoint and its manifest.
-
-    Args:
-        run: The folder.
-        checkpoint: "last", "best", or a step.
+    """A run's checkpoint ("last", "best", or a step) and its manifest.
 
     Raises:
         CheckpointError: There is none, not this one, or it is torn.
@@ -137,15 +129,9 @@ def read_average(place: Path) -> dict[str, Any]:
 
 
 def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str]) -> dict[str, Tensor]:
-    """The weights that a run evaluated: the moving average where its recipe has one.
+    """The weights that a run evaluated, from a checkpoint: the moving average where its recipe has one.
 
-    Args:
-        place: A checkpoint.
-        recipe: Of the run.
-        known: The model's names.
-
-    Raises:
-        CheckpointError: A file is missing or torn.
+    `known` are the model's names. A missing or torn file is a CheckpointError.
     """
     if recipe.get("ema_decay") is None:
         return read_weights(place, known)
@@ -153,12 +139,7 @@ def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str])
 
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed.
-
-    Args:
-        own: The model's state dict.
-        given: The weights.
-    """
+    """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed."""
     # safetensors leaves further names of a shared tensor out, and old files know no counter of batches.
     there = {tensor.data_ptr() for name, tensor in own.items() if name in given}
     lacking = [
@@ -183,14 +164,14 @@ def _listed(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights from elsewhere.
+    """Weights from elsewhere; None where nothing says a value.
 
     Attributes:
         title: What a person knows them by.
         entries: The state dict.
-        classes: Names of their classes, by number; None where nothing says them.
-        num_classes: How many; None where nothing says it.
-        mean: Of each channel of the images that they were trained on, on the scale 0 to 1; None where nothing says it.
+        classes: Names of their classes, by number.
+        num_classes: Number of their classes.
+        mean: Of each channel of the images that they were trained on, on the scale 0 to 1.
         std: Likewise.
         model: The recipe's name of their model.
         average: The state of a moving average beside them.
@@ -212,7 +193,7 @@ Reader = Callable[[nn.Module, int], Weights]
 
 @dataclass(frozen=True)
 class Begun:
-    """What became of the weights that a run begins with.
+    """The outcome of `begin`.
 
     Attributes:
         lines: For the user, where weights were loaded.
@@ -228,7 +209,7 @@ class Begun:
 def begin(
     recipe: Recipe, accelerator: Accelerator, folder: RunFolder, model: nn.Module, classes: tuple[str, ...]
 ) -> Begun:
-    """Fill a new run's model with the weights that its recipe names; every rank calls this, before any engine wraps it.
+    """Fill a new run's model with the weights that its recipe names; a collective, before any engine wraps the model.
 
     A run that has a checkpoint goes on from that, and what it began with is not looked at again.
 
@@ -240,8 +221,8 @@ def begin(
         classes: Names of the run's classes.
 
     Raises:
-        ValueError: On every rank: the weights are not there, cannot be fetched, do not fit the model, or are not the
-            same on all ranks.
+        ValueError: On every rank: the weights are missing, cannot be fetched, do not fit the model, or are not the same
+            on all ranks.
     """
     if not on_rank_0(lambda: _are_wanted(recipe, folder)):
         return Begun()
@@ -263,11 +244,7 @@ def begin(
 
 
 def check_there(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse weights to begin with that are not there, before the data is opened.
-
-    Raises:
-        ValueError: Names the setting and what is wrong.
-    """
+    """Refuse weights to begin with that are not there; the ValueError names the setting."""
     if _are_wanted(recipe, folder):
         _reader(recipe, folder)
 
@@ -278,11 +255,7 @@ def _are_wanted(recipe: Recipe, folder: RunFolder) -> bool:
 
 
 def load(recipe: Recipe, model: nn.Module, found: Weights, classes: tuple[str, ...]) -> Begun:
-    """Copy weights into a model; its head keeps its own where their classes are others.
-
-    Raises:
-        ValueError: They do not fit; one message with everything that differs.
-    """
+    """Copy weights into a model; where their classes are others, the head stays. A ValueError lists what differs."""
     own, head = model.state_dict(), head_of(model, len(classes))
     keeps, why = _keeps_head(found, classes, own, head)
     strict = recipe.init_from is not None
