@@ -20,15 +20,16 @@ from robust_dist.checkpoint import (
     note_parameters,
     save_state,
 )
+from robust_dist.checkpoint.space import checkpoint_bytes
 from robust_dist.data.sets import LabelledSet
 from robust_dist.documents import DocumentError, typed
 from robust_dist.engines.engine import UNNOTED, engine_of
 from robust_dist.private import hidden
-from robust_dist.ranks.talk import on_rank_0, raise_together
+from robust_dist.ranks.talk import on_rank_0, raise_together, rank, world_size
 from robust_dist.train.build import largest_part
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import OptimizerConfig, Recipe, conflicts, recipe_dict
-from robust_dist.train.saving import Saver, build_saver
+from robust_dist.train.saving import Saver
 
 _CONVERTED = ".converted"
 
@@ -113,7 +114,15 @@ class RunCheckpoints:
 
     def saver(self) -> Saver:
         """The writer of this start's checkpoints, in the background where the host has room."""
-        return build_saver(self.accelerator, self.recipe, self.store, self.bare_model)
+        need = checkpoint_bytes(
+            self.engine,
+            self.bare_model,
+            rank=rank(),
+            world_size=world_size(),
+            whole=self.engine.saves_whole(self.accelerator),
+            averaged=self.recipe.ema_decay is not None,
+        )
+        return Saver(self.store, self.recipe.checkpoint, need=need, timeout=self.recipe.timeout_seconds)
 
     def take_up(self, total_steps: int, steps_per_epoch: int) -> None:
         """Load the newest usable checkpoint, or start at step 0 where there is none, and fit `metrics.jsonl` to it.

@@ -48,37 +48,27 @@ class Score:
         return sum(there) / len(there) if there else math.nan
 
 
-@torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Give every rank the mean of the floating-point buffers (BatchNorm's statistics), in one collective per dtype."""
-    if world_size() == 1:
-        return
-    for same in _buffers_by_dtype(model):
-        flat = torch.cat([buffer.reshape(-1) for buffer in same])
-        dist.all_reduce(flat)
-        _copy_back(flat / world_size(), same)
+    _exchange_buffers(model, lambda flat: (dist.all_reduce(flat), flat.div_(world_size())))
 
 
-def _buffers_by_dtype(model: nn.Module) -> list[list[Tensor]]:
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    dtypes = sorted({buffer.dtype for buffer in buffers}, key=str)
-    return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
-
-
-def _copy_back(flat: Tensor, buffers: list[Tensor]) -> None:
-    values = flat.split([buffer.numel() for buffer in buffers])
-    torch._foreach_copy_(buffers, [value.view_as(buffer) for buffer, value in zip(buffers, values, strict=True)])
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the first rank's floating-point buffers, as DDP does, in one collective per dtype."""
+    _exchange_buffers(model, lambda flat: dist.broadcast(flat, src=0))
 
 
 @torch.no_grad()
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank the first rank's floating-point buffers, as DDP does, in one collective per dtype."""
+def _exchange_buffers(model: nn.Module, exchange: Callable[[Tensor], Any]) -> None:
     if world_size() == 1:
         return
-    for same in _buffers_by_dtype(model):
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
         flat = torch.cat([buffer.reshape(-1) for buffer in same])
-        dist.broadcast(flat, src=0)
-        _copy_back(flat, same)
+        exchange(flat)
+        values = flat.split([buffer.numel() for buffer in same])
+        torch._foreach_copy_(same, [value.view_as(buffer) for buffer, value in zip(same, values, strict=True)])
 
 
 @torch.no_grad()

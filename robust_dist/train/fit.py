@@ -16,7 +16,6 @@ from robust_dist.augment.cutmix import soft_targets
 from robust_dist.data.registry import DATASETS
 from robust_dist.engines.engine import engine_of
 from robust_dist.models.registry import MODELS, ModelInfo, check_output
-from robust_dist.train import optimizers
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.build import build_accelerator
 from robust_dist.train.data_config import DataConfig
@@ -24,6 +23,7 @@ from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import OWN
 from robust_dist.train.main import train
 from robust_dist.train.metrics import best_row
+from robust_dist.train.optimizers import OPTIMIZERS, OptimizerChoice
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
@@ -111,8 +111,8 @@ def fit(
             )
             recipe = replace(recipe, model=replace(recipe.model, name=OWN))
         if optimizer is not None:
-            choice = optimizers.OptimizerChoice(make=lambda groups, **_: optimizer(groups))
-            parts.enter_context(optimizers.named(OWN, choice))
+            choice = OptimizerChoice(make=lambda groups, **_: optimizer(groups))
+            parts.enter_context(_named(OPTIMIZERS, choice))
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, name=OWN))
         if augment is not None:
             stages = recipe.augment.before + recipe.augment.after

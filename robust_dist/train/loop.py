@@ -1,14 +1,18 @@
-"""The training loop: small enough to read in one sitting."""
+"""The training loop: small enough to read in one sitting; and the same over random images, for measurements."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.data import Batch
+from robust_dist.data import Batch, ImageSet
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
@@ -35,6 +39,9 @@ from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
 from robust_dist.train.weights import begin
+
+# More than anyone measures, so that the schedule does not end.
+_EPOCHS = 10_000
 
 
 class Trainer:
@@ -327,3 +334,49 @@ class Trainer:
         tick("the last checkpoint", may_be_slow=True)
         self.saver.wait()
         self.stopper.leave(self.folder, self.progress.step, self.total_steps)
+
+
+def random_set(count: int, shape: Sequence[int], num_classes: int, device: torch.device) -> ImageSet:
+    """A set of noise on the device, the same at each call: uint8 [count, *shape] (C, H, W) and int64 labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, num_classes, (count,), generator=generator)
+    return ImageSet(images.to(device), labels.to(device), tuple(map(str, range(num_classes))), "random images")
+
+
+class Trial:
+    """A trainer that steps over random images without end; nothing is kept in its folder.
+
+    The recipe's engine must have been fitted (`fit_engine`), and both sets lie on the device. A setting that cannot
+    work is a ValueError.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, folder: Path, train_set: ImageSet, test_set: ImageSet
+    ) -> None:
+        tracking = replace(recipe.tracking, trackers=[], progress=False)
+        recipe = replace(recipe, run_dir=str(folder), epochs=_EPOCHS, num_processes=None, tracking=tracking)
+        # Which weights it begins with changes no step's cost.
+        model = replace(recipe.model, weights=None)
+        recipe = replace(recipe, model=model, init_from=None, init_checkpoint="last")
+        self.trainer = Trainer(recipe, accelerator, RunFolder(folder), train_set, test_set)
+        self.trainer.model.train()
+        self.trainer.optimizer.train()
+        self.parts = self._parts()
+        self.batch = next(self.parts)[0]
+
+    def step(self) -> None:
+        """One optimizer step on the next batch."""
+        self.trainer.train_step(next(self.parts))
+
+    def augment(self) -> tuple[Tensor, Tensor]:
+        """The augmentation of one batch, always the same."""
+        return self.batch.augmented(self.trainer.step.pipeline)
+
+    def evaluate(self) -> None:
+        """One evaluation of all evaluation images."""
+        self.trainer.evaluate()
+
+    def _parts(self) -> Iterator[list[Batch]]:
+        for epoch in itertools.count():
+            yield from self.trainer.loader.epoch(epoch)

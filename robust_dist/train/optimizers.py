@@ -16,8 +16,7 @@ a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoi
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,8 +78,8 @@ class OptimizerConfig:
             own_code.check_form(_KEY, self.name)
         else:
             wanted = (
-                f"one of {', '.join(_OWN)}, a name of the entry points {GROUP!r} of an installed package, or your own "
-                "as MODULE:NAME"
+                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or your "
+                "own as MODULE:NAME"
             )
             require(choice_of(self.name) is not None, _KEY, self.name, wanted)
         require_number("optimizer.lr", self.lr, 0)
@@ -128,12 +127,14 @@ class OptimizerChoice:
 
 def choice_of(name: str) -> OptimizerChoice | None:
     """The optimizer of a name: ours, an entry point's, or the user's own, which is imported; None if there is none."""
-    return own_choice(name) if own_code.is_name(name) else _known(name)
+    if own_code.is_name(name):
+        return own_choice(name)
+    return OPTIMIZERS.get(name) or _added(name)
 
 
 @cache
-def _known(name: str) -> OptimizerChoice | None:
-    return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+def _added(name: str) -> OptimizerChoice | None:
+    return added(GROUP, name, OptimizerChoice)
 
 
 def own_choice(name: str) -> OptimizerChoice:
@@ -171,18 +172,6 @@ def _make_own(name: str, made: Callable[..., Any], groups: list[dict[str, Any]],
         wanted = 'put "lr" into the defaults, which the schedule sets'
         raise own_code.OwnCodeError(f"{_KEY}={name!r} has param groups without a learning rate; {wanted}")
     return optimizer
-
-
-@contextmanager
-def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
-    """Let recipes name an optimizer, within a `with` block."""
-    _OWN[name] = choice
-    _known.cache_clear()
-    try:
-        yield
-    finally:
-        del _OWN[name]
-        _known.cache_clear()
 
 
 def chosen(config: OptimizerConfig) -> OptimizerChoice:
@@ -266,7 +255,7 @@ def _prodigy(groups: Any, **arguments: Any) -> Optimizer:
     return optimizer
 
 
-_OWN = {
+OPTIMIZERS = {
     "RAdaBeliefW": OptimizerChoice(make=RAdaBeliefW, is_rectified=True),
     "nag": OptimizerChoice(make=NAG, arguments=_momentum_arguments),
     "adam": OptimizerChoice(make=PaperAdam, problem=_of_adam),

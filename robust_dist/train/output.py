@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from robust_dist.private import hidden_text, hidden_words
@@ -45,9 +44,7 @@ class LastingOutput:
             setattr(sys, name, _Stream(shown, name, self, self._log))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name, stream in self._streams.items():
             # What is still buffered would otherwise fail at the interpreter's end, with an exit status of its own.
             getattr(sys, name).flush()

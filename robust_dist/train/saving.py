@@ -4,26 +4,20 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from accelerate import Accelerator
-from torch import nn
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.checkpoint.background import Pending, Staging
 from robust_dist.checkpoint.space import (
     SHARED_MEMORY,
-    checkpoint_bytes,
     free_bytes,
     room_for_staging,
     text_of,
     write_failure,
 )
-from robust_dist.engines.engine import engine_of
 from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together, rank, world_size
-from robust_dist.train.recipe import CheckpointConfig, Recipe
+from robust_dist.train.recipe import CheckpointConfig
 
 Write = Callable[[Path], None]
 
@@ -59,9 +53,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Complete what is on its way as far as that needs no other rank, and let go of the staged files."""
         if self._pending is not None:
             self._pending.close()
@@ -226,17 +218,3 @@ def _explained(path: Path, action: Callable[[], Any]) -> Any:
         if type(error).__name__ in ("SafetensorError", "CheckpointException") or "inline_container" in str(error):
             raise write_failure(path, error) from None
         raise
-
-
-def build_saver(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, model: nn.Module) -> Saver:
-    """The saver of a run of `model`, without the engine's wrappers, that knows what a checkpoint takes on the disk."""
-    engine = engine_of(accelerator)
-    need = checkpoint_bytes(
-        engine,
-        model,
-        rank=rank(),
-        world_size=world_size(),
-        whole=engine.saves_whole(accelerator),
-        averaged=recipe.ema_decay is not None,
-    )
-    return Saver(store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)

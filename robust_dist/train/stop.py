@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from robust_dist.ranks.ballot import Ballot
@@ -90,9 +89,7 @@ class StopSignals:
         StopSignals._entered = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._before:
             return
         StopSignals._entered = None
@@ -129,29 +126,11 @@ def _forget_in_child() -> None:
         StopSignals._entered = None
 
 
-class PauseVote:
-    """A vote at each step on whether any rank wants all ranks to pause; no rank waits for the others.
-
-    Every rank asks once a step; the answer comes one step later, and is the same on all of them.
-    """
-
-    def __init__(self) -> None:
-        self._ballot: Ballot | None = None
-
-    def ask(self, wish: bool) -> bool:
-        """Cast this step's vote; returns whether any rank wanted a pause at the step before."""
-        wished = self.close()
-        self._ballot = Ballot(wish, None)
-        return wished
-
-    def close(self) -> bool:
-        """Count the vote under way; returns whether any rank wanted a pause."""
-        ballot, self._ballot = self._ballot, None
-        return ballot is not None and ballot.count() > 0
-
-
 class Stopper:
     """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
+
+    The ranks vote at each step on whether any of them wants all to pause. None waits for the others: the answer comes
+    one step later, and is the same on all of them.
 
     Attributes:
         stop: The signal's name once the ranks agree that the run is to stop.
@@ -160,18 +139,17 @@ class Stopper:
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
         self.stop: str | None = None
-        self._signals, self._pause_vote = StopSignals(), PauseVote()
+        self._signals = StopSignals()
+        self._vote: Ballot | None = None
 
     def __enter__(self) -> "Stopper":
         self._signals.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._pause_vote.close()
-        self._signals.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._is_pause_wanted()
+        self._signals.__exit__(*error)
 
     def ask(self) -> bool:
         """After each step: whether the run is to stop; the same on every rank.
@@ -180,9 +158,16 @@ class Stopper:
             CheckpointError: On every rank: the last checkpoint could not be written on one of them.
         """
         signalled = self._signals.received is not None and self.stop is None
-        if self._pause_vote.ask(signalled or self.saver.has_failed()):
+        is_wanted = self._is_pause_wanted()
+        self._vote = Ballot(signalled or self.saver.has_failed(), None)
+        if is_wanted:
             self._confer()
         return self.stop is not None
+
+    def _is_pause_wanted(self) -> bool:
+        """Count the vote of the step before."""
+        vote, self._vote = self._vote, None
+        return vote is not None and vote.count() > 0
 
     def _confer(self) -> None:
         received = self._signals.received
