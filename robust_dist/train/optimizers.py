@@ -78,8 +78,8 @@ class OptimizerConfig:
             own_code.check_form(_KEY, self.name)
         else:
             wanted = (
-                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or your "
-                "own as MODULE:NAME"
+                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or "
+                "your own as MODULE:NAME"
             )
             require(choice_of(self.name) is not None, _KEY, self.name, wanted)
         require_number("optimizer.lr", self.lr, 0)
