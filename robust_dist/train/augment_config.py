@@ -152,6 +152,6 @@ def _tried(key: str, name: str, stage: Stage, *given: Tensor) -> tuple[Tensor, T
         if (before.dtype, before.shape) != (after.dtype, after.shape):
             raise own_code.OwnCodeError(
                 f"{key}={name!r} made {what} of {before.dtype} {list(before.shape)} into {after.dtype} "
-                f"{list(after.shape)}; dtype and shape must stay"
+                f"{list(after.shape)}; dtype and shape must stay the same"
             )
     return found[0], found[1]

@@ -68,8 +68,8 @@ class BadImages:
         if total - forgiven > self.max_share * of:
             error = TooManyBadImagesError(
                 f"{name}: {total} of {of} images could not be read, more than data.max_bad_share={self.max_share} "
-                f"lets pass; they are named in {self.path}. Replace them where they are, or raise data.max_bad_share, "
-                "and start again: the run goes on from here"
+                f"allows; they are listed in {self.path}. Replace them, or raise data.max_bad_share, and start again: "
+                "the run goes on from here"
             )
             raise_together(error)
 

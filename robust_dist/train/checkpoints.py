@@ -297,7 +297,7 @@ def _check_same_set(found: Checkpoint, train_set: LabelledSet) -> None:
     if before != len(train_set):
         raise CheckpointError(
             f"{found.path} was written while training on {before} images, and {train_set.name} has {len(train_set)}: "
-            "the order of an epoch would be another. Bring the old images back, or choose another run_dir"
+            "the order of an epoch would be different. Bring the old images back, or choose another run_dir"
         )
 
 

@@ -75,7 +75,7 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
             return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
         raise ValueError(
             f"data.train={names[0]!r} and data.eval={names[1]!r} have the same images ({shared}), so that evaluation "
-            f"would be on what was trained on; give parts without common images{_advice(data)}, or the same name twice "
+            f"would use training images; give parts without common images{_advice(data)}, or the same name twice "
             "if that is what you want"
         )
     if are_copies(*sets):

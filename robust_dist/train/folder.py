@@ -225,7 +225,7 @@ class RunFolder:
         except DocumentError as error:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which tells what runs there: {error}; bring "
+                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which says what runs there: {error}; bring "
                 f"it back from a copy, or choose another run_dir"
             ) from None
         spelt = {k: fitted(kind, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}

@@ -118,7 +118,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
     if classes == 1:
         found.append(f"there is one class, {train.classes[0]!r}: whatever the model answers is right ({train.name})")
     elif classes >= len(train):
-        found.append(f"{len(train):,} training images are of {classes:,} classes: is one image a class right?")
+        found.append(f"{len(train):,} training images are of {classes:,} classes: is one image per class right?")
     if recipe.early_stopping.patience is not None:
         found += _early_stopping_doubts(recipe)
     needed = _steps_needed(recipe, total_steps)

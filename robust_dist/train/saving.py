@@ -132,7 +132,7 @@ class Saver:
         if free < more * self.need:
             print(
                 f"warning: {folder} has {text_of(free)} free; checkpoint.keep={self.settings.keep} and keep_best="
-                f"{self.settings.keep_best} will take about {text_of(more * self.need)} more, the next one among them",
+                f"{self.settings.keep_best} will take about {text_of(more * self.need)} more, including the next one",
                 flush=True,
             )
 

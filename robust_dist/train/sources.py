@@ -231,7 +231,7 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     done, other = ("turned upright", "off") if isinstance(first[0], Upright) else ("left as they are stored", "on")
     return (
         f"{source.name}: {turned} of the first {len(first)} images carry an EXIF orientation; they are {done} "
-        f"(data.exif={data.exif}; data.exif={other} does the other)"
+        f"(data.exif={data.exif}; set data.exif={other} for the opposite)"
     )
 
 

@@ -65,7 +65,7 @@ def _findings(found: Survey) -> list[str]:
     if max(counts) >= 3 * max(1, min(counts)):
         largest = found.classes[counts.index(max(counts))]
         lines.append(
-            f"unbalanced: {largest!r} is right for {max(counts) / total:.0%} of them; look at the accuracy of each "
+            f"unbalanced: {largest!r} is the class of {max(counts) / total:.0%} of them; look at the accuracy of each "
             "class (robust-dist evaluate)"
         )
     if found.left_out:

@@ -104,7 +104,9 @@ class Trackers:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            self.accelerator.print(f"the trackers begin new runs, because their note of this run's is damaged: {error}")
+            self.accelerator.print(
+                f"the trackers begin new runs, because the note of this run's own is damaged: {error}"
+            )
             return {}
         return found
 

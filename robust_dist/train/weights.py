@@ -153,7 +153,7 @@ def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[s
         for name in own
         if name in given and own[name].shape != given[name].shape
     ]
-    said = {"lacks": lacking, "has beyond it": strange, "has in other shapes": shapes}
+    said = {"lacks": lacking, "has in addition": strange, "has with other shapes": shapes}
     return [f"it {what} {_listed(names)}" for what, names in said.items() if names]
 
 
@@ -283,7 +283,7 @@ def _setting(recipe: Recipe) -> str:
 
 
 def _head_line(head: tuple[str, ...], num_classes: int) -> str:
-    return f"the head ({', '.join(head)}) is a new one of {num_classes:,}"
+    return f"the head ({', '.join(head)}) is new, with {num_classes:,} outputs"
 
 
 def _keeps_head(
@@ -293,22 +293,22 @@ def _keeps_head(
     if found.classes is not None:
         return found.classes == classes, _classes_differ(found.classes, classes)
     if found.num_classes:
-        return found.num_classes == len(classes), f"its classes are {found.num_classes:,}, here are {len(classes):,}"
+        return found.num_classes == len(classes), f"it has {found.num_classes:,} classes, and this run {len(classes):,}"
     entries = {name: value for name, value in own.items() if is_below(name, head)}
     there = [name for name in entries if name in found.entries]
     if not there or found.num_classes == 0:
-        return False, f"it has no head for the {len(classes):,} classes here"
+        return False, f"it has no head for the {len(classes):,} classes of this run"
     other = next((name for name in there if found.entries[name].shape != entries[name].shape), None)
     return other is None and len(there) == len(entries), "" if other is None else (
-        f"its classes are {found.entries[other].shape[0]:,}, here are {len(classes):,}"
+        f"it has {found.entries[other].shape[0]:,} classes, and this run {len(classes):,}"
     )
 
 
 def _classes_differ(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     if len(theirs) != len(ours):
-        return f"its classes are {len(theirs):,}, here are {len(ours):,}"
+        return f"it has {len(theirs):,} classes, and this run {len(ours):,}"
     number = next((number for number, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]), 0)
-    return f"its classes are others: {number} is {theirs[number]!r}, and {ours[number]!r} here"
+    return f"its classes are different: {number} is {theirs[number]!r}, and in this run {ours[number]!r}"
 
 
 def _warnings(recipe: Recipe, found: Weights) -> list[str]:
@@ -323,7 +323,7 @@ def _warnings(recipe: Recipe, found: Weights) -> list[str]:
     remedy = (
         "set data.mean and data.std to theirs" if recipe.data.source else f"data.name={recipe.data.name} fixes them"
     )
-    return [f"{_setting(recipe)}: these weights were trained on images of {there}; here are {here}: {remedy}"]
+    return [f"{_setting(recipe)}: these weights were trained on images with {there}; this run has {here}: {remedy}"]
 
 
 def _are_close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
