@@ -277,6 +277,12 @@ class RAdaBeliefW(Optimizer):
         """Whether a group has `averaging`, so that `eval()` changes weights."""
         return any(option(group, "averaging") is not None for group in self.param_groups)
 
+    @property
+    def measured_rate(self) -> float | None:
+        """The learning rate of the last step of the first group that has a `rate_guard`; waits for the device."""
+        guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
+        return None if guarded is None else self._rate.rate_of(guarded)
+
     def observe(self, loss: float | Tensor) -> None:
         """Give `rate_guard` the loss of the step that comes; nothing without it.
 
@@ -292,10 +298,14 @@ class RAdaBeliefW(Optimizer):
             self._rate.observe(loss)
 
     @torch.no_grad()
-    def observe_gradients(self) -> None:
-        """Give `rate_guard` the gradients, unscaled, before they are clipped; nothing without it."""
+    def observe_gradients(self, scale: float = 1.0) -> None:
+        """Give `rate_guard` the gradients before they are clipped; nothing without it.
+
+        Args:
+            scale: What they are still multiplied by.
+        """
         if self.measures_rate:
-            self._rate.observe_gradients(self.param_groups)
+            self._rate.observe_gradients(self.param_groups, 1.0 / scale)
 
     def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
         """Say which ranks train together, for `rate_guard`.

@@ -107,10 +107,14 @@ class Measured:
         self._loss = value if self._loss is None else self._loss + value
         self._parts += 1
 
-    def observe_gradients(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Measure the gradients as they are now; they may be clipped afterwards."""
+    def rate_of(self, group: Mapping[str, Any]) -> float:
+        """The group's rate in the last step."""
+        return float(_limited(group, self._ratio))
+
+    def observe_gradients(self, groups: Iterable[Mapping[str, Any]], factor: float = 1.0) -> None:
+        """Measure the gradients as they are now, times a factor; they may be clipped afterwards."""
         grads = [(param, grad) for group in groups for param in group["params"] if (grad := param.grad) is not None]
-        self.add_gradients(grads)
+        self.add_gradients(grads, factor)
 
     def add_gradients(self, grads: Iterable[tuple[Any, Any]], factor: float | Tensor = 1.0) -> None:
         """Add to the sum of the next step.
