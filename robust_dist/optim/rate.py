@@ -7,8 +7,8 @@ At each step, with F the loss less the entropy of its targets, and g the gradien
 
 e is Polyak's step in Adam's norm, where an update has about size 1 in each element. With k = 1 `lr` has no part.
 
-Weights that grow shrink the gradients of scale-invariant layers, so that e grows, and with it the weights. So e may not
-become more than `BOUND` times what it was when the rectified warm-up of 1 / (1 - beta2) steps ended.
+Weights that grow shrink the gradients of scale-invariant layers, so that e grows, and with it the weights. Where the
+loss does not fall (noise, hard augmentation) that runs away, so e may not exceed `BOUND` times its smallest value.
 
 sum|g| is one number for the whole model, on whatever rank an element lies: see `Ranks`.
 """
@@ -28,7 +28,7 @@ from robust_dist.optim.settings import MEASURED, option
 from robust_dist.optim.state import is_dtensor, local_slot
 
 MEMORY = 0.9
-BOUND = 30.0
+BOUND = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Measured:
         """Take up what the groups hold, and forget what was observed since."""
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
         self._saved = [float(guarded[0][name]) for name in MEASURED] if guarded else [0.0] * len(MEASURED)
-        self._values: Tensor | None = None  # float64 [4] on the gradients' device
+        self._values: Tensor | None = None  # float64 [3] on the gradients' device
         self._ratio: float | Tensor = 0.0  # L / A of the step that is being done
         self._stepped: set[int] = set()  # parameters that it has stepped: engines step group by group
         self.forget()
@@ -168,12 +168,11 @@ class Measured:
         self.forget()
         home = loss.device if device is None else device
         gradient, loss = self._over_ranks(gradient, loss)
-        warm_up = _warm_up(groups)
         if home.type == "cpu":
             if found_inf is None or float(found_inf) == 0.0:
-                self._advance_on_host(float(gradient), float(loss), warm_up)
+                self._advance_on_host(float(gradient), float(loss))
             return
-        self._advance_on_device(gradient.to(home), loss.to(home), warm_up, found_inf)
+        self._advance_on_device(gradient.to(home), loss.to(home), found_inf)
 
     def _over_ranks(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the gradients' shares and the mean loss, in one all-reduce of two numbers."""
@@ -185,36 +184,33 @@ class Measured:
         dist.all_reduce(both, group=self.ranks.group)
         return both[0], both[1]
 
-    def _advance_on_host(self, gradient: float, loss: float, warm_up: int) -> None:
+    def _advance_on_host(self, gradient: float, loss: float) -> None:
         if self._values is None:
             self._values = torch.tensor(self._saved, dtype=torch.float64)
-        mean_gradient, mean_loss, steps, reference = self._values.tolist()
+        mean_gradient, mean_loss, smallest = self._values.tolist()
         mean_gradient = MEMORY * mean_gradient + (1 - MEMORY) * gradient
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * loss
         ratio = max(mean_loss, 0.0) / mean_gradient if mean_gradient else 0.0
-        steps += 1
-        if steps <= warm_up or reference == 0.0:
-            reference = ratio
-        self._values = torch.tensor([mean_gradient, mean_loss, steps, reference], dtype=torch.float64)
-        self._ratio = min(ratio, BOUND * reference)
+        smallest = min(smallest or ratio, ratio)
+        self._values = torch.tensor([mean_gradient, mean_loss, smallest], dtype=torch.float64)
+        self._ratio = min(ratio, BOUND * smallest)
 
-    def _advance_on_device(self, gradient: Tensor, loss: Tensor, warm_up: int, found_inf: Tensor | None) -> None:
+    def _advance_on_device(self, gradient: Tensor, loss: Tensor, found_inf: Tensor | None) -> None:
         """The same without reading a value, in memory that a CUDA graph finds again."""
         dtype = _wide(gradient.device)
         if self._values is None or self._values.device != gradient.device:
             saved = self._saved if self._values is None else self._values.tolist()
             self._values = torch.tensor(saved, dtype=dtype).to(gradient.device)
-        mean_gradient, mean_loss, steps, reference = self._values.unbind()
+        mean_gradient, mean_loss, smallest = self._values.unbind()
         mean_gradient = MEMORY * mean_gradient + (1 - MEMORY) * gradient
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * loss
         ratio = torch.where(mean_gradient == 0, 0.0, mean_loss.clamp(min=0) / mean_gradient)
-        steps = steps + 1
-        reference = torch.where((steps <= warm_up) | (reference == 0), ratio, reference)
-        new = torch.stack([mean_gradient, mean_loss, steps, reference])
+        smallest = torch.where(smallest == 0, ratio, torch.minimum(smallest, ratio))
+        new = torch.stack([mean_gradient, mean_loss, smallest])
         if found_inf is not None:
             new = torch.where(found_inf.reshape(()).to(new.device) == 0, new, self._values)
         self._values.copy_(new)
-        self._ratio = torch.minimum(ratio, BOUND * reference)
+        self._ratio = torch.minimum(ratio, BOUND * smallest)
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -223,10 +219,6 @@ def _wide(device: torch.device) -> torch.dtype:
 
 def _is_dry(groups: Iterable[Mapping[str, Any]]) -> bool:
     return all(float(group["lr"]) == 0.0 for group in groups)
-
-
-def _warm_up(groups: Sequence[Mapping[str, Any]]) -> int:
-    return math.ceil(1.0 / (1.0 - max(group["betas"][1] for group in groups)))
 
 
 def _limited(group: Mapping[str, Any], ratio: float | Tensor) -> float | Tensor:

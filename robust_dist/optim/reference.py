@@ -172,7 +172,7 @@ def reference_averaged_step(
 def reference_rate(
     gradients: Sequence[float], losses: Sequence[float], *, lr: float, guard: float, constant: float = 4.0
 ) -> float:
-    """The learning rate of a guarded step (rate.py), without the bound on its growth.
+    """The learning rate of a guarded step, as rate.py has it.
 
     Args:
         gradients: sum|g| of steps 1 to t.
@@ -182,8 +182,10 @@ def reference_rate(
         constant: c.
     """
     mean_gradient = mean_loss = 0.0
+    ratios = []
     for gradient, loss in zip(gradients, losses, strict=True):
         mean_gradient = 0.9 * mean_gradient + 0.1 * gradient
         mean_loss = 0.9 * mean_loss + 0.1 * loss
-    measured = constant * mean_loss / mean_gradient
+        ratios.append(mean_loss / mean_gradient)
+    measured = constant * min(ratios[-1], 2 * min(ratios))
     return min(max(lr, measured / guard), guard * measured)

@@ -47,7 +47,7 @@ OPTIONS: dict[str, Any] = {
 SCHEDULE_FREE = "schedule_free"
 # Kept in a group of `averaging` or `rate_guard`: whether it holds the trained weights, and what rate.py has measured.
 TRAINS = "train_mode"
-MEASURED = ("rate_mean_gradient", "rate_mean_loss", "rate_steps", "rate_reference")
+MEASURED = ("rate_mean_gradient", "rate_mean_loss", "rate_smallest")
 # The averages' weights are in a table of some 40 / (1 - beta2) steps (averaging.py).
 LARGEST_BETA2 = 0.9999
 
