@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
+# Layers that normalise over a batch: under some engines their weights are cast and their statistics are not.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Of checkpoints that do not note their engine: whole ones, and those in shards.
 UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
 # Modules of this folder that define ENGINES, a tuple of records.

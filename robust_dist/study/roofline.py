@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from robust_dist.measure.dispatch import Operation, Operations
+from robust_dist.measure.dispatch import FakeTensorMode, Operation, Operations
 from robust_dist.measure.gpus import Gpu, find_gpu
 from robust_dist.study.grid import Study
 from robust_dist.study.measure import costs, facts, steps_of

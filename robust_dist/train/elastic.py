@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from robust_dist.engines.engine import UNNOTED
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED
 from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import gather
 from robust_dist.train.recipe import Recipe
@@ -106,7 +106,7 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
         f"the global batch stays {recipe.batch_size} images; accumulation {was} -> {recipe.accumulation}, a rank holds "
         f"at most {largest_part(old, was_ranks)} -> {largest_part(recipe, num_processes)} images at once"
     )
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if any(isinstance(part, BATCH_NORMS) for part in model.modules()):
         lines.append("batch normalisation takes its statistics over what a rank holds at once, so these change, too")
     return lines
 

@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 from torch import nn
 
-from robust_dist.engines.engine import RunSettings, engine_of
+from robust_dist.engines.engine import BATCH_NORMS, RunSettings, engine_of
 from robust_dist.train.graph import check_graph
 from robust_dist.train.optimizers import adam_arguments, chosen
 from robust_dist.train.recipe import Recipe
@@ -45,7 +45,7 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
     engine, low = engine_of(accelerator), accelerator.mixed_precision
     if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
         return
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise ValueError(
             f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
             f"with float32 weights alone, and {engine.title(accelerator)} casts them; on a CPU set "
