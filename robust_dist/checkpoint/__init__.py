@@ -7,9 +7,8 @@ from robust_dist.checkpoint.store import Checkpoint, CheckpointError, Checkpoint
 if TYPE_CHECKING:
     from robust_dist.checkpoint.conversion import convert, read
     from robust_dist.checkpoint.inspection import inspect
-    from robust_dist.checkpoint.names import note_parameters
     from robust_dist.checkpoint.save_load import load_state, make_state, save_state
-    from robust_dist.checkpoint.training_state import TrainingState
+    from robust_dist.checkpoint.training_state import TrainingState, note_parameters
 
 __all__ = [
     "Checkpoint",
@@ -32,7 +31,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_state": "save_load",
     "make_state": "save_load",
-    "note_parameters": "names",
+    "note_parameters": "training_state",
     "read": "conversion",
     "save_state": "save_load",
 }

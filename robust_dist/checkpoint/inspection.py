@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_dist.checkpoint import trainer
+from robust_dist.checkpoint import layout as layouts
 from robust_dist.checkpoint.conversion import read
 from robust_dist.checkpoint.layout import ZERO, Layout, find_layout
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, verify
@@ -52,7 +52,7 @@ def examine(path: str | Path) -> Inspection:
         except CheckpointError as error:
             reason = str(error)
         else:
-            beside = trainer.rows(state, path) if "trainer" in state.extra else []
+            beside = layouts.rows(state, path) if "trainer" in state.extra else []
             return Inspection(_table([*head, ("whole", "yes"), *_rows(state), *beside]), True)
     return Inspection(_table([*head, ("whole", f"no: {reason}")]), False)
 
@@ -69,7 +69,7 @@ def _place(path: Path) -> tuple[Layout | None, str | None]:
 
 def _layout(path: Path, place: Layout | None) -> str:
     kind = "folder" if place is None else place.kind
-    if path.is_dir() and trainer.is_trainers(path):
+    if path.is_dir() and layouts.is_trainers(path):
         own = f"Trainer folder ({kind.removesuffix(' folder')})"
         kind = own if kind == ZERO else kind.replace("Accelerate", "Trainer")
     return f"{kind}, with {MANIFEST}" if (path / MANIFEST).is_file() else kind
@@ -86,7 +86,7 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         ("engine", state.engine),
         ("world size", str(state.world_size or "not recorded")),
         ("step", _step(state)),
-        ("schedule", _schedule(state.schedule, trainer.switch_state(state))),
+        ("schedule", _schedule(state.schedule, layouts.switch_state(state))),
         *((f"group {i}", _group(group, state)) for i, group in enumerate(state.groups)),
         ("model", f"{len(state.model)} tensors, {_sizes(state.model.values())}"),
         *((f"  {key}", f"{len(tensors)} tensors, {_sizes(tensors)}") for key, tensors in _by_key(state)),

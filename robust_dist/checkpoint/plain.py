@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.checkpoint.training_state import (
+    ParameterNames,
+    TrainingState,
+    UnnamedError,
+    bare,
+    bare_names,
+    name_groups,
+    read_names,
+    split_objects,
+)
 from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
 from robust_dist.optim.state import MASTER, MOMENTS, STEP
 

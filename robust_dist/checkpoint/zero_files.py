@@ -71,6 +71,11 @@ class ZeroLayout:
         return {"zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": self.bf16}}
 
 
+def kind_of(stage: int) -> str:
+    """The kind of the engine with this stage."""
+    return f"zero{stage}"
+
+
 def model_file(rank: int, stage: int) -> str:
     """The name of a rank's model file; stages 0 to 2 have one for all."""
     return f"zero_pp_rank_{rank}_{_PLAIN_MODEL}" if stage == 3 else _PLAIN_MODEL

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.checkpoint.training_state import ParameterNames, TrainingState, name_groups, read_names, split_objects
 from robust_dist.checkpoint.zero_files import (
     TAG,
     ZeroLayout,
     join_group,
+    kind_of,
     load,
     model_file,
     optimizer_file,
@@ -76,7 +76,7 @@ def read_zero(path: Path) -> TrainingState:
     """A DeepSpeed checkpoint of ZeRO stage 0, 1, 2 or 3 as a state that belongs to no engine.
 
     DeepSpeed need not be installed. Parameters are the float32 masters. `extra` says what a DeepSpeed writer wants to
-    know: "deepspeed" (what of the JSON decides the layout, and the step counts), "buffers", "frozen" and "shared"
+    know: "zero" (what of the JSON decides the layout, and the step counts), "buffers", "frozen" and "shared"
     (names without state of their own; `shared` says which parameter each is), and "client_state".
 
     Args:
@@ -169,7 +169,7 @@ def _extra(content: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
     buffers = [name for name in content["buffer_names"] if name in state.model]
     others = owned.union(shared, buffers)
     return {
-        "deepspeed": asdict(ZeroLayout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
+        "zero": asdict(ZeroLayout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
         "buffers": buffers,
         "shared": dict(shared),
         "frozen": [name for name in state.model if name not in others],
@@ -243,7 +243,7 @@ def _read_partitioned(folder: Path, file: Path, content: Mapping[str, Any], part
     whole = _with_shared(whole, content)
     model = {name: whole.get(name, tensor) for name, tensor in content["module"].items()}
     groups = _groups(shards[0], shapes, world_size, ZeroLayout.of(content["ds_config"]))
-    return TrainingState(model, optimizer, groups, engine=f"zero{shards[0].stage}", world_size=world_size)
+    return TrainingState(model, optimizer, groups, engine=kind_of(shards[0].stage), world_size=world_size)
 
 
 def _assemble(
@@ -317,7 +317,7 @@ def _read_stage0(path: Path, folder: Path, file: Path, content: Mapping[str, Any
     pairs = [pair for group, given in numbered for pair in zip(group["params"], given, strict=True)]
     optimizer = {name: dict(base["state"][number]) for number, name in pairs if base["state"].get(number)}
     extra = noted.extra() if noted else {}
-    return TrainingState(module, optimizer, groups, engine="zero0", world_size=content["dp_world_size"], extra=extra)
+    return TrainingState(module, optimizer, groups, engine=kind_of(0), world_size=content["dp_world_size"], extra=extra)
 
 
 def _stage0_names(

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, write_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import ParameterNames, TrainingState, write_names
 from robust_dist.checkpoint.zero_files import (
     LATEST,
     TAG,
@@ -35,7 +34,7 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
     """Write what `engine.load_checkpoint(folder, tag="pytorch_model")` and Accelerate's `load_state(folder)` take.
 
     The files are DeepSpeed's own format, so the JSON stays as it is, with `load_universal` off. The layout follows the
-    JSON's `round_robin_gradients` and `sub_group_size` as noted in `state.extra["deepspeed"]`, and DeepSpeed's defaults
+    JSON's `round_robin_gradients` and `sub_group_size` as noted in `state.extra["zero"]`, and DeepSpeed's defaults
     without it. Gradient clipping stays the engine's own. An fp16 engine's loss scale starts anew at stages 1 and 2;
     for stages 0 and 3 under fp16 there is no writer. Stage 3 needs DeepSpeed installed.
 
@@ -69,7 +68,7 @@ class _Writer:
     def __init__(self, state: TrainingState, stage: int, world_size: int, bf16: bool | None) -> None:
         self.state, self.stage, self.world_size = state, stage, world_size
         self.model = dict(state.model)
-        self.noted = dict(state.extra.get("deepspeed") or {})
+        self.noted = dict(state.extra.get("zero") or {})
         self.layout = _layout(self.noted, bf16)
         self.groups = [group for group in map(self._owned_group, state.groups) if group["params"]]
         self.owned = [name for group in self.groups for name in group["params"]]

@@ -13,7 +13,7 @@ from torch import nn
 from robust_dist.extras import load_entry_point
 
 if TYPE_CHECKING:
-    from robust_dist.checkpoint.space import Sizes
+    from robust_dist.checkpoint.background import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
     from robust_dist.engines.variant import Variant
 
@@ -22,8 +22,6 @@ GROUP = "robust_dist.engines"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Of checkpoints that do not note their engine: whole ones, and those in shards.
 UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
-# Modules of this folder that define ENGINES, a tuple of records.
-_OWN = ("ddp", "fsdp", "deepspeed")
 
 
 class EngineError(RuntimeError):
@@ -184,8 +182,9 @@ def engines() -> tuple[Engine, ...]:
         EngineError: Two have the same kind, or an entry point cannot be loaded, or is no record.
     """
     found = [load_entry_point(point, Engine, EngineError) for point in entry_points(group=GROUP)]
-    for name in _OWN:
-        found += import_module(f"robust_dist.engines.{name}").ENGINES
+    own = import_module("robust_dist.engines")
+    for name in own.OWN:
+        found += import_module(f"{own.__name__}.{name}").ENGINES
     twice = sorted({one.kind for one in found if sum(other.kind == one.kind for other in found) > 1})
     if twice:
         raise EngineError(f"several engines are called {', '.join(twice)}; give each its own kind")
@@ -220,6 +219,5 @@ def engine_of(accelerator: Any) -> Engine:
             return engine
     raise EngineError(
         f"the launcher chose {accelerator.distributed_type.value}, which is no engine that this package knows: there "
-        f"are one process and DDP, FSDP and DeepSpeed (see configs/accelerate), and what the entry points in the group "
-        f"{GROUP!r} add"
+        f"are {', '.join(kinds())} (see configs/accelerate), and what the entry points in the group {GROUP!r} add"
     )

@@ -9,9 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.optim.dry_step import is_dry
 from robust_dist.schedule.curve import Curve, DecayKind, OwnDecay, checked_curve
-from robust_dist.schedule.engine_facts import is_repeated_call
-from robust_dist.schedule.hooks import attach, base_optimizer
-from robust_dist.schedule.learning_rates import LearningRates
+from robust_dist.schedule.group_values import LearningRates
+from robust_dist.schedule.hooks import attach, base_optimizer, is_repeated_call
 from robust_dist.schedule.switch import WeightDecaySwitch
 from robust_dist.validate import whole_number
 

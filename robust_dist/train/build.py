@@ -21,7 +21,7 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.loader import Loader
 from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet
-from robust_dist.engines.launch import make_accelerator
+from robust_dist.engines.accelerate import make_accelerator
 from robust_dist.models.registry import check_output
 from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from robust_dist.checkpoint.space import text_of
+from robust_dist.checkpoint.background import text_of
 from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
 from robust_dist.data.names import printable
 from robust_dist.data.placement import SHARE
 from robust_dist.data.sets import LabelledSet
-from robust_dist.engines.launch import cores_here
+from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.backends import Backends
 from robust_dist.train.data_record import left_out
 from robust_dist.train.optimizers import chosen, second_beta

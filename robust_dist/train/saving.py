@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
-from robust_dist.checkpoint.background import Pending, Staging
-from robust_dist.checkpoint.space import (
+from robust_dist.checkpoint.background import (
     SHARED_MEMORY,
+    Pending,
+    Staging,
     checkpoint_bytes,
     free_bytes,
     room_for_staging,

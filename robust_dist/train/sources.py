@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robust_dist.checkpoint.space import free_memory, text_of
+from robust_dist.checkpoint.background import free_memory, text_of
 from robust_dist.data.identity import fingerprint, source_fingerprint
 from robust_dist.data.image_set import ImageSet
 from robust_dist.data.names import printable

@@ -9,8 +9,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from robust_dist.ranks.ballot import Ballot
-from robust_dist.ranks.talk import gather, on_rank_0
+from robust_dist.ranks.talk import Ballot, gather, on_rank_0
 from robust_dist.train.elastic import Stopped, launchers
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver

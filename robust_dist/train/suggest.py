@@ -11,7 +11,7 @@ import torch
 
 from robust_dist.data.errors import DataError
 from robust_dist.data.survey import Survey, survey
-from robust_dist.engines.launch import cores_here
+from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
 from robust_dist.yaml_file import parse_yaml

@@ -6,7 +6,7 @@ from robust_dist.engines.deepspeed import patches
 from robust_dist.engines.deepspeed.check_checkpoint import check_checkpoint
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.engines.deepspeed.engine import ENGINES
-from robust_dist.engines.deepspeed.import_hook import when_imported
+from robust_dist.engines.deepspeed.patches import when_imported
 from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
 

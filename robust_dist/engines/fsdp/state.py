@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.dcp_files import load_into, read_metadata
+from robust_dist.checkpoint.dcp import load_into, read_metadata
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.save_load import make_state
 from robust_dist.optim.groups import reshard
