@@ -1,7 +1,8 @@
-"""Checkpoints that are written while training goes on: staged on the host, copied by a thread of each rank.
+"""Checkpoints that are written while training goes on; free space, and what a checkpoint takes.
 
-No thread calls a collective: a rank notes in the unfinished folder which files it has brought to the disk, and the
-first rank completes the checkpoint when all notes are there. Where one never comes, it is never completed.
+Files are staged on the host and copied by a thread of each rank, which calls no collective: a rank notes in the
+unfinished folder which files it has brought to the disk, and the first rank completes the checkpoint when all notes are
+there. Where one never comes, it is never completed.
 """
 
 import contextlib
@@ -170,12 +171,9 @@ _LAST_PATIENCE = 20.0
 
 
 class Staging:
-    """A folder of this process on its host, for files on their way to a checkpoint.
+    """A folder of this process below `root`, for files on their way to a checkpoint.
 
     It is locked while the process lives. What a killed process left is removed when the next one stages there.
-
-    Args:
-        root: Where the folder is made.
 
     Raises:
         OSError: There is no such place, or nothing can be written there.
@@ -247,7 +245,7 @@ def copy_synced(source: Path, target: Path) -> list[int]:
 
 
 def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
-    """Copy all files below `source` into the folder `target`, which must be there; name -> [size, CRC-32].
+    """Copy all files below `source` into the existing folder `target`; returns name -> [size, CRC-32].
 
     Raises:
         CheckpointError: One could not be written; the message names it and what is free.
@@ -308,11 +306,7 @@ class Pending:
         return self.error
 
     def result(self) -> Checkpoint:
-        """Wait for the completed checkpoint; on the first rank only.
-
-        Raises:
-            CheckpointError: It could not be completed.
-        """
+        """Wait for the completed checkpoint; on the first rank only."""
         self._thread.join()
         if self.error is not None:
             raise self.error

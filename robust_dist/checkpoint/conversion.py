@@ -60,11 +60,9 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
 
 def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The model's entries alone in a checkpoint of any engine and any optimizer, whole and on the CPU.
+    """The model's entries alone in a folder that `read` takes, of any optimizer, whole and on the CPU.
 
-    Args:
-        src: A folder that `read` takes.
-        known: The model's names, by which a wrapper's prefixes are told from the model's own.
+    `known` are the model's names, by which a wrapper's prefixes are told from the model's own.
 
     Raises:
         CheckpointError: It is no checkpoint, or torn.
@@ -151,7 +149,7 @@ def convert(
 
     What was Trainer's becomes Trainer's again: `trainer.train(resume_from_checkpoint=dst)` goes on from it. Else
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
+    `torch.distributed.checkpoint`. (Under FSDP use `robust_dist.checkpoint.load_state`, which corrects faults of that
     load.) Parameters, optimizer state, groups and schedule keep their bits.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
+"""Folders of `torch.distributed.checkpoint` (DCP), as FSDP writes them, read without running what they hold."""
 
 import inspect
 import pickle
@@ -56,9 +56,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The contents of a DCP folder, after every file that it names was found there in full.
-
-    No code of the file is run.
+    """The contents of a DCP folder, after every file that it names was found there in full; no code of it is run.
 
     Raises:
         CheckpointError: There is no `.metadata`, it is torn, names anything but torch's own records, or a file outside
@@ -146,13 +144,9 @@ def load_into(folder: Path, state: dict[str, Any], *, alone: bool = False, flatt
 def save_into(
     folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None, *, alone: bool = False
 ) -> None:
-    """Write a state dict as a DCP folder.
+    """Write a state dict of tensors, sharded or not, and plain values into an empty folder, the same on every rank.
 
-    Args:
-        folder: An empty folder, the same on every rank.
-        state: Tensors, sharded or not, and plain values.
-        group: The ranks that write; None is the default group.
-        alone: This process writes everything, whatever ranks there are.
+    `alone`: this process writes everything, whatever ranks there are.
 
     Raises:
         CheckpointError: A file could not be written; an OSError where the system said why.
@@ -181,11 +175,7 @@ def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, *
 
 @contextmanager
 def plain_failures(folder: str | Path) -> Iterator[None]:
-    """Inside, what DCP's `save` or `load` raises is an Exception: its own is none, and passes every `except Exception`.
-
-    Args:
-        folder: What is written or read, for the message.
-    """
+    """Turn what DCP's `save` or `load` raises, which no `except Exception` sees, into an Exception."""
     try:
         yield
     except CheckpointException as error:
@@ -206,11 +196,7 @@ _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 def load_flat(folder: Path) -> dict[str, Any]:
-    """Every value of a DCP folder by its flat key, whole and on the CPU.
-
-    Raises:
-        CheckpointError: As `read_metadata`, or a file whose content is damaged.
-    """
+    """Every value of a DCP folder by its flat key, whole and on the CPU."""
     flat: dict[str, Any] = {}
     entries = read_metadata(folder).state_dict_metadata
     try:
@@ -230,11 +216,7 @@ def ranks_of(folder: Path) -> int:
 
 
 def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
-    """The training state in one DCP folder, or in a model's and an optimizer's.
-
-    Args:
-        *folders: The folder or the two.
-        unwrap: As `bare_names`.
+    """The training state in one DCP folder, or in a model's and an optimizer's; `unwrap` as `bare_names`.
 
     Raises:
         CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
@@ -276,15 +258,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
 
 
 def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
-    """The model's entries in a DCP folder, whatever else it holds.
-
-    Args:
-        folder: The folder.
-        known: The model's names.
-
-    Raises:
-        CheckpointError: The folder is torn.
-    """
+    """The model's entries in a DCP folder, whatever else it holds; `known` are the model's names."""
     flat = load_flat(folder)
     found = _below(flat, "model.") or flat
     return bare({name: value for name, value in found.items() if isinstance(value, Tensor)}, known)

@@ -17,12 +17,7 @@ from robust_dist.checkpoint.training_state import TrainingState
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    Attributes:
-        text: Lines for a person.
-        whole: Whether everything could be read.
-    """
+    """Lines for a person, and whether everything could be read."""
 
     text: str
     whole: bool
@@ -38,11 +33,7 @@ def inspect(path: str | Path) -> str:
 
 
 def examine(path: str | Path) -> Inspection:
-    """Like `inspect`, with the verdict as a value of its own.
-
-    Raises:
-        CheckpointError: There is nothing, or it is no checkpoint.
-    """
+    """Like `inspect`, with the verdict as a value of its own."""
     path = Path(path)
     place, reason = _place(path)
     head = [("checkpoint", str(path)), ("layout", _layout(path, place))]

@@ -1,4 +1,9 @@
-"""Telling the known layouts of checkpoints apart."""
+"""Telling the known layouts of checkpoints apart, and what `transformers.Trainer` adds to its folders.
+
+Trainer's folder holds an engine's own files, some under other names, and `trainer_state.json`. Under ZeRO it looks for
+a folder `global_step*` and then loads what `latest` names. Without ZeRO and FSDP it takes the optimizer's state from
+`optimizer.pt`, but only where `scheduler.pt` lies beside it, and else silently starts it anew.
+"""
 
 import json
 import os
@@ -37,13 +42,7 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's kind and place.
-
-    Attributes:
-        kind: One of this module's constants.
-        path: The folder or file.
-        manifest: Whether a `manifest.json` of ours vouches for it.
-    """
+    """A checkpoint's kind (a constant of this module) and place, and whether a `manifest.json` vouches for it."""
 
     kind: str
     path: Path
@@ -129,11 +128,7 @@ def is_trainers(folder: Path) -> bool:
 
 
 def read_beside(state: TrainingState, folder: Path) -> None:
-    """Add Trainer's step, schedule and notes to what an engine's reader found in its folder.
-
-    Raises:
-        CheckpointError: `trainer_state.json` is torn.
-    """
+    """Add Trainer's step, schedule and notes to what an engine's reader found in its folder."""
     noted = _read_state(folder)
     state.extra |= {"step": noted["global_step"], "trainer": noted}
     if (folder / TRAINERS_SCHEDULE).is_file():
@@ -141,11 +136,7 @@ def read_beside(state: TrainingState, folder: Path) -> None:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Refuse a folder of which Trainer would load only a part.
-
-    Raises:
-        CheckpointError: Naming the file.
-    """
+    """Refuse a folder of which Trainer would load only a part, in a CheckpointError that names the file."""
     _read_state(folder)
     if kind == DDP and not any((folder / name).is_file() for name in OPTIMIZER_FILES):
         raise CheckpointError(
@@ -196,7 +187,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
-    """Give an Accelerate folder that was just written the names that Trainer looks for, and all that lies beside `src`.
+    """Give a written Accelerate folder the names that Trainer looks for, and all that lies beside `src`.
 
     Args:
         state: What was written.

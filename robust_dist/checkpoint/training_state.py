@@ -1,4 +1,9 @@
-"""A training state that belongs to no engine and no world size: what conversion reads into and writes from."""
+"""A training state that belongs to no engine, and the names of its parameters.
+
+DDP's files number the optimizer's parameters, every other engine's name them. `note_parameters` writes the names beside
+a checkpoint; without that note they are told from torch's `param_names`, or from order and shapes where these allow
+only one answer.
+"""
 
 import json
 from collections import Counter
@@ -92,13 +97,8 @@ class ParameterNames:
 def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool = False) -> list[str]:
     """The names without what wrappers have added, as far as names can prove it.
 
-    A "module." in front of all of them may be DDP's, or the model's own only child. It goes where `known` proves that
-    a wrapper added it, or where the caller says so.
-
-    Args:
-        names: As a file has them.
-        known: Names of the same model from elsewhere.
-        unwrap: Whether a "module." in front of all of them is a wrapper's.
+    A "module." in front of all of them may be DDP's, or the model's own only child. It goes where `known` (names of the
+    same model from elsewhere) proves that a wrapper added it, or where the caller says so by `unwrap`.
     """
     given, others = list(names), set(known)
     bare = _without_wrappers(given, others)
@@ -133,8 +133,8 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     """Write `parameters.json`, which names the optimizer's parameters, into a checkpoint's folder.
 
     DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
-    written later, too, by a script that builds the same model and optimizer. Files of engines that shard
-    carry the names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
+    written later, too, by a script that builds the same model and optimizer. Files of engines that shard carry the
+    names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
 
     Args:
         folder: The checkpoint's folder.
@@ -178,11 +178,7 @@ def write_names(folder: Path, names: ParameterNames) -> None:
 
 
 def read_names(folder: Path) -> ParameterNames | None:
-    """The note in `folder`, or None where there is none.
-
-    Raises:
-        CheckpointError: It is not of the form {"groups": [[name, ...], ...]}.
-    """
+    """The note in `folder`, or None; a CheckpointError where it is not of the form {"groups": [[name, ...], ...]}."""
     path = folder / SIDECAR
     if not path.is_file():
         return None
@@ -204,7 +200,7 @@ def name_groups(
     ordered: bool,
     where: Path,
 ) -> list[list[str]]:
-    """The names of a numbered optimizer state's parameters.
+    """The names of a numbered optimizer state's parameters, by group.
 
     Args:
         groups: Its param groups, with numbers in "params".

@@ -103,11 +103,7 @@ def is_zero(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """A file's contents, on the CPU.
-
-    Raises:
-        CheckpointError: It is missing, torn, or holds objects that loading would have to run.
-    """
+    """A file's contents, on the CPU; a CheckpointError if it is missing, torn, or holds objects that would be run."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; every rank's file is needed")
     try:
@@ -158,7 +154,7 @@ def join_group(
         gaps: Elements of padding after each tensor (stages 1 and 2 with `parameter_alignment`).
 
     Raises:
-        ValueError: A part has not the size that the shapes ask for, with its rank.
+        ValueError: A part's size is not what the shapes ask for; the message names its rank.
     """
     numels = [math.prod(shape) for shape in shapes]
     if stage == 3:

@@ -98,15 +98,9 @@ def read_zero(path: Path) -> TrainingState:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's entries in a DeepSpeed checkpoint, of any optimizer: those that the forward pass uses.
+    """The model's entries in a folder as `read_zero` takes it, of any optimizer: those that the forward pass uses.
 
     Of stages 0 to 2 they have the dtype of training; of stage 3 parameters are the float32 masters.
-
-    Args:
-        path: As `read_zero`.
-
-    Raises:
-        CheckpointError: A rank's file is missing, torn, or of another save.
     """
     folder, _, partitioned, content = _opened(path)
     model, _ = split_objects(content["module"])
@@ -188,11 +182,7 @@ def _plain(client_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_optimizer(file: Path, groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Refuse the state of another optimizer; AdamW's has the same keys, but its groups have other settings.
-
-    Raises:
-        CheckpointError: A group lacks RAdaBeliefW's settings, or a state lacks one of its entries.
-    """
+    """Refuse the state of another optimizer; AdamW's has the same keys, but its groups have other settings."""
     wanted = (STEP, EXP_AVG, EXP_AVG_SQ)
     keys = next(({k for k in wanted if k not in state} and sorted(state) for state in states.values() if state), None)
     lacking = next(([k for k in _OURS if k not in group] for group in groups), [])

@@ -1,4 +1,4 @@
-"""Accelerate: a set-up that would silently run otherwise than asked is an error here."""
+"""Accelerate: from a launcher to an `Accelerator`, checks that the run is what was asked for, calls of schedulers."""
 
 import math
 import os
@@ -28,7 +28,7 @@ _MAX_FRAMES = 10
 
 
 def is_copy() -> bool:
-    """Whether the call under way repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
+    """Whether the current call repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
 
     That makes one call per process for one optimizer step, unless split_batches is set or it does not step with the
     optimizer. The first of them is the call, the others are its copies.
@@ -59,14 +59,7 @@ def _check_version(code: CodeType) -> None:
 
 
 def miscounted(wrapper: Any) -> str | None:
-    """The problem of a torch scheduler that counts each of an AcceleratedScheduler's copies of a call, or None.
-
-    Args:
-        wrapper: What `Accelerator.prepare` made of a scheduler.
-
-    Returns:
-        The message; None where every call is counted once.
-    """
+    """The problem of a prepared scheduler that counts each of an AcceleratedScheduler's copies of a call, or None."""
     processes = int(sys.modules["accelerate.state"].AcceleratorState().num_processes)
     held = wrapper.scheduler
     if processes == 1 or wrapper.split_batches or not wrapper.step_with_optimizer or not counts_itself(held):
@@ -118,14 +111,14 @@ def check(
         accelerator: The `Accelerator`.
         optimizer: What `prepare` returned for the optimizer.
         num_processes: How many processes were asked for, where the program knows.
-        schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch; None: it is not checked.
+        schedule: As `check_schedule`'s; None: it is not checked.
         total_steps: Optimizer steps that the run will make, for the schedule.
         optimizer_class: What must do the arithmetic, where the program made another optimizer than RAdaBeliefW.
 
     Raises:
         EngineError: The engine runs other processes, or another engine, or another optimizer than asked, or steps a
             SequentialLR once per process; the message says which line to change.
-        ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
+        ValueError: As `check_schedule`.
     """
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
@@ -352,11 +345,7 @@ def make_accelerator(
 
 
 def check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half.
-
-    Raises:
-        EngineError: Names the mesh's sizes and the number of ranks.
-    """
+    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
     # Another launcher's ranks, as MPI's, are counted by Accelerate.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return
@@ -402,11 +391,7 @@ def check_launch() -> None:
 
 
 def gpus_wanted(words: Sequence[str]) -> str | None:
-    """The file of a launcher's command line that configures the GPUs of one host; None if there is none.
-
-    Args:
-        words: The launcher's command line, `accelerate launch --config_file FILE ... SCRIPT ...`.
-    """
+    """The file of a launcher's command line that configures the GPUs of one host; None if there is none."""
     if not _is_launcher(words):
         return None
     import yaml

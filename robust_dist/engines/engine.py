@@ -94,25 +94,14 @@ class Engine:
         return self.kind
 
     def fit(self, accelerator: Any, settings: RunSettings) -> None:
-        """Completes the engine's own configuration from the run's settings, before `prepare`.
-
-        Args:
-            accelerator: The Accelerator, before `prepare`.
-            settings: What the run asks for.
+        """Complete the engine's own configuration from the run's settings, before `prepare`.
 
         Raises:
             ValueError: The two contradict each other, or the engine cannot do what is asked.
         """
 
     def prepare(self, accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Any, Any, Any]:
-        """Model, optimizer and schedule, prepared by this engine.
-
-        Args:
-            accelerator: The Accelerator.
-            model: The whole model; whether it must be contiguous, `trains_any_memory_format` says.
-            optimizer: The run's optimizer over the model's parameters.
-            schedule: A RobustSchedule over the optimizer.
-        """
+        """The whole model, its optimizer and the RobustSchedule over it, prepared by this engine."""
         prepared: tuple[Any, Any, Any] = accelerator.prepare(model, optimizer, schedule)
         return prepared
 
@@ -129,27 +118,15 @@ class Engine:
         return False
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Write the state of everything that was prepared, on every rank.
-
-        Args:
-            accelerator: The Accelerator, after `prepare`.
-            folder: Where the files go.
-            **options: Of `accelerator.save_state`.
-        """
+        """Write the state of everything that was prepared, on every rank; `options` are `accelerator.save_state`'s."""
         accelerator.save_state(str(folder), **options)
 
     def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Load what `save` or `write` wrote into everything that was prepared, on every rank.
-
-        Args:
-            accelerator: The Accelerator, after `prepare`.
-            folder: Where the files are.
-            **options: Of `accelerator.load_state`.
-        """
+        """Load what `save` or `write` wrote, on every rank; `options` are `accelerator.load_state`'s."""
         accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
-        """Write a converted state as this engine's `accelerator.load_state` takes it.
+        """Write a converted state into an empty folder as this engine's `accelerator.load_state` takes it.
 
         Args:
             state: What to write.
@@ -163,14 +140,7 @@ class Engine:
         raise NotImplementedError
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers.
-
-        Args:
-            sizes: Of the model.
-            rank: Which rank.
-            world_size: Ranks that save.
-            whole: In the form of `has_full_state_dict`.
-        """
+        """Bytes of weights and optimizer state, without buffers, that a rank writes; `whole` as `write`."""
         return sizes.elements * (sizes.bytes_each + sizes.moments) if rank == 0 else 0
 
 
@@ -197,11 +167,7 @@ def kinds() -> list[str]:
 
 
 def engine_named(kind: str) -> Engine:
-    """The record of a kind.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The record of a kind; a ValueError where there is none."""
     for engine in engines():
         if engine.kind == kind:
             return engine
@@ -209,11 +175,7 @@ def engine_named(kind: str) -> Engine:
 
 
 def engine_of(accelerator: Any) -> Engine:
-    """The record of the engine under which an `Accelerator` trains.
-
-    Raises:
-        EngineError: No record knows it.
-    """
+    """The record of the engine under which an `Accelerator` trains; an EngineError where no record knows it."""
     for engine in engines():
         if engine.runs(accelerator):
             return engine

@@ -27,8 +27,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     `weight_decay_off_at * max_steps` on use no decay, whatever the processes, the accumulation and the engine.
 
     A run that resumes takes its step from `state.global_step` and the base decays from the checkpoint's callback state,
-    so that the decay is what the step says, whatever the param groups in the checkpoint hold. Each save under DDP or on
-    one process gets a `parameters.json`, with which `robust-dist convert` takes it to another engine.
+    whatever the param groups in the checkpoint hold. Each save under DDP or on one process gets a `parameters.json`,
+    with which `robust-dist convert` takes it to another engine.
 
     Args:
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.

@@ -94,11 +94,7 @@ def raise_problems(kind: type[Exception], problem: str | None, group: Group = No
 
 
 def attempt(action: Callable[[], T], *, here: bool = True, group: Group = None) -> T | None:
-    """Call `action` on the ranks where `here` is true; if it fails on one of them, every rank raises its error.
-
-    Returns:
-        The action's value, or None where it was not called.
-    """
+    """Call `action` where `here` is true and return its value, or None; if one fails, every rank raises its error."""
     value: T | None = None
     error: Exception | None = None
     if here:
@@ -185,14 +181,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Ballot:
-    """One vote: one asynchronous one-element sum, counted later.
+    """A vote between ranks that no step waits for: one asynchronous one-element sum, counted later.
 
     On an accelerator the sum is started from a stream for votes alone and copied to pinned memory, so that counting
     waits for the reduction and never for the kernels that were queued since.
-
-    Args:
-        vote: This rank's.
-        group: The ranks that vote; None is the default group.
     """
 
     def __init__(self, vote: bool, group: dist.ProcessGroup | None) -> None:

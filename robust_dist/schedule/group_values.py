@@ -1,4 +1,4 @@
-"""One hyperparameter of every param group, derived from base values that no load can overwrite."""
+"""One hyperparameter of every param group, derived from base values that no load can overwrite; the learning rates."""
 
 import operator
 import weakref
@@ -22,9 +22,9 @@ def _capturing() -> bool:
 class GroupValues:
     """The base values of one hyperparameter, by the group's place in the optimizer's whole list.
 
-    Engines cut `param_groups` down to one group during a step and write one group's settings over all others
-    when they load. So a group is known by its dict, kept from the last whole list, and the base values
-    here are the authority; the group's copy of its own serves only an optimizer that was restored before this was made.
+    Engines cut `param_groups` down to one group during a step and write one group's settings over all others when they
+    load. So a group is known by its dict, kept from the last whole list, and the base values here are the authority;
+    the copy in the group serves only an optimizer that was restored before this was made.
 
     A value that is a tensor may also be `optimizer.defaults`', another group's or the user's. So the first write puts a
     tensor of its own into the group, and later ones fill that.
@@ -61,11 +61,7 @@ class GroupValues:
             self.update_groups()
 
     def restore(self, base: list[float]) -> None:
-        """Take base values from a checkpoint.
-
-        Raises:
-            ValueError: Their number is not that of the groups.
-        """
+        """Take base values from a checkpoint; a ValueError where their number is not that of the groups."""
         self.update_groups()
         if len(base) != len(self._groups):
             raise ValueError(
@@ -143,14 +139,11 @@ def _mark(value: float | Tensor) -> _Mark:
 class LearningRates(GroupValues):
     """The groups' learning rates: the curve's own where nobody else sets them, else torch's recursion.
 
-    A group is on the curve as long as it carries the last rate written here and that was the curve's. One that somebody
-    else has changed since (another scheduler, or a user) goes on from there, scaled from step to step as torch's
+    A group is on the curve as long as it carries the last rate written here and that was the curve's. A rate that
+    somebody else (another scheduler, or a user) has changed since is scaled from step to step, as torch's
     CosineAnnealingLR does, until `write` puts it back. Loads touch groups on the curve alone.
 
     The base values are the groups' `initial_lr`, written by every torch scheduler, before their `lr`.
-
-    Args:
-        optimizer: A torch optimizer, unwrapped.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -195,8 +188,7 @@ class LearningRates(GroupValues):
     def after_load(self, rate_of: Callable[[float], float] | None) -> None:
         """The optimizer was loaded: groups that were on the curve are put back, others keep what the load brought.
 
-        Args:
-            rate_of: The curve's rate by base rate; None: no group was on the curve.
+        `rate_of` is the curve's rate by base rate; None: no group was on the curve.
         """
         were = self.on_curve()
         self.update_groups()
@@ -209,10 +201,8 @@ class LearningRates(GroupValues):
     def take_up(self, base: list[float], on_curve: list[bool], rate_of: Callable[[float], float]) -> None:
         """Go on from a checkpoint: groups that were on the curve when it was saved get on it, others keep their rate.
 
-        A load of the optimizer may have come first, and its rate been replaced here; such a group gets it back.
-
-        Raises:
-            ValueError: The number of base values is not that of the groups.
+        If the optimizer was loaded first and its rate was replaced here, such a group gets that rate back. A ValueError
+        where the number of base values is not that of the groups.
         """
         self.restore(base)
         for group, own, was in zip(self._groups, self.base, on_curve, strict=True):

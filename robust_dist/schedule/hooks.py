@@ -1,4 +1,4 @@
-"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive."""
+"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive; and what engines tell the schedule."""
 
 import weakref
 from collections.abc import Callable
@@ -11,16 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 def base_optimizer(optimizer: Any) -> Optimizer:
-    """The innermost torch optimizer of a chain of wrappers.
+    """The innermost torch optimizer of a chain of wrappers, whose `step()` changes the parameters.
 
     Engines' wrappers keep what they wrap as `.optimizer`; some of them are torch optimizers themselves, but their hooks
     never fire.
-
-    Args:
-        optimizer: A torch optimizer, or a wrapper of one.
-
-    Returns:
-        The optimizer whose `step()` changes the parameters.
 
     Raises:
         TypeError: There is no torch optimizer at the end of the chain.
@@ -65,10 +59,8 @@ def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
 def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
     """Call `owner._before_step()` before each `optimizer.step()` and `owner._after_load()` after each load.
 
-    A compiled step does not call `_before_step`: it would be traced into the graph.
-
-    Returns:
-        What ends it; the owner's own end does, too.
+    A compiled step does not call `_before_step`, which would be traced into the graph. Returns what ends it; the
+    owner's own end does, too.
     """
     reference = weakref.ref(owner)
 
@@ -107,7 +99,7 @@ def tell(
     """Add an engine's answers.
 
     Args:
-        repeats_call: Whether the call of a scheduler's `step()` under way repeats one that its caller made already.
+        repeats_call: Whether the current call of a scheduler's `step()` repeats one that its caller has already made.
         whole_shape: The shape of a parameter whose own shape depends on the rank, () where ranks cannot know it; None
             for any other parameter.
     """
@@ -118,7 +110,7 @@ def tell(
 
 
 def is_repeated_call() -> bool:
-    """Whether the call of a scheduler's `step()` under way is not one of its own."""
+    """Whether the current call of a scheduler's `step()` repeats another one."""
     return any(repeats() for repeats in _repeats)
 
 

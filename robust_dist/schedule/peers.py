@@ -34,8 +34,8 @@ class Vote:
 
     Every rank votes at each of its calls, which are numbered alike. A decision holds from the call after the one that
     the foremost rank has reached. No rank can have passed that call: each notes its call before it looks for a
-    decision, and the deciding rank says that it is deciding before it reads these notes. Where ranks keep step that is
-    the call after the one whose votes sufficed.
+    decision, and the deciding rank announces that it is deciding before it reads these notes. Where ranks keep step
+    that is the call after the one whose votes sufficed.
     """
 
     def __init__(self) -> None:
@@ -50,16 +50,13 @@ class Vote:
         self._since = self.calls
 
     def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
-        """Vote in this call, the `calls`-th.
+        """Vote in this call, the `calls`-th; returns as `decided`.
 
         Args:
             wish: This rank's.
             needed: How many wishes in one call decide.
             rank: This rank's number.
             store: This vote's alone.
-
-        Returns:
-            As `decided`.
         """
         store.set(f"call of/{rank}", f"{self.calls} {_VOTING}" if wish else str(self.calls))
         if not self._known:
@@ -84,7 +81,7 @@ class Vote:
     def wait_for_voters(self, store: "Store", ranks: int) -> None:
         """Wait, five seconds at most, until the other voters have voted in this rank's last call: it may decide.
 
-        Who votes is known from the second call on; at the first it may be all of these many ranks.
+        Who votes is known from the second call on; at the first it may be all `ranks`.
         """
         if not self._known:
             return
@@ -134,14 +131,9 @@ _peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionar
 class Peers:
     """Agreement between the ranks that schedule the same optimizer.
 
-    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no
-    store, or the store's host has ended, nothing is asked.
-
-    Args:
-        optimizer: A torch optimizer, unwrapped.
-        group: At each call, the ranks to agree with; None is the default group.
-        report: At each call, what this rank has at the step.
-        closely: At each call, whether a step that matters is near.
+    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no store,
+    or the store's host has ended, nothing is asked. Methods take the `group` to agree with (None is the default one),
+    the `report` of what this rank has at the step, and `closely`: whether a step that matters is near.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -165,21 +157,13 @@ class Peers:
         return _peers[optimizer]
 
     def before_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note that the optimizer is about to step; called by its hook, which a compiled step does not run.
-
-        Raises:
-            RankDisagreementError: The ranks differed at an earlier step.
-        """
+        """Note that the optimizer is about to step; called by its hook, which a compiled step does not run."""
         self._counted = self._ever_counted = True
         if self._bind(group):
             self._step(report, closely)
 
     def after_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note a call of the schedule; it counts as an optimizer step where that could not be noted.
-
-        Raises:
-            RankDisagreementError: The ranks differed at an earlier step.
-        """
+        """Note a call of the schedule; it counts as an optimizer step where that could not be noted."""
         counted, compiled = self._counted, self._compiled
         self._counted = self._compiled = False
         self._idle = 0 if counted else self._idle + 1
@@ -281,10 +265,8 @@ def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
     """The part of the training's store for an optimizer that is about to make its first step on this group.
 
     Ranks share it where they make that step with an optimizer of the same kind after the same number of the group's
-    collectives. So a rank that trains something else beside what it shares, or before it, still meets the others.
-
-    Returns:
-        None where the training has no store that several ranks reach (MPI, torch's fake process group).
+    collectives. So a rank that trains something else beside or before it still meets the others. None where no store
+    reaches several ranks (MPI, torch's fake process group).
     """
     store = _training_store()
     if store is None:

@@ -57,13 +57,7 @@ _ELSEWHERE = {
 
 
 def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator[Finding]:
-    """Everything that is wrong with the "params" of a section that names ours.
-
-    Args:
-        section: "optimizer" or "scheduler".
-        params: Its "params".
-        auto: Whether Accelerate or Trainer will fill in each "auto" that they know.
-    """
+    """Everything that is wrong with the "params" of a section that names ours; `auto` as `check_config`'s."""
     known: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in params.items():

@@ -1,4 +1,7 @@
-"""The records of DeepSpeed's engines, ZeRO 0 to 3, under Accelerate."""
+"""DeepSpeed's ZeRO 0 to 3: their records under Accelerate, and what they hold and send in a plan.
+
+The plan's figures are read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py).
+"""
 
 import logging
 import math
@@ -246,7 +249,6 @@ class _ZeroRun(Run):
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without the log of every setting at the start."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -312,11 +314,7 @@ class DeepSpeed(Engine):
         return next(model.parameters()).dtype
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.save_state`, but a rank that cannot write finishes, so that no other rank waits for it.
-
-        Raises:
-            Exception: The first write that failed on this rank.
-        """
+        """Like `accelerator.save_state`, but a rank that cannot write finishes, and raises only then."""
         from robust_dist.checkpoint.zero_files import LATEST, TAG
         from robust_dist.engines.deepspeed.check_checkpoint import writing_to_the_end
 

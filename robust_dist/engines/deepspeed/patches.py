@@ -142,7 +142,8 @@ Patch = Callable[[ModuleType], None]
 def when_imported(patches: dict[str, Patch]) -> None:
     """Call `patches[name](module)` for each module: now where it is imported, else right after its import.
 
-    A patch may be called for the same module again, and must then do nothing.
+    So nobody who does not use DeepSpeed waits for its import. A patch may be called for the same module again, and must
+    then do nothing.
     """
     for name, patch in patches.items():
         module = sys.modules.get(name)

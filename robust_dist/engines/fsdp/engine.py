@@ -1,4 +1,7 @@
-"""The record of FSDP1, FSDP2 and HSDP under Accelerate."""
+"""FSDP1, FSDP2 and HSDP: their record under Accelerate, and what they hold and send in a plan.
+
+The plan has rows of dimension 0, gathered unit by unit (torch 2.14, distributed/fsdp/_fully_shard).
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -218,11 +221,7 @@ class FSDP(Engine):
         return bool(accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT")
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.save_state`; parameters that were never stepped are saved as that.
-
-        Raises:
-            CheckpointError: DCP could not write a file; an OSError where the system said why.
-        """
+        """Like `accelerator.save_state`; parameters that were never stepped are saved as that."""
         from robust_dist.checkpoint.dcp import plain_failures
         from robust_dist.engines.fsdp.state import only_stepped
         from robust_dist.optim.groups import reshard
@@ -238,9 +237,9 @@ class FSDP(Engine):
         """Like `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
 
         torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they
-        drop the state of parameters that are frozen now, and all of it where gradients are there, as under FSDP1 before
-        a first step, without a word. And torch 2.14's planner fails under FSDP1 ("Missing key ...
-        optimizer.param_groups") where a parameter has fewer rows than there are ranks.
+        silently drop the state of parameters that are frozen now, and all of it where gradients are there, as under
+        FSDP1 before a first step. And torch 2.14's planner fails under FSDP1 ("Missing key ... optimizer.param_groups")
+        where a parameter has fewer rows than there are ranks.
 
         Raises:
             CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
@@ -280,10 +279,7 @@ class FSDP(Engine):
 
 
 def _fill_missing_state(state: "TrainingState") -> list[str]:
-    """Give parameters without state the one that their first step would start from; returns a note for each case.
-
-    FSDP2 loads a state for every parameter that is trained, or fails.
-    """
+    """Give parameters without state that of a first step, as FSDP2 loads a state for all of them; returns a note."""
     held = {*state.optimizer, *state.extra.get("frozen", ())}
     missing = [name for group in state.groups for name in group["params"] if name not in held]
     for name in missing:

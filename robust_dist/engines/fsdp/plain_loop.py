@@ -30,9 +30,9 @@ def check(model: nn.Module, optimizer: Any) -> None:
     """Check, after wrapping and before the first step, that the optimizer trains this model's parameters.
 
     Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
-    FSDP1's flat parameters put new ones in the place of those that an optimizer was made with, and such an optimizer
-    steps without an error and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation
-    FSDP2's parameters are sharded again.
+    FSDP1's flat parameters replace those that an optimizer was made with, and such an optimizer steps without an error
+    and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation FSDP2's parameters are
+    sharded again.
 
     Args:
         model: The model as it is trained.
@@ -239,11 +239,7 @@ def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str
 
 
 def _checked_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a whole checkpoint, each rank reading its share of the files.
-
-    Raises:
-        CheckpointError: On every rank, where any finds the folder torn; the message names the file.
-    """
+    """The metadata of a whole checkpoint; each rank checks its share of the files, and all raise where one fails."""
     problem, metadata = None, {}
     try:
         manifest = store.read_manifest(folder)
@@ -277,9 +273,7 @@ def listed(names: Iterable[str]) -> str:
 def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Names, shapes, state keys and groups of a state_dict, in JSON's types.
 
-    Args:
-        state: "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
-        optimizer: Whose state it is.
+    `state` has "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
     """
     keys = {key for one in state["optimizer"]["state"].values() for key in one}
     groups = state["optimizer"]["param_groups"]
