@@ -134,15 +134,10 @@ class Sizes:
 def checkpoint_bytes(
     engine: Engine, model: nn.Module, *, rank: int, world_size: int, whole: bool = False, averaged: bool = False
 ) -> int:
-    """An upper estimate of what this rank writes into one checkpoint, in bytes.
+    """An upper estimate of the bytes that this rank writes into one checkpoint.
 
-    Args:
-        engine: The engine that writes it.
-        model: The prepared model, without its outermost wrapper.
-        rank: This rank.
-        world_size: All ranks.
-        whole: The first rank gathers everything, as `Engine.saves_whole`.
-        averaged: An exponential moving average of the weights is saved, too.
+    The model is the prepared one without its outermost wrapper; `whole` is `Engine.saves_whole`; `averaged`: an
+    exponential moving average of the weights is saved, too.
     """
     sizes = Sizes.of(model)
     average = sizes.elements * sizes.bytes_each + sizes.buffers if averaged and rank == 0 else 0

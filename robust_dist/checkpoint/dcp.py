@@ -126,11 +126,8 @@ class _PlainPlanner(DefaultLoadPlanner):
 def load_into(folder: Path, state: dict[str, Any], *, alone: bool = False, flatten: bool = True) -> None:
     """Fill a state dict from a DCP folder in place; no code of the files is run.
 
-    Args:
-        folder: The folder.
-        state: What is wanted: tensors of the right shapes, sharded or not, and values to be replaced.
-        alone: This process reads for itself, whatever ranks there are.
-        flatten: Whether `state` is nested; False: its keys are those of the file.
+    `state` holds tensors of the right shapes, sharded or not, and values to be replaced; its keys are those of the file
+    where `flatten` is false. `alone`: this process reads for itself, whatever ranks there are.
 
     Raises:
         CheckpointError: A value is missing, damaged, or holds more than tensors and plain values.

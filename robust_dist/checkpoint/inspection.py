@@ -133,12 +133,8 @@ def _group(group: dict[str, Any], state: TrainingState) -> str:
     names = group["params"]
     elements = sum(state.model[name].numel() for name in names if name in state.model)
     size = f" ({elements:,} elements)" if elements else ""
-    values = (f"{key} {_number(group[key])}" for key in ("lr", "weight_decay") if key in group)
+    values = (f"{key} {float(group[key]):.6g}" for key in ("lr", "weight_decay") if key in group)
     return f"{len(names)} parameters{size}, {', '.join(values)}"
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):.6g}"
 
 
 def _by_key(state: TrainingState) -> list[tuple[str, list[Tensor]]]:

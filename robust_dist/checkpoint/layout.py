@@ -189,13 +189,10 @@ def _files(folder: Path) -> list[str]:
 def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
     """Give a written Accelerate folder the names that Trainer looks for, and all that lies beside `src`.
 
-    Args:
-        state: What was written.
-        src: Where it was read from: a Trainer's folder, or another, which then gets a `trainer_state.json` of its step.
-        folder: What was written, for Accelerate.
-        world_size: The ranks that will load it.
+    Where `src`, from which it was read, is not Trainer's, the folder gets a `trainer_state.json` of its step.
     """
-    step = int(state.extra.get("step") or _last_step(state))
+    done = max((float(held["step"]) for held in state.optimizer.values()), default=0.0)
+    step = int(state.extra.get("step") or done)
     kind = kinds_in(folder)[0]
     if kind == DDP:
         os.rename(folder / OPTIMIZER_FILES[0], folder / TRAINERS_OPTIMIZER)
@@ -213,10 +210,6 @@ def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size
     else:
         noted = {"global_step": step, "train_batch_size": 0, "stateful_callbacks": {}}
         (folder / TRAINER_STATE).write_text(json.dumps(noted), encoding="utf-8")
-
-
-def _last_step(state: TrainingState) -> float:
-    return max((float(held["step"]) for held in state.optimizer.values()), default=0.0)
 
 
 def _copy_beside(src: Path, folder: Path, *, with_weights: bool) -> None:

@@ -71,10 +71,7 @@ def _with_shared(model: dict[str, Tensor], noted: ParameterNames | None) -> dict
 def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
-    Args:
-        folder: The folder.
-        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
-        unwrap: As `bare_names`.
+    With `number` parameters are called "#0", "#1", ... where nothing names them; `unwrap` as `bare_names`.
 
     Raises:
         CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another one.
@@ -176,13 +173,7 @@ def named_optimizer(
 ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
     """An optimizer's `state_dict`, with numbers or (of FSDP) names, as (state by name, groups with names in "params").
 
-    Args:
-        saved: The `state_dict`.
-        model: The model's state, with bare names.
-        noted: The note beside the checkpoint.
-        ordered: Whether `model` is in the model's own order.
-        where: The file, for messages.
-        number: As `read_folder`.
+    The arguments are those of `name_groups` and `read_folder`.
 
     Raises:
         CheckpointError: It is no state_dict of an optimizer with step, exp_avg and exp_avg_sq, or nothing names its

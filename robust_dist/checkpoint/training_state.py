@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,8 @@ def name_groups(
     if noted is not None:
         found: list[list[str]] | None = noted.groups
     elif all(isinstance(given, (list, tuple)) for given in names):
-        found = _split(bare_names((str(name) for given in names if given for name in given), model), sizes)
+        every = iter(bare_names((str(name) for given in names if given for name in given), model))
+        found = [list(islice(every, size)) for size in sizes]
     else:
         wanted = [[shapes.get(number) for number in group["params"]] for group in groups]
         found = _tell(wanted, model, ordered)
@@ -235,11 +237,6 @@ def name_groups(
             f"{[len(group) for group in found]}; write that note again with the model and optimizer of this checkpoint"
         )
     return found
-
-
-def _split(names: list[str], sizes: list[int]) -> list[list[str]]:
-    rest = iter(names)
-    return [[name for name, _ in zip(rest, range(size), strict=False)] for size in sizes]
 
 
 def _candidates(model: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:

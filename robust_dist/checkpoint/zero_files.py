@@ -147,11 +147,8 @@ def join_group(
 ) -> list[Tensor]:
     """The tensors of a group from every rank's flat part of it; the inverse of `cut_group`.
 
-    Args:
-        parts: One a rank; those of stages 1 and 2 may lack the padding at the group's end.
-        shapes: Of the tensors, in the layout's order.
-        stage: 1, 2 or 3.
-        gaps: Elements of padding after each tensor (stages 1 and 2 with `parameter_alignment`).
+    Parts of stages 1 and 2 may lack the padding at the group's end; `gaps` are elements of padding after each tensor
+    (stages 1 and 2 with `parameter_alignment`).
 
     Raises:
         ValueError: A part's size is not what the shapes ask for; the message names its rank.

@@ -92,7 +92,8 @@ def read_zero(path: Path) -> TrainingState:
         state = _read_stage0(path, folder, file, content)
     else:
         state = _read_partitioned(folder, file, content, partitioned)
-    state.schedule = content["lr_scheduler"] or _accelerates_schedule(folder)
+    beside = folder.parent / "scheduler.bin"
+    state.schedule = content["lr_scheduler"] or (load(beside) if folder.name == TAG and beside.is_file() else None)
     state.extra = _extra(content, state) | state.extra | ({"objects": objects} if objects else {})
     return state
 
@@ -150,11 +151,6 @@ def _check_model_file(file: Path, content: Any) -> None:
         raise CheckpointError(f"{file}: of a pipeline or with experts; only data-parallel runs are read")
     if content["param_shapes"] is None and content["optimizer"] is None:
         raise CheckpointError(f"{file}: holds no optimizer state")
-
-
-def _accelerates_schedule(folder: Path) -> dict[str, Any] | None:
-    beside = folder.parent / "scheduler.bin"
-    return load(beside) if folder.name == TAG and beside.is_file() else None
 
 
 def _extra(content: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:

@@ -191,19 +191,13 @@ class _Writer:
         groups = [{**group, "params": numbers} for group, numbers in zip(self.groups, self.members, strict=True)]
         states = {i: {key: value for key, value in part.items() if key != "fp32"} for i, part in enumerate(parts)}
         base, fp32 = {"state": states, "param_groups": groups}, [part["fp32"] for part in parts]
-        common = {"zero_stage": self.stage, "dynamic_loss_scale": False, "overflow": False, "ds_version": _version()}
+        common = {"zero_stage": self.stage, "overflow": False, "ds_version": _version()}
         if self.stage == 3:
-            scaler = {"loss_scaler": _loss_scaler(), "partition_count": self.world_size}
+            scaler = {"dynamic_loss_scale": False, "loss_scaler": _loss_scaler(), "partition_count": self.world_size}
             return common | scaler | {"optimizer_state_dict": base, "fp32_flat_groups": fp32}
+        # They keep the engine's own loss scale where the file says nothing.
         counts = {"partition_count": [self.world_size] * len(fp32), "group_paddings": [0] * len(fp32)}
-        return (
-            _without_scale(common)
-            | counts
-            | {
-                "base_optimizer_state": base,
-                "single_partition_of_fp32_groups": fp32,
-            }
-        )
+        return common | counts | {"base_optimizer_state": base, "single_partition_of_fp32_groups": fp32}
 
     def _model(self, rank: int) -> dict[str, Any]:
         """The model file of a rank."""
@@ -259,11 +253,6 @@ class _Writer:
 def _layout(noted: Mapping[str, Any], bf16: bool | None) -> ZeroLayout:
     fields = {key: noted[key] for key in ("bf16", "round_robin_gradients", "sub_group_size") if key in noted}
     return ZeroLayout(**fields | ({} if bf16 is None else {"bf16": bf16}))
-
-
-def _without_scale(common: Mapping[str, Any]) -> dict[str, Any]:
-    # Stages 1 and 2 keep the engine's own scaling where the file says nothing.
-    return {key: value for key, value in common.items() if key != "dynamic_loss_scale"}
 
 
 def _loss_scaler() -> Any:

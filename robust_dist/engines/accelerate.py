@@ -384,9 +384,10 @@ def check_launch() -> None:
         problem = f"accelerate launch was asked for {ranks} processes and started ONE, as torch sees no GPU here"
     else:
         return
+    script = words[_script_at(words) :] or ["launch/train.py"]
     raise EngineError(
         f"{problem}. If you want ranks on the processor: accelerate launch --config_file configs/accelerate/cpu.yaml "
-        f"--num_processes {min(ranks, cores_here())} {shlex.join(_script(words))}"
+        f"--num_processes {min(ranks, cores_here())} {shlex.join(script)}"
     )
 
 
@@ -428,12 +429,8 @@ def _option(words: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _script(words: Sequence[str]) -> list[str]:
-    """The training command in a launcher's words."""
-    return list(words[_script_at(words) :]) or ["launch/train.py"]
-
-
 def _script_at(words: Sequence[str]) -> int:
+    """Where the training command begins in a launcher's words."""
     return next((number for number, word in enumerate(words) if word.endswith("train.py")), len(words))
 
 

@@ -126,16 +126,10 @@ class Engine:
         accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
-        """Write a converted state into an empty folder as this engine's `accelerator.load_state` takes it.
+        """Write a converted state into an empty folder as `accelerator.load_state` takes it on `world_size` ranks.
 
-        Args:
-            state: What to write.
-            folder: An empty folder.
-            world_size: Ranks that will load it.
-            whole: In the form of `has_full_state_dict`.
-
-        Returns:
-            Notes for the person: what could not be carried over as it was.
+        `whole`: in the form of `has_full_state_dict`. Returns notes for the person: what could not be carried over as
+        it was.
         """
         raise NotImplementedError
 

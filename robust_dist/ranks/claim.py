@@ -176,7 +176,8 @@ class FolderClaim:
             newest = self._newest()
             if newest is not None:
                 self._outlast(newest)
-            if self._create(_number(newest) + 1):
+            number = int(newest.name.removeprefix(_OWNER)) if newest is not None else 0
+            if self._create(number + 1):
                 break
         for path in self._owners():
             if self._mine is not None and path < self._mine:
@@ -357,10 +358,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _text(path: Path | None) -> str:
     noted = _read(path) if path is not None else {}
     return f"pid {noted['pid']} on {str(noted.get('host')).partition('/')[0]}" if "pid" in noted else "another process"
-
-
-def _number(path: Path | None) -> int:
-    return int(path.name.removeprefix(_OWNER)) if path is not None else 0
 
 
 def _alive(pid: Any) -> bool:

@@ -50,14 +50,7 @@ class Vote:
         self._since = self.calls
 
     def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
-        """Vote in this call, the `calls`-th; returns as `decided`.
-
-        Args:
-            wish: This rank's.
-            needed: How many wishes in one call decide.
-            rank: This rank's number.
-            store: This vote's alone.
-        """
+        """Cast a rank's wish in this call, the `calls`-th, in which `needed` wishes decide; returns as `decided`."""
         store.set(f"call of/{rank}", f"{self.calls} {_VOTING}" if wish else str(self.calls))
         if not self._known:
             self._known = True

@@ -314,14 +314,9 @@ def _say_threads() -> None:
         _LOG.info(what)
 
 
-def _of_open(config: Mapping[str, Any]) -> Iterator[Finding]:
-    for setting in _open(config, ""):
-        yield _wrong(setting, AUTO, "DeepSpeed alone does not fill it in (Accelerate and Trainer do): give the value")
-
-
-def _open(value: Any, where: str) -> Iterator[str]:
+def _of_open(value: Any, where: str = "") -> Iterator[Finding]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _open(inner, f"{where}.{name}" if where else str(name))
+            yield from _of_open(inner, f"{where}.{name}" if where else str(name))
     elif value == AUTO:
-        yield where
+        yield _wrong(where, AUTO, "DeepSpeed alone does not fill it in (Accelerate and Trainer do): give the value")

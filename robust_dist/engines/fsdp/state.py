@@ -93,7 +93,8 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
     """
     reshard(model)
     optimizer = base_optimizer(optimizer)
-    wanted = {param for param, called in _called(model).items() if not called.isdisjoint(names)}
+    # A flat parameter of FSDP1 has several names.
+    wanted = {param for name, param in model.named_parameters() if not _get_fqns(model, name).isdisjoint(names)}
     held = [param for group in optimizer.param_groups for param in group["params"]]
     filler = held[:1] if whole and not wanted else []
     before = dict(optimizer.state)
@@ -110,11 +111,6 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
         optimizer.state.clear()
         optimizer.state.update(before)
         raise
-
-
-def _called(model: nn.Module) -> dict[Tensor, set[str]]:
-    """The names of each parameter in torch's state dicts; a flat one of FSDP1 has several."""
-    return {param: set(_get_fqns(model, name)) for name, param in model.named_parameters()}
 
 
 @contextmanager
