@@ -154,7 +154,7 @@ def save_into(
 
 
 def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, **how: Any) -> None:
-    """DCP's `load` or `save`, told where no other rank takes part; torch 2.6 has no keyword for that."""
+    """Call DCP's `load` or `save`, and say so where no other rank takes part, for which torch 2.6 has no keyword."""
     if alone or not has_group():
         if "no_dist" in inspect.signature(function).parameters:
             how["no_dist"] = True
@@ -177,10 +177,10 @@ def plain_failures(folder: str | Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = {rank: cause for rank, (cause, _) in error.failures.items()}
-        one = next((cause for cause in causes.values() if isinstance(cause, OSError)), None)
-        if one is not None:
-            raise one from None
-        said = by_rank({rank: (str(one) or type(one).__name__).splitlines()[0] for rank, one in causes.items()})
+        first = next((cause for cause in causes.values() if isinstance(cause, OSError)), None)
+        if first is not None:
+            raise first from None
+        said = by_rank({rank: (str(cause) or type(cause).__name__).splitlines()[0] for rank, cause in causes.items()})
         raise CheckpointError(f"{folder}: " + "; ".join(said)) from None
 
 

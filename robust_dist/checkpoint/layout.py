@@ -104,7 +104,7 @@ def _refuse_several(path: Path) -> None:
 def _advice(path: Path) -> str:
     """A hint where a run's folder was named in place of one of its checkpoints."""
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
-    steps = steps or sorted(path.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name))
+    steps = steps or sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
     return f", but has some: name one, such as {steps[-1]}" if steps else ""
 
 
@@ -144,9 +144,7 @@ def check_files(folder: Path, kind: str) -> None:
             "out what a run needs to go on"
         )
     if kind != ZERO and not (folder / TRAINERS_SCHEDULE).is_file():
-        raise CheckpointError(
-            f"{folder / TRAINERS_SCHEDULE}: is missing: Trainer would load the weights alone, without a word"
-        )
+        raise CheckpointError(f"{folder / TRAINERS_SCHEDULE}: is missing: Trainer would silently load only the weights")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class _Writer:
         for name in self.owned:
             held = self.state.optimizer.get(name)
             if held is not None and any(held[key].shape != self.model[name].shape for key in MOMENTS):
-                raise CheckpointError(f"parameter {name!r}: its state has not its shape, in the model")
+                raise CheckpointError(f"parameter {name!r}: its state does not have its shape in the model")
         for group in self.groups if self.stage > 0 else []:
             steps = {name: self._step(name) for name in group["params"]}
             lacking = [name for name, step in steps.items() if step is None]

@@ -270,8 +270,8 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
         found, name = f"{type(base).__module__}.{type(base).__name__}", wanted.__name__
         why = replaced_by_offload(base, name) or f"hand {name} to accelerator.prepare"
         raise EngineError(f"the optimizer that trains is {found}, not {name}: {why}")
-    prepared = [base_optimizer(one) for one in getattr(accelerator, "_optimizers", [])]
-    if not any(one is base for one in prepared):
+    prepared = [base_optimizer(held) for held in getattr(accelerator, "_optimizers", [])]
+    if not any(held is base for held in prepared):
         raise EngineError(
             "accelerator.prepare has not been given this optimizer, so that nothing synchronises its steps; check the "
             "optimizer that prepare returned"

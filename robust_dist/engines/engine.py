@@ -149,7 +149,7 @@ def engines() -> tuple[Engine, ...]:
     own = import_module("robust_dist.engines")
     for name in own.OWN:
         found += import_module(f"{own.__name__}.{name}").ENGINES
-    twice = sorted({one.kind for one in found if sum(other.kind == one.kind for other in found) > 1})
+    twice = sorted({engine.kind for engine in found if sum(other.kind == engine.kind for other in found) > 1})
     if twice:
         raise EngineError(f"several engines are called {', '.join(twice)}; give each its own kind")
     return tuple(found)

@@ -81,14 +81,14 @@ def raise_together(error: Exception | None, group: Group = None) -> None:
     `origin_of` tells from which rank it came.
     """
     found = gather(None if error is None else _portable(error), group)
-    _raise(next((one for one in found if one is not None), None))
+    _raise(next((failure for failure in found if failure is not None), None))
 
 
 def raise_problems(kind: type[Exception], problem: str | None, group: Group = None) -> None:
     """Raise `kind` on every rank where any rank has a problem; ranks are named where not all have the same one."""
     problems = gather(problem, group)
     if len(set(problems)) > 1:
-        problem = "\n".join(by_rank({number: one for number, one in enumerate(problems) if one is not None}))
+        problem = "\n".join(by_rank({number: text for number, text in enumerate(problems) if text is not None}))
     if problem is not None:
         raise kind(problem)
 

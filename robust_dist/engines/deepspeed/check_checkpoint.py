@@ -150,7 +150,7 @@ def _other_model(path: Path, name: Any, saved: Mapping[Any, Any], mine: Mapping[
 
 def loads_in_own_way(module: nn.Module) -> bool:
     """Whether a hook or an override decides what `load_state_dict` takes, which only the load itself can tell."""
-    return any(_has_own_load(one) for one in module.modules())
+    return any(_has_own_load(part) for part in module.modules())
 
 
 def _has_own_load(module: nn.Module) -> bool:

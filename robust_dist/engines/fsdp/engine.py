@@ -184,7 +184,7 @@ def _backward_moments(shapes: "Shapes", reshard: bool) -> list[_Moment]:
     for unit, ahead in zip(units, [*units[1:], None], strict=True):
         first, last = (place[unit.parameters[end]] for end in (0, -1))
         if reshard:
-            gathered = sum(one.numel for one in (unit, ahead) if one is not None and not one.stays) + stays
+            gathered = sum(part.numel for part in (unit, ahead) if part is not None and not part.stays) + stays
         else:
             gathered = shapes.numel - behind[last + 1]
         moments.append(_Moment(behind[last + 1], behind[first], gathered + unit.numel + before))

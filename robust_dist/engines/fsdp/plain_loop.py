@@ -51,7 +51,7 @@ def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
     trained = [(clean_name(name, model), param) for name, param in model.named_parameters() if param.requires_grad]
     lost = [name for name, param in trained if id(param) not in known_to_optimizer]
     known = {id(param) for param in model.parameters()}
-    stale = sum(one not in known for one in held)
+    stale = sum(number not in known for number in held)
     if stale:
         return (
             f"the optimizer holds {stale} parameters that are not the model's, and lacks {listed(lost) or 'none'}: "
@@ -152,9 +152,9 @@ def _state(model: nn.Module, optimizer: Optimizer, schedule: Any) -> dict[str, A
 
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
+        return {key: _copied(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_copied(one) for one in value]
+        return [_copied(part) for part in value]
     # FSDP1's ShardedTensors are made anew for each state dict, so they are copies already.
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().cpu() if value.device.type != "cpu" else value.detach().clone()
@@ -257,7 +257,7 @@ def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
     """Drop keys of the schedule's state that an older version did not write: DCP would miss them."""
     written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
-        state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}
+        state["schedule"] = {key: value for key, value in state["schedule"].items() if f"schedule.{key}" in written}
 
 
 _NAMES_SHOWN = 6
@@ -275,7 +275,7 @@ def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
     `state` has "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
     """
-    keys = {key for one in state["optimizer"]["state"].values() for key in one}
+    keys = {key for entry in state["optimizer"]["state"].values() for key in entry}
     groups = state["optimizer"]["param_groups"]
     return {
         "model": {name: list(value.size()) for name, value in state["model"].items() if hasattr(value, "size")},
