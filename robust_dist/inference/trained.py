@@ -19,9 +19,10 @@ from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
 from robust_dist.own_code import OwnCodeError
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_weights import (
+from robust_dist.train.weights import (
     RECORD,
     WEIGHTS,
     check_evaluated,
@@ -32,7 +33,6 @@ from robust_dist.train.run_weights import (
     run_of,
     why_none,
 )
-from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
 Own = nn.Module | Callable[[int], nn.Module]

@@ -13,7 +13,7 @@ from robust_dist.engines.variant import Variant
 from robust_dist.measure.dispatch import FakeTensorMode, LiveBytes
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
 _BATCHES = (2, 4)
