@@ -33,6 +33,7 @@ from robust_dist.checkpoint.store import (
     write_atomically,
 )
 from robust_dist.engines.engine import Engine
+from robust_dist.measure.memory import free_memory, text_of
 from robust_dist.ranks.talk import ranks_text
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -45,39 +46,6 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def free_memory() -> int:
-    """Bytes of memory that this machine and this process's control group still have."""
-    import psutil
-
-    available, allowed = int(psutil.virtual_memory().available), _from_cgroup()
-    return available if allowed is None else min(available, allowed)
-
-
-def _from_cgroup() -> int | None:
-    """Bytes that a container (cgroup v2, then v1) may still take."""
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
-        except OSError:
-            continue
-        return None if most == "max" else max(0, int(most) - int(now))
-    return None
-
-
-def text_of(count: int) -> str:
-    """A number of bytes for a person to read: 1.5 GiB."""
-    size, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def write_failure(path: Path, error: Exception) -> CheckpointError:
