@@ -39,6 +39,13 @@ from robust_dist.ranks.talk import ranks_text
 SHARED_MEMORY = Path("/dev/shm")
 # Headers, random states, the schedule, names.
 _SMALL = 1 << 20
+_STAGED = "robust_dist-staged-"
+_LOCK = ".lock"
+_CHUNK = 1 << 22
+# Seconds that a new staging folder has to get its lock and its final name.
+_BIRTH = 60.0
+# How long a run that ends by an error waits for the notes of ranks that may be dead.
+_LAST_PATIENCE = 20.0
 
 
 def free_bytes(path: Path) -> int:
@@ -122,15 +129,6 @@ def room_for_staging(path: Path) -> int:
     """Bytes that may be staged at `path`: at most half of the memory, or the system might kill training."""
     free = free_bytes(path)
     return free if unlike_memory(path) else min(free, free_memory() // 2)
-
-
-_STAGED = "robust_dist-staged-"
-_LOCK = ".lock"
-_CHUNK = 1 << 22
-# Seconds that a new staging folder has to get its lock and its final name.
-_BIRTH = 60.0
-# How long a run that ends by an error waits for the notes of ranks that may be dead.
-_LAST_PATIENCE = 20.0
 
 
 class Staging:

@@ -40,6 +40,12 @@ _KNOWN = {
     "collections": {"OrderedDict"},
     "builtins": {"set", "frozenset"},
 }
+MODEL_FOLDER = "pytorch_model_fsdp_0"
+OPTIMIZER_FOLDER = "optimizer_0"
+_OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
+_GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
+_EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
+_SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -182,14 +188,6 @@ def plain_failures(folder: str | Path) -> Iterator[None]:
             raise first from None
         said = by_rank({rank: (str(cause) or type(cause).__name__).splitlines()[0] for rank, cause in causes.items()})
         raise CheckpointError(f"{folder}: " + "; ".join(said)) from None
-
-
-MODEL_FOLDER = "pytorch_model_fsdp_0"
-OPTIMIZER_FOLDER = "optimizer_0"
-_OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
-_GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
-_EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
-_SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 def load_flat(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,18 @@ KNOWN = (
     f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or pytorch_model with DeepSpeed's files), Trainer's "
     "checkpoint-N, a DeepSpeed folder (latest), a DCP folder (.metadata), or a torch.save file"
 )
+TRAINERS_OPTIMIZER = OPTIMIZER_FILES[1]
+TRAINERS_SCHEDULE = "scheduler.pt"
+RANDOM_STATES = "rng_state*.pth"
+_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+_WEIGHTS = (*MODEL_FILES, *_SHARDS)
+# What an engine, Trainer's random states or this package wrote; everything else is the user's and goes along.
+_OWN = (
+    *_WEIGHTS,
+    *OPTIMIZER_FILES,
+    *("pytorch_model*", "optimizer_*", SCHEDULE_FILE, TRAINERS_SCHEDULE, RANDOM_STATES, "random_states_*.pkl"),
+    *("global_step*", "latest*", "zero_to_fp32.py", "parameters.json", "manifest.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,20 +118,6 @@ def _advice(path: Path) -> str:
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
     steps = steps or sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
     return f", but has some: name one, such as {steps[-1]}" if steps else ""
-
-
-TRAINERS_OPTIMIZER = OPTIMIZER_FILES[1]
-TRAINERS_SCHEDULE = "scheduler.pt"
-RANDOM_STATES = "rng_state*.pth"
-_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-_WEIGHTS = (*MODEL_FILES, *_SHARDS)
-# What an engine, Trainer's random states or this package wrote; everything else is the user's and goes along.
-_OWN = (
-    *_WEIGHTS,
-    *OPTIMIZER_FILES,
-    *("pytorch_model*", "optimizer_*", SCHEDULE_FILE, TRAINERS_SCHEDULE, RANDOM_STATES, "random_states_*.pkl"),
-    *("global_step*", "latest*", "zero_to_fp32.py", "parameters.json", "manifest.json"),
-)
 
 
 def is_trainers(folder: Path) -> bool:

@@ -21,6 +21,13 @@ from robust_dist.engines.engine import UNNOTED
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.ranks.talk import rank
 
+SIDECAR = "parameters.json"
+WRAPPED = "module."
+_COMPILED = "_orig_mod."
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_MOST_PATHS = 10_000
+Shape = tuple[int, ...] | None
+
 
 @dataclass
 class TrainingState:
@@ -56,15 +63,6 @@ def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
     """A model's `state_dict` as (tensors, what torch calls extra state and other entries that are no tensors)."""
     objects = {n: v for n, v in module.items() if not isinstance(v, Tensor) or n.rpartition(".")[2] == "_extra_state"}
     return {name: value for name, value in module.items() if name not in objects}, objects
-
-
-SIDECAR = "parameters.json"
-WRAPPED = "module."
-_COMPILED = "_orig_mod."
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
-_MOST_PATHS = 10_000
-
-Shape = tuple[int, ...] | None
 
 
 class UnnamedError(CheckpointError):

@@ -23,8 +23,13 @@ from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimiz
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
+
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
 _MAX_FRAMES = 10
+_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
+_FSDP = "ACCELERATE_USE_FSDP"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 
 
 def is_copy() -> bool:
@@ -91,9 +96,6 @@ def _accelerates_frame() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
-
-
-__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 
 
 def check(
@@ -295,11 +297,6 @@ def replaced_by_offload(base: Optimizer, wanted: str) -> str | None:
         'DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and "type": '
         f'"{wanted}" where the JSON has an optimizer'
     )
-
-
-_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
-_FSDP = "ACCELERATE_USE_FSDP"
-_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 
 
 def make_accelerator(

@@ -27,6 +27,14 @@ _PATIENCE = 5.0
 _VOTING = 1
 # Steps after which votes that decided nothing are deleted.
 _KEPT = 1024
+# Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
+_IDLE = 8
+_NAMESPACE = "robust_dist"
+# Seconds that one of our calls may take where a connection of our own can be had.
+_TIMEOUT = 30.0
+_opened: "tuple[weakref.ref[Any], Store | None] | None" = None
+_begun: "Counter[str]" = Counter()
+_peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
 
 
 class Vote:
@@ -107,18 +115,6 @@ class Vote:
     def _decide(self, rank: int, store: "Store") -> None:
         if store.compare_set(f"{self._number}/decider", "", str(rank)).decode() == str(rank):
             store.set(f"{self._number}/decision", f"{self.calls} {max(self._calls(store)) + 1}")
-
-
-# Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
-_IDLE = 8
-
-_NAMESPACE = "robust_dist"
-# Seconds that one of our calls may take where a connection of our own can be had.
-_TIMEOUT = 30.0
-
-_opened: "tuple[weakref.ref[Any], Store | None] | None" = None
-_begun: "Counter[str]" = Counter()
-_peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
 
 
 class Peers:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # The all-gather of each rank's part starts at a multiple of 4 bytes of float16.
 _ALIGNMENT = 2
+_MASTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +255,6 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-_MASTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)

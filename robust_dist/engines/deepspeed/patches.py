@@ -25,6 +25,7 @@ from robust_dist.ranks.talk import rank
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 DRY_STEP = "initialize_optimizer_states"
+Patch = Callable[[ModuleType], None]
 
 
 def pass_gate(module: ModuleType) -> None:
@@ -134,9 +135,6 @@ def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, A
             f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
         )
     return saved
-
-
-Patch = Callable[[ModuleType], None]
 
 
 def when_imported(patches: dict[str, Patch]) -> None:

@@ -24,6 +24,7 @@ from robust_dist.schedule import RankDisagreementError, base_optimizer
 __all__ = ["check", "load", "save"]
 
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+_NAMES_SHOWN = 6
 
 
 def check(model: nn.Module, optimizer: Any) -> None:
@@ -258,9 +259,6 @@ def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
     written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
         state["schedule"] = {key: value for key, value in state["schedule"].items() if f"schedule.{key}" in written}
-
-
-_NAMES_SHOWN = 6
 
 
 def listed(names: Iterable[str]) -> str:
