@@ -98,7 +98,7 @@ class Sizes:
         """The sizes of a prepared model, without its outermost wrapper."""
         params = list(model.parameters())
         return cls(
-            # ZeRO-3 leaves the size of the whole parameter at the shard.
+            # Under ZeRO-3 a shard notes the whole parameter's size.
             elements=sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
             held=sum(_held(param) for param in params),
             bytes_each=max((param.element_size() for param in params), default=4),

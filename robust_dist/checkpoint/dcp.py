@@ -49,11 +49,11 @@ _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows torch's records of a checkpoint alone."""
+    """Knows only torch's records of a checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "pathlib" or module.startswith("pathlib."):
-            # Where it was written; a plain path means the same and does nothing.
+            # Where it was written; a plain path serves as well and runs nothing.
             if name in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
                 return PurePosixPath
         elif name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
@@ -165,7 +165,7 @@ def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, *
         if "no_dist" in inspect.signature(function).parameters:
             how["no_dist"] = True
         elif alone:
-            # There only the deprecated functions leave the other ranks out.
+            # torch 2.6 leaves the other ranks out in its deprecated functions only.
             old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
             function, how["no_dist"] = old[function], True
     with warnings.catch_warnings():

@@ -66,7 +66,7 @@ def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 class UnnamedError(CheckpointError):
-    """The parameters of a checkpoint are only numbered, and order and shapes do not tell them apart."""
+    """A checkpoint only numbers its parameters, and order and shapes do not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
-    # On every rank: otherwise only some of them would gather in the next forward pass.
+    # On every rank: otherwise only some ranks would gather in the next forward pass.
     reshard(model)
     if rank() != 0:
         return

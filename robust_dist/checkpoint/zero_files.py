@@ -24,7 +24,7 @@ _TORN = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, Attr
 
 
 class _Opaque:
-    """Stands for a class of DeepSpeed whose objects are in the files and are not needed."""
+    """A stand-in for classes of DeepSpeed whose objects are in the files and are not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

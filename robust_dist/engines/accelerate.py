@@ -55,7 +55,7 @@ def is_copy() -> bool:
 
 
 def _check_version(code: CodeType) -> None:
-    """The copies are numbered in a local variable of Accelerate's; a version that loops without it is not known."""
+    """Refuse a version of Accelerate whose loop does not number the copies in a local variable."""
     if "range" in code.co_names and "_" not in code.co_varnames:
         raise RuntimeError(
             f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not known here; "
@@ -79,7 +79,7 @@ def miscounted(wrapper: Any) -> str | None:
 
 
 def counts_itself(scheduler: Any) -> bool:
-    """Whether a scheduler holds others whose calls it or they count: torch's SequentialLR, and its ChainedScheduler."""
+    """Whether a scheduler counts calls for others that it holds: torch's SequentialLR and ChainedScheduler."""
     if isinstance(scheduler, SequentialLR):
         return True
     held: list[LRScheduler] = list(getattr(scheduler, "_schedulers", ()))
@@ -87,7 +87,7 @@ def counts_itself(scheduler: Any) -> bool:
 
 
 def _accelerates_frame() -> FrameType | None:
-    """The frame of the AcceleratedScheduler.step() that makes the call under way."""
+    """The frame of the AcceleratedScheduler.step() that makes the current call."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame is None:
@@ -335,15 +335,15 @@ def make_accelerator(
             ],
         )
     except RuntimeError as error:
-        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
+        # Accelerate raises this for a plugin whose ranks broadcast their weights on a GPU.
         if on_cpu and is_set(_FSDP) and "no available devices" in str(error):
             raise no_fsdp_on_cpus("NO") from None
         raise
 
 
 def check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
-    # Another launcher's ranks, as MPI's, are counted by Accelerate.
+    """Refuse a mesh of another number of ranks than were launched, which torch and Accelerate explain only in part."""
+    # Accelerate counts the ranks of other launchers, such as MPI.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return
     names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]

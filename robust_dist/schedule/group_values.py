@@ -113,7 +113,7 @@ class GroupValues:
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
-        # A value that is not 0 cannot have been switched off: the group's own is then the newest.
+        # A value other than 0 has not been switched off: the group's own is then the newest.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
 
 

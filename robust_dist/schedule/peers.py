@@ -54,7 +54,7 @@ class Vote:
         self._known = False
 
     def forget(self) -> None:
-        """Let decisions that were made up to now be none, as after a load."""
+        """Ignore the decisions made so far, as after a load."""
         self._since = self.calls
 
     def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
@@ -70,7 +70,7 @@ class Vote:
         return self.decided(store)
 
     def decided(self, store: "Store") -> int | None:
-        """The call from which on it is so; None while that is not decided. May be asked on one rank alone."""
+        """The call from which the decision holds; None while there is none. One rank alone may ask."""
         while store.check([f"{self._number}/decider"]):
             store.wait([f"{self._number}/decision"], timedelta(seconds=_DECIDING))
             made, since = map(int, store.get(f"{self._number}/decision").split())
@@ -171,7 +171,7 @@ class Peers:
 
     def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
         """Like `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
-        # To begin with a process group is for a step, which all ranks make.
+        # A process group is begun in a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:
             return None
@@ -237,7 +237,7 @@ class Peers:
 
     def _compiled_hook(self) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A constant, and never read here: a count would have the step compiled anew each time.
+            # A constant, and never read here: a counter would recompile the step each time.
             if torch.compiler.is_compiling():
                 self._compiled = True
 
@@ -290,9 +290,9 @@ def _training_store() -> "Store | None":
 
 def _open() -> "Store | None":
     try:
-        # Private, and the one way to the store that all ranks reach without a collective; it is named here alone.
+        # Private, and the only way to the store that all ranks reach without a collective; it is named only here.
         store = dist.distributed_c10d._get_default_store()
-        # torch's FakeStore claims to have every key. A host that has ended raises here: to clone would wait for it.
+        # torch's FakeStore claims to have every key. If the host has ended, this raises, where cloning would wait.
         if store.check([f"{_NAMESPACE}/no such key"]):
             return None
         if hasattr(store, "clone"):

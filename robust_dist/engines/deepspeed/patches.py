@@ -47,8 +47,8 @@ def patch_universal_load(module: ModuleType) -> None:
 
 
 def patch_engine(module: ModuleType) -> None:
-    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or leaves ranks apart."""
-    # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
+    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or fails on some ranks."""
+    # Not where zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
 
