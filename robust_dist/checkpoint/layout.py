@@ -23,20 +23,20 @@ from robust_dist.checkpoint.plain import (
 )
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.checkpoint.zero_files import LATEST, TAG
+from robust_dist.checkpoint.zero_files import LATEST, TAG, is_zero
+from robust_dist.checkpoint.zero_files import ZERO as ZERO
 
 DDP = "Accelerate folder (DDP)"
 FSDP_SHARDED = "Accelerate folder (FSDP, sharded state dict)"
 FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
-ZERO = "DeepSpeed folder"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
 # Marks a folder of Trainer's, which is of any of the first four kinds.
 TRAINER_STATE = "trainer_state.json"
 KNOWN = (
     f"a folder of Accelerate's save_state ({MODEL_FILES[0]} or {MODEL_FILES[2]} with {OPTIMIZER_FILE}; "
-    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or pytorch_model with DeepSpeed's files), Trainer's "
-    "checkpoint-N, a DeepSpeed folder (latest), a DCP folder (.metadata), or a torch.save file"
+    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or a {ZERO} called {TAG}), Trainer's checkpoint-N, a "
+    f"{ZERO} ({LATEST}), a DCP folder (.metadata), or a torch.save file"
 )
 TRAINERS_OPTIMIZER = OPTIMIZER_FILES[1]
 TRAINERS_SCHEDULE = "scheduler.pt"
@@ -85,8 +85,6 @@ def find_layout(path: str | Path) -> Layout:
 
 def kinds_in(path: Path) -> list[str]:
     """The kinds whose files are in a folder."""
-    from robust_dist.checkpoint.zero_files import is_zero
-
     tests = {
         DDP: any((path / name).is_file() for name in MODEL_FILES),
         FSDP_FULL: (path / FULL_MODEL_FILE).is_file(),

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from robust_dist.checkpoint.store import CheckpointError
 
+# The kind of these checkpoints in a report.
+ZERO = "DeepSpeed folder"
 TAG = "pytorch_model"
 LATEST = "latest"
 _ALIGNMENT = 2

@@ -94,10 +94,6 @@ class Vote:
                 return
             time.sleep(0.01)
 
-    def _calls(self, store: "Store") -> list[int]:
-        """The call that each voter has reached."""
-        return [call for call, *_ in self._notes(store)]
-
     def _notes(self, store: "Store") -> list[list[int]]:
         """The call that each voter has reached, and `_VOTING` behind it while its wish is on the way."""
         keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
@@ -114,7 +110,8 @@ class Vote:
 
     def _decide(self, rank: int, store: "Store") -> None:
         if store.compare_set(f"{self._number}/decider", "", str(rank)).decode() == str(rank):
-            store.set(f"{self._number}/decision", f"{self.calls} {max(self._calls(store)) + 1}")
+            foremost = max(call for call, *_ in self._notes(store))
+            store.set(f"{self._number}/decision", f"{self.calls} {foremost + 1}")
 
 
 class Peers:
