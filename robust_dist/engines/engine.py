@@ -175,5 +175,5 @@ def engine_of(accelerator: Any) -> Engine:
             return engine
     raise EngineError(
         f"the launcher chose {accelerator.distributed_type.value}, which is no engine that this package knows: there "
-        f"are {', '.join(kinds())} (see configs/accelerate), and what the entry points in the group {GROUP!r} add"
+        f"are {', '.join(kinds())} (see configs/accelerate); an entry point in the group {GROUP!r} adds another"
     )
