@@ -29,6 +29,7 @@ from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
 from robust_dist.train.opening import backends_of, data_lines, data_notes, decoder_note, part_lines, say_run
+from robust_dist.train.optimizers import check_fits
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
@@ -103,11 +104,12 @@ def train(
 
 
 def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse a folder, a model and weights that cannot be used, in one message, before the data is opened."""
+    """Refuse a folder, model, optimizer and weights that cannot be used, in one message, before the data is opened."""
     found: list[ValueError] = []
     for check in (
         lambda: folder.check_usable(recipe),
         lambda: builder_of(recipe.model.name),
+        lambda: check_fits(recipe),
         lambda: check_there(recipe, folder),
     ):
         try:

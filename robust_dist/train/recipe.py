@@ -74,6 +74,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if is_name(self.name):
             check_form("model.name", self.name)
+        refused = [
+            f"model.options.{name}={value!r} cannot be set: {_GIVEN[name]}"
+            for name, value in self.options.items()
+            if name in _GIVEN
+        ]
+        if refused:
+            raise ValueError("; ".join(refused) + "; leave it out")
 
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
         """The model, with the same initial weights on every rank; `weights` are loaded later (`weights.begin`).
@@ -86,7 +93,6 @@ class ModelConfig:
         from robust_dist.models import build_model
         from robust_dist.models.weights import implied_options
 
-        self._check_options()
         options = implied_options(self.name, self.weights) | self.options
         torch.manual_seed(seed)
         model = build_model(self.name, num_classes, in_channels=channels, **options)
@@ -97,16 +103,6 @@ class ModelConfig:
         if self.channels_last and not contiguous:
             return model.to(memory_format=torch.channels_last)
         return model
-
-    def _check_options(self) -> None:
-        """Refuse options that the run itself gives to the model."""
-        refused = [
-            f"model.options.{name}={value!r} cannot be set: {_GIVEN[name]}"
-            for name, value in self.options.items()
-            if name in _GIVEN
-        ]
-        if refused:
-            raise ValueError("; ".join(refused) + "; leave it out")
 
 
 @dataclass
