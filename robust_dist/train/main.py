@@ -35,7 +35,7 @@ from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
 from robust_dist.train.sources import load_sets, preprocessing_of, with_decoder
 from robust_dist.train.stop import STOPPED_STATUS, Stopped, check_not_stopped
-from robust_dist.train.trackers import check_installed, check_names
+from robust_dist.train.trackers import check_trackers
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 from robust_dist.train.weights import check_there
 
@@ -61,7 +61,6 @@ def train(
         DivergedError: The loss is no longer finite.
         Stopped: A signal asked for it; all is saved.
     """
-    check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
     attempt(lambda: check_own(recipe))
     check_ranks_agree(recipe)
@@ -71,7 +70,6 @@ def train(
     recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
-    on_rank_0(lambda: check_installed(recipe.tracking.trackers))
     on_rank_0(lambda: _check_begins(asked, folder))
     tick("loading the data", may_be_slow=True)
     noted = on_rank_0(folder.decoder)
@@ -104,13 +102,14 @@ def train(
 
 
 def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse a folder, model, optimizer and weights that cannot be used, in one message, before the data is opened."""
+    """Refuse what cannot be used of the things that a recipe names, in one message, before the data is opened."""
     found: list[ValueError] = []
     for check in (
         lambda: folder.check_usable(recipe),
         lambda: builder_of(recipe.model.name),
         lambda: check_fits(recipe),
         lambda: check_there(recipe, folder),
+        lambda: check_trackers(recipe.tracking.trackers),
     ):
         try:
             check()

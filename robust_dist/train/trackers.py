@@ -20,18 +20,18 @@ _PIP = {"comet_ml": "comet-ml"}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
-def check_names(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know; the ValueError names it, what is near it and what there is."""
+def check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that is unknown, or whose package is broken or missing (Accelerate would silently leave it out).
+
+    Raises:
+        ValueError: Names it, and what would be right.
+    """
     known = sorted(LOGGER_TYPE_TO_CLASS)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"tracking.trackers={names!r}: no tracker {name!r}; {hint}there are {', '.join(known)}")
-
-
-def check_installed(names: list[str]) -> None:
-    """Refuse a tracker whose package is broken or missing (Accelerate would silently leave it out)."""
     there = {str(name) for name in get_available_trackers()}
     builtin = {name for name, kind in LOGGER_TYPE_TO_CLASS.items() if kind.__module__ == GeneralTracker.__module__}
     missing = [name for name in names if name in builtin and name not in there]
