@@ -393,6 +393,8 @@ def _reader_of_path(recipe: Recipe, path: Path, folder: RunFolder) -> Reader:
         return _reader_of_run(recipe, path)
     if recipe.init_from is None and path.is_dir() and run_of(path) is None:
         return lambda model, _: Weights(str(path), read_weights(path, model.state_dict()))
+    if recipe.init_from is None and not path.exists():
+        raise ValueError("there is no such file or folder")
     raise ValueError(why_none(path))
 
 
