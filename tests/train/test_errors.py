@@ -45,7 +45,7 @@ def test_what_a_recipe_names_and_cannot_be_used_is_one_message_before_the_data_i
     told = (
         "s.yaml' is a file",
         "unknown model 'resnet57'",
-        "gone/w.pt': there is no such",
+        "gone/w.pt': there is no such file",
         "'tensorboard'",
         "name='adam'",
     )
