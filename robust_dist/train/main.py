@@ -213,7 +213,7 @@ def _fail(error: Exception, rank: Rank) -> int:
     else:
         report_failure(error, rank)
     if rank.world_size > 1:
-        # All is said; the ranks that still wait for this one learn of its end by its end.
+        # Everything is reported; ranks that still wait for this one see only its exit.
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 

@@ -22,7 +22,7 @@ from robust_dist.train.metrics import EarlyStoppingConfig
 from robust_dist.train.optimizers import OptimizerConfig
 from robust_dist.train.parse import parse
 
-# What the run itself gives a model's constructor.
+# Arguments of a model's constructor that the run itself gives.
 _GIVEN = {
     **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
     **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
@@ -46,7 +46,7 @@ __all__ = [
     "parse_recipe",
     "recipe_dict",
 ]
-# What the transports and the system count in milliseconds of 32 bits: 23 days.
+# 23 days: transports and system count milliseconds in 32 bits.
 _MOST_SECONDS = 2_000_000
 
 
@@ -312,12 +312,12 @@ class Recipe:
 
     def _check_crop(self) -> None:
         """Refuse padding that leaves next to nothing of an image."""
-        # The size of data of the user's own is known when it is read.
+        # The size of the user's own data is known when they are read.
         if not self.augment.crop or is_name(self.data.name):
             return
         from robust_dist.data import DATASETS
 
-        # An unknown name is told where the set is opened.
+        # An unknown name is an error where the set is opened.
         named = DATASETS.get(self.data.name)
         side = named.size if named else self.data.size if self.data.source else None
         if side is not None:

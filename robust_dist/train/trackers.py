@@ -114,11 +114,11 @@ class Trackers:
         """The options of a tracker's start: ours, and over them the user's."""
         label = self.folder.resolve().parent.name
         ours: dict[str, dict[str, Any]] = {
-            # Hides what an interrupted start logged beyond the step from which this one goes on.
+            # Hides what an interrupted start logged after the step from which this one goes on.
             "tensorboard": {"purge_step": done + 1},
             "wandb": {"name": label, "dir": str(self.folder), "resume": "allow"} | ({"id": run} if run else {}),
             "mlflow": {"run_id": run} if run else {"run_name": label},
-            # Trackio knows runs by their names alone.
+            # Trackio knows runs by name only.
             "trackio": {"name": run or f"{label}-{uuid.uuid4().hex[:6]}", "resume": "allow"},
         }
         return ours.get(name, {}) | self.recipe.tracking.options.get(name, {})

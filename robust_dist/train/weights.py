@@ -28,7 +28,7 @@ from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import preprocessing_of
 from robust_dist.yaml_file import read_yaml
 
-# What `robust-dist export` writes: the weights, and what their use needs to know.
+# Files of `robust-dist export`: the weights, and a record for their use.
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 # Accelerate's name for the moving average, the one object that a run registers with it.
 _AVERAGE = "custom_checkpoint_0.pkl"
@@ -140,7 +140,7 @@ def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str])
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed."""
-    # safetensors leaves further names of a shared tensor out, and old files know no counter of batches.
+    # safetensors omits further names of a shared tensor, and old files have no counter of batches.
     there = {tensor.data_ptr() for name, tensor in own.items() if name in given}
     lacking = [
         name
@@ -231,7 +231,7 @@ def begin(
     def read() -> Weights:
         return _reader(recipe, folder)(model, len(classes))
 
-    # Whoever comes first on a host fetches what is missing.
+    # The first rank of a host fetches what is missing.
     one = attempt(read, here=first)
     other = attempt(read, here=not first)
     found = one or other
