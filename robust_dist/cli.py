@@ -38,7 +38,7 @@ def _doctor(_: argparse.Namespace) -> int:
 def _preview(words: argparse.Namespace) -> int:
     import torch
 
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.preview import preview
     from robust_dist.train.augment_config import own_stage
     from robust_dist.train.build import build_augment, open_sets
@@ -67,7 +67,7 @@ def _preview(words: argparse.Namespace) -> int:
 
 
 def _recipe(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.train.suggest import suggest
 
     if words.out is not None:

@@ -1,11 +1,13 @@
-"""Other packages: importing an optional one with a clear error, what one adds by entry points, and complete extras."""
+"""What an installation may lack: optional packages and extras, what others add by entry points, compiled libraries."""
 
+import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PACKAGE = "robust_dist"
@@ -121,3 +123,25 @@ def _parse(line: str) -> tuple[str, list[str], str | None]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def load_library(folder: Path, declare: Callable[[Any], None]) -> Any:
+    """The library `_fused*.so` of a folder, or why there is none, as a str.
+
+    Args:
+        folder: Where it was built.
+        declare: Sets the types of the functions that are called; a library of older sources lacks some.
+    """
+    files = sorted(folder.glob("_fused*.so"))
+    if not files:
+        return (
+            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
+        )
+    try:
+        found = ctypes.CDLL(str(files[0]))
+        declare(found)
+    except OSError as error:
+        return f"{files[0].name} cannot be loaded: {error}"
+    except AttributeError as error:
+        return f"{files[0].name} was built from other sources ({error}); install the package again"
+    return found

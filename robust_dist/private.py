@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from robust_dist.documents import DocumentError
-from robust_dist.yaml_file import parse_yaml
+from robust_dist.documents import DocumentError, parse_yaml
 
 HIDDEN = "(hidden)"
 # A shorter value would also be found in words that tell nothing.

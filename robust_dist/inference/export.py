@@ -1,7 +1,10 @@
 """`robust-dist export`: a trained model as files that need no run: weights, torch.export, ONNX."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +13,38 @@ from safetensors.torch import save_file, save_model
 
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.extras import require
-from robust_dist.inference.output import check_new, new_folder
 from robust_dist.inference.trained import Trained
 from robust_dist.train.run_weights import RECORD, WEIGHTS
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
+
+
+def check_new(path: Path) -> None:
+    """Refuse a path where something is.
+
+    Raises:
+        FileExistsError: Names it.
+    """
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} is there already, and nothing is written over: name another one")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written.
+
+    Raises:
+        FileExistsError: Something is there.
+    """
+    check_new(path)
+    building = path.absolute().parent / f".{path.name}.{os.getpid()}.partial"
+    building.mkdir(parents=True)
+    try:
+        yield building
+        check_new(path)
+        os.rename(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",)) -> list[str]:

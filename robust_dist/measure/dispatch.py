@@ -1,19 +1,20 @@
-"""Modes that watch torch's operators: their work, the collectives among them, the storages they make.
+"""The work of operators: counts of operators, collectives and storages as they run, and a model's arithmetic.
 
-All modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
+The modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
 PIL) is not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from robust_dist.measure.memory import storage_key
 
@@ -220,3 +221,35 @@ def _kernels(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(str(event.device_type).endswith("CUDA") for event in profiler.events() or [])
+
+
+def training_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Floating-point operations of one image's forward and backward pass; a multiply-add counts as two.
+
+    Only matrix products and convolutions count, as is usual for MFU; recomputation and augmentation do not. The
+    model runs on "meta" copies of its weights, so nothing is computed, and the model is left as it was.
+
+    Args:
+        model: The whole model, before an engine shards it.
+        image_shape: [C, H, W].
+
+    Raises:
+        Exception: Whatever a model raises that cannot run on the meta device.
+    """
+    weights = {
+        name: weight.detach().to("meta").requires_grad_(weight.requires_grad)
+        for name, weight in model.named_parameters()
+    }
+    buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
+    images = torch.empty(1, *image_shape, device="meta", dtype=next(model.parameters()).dtype)
+    modes = {module: module.training for module in model.modules()}
+    # In evaluation mode one image is enough for batch normalisation; the products are the same.
+    model.eval()
+    try:
+        # On the meta device attention is made of plain matrix products, which all have a formula.
+        with FlopCounterMode(display=False) as counter:
+            functional_call(model, weights | buffers, (images,)).sum().backward()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(counter.get_total_flops())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_dist.models.peers import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
+from robust_dist.models.registry import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
 
 DEFAULT = "DEFAULT"
 # Of googlenet and inception_v3, for training alone; our models are built without them.

@@ -21,11 +21,9 @@ from robust_dist.engines.variant import Run, Variant
 from robust_dist.measure.memory import MIB, resident, restart_peak
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
-from robust_dist.plan.choose import variants
-from robust_dist.plan.memory import Memory, memory
-from robust_dist.plan.profile import profile_for
+from robust_dist.plan.choose import Memory, memory, variants
+from robust_dist.plan.profile import build_on_meta, profile_for, read_shapes
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta, read_shapes
 from robust_dist.train.loss import summed_loss
 
 # How far a predicted peak may lie from the measured one.

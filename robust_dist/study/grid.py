@@ -9,6 +9,10 @@ from typing import Any
 from robust_dist.documents import DocumentError, typed
 
 
+class StudyError(ValueError):
+    """A study's file, folder or command that cannot be used; the message says what would be right."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One direction of the grid.

@@ -7,8 +7,7 @@ import numpy as np
 
 from robust_dist.study.figures import Array, PairedTest, bootstrap, figures_of, paired_test
 from robust_dist.study.folder import StudyFolder
-from robust_dist.study.grid import Cell, Run, Study
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import Cell, Run, Study, StudyError
 from robust_dist.study.outcome import Failure, Result
 
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
-from robust_dist.config_files import config_names
+from robust_dist.documents import config_names, dump_yaml
 from robust_dist.own_code import allow
 from robust_dist.private import hidden
 from robust_dist.train.keys import default_of, keys_of, recipe_dict
 from robust_dist.train.parse import Settings, SettingsError
-from robust_dist.yaml_file import dump_yaml
 
 _NAMES_A_RECIPE = ("--config", "--model.name", "--data.name")
 _USAGE = (

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from robust_dist.measure.flops import training_flops
+from robust_dist.measure.dispatch import training_flops
 from robust_dist.measure.gpus import peak_tflops
 from robust_dist.measure.memory import GIB, peak_memory
 from robust_dist.train.recipe import Recipe

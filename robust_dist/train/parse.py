@@ -6,11 +6,19 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from robust_dist.config_files import config_names, find_config
-from robust_dist.documents import DocumentError, typed
+from robust_dist.documents import (
+    Document,
+    DocumentError,
+    Place,
+    config_names,
+    find_config,
+    parse_yaml,
+    read_yaml,
+    scalar,
+    typed,
+)
 from robust_dist.private import HIDDEN, without_hidden
 from robust_dist.train.keys import keys_of
-from robust_dist.yaml_file import Document, Place, parse_yaml, read_yaml, scalar
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")

@@ -16,7 +16,7 @@ from robust_dist.checkpoint import CheckpointStore
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.data.identity import fingerprint
-from robust_dist.documents import read_json, typed
+from robust_dist.documents import read_json, read_yaml, typed
 from robust_dist.models.weights import head_of, is_below, read_published
 from robust_dist.ranks.talk import agree, attempt, on_rank_0
 from robust_dist.train.build import preprocessing_of
@@ -33,7 +33,6 @@ from robust_dist.train.run_weights import (
     read_average,
     why_none,
 )
-from robust_dist.yaml_file import read_yaml
 
 _STATE_DICTS = ("model", "model_state_dict", "state_dict")
 _WRAPPED = "module."

@@ -30,9 +30,8 @@ from robust_dist.measure.memory import storage_bytes
 from robust_dist.optim import RAdaBeliefW
 
 if TYPE_CHECKING:
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 # The all-gather of each rank's part starts at a multiple of 4 bytes of float16.
 _ALIGNMENT = 2

@@ -11,9 +11,8 @@ from torch import nn
 from robust_dist.engines.variant import ALONE, MOMENTS, SINGLE, STEP, Collective, Held, Operation, Passes, Run, Variant
 
 if TYPE_CHECKING:
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 # fsdp_min_num_params of configs/accelerate/*fsdp2.yaml and *hsdp.yaml
 MIN_UNIT = 1_000_000
