@@ -25,8 +25,8 @@ ROWS = {"good": GOOD, "twin": GOOD, "wild": {"optimizer.lr": 1.0e30}, "broken": 
 # What 0.8.0 noted in a study's folder of a run that a worker has; nothing reads it any more.
 JOURNAL = """{"op_code":0,"worker_id":"a","study_name":"rows","directions":[2]}
 {"op_code":4,"worker_id":"a","study_id":0,"datetime_start":null,"state":4,"value":null,"values":null,"distributions":\
-{"row":"{\\"name\\": \\"CategoricalDistribution\\", \\"attributes\\": {\\"choices\\": [\\"good\\"]}}"},"params":{"row":0},\
-"user_attrs":{"run":"good_seed0"},"system_attrs":{},"intermediate_values":{}}
+{"row":"{\\"name\\": \\"CategoricalDistribution\\", \\"attributes\\": {\\"choices\\": [\\"good\\"]}}"},\
+"params":{"row":0},"user_attrs":{"run":"good_seed0"},"system_attrs":{},"intermediate_values":{}}
 {"op_code":6,"worker_id":"a","trial_id":0,"state":0,"values":null,"datetime_start":"2026-11-29T14:34:26.724543+00:00"}
 """
 
