@@ -113,7 +113,7 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
 
 def parse_json(text: str, name: str, kind: Any = Any) -> Any:
-    """JSON of a known shape; keys that stand twice are an error.
+    """JSON of a known shape; a key that is given twice is an error.
 
     Args:
         text: The JSON.
@@ -140,7 +140,7 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in an object."""
+    """A key that is given twice in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,10 +164,10 @@ def _both_lines(text: str, key: str) -> str:
         elif word == ":" and open_objects and before.startswith('"'):
             found, line = json.loads(before, strict=False), text.count("\n", 0, at) + 1
             if found in open_objects[-1]:
-                return f"the key {found!r} stands twice, in lines {open_objects[-1][found]} and {line}; leave one"
+                return f"the key {found!r} is given twice, in lines {open_objects[-1][found]} and {line}; keep one"
             open_objects[-1][found] = line
         before, at = word, token.start()
-    return f"the key {key!r} stands twice"
+    return f"the key {key!r} is given twice"
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
@@ -309,7 +309,7 @@ def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
 def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
     """YAML as plain data, with nothing left to chance.
 
-    Refused are keys that stand twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
+    Refused are keys that are given twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
     another base than people do: 010 (octal) and 1:30 (base 60).
 
     Args:
@@ -396,8 +396,8 @@ class _Reader:
             key = "<<" if key_node.value == "<<" else self._key(key_node, here)
             if key in lines:
                 raise DocumentError(
-                    f"{self.document.name}: the key {_dotted((*place, key))!r} stands twice, in lines {lines[key]} and "
-                    f"{line}; leave one"
+                    f"{self.document.name}: the key {'.'.join(map(str, (*place, key)))!r} is given twice, in lines "
+                    f"{lines[key]} and {line}; keep one"
                 )
             lines[key] = line
             if key == "<<" and key_node.style is None:
@@ -471,7 +471,3 @@ def scalar(text: str, where: str = "") -> Any:
             raise DocumentError(f"{before}{reprlib.repr(text)} is too large a number")
         return number
     return text
-
-
-def _dotted(place: Place) -> str:
-    return ".".join(str(part) for part in place)

@@ -43,7 +43,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="take names (MODULE:NAME) of this installed module, too; else only of your own files",
+        help="also allow MODULE:NAME of this installed module; otherwise only of your own files",
     )
 
 
@@ -233,18 +233,18 @@ def _refusal(key: str, value: str, top: str) -> OwnCodeError:
     where = "in the current folder or in a folder of PYTHONPATH"
     if _spec(top) is None and top not in sys.modules:
         return OwnCodeError(
-            f"{key}={value!r}: there is no module {top!r}{_near(top)}. Names are taken of your own files and packages "
-            f"{where} ({_listed()}), and of installed modules that the command line names: --import MODULE"
+            f"{key}={value!r}: there is no module {top!r}{_near(top)}. It must be a file or package of yours "
+            f"{where} ({_listed()}), or an installed module that the command line allows: --import MODULE"
         )
     return OwnCodeError(
-        f"{key}={value!r} is not taken: a recipe imports your own code and no other, and {top!r} is not yours. Name a "
-        f"file or package {where} ({_listed()}); or, for an installed module that you trust, add "
+        f"{key}={value!r} is refused: a recipe imports only your own code, and {top!r} is not yours. Name a file or "
+        f"package {where} ({_listed()}); or, for an installed module that you trust, add "
         f"--import {value.partition(':')[0]} to the command line"
     )
 
 
 def _listed() -> str:
-    return ", ".join(map(str, folders())) or "none here, as the current one is a run's or Python's own"
+    return ", ".join(map(str, folders())) or "none here: the current folder is a run's or Python's own"
 
 
 def _near(module: str) -> str:

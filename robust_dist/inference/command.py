@@ -132,7 +132,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
     out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")
     if words.out is None and out.exists():
-        raise ValueError(f"{out} is there already, and nothing is written over: choose another folder with --out DIR")
+        raise ValueError(f"{out} already exists; choose another folder with --out DIR")
     check_new(out)
     on = (
         evaluate.own_images(trained, words.data_words, device)

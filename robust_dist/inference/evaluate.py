@@ -69,6 +69,11 @@ class Evaluation:
     unreadable: tuple[BadImage, ...]
     logged: float | None
 
+    @property
+    def counted(self) -> str:
+        """How many images, in words."""
+        return f"{self.images:,} image{'' if self.images == 1 else 's'}"
+
 
 def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> Images:
     """The images on which the run is evaluated, or those that changed data keys name.
@@ -216,7 +221,7 @@ def as_text(trained: Trained, found: Evaluation, most: int | None = None) -> str
     """The evaluation for a person; with `most`, no more classes than that, those of lowest accuracy."""
     logged = "" if found.logged is None else f"   (logged: {found.logged:.2%}{_said(found)})"
     lines = [
-        f"{trained.path}, step {trained.record.checkpoint.step}, on {found.images:,} images of {found.data}",
+        f"{trained.path}, step {trained.record.checkpoint.step}, on {found.counted} of {found.data}",
         f"accuracy           {found.accuracy:8.2%}{logged}",
         *([] if found.top5 is None else [f"top-5 accuracy     {found.top5:8.2%}"]),
         f"loss               {found.loss:8.4f}",
@@ -258,7 +263,7 @@ def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> Non
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the row's images")
-    axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.images:,} images")
+    axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.counted}")
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)

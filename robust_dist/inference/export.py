@@ -26,7 +26,7 @@ def check_new(path: Path) -> None:
         FileExistsError: Names it.
     """
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} is there already, and nothing is written over: name another one")
+        raise FileExistsError(f"{path} already exists; choose another path")
 
 
 @contextmanager

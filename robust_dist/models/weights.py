@@ -100,10 +100,11 @@ def read_published(name: str, weights: str, num_classes: int, channels: int, opt
     """
     known, tag = published_names(name), _tag(weights)
     if not known or tag not in (DEFAULT, *known):
-        offered = f"there are DEFAULT, {', '.join(known)}" if known else "nobody publishes weights of this model"
+        offered = f"DEFAULT, {', '.join(known)}, or " if known else ""
+        none = "" if known else ": no weights are published for this model"
         raise ValueError(
-            f"model.weights={weights!r} with model.name={name!r}: no such weights, file or folder; {offered}; or give"
-            " the path of a run, of an export or of a .safetensors or .pt file"
+            f"model.weights={weights!r} is neither the name of weights of model.name={name!r}{none}, nor a file or "
+            f"folder; give {offered}the path of a run, an export, or a .safetensors or .pt file"
         )
     with torch.random.fork_rng(devices=[]):
         if name.startswith(TIMM_PREFIX):

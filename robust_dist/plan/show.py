@@ -136,7 +136,7 @@ def reason(plan: Plan) -> str:
     parts = "in one part" if best.accumulation == 1 else f"in {best.accumulation} parts"
     memory = (
         f"It needs {best.memory.peak / GIB:.1f} of the {room:.1f} GiB that a margin of {question.margin:.0%} leaves, "
-        f"with each GPU's {question.rank_batch} images {parts}."
+        f"with each GPU's {_images(question.rank_batch)} {parts}."
     )
     if question.world_size == 1:
         return f"One GPU trains alone. {memory}"
@@ -162,7 +162,7 @@ def others(plan: Plan) -> Iterator[tuple[str, str]]:
 def _against(one: Estimate, plan: Plan) -> str:
     room = (1 - plan.question.margin) * plan.question.memory_bytes / GIB
     if not one.fits:
-        return f"needs {one.memory.peak / GIB:.1f} GiB at {one.micro_batch} images, {room:.1f} are free"
+        return f"needs {one.memory.peak / GIB:.1f} GiB at {_images(one.micro_batch)}, {room:.1f} are free"
     assert plan.best is not None
     ratio = one.clock.step / plan.best.clock.step - 1
     sent = sum(collective.sent for collective in one.traffic) / GIB
@@ -177,7 +177,7 @@ def remedies(plan: Plan) -> list[str]:
     least = min(plan.estimates, key=lambda one: one.memory.peak)
     activations = least.memory.activations / GIB
     found = [
-        f"The least is {least.variant.name} with {least.memory.peak / GIB:.1f} GiB at {least.micro_batch} images, of "
+        f"The least is {least.variant.name} with {least.memory.peak / GIB:.1f} GiB at {_images(least.micro_batch)}, of "
         f"which {activations:.1f} GiB are activations."
     ]
     if question.micro_batch and question.micro_batch > 1:
@@ -187,7 +187,7 @@ def remedies(plan: Plan) -> list[str]:
     nodes = _enough_nodes(plan)
     if nodes is not None:
         images = max(question.batch_size, nodes * question.gpus_per_node)
-        found.append(f"{nodes} nodes of {question.gpus_per_node} GPUs would do, with {images} images a step.")
+        found.append(f"{nodes} nodes of {question.gpus_per_node} GPUs would do, with {_images(images)} a step.")
     if activations > least.memory.resident / GIB:
         found.append(
             "Activation checkpointing (fsdp_activation_checkpointing: true in the FSDP files) trades them for a second "
@@ -208,6 +208,10 @@ def _enough_nodes(plan: Plan) -> int | None:
             return nodes
         nodes *= 2
     return None
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _fits(variant: Variant, plan: Plan, question: Question) -> bool:

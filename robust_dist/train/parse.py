@@ -75,7 +75,7 @@ class Settings:
             where = document.where(below)
             if name in seen:
                 raise DocumentError(
-                    f"{where}: the key {name!r} stands twice, the first time in {seen[name]}; leave one"
+                    f"{where}: the key {name!r} is given twice, the first time in {seen[name]}; keep one"
                 )
             seen[name] = where
             if name in self.keys.sections:

@@ -194,7 +194,7 @@ def row(epoch, step=None, **more):
             ["[]", "7", '{"step": 1, "step": 2}'],
             0,
             [],
-            ["line 1=[]", "line 2=7", "line 3: the key 'step' stands twice"],
+            ["line 1=[]", "line 2=7", "line 3: the key 'step' is given twice"],
         ),
         ([], 20, [], ["has no row of epoch 1, 2,"]),
     ],

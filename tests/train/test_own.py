@@ -337,5 +337,5 @@ def test_a_study_takes_own_names_and_refuses_a_wrong_one_with_its_cell(tmp_path)
     axes = {"optimizer.name": ["adamw", "mycode:Signed"], "schedule.name": ["cosine", "mycode:line"]}
     _, recipes = load_study(write(tmp_path / "s.yaml", axes=axes))
     assert sorted(recipes)[-1] == "mycode-Signed_mycode-line"
-    with pytest.raises(ValueError, match=r"cell os:system: optimizer.name='os:system' is not taken"):
+    with pytest.raises(ValueError, match=r"cell os:system: optimizer.name='os:system' is refused"):
         load_study(write(tmp_path / "s.yaml", axes={"optimizer.name": ["adamw", "os:system"]}))

@@ -148,9 +148,12 @@ def test_options_are_plain_values_and_code_that_they_name_is_refused_by_name(tmp
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("optimizer:\n  lr: 0.1\nbatch_size: 32\noptimizer:\n  eps: 1\n", "'optimizer' stands twice, in lines 1 and 4"),
-        ("optimizer:\n  lr: 0.1\n  lr: 0.2\n", "'optimizer.lr' stands twice, in lines 2 and 3"),
-        ("optimizer:\n  lr: 0.1\noptimizer.lr: 0.2\n", "line 3: the key 'optimizer.lr' stands twice"),
+        (
+            "optimizer:\n  lr: 0.1\nbatch_size: 32\noptimizer:\n  eps: 1\n",
+            "'optimizer' is given twice, in lines 1 and",
+        ),
+        ("optimizer:\n  lr: 0.1\n  lr: 0.2\n", "'optimizer.lr' is given twice, in lines 2 and 3"),
+        ("optimizer:\n  lr: 0.1\noptimizer.lr: 0.2\n", "line 3: the key 'optimizer.lr' is given twice"),
         ("batch_size:\n", "line 1: batch_size is empty"),
         ("augment:\n  cutmix: ~\n", "line 2: augment.cutmix is empty"),
         ("epochs: 010\n", "line 1: 010 is a number in octal"),
