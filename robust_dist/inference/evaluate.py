@@ -30,12 +30,12 @@ SHOWN, NAMED = 20, 5
 
 @dataclass(frozen=True)
 class Images:
-    """What a model is evaluated on.
+    """Images to evaluate a model on.
 
     Attributes:
         images: The set.
         preprocess: From its images to the model's input.
-        logged: The accuracy that the run logged on these very images; None of others.
+        logged: The accuracy that the run logged on the same images; None of others.
     """
 
     images: LabelledSet
@@ -45,15 +45,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The figures of an evaluation.
 
     Attributes:
         data: The set's name.
-        images: How many counted.
+        images: The number that counted.
         accuracy: Share of images whose class has the largest logit.
         top5: Share of images whose class is among the five largest logits; None below six classes.
         loss: Mean cross-entropy.
-        calibration_error: Expected calibration error, see `calibration_error`.
+        calibration_error: See `calibration_error`.
         confusion: Images by class (row) and predicted class (column).
         unreadable: Images that could not be read and do not count.
         logged: See `Images`.
@@ -76,12 +76,12 @@ class Evaluation:
 
 
 def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> Images:
-    """The images on which the run is evaluated, or those that changed data keys name.
+    """The images on which the run was evaluated, or those that changed data keys name.
 
     Args:
         trained: The model.
         words: `--data.KEY VALUE` words that change the recipe.
-        device: Where they are given out.
+        device: Where the images are given out.
 
     Raises:
         ValueError: The files are missing, torn, of other classes or channels; or, without `words`, other images than
@@ -105,7 +105,7 @@ def folder_images(trained: Trained, folder: str | Path, device: torch.device) ->
     """The images of a folder that has a sub-folder for each class.
 
     Raises:
-        DataError: No such folder, or other classes than the model's.
+        DataError: There is no such folder, or it has other classes than the model.
     """
     pixels = trained.preprocess.pixels
     exif = "on" if pixels.upright else "off"
@@ -130,13 +130,7 @@ def _check_fits(trained: Trained, found: LabelledSet) -> None:
 
 
 def evaluate(trained: Trained, on: Images, device: torch.device) -> Evaluation:
-    """Evaluate in the run's precision and in its batches, so that its own figures come out again.
-
-    Args:
-        trained: The model.
-        on: The images.
-        device: Where the model runs and the images are given out.
-    """
+    """Evaluate in the run's precision and in its batches, so that its own figures come out again."""
     forward, preprocess = trained.evaluating(device), on.preprocess.to(device)
     classes = len(trained.classes)
     totals = no_totals(classes, device)
@@ -218,7 +212,7 @@ def as_json(trained: Trained, found: Evaluation) -> dict[str, Any]:
 
 
 def as_text(trained: Trained, found: Evaluation, most: int | None = None) -> str:
-    """The evaluation for a person; with `most`, no more classes than that, those of lowest accuracy."""
+    """The evaluation for a person; with `most`, only that many classes, those of lowest accuracy."""
     logged = "" if found.logged is None else f"   (logged: {found.logged:.2%}{_said(found)})"
     lines = [
         f"{trained.path}, step {trained.record.checkpoint.step}, on {found.counted} of {found.data}",

@@ -25,11 +25,11 @@ _LINE, _HALF_LINE = 120, 55
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells of it.
+    """A run as its folder shows it.
 
     Attributes:
         name: Its path below the folder that was named.
-        state: finished, running, stopped, stopped early (it no longer improved), or why it cannot be told.
+        state: finished, running, stopped, stopped early (no longer improving), or damaged and why.
         recipe: Dotted keys and values.
         rows: The epochs of `metrics.jsonl`, oldest first.
     """
@@ -87,7 +87,7 @@ def _run(path: Path, name: str) -> Run:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The keys in which the runs' recipes differ, of those that change a run's result."""
+    """The keys in which the runs' recipes differ, of those that affect a run's result."""
     known = keys_of(Recipe)
     recipes = [run.recipe for run in runs if run.recipe]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if not known.is_free(key))

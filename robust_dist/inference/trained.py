@@ -51,12 +51,12 @@ _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
 
 @dataclass(frozen=True)
 class Pixels:
-    """What is done to an image.
+    """How an image becomes a model's input.
 
     Attributes:
-        size: Height and width in pixels of the model's input.
-        resize: What the shorter side becomes before the central crop; None takes an image of `size` as it is, and
-            makes the shorter side of any other `size`.
+        size: Height and width of the input, pixels.
+        resize: What the shorter side becomes before the central crop; None takes an image of `size` as it is, and makes
+            the shorter side of any other `size`.
         mean: Of each channel, on the scale 0 to 1.
         std: Of each channel.
         upright: Whether images are turned by their EXIF orientation.
@@ -72,7 +72,7 @@ class Pixels:
 
 
 def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
-    """What a recipe's evaluation does to its images."""
+    """The preprocessing of a recipe's evaluation."""
     image = preprocessing_of(data, evaluation=True)
     resize = data.eval_sides[1] if data.streamed else None
     upright = data.source is not None and turns_upright(str(data.exif), auto=data.name == "hub")
@@ -80,12 +80,12 @@ def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
 
 
 def is_own(data: DataConfig) -> bool:
-    """Whether a run's images were the user's own, so that `data.json` says what they were; nothing is imported."""
+    """Whether a run's images were the user's own, so that `data.json` describes them; nothing is imported."""
     return is_name(data.name) or (data.name not in DATASETS and data.source is None)
 
 
 def pixels_noted(record: dict[str, Any], data: DataConfig, channels_last: bool) -> Pixels:
-    """What a run's evaluation does to its images by its `data.json`."""
+    """The preprocessing of a run's evaluation by its `data.json`."""
     noted: _Noted = typed(record.get("preprocessing"), _Noted, "data.json: preprocessing")
     upright = turns_upright(str(data.exif), auto=False)
     return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, upright, channels_last)
@@ -106,7 +106,7 @@ class Preprocess:
 
     Args:
         classes: Names of the classes, by number.
-        pixels: What is done to an image.
+        pixels: The settings.
     """
 
     def __init__(self, classes: tuple[str, ...], pixels: Pixels) -> None:
@@ -177,7 +177,7 @@ class Origin:
 
     Attributes:
         step: Optimizer steps done.
-        eval_accuracy: That the run logged at this step; None within an epoch.
+        eval_accuracy: Logged by the run at this step; None within an epoch.
         engine: The kind of engine that trained.
         num_processes: Its ranks.
     """
@@ -195,8 +195,8 @@ class Record:
     Attributes:
         robust_dist: The version that wrote it.
         classes: Names of the classes, by number.
-        preprocessing: What is done to an image.
-        checkpoint: Where the weights come from.
+        preprocessing: From an image to the input.
+        checkpoint: The origin of the weights.
         recipe: The run's recipe, without secrets and trackers.
         data: The run's `data.json`: the images that it was trained and evaluated on.
     """
@@ -211,14 +211,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with what its use needs to know.
+    """A model with what its use needs.
 
     Attributes:
         path: The folder that it was read from.
         model: In eval mode, on the CPU, in float32.
         preprocess: From an image to its input.
         settings: The recipe, with defaults for the sections on training.
-        record: What `model.json` holds of it.
+        record: Its `model.json`.
     """
 
     path: Path
@@ -238,12 +238,7 @@ class Trained:
 
 
 class Evaluating:
-    """The forward pass as the run's engine evaluates it: autocast, weights of a lower dtype, or neither.
-
-    Args:
-        trained: The model; it is copied where its weights are cast.
-        device: Where it runs.
-    """
+    """The forward pass on a device as the run's engine evaluates it: autocast, weights of a lower dtype, or neither."""
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
         engine, self.device = engine_named(trained.record.checkpoint.engine), device
@@ -266,7 +261,7 @@ class Evaluating:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with weights of a lower dtype, but for those of batch normalisation, as FSDP1 leaves them."""
+    """The model with weights of a lower dtype, except those of batch normalisation, which FSDP1 keeps."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters(recurse=False):
@@ -288,8 +283,8 @@ def read(
     Args:
         path: The folder.
         checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
-        model: Of a run whose model is no recipe's: the module that `fit` was given, or the function of the number of
-            classes. A module is filled with the weights and put into eval mode.
+        model: Of a run whose model was given to `fit`: the module, or the function of the number of classes. A module
+            is filled with the weights and put into eval mode.
         kind: The recipe's class, for a run of a class of your own.
 
     Raises:
@@ -372,10 +367,10 @@ def settings_of(document: Document, kind: type[Recipe], words: Sequence[str] = (
 
 
 def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
-    """The recipe's model, or a run's own one, in eval mode; torch's generator is left as it was.
+    """The recipe's model, or the user's own, in eval mode; torch's generator is left as it was.
 
     Raises:
-        ValueError: The model is no recipe's, and none is given.
+        ValueError: The recipe does not name the model, and none is given.
     """
     if own is None and settings.model.name == OWN:
         raise ValueError(

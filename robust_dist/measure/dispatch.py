@@ -43,7 +43,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take account of one call.
+        """Record one call.
 
         Args:
             func: The `OpOverload`.
@@ -59,7 +59,7 @@ class Operation:
     """One ATen operation that is no view.
 
     Attributes:
-        flops: Floating-point operations, of matrix products and convolutions alone.
+        flops: Floating-point operations, of matrix products and convolutions only.
         bytes: Of the tensors that it reads and writes; an expanded tensor has those of its storage.
     """
 
@@ -123,11 +123,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class Collectives(Watch):
-    """The collectives of torch.distributed.
-
-    Attributes:
-        names: The operators called, in order.
-    """
+    """The collectives of torch.distributed: `names` has the operators called, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,8 +195,8 @@ def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> C
 
     Args:
         call: The work; calls may differ by their random draws.
-        device: Where it works. On a GPU the kernels of further calls are counted by torch's profiler.
-        calls: How many.
+        device: Its device. On a GPU the kernels of further calls are counted by torch's profiler.
+        calls: Their number.
     """
 
     def several() -> None:
@@ -226,15 +222,15 @@ def _kernels(call: Callable[[], object]) -> int:
 def training_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Floating-point operations of one image's forward and backward pass; a multiply-add counts as two.
 
-    Only matrix products and convolutions count, as is usual for MFU; recomputation and augmentation do not. The
-    model runs on "meta" copies of its weights, so nothing is computed, and the model is left as it was.
+    Only matrix products and convolutions count, as is usual for MFU; recomputation and augmentation do not. The model
+    runs on "meta" copies of its weights, so nothing is computed, and it is left as it was.
 
     Args:
         model: The whole model, before an engine shards it.
         image_shape: [C, H, W].
 
     Raises:
-        Exception: Whatever a model raises that cannot run on the meta device.
+        Exception: Any that a model raises on the meta device.
     """
     weights = {
         name: weight.detach().to("meta").requires_grad_(weight.requires_grad)

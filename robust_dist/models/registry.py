@@ -37,7 +37,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int = 3, **optio
     """Torchvision's model `name`, without weights.
 
     Raises:
-        ValueError: in_channels other than 3, which is all that torchvision's models take.
+        ValueError: in_channels is not 3, which is all that torchvision's models take.
     """
     if in_channels != 3:
         raise ValueError(f"torchvision's {name} takes in_channels=3, not {in_channels}; timm/{name} may take others")
@@ -60,11 +60,7 @@ def timm_names() -> list[str]:
 
 
 def build_timm(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
-    """Timm's model `name` (without the prefix), without weights.
-
-    Raises:
-        ImportError: timm is not installed.
-    """
+    """Timm's model `name` (without the prefix), without weights."""
     return timm_module().create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
 
 
@@ -83,9 +79,9 @@ class ModelInfo:
     """A model of ours.
 
     Attributes:
-        description: what it is, and where from.
-        num_parameters: with 10 classes and 3 channels.
-        builder: called as builder(num_classes=..., in_channels=..., **options).
+        description: What it is, and its source.
+        num_parameters: With 10 classes and 3 channels.
+        builder: Called as builder(num_classes=..., in_channels=..., **options).
     """
 
     description: str
@@ -124,19 +120,18 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     """Build a classifier, float32 on the CPU, with fresh weights from torch's default generator.
 
     Args:
-        name: a key of `MODELS`; else a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
+        name: A key of `MODELS`; a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
             function of the user's own (`own_model`).
-        num_classes: outputs.
-        in_channels: channels of the images.
-        **options: handed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
-            take stem_stride.
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets take stem_stride.
 
     Returns:
         A module from [B, in_channels, H, W] to logits [B, num_classes].
 
     Raises:
-        ValueError: unknown name (lists close matches), num_classes or in_channels below 1, or an option that the model
-            does not know.
+        ValueError: Unknown name (lists close matches), num_classes or in_channels below 1, or an option that the model
+            does not take.
         ImportError: torchvision or timm is needed and not installed.
     """
     _check_counts(num_classes=num_classes, in_channels=in_channels)
@@ -150,19 +145,19 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
 
 
 def _plain(error: TypeError) -> str:
-    """What the error says of an argument, without the name of a function that the user has not called."""
+    """The error without the name of a function that the user has not called."""
     return re.sub(r"^\S+\(\) ", "it ", str(error)).replace("keyword argument", "option")
 
 
 def own_model(name: str) -> Builder:
     """The builder of a model that is named as `module:Name`.
 
-    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has a
-    parameter of that name or takes any, else as its first argument), with in_channels where it has that parameter, and
-    with the options.
+    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has
+    that parameter or takes any, else as its first argument), with in_channels where it has that parameter, and with the
+    options.
 
     Raises:
-        OwnCodeError: The name cannot be imported (`own_code.load`), or is neither class nor function of a module.
+        OwnCodeError: The name cannot be imported (`own_code.load`), or is not such a class or function.
     """
     made = own_code.load(_KEY, name)
     if (
@@ -195,11 +190,11 @@ def _needs_one(made: Builder) -> bool:
 
 
 def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
-    """Refuse a model that does not give one logit a class.
+    """Refuse a model that does not give one logit for each class.
 
     Args:
-        key: What was given the model, for messages.
-        name: The model's name there.
+        key: The setting that gave the model, for messages.
+        name: Its value.
         model: On the CPU; its mode is left as it was.
         image: Channels, height and width of an image.
         num_classes: Logits wanted.

@@ -18,10 +18,10 @@ _FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that a model's publisher offers.
+    """Published weights of a model.
 
     Attributes:
-        title: What a person knows them by.
+        title: Their name for a person.
         entries: The state dict.
         num_classes: Of their head; 0 where they have none.
         mean: Of each channel of their training images, on the scale 0 to 1.
@@ -36,20 +36,14 @@ class Published:
 
 
 class FetchError(ValueError):
-    """Weights that are not on this machine and could not be fetched; says what to put where."""
+    """Weights that are not on this machine and could not be fetched; the message says what to put where."""
 
 
 def head_of(model: nn.Module, num_classes: int | None = None) -> tuple[str, ...]:
-    """Names of the modules that give the classes' logits.
+    """Names of the modules that give the classes' logits; none where no layer fits.
 
-    They are those that timm names; else the last linear layer, or convolution of 1x1, with as many outputs as classes.
-
-    Args:
-        model: The classifier.
-        num_classes: Its outputs; None takes the last such layer, whatever its outputs.
-
-    Returns:
-        The names; none where no layer fits.
+    They are those that timm names; else the last linear layer, or convolution of 1x1, with `num_classes` outputs (None:
+    with any).
     """
     named = getattr(model, "pretrained_cfg", None)
     given = named.get("classifier") if isinstance(named, dict) else None
@@ -85,14 +79,14 @@ def implied_options(name: str, weights: str | None) -> dict[str, Any]:
 
 
 def read_published(name: str, weights: str, num_classes: int, channels: int, options: dict[str, Any]) -> Published:
-    """Published weights, from this machine's cache, or fetched into it; torch's generator is left as it was.
+    """Published weights, from this machine's cache or fetched into it; torch's generator is left as it was.
 
     Args:
         name: The model's, as `build_model` takes it.
         weights: One of `published_names`, or DEFAULT.
         num_classes: Outputs of the model that they are for.
-        channels: Channels of its images; timm's weights are fitted to them.
-        options: Those of its constructor.
+        channels: Channels of its images; timm's weights are adapted to them.
+        options: Of its constructor.
 
     Raises:
         FetchError: They are not here, and cannot be fetched.

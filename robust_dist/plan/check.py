@@ -39,14 +39,14 @@ _TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant on one rank, bytes.
+    """One variant on one rank, bytes: the first four of storages walked, the others as the kernel counts the process.
 
     Attributes:
-        parameters: Walked: storages of the parameters between steps.
-        masters: Walked: ZeRO's float32 copies.
-        gradients: Walked, after the backward pass.
-        state: Walked: the optimizer's.
-        resident: Memory that the process took more than before the model was built, after a step.
+        parameters: Between steps.
+        masters: ZeRO's float32 copies.
+        gradients: After the backward pass.
+        state: The optimizer's.
+        resident: After a step, beyond what the process had before the model was built.
         passes: The highest moment of a forward and backward pass.
         step: The highest moment of an optimizer step.
     """
@@ -87,7 +87,7 @@ class Compared:
 
 
 def compare(question: Question, micro_batch: int) -> list[Compared]:
-    """Plan for CPU ranks, run them, and put both side by side, for the variants that fit them and need no GPU.
+    """The plan beside measurements on CPU ranks, for the variants that fit them and need no GPU.
 
     Args:
         question: The job; `nodes` x `gpus_per_node` gloo ranks are started on this machine.
@@ -151,10 +151,10 @@ def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int
 
 
 def measure_here(chosen: Sequence[Variant], question: Question, batch: int) -> list[Measured]:
-    """This rank's findings, one for each variant; call it on every rank of a process group of CPU ranks.
+    """This rank's measurements of each variant; call it on every rank of a process group of CPU ranks.
 
     Raises:
-        RuntimeError: This is no Linux with glibc, whose allocator and /proc are read.
+        RuntimeError: The system is not Linux with glibc.
     """
     libc = ctypes.CDLL(None)
     if not restart_peak() or not hasattr(libc, "mallopt"):

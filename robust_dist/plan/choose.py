@@ -29,9 +29,9 @@ class Memory:
     Attributes:
         held: Parameters, masters, gradients and state.
         buffers: Of the model (BatchNorm's statistics).
-        activations: Most that forward and backward pass need for one micro batch.
-        in_flight: Gathered parameters and buckets that exist at that moment.
-        gradients_then: Gradients that exist at that moment.
+        activations: The most that forward and backward pass need for a micro batch.
+        in_flight: Gathered parameters and buckets at that moment.
+        gradients_then: Gradients at that moment.
         step: Gradients and temporaries of the optimizer's step.
         allowance: For what is not the model's.
         host: Bytes of the host's memory, for this rank.
@@ -73,7 +73,7 @@ def memory(
     rank: int | None = None,
     on_cpu: bool = False,
 ) -> Memory:
-    """One rank's memory at this micro batch.
+    """One rank's memory at a micro batch.
 
     Args:
         variant: The engine's variant.
@@ -81,8 +81,8 @@ def memory(
         profile: Of the model in the variant's dtypes.
         question: The job.
         micro_batch: Images at a time.
-        rank: Whose; None: that of the rank that holds most.
-        on_cpu: Of a rank on a processor: no CUDA, and an optimizer that works in pieces.
+        rank: Its number; None: the rank that holds most.
+        on_cpu: Without CUDA, and with an optimizer that works in pieces.
     """
     own = variant.held(shapes, question, variant.worst_rank(shapes, question) if rank is None else rank)
     accumulates = question.accumulation(micro_batch) > 1
@@ -102,7 +102,7 @@ def memory(
 
 
 def step_temporaries(elements: int, *, on_cpu: bool = False) -> int:
-    """Bytes that RAdaBeliefW's foreach step needs beside gradients: two float32 lists; on a processor of a piece."""
+    """Bytes that RAdaBeliefW's foreach step needs beside gradients: two float32 lists, on a CPU of one piece."""
     return MOMENTS * (min(elements, CPU_BLOCK) if on_cpu else elements)
 
 
@@ -114,7 +114,7 @@ class Clock:
         compute: Forward and backward pass.
         communication: Of all collectives.
         offload: Transfers to the host and the step there.
-        step: All of it, with what overlaps.
+        step: The whole step; what overlaps counts once.
     """
 
     compute: float
@@ -186,10 +186,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer.
+    """The answer to a question.
 
     Attributes:
-        question: What was asked.
+        question: The question.
         shapes: Of the model.
         flops_per_image: Forward and backward pass.
         estimates: Of the variants that can be used on these machines.

@@ -27,12 +27,7 @@ _BATCHES = (2, 4)
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter.
-
-    Attributes:
-        name: Its dotted name.
-        shape: Its shape.
-    """
+    """A parameter's dotted name and shape."""
 
     name: str
     shape: Shape
@@ -49,7 +44,7 @@ class Unit:
 
     Attributes:
         name: The module's name; "" is the whole model.
-        parameters: Those that no inner unit has.
+        parameters: Those of no inner unit.
         stays: Whether they stay gathered from the forward to the backward pass.
     """
 
@@ -69,7 +64,7 @@ class Shapes:
 
     Attributes:
         parameters: In the model's order.
-        units: What FSDP2 gathers at a time, the whole model's rest last.
+        units: What FSDP2 gathers at a time, the rest of the model last.
         float_buffers: Elements of floating-point buffers (BatchNorm's statistics).
         buffer_bytes: Of all buffers.
     """
@@ -135,7 +130,7 @@ class Pass:
 
     Attributes:
         live: Most bytes alive beside parameters and finished gradients, for each number of finished gradients.
-        born: Elements of finished gradients, beside `live`.
+        born: Elements of finished gradients, for each entry of `live`.
         flops: Floating-point operations.
     """
 
@@ -184,7 +179,7 @@ def profile(
     """Run a model's forward and backward pass at two batch sizes on fake tensors of the CPU.
 
     Args:
-        name: Of `build_model`.
+        name: A name of `build_model`.
         num_classes: Outputs.
         image_size: Height and width, pixels.
         in_channels: Channels.
@@ -209,7 +204,7 @@ def profile(
 
 
 def profile_for(variant: Variant, question: Question) -> Profile:
-    """The profile in the dtypes that a variant computes in; asked for again, it is not measured again."""
+    """The profile in the dtypes that a variant computes in, measured once."""
     weights, autocast = variant.dtypes(question.dtype)
     return _profile_once(
         question.model,
@@ -262,7 +257,7 @@ def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocas
 
 
 class _Marks:
-    """The peak between every two finished gradients; a finished gradient is dropped, so that it is not counted."""
+    """The peak between every two finished gradients; a finished gradient is dropped, so it is not counted."""
 
     def __init__(self, model: nn.Module, tracker: LiveBytes) -> None:
         self.tracker, self.live, self.born, self.done = tracker, list[int](), list[int](), 0
@@ -282,7 +277,7 @@ class _Marks:
 
 
 def _fake(model: nn.Module, weights: torch.dtype) -> None:
-    """Put fake tensors of the CPU, which has kernels for all that a GPU has, in the place of the meta ones."""
+    """Replace the model's meta tensors by fake ones of the CPU, which has kernels for all that a GPU has."""
     made: dict[Tensor, Tensor] = {}
 
     def fake(old: Tensor) -> Tensor:

@@ -35,13 +35,7 @@ OPTIMIZER_BYTES = 28  # a parameter
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one run on the device at hand.
-
-    Attributes:
-        steps: Optimizer steps.
-        step_seconds: Of one, measured.
-        eval_seconds: Of all evaluations.
-    """
+    """The cost of a run on this machine: optimizer steps, measured seconds of a step, and of all evaluations."""
 
     steps: int
     step_seconds: float
@@ -49,13 +43,13 @@ class Cost:
 
     @property
     def hours(self) -> float:
-        """Seconds of the run, without its start."""
+        """Hours of the run, without its start."""
         return (self.steps * self.step_seconds + self.eval_seconds) / 3600
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The sizes of a data set: training and evaluation images, classes, channels."""
+    """A data set's numbers of training images, evaluation images, classes and channels."""
 
     train: int
     eval: int
@@ -64,10 +58,10 @@ class Facts:
 
 
 def facts(data: DataConfig) -> Facts:
-    """The data's facts; nothing is fetched.
+    """The sizes of the data; nothing is fetched.
 
     Raises:
-        ValueError: The data is not here, and no set whose size is known.
+        ValueError: The data is not here, and its size is not known.
     """
     key = str(data)
     if key not in _known:
@@ -94,11 +88,7 @@ def steps_of(recipe: Recipe) -> int:
 
 
 def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
-    """Every cell's cost by its name; recipes that differ in nothing costly are measured once.
-
-    Raises:
-        ValueError: The size of the data is not known.
-    """
+    """Every cell's cost by its name; recipes that differ in nothing costly are measured once."""
     measured: dict[str, tuple[float, float]] = {}
     found = {}
     for cell in study.cells():
@@ -117,11 +107,10 @@ def _cost_key(recipe: Recipe) -> str:
 
 
 def measure(recipe: Recipe) -> tuple[float, float]:
-    """Seconds of one optimizer step, and of the evaluation of one image, on this machine's first device.
+    """Seconds of an optimizer step, and of the evaluation of an image, on this machine's first device.
 
-    The step is the training loop's own on one process and random images (reading and decoding of streamed ones is not
-    in it); the median of up to 20 steps, or of as many as 8 seconds hold. On a processor, which has no fp16, bf16 is
-    measured in its place.
+    The step is the training loop's own, in one process on random images (without reading and decoding); the median of
+    up to 20 steps, or of as many as fit into 8 seconds. On a CPU, bf16 is measured in place of fp16.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -143,7 +132,7 @@ def _shape(recipe: Recipe, *, evaluation: bool) -> tuple[int, int, int]:
 
 @contextmanager
 def _own_accelerator(recipe: Recipe) -> Iterator[Accelerator]:
-    """An Accelerator that leaves nothing behind: recipes differ in precision, of which a process has one."""
+    """An Accelerator of its own: recipes differ in precision, and a process has one for all."""
     AcceleratorState._reset_state(True)
     try:
         yield build_accelerator(recipe)
@@ -165,12 +154,12 @@ def _median_seconds(action: Callable[[], None], device: torch.device) -> float:
 
 
 def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[Operation], list[Operation]]:
-    """The operations of a forward pass, and of a forward and a backward pass, of a model on fake tensors.
+    """The operations of a forward pass, and of a forward and backward pass, of a model on fake tensors.
 
     Args:
         model: Of fake tensors.
-        images: [B, C, H, W], fake.
-        precision: "no", "bf16" or "fp16"; the last two are counted as bfloat16.
+        images: Fake, [B, C, H, W].
+        precision: "no", "bf16" or "fp16"; both of the last are counted as bfloat16.
     """
     count = Operations()
     with count:
@@ -182,7 +171,7 @@ def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[O
 
 
 def seconds(found: list[Operation], gpu: Gpu, precision: str) -> float:
-    """Estimated seconds of operations, one after the other on the device, or of the host where it is the slower one."""
+    """Estimated seconds of operations in sequence on the device, or of starting them where that takes longer."""
     peak = 1e12 * ARITHMETIC_SHARE * gpu.tflops(precision)
     rate = 1e9 * MEMORY_SHARE * gpu.memory_gbytes
     on_device = sum(max(one.flops / peak, one.bytes / rate) for one in found)
@@ -206,15 +195,10 @@ def run_hours(recipe: Recipe, gpu: Gpu) -> float:
 
 
 def gpu_hours(study: Study, recipes: dict[str, Recipe], name: str) -> str:
-    """The line that `--dry-run` adds where there is no GPU.
-
-    Args:
-        study: The study.
-        recipes: Every cell's recipe by the cell's name.
-        name: The GPU, of robust_dist/measure/gpus.py.
+    """The line that `--dry-run` adds on a machine without a GPU: hours on the GPU of that name.
 
     Raises:
-        ValueError: There is no such GPU in the table.
+        ValueError: The table has no such GPU.
     """
     gpu = find_gpu(name)
     known: dict[str, float] = {}
@@ -239,10 +223,10 @@ def estimate(study: Study, recipes: dict[str, Recipe], gpu: str = "h100") -> str
     Args:
         study: The study.
         recipes: Every cell's recipe by the cell's name.
-        gpu: The one whose hours are estimated where there is none to measure on.
+        gpu: The GPU whose hours are estimated where there is none to measure on.
 
     Raises:
-        ValueError: That GPU is not in the table.
+        ValueError: The table has no such GPU.
     """
     elsewhere = None if torch.cuda.is_available() else gpu_hours(study, recipes, gpu)
     found = costs(study, recipes)

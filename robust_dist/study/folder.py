@@ -24,11 +24,8 @@ T = TypeVar("T")
 class StudyFolder:
     """A study's folder, shared by all of its workers.
 
-    `study.yaml` (the checked study), `claims/` (who trains what), `recipes/`, `runs/` (a
-    run's folder each), `logs/`, `results/` (a file per finished run), `failed/`, `report/`.
-
-    Args:
-        path: The folder.
+    `study.yaml` (the checked study), `claims/` (who trains what), `recipes/`, `runs/` (a folder for each run), `logs/`,
+    `results/` (a file for each finished run), `failed/`, `report/`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,16 +36,16 @@ class StudyFolder:
         return self.path / kind / f"{run.name}{suffix}"
 
     def make(self, kind: str, run: Run, suffix: str = "") -> Path:
-        """The same, to be written: the folder is made."""
+        """The same path, with its folder made."""
         path = self.of(kind, run, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def claim(self, study: Study) -> None:
-        """Make the folder this study's, or find that it is.
+        """Make this the folder of a study, or check that it is.
 
         Raises:
-            StudyError: It holds another study (the differences are named), or files that are no study's.
+            StudyError: It holds another study (the differences are named), or other files.
         """
         path = self.path / "study.yaml"
         if self.path.exists() and any(self.path.iterdir()) and not path.exists() and not self._is_new():
@@ -79,7 +76,7 @@ class StudyFolder:
         """The study that the folder holds.
 
         Raises:
-            StudyError: It holds none.
+            StudyError: There is none.
         """
         path = self.path / "study.yaml"
         try:
@@ -128,8 +125,8 @@ def differences(ours: Study, theirs: Study, where: str = "the folder", *, common
     Args:
         ours: A study.
         theirs: Another.
-        where: What holds the other, for the lines.
-        common: Whether seeds, and places of an axis, that one of the two lacks make no difference.
+        where: What the other is read from, for the lines.
+        common: Compare only the seeds, and the places of an axis, that both have.
     """
     here, there = study_dict(ours), study_dict(theirs)
     lines = [f"base: {line}" for line in conflicts(here["base"], there["base"], where)]
@@ -180,16 +177,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 
 def adopt(folder: StudyFolder, study: Study, found: dict[str, Result]) -> int:
-    """Take finished runs into a study's folder; those that the folder has stay as they are.
-
-    Args:
-        folder: The study's folder, claimed.
-        study: The study.
-        found: What `read_report` gave.
-
-    Returns:
-        How many runs were taken.
-    """
+    """Add the finished runs that `read_report` found, except those that the folder has; returns how many."""
     with folder.alone():
         new = [(run, found[run.name]) for run in study.runs() if run.name in found and folder.result(run) is None]
         for run, result in new:
@@ -198,17 +186,13 @@ def adopt(folder: StudyFolder, study: Study, found: dict[str, Result]) -> int:
 
 
 def read_report(study: Study, path: str | Path) -> dict[str, Result]:
-    """The finished runs of a `report.json` that a study has, too, by the run's name.
+    """The finished runs of a `report.json` that a study has as well, by the run's name.
 
-    The report's study may have other seeds, or other places on an axis: what both have is taken.
-
-    Args:
-        study: The study.
-        path: A `report.json`, of a finished study or not.
+    The report's study may have other seeds, or other places on an axis.
 
     Raises:
-        StudyError: The file is no report, or one of a study with other settings (the differences are named), or with no
-            cell or no seed of this one.
+        StudyError: The file is no report, or its study has other settings (the differences are named), or no cell or no
+            seed of this one.
     """
     try:
         theirs, found = _read_runs(path)
@@ -227,11 +211,7 @@ def read_report(study: Study, path: str | Path) -> dict[str, Result]:
 
 
 def folder_of_report(path: str | Path, where: str | Path) -> StudyFolder:
-    """A study's folder with the finished runs of a `report.json`, from which the report can be made again.
-
-    Args:
-        path: The `report.json`.
-        where: An empty folder, which becomes the study's.
+    """A study's folder, made at the empty folder `where`, with the finished runs of a `report.json`.
 
     Raises:
         StudyError: The file is no report.
@@ -270,9 +250,6 @@ def _key(run: dict[str, Any], where: str) -> tuple[tuple[str, ...], int]:
 
 def status(folder: StudyFolder) -> str:
     """The state of all runs, as text.
-
-    Args:
-        folder: The study's folder.
 
     Raises:
         StudyError: It is no study's folder.

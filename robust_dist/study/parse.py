@@ -28,18 +28,18 @@ _STOPS = "early_stopping."
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
-    """Read a study.
+    """Read and check a study.
 
     Args:
-        path: The YAML file, or the name of one of the package's studies; its `base` is relative to it, or the
-            name of one of the package's recipes.
+        path: The YAML file, or the name of one of the package's studies; its `base` is relative to it, or the name of
+            one of the package's recipes.
 
     Returns:
         The study, and every cell's recipe by the cell's name (seed and run_dir are the runs' own).
 
     Raises:
-        StudyError: An unknown key, an axis that is no recipe key, an empty axis, a value of the wrong type in any
-            cell, ...; the message names it.
+        StudyError: An unknown key, an axis that is no recipe key, an empty axis, a value of the wrong type in any cell,
+            ...; the message names it.
     """
     path = find_config("studies", path)
     document = _read(path)
@@ -215,7 +215,7 @@ def _recipes(cells: list[Cell], base: Document, shared: dict[str, Any], path: Pa
 
 
 def _recipe(base: Document, given: dict[str, Any], where: str) -> Recipe:
-    """The base recipe with settings; what is wrong with it is said with the place in the study."""
+    """The base recipe with settings; an error names the place in the study."""
     settings = Settings(Recipe)
     try:
         settings.take(base, base.data, (), "")
@@ -235,10 +235,10 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
     Args:
         key: What the file has.
         where: The place in the file, for the message.
-        moves_weights: Whether settings that change no result are refused.
+        moves_weights: Refuse settings that change no result.
 
     Raises:
-        StudyError: It is none, or one that a study sets itself.
+        StudyError: It is not one, or one that a study sets itself.
     """
     known = keys_of(Recipe)
     if not isinstance(key, str) or key in known.sections or not known.is_known(key):
@@ -257,7 +257,7 @@ def _why_not(key: str) -> str:
 
 
 def label_of(value: Any) -> str:
-    """A value's name in tables and file names: numbers in %g, whatever the file's spelling."""
+    """A value's name in tables and file names: numbers in %g, however the file writes them."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     try:

@@ -39,7 +39,7 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 
 
 def _growing(labels: Sequence[str]) -> list[int]:
-    """The places of an axis, from the smallest number on; in the study's order where some are no numbers."""
+    """The places of an axis by their numbers; in the study's order where some are not numbers."""
     places = list(range(len(labels)))
     return sorted(places, key=lambda place: float(labels[place])) if _are_numbers(labels) else places
 
@@ -50,18 +50,14 @@ def _averaged(summary: Summary) -> str:
 
 
 def _note(figure: Any, notes: Sequence[str]) -> None:
-    """What the signs on the picture mean, below it."""
+    """Explain the marks of the picture below it."""
     figure.supxlabel("; ".join(notes), fontsize=8)
 
 
 def plot_heat_map(summary: Summary, path: str | Path) -> None:
     """Draw every cell's mean accuracy into a PNG: rows are all axes but the last, columns the last.
 
-    Numbers grow to the right and upwards, whatever their order in the study.
-
-    Args:
-        summary: The results; missing cells stay white.
-        path: The PNG to write.
+    Numbers grow to the right and upwards, in any order of the study; missing cells stay white.
     """
     study, cells = summary.study, summary.study.cells()
     columns = study.axes[-1].labels
@@ -110,14 +106,9 @@ def _all_diverged(summary: Summary, place: int) -> bool:
 
 
 def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
-    """Draw mean ± standard deviation over the learning rate into a PNG, a line per place of the other axes.
+    """Draw mean ± standard deviation over the learning rate into a PNG, a line for each place of the other axes.
 
-    A cell whose every run diverged is a cross at the bottom. Lines are set apart sideways, so that each one's bars are
-    seen.
-
-    Args:
-        summary: The results.
-        path: The PNG to write.
+    A cell whose runs all diverged is a cross at the bottom. Lines are set apart sideways, so that their bars are seen.
 
     Returns:
         Whether an axis of the study is the learning rate; else nothing is written.

@@ -40,7 +40,7 @@ def write_report(
         folder: The study's folder.
         out: Where to write.
         against: Another study, tested pair by pair over common cells and seeds.
-        diverged_as: What a diverged run counts as, as a share; None: the accuracy of guessing.
+        diverged_as: The share that a diverged run counts as; None: the accuracy of guessing.
 
     Returns:
         The Markdown.
@@ -101,14 +101,7 @@ def _as_json(summary: Summary, tests: list[Comparison], diverged_as: float | Non
 
 
 def markdown(summary: Summary, comparisons: Sequence[Comparison], *, diverged_as: float | None, seen: str) -> str:
-    """The report.
-
-    Args:
-        summary: The results.
-        comparisons: Paired tests to show beside those against the study's own reference.
-        diverged_as: What a diverged run counts as, as a share; None: guessing.
-        seen: Revision, machine and length of the runs.
-    """
+    """The report."""
     study = summary.study
     counted = "guessing (1/classes)" if diverged_as is None else f"{diverged_as:.2%}"
     parts = [f"# {study.name}", study.description, _state(summary), seen]

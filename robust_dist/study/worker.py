@@ -1,4 +1,4 @@
-"""Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
+"""Workers: each takes the next run, trains it in a process of its own, and records the outcome."""
 
 import contextlib
 import json
