@@ -1,4 +1,4 @@
-"""`robust-dist doctor`: what is here, what would go wrong, and the command that mends it."""
+"""`robust-dist doctor`: what is here, what would go wrong, and the command that fixes it."""
 
 import os
 import platform
@@ -26,11 +26,11 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was looked at.
+        name: Its subject.
         status: "ok"; "warn": something would go wrong, or a part cannot be used; "fail": neither `import robust_dist`
             nor training can work.
-        detail: what was found.
-        remedy: the command that mends it, or None.
+        detail: What was found.
+        remedy: The command that fixes it, or None.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Check:
 
 
 def report() -> list[Check]:
-    """Every finding, in the order in which a reader wants them; needs torch alone and changes nothing."""
+    """Every finding, in reading order; needs torch alone and changes nothing."""
     return [check for group in GROUPS for check in _guarded(group)]
 
 
 def format_report(checks: Iterable[Check]) -> str:
-    """The findings as text, one a line, each remedy on a line of its own below, and a line of sums."""
+    """The findings as text, one a line with its remedy below, and a line of totals."""
     checks = list(checks)
     width = max((len(check.name) for check in checks), default=0)
     lines = [line for check in checks for line in _lines(check, width)]

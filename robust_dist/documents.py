@@ -40,11 +40,11 @@ def find_config(kind: str, given: str | Path) -> Path:
 
     Args:
         kind: "recipes", "studies" or "accelerate".
-        given: A path, or the name of one of the package's files, with or without `.yaml`. A file of the current
-            folder comes first.
+        given: A path, or the name of one of the package's files, with or without `.yaml`. A file of the current folder
+            comes first.
 
     Returns:
-        The path; as given where there is no such file either, which its reader then reports.
+        The path; as given where there is no such file, which its reader then reports.
     """
     path = Path(given)
     if path.is_file() or len(path.parts) != 1:
@@ -63,11 +63,7 @@ class DocumentError(ValueError):
 
 
 def read_text(path: str | Path, most: int | None = None) -> str:
-    """The text of a regular file in UTF-8, with or without a byte-order mark.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
+    """The text of a regular file in UTF-8, with or without a byte-order mark, of at most `most` bytes.
 
     Raises:
         FileNotFoundError: There is none.
@@ -102,7 +98,7 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
     Args:
         path: The file.
-        kind: A type hint, or a dataclass whose fields the object has: what is checked, and what is returned.
+        kind: A type hint, or a dataclass whose fields the object has: checked, and returned.
         most: Bytes that it may have.
 
     Raises:
@@ -113,15 +109,10 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
 
 def parse_json(text: str, name: str, kind: Any = Any) -> Any:
-    """JSON of a known shape; a key that is given twice is an error.
-
-    Args:
-        text: The JSON.
-        name: Where it is from, for messages.
-        kind: As `read_json`.
+    """The JSON of a text, as `read_json` reads a file; messages begin with `name`.
 
     Raises:
-        DocumentError: It is torn, or of another shape.
+        DocumentError: It is torn, has a key twice, or is of another shape.
     """
     try:
         data = json.loads(text, object_pairs_hook=_object)
@@ -152,7 +143,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _both_lines(text: str, key: str) -> str:
-    """Where the first object that has a key twice has it."""
+    """The lines in which the first object that has a key twice has it."""
     open_objects: list[dict[str, int]] = []
     before, at = "", 0
     for token in _JSON_TOKEN.finditer(text):
@@ -276,9 +267,9 @@ class Document:
     Attributes:
         data: dict, list, str, int, float, bool or None, nested.
         name: The file, for messages.
-        lines: Where each value's key stands, by its place: a tuple of keys and indices.
-        texts: How the unquoted scalars were written.
-        doubts: Why a scalar, such as 010, is no number that everybody reads the same; only where they were asked for.
+        lines: The line of each value's key, by its place: a tuple of keys and indices.
+        texts: The spelling of the unquoted scalars.
+        doubts: Why a scalar, such as 010, is not a number that everybody reads the same; only where asked for.
     """
 
     data: Any
@@ -293,32 +284,23 @@ class Document:
 
 
 def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
-    """A YAML file.
-
-    Args:
-        path: The file.
-        doubts: As `parse_yaml`.
-
-    Raises:
-        FileNotFoundError: There is none.
-        DocumentError: As `read_text` and `parse_yaml`.
-    """
+    """A YAML file; errors and `doubts` as in `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path, MOST_BYTES), str(path), doubts=doubts)
 
 
 def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
-    """YAML as plain data, with nothing left to chance.
+    """YAML as plain data that can be read in one way only.
 
     Refused are keys that are given twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
     another base than people do: 010 (octal) and 1:30 (base 60).
 
     Args:
         text: The YAML; an empty one is None.
-        name: Where it is from, for messages.
+        name: Its origin, for messages.
         doubts: Keep such numbers as text, and note them: the caller knows where text is wanted.
 
     Raises:
-        DocumentError: It is no such YAML.
+        DocumentError: It is not such YAML.
     """
     import yaml
 
@@ -444,7 +426,7 @@ def dump_yaml(data: Any) -> str:
 
 
 def scalar(text: str, where: str = "") -> Any:
-    """What an unquoted word of YAML is: None, bool, int, float or str.
+    """The value of an unquoted word of YAML: None, bool, int, float or str.
 
     Raises:
         DocumentError: 010 or 1:30, which YAML 1.1 reads in another base; or too large a number.

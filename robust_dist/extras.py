@@ -37,7 +37,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional `module`.
 
     Raises:
-        ImportError: the module is not installed; names the `purpose` and the pip command that mends it.
+        ImportError: It is not installed; names the `purpose` and the pip command that installs it.
     """
     try:
         return import_module(module)
@@ -50,10 +50,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def added(group: str, name: str, kind: type[T]) -> T | None:
-    """What an installed package adds under a name by an entry point; None where none does.
+    """The object that an installed package adds under a name by an entry point; None where none does.
 
     Raises:
-        ValueError: see `load_entry_point`; or several packages add the name.
+        ValueError: As `load_entry_point`; or several packages add the name.
     """
     found = metadata.entry_points(group=group, name=name)
     if len(found) > 1:
@@ -65,7 +65,7 @@ def load_entry_point(point: metadata.EntryPoint, kind: type[T], error: type[Exce
     """The value of an entry point.
 
     Raises:
-        ValueError: it cannot be loaded, or is of another class than `kind`; `error`, where that is given.
+        ValueError: It cannot be loaded, or is of another class than `kind`; `error`, where that is given.
     """
     where = f"the entry point {point.name} = {point.value} in the group {point.group!r}"
     try:
@@ -92,10 +92,10 @@ def extra_names() -> list[str]:
 
 
 def extra_requirements(extra: str) -> list[Requirement]:
-    """What the installed package's own metadata ask for `extra`; an extra of ours in it is resolved.
+    """The requirements of `extra` by the installed package's metadata; an extra of ours in it is resolved.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: the package runs from a bare folder.
+        importlib.metadata.PackageNotFoundError: The package runs from a bare folder.
     """
     return list(dict.fromkeys(_resolve(extra)))
 

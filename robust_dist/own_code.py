@@ -1,7 +1,7 @@
 """`module:Name` in a recipe or a study: your own code is imported, and no other.
 
-Taken are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line names
-with `--import`. What Python itself or an installed package brings is refused, unless it is named there.
+Allowed are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line
+names with `--import`. Python's own modules and installed packages are refused, unless they are named there.
 """
 
 import argparse
@@ -53,20 +53,20 @@ def is_name(value: str) -> bool:
 
 
 def check_form(key: str, value: str) -> None:
-    """Refuse a `module:Name` that is misspelt; nothing is imported.
+    """Refuse a misspelt `module:Name`; nothing is imported.
 
     Raises:
-        OwnCodeError: It is no dotted module, colon and name.
+        OwnCodeError: It is not a dotted module, a colon and a name.
     """
     if not _NAME.fullmatch(value):
         raise OwnCodeError(f"{key}={value!r} is not valid: write MODULE:NAME, as in my_code:Net or my_package.nets:Net")
 
 
 def allow(modules: Iterable[str]) -> None:
-    """Take names of these modules, and of what lies below them, wherever they are installed.
+    """Allow names of these modules, and of their submodules, wherever they are installed.
 
     Raises:
-        OwnCodeError: One is no dotted name of a module.
+        OwnCodeError: One is not the dotted name of a module.
     """
     for module in modules:
         if not _MODULE.fullmatch(module):
@@ -75,14 +75,10 @@ def allow(modules: Iterable[str]) -> None:
 
 
 def load(key: str, value: str) -> Any:
-    """What a `module:Name` stands for; the module is imported where that is allowed.
-
-    Args:
-        key: The recipe's key, for messages.
-        value: The name.
+    """The object that a `module:Name` names; the module is imported where that is allowed. `key` is for messages.
 
     Raises:
-        OwnCodeError: The module is not one's own, is not there or cannot be imported; or it has no such name.
+        OwnCodeError: The module is not the user's own, does not exist or cannot be imported; or it has no such name.
     """
     if value not in _found:
         check_form(key, value)
@@ -97,7 +93,7 @@ def load(key: str, value: str) -> Any:
 
 
 def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call what a name stands for.
+    """Call the object that a name names.
 
     Raises:
         OwnCodeError: It does not take these arguments, or fails; names the line.
@@ -110,7 +106,7 @@ def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwarg
 
 
 def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Refuse what does not take these arguments; it is not called."""
+    """Refuse arguments that it does not take; it is not called."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -150,7 +146,7 @@ def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:
 
 
 def source_of(value: str) -> tuple[str, str]:
-    """File and SHA-256 of the module that defines what a loaded name stands for; ("", "") where it has no file."""
+    """File and SHA-256 of the module that defines a loaded name; ("", "") where it has no file."""
     module = sys.modules[value.partition(":")[0]]
     defined = sys.modules.get(getattr(_found[value], "__module__", ""), module)
     # What an own module has from an installed package is told by the own one.
@@ -161,7 +157,7 @@ def source_of(value: str) -> tuple[str, str]:
 
 
 def folders() -> list[Path]:
-    """Folders whose modules are one's own: the current one and those of PYTHONPATH, but none of a run or of Python."""
+    """Folders of the user's own modules: the current one and those of PYTHONPATH, but none of a run or of Python."""
     given = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
     return [folder for folder in dict.fromkeys(path.absolute() for path in given) if not _is_foreign(folder)]
 
@@ -187,7 +183,7 @@ def _imported(key: str, value: str, module: str) -> ModuleType:
 
 
 def _check_own(key: str, value: str, module: str) -> None:
-    """Refuse a module that is not one's own, before anything is imported."""
+    """Refuse a module that is not the user's own, before anything is imported."""
     top = module.partition(".")[0]
     folder = _folder_of(top)
     if folder is None:

@@ -32,11 +32,11 @@ class Column:
     """One stage's result for every sample shown.
 
     Attributes:
-        title: the stage's name.
-        images: of each row, uint8 [C, H, W].
-        captions: what happened to each sample, one a row.
-        boxes: per row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
-        stand_ins: rows whose own image could not be read, so that another one's stands there.
+        title: The stage's name.
+        images: Of each row, uint8 [C, H, W].
+        captions: What happened to each sample.
+        boxes: For each row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
+        stand_ins: Rows whose own image could not be read, so that another one is shown.
     """
 
     title: str
