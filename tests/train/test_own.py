@@ -328,7 +328,7 @@ def test_the_preview_has_a_column_for_each_stage_of_one_s_own_before_the_crop():
     )
     augment = RobustAugment(4, 8, (0.5,) * 3, (0.5,) * 3, crop=1, flip=False, trivial=False, cutmix=False)
     before = {"mycode:flipped": own_stage("augment.before", "mycode:flipped")}
-    found = columns(images, augment, rows=2, seed=0, epoch=0, size=4, before=before)
+    found = columns(images, augment, rows=2, seed=0, epoch=0, batch_size=4, before=before)
     assert [column.title for column in found] == ["as stored", "mycode:flipped", "crop"]
     assert torch.equal(found[1].images, found[0].images.flip(3))
 
