@@ -13,6 +13,7 @@ import torch
 
 import robust_dist
 from robust_dist import surroundings
+from robust_dist.documents import first_line
 from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version_tuple
 
 Status = Literal["ok", "warn", "fail"]
@@ -191,7 +192,7 @@ def _cuda_device(index: int) -> Check:
         torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        detail = f"{detail}: cannot compute ({_first_line(error)}); torch has kernels for {torch.cuda.get_arch_list()}"
+        detail = f"{detail}: cannot compute ({first_line(error)}); torch has kernels for {torch.cuda.get_arch_list()}"
         return Check(name, "fail", detail, f"nvidia-smi -i {index}")
     return Check(name, "ok", f"{detail}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
 
@@ -228,12 +229,8 @@ def _augment_backends() -> Iterator[Check]:
 
 
 def _unavailable(name: str, error: Exception, *, needed: bool) -> Check:
-    detail = f"not available: {_first_line(error)}"
+    detail = f"not available: {first_line(error)}"
     return Check(name, "warn", detail, "pip install -U torch") if needed else Check(name, "ok", detail)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _extras() -> Iterator[Check]:

@@ -107,9 +107,8 @@ def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwarg
 
 def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Refuse arguments that it does not take; it is not called."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
+    signature = _signature(function)
+    if signature is None:
         return
     try:
         signature.bind(*args, **kwargs)
@@ -124,19 +123,21 @@ def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, *
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function or class has a parameter of this name."""
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
+    signature = _signature(function)
+    return signature is not None and name in signature.parameters
 
 
 def takes_any(function: Callable[..., Any]) -> bool:
     """Whether a function or class takes keyword arguments of any name."""
+    signature = _signature(function)
+    return signature is not None and any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
-        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+        return inspect.signature(function)
     except (TypeError, ValueError):
-        return False
-    return inspect.Parameter.VAR_KEYWORD in kinds
+        return None
 
 
 def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:

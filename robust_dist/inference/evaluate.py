@@ -246,7 +246,6 @@ def write(trained: Trained, found: Evaluation, folder: Path) -> None:
 
 def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> None:
     """Draw the share of each class's images (a row) that each class was predicted for (a column) into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = torch.tensor(found.confusion, dtype=torch.float64)
@@ -254,7 +253,6 @@ def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> Non
     few = len(classes) <= SHOWN
     side = 2.5 + 0.45 * len(classes) if few else 9.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the row's images")
     axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.counted}")

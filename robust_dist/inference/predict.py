@@ -146,14 +146,12 @@ def _csv(values: list[Any]) -> str:
 
 def draw_sheet(found: Sequence[Prediction], path: Path) -> None:
     """Draw the first images with their classes into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = found[:_ON_A_SHEET]
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, one in zip(figure.axes, shown, strict=False):

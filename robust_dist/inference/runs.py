@@ -135,7 +135,6 @@ def figure_of(runs: Sequence[Run]) -> Any:
 
     The legend has every setting in which the runs differ, in as many lines as that takes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -147,7 +146,6 @@ def figure_of(runs: Sequence[Run]) -> Any:
     labels = [textwrap.fill(label, _LINE if columns == 1 else _HALF_LINE) for label in labels]
     lines = sum(label.count("\n") + 1 for label in labels) / columns
     figure = Figure(figsize=(10, 6 + 0.15 * max(0, lines - 6)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, (run, label) in enumerate(zip(shown, labels, strict=True)):
         epochs, shares = zip(*run.accuracies, strict=True)

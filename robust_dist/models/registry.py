@@ -134,7 +134,8 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
             does not take.
         ImportError: torchvision or timm is needed and not installed.
     """
-    _check_counts(num_classes=num_classes, in_channels=in_channels)
+    whole_number("num_classes", num_classes, 1)
+    whole_number("in_channels", in_channels, 1)
     builder = _builder(name)
     try:
         return builder(num_classes=num_classes, in_channels=in_channels, **options)
@@ -234,8 +235,3 @@ def _installed(names: Callable[[], list[str]]) -> list[str]:
         return names()
     except ImportError:
         return []
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        whole_number(name, value, 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_dist.documents import first_line
 from robust_dist.models.registry import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
 
 DEFAULT = "DEFAULT"
@@ -129,7 +130,7 @@ def _of_torchvision(name: str, tag: str) -> Published:
     except Exception as error:
         if is_here:
             raise ValueError(
-                f"{file}: torn, or not {title} ({_first_line(error)}); remove it to fetch it again"
+                f"{file}: torn, or not {title} ({first_line(error)}); remove it to fetch it again"
             ) from None
         raise _cannot_fetch(title, choice.url, f"put it at {file}", error) from None
     made = choice.transforms()
@@ -156,10 +157,6 @@ def _of_timm(name: str, tag: str, num_classes: int, channels: int, options: dict
 
 def _cannot_fetch(title: str, url: str, place: str, error: Exception) -> FetchError:
     return FetchError(
-        f"{title} is not on this machine, and could not be fetched ({_first_line(error)}). Fetch {url} where there is "
+        f"{title} is not on this machine, and could not be fetched ({first_line(error)}). Fetch {url} where there is "
         f"a network, {place}, and start again; or name the file itself: model.weights=/path/{os.path.basename(url)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

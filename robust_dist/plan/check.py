@@ -22,7 +22,7 @@ from robust_dist.measure.memory import MIB, resident, restart_peak
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.plan.choose import Memory, memory, variants
-from robust_dist.plan.profile import build_on_meta, profile_for, read_shapes
+from robust_dist.plan.profile import profile_for, shapes_of
 from robust_dist.plan.question import Question
 from robust_dist.train.loss import summed_loss
 
@@ -98,9 +98,7 @@ def compare(question: Question, micro_batch: int) -> list[Compared]:
     """
     small = small_variants(question)
     question = replace(question, batch_size=micro_batch * question.world_size)
-    shapes = read_shapes(
-        build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
-    )
+    shapes = shapes_of(question)
     found = _measure(small, question, micro_batch)
     predicted = [memory(v, shapes, profile_for(v, question), question, micro_batch, rank=0, on_cpu=True) for v in small]
     return list(map(Compared, small, predicted, found))

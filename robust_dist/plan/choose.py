@@ -8,7 +8,7 @@ from robust_dist.engines.engine import engines
 from robust_dist.engines.variant import MOMENTS, SINGLE, Collective, Held, Variant, of_all
 from robust_dist.measure.memory import GIB
 from robust_dist.optim.foreach import CPU_BLOCK
-from robust_dist.plan.profile import Profile, Shapes, build_on_meta, profile_for, read_shapes
+from robust_dist.plan.profile import Profile, Shapes, profile_for, shapes_of
 from robust_dist.plan.question import Question
 
 # CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
@@ -216,9 +216,7 @@ def plan(question: Question) -> Plan:
     Raises:
         ValueError: An unknown model, or one that does not take these images.
     """
-    shapes = read_shapes(
-        build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
-    )
+    shapes = shapes_of(question)
     reasons = {variant.name: variant.unfit(question) for variant in variants()}
     usable = [variant for variant in variants() if reasons[variant.name] is None]
     profiles = {variant.name: profile_for(variant, question) for variant in usable}

@@ -4,7 +4,6 @@ import importlib
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,6 +95,12 @@ def build_on_meta(name: str, num_classes: int, *, in_channels: int = 3, **option
         raise ValueError(
             f"--model={name!r} cannot be built without its memory (torch's meta device): {error}"
         ) from error
+
+
+def shapes_of(question: Question) -> Shapes:
+    """`read_shapes` of a job's model."""
+    options = {"in_channels": question.in_channels, **question.options}
+    return read_shapes(build_on_meta(question.model, question.num_classes, **options))
 
 
 def read_shapes(model: nn.Module) -> Shapes:
@@ -206,36 +211,15 @@ def profile(
 def profile_for(variant: Variant, question: Question) -> Profile:
     """The profile in the dtypes that a variant computes in, measured once."""
     weights, autocast = variant.dtypes(question.dtype)
-    return _profile_once(
-        question.model,
-        question.num_classes,
-        question.image_size,
-        question.in_channels,
-        weights,
-        autocast,
-        tuple(question.options.items()),
-    )
+    asked: dict[str, Any] = {name: getattr(question, name) for name in ("num_classes", "image_size", "in_channels")}
+    asked |= {"weights": weights, "autocast": autocast, "options": question.options}
+    key = f"{question.model} {asked}"
+    if key not in _profiles:
+        _profiles[key] = profile(question.model, **asked)
+    return _profiles[key]
 
 
-@lru_cache
-def _profile_once(
-    name: str,
-    num_classes: int,
-    image_size: int,
-    in_channels: int,
-    weights: torch.dtype,
-    autocast: torch.dtype | None,
-    options: tuple[tuple[str, Any], ...],
-) -> Profile:
-    return profile(
-        name,
-        num_classes,
-        image_size,
-        in_channels=in_channels,
-        weights=weights,
-        autocast=autocast,
-        options=dict(options),
-    )
+_profiles: dict[str, Profile] = {}
 
 
 def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocast: torch.dtype | None) -> Pass:

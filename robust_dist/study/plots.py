@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from robust_dist.study.figures import Array
 from robust_dist.study.grid import Study
@@ -13,15 +14,6 @@ from robust_dist.study.summary import Summary
 from robust_dist.train.curves import line_style
 
 _LR = "optimizer.lr"
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _means(points: Array) -> Array:
@@ -66,7 +58,7 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     down = _growing(heads)[::-1] if _are_numbers(heads) else list(range(len(heads)))
     places = np.arange(len(cells)).reshape(-1, len(columns))[np.ix_(down, across)]
     grid = _means(summary.points)[places]
-    figure = _figure(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads))
+    figure = Figure(figsize=(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads)), layout="constrained")
     axes = figure.subplots()
     # Cells that diverged do not stretch the colours over those that did not.
     shown = np.array(
@@ -121,7 +113,7 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     place, values = rates
     lines = _lines(study, place)
     many, several = len(lines) > 4, len(study.seeds) > 1
-    figure = _figure(10 if many else 8, 5.5)
+    figure = Figure(figsize=(10 if many else 8, 5.5), layout="constrained")
     axes = figure.subplots()
     # In decades; bars alone hide each other.
     apart = [10 ** (several * 0.015 * (number - (len(lines) - 1) / 2)) for number in range(len(lines))]

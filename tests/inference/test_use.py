@@ -425,7 +425,7 @@ def test_runs_that_differ_in_their_length_and_start_say_so_in_table_and_legend()
     assert head.split()[2:] == ["epochs", "best", "last", "top-5", "images/s", *own[0]]
     assert first.split()[-4:] == ["null", "null", "adamw", "0.1"]
     figure = figure_of(runs)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     said = " ".join(text.get_text() for text in legend.get_texts())
     assert all(word in said for word in ("epochs=3", "init_from=null", "model.weights=DEFAULT", "optimizer.lr=0.001"))
