@@ -41,8 +41,9 @@ def _preview(words: argparse.Namespace) -> int:
     from robust_dist.inference.export import check_new
     from robust_dist.preview import columns, draw
     from robust_dist.train.augment_config import own_stage
-    from robust_dist.train.build import build_augment, open_sets
+    from robust_dist.train.build import build_augment
     from robust_dist.train.recipe import parse_recipe
+    from robust_dist.train.sources import open_sets
 
     whole_number("--epoch", words.epoch, 0)
     check_new(Path(words.out))

@@ -24,12 +24,13 @@ from robust_dist.data.source import Upright, turns_upright
 from robust_dist.documents import Document, DocumentError, read_json, read_yaml, typed
 from robust_dist.engines.engine import UNNOTED, engine_named
 from robust_dist.own_code import OwnCodeError, is_name
-from robust_dist.train.build import preprocessing_of
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_weights import (
+from robust_dist.train.sources import preprocessing_of
+from robust_dist.train.weights import (
     RECORD,
     WEIGHTS,
     check_evaluated,
@@ -40,7 +41,6 @@ from robust_dist.train.run_weights import (
     run_of,
     why_none,
 )
-from robust_dist.train.settings import OWN
 
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Own = nn.Module | Callable[[int], nn.Module]

@@ -24,7 +24,7 @@ from robust_dist.models import build_model
 from robust_dist.plan.choose import Memory, memory, variants
 from robust_dist.plan.profile import profile_for, shapes_of
 from robust_dist.plan.question import Question
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15

@@ -17,7 +17,7 @@ from robust_dist.engines.variant import Variant
 from robust_dist.measure.dispatch import LiveBytes
 from robust_dist.models import build_model
 from robust_dist.plan.question import Question
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 Shape = tuple[int, ...]
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.

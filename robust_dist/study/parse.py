@@ -9,9 +9,9 @@ from typing import Any
 
 from robust_dist.documents import Document, DocumentError, Place, config_names, find_config, read_yaml
 from robust_dist.study.grid import Axis, Cell, Study, StudyError
+from robust_dist.train.build import check_own
 from robust_dist.train.keys import keys_of
 from robust_dist.train.optimizers import check_fits
-from robust_dist.train.own import check_own
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
 

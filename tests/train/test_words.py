@@ -9,8 +9,8 @@ from robust_dist.engines import launch
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.launch import check_launch, gpus_wanted
 from robust_dist.train.build import build_classifier
-from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.main import main
+from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import ModelConfig, Recipe, parse_recipe
 from tests.train.under_engines import ROOT
 
