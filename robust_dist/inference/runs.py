@@ -144,7 +144,7 @@ def figure_of(runs: Sequence[Run]) -> Any:
     columns = 2 if len(shown) > 4 and max(map(len, labels)) <= _HALF_LINE else 1
     labels = [textwrap.fill(label, _LINE if columns == 1 else _HALF_LINE) for label in labels]
     lines = sum(label.count("\n") + 1 for label in labels) / columns
-    figure = Figure(figsize=(10, 6 + 0.15 * max(0, lines - 6)), layout="constrained")
+    figure: Any = Figure(figsize=(10, 6 + 0.15 * max(0, lines - 6)), layout="constrained")
     axes = figure.subplots()
     for number, (run, label) in enumerate(zip(shown, labels, strict=True)):
         epochs, shares = zip(*run.accuracies, strict=True)

@@ -58,7 +58,7 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     down = _growing(heads)[::-1] if _are_numbers(heads) else list(range(len(heads)))
     places = np.arange(len(cells)).reshape(-1, len(columns))[np.ix_(down, across)]
     grid = _means(summary.points)[places]
-    figure = Figure(figsize=(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads)), layout="constrained")
+    figure: Any = Figure(figsize=(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads)), layout="constrained")
     axes = figure.subplots()
     # Cells that diverged do not stretch the colours over those that did not.
     shown = np.array(
@@ -113,7 +113,7 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     place, values = rates
     lines = _lines(study, place)
     many, several = len(lines) > 4, len(study.seeds) > 1
-    figure = Figure(figsize=(10 if many else 8, 5.5), layout="constrained")
+    figure: Any = Figure(figsize=(10 if many else 8, 5.5), layout="constrained")
     axes = figure.subplots()
     # In decades; bars alone hide each other.
     apart = [10 ** (several * 0.015 * (number - (len(lines) - 1) / 2)) for number in range(len(lines))]
