@@ -150,7 +150,7 @@ def _add_measuring_commands(commands: "argparse._SubParsersAction[argparse.Argum
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint to another engine or number of ranks")
     convert.add_argument(
-        "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
+        "src", metavar="SRC", help="a checkpoint of any engine, of Accelerate or Trainer, or of torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"

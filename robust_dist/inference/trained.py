@@ -22,7 +22,7 @@ from robust_dist.data.errors import BadImageError
 from robust_dist.data.registry import DATASETS
 from robust_dist.data.source import Upright, turns_upright
 from robust_dist.documents import Document, DocumentError, read_json, read_yaml, typed
-from robust_dist.engines.engine import UNNOTED, engine_named
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_named
 from robust_dist.own_code import OwnCodeError, is_name
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
@@ -263,7 +263,7 @@ class Evaluating:
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with weights of a lower dtype, except those of batch normalisation, which FSDP1 keeps."""
     for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BATCH_NORMS):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return model

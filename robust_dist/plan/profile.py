@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
-from robust_dist.engines.fsdp.variant import unit_modules
+from robust_dist.engines.fsdp.engine import unit_modules
 from robust_dist.engines.variant import Variant
-from robust_dist.measure.dispatch import LiveBytes
+from robust_dist.measure.dispatch import FakeTensorMode, LiveBytes
 from robust_dist.models import build_model
 from robust_dist.plan.question import Question
 from robust_dist.train.step import summed_loss
@@ -271,7 +270,6 @@ def _fake(model: nn.Module, weights: torch.dtype) -> None:
         return made[old]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if old is not None:
-                    held[name] = fake(old)  # type: ignore[assignment]
+        named = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        for name, old in [*named, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, fake(old))

@@ -11,10 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robust_dist.data import dataset_info
-from robust_dist.measure.dispatch import Operation, Operations
+from robust_dist.measure.dispatch import FakeTensorMode, Operation, Operations
 from robust_dist.measure.gpus import Gpu, find_gpu
 from robust_dist.study.grid import Study
 from robust_dist.train.build import build_accelerator, build_classifier

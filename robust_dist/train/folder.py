@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from robust_dist.checkpoint import write_atomically
-from robust_dist.checkpoint.space import write_failure
+from robust_dist.checkpoint.background import write_failure
 from robust_dist.documents import DocumentError, dump_yaml, read_json, read_yaml, typed
 from robust_dist.private import has_options, hidden, hidden_words
 from robust_dist.ranks.claim import FolderClaim, FolderInUseError

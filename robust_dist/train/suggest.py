@@ -12,7 +12,7 @@ import torch
 from robust_dist.data.errors import DataError
 from robust_dist.data.survey import Survey, survey
 from robust_dist.documents import parse_yaml
-from robust_dist.engines.launch import cores_here
+from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
 
