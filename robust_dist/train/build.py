@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from robust_dist import own_code
 from robust_dist.augment import RobustAugment
 from robust_dist.documents import DocumentError
-from robust_dist.engines.engine import RunSettings, engine_of
-from robust_dist.engines.launch import make_accelerator
+from robust_dist.engines.accelerate import make_accelerator
+from robust_dist.engines.engine import BATCH_NORMS, RunSettings, engine_of
 from robust_dist.models.registry import check_output, own_model
 from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups
@@ -207,7 +207,7 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
     engine, low = engine_of(accelerator), accelerator.mixed_precision
     if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
         return
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise ValueError(
             f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
             f"with float32 weights alone, and {engine.title(accelerator)} casts them; on a CPU set "

@@ -20,10 +20,10 @@ from robust_dist.checkpoint import (
     note_parameters,
     save_state,
 )
-from robust_dist.checkpoint.space import checkpoint_bytes
+from robust_dist.checkpoint.background import checkpoint_bytes
 from robust_dist.data.sets import LabelledSet
 from robust_dist.documents import DocumentError, typed
-from robust_dist.engines.engine import UNNOTED, engine_of
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_of
 from robust_dist.private import hidden
 from robust_dist.ranks.talk import on_rank_0, raise_together, rank, world_size
 from robust_dist.train.build import largest_part
@@ -332,6 +332,6 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
         f"the global batch stays {recipe.batch_size} images; accumulation {was} -> {recipe.accumulation}, a rank holds "
         f"at most {largest_part(old, was_ranks)} -> {largest_part(recipe, num_processes)} images at once"
     )
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if any(isinstance(part, BATCH_NORMS) for part in model.modules()):
         lines.append("batch normalisation takes its statistics over what a rank holds at once, so these change, too")
     return lines

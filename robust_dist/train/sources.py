@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from robust_dist import own_code
-from robust_dist.checkpoint.space import free_memory, text_of
 from robust_dist.data import load_dataset
 from robust_dist.data.batches import Cut
 from robust_dist.data.identity import fingerprint, source_fingerprint
@@ -26,6 +25,7 @@ from robust_dist.data.placement import place
 from robust_dist.data.registry import DATASETS, DatasetInfo, dataset_info
 from robust_dist.data.sets import LabelledSet
 from robust_dist.data.source import ImageSource
+from robust_dist.measure.memory import free_memory, text_of
 from robust_dist.ranks.talk import agree, attempt, gather, on_rank_0, rank, taking_part
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, Classes, DataConfig
 from robust_dist.train.recipe import Recipe

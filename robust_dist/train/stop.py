@@ -8,9 +8,8 @@ import threading
 import time
 from typing import Any
 
-from robust_dist.ranks.ballot import Ballot
 from robust_dist.ranks.claim import host_id
-from robust_dist.ranks.talk import gather, on_rank_0
+from robust_dist.ranks.talk import Ballot, gather, on_rank_0
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.launch import check_mesh
+from robust_dist.engines.accelerate import EngineError, check_mesh
 from tests.forked import python
 from tests.train.launching import train
 from tests.train.under_engines import ROOT
