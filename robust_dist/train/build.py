@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from robust_dist import own_code
 from robust_dist.augment import RobustAugment
 from robust_dist.documents import DocumentError
-from robust_dist.engines.engine import RunSettings, engine_of
-from robust_dist.engines.launch import make_accelerator
+from robust_dist.engines.accelerate import make_accelerator
+from robust_dist.engines.engine import BATCH_NORMS, RunSettings, engine_of
 from robust_dist.models.registry import check_output, own_model
 from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups
@@ -45,12 +45,11 @@ from robust_dist.train.optimizers import (
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import check_own_data, preprocessing_of
 
-# Steps of a run at which a schedule of one's own is tried.
+# The number of steps at which a user's schedule is tried.
 TRIED = 1000
 _SCHEME = "robust-dist"
 _meetings = itertools.count()
-# Of the functions that autocast runs in the lower dtype, those that images come to first; and those that only look at
-# them another way.
+# Functions that autocast runs in the lower dtype and that may take images first; then those that only reshape images.
 _CASTING = frozenset(("conv1d", "conv2d", "conv3d", "linear", "matmul", "addmm", "mm"))
 _VIEWING = frozenset(("flatten", "view", "reshape", "contiguous", "permute", "transpose", "unflatten", "squeeze"))
 _ASKING = frozenset(
@@ -177,11 +176,11 @@ def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store,
     """As "env://", in a part of the store that no earlier attempt has used."""
     for store, rank, world_size in rendezvous(url.replace(_SCHEME, "env", 1), timeout=timeout, **options):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A store that remembers this launcher's earlier attempt is one for all attempts.
+        # A store that remembers an earlier attempt of this launcher is shared by all its attempts.
         mine = f"robust_dist/{host_id()}/{os.getppid()}/{os.environ.get('LOCAL_RANK', '0')}"
         first = store.compare_set(mine, "", attempt).decode()
         part = store if first == attempt else PrefixStore(f"attempt-{attempt}", store)
-        # A group that this process has closed has left its keys.
+        # A group that this process closed has left its keys in the store.
         number = next(_meetings)
         yield (PrefixStore(f"meeting-{number}", part) if number else part), rank, world_size
 
@@ -218,7 +217,7 @@ def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> N
     engine, low = engine_of(accelerator), accelerator.mixed_precision
     if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
         return
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise ValueError(
             f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
             f"with float32 weights alone, and {engine.title(accelerator)} casts them; on a CPU set "

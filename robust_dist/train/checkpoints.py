@@ -20,10 +20,10 @@ from robust_dist.checkpoint import (
     note_parameters,
     save_state,
 )
-from robust_dist.checkpoint.space import checkpoint_bytes
+from robust_dist.checkpoint.background import checkpoint_bytes
 from robust_dist.data.sets import LabelledSet
 from robust_dist.documents import DocumentError, typed
-from robust_dist.engines.engine import UNNOTED, engine_of
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_of
 from robust_dist.private import hidden
 from robust_dist.ranks.talk import on_rank_0, raise_together, rank, world_size
 from robust_dist.train.build import largest_part
@@ -179,7 +179,7 @@ class RunCheckpoints:
     def _write_state(self, folder: Path) -> None:
         save_state(self.accelerator, folder)
         if not self.engine.names_parameters:
-            # Conversion to another engine wants names.
+            # Conversion to another engine needs the names.
             note_parameters(folder, self.model, self.optimizer)
 
     def _take_up_refused(self, metadata: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class RunCheckpoints:
         progress = self.progress
         progress.forgiven, progress.unfinished = metadata["bad_images"], metadata["unfinished"]
         if on_rank_0(lambda: any(row["step"] == progress.step for row in self.folder.metrics())):
-            # Recorded since, by a start that saved nothing later.
+            # A later start recorded the epoch and saved nothing after it.
             progress.begin_epoch()
 
 
@@ -248,7 +248,7 @@ def check_not_lost(recipe: Recipe, store: CheckpointStore, folder: RunFolder) ->
         return
     missing = _what_is_missing(store.folder)
     due = [row for row in rows if row["epoch"] % recipe.checkpoint.every_epochs == 0 or row["epoch"] == recipe.epochs]
-    # Before the second of them was begun the first was complete; a kill before that leaves none.
+    # The first one is complete before the second begins; a kill before that leaves none.
     if missing is None and (any(store.folder.iterdir()) or (len(due) < 3 and not folder.is_finished)):
         return
     raise CheckpointError(
@@ -332,6 +332,6 @@ def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, A
         f"the global batch stays {recipe.batch_size} images; accumulation {was} -> {recipe.accumulation}, a rank holds "
         f"at most {largest_part(old, was_ranks)} -> {largest_part(recipe, num_processes)} images at once"
     )
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if any(isinstance(part, BATCH_NORMS) for part in model.modules()):
         lines.append("batch normalisation takes its statistics over what a rank holds at once, so these change, too")
     return lines

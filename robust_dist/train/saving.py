@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
-from robust_dist.checkpoint.background import Pending, Staging
-from robust_dist.checkpoint.space import (
+from robust_dist.checkpoint.background import (
     SHARED_MEMORY,
+    Pending,
+    Staging,
     free_bytes,
     room_for_staging,
-    text_of,
     write_failure,
 )
+from robust_dist.measure.memory import text_of
 from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together, rank, world_size
 from robust_dist.train.recipe import CheckpointConfig

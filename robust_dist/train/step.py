@@ -100,7 +100,7 @@ class TrainStep:
         images, targets = self.inputs(batch)
         logits = self.model(images)
         loss = summed_loss(logits, targets, batch.weights, self.recipe.label_smoothing)
-        # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
+        # Engines average over ranks and accumulated parts; samples must count equally in uneven ones, too.
         parts_in_all = self.accelerator.num_processes * parts
         if self._measures_rate:
             entropy = summed_entropy(targets, logits.shape[1], batch.weights, self.recipe.label_smoothing)
