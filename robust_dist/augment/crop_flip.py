@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robust_dist.augment.checks import check_images, check_share, check_vector
+from robust_dist.augment.checks import check_images, check_vector
 from robust_dist.augment.keys import Stream, randint, uniform
 from robust_dist.augment.layout import ImageStage, choose, memory_format
-from robust_dist.validate import whole_number
+from robust_dist.validate import real_number, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class RandomHorizontalFlip(ImageStage):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = check_share("p", p)
+        self.p = real_number("p", p, 0, 1)
 
     def plan(self, keys: Tensor) -> FlipPlan:
         """Draw for each key, int64 [B]."""

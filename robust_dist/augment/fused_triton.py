@@ -300,7 +300,7 @@ def _warps(tile: int) -> int:
 
 
 def _partners(keys: Tensor) -> Tensor:
-    from robust_dist.augment.fused_triton_draws import partners_kernel
+    from robust_dist.augment.fused_triton_prepare import partners_kernel
 
     partners, (samples, others) = torch.empty_like(keys), _RANKED
     partners_kernel[(-(-keys.shape[0] // samples),)](keys, partners, keys.shape[0], samples, others)

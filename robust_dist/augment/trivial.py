@@ -14,7 +14,7 @@ from robust_dist.augment.backends import check_backend, choose_stage
 from robust_dist.augment.checks import check_images, check_range, check_vector, readable
 from robust_dist.augment.keys import Stream, bits_of_each, to_int
 from robust_dist.augment.layout import ImageStage, bits_of, from_grid, keep_bits, memory_format, to_grid
-from robust_dist.validate import whole_number
+from robust_dist.validate import one_of, whole_number
 
 
 class Kind(IntEnum):
@@ -148,9 +148,7 @@ class TrivialAugment(ImageStage):
         super().__init__()
         self.backend = check_backend(backend)
         self.num_bins = whole_number("num_bins", num_bins, 2)
-        if interpolation not in ("nearest", "bilinear"):
-            raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
-        self.interpolation = interpolation
+        self.interpolation = one_of("interpolation", interpolation, ("nearest", "bilinear"))
         self._warps = slice(num_bins * 2 * self.OPS.index("ShearX"), num_bins * 2 * (self.OPS.index("Rotate") + 1))
         self._known: tuple[torch.Size, Tensor] | None = None
         self._channels = len(_fill_values(fill))
