@@ -303,8 +303,3 @@ def _kornia_pipeline(images: Tensor, side: int, dtype: torch.dtype, on: Stages) 
         return normalize(found).to(dtype), labels
 
     return Contender(call)
-
-
-def is_ours(name: str) -> bool:
-    """Whether the name is one of ours."""
-    return name.startswith(OURS)
