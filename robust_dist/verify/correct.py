@@ -11,8 +11,7 @@ from robust_dist import RAdaBeliefW, RobustAugment
 from robust_dist.augment import TrivialAugment, backends, permutation, sample_keys
 from robust_dist.augment.trivial import TrivialAugmentPlan
 from robust_dist.optim.reference import reference_step
-from robust_dist.verify.claims import Claims
-from robust_dist.verify.parts import Scene
+from robust_dist.verify.parts import Claims, Scene
 
 STEPS = 8
 SHAPES = ((64, 33), (7,), (3, 5, 5), (4099,))
