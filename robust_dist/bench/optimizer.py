@@ -28,8 +28,7 @@ from robust_dist.bench.timing import (
     thread_count,
     write,
 )
-from robust_dist.checkpoint.space import free_memory
-from robust_dist.measure.memory import peak_extra_bytes
+from robust_dist.measure.memory import free_memory, peak_extra_bytes
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW

@@ -26,10 +26,10 @@ from robust_dist.bench.timing import (
 )
 from robust_dist.data import ImageSet
 from robust_dist.measure.table import table
+from robust_dist.train.build import fit_engine
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.engine import fit_engine
+from robust_dist.train.loop import Trial, random_set
 from robust_dist.train.recipe import AugmentConfig, ModelConfig, PrecisionConfig, Recipe
-from robust_dist.train.trial import Trial, random_set
 from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")
