@@ -52,10 +52,10 @@ Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Look:
-    """What was found.
+    """What was observed of a contender.
 
     Attributes:
-        draws: Of the draws of operation and box, those that samples of a batch have of their own.
+        draws: Which of "operation" and "box" are drawn for each sample rather than for the batch.
         equals: Share of the samples that came out as one of torchvision's outcomes, all of which were made; None where
             there is nothing to compare.
         exact: Share of the samples whose targets are the shares of their pixels; None where there is no mixing.
@@ -89,7 +89,7 @@ def shifted(image: Tensor) -> Tensor:
 
 
 def fingerprints(images: Tensor) -> list[int]:
-    """A number of 64 bits for each of uint8 images [B, C, H, W]; different ones of a size have different numbers."""
+    """A 64-bit number for each of uint8 images [B, C, H, W], different for different images of a size."""
     flat = images.cpu().flatten(1).long()
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=generator)
@@ -149,7 +149,7 @@ def look_at_operations(call: Call, image: Tensor, outcomes: frozenset[int] | Non
 
 
 def look_at_mixing(call: Call, side: int, device: torch.device, *, normalised: bool = False) -> Look:
-    """Call it on images whose pixels are their own number, so that what comes out says where it is from.
+    """Call it on images whose pixels are their own number, so that each pixel tells its source.
 
     Args:
         call: From uint8 images and labels to images and soft targets.
@@ -181,7 +181,7 @@ class Task:
         yardstick: The contender that others are compared with.
         floor: Bytes a pixel and channel that must be read and written.
         makers: The contenders for images of a side.
-        look: Finds out what the contender of a name does.
+        look: Observes the contender of a name.
     """
 
     name: str
@@ -205,7 +205,7 @@ class Row:
         to_copy: Its median over that of a bare copy of the images to the dtype that comes out.
         counts: Of a call.
         over_floor: Bytes counted over those that must be read and written; None where the work is not seen.
-        look: What it does.
+        look: What was observed of it.
     """
 
     task: str
@@ -300,7 +300,7 @@ def _rows(
     for name, timing in times.items():
         counts = count(calls[name], device)
         share = counts.bytes / (task.floor * images.numel())
-        # Less than the floor is no miracle, but work that torch's operators do not do.
+        # Below the floor, part of the work is not done by torch's operators.
         over = share if seen[name] and share >= 1 else None
         ratios = times[task.yardstick].median / timing.median, timing.median / times[COPY].median
         rows.append(Row(task.name, side, batch, name, timing, *ratios, counts, over, looks[name]))

@@ -138,7 +138,7 @@ class Row:
         to_adamw_fused: Its median over that of torch's AdamW fused.
         bandwidth: Bytes per second, if it moved `BYTES_PER_PARAMETER`.
         of_limit: The median of the limit, which moves as many bytes, over its own.
-        extra: Most bytes that a step takes meanwhile and gives back, per parameter; None where nothing tells.
+        extra: Peak bytes that a step allocates and frees, per parameter; None where it cannot be measured.
     """
 
     parameters: str
@@ -171,7 +171,7 @@ def _limit(elements: int, device: torch.device) -> tuple[str, Callable[[], objec
 
 
 def _groups(names: Sequence[str], elements: int, device: torch.device) -> list[list[str]]:
-    """Cut the contenders so that the states of a group fit into the memory; the yardstick is in every group."""
+    """Contenders in groups whose states fit into the memory, each with the yardstick."""
     others = [name for name in names if name != ADAMW_FUSED]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if free is None:
@@ -184,7 +184,7 @@ def _groups(names: Sequence[str], elements: int, device: torch.device) -> list[l
 
 
 def _set_rows(name: str, rounds: int, device: torch.device, left_out: dict[str, str]) -> list[Row]:
-    # All step the same parameters: only their states would fill the memory.
+    # All step the same parameters, so that only their states fill the memory.
     params = parameters(SETS[name](), device)
     known = makers(device)
     rows: list[Row] = []
@@ -215,7 +215,7 @@ def _group_rows(
     for one, timing in times.items():
         speed = BYTES_PER_PARAMETER * elements / timing.median
         ratios = timing.median / times[ADAMW_FUSED].median, speed, times[limit].median / timing.median
-        # The lesser of two: now and then glibc grows its heap meanwhile.
+        # The lesser of two, as glibc sometimes grows its heap.
         taken = [peak_extra_bytes(steps[one], device) for _ in range(2)]
         extra = min((number for number in taken if number is not None), default=None)
         each = None if extra is None else extra / elements

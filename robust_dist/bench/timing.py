@@ -83,7 +83,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def thread_count(number: int | None) -> Iterator[None]:
-    """So many threads for torch, and for libraries that load their own OpenMP meanwhile; None leaves them.
+    """Set the threads of torch, and of libraries that load an OpenMP of their own meanwhile; None leaves them.
 
     Raises:
         ValueError: A number below 1.

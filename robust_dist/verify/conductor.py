@@ -182,7 +182,7 @@ def _said(store: "Store", ranks: Ranks, key: str, value: Any) -> Any:
 
 
 def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """Run the part's processes of this process's ranks; returns what became of each."""
+    """Run the part on the ranks of this process; returns the outcome of each."""
     if part.ranks == "first" and 0 not in ranks.here:
         return []
     here = (0,) if part.ranks == "first" else ranks.here
@@ -213,7 +213,7 @@ def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[st
 def _phase(
     part: Part, phase: str, ranks: Ranks, here: Sequence[int], own: Path, shared: Path, end: float
 ) -> dict[int, str]:
-    """Start a process a rank, wait for all of them, and say what became of each."""
+    """Start a process a rank, wait for all of them, and return their states."""
     started = {}
     for rank in here:
         env = _environment(part, ranks, rank)

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 def ranks(scene: Scene) -> None:
-    """Versions, backends and bits are the same on every rank, and the switch and its votes come at one step."""
+    """Versions, backends, bits and the step of the switch, by share and by vote, are the same on every rank."""
     mine = {
         "torch": torch.__version__,
         "robust_dist": robust_dist.__version__,
@@ -65,7 +65,7 @@ def _alike(scene: Scene, what: str, value: Any, wanted: Any = None) -> None:
 
 
 def _digest(params: list[Tensor]) -> str:
-    """Tells bits from other bits."""
+    """A short hash of all bits."""
     return hashlib.sha256(b"".join(param.numpy().tobytes() for param in params)).hexdigest()[:16]
 
 
@@ -96,7 +96,7 @@ def by_one_process() -> list[Tensor]:
 
 
 def _alone() -> Any:
-    """A group of this rank, so that what it trains for itself is compared with nobody's."""
+    """A process group of this rank alone, so that the schedule compares nothing with other ranks."""
     groups = [dist.new_group([rank], backend="gloo") for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 
