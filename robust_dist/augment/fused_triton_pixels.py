@@ -1,7 +1,7 @@
-"""The last launch: every pixel of the batch, from where it is stored to where it is wanted, once; and the targets.
+"""The last launch: it reads, augments and writes every pixel of the batch once, and writes the targets.
 
 A thread has four neighbours of a row at a time, so that it stores 8 bytes of bfloat16 or 16 of float32 at once. CutMix
-is which sample's plan a pixel follows; crop, flip and warp are where it reads.
+chooses the sample whose plan a pixel follows; crop, flip and warp choose where the pixel is read.
 """
 
 import triton
@@ -33,7 +33,7 @@ _SHARPNESS, _POSTERIZE, _SOLARIZE = (tl.constexpr(OP[n]) for n in ("Sharpness", 
 
 @triton.jit
 def _is_fixed(op: tl.tensor) -> tl.tensor:
-    """Whether an operation is a table of levels that no image changes."""
+    """Whether an operation is a table of levels that is the same for every image."""
     return (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE)
 
 
@@ -50,13 +50,13 @@ def _blend(value: tl.tensor, grey: tl.tensor, f: tl.tensor, rest: tl.tensor, mas
 
 @triton.jit
 def _look_up(luts: tl.tensor, value: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Levels by a table; every level has a place in it, whether the pixel wants it or not."""
+    """Levels by a table, which has an entry for every level, so that the load needs no mask."""
     return tl.where(mask, tl.load(luts + value).to(tl.int32), value)
 
 
 @triton.jit
 def _sharpened(value: tl.tensor, total: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """A blend with the rounded mean of 3 x 3 pixels, the middle one five times, from the sum of the nine."""
+    """A blend with the rounded mean of 3 x 3 pixels, the middle one counted five times, from the sum of the nine."""
     middle = value.to(tl.float32)
     blurred = rounded((total + 4 * value).to(tl.float32) * (1 / 13))
     return tl.where(mask, to_levels(tl.fma(blurred - middle, rest, middle)), value)

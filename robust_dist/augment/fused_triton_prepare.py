@@ -1,9 +1,9 @@
-"""The first launch: each sample's draws and the statistics of its image where its operation needs any.
+"""The first launch: each sample's draws, and the statistics of its image where its operation needs them.
 
-The draws are made once a sample, a sample to a thread, by the first programs. The others belong to a tile of a channel
-of a sample each, draw its operation alone and end, but for Contrast, AutoContrast and Equalize. Small images are one
-tile, whose program writes the table of levels; the tiles of a large image are seen at the same time, and a launch of
-its own brings together what they found. The plan of a sample is twelve int64, read by the last launch.
+The first programs draw, one sample a thread. Each other program has a tile of a channel of a sample; it draws the
+operation alone and ends, except for Contrast, AutoContrast and Equalize. A small image is one tile, whose program
+writes the table of levels; the tiles of a large image are observed in parallel, and a launch of their own combines
+their statistics. The plan of a sample is twelve int64, which the last launch reads.
 """
 
 import triton
@@ -18,9 +18,9 @@ _CONTRAST = tl.constexpr(OP["Contrast"])
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(OP["AutoContrast"]), tl.constexpr(OP["Equalize"])
 _NUM_OPS = tl.constexpr(len(OPS))
 
-# Columns of the plan: the image's first pixel in elements of the store, the row of TrivialAugment's tables, the sign of
-# a step to the right, the column and the row where reading starts, the partner, the box, the label,
-# and the bits of lam, float32. Without CutMix, partner and box are left out, and lam is 1.
+# Columns of the plan: the offset of the image's first pixel, the row of TrivialAugment's tables, the sign of a step to
+# the right, the column and the row where reading starts, the partner, the box, the label, and the bits of lam, float32.
+# Without CutMix, partner and box are not written, and lam is 1.
 ORIGIN, ROW_OF_TABLES, STEP, ACROSS, DOWN, PARTNER, X1, Y1, X2, Y2, LABEL, LAM = (tl.constexpr(c) for c in range(12))
 COLUMNS = tl.constexpr(12)
 
@@ -84,7 +84,7 @@ def _beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def room_of(scratch: tl.tensor, sample: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
-    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and what tiles of a large image found."""
+    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and the statistics of a large image's tiles."""
     return scratch + sample.to(tl.int64) * ROOM
 
 
@@ -241,7 +241,7 @@ def _observe(
     CROP_FILL: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One tile's statistics: to the channel's table where it is the only tile, else to what its tiles found."""
+    """One tile's statistics: as the channel's table where it is the only tile, else for `luts_kernel`."""
     tiles: tl.constexpr = (H * W + TILE - 1) // TILE
     channel, ramp = program // tiles % C, tl.arange(0, 256)
     lut, found = luts_in(room) + channel * 256, _found_in(room, C) + program % (C * tiles) * 256
@@ -279,7 +279,7 @@ def _observe(
 def partners_kernel(
     keys: tl.tensor, partners: tl.tensor, batch: tl.tensor, SAMPLES: tl.constexpr, OTHERS: tl.constexpr
 ) -> None:
-    """Mode "batch": each sample finds its rank among all by their bits, and becomes the partner of that place."""
+    """Mode "batch": each sample finds its rank among all by their bits, and is the partner of the sample there."""
     own = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     drawn = _bits(tl.load(keys + own, own < batch, other=0).to(tl.uint64), _CUTMIX_PARTNER).to(tl.int64, bitcast=True)
     rank = tl.zeros([SAMPLES], tl.int32)
@@ -432,7 +432,7 @@ def luts_kernel(
     MANY: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """Program sample * C + channel: the table of levels from what the tiles of a large image found, MANY at a time."""
+    """Program sample * C + channel: the table of levels from the statistics of MANY tiles at a time."""
     sample, channel = tl.program_id(0) // C, tl.program_id(0) % C
     room = room_of(scratch, sample, ROOM)
     row = tl.load(room + ROW_OF_TABLES).to(tl.int32)

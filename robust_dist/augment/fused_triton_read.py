@@ -125,8 +125,7 @@ def _filled(
 ) -> tl.tensor:
     """Levels of the channels, with the warps' fill outside the cropped image: 8 bits each in FILL, red the lowest.
 
-    A place says by itself that it is stored nowhere (-1) or not covered (-2), and so is all that four pixels of a
-    thread have to be told.
+    A place of -1 is stored nowhere, and one of -2 is not covered: one number is all that a pixel keeps.
     """
     covered, column, row = (x >= 0) & (x < W) & (y >= 0) & (y < H), across + step * x, down + y
     place = row * ROW + column * COLUMN
