@@ -84,7 +84,7 @@ def _beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def room_of(scratch: tl.tensor, sample: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
-    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and the statistics of a large image's tiles."""
+    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and statistics of a large image's tiles."""
     return scratch + sample.to(tl.int64) * ROOM
 
 
