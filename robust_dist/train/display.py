@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
-from robust_dist.measure.flops import training_flops
+from robust_dist.measure.dispatch import training_flops
 from robust_dist.measure.gpus import peak_tflops
 from robust_dist.measure.memory import GIB, peak_memory, total_memory
 from robust_dist.train.recipe import Recipe

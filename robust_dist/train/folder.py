@@ -15,7 +15,7 @@ import torch
 
 from robust_dist.checkpoint import write_atomically
 from robust_dist.checkpoint.background import write_failure
-from robust_dist.documents import DocumentError, read_json, typed
+from robust_dist.documents import DocumentError, dump_yaml, read_json, read_yaml, typed
 from robust_dist.private import has_options, hidden, hidden_words
 from robust_dist.ranks.claim import FolderClaim, FolderInUseError
 from robust_dist.surroundings import PACKAGES
@@ -23,7 +23,6 @@ from robust_dist.train.data_record import Record, differences
 from robust_dist.train.metrics import read_rows, sort_rows
 from robust_dist.train.parse import fitted
 from robust_dist.train.recipe import Recipe, conflicts, flatten, recipe_dict
-from robust_dist.yaml_file import dump_yaml, read_yaml
 
 STOPPED = "stopped.json"
 # What a start that died, or found the disk full, may leave in a folder before its recipe.yaml.

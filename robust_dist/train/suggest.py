@@ -11,10 +11,10 @@ import torch
 
 from robust_dist.data.errors import DataError
 from robust_dist.data.survey import Survey, survey
+from robust_dist.documents import parse_yaml
 from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.yaml_file import parse_yaml
 
 EVAL_SHARE = 0.2
 # Images up to this side are for ResNets without a stem; larger ones for torchvision's.

@@ -19,14 +19,13 @@ from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.store import ACCURACY, Manifest, read_manifest, verify
 from robust_dist.data.identity import fingerprint
-from robust_dist.documents import read_json, typed
+from robust_dist.documents import read_json, read_yaml, typed
 from robust_dist.models.weights import check_published, head_of, is_below, read_published
 from robust_dist.ranks.talk import agree, attempt, on_rank_0
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.optimizers import choice_of
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import preprocessing_of
-from robust_dist.yaml_file import read_yaml
 
 # What `robust-dist export` writes: the weights, and what their use needs to know.
 WEIGHTS, RECORD = "model.safetensors", "model.json"
