@@ -253,8 +253,8 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         if name not in _INTERPOLATIONS:
             raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
         mode = _INTERPOLATIONS[name]
-        for kind, one in (fill if isinstance(fill, dict) else {"others": fill}).items():
-            _check_fill(kind, one)
+        for kind, levels in (fill if isinstance(fill, dict) else {"others": fill}).items():
+            _check_fill(kind, levels)
         try:
             super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
         except ValueError:  # older torchvision takes no names

@@ -85,7 +85,7 @@ def shifted(image: Tensor) -> Tensor:
     padded = pad(image, [PADDING] * 4)
     places = range(2 * PADDING + 1)
     crops = [padded[:, top : top + height, left : left + width] for top in places for left in places]
-    return torch.stack([one for crop in crops for one in (crop, crop.flip(2))])
+    return torch.stack([image for crop in crops for image in (crop, crop.flip(2))])
 
 
 def fingerprints(images: Tensor) -> list[int]:

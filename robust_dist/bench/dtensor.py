@@ -66,10 +66,10 @@ def _sharded(tensors: int) -> list[Tensor]:
 def _plain(sharded: list[Tensor]) -> list[Tensor]:
     """Their local tensors, as parameters of their own."""
     params: list[Tensor] = []
-    for one in sharded:
-        assert one.grad is not None
-        param = torch.nn.Parameter(one.detach().to_local().clone())  # type: ignore[attr-defined]
-        param.grad = one.grad.to_local().clone()  # type: ignore[attr-defined]
+    for whole in sharded:
+        assert whole.grad is not None
+        param = torch.nn.Parameter(whole.detach().to_local().clone())  # type: ignore[attr-defined]
+        param.grad = whole.grad.to_local().clone()  # type: ignore[attr-defined]
         params.append(param)
     return params
 
@@ -97,7 +97,7 @@ def _samples(steps: Mapping[str, Callable[[], object]], rounds: int, repeats: in
 def _row(name: str, dtensor: list[float], plain: list[float]) -> Row:
     ratio = torch.tensor(statistics.median(a / b for a, b in zip(dtensor, plain, strict=True)))
     dist.all_reduce(ratio, op=dist.ReduceOp.MAX)
-    on_dtensors, on_plain = (Timing(statistics.median(one), min(one), max(one)) for one in (dtensor, plain))
+    on_dtensors, on_plain = (Timing(statistics.median(s), min(s), max(s)) for s in (dtensor, plain))
     return Row(name, on_dtensors, on_plain, ratio.item())
 
 

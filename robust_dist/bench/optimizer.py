@@ -188,10 +188,11 @@ def _set_rows(name: str, rounds: int, device: torch.device, left_out: dict[str, 
     params = parameters(SETS[name](), device)
     known = makers(device)
     rows: list[Row] = []
-    for group in _groups([one for one in known if one not in left_out], sum(p.numel() for p in params), device):
-        found = _group_rows(name, params, {one: known[one] for one in group}, rounds, left_out)
-        present = {row.optimizer for row in rows}
-        rows += [row for row in found if row.optimizer not in present]
+    present = [optimizer for optimizer in known if optimizer not in left_out]
+    for group in _groups(present, sum(param.numel() for param in params), device):
+        found = _group_rows(name, params, {optimizer: known[optimizer] for optimizer in group}, rounds, left_out)
+        timed = {row.optimizer for row in rows}
+        rows += [row for row in found if row.optimizer not in timed]
         gc.collect()
     order = {optimizer: place for place, optimizer in enumerate((TRIAD, COPY, *known))}
     return sorted(rows, key=lambda row: order[row.optimizer])
@@ -203,23 +204,23 @@ def _group_rows(
     elements, device = sum(param.numel() for param in params), params[0].device
     limit, move = _limit(elements, device)
     steps: dict[str, Callable[[], object]] = {limit: move}
-    for one, make in group.items():
+    for optimizer, make in group.items():
         try:
-            steps[one] = make(params).step
+            steps[optimizer] = make(params).step
         except Exception as error:
-            left_out[one] = reason(error)
+            left_out[optimizer] = reason(error)
     failures: dict[str, str] = {}
     times = interleaved(steps, rounds=rounds, warmup=WARMUP, device=device, failures=failures)
-    left_out.update({f"{one} on {name}": why for one, why in failures.items()})
+    left_out.update({f"{optimizer} on {name}": why for optimizer, why in failures.items()})
     rows = []
-    for one, timing in times.items():
+    for optimizer, timing in times.items():
         speed = BYTES_PER_PARAMETER * elements / timing.median
         ratios = timing.median / times[ADAMW_FUSED].median, speed, times[limit].median / timing.median
         # The lesser of two, as glibc sometimes grows its heap.
-        taken = [peak_extra_bytes(steps[one], device) for _ in range(2)]
+        taken = [peak_extra_bytes(steps[optimizer], device) for _ in range(2)]
         extra = min((number for number in taken if number is not None), default=None)
         each = None if extra is None else extra / elements
-        rows.append(Row(name, len(params), elements, one, timing, *ratios, each))
+        rows.append(Row(name, len(params), elements, optimizer, timing, *ratios, each))
     return rows
 
 

@@ -112,8 +112,8 @@ def _model_rows(
     with tempfile.TemporaryDirectory() as folder:
         for name, (recipe, backend) in _recipes(model, settings, **options).items():
             try:
-                one = _trial(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
-                calls[name], calls[_ALONE + name] = one.step, one.augment
+                trial = _trial(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
+                calls[name], calls[_ALONE + name] = trial.step, trial.augment
             except Exception as error:
                 left_out[f"{model}, {name}"] = reason(error)
         on_gpu, failures = settings.device.type == "cuda", dict[str, str]()

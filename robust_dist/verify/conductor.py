@@ -289,18 +289,18 @@ def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]
             found += json.loads(store.get(f"{part.name}/{rank}"))
         except (RuntimeError, ValueError):
             silent.append(rank)
-    claims = [{**claim, "rank": one["rank"]} for one in found for claim in one["claims"]]
-    states = {one["state"] for one in found}
+    claims = [{**claim, "rank": run["rank"]} for run in found for claim in run["claims"]]
+    states = {run["state"] for run in found}
     state = next((bad for bad in ("failed", "hung") if bad in states), "failed" if silent else "done")
-    logs = [f"rank {one['rank']} {one['state']}:\n{one['log']}" for one in found if one["state"] != "done"]
+    logs = [f"rank {run['rank']} {run['state']}:\n{run['log']}" for run in found if run["state"] != "done"]
     if silent:
         logs.append(f"{ranks_text(silent)} did not answer")
-    return Outcome(part.name, state, max((one["seconds"] for one in found), default=0.0), claims, "\n".join(logs))
+    return Outcome(part.name, state, max((run["seconds"] for run in found), default=0.0), claims, "\n".join(logs))
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], about: dict[str, Any]) -> None:
     """Write report.md and report.json anew, each whole or not at all; `about` says what was run, and where."""
-    data = {**about, "parts": [{**asdict(one), "wrong": one.is_wrong} for one in outcomes]}
+    data = {**about, "parts": [{**asdict(outcome), "wrong": outcome.is_wrong} for outcome in outcomes]}
     _replace(folder / "report.json", json.dumps(data, indent=1) + "\n")
     _replace(folder / "report.md", _markdown(outcomes, about))
 
@@ -313,15 +313,19 @@ def _replace(path: Path, text: str) -> None:
 
 def _markdown(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
     lines = ["# Verification", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    parts = [(one.part, "**wrong**: " * one.is_wrong + one.summary, f"{one.seconds:.0f}") for one in outcomes]
+    parts = [
+        (outcome.part, "**wrong**: " * outcome.is_wrong + outcome.summary, f"{outcome.seconds:.0f}")
+        for outcome in outcomes
+    ]
     lines += [table(["part", "outcome", "s"], parts)]
-    for one in outcomes:
-        if not one.claims and not one.log:
+    for outcome in outcomes:
+        if not outcome.claims and not outcome.log:
             continue
-        lines += ["", f"## {one.part}", ""]
-        lines += [table(["claim", "expected", "measured", "verdict"], (map(_cell, row) for row in _merged(one.claims)))]
-        if one.log:
-            lines += ["", "```", one.log.rstrip(), "```"]
+        lines += ["", f"## {outcome.part}", ""]
+        rows = (map(_cell, row) for row in _merged(outcome.claims))
+        lines += [table(["claim", "expected", "measured", "verdict"], rows)]
+        if outcome.log:
+            lines += ["", "```", outcome.log.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

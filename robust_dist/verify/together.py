@@ -60,7 +60,7 @@ def _switch_step(make: Callable[[Any], Any]) -> int:
 def _alike(scene: Scene, what: str, value: Any, wanted: Any = None) -> None:
     found = gather(value)
     wanted = found[0] if wanted is None else wanted
-    odd = by_rank({rank: str(one) for rank, one in enumerate(found) if one != wanted})
+    odd = by_rank({rank: str(other) for rank, other in enumerate(found) if other != wanted})
     scene.claims.check(what, wanted, "; ".join(odd) or wanted, not odd)
 
 
@@ -259,13 +259,13 @@ def train_and_resume(scene: Scene, name: str, start: Callable[[int], Run]) -> No
     whole = start(0)
     _steps(scene, whole, 0, TOTAL)
     undisturbed = whole.parameters()
-    error = max(_error(one, other) for one, other in zip(undisturbed, by_one_process(), strict=True))
+    error = max(_error(param, wanted) for param, wanted in zip(undisturbed, by_one_process(), strict=True))
     what = f"{name}, {scene.world_size} ranks, {TOTAL} steps: difference from one process"
     scene.claims.check(what, f"at most {TOLERANCE}", f"{error:.2e}", error <= TOLERANCE)
     run = start(1)
     run.load(folder)
     _steps(scene, run, SAVED, TOTAL)
-    same = all(torch.equal(one, other) for one, other in zip(undisturbed, run.parameters(), strict=True))
+    same = all(torch.equal(param, other) for param, other in zip(undisturbed, run.parameters(), strict=True))
     what = f"{name}: a run killed after its checkpoint, gone on with, against one that was not"
     scene.claims.check(what, "equal bits", "equal bits" if same else "other parameters", same)
 
@@ -278,5 +278,5 @@ def _steps(scene: Scene, run: Run, first: int, last: int) -> None:
         run.step(inputs.to(scene.device), labels.to(scene.device))
 
 
-def _error(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def _error(param: Tensor, wanted: Tensor) -> float:
+    return float((param - wanted).abs().max() / wanted.abs().max())
