@@ -95,7 +95,7 @@ def test_a_stage_alone_moves_masks_as_its_images(stage):
 def test_on_a_device_and_compiled_the_same_masks_come_out(monkeypatch):
     augment, keys, maps = make(), sample_keys(0, 0, range(32)), classes(32)
     expected = augment_masks(augment, maps, keys, fill=255)
-    monkeypatch.setattr(masks, "readable", lambda tensor: False)
+    monkeypatch.setattr(follow, "readable", lambda tensor: False)
     assert torch.equal(augment_masks(augment, maps, keys, fill=255), expected)
     compiled = torch.compile(augment_masks, fullgraph=True, backend="eager")
     assert torch.equal(compiled(augment, maps, keys, fill=255), expected)
