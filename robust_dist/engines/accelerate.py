@@ -23,8 +23,13 @@ from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimiz
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
+
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
 _MAX_FRAMES = 10
+_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
+_FSDP = "ACCELERATE_USE_FSDP"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 
 
 def is_copy() -> bool:
@@ -50,7 +55,7 @@ def is_copy() -> bool:
 
 
 def _check_version(code: CodeType) -> None:
-    """The copies are numbered in a local variable of Accelerate's; a version that loops without it is not known."""
+    """Refuse a version of Accelerate whose loop does not number the copies in a local variable."""
     if "range" in code.co_names and "_" not in code.co_varnames:
         raise RuntimeError(
             f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not known here; "
@@ -74,7 +79,7 @@ def miscounted(wrapper: Any) -> str | None:
 
 
 def counts_itself(scheduler: Any) -> bool:
-    """Whether a scheduler holds others whose calls it or they count: torch's SequentialLR, and its ChainedScheduler."""
+    """Whether a scheduler counts calls for others that it holds: torch's SequentialLR and ChainedScheduler."""
     if isinstance(scheduler, SequentialLR):
         return True
     held: list[LRScheduler] = list(getattr(scheduler, "_schedulers", ()))
@@ -82,7 +87,7 @@ def counts_itself(scheduler: Any) -> bool:
 
 
 def _accelerates_frame() -> FrameType | None:
-    """The frame of the AcceleratedScheduler.step() that makes the call under way."""
+    """The frame of the AcceleratedScheduler.step() that makes the current call."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame is None:
@@ -91,9 +96,6 @@ def _accelerates_frame() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
-
-
-__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 
 
 def check(
@@ -106,6 +108,8 @@ def check(
     optimizer_class: type[Optimizer] = RAdaBeliefW,
 ) -> None:
     """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
+
+    Under FSDP1 it also tells an optimizer with a `rate_guard` which ranks hold the same shards.
 
     Args:
         accelerator: The `Accelerator`.
@@ -123,6 +127,7 @@ def check(
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
+    _fit_rate(accelerator, base_optimizer(optimizer))
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
@@ -278,6 +283,20 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
         )
 
 
+def _fit_rate(accelerator: Any, base: Any) -> None:
+    """Refuse what the engine cannot do of averaging and rate_guard, and tell the optimizer who holds its shards."""
+    engine = accelerator.distributed_type.value
+    if engine == "DEEPSPEED":
+        from robust_dist.engines.deepspeed.config import check_options
+
+        for group in base.param_groups:
+            check_options(group)
+    elif engine == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1 and getattr(base, "measures_rate", False):
+        model = accelerator._models[0]
+        shards = 1 if model.sharding_strategy.name == "NO_SHARD" else model.process_group.size()
+        base.measure_over(copies=accelerator.num_processes // shards)
+
+
 def _base_or_error(optimizer: Any) -> Optimizer:
     try:
         return base_optimizer(optimizer)
@@ -295,11 +314,6 @@ def replaced_by_offload(base: Optimizer, wanted: str) -> str | None:
         'DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and "type": '
         f'"{wanted}" where the JSON has an optimizer'
     )
-
-
-_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
-_FSDP = "ACCELERATE_USE_FSDP"
-_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 
 
 def make_accelerator(
@@ -338,15 +352,15 @@ def make_accelerator(
             ],
         )
     except RuntimeError as error:
-        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
+        # Accelerate raises this for a plugin whose ranks broadcast their weights on a GPU.
         if on_cpu and is_set(_FSDP) and "no available devices" in str(error):
             raise no_fsdp_on_cpus("NO") from None
         raise
 
 
 def check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
-    # Another launcher's ranks, as MPI's, are counted by Accelerate.
+    """Refuse a mesh of another number of ranks than were launched, which torch and Accelerate explain only in part."""
+    # Accelerate counts the ranks of other launchers, such as MPI.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return
     names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
