@@ -92,7 +92,7 @@ def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
 
 
 def _crop() -> Any:
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
 
     return RandomCrop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3))
 

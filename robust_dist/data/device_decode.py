@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robust_dist.data.batch import Pack, Request
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import crop_box, decode_rgb, header, is_turned, resized_size
+from robust_dist.data.batches import Pack, Request
+from robust_dist.data.decode import CentralCrop, RandomCrop, crop_box, decode_rgb, header, is_turned, resized_size
 from robust_dist.data.errors import BadImage, BadImageError
 from robust_dist.data.reading import ImageReader, filled, room
 from robust_dist.data.source import Upright

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robust_dist.data.crops import Window
-from robust_dist.data.decode import MAX_PIXELS, decode_rgb, header, orientation, planes, to_tensor
+from robust_dist.data.decode import MAX_PIXELS, Window, decode_rgb, header, orientation, planes, to_tensor
 from robust_dist.data.errors import BadImageError
 from robust_dist.data.source import Upright
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment.keys import sample_keys
-from robust_dist.data.batch import Request
+from robust_dist.data.batches import Request
 from robust_dist.data.decode import decode_rgb, to_tensor
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.image_set import ImageSet
-from robust_dist.data.names import printable
 from robust_dist.data.reading import ImageReader, Workers
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, printable
 
 # Images of a request to a worker; and how many of a set's first images are tried for their size.
 AT_ONCE, TRIED = 512, 100

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from robust_dist.data.digits import load_digits
+from robust_dist.data.registry import load_digits
 
 # Scans of the digit that has the fewest.
 FEWEST = 174

@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from robust_dist.data.batch import Batch
-from robust_dist.data.batches import Cut
+from robust_dist.data.batches import Batch, Cut, Order
 from robust_dist.data.errors import BadImage
-from robust_dist.data.loader import Loader, Reader
-from robust_dist.data.moving import Prefetcher
-from robust_dist.data.order import Order
+from robust_dist.data.loader import Loader, Prefetcher, Reader
 
 
 class EvalBatch(NamedTuple):

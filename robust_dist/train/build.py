@@ -17,9 +17,8 @@ from robust_dist import own_code
 from robust_dist.augment import RobustAugment
 from robust_dist.data import load_dataset
 from robust_dist.data.batches import Cut
-from robust_dist.data.image_set import ImageSet
+from robust_dist.data.image_set import ImageSet, place
 from robust_dist.data.loader import Loader
-from robust_dist.data.placement import place
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.launch import make_accelerator
 from robust_dist.models.registry import check_output

@@ -8,10 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from robust_dist.checkpoint.space import text_of
-from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
-from robust_dist.data.names import printable
-from robust_dist.data.placement import SHARE
+from robust_dist.data.image_set import SHARE, HostSet, ImageSet, free_bytes
 from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import printable
 from robust_dist.engines.launch import cores_here
 from robust_dist.train.backends import Backends
 from robust_dist.train.data_record import left_out

@@ -11,9 +11,8 @@ import torch
 from robust_dist.checkpoint.space import free_memory, text_of
 from robust_dist.data.identity import fingerprint, source_fingerprint
 from robust_dist.data.image_set import ImageSet
-from robust_dist.data.names import printable
 from robust_dist.data.sets import LabelledSet
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, printable
 from robust_dist.ranks.talk import agree, gather, rank, taking_part
 from robust_dist.train.data_config import Classes, DataConfig
 
@@ -32,7 +31,7 @@ def open_streams(data: DataConfig, device: torch.device, *, download: bool) -> t
         ImportError: A package that the format needs is not installed.
         ValueError: `data.decode` wants a GPU that cannot decode.
     """
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
     from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 
@@ -61,7 +60,7 @@ def eval_stream(data: DataConfig, device: torch.device, classes: Classes, *, dow
 
     Where they are to be decoded on a GPU and cannot, the CPU does it: a trained model is evaluated anywhere.
     """
-    from robust_dist.data.crops import CentralCrop
+    from robust_dist.data.decode import CentralCrop
     from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 

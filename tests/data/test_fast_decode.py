@@ -11,8 +11,7 @@ from PIL import Image
 
 from robust_dist.data import fast_decode
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import MAX_PIXELS, decode_rgb
+from robust_dist.data.decode import MAX_PIXELS, CentralCrop, RandomCrop, decode_rgb
 from robust_dist.data.errors import BadImageError
 from robust_dist.data.fast_decode import fast_crop, plain_size, resized
 from robust_dist.data.source import Upright
