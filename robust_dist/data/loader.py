@@ -201,17 +201,7 @@ class Loader:
 
 
 class DeviceLoader(Loader):
-    """The Loader of a set, with the `Cut` as arguments.
-
-    Args:
-        image_set: the set; batches lie on its device.
-        batch_size: samples of a global batch (all ranks, all micro-batches).
-        seed: of the order and of the keys.
-        rank: this process, 0 to world_size - 1.
-        world_size: number of processes.
-        accumulation: micro-batches an optimizer step.
-        block: samples that are never parted.
-        drop_last: leave out the last, shorter global batch of an epoch; else every sample is seen once an epoch.
+    """The Loader of a set, whose batches lie on the set's device, with the fields of `Cut` as arguments.
 
     Raises:
         TypeError: a count that is no int.
