@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, sample_keys
-from robust_dist.engines.deepspeed import register
+from robust_dist.engines import register
 from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch
 

@@ -41,8 +41,9 @@ def _preview(words: argparse.Namespace) -> int:
     from robust_dist.inference.output import check_new
     from robust_dist.preview import preview
     from robust_dist.train.augment_config import own_stage
-    from robust_dist.train.build import build_augment, open_sets
+    from robust_dist.train.build import build_augment
     from robust_dist.train.recipe import parse_recipe
+    from robust_dist.train.sources import open_sets
 
     whole_number("--epoch", words.epoch, 0)
     check_new(Path(words.out))
@@ -185,7 +186,7 @@ def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint to another engine or number of ranks")
     convert.add_argument(
-        "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
+        "src", metavar="SRC", help="a checkpoint of any engine, of Accelerate or Trainer, or of torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"

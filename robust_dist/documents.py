@@ -69,7 +69,7 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
 
 def parse_json(text: str, name: str, kind: Any = Any) -> Any:
-    """JSON of a known shape; keys that stand twice are an error.
+    """JSON of a known shape; keys that are given twice are an error.
 
     Args:
         text: The JSON.
@@ -96,7 +96,7 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in an object."""
+    """A key that is given twice in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,10 +120,10 @@ def _both_lines(text: str, key: str) -> str:
         elif word == ":" and open_objects and before.startswith('"'):
             found, line = json.loads(before, strict=False), text.count("\n", 0, at) + 1
             if found in open_objects[-1]:
-                return f"the key {found!r} stands twice, in lines {open_objects[-1][found]} and {line}; leave one"
+                return f"the key {found!r} is given twice, in lines {open_objects[-1][found]} and {line}; leave one"
             open_objects[-1][found] = line
         before, at = word, token.start()
-    return f"the key {key!r} stands twice"
+    return f"the key {key!r} is given twice"
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:

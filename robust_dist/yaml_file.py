@@ -67,7 +67,7 @@ def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
 def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
     """YAML as plain data, with nothing left to chance.
 
-    Refused are keys that stand twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
+    Refused are keys that are given twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
     another base than people do: 010 (octal) and 1:30 (base 60).
 
     Args:
@@ -154,8 +154,8 @@ class _Reader:
             key = "<<" if key_node.value == "<<" else self._key(key_node, here)
             if key in lines:
                 raise DocumentError(
-                    f"{self.document.name}: the key {_dotted((*place, key))!r} stands twice, in lines {lines[key]} and "
-                    f"{line}; leave one"
+                    f"{self.document.name}: the key {_dotted((*place, key))!r} is given twice, in lines {lines[key]} "
+                    f"and {line}; leave one"
                 )
             lines[key] = line
             if key == "<<" and key_node.style is None:

@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from robust_dist.checkpoint import CheckpointStore
-from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
-from robust_dist.checkpoint.dcp_files import read_metadata
+from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, read_metadata, write_dcp
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError

@@ -12,8 +12,7 @@ from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.optimizer_peers import ADAMW_FUSED, OURS, Maker, makers
 from robust_dist.bench.parameter_sets import SETS, numel, parameters
 from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
-from robust_dist.checkpoint.space import free_memory
-from robust_dist.measure.memory import peak_extra_bytes
+from robust_dist.measure.memory import free_memory, peak_extra_bytes
 from robust_dist.measure.table import table
 from robust_dist.validate import whole_number
 

@@ -17,10 +17,10 @@ from robust_dist.bench.figure import Bar, Panel, draw_bars
 from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
 from robust_dist.data import ImageSet
 from robust_dist.measure.table import table
+from robust_dist.train.build import fit_engine
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.engine import fit_engine
+from robust_dist.train.loop import Trial, random_set
 from robust_dist.train.recipe import AugmentConfig, ModelConfig, PrecisionConfig, Recipe
-from robust_dist.train.trial import Trial, random_set
 from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")

@@ -33,11 +33,10 @@ def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """Like `accelerator.load_state`, but right under every engine.
 
-    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`).
-
-    Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    by `dcp_files`; ZeRO's files are unpickled, whatever is asked. Accelerate passes
-    over a random state that it cannot read: here it is an error.
+    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`), and
+    it passes over a random state that it cannot read: here that is an error. Nothing that the files hold is run:
+    objects of `register_for_checkpointing` are read with weights_only, DCP folders by `dcp`; only ZeRO's files are
+    always unpickled.
 
     Args:
         accelerator: The Accelerator, after `prepare`; every rank calls this.

@@ -20,9 +20,9 @@ from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.preprocess import Preprocess, is_own, pixels_of
 from robust_dist.inference.trained import Trained, settings_of
 from robust_dist.own_code import is_name
-from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
 from robust_dist.train.evaluate import count_batch, no_totals, score_of
+from robust_dist.train.sources import open_eval_set
 from robust_dist.yaml_file import Document
 
 BINS = 15

@@ -12,7 +12,7 @@ from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.extras import require
 from robust_dist.inference.output import check_new, new_folder
 from robust_dist.inference.trained import Trained
-from robust_dist.train.run_weights import RECORD, WEIGHTS
+from robust_dist.train.weights import RECORD, WEIGHTS
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 

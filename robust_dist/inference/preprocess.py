@@ -16,8 +16,8 @@ from robust_dist.data.registry import DATASETS
 from robust_dist.data.source import Upright, turns_upright
 from robust_dist.documents import typed
 from robust_dist.own_code import is_name
-from robust_dist.train.build import preprocessing_of
 from robust_dist.train.data_config import DataConfig
+from robust_dist.train.sources import preprocessing_of
 
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 

@@ -9,11 +9,10 @@ from typing import Any
 from robust_dist.data.source import printable
 from robust_dist.documents import DocumentError, typed
 from robust_dist.ranks.claim import is_held
-from robust_dist.train.curves import best_row, line_style
-from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
+from robust_dist.train.curves import line_style
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import flatten, keys_of, recipe_dict
-from robust_dist.train.metrics import last_row
+from robust_dist.train.metrics import EarlyStoppingConfig, best_row, early_stop, last_row
 from robust_dist.train.recipe import Recipe
 from robust_dist.yaml_file import read_yaml
 

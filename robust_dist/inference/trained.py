@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from robust_dist.checkpoint.layout import kinds_in
 from robust_dist.checkpoint.store import ACCURACY
 from robust_dist.documents import DocumentError, read_json, typed
-from robust_dist.engines.engine import UNNOTED, engine_named
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_named
 from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
 from robust_dist.own_code import OwnCodeError
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_weights import (
+from robust_dist.train.weights import (
     RECORD,
     WEIGHTS,
     check_evaluated,
@@ -32,7 +33,6 @@ from robust_dist.train.run_weights import (
     run_of,
     why_none,
 )
-from robust_dist.train.settings import OWN
 from robust_dist.yaml_file import Document, read_yaml
 
 Own = nn.Module | Callable[[int], nn.Module]
@@ -138,7 +138,7 @@ class Evaluating:
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with weights of a lower dtype, but for those of batch normalisation, as FSDP1 leaves them."""
     for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BATCH_NORMS):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return model

@@ -92,7 +92,7 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
         ImportError: torchvision or timm is needed and not installed.
     """
     _check_counts(num_classes=num_classes, in_channels=in_channels)
-    builder = _builder(name)
+    builder = builder_of(name)
     try:
         return builder(num_classes=num_classes, in_channels=in_channels, **options)
     except TypeError as error:
@@ -168,7 +168,13 @@ def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], 
         raise ValueError(f"{key}={name!r} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
 
 
-def _builder(name: str) -> Builder:
+def builder_of(name: str) -> Builder:
+    """What builds a model; see `build_model`.
+
+    Raises:
+        ValueError: An unknown name; lists close ones.
+        ImportError: torchvision or timm is needed and not installed.
+    """
     if own_code.is_name(name):
         return own_model(name)
     if name in MODELS:

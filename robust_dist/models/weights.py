@@ -84,6 +84,21 @@ def implied_options(name: str, weights: str | None) -> dict[str, Any]:
     return {"transform_input": True} if _tag(weights) in (DEFAULT, *published_names(name)) else {}
 
 
+def check_published(name: str, weights: str) -> None:
+    """Refuse a name of weights that a model's publisher does not offer.
+
+    Raises:
+        ValueError: Lists those that there are.
+    """
+    known = published_names(name)
+    if not known or _tag(weights) not in (DEFAULT, *known):
+        offered = f"there are DEFAULT, {', '.join(known)}" if known else "nobody publishes weights of this model"
+        raise ValueError(
+            f"model.weights={weights!r} with model.name={name!r}: no such weights, file or folder; {offered}; or give"
+            " the path of a run, of an export or of a .safetensors or .pt file"
+        )
+
+
 def read_published(name: str, weights: str, num_classes: int, channels: int, options: dict[str, Any]) -> Published:
     """Published weights, from this machine's cache, or fetched into it; torch's generator is left as it was.
 
@@ -98,13 +113,8 @@ def read_published(name: str, weights: str, num_classes: int, channels: int, opt
         FetchError: They are not here, and cannot be fetched.
         ValueError: There are none of this name.
     """
-    known, tag = published_names(name), _tag(weights)
-    if not known or tag not in (DEFAULT, *known):
-        offered = f"there are DEFAULT, {', '.join(known)}" if known else "nobody publishes weights of this model"
-        raise ValueError(
-            f"model.weights={weights!r} with model.name={name!r}: no such weights, file or folder; {offered}; or give"
-            " the path of a run, of an export or of a .safetensors or .pt file"
-        )
+    check_published(name, weights)
+    tag = _tag(weights)
     with torch.random.fork_rng(devices=[]):
         if name.startswith(TIMM_PREFIX):
             return _of_timm(name.removeprefix(TIMM_PREFIX), tag, num_classes, channels, options)

@@ -26,7 +26,7 @@ from robust_dist.plan.memory import Memory, memory
 from robust_dist.plan.profile import profile_for
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta, read_shapes
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15

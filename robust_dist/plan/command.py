@@ -57,8 +57,8 @@ def question_of(words: argparse.Namespace) -> Question:
 
 
 def _from_recipe(path: str) -> dict[str, Any]:
-    from robust_dist.train.own_data import known_info
     from robust_dist.train.recipe import load_recipe
+    from robust_dist.train.sources import known_info
 
     recipe = load_recipe(path)
     known = {

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from robust_dist.engines.variant import Variant
-from robust_dist.measure.dispatch import LiveBytes
+from robust_dist.measure.dispatch import FakeTensorMode, LiveBytes
 from robust_dist.plan.question import Question
 from robust_dist.plan.shapes import build_on_meta
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
 _BATCHES = (2, 4)
@@ -183,7 +182,6 @@ def _fake(model: nn.Module, weights: torch.dtype) -> None:
         return made[old]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if old is not None:
-                    held[name] = fake(old)  # type: ignore[assignment]
+        named = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        for name, old in [*named, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, fake(old))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from robust_dist.engines.fsdp.variant import unit_modules
+from robust_dist.engines.fsdp.engine import unit_modules
 from robust_dist.models import build_model
 
 Shape = tuple[int, ...]

@@ -131,7 +131,7 @@ class WeightDecaySwitch:
     def state_dict(self) -> dict[str, Any]:
         """The step, the base decays, and what the ranks have decided up to now.
 
-        Before an own trigger has decided it waits for the votes of ranks that are at this step, five seconds at most.
+        Before an own trigger has decided it waits, five seconds at most, for the votes of ranks that are at this step.
         """
         self._decays.update_groups()
         self._take_in_decision(wait=True)
@@ -148,9 +148,6 @@ class WeightDecaySwitch:
         """Take up a saved step, and set the decay that it has.
 
         The settings stay this object's own; a warning names those that were others when the state was saved.
-
-        Args:
-            state_dict: What `state_dict()` gave.
 
         Raises:
             ValueError: It is no state of a switch, or one of an optimizer with another number of groups.

@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState
 
 from robust_dist.data import dataset_info
 from robust_dist.study.grid import Study
-from robust_dist.train.build import build_accelerator, open_sets, preprocessing_of
+from robust_dist.train.build import build_accelerator
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.keys import keys_of
+from robust_dist.train.loop import Trial, random_set
 from robust_dist.train.recipe import Recipe, flatten, recipe_dict
-from robust_dist.train.trial import Trial, random_set
+from robust_dist.train.sources import open_sets, preprocessing_of
 
 # Sizes of the sets that may have to be fetched first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}

@@ -10,8 +10,8 @@ from robust_dist.config_files import config_names, find_config
 from robust_dist.documents import DocumentError
 from robust_dist.study.grid import Axis, Cell, Study
 from robust_dist.study.keys import StudyError, check_key, label_of
+from robust_dist.train.build import check_own
 from robust_dist.train.optimizers import check_fits
-from robust_dist.train.own import check_own
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
 from robust_dist.yaml_file import Document, Place, read_yaml

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from robust_dist.measure.dispatch import Operation, Operations
+from robust_dist.measure.dispatch import FakeTensorMode, Operation, Operations
 from robust_dist.measure.gpus import Gpu, find_gpu
 from robust_dist.study.grid import Study
 from robust_dist.study.measure import costs, facts, steps_of
-from robust_dist.train.build import build_classifier, preprocessing_of
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.build import build_classifier
 from robust_dist.train.recipe import Recipe, recipe_dict
+from robust_dist.train.sources import preprocessing_of
+from robust_dist.train.step import summed_loss
 
 # Assumptions, all of them: shares of the peak rates that an operation reaches, and what the host needs to start one.
 ARITHMETIC_SHARE, MEMORY_SHARE, START_SECONDS = 0.35, 0.8, 10e-6

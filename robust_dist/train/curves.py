@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data.source import printable
+from robust_dist.train.metrics import best_row
 from robust_dist.train.recipe import Recipe
 
 _MARKERS = "os^DvPX*<>ph"
@@ -14,7 +15,7 @@ _MOST_LETTERS = 60
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the line with this number: the last two differ, too, for those who see no colours."""
+    """Colour, marker and line of a line by number; marker and line differ, too, for those who see no colours."""
     return {
         "color": f"C{number % 10}",
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -23,13 +24,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> None:
-    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing where there are none.
-
-    Args:
-        rows: Objects of `metrics.jsonl`, oldest first.
-        path: The PNG to write.
-        recipe: Of the run.
-    """
+    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing without epochs."""
     rows = [row for row in rows if row.get("epoch") is not None]
     if not rows:
         return
@@ -70,12 +65,6 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) ->
         axes.set_xlim(0, 1.03 * epochs[-1])
     figure.suptitle(_title(rows, path, recipe), parse_math=False)
     figure.savefig(path, dpi=120)
-
-
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest eval_accuracy, the earliest of several; None where no row has one."""
-    there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
-    return max(there, key=lambda row: row["eval_accuracy"], default=None)
 
 
 def _small(count: int) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from robust_dist import own_code
 from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
 from robust_dist.extras import added
 from robust_dist.private import hidden
-from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for, synonyms
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for, require, require_number, synonyms
 
 if TYPE_CHECKING:
     from robust_dist.data.source import ImageSource
@@ -162,7 +161,7 @@ class DataConfig:
         if own_code.is_name(self.name):
             own_code.check_form("data.name", self.name)
         else:
-            self._check_keys()
+            self.check_keys()
         self._check_sizes()
         require_number("data.workers", self.workers, 0, 4096)
         for key in ("prefetch", "shuffle_window"):
@@ -175,19 +174,6 @@ class DataConfig:
         if self.image_keys is not None:
             named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
             require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
-
-    def check_own(self) -> None:
-        """Import data of the user's own, and check the keys as those of other data are when they are read.
-
-        Raises:
-            OwnCodeError: It cannot be imported, or is no data.
-            ValueError: Keys that it does not look at.
-        """
-        from robust_dist.train.own_data import check_own_set
-
-        self._check_keys()
-        if self.source is None:
-            check_own_set(self.name, own_code.load("data.name", self.name), self)
 
     @property
     def source(self) -> "SourceChoice | None":
@@ -224,7 +210,7 @@ class DataConfig:
         size = self.eval_size or self.size
         return size, self.eval_resize or round(size * 256 / 224)
 
-    def _check_keys(self) -> None:
+    def check_keys(self) -> None:
         """Refuse what the set would not look at, and ask for what it cannot do without."""
         defaults = {of.name: default_of(of) for of in fields(self)}
         if self.in_memory:

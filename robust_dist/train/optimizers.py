@@ -16,8 +16,7 @@ a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoi
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,8 +29,7 @@ from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.baselines import NAG, PaperAdam
-from robust_dist.train.keys import COSTLY, NAMES_CODE
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import COSTLY, NAMES_CODE, require, require_number
 
 if TYPE_CHECKING:
     from robust_dist.train.recipe import Recipe
@@ -80,8 +78,8 @@ class OptimizerConfig:
             own_code.check_form(_KEY, self.name)
         else:
             wanted = (
-                f"one of {', '.join(_OWN)}, a name of the entry points {GROUP!r} of an installed package, or your own "
-                "as MODULE:NAME"
+                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or "
+                "your own as MODULE:NAME"
             )
             require(choice_of(self.name) is not None, _KEY, self.name, wanted)
         require_number("optimizer.lr", self.lr, 0)
@@ -128,21 +126,19 @@ class OptimizerChoice:
 
 
 def choice_of(name: str) -> OptimizerChoice | None:
-    """The optimizer of a name: of this package, of another one's entry points, or your own; None where there is none.
-
-    Raises:
-        OwnCodeError: A `module:Name` that cannot be imported, or is no optimizer.
-    """
-    return own_choice(name) if own_code.is_name(name) else _known(name)
+    """The optimizer of a name: ours, an entry point's, or the user's own, which is imported; None if there is none."""
+    if own_code.is_name(name):
+        return own_choice(name)
+    return OPTIMIZERS.get(name) or _added(name)
 
 
 @cache
-def _known(name: str) -> OptimizerChoice | None:
-    return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+def _added(name: str) -> OptimizerChoice | None:
+    return added(GROUP, name, OptimizerChoice)
 
 
 def own_choice(name: str) -> OptimizerChoice:
-    """The optimizer that is named as `module:Name`.
+    """The optimizer named as `module:Name`.
 
     A class or function is called with the param groups (each with its weight decay), with those of lr, betas, eps and
     weight_decay that it has as parameters, and with `optimizer.options`.
@@ -178,18 +174,6 @@ def _make_own(name: str, made: Callable[..., Any], groups: list[dict[str, Any]],
     return optimizer
 
 
-@contextmanager
-def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
-    """Let recipes name an optimizer, within a `with` block."""
-    _OWN[name] = choice
-    _known.cache_clear()
-    try:
-        yield
-    finally:
-        del _OWN[name]
-        _known.cache_clear()
-
-
 def chosen(config: OptimizerConfig) -> OptimizerChoice:
     """The optimizer that a section names."""
     choice = choice_of(config.name)
@@ -217,12 +201,7 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
-    """The optimizer over param groups.
-
-    Args:
-        config: The recipe's settings of it.
-        groups: Param groups, each with its weight decay.
-        total_steps: Optimizer steps of the whole run.
+    """The optimizer over param groups that have their weight decay, for a run of `total_steps`.
 
     Raises:
         ValueError: Its package is missing, it does not take an option, or a setting is out of its range.
@@ -238,11 +217,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
 
 
 def check_fits(recipe: "Recipe") -> None:
-    """Refuse a recipe whose optimizer cannot go with its other settings.
-
-    Raises:
-        ValueError: Names the setting and what would be right.
-    """
+    """Refuse a recipe whose optimizer cannot go with its other settings; the ValueError says what would be right."""
     problem = chosen(recipe.optimizer).problem(recipe)
     if problem is not None:
         raise ValueError(problem)
@@ -280,7 +255,7 @@ def _prodigy(groups: Any, **arguments: Any) -> Optimizer:
     return optimizer
 
 
-_OWN = {
+OPTIMIZERS = {
     "RAdaBeliefW": OptimizerChoice(make=RAdaBeliefW, is_rectified=True),
     "nag": OptimizerChoice(make=NAG, arguments=_momentum_arguments),
     "adam": OptimizerChoice(make=PaperAdam, problem=_of_adam),

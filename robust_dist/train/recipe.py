@@ -7,19 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
+import torch
+from torch import nn
+
 from robust_dist.own_code import check_form, is_name
 from robust_dist.private import HIDDEN, hidden
 from robust_dist.schedule.curve import DECAYS
 from robust_dist.train.augment_config import AugmentConfig
-from robust_dist.train.command_line import parse
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.early_stopping import EarlyStoppingConfig
 from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, flatten, keys_of, recipe_dict, values_of
-from robust_dist.train.model_config import ModelConfig
+from robust_dist.train.keys import require as _require
+from robust_dist.train.keys import require_number as _require_number
+from robust_dist.train.metrics import EarlyStoppingConfig
 from robust_dist.train.optimizers import OptimizerConfig
-from robust_dist.train.settings import require as _require
-from robust_dist.train.settings import require_number as _require_number
+from robust_dist.train.parse import parse
 
+# What the run itself gives a model's constructor.
+_GIVEN = {
+    **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
+    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
+    "name": "model.name says it",
+    "model_name": "model.name says it",
+}
 __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
@@ -37,9 +46,67 @@ __all__ = [
     "parse_recipe",
     "recipe_dict",
 ]
-
 # What the transports and the system count in milliseconds of 32 bits: 23 days.
 _MOST_SECONDS = 2_000_000
+
+
+@dataclass
+class ModelConfig:
+    """The classifier.
+
+    Attributes:
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME; or your own
+            class, or function of the number of classes, as MODULE:NAME.
+        options: Further keyword arguments of the model's constructor.
+        weights: What a new run begins with: DEFAULT or a name of torchvision's or timm's weights of this model; or a
+            path: a run's folder, an export, a checkpoint, a .safetensors or .pt file of a state dict. Where their
+            classes are others the head is a new one. null draws all weights by the seed.
+        channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
+        sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
+    """
+
+    name: str = field(default="resnet20", metadata=NAMES_CODE)
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if is_name(self.name):
+            check_form("model.name", self.name)
+
+    def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
+        """The model, with the same initial weights on every rank; `weights` are loaded later (`weights.begin`).
+
+        `contiguous` is for engines that take contiguous weights alone; then only images are channels_last.
+
+        Raises:
+            ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
+        """
+        from robust_dist.models import build_model
+        from robust_dist.models.weights import implied_options
+
+        self._check_options()
+        options = implied_options(self.name, self.weights) | self.options
+        torch.manual_seed(seed)
+        model = build_model(self.name, num_classes, in_channels=channels, **options)
+        if self.sync_batchnorm:
+            if not torch.cuda.is_available():
+                raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.channels_last and not contiguous:
+            return model.to(memory_format=torch.channels_last)
+        return model
+
+    def _check_options(self) -> None:
+        """Refuse options that the run itself gives to the model."""
+        refused = [
+            f"model.options.{name}={value!r} cannot be set: {_GIVEN[name]}"
+            for name, value in self.options.items()
+            if name in _GIVEN
+        ]
+        if refused:
+            raise ValueError("; ".join(refused) + "; leave it out")
 
 
 @dataclass
@@ -269,9 +336,8 @@ def conflicts(
 
     Args:
         ours: `recipe_dict` of the run that starts.
-        theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
-            count as their defaults.
-        where: What holds it, for the lines.
+        theirs: `recipe_dict` of what `where` names; keys that an older version did not have count as their defaults.
+        where: For the lines.
         kind: The class of the recipe that starts.
     """
     defaults = flatten(recipe_dict(kind()))
@@ -289,19 +355,18 @@ def conflicts(
 
 
 def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
-    """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
+    """A recipe from a command line: `--config FILE.yaml`, and overrides such as `--optimizer.lr 0.05`.
 
-    A recipe is data: reading it imports and calls nothing. The run that it starts imports what it names as
-    `module:Name`, if that is the user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
+    Reading it imports and calls nothing. The run that it starts imports what it names as `module:Name`, if that is the
+    user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
 
     Args:
         args: Command-line words; `sys.argv` where None.
         kind: The recipe's class.
 
     Raises:
-        SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
-        ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
-            of its range.
+        SystemExit: An unknown or empty key or a wrong type; the message names it, and the file's line.
+        ValueError: A file that is no recipe, options that name code to run, or a value out of its range.
     """
     return cast(Recipe, parse(kind, args))
 

@@ -9,8 +9,23 @@ from robust_dist.data import Batch
 from robust_dist.data.batches import Pipeline
 from robust_dist.engines.engine import engine_of
 from robust_dist.train.graph import StaticStep
-from robust_dist.train.loss import summed_loss
 from robust_dist.train.recipe import Recipe
+
+
+def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
+    """The summed cross-entropy, 0-d float32.
+
+    Args:
+        logits: [B, C], of any floating dtype.
+        targets: [B, C], floating, each row of sum 1; or int64 classes [B].
+        weights: float32 [B], factors of the samples' losses; None where all count.
+        label_smoothing: Share of a target spread over all classes.
+    """
+    logits = logits.float()
+    if weights is None:
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return (each * weights).sum()
 
 
 class TrainStep:
@@ -18,13 +33,13 @@ class TrainStep:
 
     Args:
         recipe: All settings.
-        accelerator: The engine.
-        model: What the engine made of the model.
-        optimizer: What the engine made of the optimizer.
-        schedule: What the engine made of the schedule.
+        accelerator: The engine, which made `model`, `optimizer` and `schedule` what they are here.
+        model: See `accelerator`.
+        optimizer: See `accelerator`.
+        schedule: See `accelerator`.
         pipeline: The augmentation, compiled or not.
         loss_sum: 0-d float64 on the device; this rank's summed loss is added to it.
-        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` makes its graph.
+        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` captures its graph.
     """
 
     def __init__(

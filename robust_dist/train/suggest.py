@@ -11,7 +11,7 @@ import torch
 
 from robust_dist.data.errors import DataError
 from robust_dist.data.survey import Survey, survey
-from robust_dist.engines.launch import cores_here
+from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
 from robust_dist.yaml_file import parse_yaml
@@ -33,10 +33,7 @@ _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 
 
 def suggest(folder: str | Path) -> str:
-    """The YAML text of a recipe that trains on a folder of images as it is.
-
-    Args:
-        folder: With class folders, or with folders such as train and val that have those.
+    """The YAML text of a recipe that trains on a folder of images as it is: class folders, or train and val with those.
 
     Raises:
         DataError: It is no folder of images in classes.
@@ -68,7 +65,7 @@ def _findings(found: Survey) -> list[str]:
     if max(counts) >= 3 * max(1, min(counts)):
         largest = found.classes[counts.index(max(counts))]
         lines.append(
-            f"unbalanced: {largest!r} is right for {max(counts) / total:.0%} of them; look at the accuracy of each "
+            f"unbalanced: {largest!r} is the class of {max(counts) / total:.0%} of them; look at the accuracy of each "
             "class (robust-dist evaluate)"
         )
     if found.left_out:
@@ -90,7 +87,7 @@ def _sections(found: Survey) -> list[str]:
     steps = epochs * steps_per_epoch
     is_long = steps >= _LONG
     side = _side(found)
-    warm_up = [f"  # {steps:,} steps are few: this makes the warm-up a share of them.", "  beta2: auto"]
+    warm_up = [f"  # {steps:,} steps are few: with auto the warm-up is a fixed share of them.", "  beta2: auto"]
     return [
         *_data(found, side, split, is_long, images, batch),
         *_model(side, images),
@@ -129,7 +126,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
     if split:
         smallest = min(found.train)
         lines += [
-            "  # No part is for evaluation: this share of each class is, by a hash of the file's name"
+            "  # There is no evaluation folder: this share of each class is held out, by a hash of the file's name"
             + (f" (the smallest class has {smallest:,})." if smallest < 20 else "."),
             f"  eval_share: {EVAL_SHARE}",
         ]
@@ -142,7 +139,10 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
             "  crop_scale: null",
         ]
     else:
-        lines += ["  # From the median of the shorter sides; larger sees more and costs its square.", f"  size: {side}"]
+        lines += [
+            "  # From the median of the shorter sides. The cost grows with the square of the size.",
+            f"  size: {side}",
+        ]
         if not is_long:
             lines += [
                 "  # Light crops: in a short run heavy ones cost accuracy.",

@@ -19,9 +19,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 
 DUMP_SHARE = 0.75
 HANG_STATUS = 124
@@ -42,10 +42,8 @@ class HangError(RuntimeError):
 def tick(what: str, *, may_be_slow: bool = False) -> None:
     """Tell this process's watchdog, if there is one, that the run makes progress.
 
-    Args:
-        what: What begins now, as it should stand in a report: "step 12".
-        may_be_slow: What begins may take longer than the timeout (a download, a first compilation): if it does, the
-            stacks are dumped, but the process is not ended.
+    `what` begins now, as it should stand in a report: "step 12". With `may_be_slow` (a download, a first compilation)
+    it may take longer than the timeout: then the stacks are dumped, but the process is not ended.
     """
     if _active is not None:
         _active.note(what, may_be_slow)
@@ -55,7 +53,7 @@ class Watchdog:
     """Watches this process from `with` on.
 
     Args:
-        rank: Who this process is, and where its run's folder is once that is claimed.
+        rank: This process, and its run's folder once that is claimed.
         timeout: Seconds without progress after which a rank is ended.
         on_end: Called with the reason before the process is ended.
     """
@@ -75,9 +73,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _active
         _active = None
         self._stop.set()

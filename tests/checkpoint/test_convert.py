@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore, convert, note_parameters, read, verify
-from robust_dist.checkpoint.names import bare_names
+from robust_dist.checkpoint.training_state import bare_names
 from robust_dist.cli import main
 from robust_dist.optim import RAdaBeliefW
 from tests.checkpoint.engines import (

@@ -6,9 +6,9 @@ import torch
 from robust_dist.data import DataError, HostSet, ImageSet, image_set
 from robust_dist.data.image_set import choose_places, place
 from robust_dist.train import opening
-from robust_dist.train.build import open_sets
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.opening import data_lines, data_notes
+from robust_dist.train.sources import open_sets
 
 GPU = torch.device("cuda", 0)
 

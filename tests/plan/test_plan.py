@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from robust_dist.cli import main
-from robust_dist.engines.deepspeed.variant import partition
-from robust_dist.engines.fsdp.variant import own_rows, padded_rows
+from robust_dist.engines.deepspeed.engine import partition
+from robust_dist.engines.fsdp.engine import own_rows, padded_rows
 from robust_dist.engines.variant import Collective
 from robust_dist.plan.choose import micro_batches, plan, traffic, variants
 from robust_dist.plan.question import Question

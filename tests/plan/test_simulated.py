@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robust_dist.bench.scale import fake_rank
-from robust_dist.engines.fsdp.variant import FSDPVariant
+from robust_dist.engines.fsdp.engine import FSDPVariant
 from robust_dist.measure.dispatch import Collectives
 from robust_dist.measure.memory import storage_bytes
 from robust_dist.models import build_model

@@ -10,12 +10,11 @@ import yaml
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.private import hidden
 from robust_dist.ranks.claim import FolderLostError
-from robust_dist.train.failures import record_failure
+from robust_dist.train.checkpoints import check_not_lost
+from robust_dist.train.failures import Rank, record_failure
 from robust_dist.train.folder import RunFolder, RunFolderError, environment
 from robust_dist.train.metrics import last_row
-from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe, parse_recipe, recipe_dict
-from robust_dist.train.resume import check_not_lost
 from tests.forked import start_python
 
 
@@ -194,7 +193,7 @@ def row(epoch, step=None, **more):
             ["[]", "7", '{"step": 1, "step": 2}'],
             0,
             [],
-            ["line 1=[]", "line 2=7", "line 3: the key 'step' stands twice"],
+            ["line 1=[]", "line 2=7", "line 3: the key 'step' is given twice"],
         ),
         ([], 20, [], ["has no row of epoch 1, 2,"]),
     ],

@@ -17,11 +17,11 @@ from robust_dist.preview import columns
 from robust_dist.study.outcome import chance_of
 from robust_dist.study.parse import load_study
 from robust_dist.train.augment_config import own_stage
-from robust_dist.train.build import open_sets
+from robust_dist.train.build import check_own
 from robust_dist.train.main import train
 from robust_dist.train.optimizers import OptimizerConfig, choice_of
-from robust_dist.train.own import check_own
 from robust_dist.train.recipe import parse_recipe
+from robust_dist.train.sources import open_sets
 from tests.study.studies import write
 
 CODE = """

@@ -14,7 +14,7 @@ from robust_dist.data.decode import CentralCrop
 from robust_dist.data.sets import EvalBatch
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.train.evaluate import count_batch, evaluate, no_totals, score_of
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 from tests.data.coloured import CLASSES, Coloured, colour
 
 N, SIZE = 20, 4
