@@ -43,13 +43,9 @@ def plain_labels(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels int32 [N] and classes of a column of whole numbers or of strings.
 
-    See `number_classes` and `text_classes`.
-
     Args:
         column: a `pyarrow.ChunkedArray`.
-        classes: of the training split, or None.
-        name: what error messages call the set.
-        num_classes: how many classes there are, where not all numbers occur.
+        classes: see `number_classes` and `text_classes`, as for the others.
 
     Raises:
         DataError: a missing label, which an empty string is too (names the first row without one), or one that is

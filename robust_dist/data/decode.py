@@ -71,9 +71,7 @@ def decode_rgb(data: bytes, *, shrink: int = 1) -> Image.Image:
 def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     """An image that is decoded already, as 8-bit RGB by the rules of `decode_rgb`.
 
-    Args:
-        image: of any mode.
-        upright: whether its EXIF orientation is applied.
+    `upright` applies its EXIF orientation.
 
     Raises:
         BadImageError: a pixel type without a known range.
@@ -140,7 +138,7 @@ def random_resized_crop(
     Args:
         image: RGB.
         size: height and width of the result in pixels.
-        key: of the sample, from `sample_keys`; the device's augmentations may take the same key.
+        key: of the sample, from `sample_keys`.
         scale: lowest and highest share of the image's area.
         ratio: lowest and highest width / height of the crop before it is resized.
 

@@ -194,9 +194,6 @@ def cropped(image: Tensor, crop: Any, key: int) -> Tensor:
         image: uint8 [3, H, W].
         crop: `RandomCrop` or `CentralCrop`.
         key: of the sample.
-
-    Returns:
-        uint8 [3, size, size].
     """
     height, width = image.shape[1:]
     if isinstance(crop, RandomCrop):

@@ -88,9 +88,7 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
 def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndarray, Size]:
     """An image file's pixels, whole and upright where that is asked for, and its width and height.
 
-    Args:
-        data: the whole file.
-        needed: takes width and height, and gives the number of pixels that a JPEG's decoder leaves, at least.
+    A JPEG's decoder leaves `needed(width, height)` pixels at least.
 
     Returns:
         uint8 [H, W, 3], and the size that the file says.

@@ -246,15 +246,12 @@ def _check_labels(image_set: ImageSet) -> None:
 
 
 def choose_places(sizes: Sequence[int], free: int | None, keep_on: KeepOn = "auto") -> list[Place]:
-    """Where sets of so many bytes are to lie.
+    """Where sets of so many bytes are to lie; the first ones have the first choice.
 
     Args:
-        sizes: Bytes of each; the first ones have the first choice.
+        sizes: Bytes of each.
         free: Bytes that the device has free; None where it cannot be asked, as a CPU, whose memory is the host's.
         keep_on: "auto" takes the device for sets that together need at most half of its free memory, else the host.
-
-    Returns:
-        A place for each; "device" says what was asked for, not that there is room.
     """
     places: list[Place] = []
     room = 0.0 if free is None else SHARE * free

@@ -50,9 +50,9 @@ def load_into_memory(
     """Decode every image of a source into an ImageSet on the CPU.
 
     Args:
-        source: The images; all must be `size` pixels high and wide.
-        size: Height and width in pixels; checked before any worker starts, as is the room in memory.
-        workers: Processes that decode; 0 decodes in this one. No more start than the process may use cores.
+        source: The images.
+        size: Height and width of all of them; checked before any worker starts, as is the room in memory.
+        workers: Processes that decode, at most one a core; 0 decodes in this one.
         max_bad_share: The largest share of images that may be unreadable. They are left out and named in
             `ImageSet.unreadable`.
         free: Bytes of the host's memory that may be used; None where nothing tells.

@@ -93,8 +93,7 @@ class Reader(Protocol):
 class Direct:
     """Reads in this process, when it is asked.
 
-    Args:
-        fetch: makes the pack of a request.
+    `fetch` makes the pack of a request.
     """
 
     def __init__(self, fetch: Callable[[Request], Pack]) -> None:
@@ -123,11 +122,8 @@ class _Part(NamedTuple):
 class Loader:
     """Training batches of a set, a pure function of (seed, epoch, step, rank, world size).
 
-    The order of an epoch is drawn from (seed, epoch) alone, so 1, 2 or 4 ranks see the same global batches; each is
-    `batch_size` consecutive samples of it, cut into contiguous runs of whole blocks of `block` samples, as even as
-    possible: one a rank, and within a rank one a micro-batch. So every rank takes the same number of steps. Parts may
-    differ in size, so the loss is a sum divided by `Batch.global_size`. CutMix of mode "elem" draws partners within a
-    block and so sees the same pairs at any world size, provided that it has the same `block`.
+    The order of an epoch is drawn from (seed, epoch) alone, and cut as `Cut` says: every rank takes the same number of
+    steps. Micro-batches may differ in size, so the loss is a sum divided by `Batch.global_size`.
 
     A batch that lies elsewhere is copied to the set's device while the step before it runs. A resumed epoch reads
     nothing of the steps that are done.
@@ -231,14 +227,8 @@ def evaluation_batches(
     Shares differ by one sample at most, so ranks may have different numbers of batches, and with fewer samples than
     ranks some have none: sum over ranks after the loop, not in it.
 
-    Args:
-        image_set: the set, walked in its own order.
-        batch_size: samples a batch at most, on each rank.
-        rank: this process.
-        world_size: number of processes.
-
     Returns:
-        Iterator of (images uint8 [b, C, H, W], labels int64 [b]).
+        Iterator of (images uint8 [b, C, H, W], labels int64 [b]) in the set's own order, b at most `batch_size`.
 
     Raises:
         ValueError: batch_size or world_size below 1, or a rank outside the world.

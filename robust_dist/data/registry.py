@@ -29,10 +29,9 @@ def load_digits(root: Path, train: bool, download: bool) -> ImageSet:
     Each scan (values 0 to 16) is scaled to 0..255 and enlarged 4 times (bilinear) in three equal channels. 20 % of
     each class are held out by a hash of the scan's number, so that the split never changes: 1,438 / 359.
 
-    What the set is not: not CIFAR, not natural images, without colour, and not hard (on this split 1-nearest-neighbour
-    reaches 99.44 % and logistic regression 98.05 %, both on the scans as they are). One held-out image is 0.28 points
-    and the binomial error at 98.5 % is 0.64 points: the set shows that a recipe runs and learns, it cannot rank
-    optimizers. Digits have a handedness, so no horizontal flip.
+    The set is not hard: on this split 1-nearest-neighbour reaches 99.44 % and logistic regression 98.05 %. One held-out
+    image is 0.28 points, and the binomial error at 98.5 % is 0.64 points: it shows that a recipe runs and learns, it
+    cannot rank optimizers. Digits have a handedness, so no horizontal flip.
 
     Source: UCI's Optical Recognition of Handwritten Digits (CC BY 4.0), in scikit-learn (BSD-3).
 
@@ -168,8 +167,7 @@ def load_dataset(
     """Load one split of a data set, on the CPU.
 
     Args:
-        name: a key of `DATASETS`.
-        root: the folder that holds, or shall hold, the sets' own folders.
+        root: the folder of the sets' own folders.
         train: the training split, else the test split.
         download: fetch what is missing; no file that is there is written over. With False nothing is written anywhere.
         own_files: for CIFAR, take files that differ from the published ones as they are.

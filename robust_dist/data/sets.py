@@ -13,13 +13,7 @@ from robust_dist.data.loader import Loader, Prefetcher, Reader
 
 
 class EvalBatch(NamedTuple):
-    """Samples to evaluate, on the device.
-
-    Attributes:
-        images: uint8 [b, C, H, W].
-        labels: int64 [b].
-        good: bool [b], whether a sample counts; None where all do.
-    """
+    """Samples to evaluate, on the device: uint8 [b, C, H, W], int64 [b], and bool [b], or None where all count."""
 
     images: Tensor
     labels: Tensor
