@@ -41,11 +41,9 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 def plain_labels(
     column: Any, classes: tuple[str, ...] | None, name: str, num_classes: int | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels int32 [N] and classes of a column of whole numbers or of strings.
+    """Labels int32 [N] and classes of a column of whole numbers or of strings, a `pyarrow.ChunkedArray`.
 
-    Args:
-        column: a `pyarrow.ChunkedArray`.
-        classes: see `number_classes` and `text_classes`, as for the others.
+    See `number_classes` and `text_classes`.
 
     Raises:
         DataError: a missing label, which an empty string is too (names the first row without one), or one that is

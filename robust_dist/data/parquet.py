@@ -168,8 +168,10 @@ def open_parquet(
     Args:
         urls: local paths, file:// or any address that fsspec and `datasets` open (hf://, https://, s3://).
         name: what error messages call the set.
-        image_column: see `find_columns`, as for `label_column`.
-        num_classes: see `plain_labels`, as for `classes`.
+        image_column: see `find_columns`.
+        label_column: see `find_columns`.
+        num_classes: see `number_classes`.
+        classes: see `number_classes`.
         features: `datasets.Features`, where known from elsewhere than the files.
         spool_dir: the folder of the `Spool`.
         upright: whether images are turned by their EXIF orientation.

@@ -167,6 +167,7 @@ def load_dataset(
     """Load one split of a data set, on the CPU.
 
     Args:
+        name: a key of `DATASETS`.
         root: the folder of the sets' own folders.
         train: the training split, else the test split.
         download: fetch what is missing; no file that is there is written over. With False nothing is written anywhere.
