@@ -1,4 +1,4 @@
-"""JPEGs decoded only as large as their crop needs, and as far down: `data.decode: fast`, with the exact way's boxes.
+"""JPEGs decoded only as large as their crop needs, and only down to it: `data.decode: fast`, with the boxes of exact.
 
 By simplejpeg (libjpeg-turbo), or without it by Pillow, whose pixels are the same and take longer. All other files, and
 what simplejpeg finds fault with, are Pillow's, so that the rules for bad images are those of `decode_rgb`.
@@ -45,9 +45,9 @@ _PROGRESSIVE, _RESTARTS, _SCAN, _END = 0xC2, 0xDD, 0xDA, b"\xff\xd9"
 _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 # Has the EXIF orientation, as EXIF or in XMP.
 _APP1 = 0xE1
-# What libjpeg says of a file that goes on below its frame, and has no other fault there or above.
+# libjpeg's first warning about a file whose data go on below its frame and end there, without any other fault.
 _GOES_ON = "extraneous bytes before marker 0xd9"
-# Rows below that colours of half the height are smoothed with.
+# Rows below a row that count in its colours, where these have half the height.
 _CONTEXT = 2
 
 Size = tuple[int, int]
@@ -140,10 +140,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _lowered(data: bytes, rows: int) -> tuple[bytes, int] | None:
-    """A JPEG that says it has but `rows`, or some more, so that its decoder stops below them; None where it must not.
+    """The JPEG with a frame of `rows` rows or a few more, where decoders stop, and their number; None where it may not be.
 
-    It must not where the file has no end mark: Pillow refuses a file that ends before its last row. With an end mark,
-    one scan and no restarts it refuses no rows, and fills up what is missing.
+    Pillow refuses a file that ends before its last row, so there must be an end mark. With one, and with a single scan
+    and no restart marks, Pillow refuses no rows: it fills up what is missing.
     """
     frame = None
     for marker, at in _segments(data):

@@ -88,7 +88,7 @@ def load_into_memory(
 
 
 def _requests(count: int) -> Iterator[Request]:
-    """All samples in the source's order; nothing is drawn, so their keys are of no account."""
+    """All samples in the source's order; nothing is drawn, so the keys do not matter."""
     for start in range(0, count, AT_ONCE):
         indices = torch.arange(start, min(start + AT_ONCE, count))
         yield Request(indices, sample_keys(0, 0, indices))
