@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from robust_dist.inference.preprocess import Preprocess
+    from robust_dist.inference.trained import Preprocess
 
 
 def load(path: "str | Path", *, checkpoint: str | int = "last", **options: Any) -> "tuple[nn.Module, Preprocess]":

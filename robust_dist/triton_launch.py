@@ -37,11 +37,7 @@ def _is_narrow(number: int) -> bool:
 
 
 class Kernel:
-    """A kernel that launches as the one it wraps: `kernel[grid](*arguments, **options)`.
-
-    Attributes:
-        jit: The kernel of `triton.jit`.
-    """
+    """A kernel that launches as `jit`, the kernel that it wraps: `kernel[grid](*arguments, **options)`."""
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit

@@ -14,9 +14,8 @@ from robust_dist.measure.memory import MIB, storage_bytes
 from robust_dist.optim import RAdaBeliefW
 
 if TYPE_CHECKING:
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 SINGLE = 4  # bytes of float32
 MOMENTS = 8  # bytes of an element's two moments

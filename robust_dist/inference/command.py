@@ -121,7 +121,7 @@ def _device(name: str | None) -> "torch.device":
 
 def _evaluate(words: argparse.Namespace) -> int:
     from robust_dist.inference import evaluate
-    from robust_dist.inference.output import check_new, new_folder
+    from robust_dist.inference.export import check_new, new_folder
     from robust_dist.inference.trained import read
 
     if words.path is not None and words.data_words:
@@ -132,7 +132,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
     out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")
     if words.out is None and out.exists():
-        raise ValueError(f"{out} is there already, and nothing is written over: choose another folder with --out DIR")
+        raise ValueError(f"{out} already exists; choose another folder with --out DIR")
     check_new(out)
     on = (
         evaluate.own_images(trained, words.data_words, device)
@@ -148,7 +148,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
 
 def _predict(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.inference.predict import draw_sheet, files_of, lines, predict
     from robust_dist.inference.trained import read
 
@@ -214,7 +214,7 @@ def _export(words: argparse.Namespace) -> int:
 
 
 def _runs(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.inference.runs import find_runs, plot, table
 
     if words.plot is not None:

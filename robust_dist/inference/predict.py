@@ -33,7 +33,7 @@ class Prediction:
     Attributes:
         path: The file.
         top: Names and probabilities, the likeliest first.
-        levels: The image as the model saw it before it was normalised, uint8 [3, H, W] on the CPU.
+        levels: The image as the model saw it before normalisation, uint8 [3, H, W] on the CPU.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Prediction:
 
 
 class Files:
-    """Image files as an `ImageSource` whose labels say nothing."""
+    """Image files as an `ImageSource` without labels."""
 
     def __init__(self, paths: Sequence[Path], *, upright: bool) -> None:
         self.paths, self.kind, self.name = list(paths), Upright if upright else bytes, "the images"
@@ -65,10 +65,10 @@ class Files:
 
 
 def files_of(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, and the image files of folders at any depth, sorted; hidden ones are left out.
+    """The files given, and the image files of folders at any depth, sorted; hidden ones are left out.
 
     Raises:
-        DataError: A path that is not there, or a folder without images.
+        DataError: A path that does not exist, or a folder without images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -93,17 +93,10 @@ def _below(folder: Path) -> list[Path]:
 def predict(
     trained: Trained, files: Sequence[Path], *, device: torch.device, top_k: int = 1, batch_size: int = 64
 ) -> Iterator[Prediction | BadImage]:
-    """The likeliest classes of each file, in their order; for a file that is no image, what is wrong with it.
-
-    Args:
-        trained: The model.
-        files: The images.
-        device: Where the model runs.
-        top_k: Classes of each image.
-        batch_size: Images at a time.
+    """The `top_k` likeliest classes of each file, in their order; or what is wrong with a file that is no image.
 
     Raises:
-        ValueError: top_k or batch_size below 1.
+        ValueError: top_k or batch_size is below 1.
     """
     whole_number("--top-k", top_k, 1)
     whole_number("--batch-size", batch_size, 1)
@@ -131,13 +124,7 @@ def predict(
 
 
 def lines(found: Iterator[Prediction], style: str, top_k: int) -> Iterator[str]:
-    """Predictions as text, a line at a time.
-
-    Args:
-        found: The predictions.
-        style: Of `FORMATS`.
-        top_k: Classes of each image, for the heading of a CSV.
-    """
+    """Predictions as text of a style of `FORMATS`, a line at a time; `top_k` is for the heading of a CSV."""
     if style == "csv":
         yield _csv(["path", *(f"{what}_{place}" for place in range(1, top_k + 1) for what in ("class", "probability"))])
     for one in found:
@@ -158,14 +145,12 @@ def _csv(values: list[Any]) -> str:
 
 def draw_sheet(found: Sequence[Prediction], path: Path) -> None:
     """Draw the first images with their classes into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = found[:_ON_A_SHEET]
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, one in zip(figure.axes, shown, strict=False):

@@ -70,7 +70,7 @@ def text_of(count: int) -> str:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has; None for the processor, whose limit is not its own."""
+    """Bytes that a GPU has; None for the CPU, whose memory other processes share."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
@@ -92,13 +92,9 @@ def restart_peak() -> bool:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that a call takes while it runs and gives back, in bytes; None where nothing tells.
+    """The most memory that a call takes while it runs and gives back, in bytes; None where it cannot be measured.
 
     On a GPU it is the allocator's peak. On the CPU it is the process's, off by up to some 100 KiB (Linux).
-
-    Args:
-        call: The work.
-        device: Where it works.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from robust_dist import native_library
+from robust_dist import extras
 from robust_dist.optim.addresses import addresses
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.counting import count_of
@@ -102,7 +102,7 @@ def _declare(found: Any) -> None:
 
 @functools.cache
 def _load() -> Any:
-    return native_library.load(Path(__file__).parent, _declare)
+    return extras.load_library(Path(__file__).parent, _declare)
 
 
 def instruction_set() -> str:

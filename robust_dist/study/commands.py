@@ -49,12 +49,11 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _run(words: argparse.Namespace) -> int:
-    from robust_dist.study.adopt import adopt, read_report
-    from robust_dist.study.folder import StudyFolder
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.cost import estimate
+    from robust_dist.study.folder import StudyFolder, adopt, read_report
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.parse import load_study
     from robust_dist.study.report import write_report
-    from robust_dist.study.roofline import estimate
     from robust_dist.study.worker import Workers
 
     if words.workers < 1:
@@ -90,15 +89,14 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _status(words: argparse.Namespace) -> int:
-    from robust_dist.study.folder import StudyFolder
-    from robust_dist.study.status import status
+    from robust_dist.study.folder import StudyFolder, status
 
     print(status(StudyFolder(words.dir)))
     return 0
 
 
 def _report(words: argparse.Namespace) -> int:
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.report import write_report
 
     if words.diverged_as is not None and not 0 <= words.diverged_as <= 1:
@@ -116,8 +114,7 @@ def _report(words: argparse.Namespace) -> int:
 
 def _opened(path: str | None, stack: contextlib.ExitStack) -> "StudyFolder | None":
     """A study's folder; of a `report.json` one with its runs, for as long as the stack."""
-    from robust_dist.study.adopt import folder_of_report
-    from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.folder import StudyFolder, folder_of_report
 
     if path is None:
         return None

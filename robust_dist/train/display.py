@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
-from robust_dist.measure.flops import training_flops
+from robust_dist.measure.dispatch import training_flops
 from robust_dist.measure.gpus import peak_tflops
 from robust_dist.measure.memory import GIB, peak_memory, total_memory
 from robust_dist.train.recipe import Recipe
@@ -117,7 +117,7 @@ def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, imag
     try:
         flops = training_flops(model, image_shape)
     except Exception as error:
-        # A figure is not worth a run.
+        # No run should end for the sake of a figure.
         accelerator.print(f"no MFU: the model's operations cannot be counted ({type(error).__name__}: {error})")
         return Meter(accelerator.num_processes)
     return Meter(accelerator.num_processes, flops, peak * 1e12)

@@ -10,12 +10,21 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from robust_dist.config_files import config_names, find_config
-from robust_dist.documents import DocumentError, typed
+from robust_dist.documents import (
+    Document,
+    DocumentError,
+    Place,
+    config_names,
+    dump_yaml,
+    find_config,
+    parse_yaml,
+    read_yaml,
+    scalar,
+    typed,
+)
 from robust_dist.own_code import allow
 from robust_dist.private import HIDDEN, hidden, without_hidden
 from robust_dist.train.keys import default_of, keys_of, recipe_dict
-from robust_dist.yaml_file import Document, Place, dump_yaml, parse_yaml, read_yaml, scalar
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -65,7 +74,7 @@ class Settings:
             where = document.where(below)
             if name in seen:
                 raise DocumentError(
-                    f"{where}: the key {name!r} is given twice, the first time in {seen[name]}; leave one"
+                    f"{where}: the key {name!r} is given twice, the first time in {seen[name]}; keep one"
                 )
             seen[name] = where
             if name in self.keys.sections:

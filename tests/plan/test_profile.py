@@ -9,9 +9,8 @@ from robust_dist.models import build_model
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.settings import DEFAULTS, hyper
 from robust_dist.optim.tensors import TensorLists
-from robust_dist.plan.memory import step_temporaries
-from robust_dist.plan.profile import profile
-from robust_dist.plan.shapes import build_on_meta, read_shapes
+from robust_dist.plan.choose import step_temporaries
+from robust_dist.plan.profile import build_on_meta, profile, read_shapes
 
 
 @pytest.mark.parametrize(

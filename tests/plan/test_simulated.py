@@ -12,8 +12,8 @@ from robust_dist.measure.memory import storage_bytes
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.plan.choose import traffic, variants
+from robust_dist.plan.profile import build_on_meta, read_shapes
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta, read_shapes
 from tests.versions import needs_torch_2_7
 
 pytestmark = needs_torch_2_7

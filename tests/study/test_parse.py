@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from robust_dist.study.folder import StudyFolder, differences
-from robust_dist.study.grid import study_dict, study_from_dict
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import StudyError, study_dict, study_from_dict
 from robust_dist.study.parse import load_study
 from robust_dist.study.worker import _secret_words
 from robust_dist.train.recipe import parse_recipe, recipe_dict

@@ -8,7 +8,7 @@ import pytest
 from robust_dist.cli import main
 from robust_dist.study import plots
 from robust_dist.study.child import slot_environment
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import StudyError
 from robust_dist.study.outcome import Failure, Result, judge
 from robust_dist.study.report import write_report
 from robust_dist.study.summary import against_reference, robustness, summarize
@@ -251,7 +251,7 @@ def test_workers_go_round_the_gpus_or_share_the_threads():
 
 
 def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("robust_dist.study.measure._STEPS", 2)
+    monkeypatch.setattr("robust_dist.study.cost._STEPS", 2)
     small = {"batch_size": 32, "data.drop_last": True}
     path = write(
         tmp_path / "grid.yaml", axes={"optimizer.lr": [0.1, 0.01]}, seeds=[0, 1, 2], budget={"epochs": 7}, set=small

@@ -8,12 +8,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robust_dist.cli import main
-from robust_dist.measure.dispatch import Operation
-from robust_dist.measure.flops import training_flops
+from robust_dist.measure.dispatch import Operation, training_flops
 from robust_dist.measure.gpus import find_gpu
 from robust_dist.models import build_model
-from robust_dist.study.parse import load_study
-from robust_dist.study.roofline import (
+from robust_dist.study.cost import (
     ARITHMETIC_SHARE,
     MEMORY_SHARE,
     START_SECONDS,
@@ -21,6 +19,7 @@ from robust_dist.study.roofline import (
     run_hours,
     seconds,
 )
+from robust_dist.study.parse import load_study
 from tests.study.studies import ROOT, write
 
 H100 = find_gpu("h100")

@@ -113,7 +113,7 @@ def test_a_metric_that_the_data_cannot_have_is_refused_before_the_first_step(tmp
 
 
 def test_a_study_trains_every_run_to_its_end(tmp_path):
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.parse import load_study
 
     base = tmp_path / "base.yaml"

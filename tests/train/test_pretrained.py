@@ -149,7 +149,7 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
     assert read_published(SMALL, "SqueezeNet1_1_Weights.IMAGENET1K_V1", 10, 3, {}).num_classes == 1000
     with pytest.raises(ValueError, match="there are DEFAULT, IMAGENET1K_V1"):
         read_published(SMALL, "IMAGENET1K_V3", 10, 3, {})
-    with pytest.raises(ValueError, match="nobody publishes weights of this model"):
+    with pytest.raises(ValueError, match="no weights are published for this model"):
         read_published("resnet20", "DEFAULT", 10, 3, {})
 
 
@@ -169,7 +169,7 @@ def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     found = read_published("timm/test_vit", "DEFAULT", 10, 3, {})
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
     assert "it has 1,000 classes, and this run 10: the head (head) is new, with 10 outputs" in begun.lines[0]
-    assert "trained on images of mean [0.5, 0.5, 0.5]" in begun.warnings[0]
+    assert "trained on images with mean [0.5, 0.5, 0.5]" in begun.warnings[0]
     assert torch.equal(model.head.weight, head)
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from robust_dist.documents import dump_yaml
 from robust_dist.private import HIDDEN, hidden, hidden_text, hidden_words, remember_secrets
 from robust_dist.train.failures import Rank, record_failure
 from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
-from robust_dist.yaml_file import dump_yaml
 
 RECIPES = sorted(Path(__file__).parents[2].glob("configs/recipes/*.yaml"))
 

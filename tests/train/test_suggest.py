@@ -31,7 +31,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     assert main(["recipe", str(pictures), "--out", str(file)]) == 0
     assert f"train it: robust-dist train --config {file}" in capsys.readouterr().out
     assert main(["recipe", str(pictures), "--out", str(file)]) == 2
-    assert "is there already, and nothing is written over" in capsys.readouterr().err
+    assert "already exists; choose another path" in capsys.readouterr().err
     words = [
         "--config",
         str(file),

@@ -36,9 +36,8 @@ from robust_dist.optim import RAdaBeliefW
 if TYPE_CHECKING:
     from robust_dist.checkpoint.background import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 # The all-gather of each rank's part starts at a multiple of 4 bytes of float16.
 _ALIGNMENT = 2

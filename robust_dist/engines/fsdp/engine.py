@@ -19,9 +19,8 @@ from robust_dist.engines.variant import ALONE, MOMENTS, SINGLE, STEP, Collective
 if TYPE_CHECKING:
     from robust_dist.checkpoint.background import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 # fsdp_min_num_params of configs/accelerate/*fsdp2.yaml and *hsdp.yaml
 MIN_UNIT = 1_000_000
