@@ -140,8 +140,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _lowered(data: bytes, rows: int) -> tuple[bytes, int] | None:
-    """The JPEG with a frame of `rows` rows or a few more, where decoders stop, and their number; None where it may not
-    be shortened.
+    """A JPEG whose header says `rows` rows, or a few more, and how many; None where the decoder may not stop there.
 
     Pillow refuses a file that ends before its last row, so there must be an end mark. With one, and with a single scan
     and no restart marks, Pillow refuses no rows: it fills up what is missing.
