@@ -168,8 +168,8 @@ def _predict(words: argparse.Namespace) -> int:
         with open(words.out, "x", encoding="utf-8") as file:
             _print(text, file)
         print(f"wrote {words.out}")
-    for one in bad:
-        print(f"error: {one.where}: {one.reason}", file=sys.stderr)
+    for image in bad:
+        print(f"error: {image.where}: {image.reason}", file=sys.stderr)
     if kept:
         draw_sheet(kept, Path(words.contact_sheet))
         print(f"wrote {words.contact_sheet}", file=sys.stderr if words.out is None else sys.stdout)
@@ -181,13 +181,13 @@ def _apart(
 ) -> "Iterator[Prediction]":
     from robust_dist.inference.predict import Prediction
 
-    for one in found:
-        if isinstance(one, Prediction):
+    for result in found:
+        if isinstance(result, Prediction):
             if kept is not None:
-                kept.append(one)
-            yield one
+                kept.append(result)
+            yield result
         else:
-            bad.append(one)
+            bad.append(result)
 
 
 def _print(text: Iterator[str], file: TextIO) -> None:

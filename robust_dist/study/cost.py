@@ -174,7 +174,7 @@ def seconds(found: list[Operation], gpu: Gpu, precision: str) -> float:
     """Estimated seconds of operations in sequence on the device, or of starting them where that takes longer."""
     peak = 1e12 * ARITHMETIC_SHARE * gpu.tflops(precision)
     rate = 1e9 * MEMORY_SHARE * gpu.memory_gbytes
-    on_device = sum(max(one.flops / peak, one.bytes / rate) for one in found)
+    on_device = sum(max(operation.flops / peak, operation.bytes / rate) for operation in found)
     return max(on_device, START_SECONDS * len(found))
 
 

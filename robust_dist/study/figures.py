@@ -129,7 +129,7 @@ def _resamples(num_seeds: int, seed: int) -> Array:
         draws = np.array(list(product(range(num_seeds), repeat=num_seeds)))
     else:
         draws = np.random.default_rng(seed).integers(num_seeds, size=(_DRAWS, num_seeds))
-    return np.stack([np.mean(draws == one, axis=1) for one in range(num_seeds)], axis=1)
+    return np.stack([np.mean(draws == number, axis=1) for number in range(num_seeds)], axis=1)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def differences(ours: Study, theirs: Study, where: str = "the folder", *, common
 
 
 def _places(axis: Axis) -> dict[str, str]:
-    # A list's labels are its values; rows are told apart by what they set, too.
+    # A list's labels are its values; rows also differ by what they set.
     named = zip(axis.labels, axis.settings, strict=True)
     return {label: f"{label} {sorted(_numbers(hidden(settings)).items(), key=str)}" for label, settings in named}
 
