@@ -23,7 +23,9 @@ def add_commands(commands: Any) -> None:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
-    runs = commands.add_parser("runs", help="the runs below a folder, what became of them, and in what they differ")
+    runs = commands.add_parser(
+        "runs", help="list the runs below a folder: state, accuracy, and the settings that differ"
+    )
     runs.add_argument("folder", metavar="DIR")
     runs.add_argument("--plot", metavar="PNG", help="draw the runs' accuracies over the epochs")
     runs.set_defaults(run=_runs, extra="train")
@@ -35,7 +37,7 @@ def _add_model(parser: argparse.ArgumentParser, others: str = "") -> None:
         "--checkpoint",
         default="last",
         metavar="last|best|STEP",
-        help="of a run: the last one (default), that of the best logged accuracy which is there, or that of a step",
+        help="of a run: its last (default), the one with the best logged accuracy, or that of a step",
     )
     add_argument(parser)
 
@@ -68,12 +70,12 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser("predict", help="classes of image files; status 1 where one of them is no image")
+    predict = commands.add_parser("predict", help="classify image files (status 1: one of them is not an image)")
     _add_model(predict)
     predict.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders of them at any depth")
     predict.add_argument("--top-k", type=int, default=1, metavar="K", help="classes of each (default: %(default)s)")
     predict.add_argument("--format", choices=["table", "jsonl", "csv"], default="table")
-    predict.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    predict.add_argument("--out", metavar="FILE", help="the file to write; must not exist (default: print)")
     predict.add_argument("--contact-sheet", metavar="PNG", help="draw the images with their classes; must not exist")
     predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     _add_device(predict)

@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from robust_dist.engines.variant import Variant
 from robust_dist.measure.memory import GIB, MIB
 from robust_dist.measure.table import table
 from robust_dist.plan.choose import ALLOWANCE, HOP, LINK_SHARE, START, Estimate, Plan, estimate, variants
 from robust_dist.plan.profile import profile_for
-from robust_dist.plan.question import Question
 
 _MOST_NODES = 1024
 
@@ -205,7 +203,8 @@ def _enough_nodes(plan: Plan) -> int | None:
     while nodes <= _MOST_NODES:
         world = nodes * plan.question.gpus_per_node
         more = replace(plan.question, nodes=nodes, batch_size=max(plan.question.batch_size, world))
-        if any(_fits(variant, plan, more) for variant in variants() if variant.unfit(more) is None):
+        usable = (variant for variant in variants() if variant.unfit(more) is None)
+        if any(estimate(variant, plan.shapes, profile_for(variant, more), more).fits for variant in usable):
             return nodes
         nodes *= 2
     return None
@@ -213,7 +212,3 @@ def _enough_nodes(plan: Plan) -> int | None:
 
 def _images(count: int) -> str:
     return f"{count} image{'' if count == 1 else 's'}"
-
-
-def _fits(variant: Variant, plan: Plan, question: Question) -> bool:
-    return estimate(variant, plan.shapes, profile_for(variant, question), question).fits

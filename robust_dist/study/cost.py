@@ -93,17 +93,13 @@ def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
     found = {}
     for cell in study.cells():
         recipe = recipes[cell.name]
-        key = _cost_key(recipe)
+        flat = flatten(recipe_dict(recipe))
+        key = str(sorted((name, str(value)) for name, value in flat.items() if keys_of(Recipe).is_costly(name)))
         if key not in measured:
             measured[key] = measure(recipe)
         step, image = measured[key]
         found[cell.name] = Cost(steps_of(recipe), step, recipe.epochs * facts(recipe.data).eval * image)
     return found
-
-
-def _cost_key(recipe: Recipe) -> str:
-    flat = flatten(recipe_dict(recipe))
-    return str(sorted((key, str(value)) for key, value in flat.items() if keys_of(Recipe).is_costly(key)))
 
 
 def measure(recipe: Recipe) -> tuple[float, float]:

@@ -170,12 +170,11 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n, observed = len(differences), abs(float(np.mean(differences)))
     exact = 2**n <= _EXACT
-    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
+    if exact:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
     # A tie within rounding counts as equally extreme.
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)
-
-
-def _all_signs(n: int) -> Array:
-    return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(np.float64)

@@ -48,7 +48,8 @@ class StudyFolder:
             StudyError: It holds another study (the differences are named), or other files.
         """
         path = self.path / "study.yaml"
-        if self.path.exists() and any(self.path.iterdir()) and not path.exists() and not self._is_new():
+        others = {entry.name for entry in self.path.glob("*")} - {".lock", ".study.yaml.partial"}
+        if others and not path.exists():
             raise StudyError(f"{self.path} holds files but no study.yaml, so it is no study's folder; choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         with self.alone():
@@ -61,9 +62,6 @@ class StudyFolder:
                         + "\n  ".join(differing)
                     )
             write_atomically(path, dump_yaml(hidden(study_dict(study))), private=has_options(study.base))
-
-    def _is_new(self) -> bool:
-        return {entry.name for entry in self.path.iterdir()} <= {".lock", ".study.yaml.partial"}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
