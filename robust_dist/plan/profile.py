@@ -104,7 +104,8 @@ def shapes_of(question: Question) -> Shapes:
 
 def read_shapes(model: nn.Module) -> Shapes:
     """Parameters that are trained, units and buffers of a model on any device."""
-    trained = {p: Parameter(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    named = model.named_parameters()
+    trained: dict[Tensor, Parameter] = {p: Parameter(name, tuple(p.shape)) for name, p in named if p.requires_grad}
     buffers = list(model.buffers())
     return Shapes(
         tuple(trained.values()),
