@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from robust_dist.own_code import add_argument
 
@@ -133,9 +134,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     device, trained = _device(words.device), read(words.model, checkpoint=words.checkpoint)
     images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
     out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")
-    if words.out is None and out.exists():
-        raise ValueError(f"{out} already exists; choose another folder with --out DIR")
-    check_new(out)
+    check_new(out, "choose another folder with --out DIR")
     on = (
         evaluate.own_images(trained, words.data_words, device)
         if words.path is None
@@ -164,11 +163,10 @@ def _predict(words: argparse.Namespace) -> int:
     kept: list[Prediction] = []
     good = _apart(found, bad, kept if words.contact_sheet else None)
     text = lines(good, words.format, min(words.top_k, len(trained.classes)))
-    if words.out is None:
-        _print(text, sys.stdout)
-    else:
-        with open(words.out, "x", encoding="utf-8") as file:
-            _print(text, file)
+    with nullcontext(sys.stdout) if words.out is None else open(words.out, "x", encoding="utf-8") as file:
+        for line in text:
+            print(line, file=file)
+    if words.out is not None:
         print(f"wrote {words.out}")
     for image in bad:
         print(f"error: {image.where}: {image.reason}", file=sys.stderr)
@@ -190,11 +188,6 @@ def _apart(
             yield result
         else:
             bad.append(result)
-
-
-def _print(text: Iterator[str], file: TextIO) -> None:
-    for line in text:
-        print(line, file=file)
 
 
 def _export(words: argparse.Namespace) -> int:
