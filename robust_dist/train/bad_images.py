@@ -17,7 +17,7 @@ from robust_dist.data.source import ImageSource
 from robust_dist.ranks.talk import gather, on_rank_0, raise_together, rank, world_size
 
 SHOWN = 5
-# Of the check of evaluation images before the first step: its readers, its seconds, and its images at most.
+# The check of evaluation images before the first step: threads, seconds, and images at most.
 READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
 
 
@@ -130,7 +130,7 @@ def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECO
             return BadImage(source.where(index), str(error))
         return None
 
-    # In no order, so that a check that ends early has seen some of every part.
+    # In random order, so that a check that ends early has seen some of every part.
     indices = [start + index for index in spread(stop - start, LOOKED_AT)]
     random.Random(0).shuffle(indices)
     with ThreadPoolExecutor(READERS) as pool:

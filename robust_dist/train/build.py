@@ -37,12 +37,11 @@ from robust_dist.train.optimizers import OptimizerConfig, adam_arguments, check_
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import check_own_data, preprocessing_of
 
-# Steps of a run at which a schedule of one's own is tried.
+# The number of steps at which a user's schedule is tried.
 TRIED = 1000
 _SCHEME = "robust-dist"
 _meetings = itertools.count()
-# Of the functions that autocast runs in the lower dtype, those that images come to first; and those that only look at
-# them another way.
+# Functions that autocast runs in the lower dtype and that may take images first; then those that only reshape images.
 _CASTING = frozenset(("conv1d", "conv2d", "conv3d", "linear", "matmul", "addmm", "mm"))
 _VIEWING = frozenset(("flatten", "view", "reshape", "contiguous", "permute", "transpose", "unflatten", "squeeze"))
 _ASKING = frozenset(
@@ -167,11 +166,11 @@ def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store,
     """As "env://", in a part of the store that no earlier attempt has used."""
     for store, rank, world_size in rendezvous(url.replace(_SCHEME, "env", 1), timeout=timeout, **options):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A store that remembers this launcher's earlier attempt is one for all attempts.
+        # A store that remembers an earlier attempt of this launcher is shared by all its attempts.
         mine = f"robust_dist/{host_id()}/{os.getppid()}/{os.environ.get('LOCAL_RANK', '0')}"
         first = store.compare_set(mine, "", attempt).decode()
         part = store if first == attempt else PrefixStore(f"attempt-{attempt}", store)
-        # A group that this process has closed has left its keys.
+        # A group that this process closed has left its keys in the store.
         number = next(_meetings)
         yield (PrefixStore(f"meeting-{number}", part) if number else part), rank, world_size
 

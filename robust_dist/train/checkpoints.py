@@ -179,7 +179,7 @@ class RunCheckpoints:
     def _write_state(self, folder: Path) -> None:
         save_state(self.accelerator, folder)
         if not self.engine.names_parameters:
-            # Conversion to another engine wants names.
+            # Conversion to another engine needs the names.
             note_parameters(folder, self.model, self.optimizer)
 
     def _take_up_refused(self, metadata: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class RunCheckpoints:
         progress = self.progress
         progress.forgiven, progress.unfinished = metadata["bad_images"], metadata["unfinished"]
         if on_rank_0(lambda: any(row["step"] == progress.step for row in self.folder.metrics())):
-            # Recorded since, by a start that saved nothing later.
+            # A later start recorded the epoch and saved nothing after it.
             progress.begin_epoch()
 
 
@@ -248,7 +248,7 @@ def check_not_lost(recipe: Recipe, store: CheckpointStore, folder: RunFolder) ->
         return
     missing = _what_is_missing(store.folder)
     due = [row for row in rows if row["epoch"] % recipe.checkpoint.every_epochs == 0 or row["epoch"] == recipe.epochs]
-    # Before the second of them was begun the first was complete; a kill before that leaves none.
+    # The first one is complete before the second begins; a kill before that leaves none.
     if missing is None and (any(store.folder.iterdir()) or (len(due) < 3 and not folder.is_finished)):
         return
     raise CheckpointError(

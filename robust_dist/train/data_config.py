@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from robust_dist.data.source import ImageSource
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Metadata of a key that all sources of image files look at, and sets by name do not.
+# Metadata of a key that all sources of image files use, and sets by name do not.
 FOR_FILES: dict[str, Any] = {"for_files": True}
 _DECODE = synonyms(cpu="exact")
 Classes = tuple[str, ...] | None
@@ -255,7 +255,7 @@ class DataConfig:
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
         require(self.cache == "off", "data.cache", self.cache, f"off: with {why} each image is decoded once")
         require(self.decode == "exact", "data.decode", self.decode, f"exact: with {why} each image is decoded once")
-        # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
+        # One spelling: data.keep_on may change when a run goes on, the preparation of images may not.
         self.crop_scale = None
 
     def _check_source(self, source: "SourceChoice") -> None:

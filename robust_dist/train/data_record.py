@@ -145,7 +145,7 @@ def part_differences(part: str, here: Record, there: Record) -> list[str]:
         return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]
     if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
         ours, theirs = here.get("revision"), there.get("revision")
-        # A commit alone, as of a set's description, changes nothing.
+        # Another commit with the same images (of a set's description, say) is no difference.
         moved = f" (the Hub's revision is {ours}, and was {theirs}: set data.revision)" if ours != theirs else ""
         return [f"{part}: {here['name']} has as many images as before, but other names or labels{moved}"]
     return []

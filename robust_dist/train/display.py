@@ -117,7 +117,7 @@ def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, imag
     try:
         flops = training_flops(model, image_shape)
     except Exception as error:
-        # A figure is not worth a run.
+        # No run should end for the sake of a figure.
         accelerator.print(f"no MFU: the model's operations cannot be counted ({type(error).__name__}: {error})")
         return Meter(accelerator.num_processes)
     return Meter(accelerator.num_processes, flops, peak * 1e12)

@@ -19,7 +19,7 @@ from robust_dist.schedule import base_optimizer
 from robust_dist.train.metrics import LEAST_FOR_TOP5
 from robust_dist.train.watchdog import tick
 
-# With a momentum of 0.1, half a percent of batch normalisation's former statistics is left after so many.
+# With a momentum of 0.1, half a percent of batch normalisation's earlier statistics remain after this many steps.
 STATISTICS_STEPS = 50
 
 
@@ -189,5 +189,5 @@ def use_averaged_weights(
             tick("collecting the statistics of batch normalisation")
             for batch in parts:
                 model(prepare(batch))
-    # They were counted when they were trained on.
+    # Bad images were counted when they were trained on.
     loader.take_bad()

@@ -22,7 +22,7 @@ from robust_dist.documents import read_json
 from robust_dist.private import hidden_text
 from robust_dist.ranks.talk import Origin, ranks_text
 
-# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": in vain, for as long as may be.
+# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": for a peer, until the timeout.
 Kind = Literal["failed", "hang", "lost", "waited"]
 _CAUSES: tuple[Kind, ...] = ("failed", "hang")
 SECONDS_FOR_WORD = 3.0
@@ -123,7 +123,7 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
     if rank.folder is not None:
         with contextlib.suppress(OSError):
             folder = rank.folder / "errors"
-            # A run's folder that is gone is not made again.
+            # A run's folder that was removed is not made again.
             folder.mkdir(exist_ok=True)
             write_atomically(folder / f"rank-{rank.number}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record
@@ -190,7 +190,7 @@ def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     summary, details = hidden_text(summary), hidden_text(details)
     if path:
-        # In whole seconds; the earliest counts as the root cause, and the lowest rank where two are equal.
+        # In whole seconds; the earliest is taken for the root cause, and the lowest rank of equal ones.
         extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": extra}}), encoding="utf-8")
@@ -215,7 +215,7 @@ def report_failure(error: BaseException, rank: Rank) -> None:
         print(f"\n{rank} failed{place}:\n{record.traceback}", end="", file=sys.stderr, flush=True)
         tell_launcher(record.summary, record.traceback)
         return
-    # The launcher may end this process while it waits for the others' word.
+    # The launcher may end this process while it waits for the others' reports.
     tell_launcher(record.summary, record.summary, cause=False)
     line = explain_loss(rank, record)
     print(line, file=sys.stderr, flush=True)

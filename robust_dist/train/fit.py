@@ -27,7 +27,7 @@ from robust_dist.train.optimizers import OPTIMIZERS, OptimizerChoice
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
-# The engine under which this process has trained, where it can train no second run.
+# The engine under which this process has trained, if that engine takes one run a process.
 _spent: list[str] = []
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -25,7 +25,7 @@ from robust_dist.train.parse import fitted
 from robust_dist.train.recipe import Recipe, conflicts, flatten, recipe_dict
 
 STOPPED = "stopped.json"
-# What a start that died, or found the disk full, may leave in a folder before its recipe.yaml.
+# Files that a start may leave before its recipe.yaml, if it dies or the disk is full.
 _LEFT_OVER = {".lock", ".recipe.yaml.partial", "errors", "stacks", "log.txt"}
 
 
@@ -128,12 +128,12 @@ class RunFolder:
         is_new_data = data is not None and self._is_new_data(data)
         # Others may read what became of a run, but not the accounts and hosts that its options name.
         private = has_options(ours)
-        # First, since it makes the folder a run's.
+        # Written first: it makes the folder a run's.
         write_atomically(self._recipe_path, dump_yaml(hidden(ours)), private=private)
         if is_new_data:
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         if not self.metrics():
-            # From here on its absence is somebody's doing.
+            # If it is missing later, somebody removed it.
             self.checkpoints.mkdir(exist_ok=True)
         self._note_start(hidden(environment), private)
         (self.path / STOPPED).unlink(missing_ok=True)

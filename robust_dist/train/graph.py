@@ -97,7 +97,7 @@ class StaticStep:
         self.rates = DeviceRates(base_optimizer(optimizer), device)
         self._batch: Batch | None = None
         self.replay = _Graph(self.over_static, device) if device.type == "cuda" else _Call(self.over_static)
-        # What is loaded lies at other addresses than the captured ones.
+        # The loaded state lies at other addresses than the captured one.
         base_optimizer(optimizer).register_load_state_dict_post_hook(lambda _: self.replay.forget())
 
     def __call__(self, batch: Batch) -> None:

@@ -10,16 +10,16 @@ from typing import Any, get_origin, get_type_hints
 
 from robust_dist.validate import whole_number
 
-# What a field's metadata says of its key, or of all keys of a section.
+# Metadata of a key's field, or of a whole section's.
 # It may change between two starts of one run, because it moves no weight by more than rounding.
 FREE: dict[str, Any] = {"free": True}
 # It changes how long a training step takes.
 COSTLY: dict[str, Any] = {"costly": True}
-# Its value may be the name of one's own code, `module:Name` (robust_dist/own_code.py).
+# Its value may be the name of the user's own code, `module:Name` (robust_dist/own_code.py).
 NAMES_CODE: dict[str, Any] = {"names_code": True}
-# What a recipe calls a part that `fit` was given.
+# The name in a recipe of a part that `fit` was given.
 OWN = "own"
-# More than any count, size or number of steps of a run; beyond it tensors and file names overflow.
+# Above any count or size of a run; beyond it tensors and file names overflow.
 MOST = 2**31 - 1
 
 
@@ -85,7 +85,7 @@ class Keys:
         """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
         known = [*self.values, *self.mappings, *self.sections]
         near = get_close_matches(name, known, n=2)
-        # Right except that its section is missing, as in `lr`.
+        # Right but for the section, as in `lr`.
         near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
         return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
 

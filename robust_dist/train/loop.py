@@ -138,7 +138,7 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # Once they are replaced, the run goes on here. Before a step an optimizer over shards has no state.
+                # The run goes on here once they are replaced. Before its first step a sharded optimizer has no state.
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)
@@ -154,7 +154,7 @@ class Trainer:
 
     def _run(self, display: Display, profiling: Profiling) -> None:
         if self.recipe.data.in_memory:
-            # Every rank has decoded all of them.
+            # Every rank has decoded all images.
             bad = BadImages(self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
             if self.accelerator.is_main_process:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
@@ -214,7 +214,7 @@ class Trainer:
             self.progress.bad_images += len(found)
             self.bad.note(found)
             step = self.progress.step % self.loader.steps_per_epoch
-            # What the epoch's last step found is judged when the epoch's figures are there.
+            # The epoch's last step is judged with the epoch's figures.
             if step and is_time_to_count(step):
                 self._judge_bad_images(self._count_bad_images())
 
@@ -356,7 +356,7 @@ class Trial:
     ) -> None:
         tracking = replace(recipe.tracking, trackers=[], progress=False)
         recipe = replace(recipe, run_dir=str(folder), epochs=_EPOCHS, num_processes=None, tracking=tracking)
-        # Which weights it begins with changes no step's cost.
+        # The initial weights change no step's cost.
         model = replace(recipe.model, weights=None)
         recipe = replace(recipe, model=model, init_from=None, init_checkpoint="last")
         self.trainer = Trainer(recipe, accelerator, RunFolder(folder), train_set, test_set)

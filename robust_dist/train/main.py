@@ -29,12 +29,13 @@ from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
 from robust_dist.train.opening import backends_of, data_lines, data_notes, decoder_note, part_lines, say_run
+from robust_dist.train.optimizers import check_fits
 from robust_dist.train.output import LastingOutput
 from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
 from robust_dist.train.sources import load_sets, preprocessing_of, with_decoder
 from robust_dist.train.stop import STOPPED_STATUS, Stopped, check_not_stopped
-from robust_dist.train.trackers import check_installed, check_names
+from robust_dist.train.trackers import check_trackers
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
 from robust_dist.train.weights import check_there
 
@@ -60,7 +61,6 @@ def train(
         DivergedError: The loss is no longer finite.
         Stopped: A signal asked for it; all is saved.
     """
-    check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
     attempt(lambda: check_own(recipe))
     check_ranks_agree(recipe)
@@ -70,7 +70,6 @@ def train(
     recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
-    on_rank_0(lambda: check_installed(recipe.tracking.trackers))
     on_rank_0(lambda: _check_begins(asked, folder))
     tick("loading the data", may_be_slow=True)
     noted = on_rank_0(folder.decoder)
@@ -103,12 +102,14 @@ def train(
 
 
 def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse a folder, a model and weights that cannot be used, in one message, before the data is opened."""
+    """Refuse what cannot be used of the things that a recipe names, in one message, before the data is opened."""
     found: list[ValueError] = []
     for check in (
         lambda: folder.check_usable(recipe),
         lambda: builder_of(recipe.model.name),
+        lambda: check_fits(recipe),
         lambda: check_there(recipe, folder),
+        lambda: check_trackers(recipe.tracking.trackers),
     ):
         try:
             check()
@@ -212,7 +213,7 @@ def _fail(error: Exception, rank: Rank) -> int:
     else:
         report_failure(error, rank)
     if rank.world_size > 1:
-        # All is said; the ranks that still wait for this one learn of its end by its end.
+        # Everything is reported; ranks that still wait for this one see only its exit.
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 

@@ -9,11 +9,11 @@ from robust_dist.documents import DocumentError, parse_json, read_text, typed
 from robust_dist.train.keys import require_number
 
 Rows = list[dict[str, Any]]
-# Where there are fewer classes, five guesses are hardly ever wrong.
+# With fewer classes, five guesses are hardly ever wrong.
 LEAST_FOR_TOP5 = 6
-# More classes would make each line longer than anybody reads; `robust-dist evaluate` tells them all.
+# More classes would make lines too long to read; `robust-dist evaluate` lists them all.
 MOST_LISTED = 1000
-# Figures of an epoch that measure the machine and the moment, and so differ between two equal runs.
+# Figures of an epoch that depend on the machine and the moment, and so differ between equal runs.
 MEASURED = frozenset(
     {
         "images_per_second",

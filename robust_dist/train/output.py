@@ -15,7 +15,7 @@ from robust_dist.private import hidden_text, hidden_words
 from robust_dist.train.failures import Rank
 
 LOG = "log.txt"
-# Of what is printed before the run's folder is there; an error before that belongs to no run.
+# Of the output before the run's folder exists; an error before that belongs to no run.
 _MOST_LINES = 10_000
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
@@ -39,7 +39,7 @@ class LastingOutput:
         _occupy_descriptors()
         for name in ("stdout", "stderr"):
             stream = self._streams[name] = getattr(sys, name)
-            # A process that was started with the descriptor closed has none.
+            # None where the process was started with the descriptor closed.
             shown = stream if stream is not None else open(os.devnull, "w")
             setattr(sys, name, _Stream(shown, name, self, self._log))
         return self
@@ -81,14 +81,14 @@ class _Log:
         self._waiting: list[str] | None = [f"--- {now} {shlex.join(hidden_words(sys.argv))}\n"]
         self._file: Any = None
         self._begun: dict[str, str] = {}
-        # A bar is drawn by a thread of its own, too; a warning of ours is printed while a line is taken.
+        # Bars are drawn by a thread too, and a warning of ours may be printed while a line is added.
         self._lock = threading.RLock()
 
     def open(self, path: Path) -> None:
         """Begin to write, with what was kept."""
         waiting, self._waiting = self._waiting or [], None
         try:
-            # A process that is killed has left each line in the file.
+            # Line-buffered: a process that is killed leaves each line in the file.
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             self._end(path, error)

@@ -33,7 +33,7 @@ from robust_dist.train.recipe import Recipe
 if TYPE_CHECKING:
     from robust_dist.data.image_cache import ImageCache
 
-# So many of a set's first images are looked at for an EXIF orientation.
+# How many of a set's first images are checked for an EXIF orientation.
 LOOKED_AT = 16
 _KEY = "data.name"
 _read: dict[str, DatasetInfo] = {}
@@ -178,7 +178,7 @@ def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> D
             "it goes on with data.decode=fast, whose levels differ by a few",
             flush=True,
         )
-    # Versions that noted nothing had the CPU decode exactly.
+    # Versions that noted nothing decoded exactly, on the CPU.
     return replace(data, decode="exact" if noted == "" else "fast")
 
 
@@ -222,7 +222,7 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
 
     first: list[bytes] = []
     for index in range(min(LOOKED_AT, len(source))):
-        # What cannot be read is found, and counted, by those who need it.
+        # Unreadable images are found and counted when they are needed.
         with suppress(BadImageError, OSError):
             first.append(source.read(index)[0])
     turned = sum(map(is_turned, first))
@@ -356,7 +356,7 @@ def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> 
     classes = train_set.classes
 
     def load(root: Any, train: bool, download: bool) -> ImageSet:
-        # Not held here for the run, which may have a copy on a device.
+        # Not kept for the length of the run, which may have a copy on a device.
         found = kept.get(train) if again is None else kept.pop(train, None)
         return again(train=train, classes=classes) if found is None else found
 
@@ -366,7 +366,7 @@ def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> 
         channels=train_set.channels,
         size=train_set.images.shape[-1],
         mean=tuple(scaled.mean((0, 2, 3)).tolist()),
-        # A channel that is the same everywhere stays as it is.
+        # A constant channel is not scaled.
         std=tuple(deviation or 1.0 for deviation in scaled.std((0, 2, 3)).tolist()),
         crop_padding=round(train_set.images.shape[-1] / 8),
         flip=True,

@@ -79,7 +79,7 @@ class TrainStep:
     def _learn(self, batch: Batch, parts: int = 1) -> None:
         images, targets = self.inputs(batch)
         loss = summed_loss(self.model(images), targets, batch.weights, self.recipe.label_smoothing)
-        # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
+        # Engines average over ranks and accumulated parts; samples must count equally in uneven ones, too.
         parts_in_all = self.accelerator.num_processes * parts
         self.accelerator.backward(loss * (parts_in_all / batch.global_size))
         self.loss_sum += loss.detach().double()

@@ -15,11 +15,11 @@ from robust_dist.train.saving import Saver
 
 # EX_TEMPFAIL of sysexits.h: not done; the same command goes on.
 STOPPED_STATUS = 75
-# What SLURM's --signal, Kubernetes, spot notices and launchers send; then what a terminal sends: Ctrl-C, and its end.
+# Sent by SLURM's --signal, Kubernetes, spot notices and launchers; then by a terminal: Ctrl-C, and its end.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
 _ECHO_SECONDS = 10.0
-# A person's second Ctrl-C is a wish; the launcher, which had the first one too, passes it on within this time.
+# A launcher passes a terminal's first Ctrl-C on within this time; a later one is a person's second.
 _TYPED_ECHO_SECONDS = 1.0
 
 
@@ -81,7 +81,7 @@ class StopSignals:
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # The C handler writes the number; the Python one only has to be there.
+        # The C handler writes the number; the Python one only has to exist.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         threading.Thread(target=self._listen, args=(read,), name="stop-signals", daemon=True).start()

@@ -23,11 +23,11 @@ _SIDES = (32, 64, 96, 128, 160, 192, 224)
 # Below so many steps the full augmentation costs accuracy (configs/studies/results).
 _LONG = 7_500
 _WANTED_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1_500, 30, 100
-# Images, and the batch up to there.
+# Most images, and the batch size for them.
 _BATCHES = ((64, 8), (1_000, 16), (5_000, 32), (20_000, 64), (100_000, 128))
 _LARGEST_BATCH = 256
 _NAMED = 5
-# Which YAML takes for something other than text.
+# Words that YAML does not take for text.
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 
@@ -42,7 +42,7 @@ def suggest(folder: str | Path) -> str:
     if found.layout.eval is None and max(found.train) < 2:
         raise DataError(f"{found.layout.root}: each class has one image, so none is left for evaluation")
     text = "\n".join([*_findings(found), *_sections(found)]) + "\n"
-    # What is written is what `train` takes.
+    # `train` must accept what is written.
     settings = Settings(Recipe)
     document = parse_yaml(text, "the suggested recipe")
     settings.take(document, document.data, (), "")
@@ -160,7 +160,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
     if found.bad:
         share = min(0.5, math.ceil(200 * len(found.bad) / found.looked_at) / 100)
         lines += ["  # Named above: mend or remove them. They are skipped and counted.", f"  max_bad_share: {share}"]
-    # A split by hashes may leave fewer for training than are expected.
+    # A split by hashes may leave fewer training images than expected.
     if images >= 2 * batch:
         lines += ["  # The rest of an epoch, of a few images, would upset batch normalisation.", "  drop_last: true"]
     lines += [f"  # Up to {max(1, batch // 2)} ranks share a batch.", "  block: 2"]

@@ -20,18 +20,18 @@ _PIP = {"comet_ml": "comet-ml"}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
-def check_names(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know; the ValueError names it, what is near it and what there is."""
+def check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that is unknown, or whose package is broken or missing (Accelerate would silently leave it out).
+
+    Raises:
+        ValueError: Names it, and what would be right.
+    """
     known = sorted(LOGGER_TYPE_TO_CLASS)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"tracking.trackers={names!r}: no tracker {name!r}; {hint}there are {', '.join(known)}")
-
-
-def check_installed(names: list[str]) -> None:
-    """Refuse a tracker whose package is broken or missing (Accelerate would silently leave it out)."""
     there = {str(name) for name in get_available_trackers()}
     builtin = {name for name, kind in LOGGER_TYPE_TO_CLASS.items() if kind.__module__ == GeneralTracker.__module__}
     missing = [name for name in names if name in builtin and name not in there]
@@ -114,11 +114,11 @@ class Trackers:
         """The options of a tracker's start: ours, and over them the user's."""
         label = self.folder.resolve().parent.name
         ours: dict[str, dict[str, Any]] = {
-            # Hides what an interrupted start logged beyond the step from which this one goes on.
+            # Hides what an interrupted start logged after the step from which this one goes on.
             "tensorboard": {"purge_step": done + 1},
             "wandb": {"name": label, "dir": str(self.folder), "resume": "allow"} | ({"id": run} if run else {}),
             "mlflow": {"run_id": run} if run else {"run_name": label},
-            # Trackio knows runs by their names alone.
+            # Trackio knows runs by name only.
             "trackio": {"name": run or f"{label}-{uuid.uuid4().hex[:6]}", "resume": "allow"},
         }
         return ours.get(name, {}) | self.recipe.tracking.options.get(name, {})

@@ -60,7 +60,7 @@ class Watchdog:
 
     def __init__(self, rank: Rank, timeout: float, on_end: Callable[[str], None] = lambda reason: None) -> None:
         self.rank, self.timeout, self.on_end = rank, timeout, on_end
-        # A rank in a collective is left to the collective's timeout, which begins a little after the last tick.
+        # A rank in a collective is left to the collective's own timeout, which starts a little after the last tick.
         self.grace = max(5.0, 0.1 * timeout)
         self._poll = min(1.0, timeout / 20)
         self._last = "the start", True
@@ -90,7 +90,7 @@ class Watchdog:
             now, last = time.monotonic(), self._last
             if last is not seen:
                 seen, silent, dumped = last, 0.0, False
-            # A longer gap between two looks is one in which this process did not run at all.
+            # In a longer gap between two looks this process did not run at all.
             silent += min(now - before, 2 * self._poll)
             before = now
             faulthandler.dump_traceback_later(self.timeout, file=STDERR)

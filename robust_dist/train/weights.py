@@ -27,7 +27,7 @@ from robust_dist.train.optimizers import choice_of
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import preprocessing_of
 
-# What `robust-dist export` writes: the weights, and what their use needs to know.
+# Files of `robust-dist export`: the weights, and a record for their use.
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 # Accelerate's name for the moving average, the one object that a run registers with it.
 _AVERAGE = "custom_checkpoint_0.pkl"
@@ -139,7 +139,7 @@ def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str])
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed."""
-    # safetensors leaves further names of a shared tensor out, and old files know no counter of batches.
+    # safetensors omits further names of a shared tensor, and old files have no counter of batches.
     there = {tensor.data_ptr() for name, tensor in own.items() if name in given}
     lacking = [
         name
@@ -230,7 +230,7 @@ def begin(
     def read() -> Weights:
         return _reader(recipe, folder)(model, len(classes))
 
-    # Whoever comes first on a host fetches what is missing.
+    # The first rank of a host fetches what is missing.
     one = attempt(read, here=first)
     other = attempt(read, here=not first)
     found = one or other
@@ -392,6 +392,8 @@ def _reader_of_path(recipe: Recipe, path: Path, folder: RunFolder) -> Reader:
         return _reader_of_run(recipe, path)
     if recipe.init_from is None and path.is_dir() and run_of(path) is None:
         return lambda model, _: Weights(str(path), read_weights(path, model.state_dict()))
+    if recipe.init_from is None and not path.exists():
+        raise ValueError("there is no such file or folder")
     raise ValueError(why_none(path))
 
 

@@ -169,7 +169,7 @@ def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     found = read_published("timm/test_vit", "DEFAULT", 10, 3, {})
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
     assert "it has 1,000 classes, and this run 10: the head (head) is new, with 10 outputs" in begun.lines[0]
-    assert "trained on images of mean [0.5, 0.5, 0.5]" in begun.warnings[0]
+    assert "trained on images with mean [0.5, 0.5, 0.5]" in begun.warnings[0]
     assert torch.equal(model.head.weight, head)
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))

@@ -113,7 +113,6 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
     ],
 )
 def test_options_that_a_model_cannot_have_are_named_without_a_library_s_words(name, options, message):
-    recipe = Recipe(model=ModelConfig(name=name, options=options))
     with pytest.raises(ValueError, match=message) as error:
-        build_classifier(recipe, 10, 3)
+        build_classifier(Recipe(model=ModelConfig(name=name, options=options)), 10, 3)
     assert "()" not in str(error.value)
