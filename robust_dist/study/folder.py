@@ -79,6 +79,8 @@ class StudyFolder:
         path = self.path / "study.yaml"
         try:
             return study_from_dict(read_yaml(path).data, str(path))
+        except FileNotFoundError:
+            raise StudyError(f"{self.path} is no study's folder: it has no study.yaml") from None
         except (OSError, ValueError) as error:
             raise StudyError(f"{self.path} is no study's folder: {error}") from error
 
