@@ -39,6 +39,13 @@ from robust_dist.ranks.talk import ranks_text
 SHARED_MEMORY = Path("/dev/shm")
 # Headers, random states, the schedule, names.
 _SMALL = 1 << 20
+_STAGED = "robust_dist-staged-"
+_LOCK = ".lock"
+_CHUNK = 1 << 22
+# Seconds that a new staging folder has to get its lock and its final name.
+_BIRTH = 60.0
+# How long a run that ends by an error waits for the notes of ranks that may be dead.
+_LAST_PATIENCE = 20.0
 
 
 def free_bytes(path: Path) -> int:
@@ -91,7 +98,7 @@ class Sizes:
         """The sizes of a prepared model, without its outermost wrapper."""
         params = list(model.parameters())
         return cls(
-            # ZeRO-3 leaves the size of the whole parameter at the shard.
+            # Under ZeRO-3 a shard notes the whole parameter's size.
             elements=sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
             held=sum(_held(param) for param in params),
             bytes_each=max((param.element_size() for param in params), default=4),
@@ -122,15 +129,6 @@ def room_for_staging(path: Path) -> int:
     """Bytes that may be staged at `path`: at most half of the memory, or the system might kill training."""
     free = free_bytes(path)
     return free if unlike_memory(path) else min(free, free_memory() // 2)
-
-
-_STAGED = "robust_dist-staged-"
-_LOCK = ".lock"
-_CHUNK = 1 << 22
-# Seconds that a new staging folder has to get its lock and its final name.
-_BIRTH = 60.0
-# How long a run that ends by an error waits for the notes of ranks that may be dead.
-_LAST_PATIENCE = 20.0
 
 
 class Staging:

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from robust_dist.checkpoint import layout as layouts
-from robust_dist.checkpoint import plain
+from robust_dist.checkpoint import plain, zero_read
 from robust_dist.checkpoint.layout import Layout, find_layout
-from robust_dist.checkpoint.plain import (
-    SCHEDULE_FILE,
-    check_keys,
-    load_file,
-    read_file,
-    read_folder,
-)
+from robust_dist.checkpoint.plain import SCHEDULE_FILE, check_keys, load_file, read_file, read_folder
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore, verify
 from robust_dist.checkpoint.training_state import WRAPPED, ParameterNames, TrainingState, read_names, write_names
 from robust_dist.engines.engine import Engine, engine_named, kinds
@@ -76,8 +70,6 @@ def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return plain.read_weights(place.path, names)
     if place.kind == layouts.ZERO:
-        from robust_dist.checkpoint import zero_read
-
         return zero_read.read_weights(place.path)
     from robust_dist.checkpoint import dcp
 
@@ -90,9 +82,7 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return read_folder(place.path, number=number, unwrap=unwrap)
     if place.kind == layouts.ZERO:
-        from robust_dist.checkpoint.zero_read import read_zero
-
-        return read_zero(place.path)
+        return zero_read.read_zero(place.path)
     from robust_dist.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
 
     if place.kind == layouts.FSDP_SHARDED:

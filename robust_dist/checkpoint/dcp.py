@@ -40,14 +40,20 @@ _KNOWN = {
     "collections": {"OrderedDict"},
     "builtins": {"set", "frozenset"},
 }
+MODEL_FOLDER = "pytorch_model_fsdp_0"
+OPTIMIZER_FOLDER = "optimizer_0"
+_OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
+_GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
+_EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
+_SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows torch's records of a checkpoint alone."""
+    """Knows only torch's records of a checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "pathlib" or module.startswith("pathlib."):
-            # Where it was written; a plain path means the same and does nothing.
+            # Where it was written; a plain path serves as well and runs nothing.
             if name in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
                 return PurePosixPath
         elif name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
@@ -159,7 +165,7 @@ def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, *
         if "no_dist" in inspect.signature(function).parameters:
             how["no_dist"] = True
         elif alone:
-            # There only the deprecated functions leave the other ranks out.
+            # torch 2.6 leaves the other ranks out in its deprecated functions only.
             old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
             function, how["no_dist"] = old[function], True
     with warnings.catch_warnings():
@@ -182,14 +188,6 @@ def plain_failures(folder: str | Path) -> Iterator[None]:
             raise first from None
         said = by_rank({rank: (str(cause) or type(cause).__name__).splitlines()[0] for rank, cause in causes.items()})
         raise CheckpointError(f"{folder}: " + "; ".join(said)) from None
-
-
-MODEL_FOLDER = "pytorch_model_fsdp_0"
-OPTIMIZER_FOLDER = "optimizer_0"
-_OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
-_GROUP_KEY = re.compile(r"(\d+)\.([^.]+)")
-_EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
-_SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 def load_flat(folder: Path) -> dict[str, Any]:

@@ -23,20 +23,32 @@ from robust_dist.checkpoint.plain import (
 )
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError
 from robust_dist.checkpoint.training_state import TrainingState
-from robust_dist.checkpoint.zero_files import LATEST, TAG
+from robust_dist.checkpoint.zero_files import LATEST, TAG, is_zero
+from robust_dist.checkpoint.zero_files import ZERO as ZERO
 
 DDP = "Accelerate folder (DDP)"
 FSDP_SHARDED = "Accelerate folder (FSDP, sharded state dict)"
 FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
-ZERO = "DeepSpeed folder"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
 # Marks a folder of Trainer's, which is of any of the first four kinds.
 TRAINER_STATE = "trainer_state.json"
 KNOWN = (
     f"a folder of Accelerate's save_state ({MODEL_FILES[0]} or {MODEL_FILES[2]} with {OPTIMIZER_FILE}; "
-    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or pytorch_model with DeepSpeed's files), Trainer's "
-    "checkpoint-N, a DeepSpeed folder (latest), a DCP folder (.metadata), or a torch.save file"
+    f"pytorch_model_fsdp_0 with optimizer_0; {FULL_MODEL_FILE}; or a {ZERO} called {TAG}), Trainer's checkpoint-N, a "
+    f"{ZERO} ({LATEST}), a DCP folder (.metadata), or a torch.save file"
+)
+TRAINERS_OPTIMIZER = OPTIMIZER_FILES[1]
+TRAINERS_SCHEDULE = "scheduler.pt"
+RANDOM_STATES = "rng_state*.pth"
+_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+_WEIGHTS = (*MODEL_FILES, *_SHARDS)
+# What an engine, Trainer's random states or this package wrote; everything else is the user's and goes along.
+_OWN = (
+    *_WEIGHTS,
+    *OPTIMIZER_FILES,
+    *("pytorch_model*", "optimizer_*", SCHEDULE_FILE, TRAINERS_SCHEDULE, RANDOM_STATES, "random_states_*.pkl"),
+    *("global_step*", "latest*", "zero_to_fp32.py", "parameters.json", "manifest.json"),
 )
 
 
@@ -73,8 +85,6 @@ def find_layout(path: str | Path) -> Layout:
 
 def kinds_in(path: Path) -> list[str]:
     """The kinds whose files are in a folder."""
-    from robust_dist.checkpoint.zero_files import is_zero
-
     tests = {
         DDP: any((path / name).is_file() for name in MODEL_FILES),
         FSDP_FULL: (path / FULL_MODEL_FILE).is_file(),
@@ -106,20 +116,6 @@ def _advice(path: Path) -> str:
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
     steps = steps or sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
     return f", but has some: name one, such as {steps[-1]}" if steps else ""
-
-
-TRAINERS_OPTIMIZER = OPTIMIZER_FILES[1]
-TRAINERS_SCHEDULE = "scheduler.pt"
-RANDOM_STATES = "rng_state*.pth"
-_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-_WEIGHTS = (*MODEL_FILES, *_SHARDS)
-# What an engine, Trainer's random states or this package wrote; everything else is the user's and goes along.
-_OWN = (
-    *_WEIGHTS,
-    *OPTIMIZER_FILES,
-    *("pytorch_model*", "optimizer_*", SCHEDULE_FILE, TRAINERS_SCHEDULE, RANDOM_STATES, "random_states_*.pkl"),
-    *("global_step*", "latest*", "zero_to_fp32.py", "parameters.json", "manifest.json"),
-)
 
 
 def is_trainers(folder: Path) -> bool:

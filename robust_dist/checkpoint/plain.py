@@ -305,7 +305,7 @@ def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
     try:
         save_file(_apart(entries), file, metadata={"format": "pt"})
     except KeyError:
-        # Of a dtype that safetensors does not have, as complex128.
+        # A dtype that safetensors does not have, such as complex128.
         file.unlink(missing_ok=True)
 
 

@@ -69,7 +69,7 @@ def _plain_objects() -> Iterator[None]:
 
 
 def _set_random_state(path: Path) -> None:
-    """As Accelerate does, which says nothing where it fails; a rank that was not there before has no file."""
+    """Set the random state as Accelerate does, but fail loudly; a rank that is new has no file."""
     import numpy as np
     from accelerate.utils import load
 
@@ -81,7 +81,7 @@ def _set_random_state(path: Path) -> None:
         np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
         torch.set_rng_state(states["torch_manual_seed"])
         devices = states.get("torch_cuda_manual_seed", [])
-        # With another number of GPUs there is no state for each, as on another machine.
+        # With another number of GPUs there is no state for each of them.
         if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
     except Exception as error:

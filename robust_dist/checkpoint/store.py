@@ -116,13 +116,13 @@ class Manifest:
     signed: bool = False
 
     def signature(self) -> int:
-        """The CRC-32 of the manifest's content, however the file spells it."""
+        """The CRC-32 of the manifest's content, whatever its formatting."""
         said = [self.format, self.step, {name: list(entry) for name, entry in self.files.items()}, self.metadata]
-        # As it will be read: keys that are numbers become text, and are then sorted otherwise.
+        # As it will be read: keys that are numbers become text, and sort differently.
         return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
 
     def text(self) -> str:
-        """The file, signed in its first line: no piece that is cut out takes the checksum and a value along."""
+        """The file, with its checksum in the first line, so that no single cut removes the checksum and a value."""
         return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature(), "signed": True}, indent=1)
 
 
@@ -302,7 +302,7 @@ class CheckpointStore:
         if files is None:
             files = synced(partial)
         _check_sizes(partial, files)
-        # From its manifest on a reader takes it for whole, wherever the rename was cut off.
+        # Once there is a manifest, readers take it for whole, even if the rename was cut off.
         self.guard()
         sign(partial, step, files, metadata)
         self.guard()
@@ -368,13 +368,13 @@ def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    """Sorts steps by number, as some names have more digits than others; a folder of no step is the oldest."""
+    """A sort key by step number, as names differ in digits; a folder of no step is the oldest."""
     named = _NAMED.fullmatch(folder.name)
     return (int(named[1]) if named else -1), folder.name
 
 
 def _accuracy(folder: Path) -> float | None:
-    """The accuracy that a checkpoint notes; None for a torn one and within an epoch."""
+    """The accuracy that a checkpoint notes; None for a torn one, and for one written within an epoch."""
     try:
         score = read_manifest(folder).metadata.get(ACCURACY)
     except CheckpointError:

@@ -21,6 +21,13 @@ from robust_dist.engines.engine import UNNOTED
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.ranks.talk import rank
 
+SIDECAR = "parameters.json"
+WRAPPED = "module."
+_COMPILED = "_orig_mod."
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_MOST_PATHS = 10_000
+Shape = tuple[int, ...] | None
+
 
 @dataclass
 class TrainingState:
@@ -58,17 +65,8 @@ def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
     return {name: value for name, value in module.items() if name not in objects}, objects
 
 
-SIDECAR = "parameters.json"
-WRAPPED = "module."
-_COMPILED = "_orig_mod."
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
-_MOST_PATHS = 10_000
-
-Shape = tuple[int, ...] | None
-
-
 class UnnamedError(CheckpointError):
-    """The parameters of a checkpoint are only numbered, and order and shapes do not tell them apart."""
+    """A checkpoint only numbers its parameters, and order and shapes do not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
-    # On every rank: otherwise only some of them would gather in the next forward pass.
+    # On every rank: otherwise only some ranks would gather in the next forward pass.
     reshard(model)
     if rank() != 0:
         return

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from robust_dist.checkpoint.store import CheckpointError
 
+# The kind of these checkpoints in a report.
+ZERO = "DeepSpeed folder"
 TAG = "pytorch_model"
 LATEST = "latest"
 _ALIGNMENT = 2
@@ -24,7 +26,7 @@ _TORN = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, Attr
 
 
 class _Opaque:
-    """Stands for a class of DeepSpeed whose objects are in the files and are not needed."""
+    """A stand-in for classes of DeepSpeed whose objects are in the files and are not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

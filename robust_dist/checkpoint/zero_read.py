@@ -28,7 +28,7 @@ from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP
 
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
-# What DeepSpeed writes into a model file itself; everything else is the caller's client_state.
+# What DeepSpeed itself writes into a model file; everything else is the caller's client_state.
 _ENGINE_KEYS = {
     *("module", "buffer_names", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info"),
     *("param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments", "ds_config", "ds_version"),

@@ -182,7 +182,7 @@ class _Writer:
         return self.model[name].detach().to(torch.float32)
 
     def _moment(self, name: str, key: str) -> Tensor:
-        # A load drops the state that an engine makes at its start, and parts of the engine rely on there being some.
+        # A load drops the state that an engine makes at its start, and parts of the engine need some.
         held = self.state.optimizer.get(name)
         return torch.zeros_like(self._master(name)) if held is None else held[key].to(torch.float32)
 

@@ -23,8 +23,13 @@ from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimiz
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
+
 # Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
 _MAX_FRAMES = 10
+_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
+_FSDP = "ACCELERATE_USE_FSDP"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 
 
 def is_copy() -> bool:
@@ -50,7 +55,7 @@ def is_copy() -> bool:
 
 
 def _check_version(code: CodeType) -> None:
-    """The copies are numbered in a local variable of Accelerate's; a version that loops without it is not known."""
+    """Refuse a version of Accelerate whose loop does not number the copies in a local variable."""
     if "range" in code.co_names and "_" not in code.co_varnames:
         raise RuntimeError(
             f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not known here; "
@@ -74,7 +79,7 @@ def miscounted(wrapper: Any) -> str | None:
 
 
 def counts_itself(scheduler: Any) -> bool:
-    """Whether a scheduler holds others whose calls it or they count: torch's SequentialLR, and its ChainedScheduler."""
+    """Whether a scheduler counts calls for others that it holds: torch's SequentialLR and ChainedScheduler."""
     if isinstance(scheduler, SequentialLR):
         return True
     held: list[LRScheduler] = list(getattr(scheduler, "_schedulers", ()))
@@ -82,7 +87,7 @@ def counts_itself(scheduler: Any) -> bool:
 
 
 def _accelerates_frame() -> FrameType | None:
-    """The frame of the AcceleratedScheduler.step() that makes the call under way."""
+    """The frame of the AcceleratedScheduler.step() that makes the current call."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame is None:
@@ -91,9 +96,6 @@ def _accelerates_frame() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
-
-
-__all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 
 
 def check(
@@ -297,11 +299,6 @@ def replaced_by_offload(base: Optimizer, wanted: str) -> str | None:
     )
 
 
-_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
-_FSDP = "ACCELERATE_USE_FSDP"
-_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
-
-
 def make_accelerator(
     *, mixed_precision: str, accumulation: int, folder: str, timeout: timedelta, init_method: str | None = None
 ) -> "Accelerator":
@@ -338,15 +335,15 @@ def make_accelerator(
             ],
         )
     except RuntimeError as error:
-        # Accelerate's of a plugin whose ranks broadcast their weights on a GPU.
+        # Accelerate raises this for a plugin whose ranks broadcast their weights on a GPU.
         if on_cpu and is_set(_FSDP) and "no available devices" in str(error):
             raise no_fsdp_on_cpus("NO") from None
         raise
 
 
 def check_mesh() -> None:
-    """Refuse a file whose mesh is not that of the launched ranks, of which torch and Accelerate say half."""
-    # Another launcher's ranks, as MPI's, are counted by Accelerate.
+    """Refuse a mesh of another number of ranks than were launched, which torch and Accelerate explain only in part."""
+    # Accelerate counts the ranks of other launchers, such as MPI.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return
     names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]

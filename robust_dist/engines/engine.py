@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = "robust_dist.engines"
 # Layers that normalise over a batch: under some engines their weights are cast and their statistics are not.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# Of checkpoints that do not note their engine: whole ones, and those in shards.
+# Engines of checkpoints that do not note theirs: of whole ones, and of those in shards.
 UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
 
 
@@ -175,5 +175,5 @@ def engine_of(accelerator: Any) -> Engine:
             return engine
     raise EngineError(
         f"the launcher chose {accelerator.distributed_type.value}, which is no engine that this package knows: there "
-        f"are {', '.join(kinds())} (see configs/accelerate), and what the entry points in the group {GROUP!r} add"
+        f"are {', '.join(kinds())} (see configs/accelerate); an entry point in the group {GROUP!r} adds another"
     )

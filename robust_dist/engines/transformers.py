@@ -84,7 +84,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         """Write the names of the optimizer's parameters beside `optimizer.pt`, which `robust-dist convert` asks for."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and (folder / "optimizer.pt").is_file():
-            # An optimizer may hold parameters that are not the model's, and trains all the same.
+            # An optimizer may hold parameters that are not the model's; the run goes on without the note.
             with contextlib.suppress(CheckpointError):
                 note_parameters(folder, model, optimizer)
 

@@ -49,7 +49,7 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All four."""
+        """The sum of all four."""
         return self.parameters + self.masters + self.gradients + self.state
 
 

@@ -140,7 +140,7 @@ class FolderClaim:
             self._thread.join()
             self._thread = None
         if self._mine is not None and self._is_mine(self._mine):
-            # On a disk that takes no change any more the lock and the silence have to do.
+            # On a disk that can no longer be changed the lock and the silence must be enough.
             with contextlib.suppress(OSError):
                 self._mine.unlink(missing_ok=True)
         self._mine = None
@@ -166,7 +166,7 @@ class FolderClaim:
         """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart."""
         noted = _read(holder) if holder is not None else {}
         if holder is not None and noted.get("host") != self.host:
-            # The server of a network file system keeps a lost host's lock for a while.
+            # A network file system keeps a lost host's lock for a while.
             self._outlast(holder)
             return True
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or not _alive(noted.get("pid"))
@@ -227,7 +227,7 @@ class FolderClaim:
     def _keep_beating(self) -> None:
         while not self._ended.wait(self.beat):
             self._beats += 1
-            # A full disk or a lost mount is told by what the run itself writes.
+            # A full disk or a lost mount shows in what the run itself writes.
             with contextlib.suppress(OSError):
                 self._write()
 
@@ -314,7 +314,7 @@ class RunClaim:
         return self._lock.file.fileno()
 
     def beat(self) -> None:
-        """Show other machines that the worker is alive; a file system that is away for a moment ends no study."""
+        """Show other machines that the worker is alive; a file system that is briefly away ends no study."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -327,7 +327,7 @@ class RunClaim:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a claim whose lock could be had is nobody's."""
+    """Whether a claim whose lock was obtained belongs to nobody."""
     worker = _worker(path)
     return worker is None or worker.kernel == _boot(socket.gethostname()) or age(path) > STALE_SECONDS
 
@@ -336,13 +336,13 @@ def _worker(path: Path) -> Worker | None:
     try:
         found: Worker = read_json(path, Worker)
     except (OSError, ValueError):
-        # Empty where it was given back; torn where its writer was killed, which the lock tells better.
+        # Empty where it was released; torn where its writer was killed, which the lock shows better.
         return None
     return found
 
 
 def age(path: Path) -> float:
-    """Seconds since the file was touched; its file system's clock says what the time is, not this machine's."""
+    """Seconds since the file was touched, by its file system's clock."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock-") as probe:
         return os.stat(probe.name).st_mtime - path.stat().st_mtime
 

@@ -129,7 +129,7 @@ def origin_of(error: BaseException) -> Origin | None:
 
 
 def _portable(error: Exception) -> tuple[Exception, Origin]:
-    """The error, or one that says the same where it would not survive the way to the other ranks; and its origin."""
+    """The error, or an equivalent one if it cannot be pickled for the other ranks; and its origin."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     origin = Origin(rank(), socket.gethostname(), text)
     try:
@@ -176,7 +176,7 @@ def differences(values: Mapping[int, Mapping[str, str]]) -> list[str]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    # One a device: each stream holds memory of its own, and torch has 32 of them to share out.
+    # One per device: each stream holds memory of its own, and torch has only 32 of them.
     return torch.cuda.Stream(device)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
 # Base decays that a message lists.
 _SHOWN = 26
-# Seconds between two comparisons, and so about what it takes to find a rank that is off; more among thousands of ranks.
+# Seconds between two comparisons, and so about the time to find a rank that differs; more with thousands of ranks.
 _PAUSE = 1.0
 _RANKS_A_SECOND = 1000
 # Steps after a comparison in which a difference that others found is looked for at every step.
@@ -31,7 +31,7 @@ _PATIENCE, _ROUNDS = 1.0, 8
 
 
 class RankDisagreementError(RuntimeError):
-    """Ranks that must schedule alike do not; the message lists every rank's values."""
+    """Ranks that must have equal schedules do not; the message lists every rank's values."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Comparison:
             time.sleep(0.01)
         if not complete:
             self._rounds += 1
-            # The last one may have come as this one left.
+            # The last rank may have come as this one left.
             complete = self._store.add(here, -1) >= members - 1 or self._rounds == _ROUNDS
         if complete:
             self._store.set(done, "1")

@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 # By key and id of the group. They outlive who made them: a captured step goes on reading them.
 _Own = dict[tuple[str, int], Tensor]
 _owned: "weakref.WeakKeyDictionary[Optimizer, _Own]" = weakref.WeakKeyDictionary()
+# What shows that a value is still the one that was written: itself, or a device tensor's identity and version.
+_Mark = float | tuple[int, int]
+# By id of the group: the last rate that any schedule's curve set. They outlive the schedule: the next one asks.
+_from_a_curve: "weakref.WeakKeyDictionary[Optimizer, dict[int, _Mark]]" = weakref.WeakKeyDictionary()
 
 
 def _capturing() -> bool:
@@ -109,14 +113,8 @@ class GroupValues:
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
-        # A value that is not 0 cannot have been switched off: the group's own is then the newest.
+        # A value other than 0 has not been switched off: the group's own is then the newest.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
-
-
-# What shows that a value is still the one that was written: itself, or a device tensor's identity and version.
-_Mark = float | tuple[int, int]
-# By id of the group: the last rate that any schedule's curve set. They outlive the schedule: the next one asks.
-_from_a_curve: "weakref.WeakKeyDictionary[Optimizer, dict[int, _Mark]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(slots=True)

@@ -9,6 +9,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+_in_charge: "weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Any], Callable[[], Any]]]"
+_in_charge = weakref.WeakKeyDictionary()
+Shape = tuple[int, ...]
+_repeats: list[Callable[[], bool]] = []
+_shapes: list[Callable[[Any], Shape | None]] = []
+
 
 def base_optimizer(optimizer: Any) -> Optimizer:
     """The innermost torch optimizer of a chain of wrappers, whose `step()` changes the parameters.
@@ -36,10 +42,6 @@ class Scheduled(Protocol):
     def _before_step(self) -> None: ...
 
     def _after_load(self) -> None: ...
-
-
-_in_charge: "weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Any], Callable[[], Any]]]"
-_in_charge = weakref.WeakKeyDictionary()
 
 
 def in_charge(optimizer: Optimizer) -> Any:
@@ -85,12 +87,6 @@ def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
 def _remove(*handles: RemovableHandle) -> None:
     for handle in handles:
         handle.remove()
-
-
-Shape = tuple[int, ...]
-
-_repeats: list[Callable[[], bool]] = []
-_shapes: list[Callable[[Any], Shape | None]] = []
 
 
 def tell(

@@ -27,6 +27,14 @@ _PATIENCE = 5.0
 _VOTING = 1
 # Steps after which votes that decided nothing are deleted.
 _KEPT = 1024
+# Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
+_IDLE = 8
+_NAMESPACE = "robust_dist"
+# Seconds that one of our calls may take where a connection of our own can be had.
+_TIMEOUT = 30.0
+_opened: "tuple[weakref.ref[Any], Store | None] | None" = None
+_begun: "Counter[str]" = Counter()
+_peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
 
 
 class Vote:
@@ -46,7 +54,7 @@ class Vote:
         self._known = False
 
     def forget(self) -> None:
-        """Let decisions that were made up to now be none, as after a load."""
+        """Ignore the decisions made so far, as after a load."""
         self._since = self.calls
 
     def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
@@ -62,7 +70,7 @@ class Vote:
         return self.decided(store)
 
     def decided(self, store: "Store") -> int | None:
-        """The call from which on it is so; None while that is not decided. May be asked on one rank alone."""
+        """The call from which the decision holds; None while there is none. One rank alone may ask."""
         while store.check([f"{self._number}/decider"]):
             store.wait([f"{self._number}/decision"], timedelta(seconds=_DECIDING))
             made, since = map(int, store.get(f"{self._number}/decision").split())
@@ -86,10 +94,6 @@ class Vote:
                 return
             time.sleep(0.01)
 
-    def _calls(self, store: "Store") -> list[int]:
-        """The call that each voter has reached."""
-        return [call for call, *_ in self._notes(store)]
-
     def _notes(self, store: "Store") -> list[list[int]]:
         """The call that each voter has reached, and `_VOTING` behind it while its wish is on the way."""
         keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
@@ -106,19 +110,8 @@ class Vote:
 
     def _decide(self, rank: int, store: "Store") -> None:
         if store.compare_set(f"{self._number}/decider", "", str(rank)).decode() == str(rank):
-            store.set(f"{self._number}/decision", f"{self.calls} {max(self._calls(store)) + 1}")
-
-
-# Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
-_IDLE = 8
-
-_NAMESPACE = "robust_dist"
-# Seconds that one of our calls may take where a connection of our own can be had.
-_TIMEOUT = 30.0
-
-_opened: "tuple[weakref.ref[Any], Store | None] | None" = None
-_begun: "Counter[str]" = Counter()
-_peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
+            foremost = max(call for call, *_ in self._notes(store))
+            store.set(f"{self._number}/decision", f"{self.calls} {foremost + 1}")
 
 
 class Peers:
@@ -175,7 +168,7 @@ class Peers:
 
     def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
         """Like `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
-        # To begin with a process group is for a step, which all ranks make.
+        # A process group is begun in a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:
             return None
@@ -241,7 +234,7 @@ class Peers:
 
     def _compiled_hook(self) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A constant, and never read here: a count would have the step compiled anew each time.
+            # A constant, and never read here: a counter would recompile the step each time.
             if torch.compiler.is_compiling():
                 self._compiled = True
 
@@ -294,9 +287,9 @@ def _training_store() -> "Store | None":
 
 def _open() -> "Store | None":
     try:
-        # Private, and the one way to the store that all ranks reach without a collective; it is named here alone.
+        # Private, and the only way to the store that all ranks reach without a collective; it is named only here.
         store = dist.distributed_c10d._get_default_store()
-        # torch's FakeStore claims to have every key. A host that has ended raises here: to clone would wait for it.
+        # torch's FakeStore claims to have every key. If the host has ended, this raises, where cloning would wait.
         if store.check([f"{_NAMESPACE}/no such key"]):
             return None
         if hasattr(store, "clone"):

@@ -160,7 +160,7 @@ class RobustSchedule(LRScheduler):
         if missing:
             raise ValueError(f"this is no state of a RobustSchedule: it has no {', '.join(missing)}")
         base, step = state_dict["base_lrs"], state_dict["last_epoch"]
-        # States of 0.4.4 and before do not say it.
+        # States of 0.4.4 and before lack it.
         on_curve = state_dict.get("on_curve", [step >= 0] * len(base))
         self._rates.take_up(base, on_curve, lambda base: self.curve.lr(step, base))
         switch = state_dict["weight_decay_switch"]
@@ -224,5 +224,5 @@ def _step_number(epoch: Any) -> int:
     try:
         return whole_number("epoch", epoch, 0)
     except TypeError as error:
-        # An engine that calls schedulers of many kinds may take a TypeError for one without this argument.
+        # An engine may take a TypeError for a scheduler without this argument.
         raise ValueError(str(error)) from error

@@ -168,7 +168,7 @@ class WeightDecaySwitch:
 
     def __getstate__(self) -> dict[str, Any]:
         self._take_in_decision()
-        # A process group cannot be copied: a copy asks the default group.
+        # A process group cannot be copied: a copy uses the default group.
         return self.__dict__ | {"process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ class WeightDecaySwitch:
     def _before_step(self) -> None:
         if in_charge(self.optimizer) is not self:
             return
-        # It also notices groups that were added since.
+        # This also notices groups that were added since.
         self._write()
         # A rank may make a dry step alone, to save.
         if self._rates_are_on_device() or not is_dry(self.optimizer):
@@ -212,7 +212,7 @@ class WeightDecaySwitch:
         return Report(self.total_steps, self.off_at, self._step, trigger, self.is_off, tuple(self._decays.base))
 
     def _is_near(self) -> bool:
-        """Whether the switch or the end of the run is."""
+        """Whether the switch or the end of the run is near."""
         before, after = _NEAR
         marks = (self._switch_step, self.total_steps)
         return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)

@@ -121,7 +121,7 @@ def _of_another_world(engine: Any, model: Any, path: Path, universal: bool, stag
 
 
 def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterator[str]:
-    """Differences that the load would refuse, or (at stage 3, which loads flat partitions) put in the wrong place."""
+    """Differences that the load would refuse or, at stage 3, which loads flat partitions, would misplace."""
     own_way = loads_in_own_way(engine.module)
     if stage == 3:
         saved = _shapes(model.get("param_shapes") or [])

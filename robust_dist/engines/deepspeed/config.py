@@ -54,6 +54,8 @@ _NO_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
 _ELSEWHERE = {
     "max_grad_norm": 'DeepSpeed clips by "gradient_clipping" at the top level of the JSON: move the value there',
 }
+_LOG = logging.getLogger(__name__)
+_SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
 def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator[Finding]:
@@ -140,10 +142,6 @@ def _check_schedule(given: Mapping[str, Any]) -> None:
     total = given.get("total_steps", None if "total_num_steps" in theirs else _ANY_TOTAL)
     ours = (given.get("warmup_steps", 0), given.get("min_lr_ratio", 0.0), given.get("last_epoch", -1))
     schedule.settings(total, *ours, theirs, given.get("decay", "cosine"))
-
-
-_LOG = logging.getLogger(__name__)
-_SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
 def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) -> None:

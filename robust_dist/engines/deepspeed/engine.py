@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # The all-gather of each rank's part starts at a multiple of 4 bytes of float16.
 _ALIGNMENT = 2
+_MASTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class ZeroVariant(Variant):
 
     def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
         """`deepspeed.initialize` with this variant's settings."""
-        # It asks for both.
+        # DeepSpeed asks for both.
         os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(job.world_size))
         with _silence():
             import deepspeed
@@ -255,9 +256,6 @@ def _silence() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-_MASTER_BYTES = 4
-
-
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeed(Engine):
     """DeepSpeed with one stage of ZeRO.
@@ -290,13 +288,13 @@ class DeepSpeed(Engine):
         from robust_dist.engines.deepspeed import check_config, register
 
         register()
-        # Of a duplicate key Accelerate has silently kept the last; reading the file again refuses it.
+        # Accelerate has silently kept the last of duplicate keys; reading the file again refuses them.
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
         if os.path.isfile(named):
             read_json(named)
         config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
         if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-            # Otherwise Accelerate puts DeepSpeedCPUAdam in the place of the run's optimizer.
+            # Otherwise Accelerate replaces the run's optimizer by DeepSpeedCPUAdam.
             config.setdefault("zero_force_ds_cpu_optimizer", False)
         check_config(config, auto=True)
         _drop_named(config, "optimizer", settings.optimizer, settings.optimizer_params)
@@ -333,7 +331,7 @@ class DeepSpeed(Engine):
         return []
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """Weights on the first rank (stage 3: a share on each), float32 weights and moments in shares."""
+        """Weights on the first rank (stage 3: a share on each); float32 weights and moments in shares."""
         first = rank == 0
         if self.stage == 0:
             # Under bf16 there are float32 weights beside the moments.

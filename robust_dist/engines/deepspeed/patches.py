@@ -25,6 +25,7 @@ from robust_dist.ranks.talk import rank
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 DRY_STEP = "initialize_optimizer_states"
+Patch = Callable[[ModuleType], None]
 
 
 def pass_gate(module: ModuleType) -> None:
@@ -46,8 +47,8 @@ def patch_universal_load(module: ModuleType) -> None:
 
 
 def patch_engine(module: ModuleType) -> None:
-    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or leaves ranks apart."""
-    # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
+    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or fails on some ranks."""
+    # Not where zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
 
@@ -134,9 +135,6 @@ def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, A
             f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
         )
     return saved
-
-
-Patch = Callable[[ModuleType], None]
 
 
 def when_imported(patches: dict[str, Patch]) -> None:

@@ -24,6 +24,7 @@ from robust_dist.schedule import RankDisagreementError, base_optimizer
 __all__ = ["check", "load", "save"]
 
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+_NAMES_SHOWN = 6
 
 
 def check(model: nn.Module, optimizer: Any) -> None:
@@ -189,7 +190,7 @@ def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
 
 
 def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Rank 0 acts, the others wait; its failure is everyone's."""
+    """Call `action` on rank 0 while the others wait; its error is raised on all."""
 
     def explained() -> None:
         try:
@@ -227,7 +228,7 @@ def _write(
 
 def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str, list[int]]:
     """Size and CRC-32 of all files, of which each rank brings its share to the disk."""
-    # A rank may see another one's files late on a shared file system.
+    # On a shared file system a rank may see another rank's files late.
     seen = gather([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
     mine, problem = {}, None
     try:
@@ -254,13 +255,10 @@ def _checked_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
-    """Drop keys of the schedule's state that an older version did not write: DCP would miss them."""
+    """Drop keys of the schedule's state that an older version did not write, which DCP would report as missing."""
     written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
         state["schedule"] = {key: value for key, value in state["schedule"].items() if f"schedule.{key}" in written}
-
-
-_NAMES_SHOWN = 6
 
 
 def listed(names: Iterable[str]) -> str:
@@ -282,7 +280,7 @@ def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         "optimizer": type(optimizer).__name__,
         "state": sorted(keys),
         "groups": [sorted(group["params"]) for group in groups],
-        # A scheduler writes its base values into the groups; they belong to it.
+        # Base values in the groups belong to the scheduler that wrote them.
         "settings": [sorted(k for k in group if k != "params" and not k.startswith("initial_")) for group in groups],
         "schedule": "schedule" in state,
     }
