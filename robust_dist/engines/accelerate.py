@@ -109,6 +109,8 @@ def check(
 ) -> None:
     """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
 
+    Under FSDP1 it also tells an optimizer with a `rate_guard` which ranks hold the same shards.
+
     Args:
         accelerator: The `Accelerator`.
         optimizer: What `prepare` returned for the optimizer.
@@ -125,6 +127,7 @@ def check(
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
+    _fit_rate(accelerator, base_optimizer(optimizer))
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
@@ -278,6 +281,20 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
             "accelerator.prepare has not been given this optimizer, so that nothing synchronises its steps; check the "
             "optimizer that prepare returned"
         )
+
+
+def _fit_rate(accelerator: Any, base: Any) -> None:
+    """Refuse what the engine cannot do of averaging and rate_guard, and tell the optimizer who holds its shards."""
+    engine = accelerator.distributed_type.value
+    if engine == "DEEPSPEED":
+        from robust_dist.engines.deepspeed.config import check_options
+
+        for group in base.param_groups:
+            check_options(group)
+    elif engine == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1 and getattr(base, "measures_rate", False):
+        model = accelerator._models[0]
+        shards = 1 if model.sharding_strategy.name == "NO_SHARD" else model.process_group.size()
+        base.measure_over(copies=accelerator.num_processes // shards)
 
 
 def _base_or_error(optimizer: Any) -> Optimizer:

@@ -33,7 +33,15 @@ from robust_dist.train.augment_config import own_stage
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.graph import check_graph
 from robust_dist.train.keys import flatten, keys_of, recipe_dict
-from robust_dist.train.optimizers import OptimizerConfig, adam_arguments, check_fits, chosen, make_optimizer, own_choice
+from robust_dist.train.optimizers import (
+    OptimizerConfig,
+    adam_arguments,
+    check_fits,
+    chosen,
+    decay_of,
+    make_optimizer,
+    own_choice,
+)
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import check_own_data, preprocessing_of
 
@@ -92,7 +100,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_c
     `total_steps` are those of the whole run (for `optimizer.beta2: auto`); `num_classes` tells which layer is the head.
     """
     check_fits(recipe)
-    groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
+    decay = decay_of(recipe.optimizer, total_steps)
+    groups = param_groups(model, decay, no_decay=tuple(recipe.optimizer.no_decay))
     if recipe.optimizer.head_lr_mult != 1:
         groups = _with_head_apart(groups, model, recipe.optimizer, num_classes)
     return make_optimizer(recipe.optimizer, groups, total_steps)
@@ -104,6 +113,7 @@ def _with_head_apart(
     """The groups without the head's parameters, then those of the head with its own rate; never an empty group."""
     names = head_of(model, num_classes)
     head = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    assert config.lr != "auto"  # check_fits
     rate = config.lr * config.head_lr_mult
     body, heads = (
         [group | {"params": [p for p in group["params"] if (id(p) in head) == is_head]} for group in groups]

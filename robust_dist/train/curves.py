@@ -105,7 +105,8 @@ def decay_corners(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[floa
     there = [(row["epoch"], row["weight_decay"]) for row in rows if row.get("weight_decay") is not None]
     if not there:
         return [], []
-    first = recipe.optimizer.weight_decay if off is not None and off <= there[0][0] else there[0][1]
+    configured = recipe.optimizer.weight_decay
+    first = configured if configured != "auto" and off is not None and off <= there[0][0] else there[0][1]
     points = [(0.0, first)]
     for (before, old), (epoch, new) in pairwise([(0, first), *there]):
         if old != new:
@@ -117,7 +118,8 @@ def decay_corners(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[floa
 
 
 def _title(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> str:
-    optimizer = f"{recipe.optimizer.name}, learning rate {recipe.optimizer.lr:g}"
+    lr = recipe.optimizer.lr
+    optimizer = f"{recipe.optimizer.name}, learning rate {lr if isinstance(lr, str) else f'{lr:g}'}"
     run, data = Path(path).absolute().parent.name, recipe.data.title
     lines = [f"{_short(run)}: {recipe.model.name} on {_short(data)}", optimizer]
     last = rows[-1]

@@ -180,7 +180,8 @@ def use_averaged_weights(
     Batch normalisation's statistics are collected anew, from the first training batches of the epoch, each brought to
     the model's input by `prepare`; those that are there belong to the weights that were trained.
     """
-    if not callable(getattr(base_optimizer(optimizer), "eval", None)):
+    base = base_optimizer(optimizer)
+    if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
     optimizer.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())

@@ -236,7 +236,7 @@ class Trainer:
         self.progress.unfinished = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
-            "lr": self.progress.lr,
+            "lr": self.progress.lr if self.step.measured_rate is None else self.step.measured_rate,
             "weight_decay": self.progress.weight_decay,
             "bad_images": bad_images,
         }

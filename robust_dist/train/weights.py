@@ -23,7 +23,7 @@ from robust_dist.documents import read_json, read_yaml, typed
 from robust_dist.models.weights import check_published, head_of, is_below, read_published
 from robust_dist.ranks.talk import agree, attempt, on_rank_0
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.optimizers import choice_of
+from robust_dist.train.optimizers import averages_weights
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import preprocessing_of
 
@@ -111,13 +111,12 @@ def check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> 
     """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
     if manifest.metadata.get(ACCURACY) is not None:
         return
-    name = (recipe.get("optimizer") or {}).get("name", "")
-    choice = choice_of(name) if name else None
-    if choice is not None and choice.averages_weights:
+    section = recipe.get("optimizer") or {}
+    if averages_weights(section):
         raise CheckpointError(
-            f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={name!r} trains and not "
-            "the average that is evaluated, whose batch statistics need training data: name a checkpoint of an epoch's "
-            "end, or let the run reach one"
+            f"{place}: was saved within an epoch, so it holds the weights that optimizer.name={section['name']!r} "
+            "trains and not the average that is evaluated, whose batch statistics need training data: name a "
+            "checkpoint of an epoch's end, or let the run reach one"
         )
 
 
