@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "recipe", help="look at a folder of images and write a recipe for it, with its reasons"
     )
     recipe.add_argument("folder", metavar="PATH", help="a folder with a sub-folder of images for each class")
-    recipe.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    recipe.add_argument("--out", metavar="FILE", help="the file to write; must not exist (default: print)")
     recipe.set_defaults(run=_recipe, extra="train")
 
     preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")

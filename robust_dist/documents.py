@@ -70,7 +70,7 @@ def read_text(path: str | Path, most: int | None = None) -> str:
         DocumentError: It is a folder or a device, cannot be read, is too long, or is not UTF-8.
     """
     try:
-        # Not to wait for ever where a pipe bears the name.
+        # A pipe of that name must not make it wait forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
@@ -180,7 +180,7 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _one_of(value, hint, inner, where)
     if origin is Literal:
-        _require(any(value == one and type(value) is type(one) for one in inner), value, hint, where)
+        _require(any(value == choice and type(value) is type(choice) for choice in inner), value, hint, where)
         return value
     if dataclasses.is_dataclass(hint):
         return _filled(value, hint, where)
@@ -206,9 +206,9 @@ def _leaf(value: Any, hint: Any, where: str) -> Any:
 
 def _one_of(value: Any, hint: Any, inner: tuple[Any, ...], where: str) -> Any:
     # The exact type first: 1 is an int before it is a float.
-    for one in sorted(inner, key=lambda one: one is not type(value)):
+    for kind in sorted(inner, key=lambda kind: kind is not type(value)):
         try:
-            return typed(value, one, where)
+            return typed(value, kind, where)
         except DocumentError:
             continue
     _require(False, value, hint, where)
@@ -218,18 +218,20 @@ def _listed(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...], where: s
     _require(isinstance(value, (list, tuple)), value, hint, where)
     if origin is tuple and inner[-1] is not Ellipsis:
         _require(len(value) == len(inner), value, hint, where)
-        return tuple(typed(one, kind, f"{where}[{i}]") for i, (one, kind) in enumerate(zip(value, inner, strict=True)))
-    return origin(typed(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
+        return tuple(
+            typed(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, inner, strict=True))
+        )
+    return origin(typed(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _filled(value: Any, hint: Any, where: str) -> Any:
     _require(isinstance(value, Mapping), value, hint, where)
     hints, given = get_type_hints(hint), {}
-    for one in dataclasses.fields(hint):
-        if one.name in value:
-            given[one.name] = typed(value[one.name], hints[one.name], f"{where}: {one.name}")
-        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-            raise DocumentError(f"{where}: {one.name!r} is missing")
+    for known in dataclasses.fields(hint):
+        if known.name in value:
+            given[known.name] = typed(value[known.name], hints[known.name], f"{where}: {known.name}")
+        elif known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
+            raise DocumentError(f"{where}: {known.name!r} is missing")
     return hint(**given)
 
 
@@ -242,9 +244,9 @@ def described(hint: Any) -> str:
     """A type hint in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(described(one) for one in inner)
+        return " or ".join(described(choice) for choice in inner)
     if origin is Literal:
-        return " or ".join(str(one) for one in inner)
+        return " or ".join(str(choice) for choice in inner)
     if origin is list:
         return f"a list, each {described(inner[0])}"
     if origin is tuple:
@@ -397,11 +399,11 @@ class _Reader:
 
     def _merged(self, node: Any, place: Place, here: str) -> dict[Any, Any]:
         merged: dict[Any, Any] = {}
-        for one in node.value if node.id == "sequence" else [node]:
-            if one.id != "mapping":
+        for mapping in node.value if node.id == "sequence" else [node]:
+            if mapping.id != "mapping":
                 raise DocumentError(f"{here}: << takes a mapping, or a list of them")
             self.nodes += 1
-            merged = self._mapping(one, place) | merged
+            merged = self._mapping(mapping, place) | merged
         return merged
 
 

@@ -71,7 +71,7 @@ def load_entry_point(point: metadata.EntryPoint, kind: type[T], error: type[Exce
     try:
         value = point.load()
     except Exception as cause:  # An import can raise anything.
-        raise error(f"{where} cannot be loaded ({cause}); mend or remove the package that has it") from cause
+        raise error(f"{where} cannot be loaded ({cause}); repair or remove the package that has it") from cause
     if not isinstance(value, kind):
         raise error(f"{where} is of the class {type(value).__name__}; it must be of the class {kind.__name__}")
     return value

@@ -85,8 +85,8 @@ def load(key: str, value: str) -> Any:
         module, _, name = value.partition(":")
         held = _imported(key, value, module)
         if not hasattr(held, name):
-            close = get_close_matches(name, [one for one in vars(held) if not one.startswith("__")], n=3)
-            guess = f"; did you mean {' or '.join(f'{module}:{one}' for one in close)}?" if close else ""
+            close = get_close_matches(name, [other for other in vars(held) if not other.startswith("__")], n=3)
+            guess = f"; did you mean {' or '.join(f'{module}:{other}' for other in close)}?" if close else ""
             raise OwnCodeError(f"{key}={value!r}: {held.__file__ or module} has no name {name!r}{guess}")
         _found[value] = getattr(held, name)
     return _found[value]
@@ -113,7 +113,7 @@ def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, *
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        words = [type(arg).__name__ for arg in args] + [f"{name}={one!r}" for name, one in kwargs.items()]
+        words = [type(arg).__name__ for arg in args] + [f"{name}={arg!r}" for name, arg in kwargs.items()]
         name = value.partition(":")[2]
         raise OwnCodeError(
             f"{key}={value!r} cannot be called as {name}({', '.join(words)}), as its signature is {name}{signature}: "
@@ -130,7 +130,9 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 def takes_any(function: Callable[..., Any]) -> bool:
     """Whether a function or class takes keyword arguments of any name."""
     signature = _signature(function)
-    return signature is not None and any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    return signature is not None and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()
+    )
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -150,7 +152,7 @@ def source_of(value: str) -> tuple[str, str]:
     """File and SHA-256 of the module that defines a loaded name; ("", "") where it has no file."""
     module = sys.modules[value.partition(":")[0]]
     defined = sys.modules.get(getattr(_found[value], "__module__", ""), module)
-    # What an own module has from an installed package is told by the own one.
+    # Of a name that the module imports from an installed package, the module itself is the source.
     ours = defined if defined.__name__.partition(".")[0] == module.__name__.partition(".")[0] else module
     if ours.__file__ is None:
         return "", ""
@@ -173,7 +175,7 @@ def _is_foreign(folder: Path) -> bool:
 
 def _imported(key: str, value: str, module: str) -> ModuleType:
     importlib.invalidate_caches()
-    if not any(module == one or module.startswith(f"{one}.") for one in named):
+    if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in named):
         _check_own(key, value, module)
     try:
         return importlib.import_module(module)

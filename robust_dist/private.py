@@ -10,7 +10,7 @@ from typing import Any
 from robust_dist.documents import DocumentError, parse_yaml
 
 HIDDEN = "(hidden)"
-# A shorter value would also be found in words that tell nothing.
+# A shorter value would also be found in ordinary words.
 _TELLING = 8
 _remembered: set[str] = set()
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )[\w.~+/-]{8,}=*")
@@ -109,4 +109,4 @@ def without_hidden(value: Any) -> Any:
 def has_options(recipe: Any) -> bool:
     """Whether a recipe, as nested mappings, has options of a tracker, a model or an optimizer."""
     sections = recipe.values() if isinstance(recipe, Mapping) else ()
-    return any(isinstance(one, Mapping) and bool(one.get("options")) for one in sections)
+    return any(isinstance(section, Mapping) and bool(section.get("options")) for section in sections)

@@ -202,7 +202,7 @@ def stale_locks(folder: Path) -> Iterator[Problem]:
         held = is_open(lock)
         if held or (held is None and age < STALE_LOCK_SECONDS):
             continue
-        detail = f"{lock}, {age / 60:.0f} minutes old, has no build on this machine: later builds wait on it for ever"
+        detail = f"{lock}, {age / 60:.0f} minutes old, has no build on this machine: later builds wait on it forever"
         yield Problem("build lock", detail, f"rm {shlex.quote(str(lock))}")
 
 

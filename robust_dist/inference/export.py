@@ -19,14 +19,14 @@ from robust_dist.train.weights import RECORD, WEIGHTS
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 
 
-def check_new(path: Path) -> None:
+def check_new(path: Path, remedy: str = "choose another path") -> None:
     """Refuse a path that already exists.
 
     Raises:
         FileExistsError: It does.
     """
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} already exists; choose another path")
+        raise FileExistsError(f"{path} already exists; {remedy}")
 
 
 @contextmanager

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.folder import EXTENSIONS
-from robust_dist.data.names import printable
-from robust_dist.data.source import Upright
+from robust_dist.data.source import Upright, printable
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.trained import Trained
 from robust_dist.validate import whole_number
@@ -113,7 +112,7 @@ def predict(
         best, classes = (values.tolist() for values in chances.topk(count, 1))
         good = [True] * len(best) if batch.good is None else batch.good.tolist()
         # Those of batches that are read ahead, too.
-        bad |= {one.where: one for one in images.take_bad()}
+        bad |= {image.where: image for image in images.take_bad()}
         levels = batch.images.cpu()
         for row, path in enumerate(files[start : start + len(best)]):
             if good[row]:
@@ -128,14 +127,16 @@ def lines(found: Iterator[Prediction], style: str, top_k: int) -> Iterator[str]:
     """Predictions as text of a style of `FORMATS`, a line at a time; `top_k` is for the heading of a CSV."""
     if style == "csv":
         yield _csv(["path", *(f"{what}_{place}" for place in range(1, top_k + 1) for what in ("class", "probability"))])
-    for one in found:
+    for prediction in found:
         if style == "jsonl":
-            top: list[dict[str, Any]] = [{"class": name, "probability": chance} for name, chance in one.top]
-            yield json.dumps({"path": str(one.path), **top[0], "top": top})
+            top: list[dict[str, Any]] = [{"class": name, "probability": chance} for name, chance in prediction.top]
+            yield json.dumps({"path": str(prediction.path), **top[0], "top": top})
         elif style == "csv":
-            yield _csv([str(one.path), *(value for pair in one.top for value in pair)])
+            yield _csv([str(prediction.path), *(value for pair in prediction.top for value in pair)])
         else:
-            yield printable(f"{one.path}  " + ", ".join(f"{name} {chance:.4f}" for name, chance in one.top))
+            yield printable(
+                f"{prediction.path}  " + ", ".join(f"{name} {chance:.4f}" for name, chance in prediction.top)
+            )
 
 
 def _csv(values: list[Any]) -> str:
@@ -154,10 +155,10 @@ def draw_sheet(found: Sequence[Prediction], path: Path) -> None:
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.3), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, one in zip(figure.axes, shown, strict=False):
-        axes.imshow(one.levels.permute(1, 2, 0).numpy())
-        name, chance = one.top[0]
-        axes.set_title(f"{name}  {chance:.0%}\n{one.path.name}", fontsize=7, parse_math=False)
+    for axes, prediction in zip(figure.axes, shown, strict=False):
+        axes.imshow(prediction.levels.permute(1, 2, 0).numpy())
+        name, chance = prediction.top[0]
+        axes.set_title(f"{name}  {chance:.0%}\n{prediction.path.name}", fontsize=7, parse_math=False)
     if len(found) > len(shown):
         figure.suptitle(f"the first {len(shown)} of {len(found):,} images", fontsize=9)
     figure.savefig(path, dpi=120, format="png")

@@ -209,7 +209,7 @@ def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> C
     with Operations(device) as seen:
         several()
     operations = _kernels(several) if device.type == "cuda" else len(seen.found)
-    return Counts(operations / calls, sum(one.bytes for one in seen.found) / calls, seen.waits / calls)
+    return Counts(operations / calls, sum(operation.bytes for operation in seen.found) / calls, seen.waits / calls)
 
 
 def _kernels(call: Callable[[], object]) -> int:

@@ -69,7 +69,7 @@ def published_names(name: str) -> list[str]:
         return [tagged.removeprefix(f"{bare}.") for tagged in timm_module().list_pretrained(f"{bare}.*")]
     if name not in torchvision_names():
         return []
-    return [one.name for one in torchvision_models().get_model_weights(name)]
+    return [entry.name for entry in torchvision_models().get_model_weights(name)]
 
 
 def implied_options(name: str, weights: str | None) -> dict[str, Any]:

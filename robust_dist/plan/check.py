@@ -131,7 +131,7 @@ def _measure(chosen: Sequence[Variant], question: Question, micro_batch: int) ->
         port = int(free.getsockname()[1])
         free.close()
         spawn(_rank, (tuple(chosen), question, micro_batch, port, out), nprocs=question.world_size)
-        return [Measured(**one) for one in json.loads(Path(out, "0.json").read_text(encoding="utf-8"))]
+        return [Measured(**noted) for noted in json.loads(Path(out, "0.json").read_text(encoding="utf-8"))]
 
 
 def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int, port: int, out: str) -> None:
@@ -140,7 +140,7 @@ def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT))
     try:
-        found = [asdict(one) for one in measure_here(chosen, question, batch)]
+        found = [asdict(measured) for measured in measure_here(chosen, question, batch)]
         if rank == 0:
             Path(out, "0.json").write_text(json.dumps(found), encoding="utf-8")
         dist.barrier()

@@ -139,18 +139,18 @@ def clock(variant: Variant, question: Question, flops: float, sent: Sequence[Col
         own: What the rank holds, for offload.
     """
     compute = flops / (1e12 * question.hardware.tflops(question.precision) * question.mfu)
-    beside = sum(_seconds(one, question) for one in sent if one.overlaps)
-    after = sum(_seconds(one, question) for one in sent if not one.overlaps)
+    beside = sum(_seconds(collective, question) for collective in sent if collective.overlaps)
+    after = sum(_seconds(collective, question) for collective in sent if not collective.overlaps)
     hidden = min(beside, variant.overlap * compute)
     offload = _offload(own, question)
     return Clock(compute, beside + after, offload, compute + beside - hidden + after + offload)
 
 
-def _seconds(one: Collective, question: Question) -> float:
+def _seconds(collective: Collective, question: Question) -> float:
     intra = question.intra_gbps or question.hardware.intra_gbps
     inter = question.inter_gbps or question.hardware.inter_gbps
-    rate = LINK_SHARE * 1e9 / 8 * (min(intra, inter) if one.between_nodes else intra)
-    return one.sent / rate + one.count * (START + HOP * math.log2(one.ranks))
+    rate = LINK_SHARE * 1e9 / 8 * (min(intra, inter) if collective.between_nodes else intra)
+    return collective.sent / rate + collective.count * (START + HOP * math.log2(collective.ranks))
 
 
 def _offload(own: Held, question: Question) -> float:
@@ -254,7 +254,7 @@ def traffic(variant: Variant, shapes: Shapes, question: Question, accumulation: 
         count = accumulation if variant.broadcasts_buffers else 1
         payload = count * (shapes.buffer_bytes if variant.broadcasts_buffers else SINGLE * shapes.float_buffers)
         found.append(of_all(question, "BatchNorm statistics", "broadcast", payload, count, overlaps=False))
-    return [one for one in found if one.payload]
+    return [collective for collective in found if collective.payload]
 
 
 def micro_batches(rank_batch: int) -> list[int]:
@@ -263,8 +263,8 @@ def micro_batches(rank_batch: int) -> list[int]:
 
 
 def _best(estimates: list[Estimate]) -> Estimate | None:
-    fitting = [one for one in estimates if one.fits]
+    fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
         return None
-    fastest = min(one.clock.step for one in fitting)
-    return next(one for one in fitting if one.clock.step <= (1 + TIE) * fastest)
+    fastest = min(estimate.clock.step for estimate in fitting)
+    return next(estimate for estimate in fitting if estimate.clock.step <= (1 + TIE) * fastest)

@@ -104,7 +104,8 @@ def shapes_of(question: Question) -> Shapes:
 
 def read_shapes(model: nn.Module) -> Shapes:
     """Parameters that are trained, units and buffers of a model on any device."""
-    trained = _trained(model)
+    named = model.named_parameters()
+    trained: dict[Tensor, Parameter] = {p: Parameter(name, tuple(p.shape)) for name, p in named if p.requires_grad}
     buffers = list(model.buffers())
     return Shapes(
         tuple(trained.values()),
@@ -112,10 +113,6 @@ def read_shapes(model: nn.Module) -> Shapes:
         sum(buffer.numel() for buffer in buffers if buffer.is_floating_point()),
         sum(buffer.numel() * buffer.element_size() for buffer in buffers),
     )
-
-
-def _trained(model: nn.Module) -> dict[Tensor, Parameter]:
-    return {p: Parameter(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _units(model: nn.Module, trained: dict[Tensor, Parameter]) -> list[Unit]:

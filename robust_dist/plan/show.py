@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from robust_dist.engines.variant import Variant
 from robust_dist.measure.memory import GIB, MIB
 from robust_dist.measure.table import table
 from robust_dist.plan.choose import ALLOWANCE, HOP, LINK_SHARE, START, Estimate, Plan, estimate, variants
 from robust_dist.plan.profile import profile_for
-from robust_dist.plan.question import Question
 
 _MOST_NODES = 1024
 
@@ -34,35 +32,35 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     head = ["GiB a GPU", "micro batch", "parameters, masters", "gradients", "optimizer state", "activations"]
     head += ["gathered, buckets", "optimizer's step", "peak", "fits"]
-    return table(head, [_memory_row(one) for one in plan.estimates])
+    return table(head, [_memory_row(row) for row in plan.estimates])
 
 
-def _memory_row(one: Estimate) -> list[str]:
-    memory = one.memory
+def _memory_row(row: Estimate) -> list[str]:
+    memory = row.memory
     own = memory.held
     on_device = 0 if own.on_host else 1
     values: list[float] = [own.parameters + on_device * own.masters, on_device * own.gradients, on_device * own.state]
     values += [memory.activations, memory.in_flight, memory.step, memory.peak]
-    batch = f"{one.micro_batch}" if one.accumulation == 1 else f"{one.micro_batch} x {one.accumulation}"
+    batch = f"{row.micro_batch}" if row.accumulation == 1 else f"{row.micro_batch} x {row.accumulation}"
     cells = [f"{value / GIB:.2f}" for value in values]
     host = f" (+ {memory.host / GIB:.1f} of the host's)" if own.on_host else ""
-    return [one.variant.name, batch, *cells, ("yes" if one.fits else "NO") + host]
+    return [row.variant.name, batch, *cells, ("yes" if row.fits else "NO") + host]
 
 
 def _speed(plan: Plan) -> str:
     head = ["a step", "sent by a GPU, GiB", "of it between nodes", "collectives", "calculates, ms", "sends, ms"]
     head += ["step, ms (estimate)", "efficiency", "images/s (estimate)"]
-    return table(head, [_speed_row(one, plan) for one in plan.estimates])
+    return table(head, [_speed_row(row, plan) for row in plan.estimates])
 
 
-def _speed_row(one: Estimate, plan: Plan) -> list[str]:
-    clock = one.clock
-    sent = sum(collective.sent for collective in one.traffic)
-    away = sum(collective.sent for collective in one.traffic if collective.between_nodes)
-    count = sum(collective.count for collective in one.traffic)
+def _speed_row(row: Estimate, plan: Plan) -> list[str]:
+    clock = row.clock
+    sent = sum(collective.sent for collective in row.traffic)
+    away = sum(collective.sent for collective in row.traffic if collective.between_nodes)
+    count = sum(collective.count for collective in row.traffic)
     cells = [f"{sent / GIB:.3f}", f"{away / GIB:.3f}", f"{count}", f"{1000 * clock.compute:.1f}"]
     cells += [f"{1000 * clock.communication:.1f}", f"{1000 * clock.step:.1f}", f"{clock.efficiency:.0%}"]
-    return [one.variant.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
+    return [row.variant.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
 
 
 def _proposal(plan: Plan) -> str:
@@ -74,14 +72,15 @@ def _proposal(plan: Plan) -> str:
     lines += [best.variant.launch_line(question, best.accumulation), "```", ""]
     if best.traffic:
         head = ["its collectives a step", "operation", "count", "payload, MiB", "ranks", "sent by each, MiB", "hidden"]
-        lines += [table(head, [_collective(one) for one in best.traffic]), ""]
+        lines += [table(head, [_collective(item) for item in best.traffic]), ""]
     lines += [f"- not {name}: {why}" for name, why in others(plan)]
     return "\n".join(lines)
 
 
-def _collective(one: Any) -> list[str]:
-    payload, sent = (f"{value / MIB:.2f}" for value in (one.payload, one.sent))
-    return [one.what, one.operation, f"{one.count}", payload, f"{one.ranks}", sent, "yes" if one.overlaps else "no"]
+def _collective(item: Any) -> list[str]:
+    payload, sent = (f"{value / MIB:.2f}" for value in (item.payload, item.sent))
+    hidden = "yes" if item.overlaps else "no"
+    return [item.what, item.operation, f"{item.count}", payload, f"{item.ranks}", sent, hidden]
 
 
 def _notes(plan: Plan) -> str:
@@ -104,7 +103,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "question": asdict(plan.question),
         "parameters": plan.shapes.numel,
         "flops_per_image": plan.flops_per_image,
-        "engines": [_values(one, plan) for one in plan.estimates],
+        "engines": [_values(row, plan) for row in plan.estimates],
         "unfit": plan.unfit,
         "best": None if best is None else best.variant.name,
         "reason": None if best is None else reason(plan),
@@ -113,17 +112,17 @@ def as_values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _values(one: Estimate, plan: Plan) -> dict[str, Any]:
+def _values(row: Estimate, plan: Plan) -> dict[str, Any]:
     return {
-        "engine": one.variant.name,
-        "config": one.variant.config_file(plan.question),
-        "launch": one.variant.launch_line(plan.question, one.accumulation),
-        "micro_batch": one.micro_batch,
-        "accumulation": one.accumulation,
-        "fits": one.fits,
-        "memory": asdict(one.memory) | {"resident": one.memory.resident, "peak": one.memory.peak},
-        "traffic": [asdict(collective) | {"sent": collective.sent} for collective in one.traffic],
-        "seconds": asdict(one.clock) | {"efficiency": one.clock.efficiency},
+        "engine": row.variant.name,
+        "config": row.variant.config_file(plan.question),
+        "launch": row.variant.launch_line(plan.question, row.accumulation),
+        "micro_batch": row.micro_batch,
+        "accumulation": row.accumulation,
+        "fits": row.fits,
+        "memory": asdict(row.memory) | {"resident": row.memory.resident, "peak": row.memory.peak},
+        "traffic": [asdict(collective) | {"sent": collective.sent} for collective in row.traffic],
+        "seconds": asdict(row.clock) | {"efficiency": row.clock.efficiency},
     }
 
 
@@ -140,11 +139,11 @@ def reason(plan: Plan) -> str:
     )
     if question.world_size == 1:
         return f"One GPU trains alone. {memory}"
-    slower = [one for one in plan.estimates if one.fits and one is not best]
+    slower = [other for other in plan.estimates if other.fits and other is not best]
     speed = f"It is estimated to calculate for {clock.efficiency:.0%} of a step ({1000 * clock.step:.1f} ms)"
     if not slower:
         return f"It is the only engine that fits. {memory} {speed}."
-    fastest = min(slower, key=lambda one: one.clock.step)
+    fastest = min(slower, key=lambda other: other.clock.step)
     beside = f"; the next, {fastest.variant.name}, takes {1000 * fastest.clock.step:.1f} ms"
     if fastest.clock.step <= best.clock.step * 1.02:
         beside += ", which is no difference for an estimate, and is less simple"
@@ -153,19 +152,19 @@ def reason(plan: Plan) -> str:
 
 def others(plan: Plan) -> Iterator[tuple[str, str]]:
     """For every other engine its name and why it was not taken."""
-    for one in plan.estimates:
-        if one is not plan.best:
-            yield one.variant.name, _against(one, plan)
+    for other in plan.estimates:
+        if other is not plan.best:
+            yield other.variant.name, _against(other, plan)
     yield from plan.unfit.items()
 
 
-def _against(one: Estimate, plan: Plan) -> str:
+def _against(other: Estimate, plan: Plan) -> str:
     room = (1 - plan.question.margin) * plan.question.memory_bytes / GIB
-    if not one.fits:
-        return f"needs {one.memory.peak / GIB:.1f} GiB at {_images(one.micro_batch)}, {room:.1f} are free"
+    if not other.fits:
+        return f"needs {other.memory.peak / GIB:.1f} GiB at {_images(other.micro_batch)}, {room:.1f} are free"
     assert plan.best is not None
-    ratio = one.clock.step / plan.best.clock.step - 1
-    sent = sum(collective.sent for collective in one.traffic) / GIB
+    ratio = other.clock.step / plan.best.clock.step - 1
+    sent = sum(collective.sent for collective in other.traffic) / GIB
     if ratio < 0.02:
         return f"as fast by the estimate, and less simple; sends {sent:.2f} GiB a step"
     return f"{ratio:.0%} slower by the estimate; sends {sent:.2f} GiB a step"
@@ -174,7 +173,7 @@ def _against(one: Estimate, plan: Plan) -> str:
 def remedies(plan: Plan) -> list[str]:
     """Changes that would make the job fit, each with the figure it rests on."""
     question = plan.question
-    least = min(plan.estimates, key=lambda one: one.memory.peak)
+    least = min(plan.estimates, key=lambda other: other.memory.peak)
     activations = least.memory.activations / GIB
     found = [
         f"The least is {least.variant.name} with {least.memory.peak / GIB:.1f} GiB at {_images(least.micro_batch)}, of "
@@ -204,7 +203,8 @@ def _enough_nodes(plan: Plan) -> int | None:
     while nodes <= _MOST_NODES:
         world = nodes * plan.question.gpus_per_node
         more = replace(plan.question, nodes=nodes, batch_size=max(plan.question.batch_size, world))
-        if any(_fits(variant, plan, more) for variant in variants() if variant.unfit(more) is None):
+        usable = (variant for variant in variants() if variant.unfit(more) is None)
+        if any(estimate(variant, plan.shapes, profile_for(variant, more), more).fits for variant in usable):
             return nodes
         nodes *= 2
     return None
@@ -212,7 +212,3 @@ def _enough_nodes(plan: Plan) -> int | None:
 
 def _images(count: int) -> str:
     return f"{count} image{'' if count == 1 else 's'}"
-
-
-def _fits(variant: Variant, plan: Plan, question: Question) -> bool:
-    return estimate(variant, plan.shapes, profile_for(variant, question), question).fits

@@ -69,7 +69,7 @@ class _Passed:
 
 
 def _received(*passed: Any) -> list[int]:
-    return [one.detach() for one in passed]
+    return [descriptor.detach() for descriptor in passed]
 
 
 def _set_environment(env: Mapping[str, str]) -> None:

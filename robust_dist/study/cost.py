@@ -93,17 +93,13 @@ def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
     found = {}
     for cell in study.cells():
         recipe = recipes[cell.name]
-        key = _cost_key(recipe)
+        flat = flatten(recipe_dict(recipe))
+        key = str(sorted((name, str(value)) for name, value in flat.items() if keys_of(Recipe).is_costly(name)))
         if key not in measured:
             measured[key] = measure(recipe)
         step, image = measured[key]
         found[cell.name] = Cost(steps_of(recipe), step, recipe.epochs * facts(recipe.data).eval * image)
     return found
-
-
-def _cost_key(recipe: Recipe) -> str:
-    flat = flatten(recipe_dict(recipe))
-    return str(sorted((key, str(value)) for key, value in flat.items() if keys_of(Recipe).is_costly(key)))
 
 
 def measure(recipe: Recipe) -> tuple[float, float]:
@@ -174,7 +170,7 @@ def seconds(found: list[Operation], gpu: Gpu, precision: str) -> float:
     """Estimated seconds of operations in sequence on the device, or of starting them where that takes longer."""
     peak = 1e12 * ARITHMETIC_SHARE * gpu.tflops(precision)
     rate = 1e9 * MEMORY_SHARE * gpu.memory_gbytes
-    on_device = sum(max(one.flops / peak, one.bytes / rate) for one in found)
+    on_device = sum(max(operation.flops / peak, operation.bytes / rate) for operation in found)
     return max(on_device, START_SECONDS * len(found))
 
 

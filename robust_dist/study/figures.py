@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Figure = Callable[[Array], Any]
+Statistic = Callable[[Array], Any]
 TRIALS = (1, 2, 4, 8)
 NEAR_POINTS = 0.5
-# All flips are gone through where there are no more than this, all resamples where they are no more than the draws.
+# All flips are counted where there are no more than this, all resamples where there are no more than the draws. SciPy's
+# permutation_test and bootstrap draw otherwise, which would change published p values and intervals.
 _EXACT = 2**16
 _DRAWS = 10_000
 
@@ -84,9 +85,9 @@ def near_best(cells: Array, points: float = NEAR_POINTS) -> Any:
     return np.mean(cells >= np.max(cells, axis=-1, keepdims=True) - points - 1e-9, axis=-1)
 
 
-def figures_of(num_cells: int) -> dict[str, Figure]:
+def figures_of(num_cells: int) -> dict[str, Statistic]:
     """Every figure by its name, for a grid of `num_cells` cells (no more trials than cells)."""
-    named: dict[str, Figure] = {
+    named: dict[str, Statistic] = {
         "mean": mean,
         "variance": variance,
         "min": lowest,
@@ -99,7 +100,7 @@ def figures_of(num_cells: int) -> dict[str, Figure]:
     return named | {f"share within {NEAR_POINTS:g}": near_best}
 
 
-def bootstrap(grid: Array, figure: Figure, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap(grid: Array, figure: Statistic, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
     """The percentile interval of a figure of the cells' means, from resampling the seeds with replacement.
 
     A seed is drawn for all cells at once, since it gives them the same initial weights and order. Up to 5 seeds all
@@ -129,7 +130,7 @@ def _resamples(num_seeds: int, seed: int) -> Array:
         draws = np.array(list(product(range(num_seeds), repeat=num_seeds)))
     else:
         draws = np.random.default_rng(seed).integers(num_seeds, size=(_DRAWS, num_seeds))
-    return np.stack([np.mean(draws == one, axis=1) for one in range(num_seeds)], axis=1)
+    return np.stack([np.mean(draws == number, axis=1) for number in range(num_seeds)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,11 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n, observed = len(differences), abs(float(np.mean(differences)))
     exact = 2**n <= _EXACT
-    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
+    if exact:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
     # A tie within rounding counts as equally extreme.
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)
-
-
-def _all_signs(n: int) -> Array:
-    return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(np.float64)

@@ -48,7 +48,8 @@ class StudyFolder:
             StudyError: It holds another study (the differences are named), or other files.
         """
         path = self.path / "study.yaml"
-        if self.path.exists() and any(self.path.iterdir()) and not path.exists() and not self._is_new():
+        others = {entry.name for entry in self.path.glob("*")} - {".lock", ".study.yaml.partial"}
+        if others and not path.exists():
             raise StudyError(f"{self.path} holds files but no study.yaml, so it is no study's folder; choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         with self.alone():
@@ -61,9 +62,6 @@ class StudyFolder:
                         + "\n  ".join(differing)
                     )
             write_atomically(path, dump_yaml(hidden(study_dict(study))), private=has_options(study.base))
-
-    def _is_new(self) -> bool:
-        return {entry.name for entry in self.path.iterdir()} <= {".lock", ".study.yaml.partial"}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -81,6 +79,8 @@ class StudyFolder:
         path = self.path / "study.yaml"
         try:
             return study_from_dict(read_yaml(path).data, str(path))
+        except FileNotFoundError:
+            raise StudyError(f"{self.path} is no study's folder: it has no study.yaml") from None
         except (OSError, ValueError) as error:
             raise StudyError(f"{self.path} is no study's folder: {error}") from error
 
@@ -147,7 +147,7 @@ def differences(ours: Study, theirs: Study, where: str = "the folder", *, common
 
 
 def _places(axis: Axis) -> dict[str, str]:
-    # A list's labels are its values; rows are told apart by what they set, too.
+    # A list's labels are its values; rows also differ by what they set.
     named = zip(axis.labels, axis.settings, strict=True)
     return {label: f"{label} {sorted(_numbers(hidden(settings)).items(), key=str)}" for label, settings in named}
 

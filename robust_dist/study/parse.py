@@ -104,7 +104,7 @@ def _axis(document: Document, name: Any, where: str) -> Axis:
     if isinstance(places, list):
         key = check_key(name, where, moves_weights=True)
         settings = [{key: fitted(Recipe, document, (*place, i), value, key)} for i, value in enumerate(places)]
-        labels = [label_of(one[key]) for one in settings]
+        labels = [label_of(setting[key]) for setting in settings]
     else:
         rows = _mapping(places, f"{where} (values, or rows by their labels)")
         labels = [label_of(label) for label in rows]

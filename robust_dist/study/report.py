@@ -69,9 +69,9 @@ def _seen(summary: Summary) -> str:
     lengths = [f"{result.epochs} epochs, {result.steps:,} steps" for result in results if result.diverged is None]
     parts = {
         "length": lengths,
-        "revision": [str(one.get("revision")) for one in noted],
-        "device": [f"{one.get('device')} ({_machine(one)})" for one in noted],
-        "torch": [str(one.get("packages", {}).get("torch")) for one in noted],
+        "revision": [str(environment.get("revision")) for environment in noted],
+        "device": [f"{environment.get('device')} ({_machine(environment)})" for environment in noted],
+        "torch": [str(environment.get("packages", {}).get("torch")) for environment in noted],
     }
     return "; ".join(f"{name}: {' and '.join(sorted(set(found)))}" for name, found in parts.items() if found)
 
@@ -96,7 +96,7 @@ def _as_json(summary: Summary, tests: list[Comparison], diverged_as: float | Non
             contender: {"cells": count, **{name: vars(figure) for name, figure in figures.items()}}
             for contender, (count, figures) in robustness(summary).items()
         },
-        "paired_tests": [{"first": one.first, "second": one.second, **vars(one.test)} for one in tests],
+        "paired_tests": [{"first": test.first, "second": test.second, **vars(test.test)} for test in tests],
     }
 
 
@@ -207,8 +207,8 @@ def _figure_text(name: str, figure: Figure | None) -> str:
 
 def _tests_table(tests: Sequence[Comparison]) -> str:
     rows = [
-        [one.first, one.second, str(one.test.pairs), f"{one.test.difference:+.2f}", f"{one.test.p:.3g}"]
-        for one in tests
+        [test.first, test.second, str(test.test.pairs), f"{test.test.difference:+.2f}", f"{test.test.p:.3g}"]
+        for test in tests
     ]
     return table(["first", "second", "pairs", "first - second", "p"], rows)
 

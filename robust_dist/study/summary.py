@@ -112,7 +112,9 @@ def paper_robustness(study: Study, diverged_as: float) -> dict[str, dict[str, fl
     for contender, places in study.contenders().items():
         figures = [study.paper.get(cells[place].labels) for place in places]
         if len(figures) > 1 and None not in figures:
-            means = np.array([diverged_as if isinstance(one, str) else one for one in figures], dtype=np.float64)
+            means = np.array(
+                [diverged_as if isinstance(figure, str) else figure for figure in figures], dtype=np.float64
+            )
             found[contender] = {name: float(function(means)) for name, function in figures_of(len(means)).items()}
     return found
 
@@ -144,7 +146,7 @@ def against_study(summary: Summary, other: Summary) -> list[Comparison]:
         return whole
     groups = summary.study.contenders().items()
     parts = [_comparisons(f"{first}: {name}", summary.points[at], [(second, theirs[at])]) for name, at in groups]
-    return whole + [one for part in parts for one in part]
+    return whole + [comparison for part in parts for comparison in part]
 
 
 def _aligned(summary: Summary, other: Summary) -> Array:

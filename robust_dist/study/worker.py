@@ -176,7 +176,7 @@ class Workers:
         self.slots.clear()
 
     def _say(self, run: Run, what: str) -> None:
-        done = sum(self.folder.result(one) is not None for one in self.runs)
+        done = sum(self.folder.result(each) is not None for each in self.runs)
         print(f"[{done}/{len(self.runs)}] {run}: {what}", flush=True)
 
 
