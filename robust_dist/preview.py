@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
-from robust_dist.data.crops import RandomCrop
-from robust_dist.data.decode import crop_box, decode_rgb, to_tensor
+from robust_dist.data.decode import RandomCrop, crop_box, decode_rgb, to_tensor
 from robust_dist.data.errors import BadImage, DataError
-from robust_dist.data.names import printable
 from robust_dist.data.sets import FirstSamples, LabelledSet
+from robust_dist.data.source import printable
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.extras import require
 

@@ -47,7 +47,7 @@ def test_the_last_column_is_what_the_model_gets_in_training(pets, mode):
 
 @pytest.mark.parametrize(("mode", "rows"), [("elem", 5), ("batch", 3)])
 def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, rows):
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
     from robust_dist.data.stream_set import StreamSet
     from tests.data.coloured import CLASSES, Coloured
 
@@ -207,7 +207,7 @@ class Junk:
 
 
 def junk(bad):
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
     from robust_dist.data.stream_set import StreamSet
 
     return StreamSet(Junk(bad), RandomCrop(SIZE, (0.1, 1), (1, 1)), torch.device("cpu"), workers=0)

@@ -20,7 +20,7 @@ from robust_dist.checkpoint.training_state import (
     split_objects,
 )
 from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
-from robust_dist.optim.state import MASTER, MOMENTS, STEP
+from robust_dist.optim.state import MASTER, MOMENTS, STEP, Z
 
 OPTIMIZER_FILE = "optimizer.bin"
 # Accelerate's and Trainer's.
@@ -219,9 +219,9 @@ def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
-    """Refuse the state of an optimizer that keeps anything else than RAdaBeliefW (and AdamW), and name its keys."""
+    """Refuse state of anything else than RAdaBeliefW (perhaps with averaging) and AdamW, and name its keys."""
     for name, entry in state.items():
-        if set(entry) != set(STATE_KEYS):
+        if set(entry) - {Z} != set(STATE_KEYS):
             raise CheckpointError(
                 f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: "
                 f"{_why_refused(entry)}"

@@ -37,7 +37,7 @@ class TrainingState:
         model: Every entry of the model's `state_dict` by its name without wrappers' prefixes: parameters (the
             float32 master where the engine kept one) and buffers.
         optimizer: For each parameter that has state: name -> {"step": 0-d float32, "exp_avg": shape of the
-            parameter, "exp_avg_sq": the same}.
+            parameter, "exp_avg_sq": the same}, with averaging "z": the same, too.
         groups: The optimizer's param groups, with parameter names in "params", in the optimizer's order.
         schedule: `state_dict()` of the schedule, or None.
         engine: The kind of checkpoint it was read from: "ddp", "fsdp", "zero0" ... "zero3".

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from robust_dist.data.batches import even_cuts
 from robust_dist.data.classes import check_same_classes
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.folder import open_image_folder
-from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import composed
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.documents import Document
 from robust_dist.inference.trained import Preprocess, Trained, is_own, pixels_of, settings_of

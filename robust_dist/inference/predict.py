@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.folder import EXTENSIONS
-from robust_dist.data.names import printable
-from robust_dist.data.source import Upright
+from robust_dist.data.source import Upright, printable
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.trained import Trained
 from robust_dist.validate import whole_number

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robust_dist.data.names import printable
+from robust_dist.data.source import printable
 from robust_dist.documents import DocumentError, read_yaml, typed
 from robust_dist.ranks.claim import is_held
 from robust_dist.train.curves import line_style

@@ -373,7 +373,8 @@ class RAdaBeliefW(Optimizer):
     @torch.no_grad()
     def _rates(self) -> dict[int, float | Tensor]:
         """The measured rates of the groups that measure, by their ids."""
-        if any(group.get(TRAINS) is False for group in self.param_groups):
+        # Engines make state by a step whose rate is 0.
+        if any(group.get(TRAINS) is False and float(group["lr"]) != 0.0 for group in self.param_groups):
             raise RuntimeError("averaging: the parameters hold their average; call optimizer.train() before step()")
         if not self.measures_rate:
             return {}

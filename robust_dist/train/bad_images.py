@@ -10,10 +10,9 @@ from robust_dist.data.batches import even_cuts
 from robust_dist.data.decode import check_header
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.identity import spread
-from robust_dist.data.names import as_line, printable
 from robust_dist.data.parquet import is_remote
 from robust_dist.data.sets import LabelledSet
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, as_line, printable
 from robust_dist.ranks.talk import gather, on_rank_0, raise_together, rank, world_size
 
 SHOWN = 5

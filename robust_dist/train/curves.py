@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from robust_dist.data.names import printable
+from robust_dist.data.source import printable
 from robust_dist.train.metrics import best_row
 from robust_dist.train.recipe import Recipe
 

@@ -319,8 +319,7 @@ def source_choice(name: str) -> SourceChoice | None:
 
 def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
     from robust_dist.data.errors import DataError
-    from robust_dist.data.folder import open_image_folder
-    from robust_dist.data.split import Split
+    from robust_dist.data.folder import Split, open_image_folder
 
     root, upright = Path(data.root).expanduser(), str(data.exif)
     if data.eval_share is None:

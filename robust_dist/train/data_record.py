@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data.identity import are_copies, shared_images
-from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import composed
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import Preprocessing

@@ -16,6 +16,7 @@ from robust_dist.data import Batch, ImageSet
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
+from robust_dist.optim.groups import reshard
 from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
 from robust_dist.train.build import (
@@ -178,6 +179,8 @@ class Trainer:
         """The rest of an epoch; returns what was measured in it."""
         every = self.recipe.checkpoint.every_steps
         self.model.train()
+        # After an evaluation FSDP2 holds whole weights, in which a change of its shards would not be seen.
+        reshard(self.bare_model)
         self.optimizer.train()
         self.meter.begin()
         for parts in self.meter.fetch(self.loader.epoch(epoch, start)):

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from robust_dist.augment import RobustAugment
-from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
-from robust_dist.data.names import printable
-from robust_dist.data.placement import SHARE
+from robust_dist.data.image_set import SHARE, HostSet, ImageSet, free_bytes
 from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import printable
 from robust_dist.engines.accelerate import cores_here
 from robust_dist.measure.memory import text_of
 from robust_dist.optim import RAdaBeliefW

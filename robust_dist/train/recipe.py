@@ -15,9 +15,17 @@ from robust_dist.private import HIDDEN, hidden
 from robust_dist.schedule.curve import DECAYS
 from robust_dist.train.augment_config import AugmentConfig
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, flatten, keys_of, recipe_dict, values_of
-from robust_dist.train.keys import require as _require
-from robust_dist.train.keys import require_number as _require_number
+from robust_dist.train.keys import (
+    COSTLY,
+    FREE,
+    NAMES_CODE,
+    flatten,
+    keys_of,
+    recipe_dict,
+    require,
+    require_number,
+    values_of,
+)
 from robust_dist.train.metrics import EarlyStoppingConfig
 from robust_dist.train.optimizers import OptimizerConfig
 from robust_dist.train.parse import parse
@@ -128,12 +136,12 @@ class ScheduleConfig:
             check_form("schedule.name", self.name)
         else:
             wanted = f"one of {', '.join(DECAYS)}, or your own function as MODULE:NAME"
-            _require(self.name in DECAYS, "schedule.name", self.name, wanted)
-        _require_number("schedule.warmup_steps", self.warmup_steps, 0)
-        _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
-        _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
+            require(self.name in DECAYS, "schedule.name", self.name, wanted)
+        require_number("schedule.warmup_steps", self.warmup_steps, 0)
+        require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
+        require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
         if self.name != "cosine":
-            _require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
+            require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -176,11 +184,11 @@ class CheckpointConfig:
     staging: str | None = None
 
     def __post_init__(self) -> None:
-        _require_number("checkpoint.every_epochs", self.every_epochs, 1)
-        _require_number("checkpoint.keep", self.keep, 1)
-        _require_number("checkpoint.keep_best", self.keep_best, 0)
+        require_number("checkpoint.every_epochs", self.every_epochs, 1)
+        require_number("checkpoint.keep", self.keep, 1)
+        require_number("checkpoint.keep_best", self.keep_best, 0)
         if self.every_steps is not None:
-            _require_number("checkpoint.every_steps", self.every_steps, 1)
+            require_number("checkpoint.every_steps", self.every_steps, 1)
 
 
 @dataclass
@@ -202,17 +210,17 @@ class TrackingConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.project), "tracking.project", self.project, "a name")
+        require(bool(self.project), "tracking.project", self.project, "a name")
         place = PurePath(self.project)
         inside = ".." not in place.parts and not ("tensorboard" in self.trackers and place.is_absolute())
-        _require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
+        require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
         for name, given in self.options.items():
             wanted = "of one of tracking.trackers"
-            _require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
-            _require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
+            require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
+            require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
         if self.peak_tflops is not None:
             fits = 0 < self.peak_tflops < math.inf
-            _require(fits, "tracking.peak_tflops", self.peak_tflops, "a finite number above 0, or null")
+            require(fits, "tracking.peak_tflops", self.peak_tflops, "a finite number above 0, or null")
 
 
 @dataclass
@@ -278,35 +286,35 @@ class Recipe:
     def __post_init__(self) -> None:
         self.run_dir = os.path.expanduser(self.run_dir)
         wanted = "a folder, below a home that is there where it begins with ~"
-        _require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
-        _require_number("epochs", self.epochs, 1)
-        _require_number("batch_size", self.batch_size, 1)
-        _require_number("accumulation", self.accumulation, 1)
+        require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
+        require_number("epochs", self.epochs, 1)
+        require_number("batch_size", self.batch_size, 1)
+        require_number("accumulation", self.accumulation, 1)
         if self.micro_batch_size is not None:
-            _require_number("micro_batch_size", self.micro_batch_size, 1)
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+            require_number("micro_batch_size", self.micro_batch_size, 1)
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         if self.ema_decay is not None:
-            _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
-        _require_number("seed", self.seed, 0, 2**63 - 1)
+            require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
+        require_number("seed", self.seed, 0, 2**63 - 1)
         if self.num_processes is not None:
-            _require_number("num_processes", self.num_processes, 1)
+            require_number("num_processes", self.num_processes, 1)
         self._check_start()
-        _require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
+        require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
         self._check_crop()
         if not isinstance(self.profile, bool):
             fits = self.profile[0] >= 1 and self.profile[1] >= 1
-            _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
+            require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
 
     def _check_start(self) -> None:
         """Refuse weights to begin with from two places, and a checkpoint of none."""
         weights, source = self.model.weights, self.init_from
-        _require(source != "", "init_from", source, "a run's folder, or null")
+        require(source != "", "init_from", source, "a run's folder, or null")
         wanted = f"left out with model.weights={weights!r}, or that set to null"
-        _require(source is None or weights is None, "init_from", source, wanted)
+        require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
-        _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
+        require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"
-        _require(
+        require(
             named, "init_checkpoint", self.init_checkpoint, "last, where neither init_from nor model.weights is set"
         )
 
@@ -322,7 +330,7 @@ class Recipe:
         side = named.size if named else self.data.size if self.data.source else None
         if side is not None:
             wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
-            _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
+            require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
 
 
 def conflicts(

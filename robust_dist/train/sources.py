@@ -18,13 +18,11 @@ from robust_dist import own_code
 from robust_dist.data import load_dataset
 from robust_dist.data.batches import Cut
 from robust_dist.data.identity import fingerprint, source_fingerprint
-from robust_dist.data.image_set import ImageSet
+from robust_dist.data.image_set import ImageSet, place
 from robust_dist.data.loader import Loader
-from robust_dist.data.names import printable
-from robust_dist.data.placement import place
 from robust_dist.data.registry import DATASETS, DatasetInfo, dataset_info
 from robust_dist.data.sets import LabelledSet
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, printable
 from robust_dist.measure.memory import free_memory, text_of
 from robust_dist.ranks.talk import agree, attempt, gather, on_rank_0, rank, taking_part
 from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, Classes, DataConfig
@@ -105,7 +103,7 @@ def _stream(data: DataConfig, device: torch.device, source: ImageSource, *, eval
     Where they are to be decoded on a GPU and cannot, that is a ValueError for training images; evaluation images are
     decoded on the CPU then, as a trained model is evaluated anywhere.
     """
-    from robust_dist.data.crops import CentralCrop, RandomCrop
+    from robust_dist.data.decode import CentralCrop, RandomCrop
     from robust_dist.data.device_decode import decoder
     from robust_dist.data.stream_set import StreamSet
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from robust_dist.data import Batch
-from robust_dist.data.batch import Pipeline
+from robust_dist.data.batches import Pipeline
 from robust_dist.engines.engine import engine_of
 from robust_dist.schedule import base_optimizer
 from robust_dist.train.graph import StaticStep

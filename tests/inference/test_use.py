@@ -17,8 +17,7 @@ from robust_dist.checkpoint import CheckpointError, CheckpointStore, convert
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.cli import main
 from robust_dist.data import load_dataset
-from robust_dist.data.crops import CentralCrop
-from robust_dist.data.decode import decode_rgb
+from robust_dist.data.decode import CentralCrop, decode_rgb
 from robust_dist.inference.evaluate import calibration_error
 from robust_dist.inference.runs import Run, figure_of, table
 from robust_dist.inference.trained import choose

@@ -89,3 +89,39 @@ def test_a_measured_rate_is_that_of_one_process(world):
         for name, (found, theirs) in of_rank.items():
             assert found == pytest.approx(expected, rel=1e-6), name
             torch.testing.assert_close(theirs, outputs, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def gone_on(folder):
+    """FSDP2: the rates and weights of a run that is saved while it is evaluated, and of one that goes on from there."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    from robust_dist.engines.fsdp.state import set_state, state_of
+    from robust_dist.optim.groups import reshard
+
+    def started():
+        model = net()
+        fully_shard(model)
+        return model, RAdaBeliefW(model.parameters(), **SETTINGS)
+
+    model, optimizer = started()
+    rates(model, optimizer, dist.get_rank(), dist.get_world_size())
+    optimizer.eval()
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    other, theirs = started()
+    state = state_of(other, theirs)
+    dcp.load(state, checkpoint_id=folder)
+    set_state(other, theirs, state)
+    found = []
+    for of, by in ((model, optimizer), (other, theirs)):
+        assert by.param_groups[0]["train_mode"] is False
+        reshard(of)  # the evaluation has left the root's whole weights in place
+        by.train()
+        again, _ = rates(of, by, dist.get_rank(), dist.get_world_size())
+        found.append((again, [p.to_local().tolist() for p in by.param_groups[0]["params"]]))
+    return found
+
+
+def test_a_measured_rate_goes_on_bit_for_bit_under_fsdp2(tmp_path):
+    for whole, resumed in run_ranks(gone_on, 2, str(tmp_path)):
+        assert whole == resumed

@@ -60,10 +60,12 @@ def test_a_folder_of_another_recipe_is_refused_and_left_as_it_was(tmp_path):
 
 def test_a_folder_with_other_files_is_no_run_s(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunFolderError, match="no run's folder"):
-        RunFolder(tmp_path).claim(Recipe(), {})
-    with pytest.raises(RunFolderError, match="is a file"):
-        RunFolder(tmp_path / "thesis.tex").claim(Recipe(), {})
+    thesis = tmp_path / "thesis.tex"
+    for path, said in ((tmp_path, "no run's folder"), (thesis, "is a file"), (thesis / "run", "lies below")):
+        for ask in (lambda folder: folder.claim(Recipe(), {}), lambda folder: folder.check_usable(Recipe())):
+            with pytest.raises(RunFolderError, match=said):
+                ask(RunFolder(path))
+    assert list(tmp_path.iterdir()) == [thesis]
 
 
 ROW = {"epoch": 1, "step": 10}

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.sets import EvalBatch
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.train.evaluate import count_batch, evaluate, no_totals, score_of

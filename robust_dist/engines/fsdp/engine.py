@@ -281,11 +281,14 @@ def _fill_missing_state(state: "TrainingState") -> list[str]:
     """Give parameters without state that of a first step, as FSDP2 loads a state for all of them; returns a note."""
     held = {*state.optimizer, *state.extra.get("frozen", ())}
     missing = [name for group in state.groups for name in group["params"] if name not in held]
+    averages = any("z" in entry for entry in state.optimizer.values())
     for name in missing:
         param = state.model[name]
         zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
         step = torch.zeros((), dtype=torch.float32)
         state.optimizer[name] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        if averages:
+            state.optimizer[name]["z"] = param.to(zeros.dtype, copy=True)
     return [f"no state was saved for {missing[:5]} ({len(missing)} in all): written as before a first step"] * bool(
         missing
     )
