@@ -36,7 +36,7 @@ def shown(pets, augment, rows=BATCH, seed=3, epoch=2):
 @pytest.mark.parametrize("mode", ["elem", "batch"])
 def test_the_last_column_is_what_the_model_gets_in_training(pets, mode):
     augment = pipeline(cutmix_mode=mode)
-    ((batch,), *_) = DeviceLoader(pets, batch_batch_size=BATCH, seed=3).epoch(2)
+    ((batch,), *_) = DeviceLoader(pets, batch_size=BATCH, seed=3).epoch(2)
     trained, targets = augment(batch.images, batch.labels, batch.keys)
     last = shown(pets, augment)[-1]
     torch.testing.assert_close(augment.normalize(last.images), trained)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,8 +45,8 @@ def _note(figure: Any, notes: Sequence[str]) -> None:
     figure.supxlabel("; ".join(notes), fontsize=8)
 
 
-def plot_heat_map(summary: Summary, path: str | Path) -> None:
-    """Draw every cell's mean accuracy into a PNG: rows are all axes but the last, columns the last.
+def heat_map(summary: Summary) -> Figure:
+    """Every cell's mean accuracy: rows are all axes but the last, columns the last.
 
     Numbers grow to the right and upwards, in any order of the study; missing cells stay white.
     """
@@ -81,7 +80,7 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     notes = ["*: some of the seeds diverged; report.md says what they count as"] if starred else []
     notes += ["white: no result yet"] if np.isnan(grid).any() else []
     _note(figure, [_averaged(summary), *notes])
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _text(summary: Summary, place: int, value: float) -> str:
@@ -97,19 +96,19 @@ def _all_diverged(summary: Summary, place: int) -> bool:
     return there > 0 and len(summary.diverged(summary.study.cells()[place])) == there
 
 
-def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
-    """Draw mean ± standard deviation over the learning rate into a PNG, a line for each place of the other axes.
+def learning_rates(summary: Summary) -> Figure | None:
+    """Mean ± standard deviation over the learning rate, a line for each place of the other axes.
 
     A cell whose runs all diverged is a cross at the bottom. Lines are set apart sideways, so that their bars are seen.
 
     Returns:
-        Whether an axis of the study is the learning rate; else nothing is written.
+        None where no axis of the study is the learning rate.
     """
     study = summary.study
     found = [(place, axis.values_of(_LR)) for place, axis in enumerate(study.axes)]
     rates = next(((place, values) for place, values in found if values is not None), None)
     if rates is None:
-        return False
+        return None
     place, values = rates
     lines = _lines(study, place)
     many, several = len(lines) > 4, len(study.seeds) > 1
@@ -137,8 +136,7 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     notes = ["x at the bottom: every seed diverged"] if crosses else []
     notes += ["lines are set apart sideways"] if several and len(lines) > 1 else []
     _note(figure, [bars, *notes])
-    figure.savefig(path, dpi=120)
-    return True
+    return figure
 
 
 def _draw_line(axes: Any, label: str, number: int, rates: Array, summary: Summary, cells: list[int]) -> None:

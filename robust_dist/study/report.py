@@ -12,7 +12,7 @@ from robust_dist.measure.table import table
 from robust_dist.private import hidden
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Cell, Study, study_dict
-from robust_dist.study.plots import plot_heat_map, plot_learning_rates
+from robust_dist.study.plots import heat_map, learning_rates
 from robust_dist.study.summary import (
     Comparison,
     Figure,
@@ -55,8 +55,9 @@ def write_report(
     tests = [*against_reference(summary), *comparisons]
     write_atomically(out / "report.md", text)
     write_atomically(out / "report.json", json.dumps(_as_json(summary, tests, diverged_as), indent=1) + "\n")
-    plot_heat_map(summary, out / "heat_map.png")
-    plot_learning_rates(summary, out / "learning_rates.png")
+    for name, figure in {"heat_map": heat_map(summary), "learning_rates": learning_rates(summary)}.items():
+        if figure is not None:
+            figure.savefig(out / f"{name}.png", dpi=120)
     return text
 
 
