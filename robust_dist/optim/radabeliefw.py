@@ -62,6 +62,11 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
         raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
 
 
+def _hyper(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) -> Hyper:
+    # torch.compile, which measures no rate, does not trace id()
+    return hyper(group, rates.get(id(group))) if rates else hyper(group)
+
+
 class RAdaBeliefW(Optimizer):
     r"""AdamW's decay, RAdam's rectification and AdaBelief's second moment in one optimizer.
 
@@ -387,7 +392,7 @@ class RAdaBeliefW(Optimizer):
         records: Records | None = self.__dict__.get("_records")
         if records is None or torch.compiler.is_compiling() or _is_capturing():
             return False
-        hypers = [hyper(group, rates.get(id(group))) for group in self.param_groups]
+        hypers = [_hyper(group, rates) for group in self.param_groups]
         return records.step(self, hypers, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def _step_anew(self, rates: dict[int, float | Tensor]) -> None:
@@ -399,8 +404,8 @@ class RAdaBeliefW(Optimizer):
         if self._overflow_on_host(group for group, _ in others):
             others = [(group, backend) for group, backend in others if not on_host(group)]
         # All before the first moves: state that does not fit its parameter is an error of the whole step.
-        counted = [(self._gather_counted_in_place(group), hyper(group, rates.get(id(group)))) for group, _ in on_device]
-        gathered = [(self._gather(group), hyper(group, rates.get(id(group)))) for group, _ in others]
+        counted = [(self._gather_counted_in_place(group), _hyper(group, rates)) for group, _ in on_device]
+        gathered = [(self._gather(group), _hyper(group, rates)) for group, _ in others]
         if on_device:
             self._step_on_device([backend for _, backend in on_device], counted)
         for (group, backend), (lists, h) in zip(others, gathered, strict=True):
