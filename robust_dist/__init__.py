@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, sample_keys
-from robust_dist.engines.deepspeed import register
+from robust_dist.engines import register
 from robust_dist.optim import RAdaBeliefW, param_groups
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from robust_dist.inference.preprocess import Preprocess
+    from robust_dist.inference.trained import Preprocess
 
 
 def load(path: "str | Path", *, checkpoint: str | int = "last", **options: Any) -> "tuple[nn.Module, Preprocess]":

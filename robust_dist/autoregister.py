@@ -1,5 +1,5 @@
 """`import robust_dist.autoregister` does what `robust_dist.register()` does, where no function can be called."""
 
-from robust_dist.engines.deepspeed import register
+from robust_dist.engines import register
 
 register()

@@ -38,11 +38,12 @@ def _doctor(_: argparse.Namespace) -> int:
 def _preview(words: argparse.Namespace) -> int:
     import torch
 
-    from robust_dist.inference.output import check_new
-    from robust_dist.preview import preview
+    from robust_dist.inference.export import check_new
+    from robust_dist.preview import columns, draw
     from robust_dist.train.augment_config import own_stage
-    from robust_dist.train.build import build_augment, open_sets
+    from robust_dist.train.build import build_augment
     from robust_dist.train.recipe import parse_recipe
+    from robust_dist.train.sources import open_sets
 
     whole_number("--epoch", words.epoch, 0)
     check_new(Path(words.out))
@@ -50,16 +51,8 @@ def _preview(words: argparse.Namespace) -> int:
     images, _ = open_sets(recipe.data, torch.device("cpu"), download=recipe.data.download)
     augment = build_augment(recipe, len(images.classes))
     own = {name: own_stage("augment.before", name) for name in recipe.augment.before}
-    preview(
-        images,
-        augment,
-        words.out,
-        rows=words.rows,
-        seed=recipe.seed,
-        epoch=words.epoch,
-        batch_size=recipe.batch_size,
-        before=own,
-    )
+    order = {"seed": recipe.seed, "epoch": words.epoch, "batch_size": recipe.batch_size}
+    draw(columns(images, augment, rows=words.rows, before=own, **order), Path(words.out))
     if recipe.augment.after:
         print(f"not shown, as it comes after the normalisation: {', '.join(recipe.augment.after)}")
     print(f"wrote {words.out}")
@@ -67,7 +60,7 @@ def _preview(words: argparse.Namespace) -> int:
 
 
 def _recipe(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.train.suggest import suggest
 
     if words.out is not None:
@@ -82,24 +75,6 @@ def _recipe(words: argparse.Namespace) -> int:
         file.write(text)
     print(f"wrote {words.out}; train it: robust-dist train --config {shlex.quote(words.out)}")
     return 0
-
-
-def _bench(words: argparse.Namespace) -> int:
-    from robust_dist.bench.command import run
-
-    return run(words)
-
-
-def _plan(words: argparse.Namespace) -> int:
-    from robust_dist.plan.command import run
-
-    return run(words)
-
-
-def _verify(words: argparse.Namespace) -> int:
-    from robust_dist.verify.__main__ import run
-
-    return run(words)
 
 
 def _convert(words: argparse.Namespace) -> int:
@@ -135,12 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="installed versions, devices, backends; problems and their fixes")
     doctor.set_defaults(run=_doctor, extra="train")
 
-    _add_verify_command(commands)
     recipe = commands.add_parser(
         "recipe", help="look at a folder of images and write a recipe for it, with its reasons"
     )
     recipe.add_argument("folder", metavar="PATH", help="a folder with a sub-folder of images for each class")
-    recipe.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    recipe.add_argument("--out", metavar="FILE", help="the file to write; must not exist (default: print)")
     recipe.set_defaults(run=_recipe, extra="train")
 
     preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")
@@ -150,42 +124,33 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")
 
-    _add_bench_command(commands)
-    _add_plan_command(commands)
+    _add_measuring_commands(commands)
     add_study_commands(commands)
     _add_checkpoint_commands(commands)
     add_commands(commands)
     return parser
 
 
-def _add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from robust_dist.verify.__main__ import add_arguments
+def _add_measuring_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from robust_dist.bench import command as bench
+    from robust_dist.plan import command as plan
+    from robust_dist.verify import __main__ as verify
 
-    verify = commands.add_parser("verify", help="check that everything works here, and how fast; writes a report")
-    add_arguments(verify)
-    verify.set_defaults(run=_verify, extra="train")
-
-
-def _add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from robust_dist.bench.command import add_arguments
-
-    bench = commands.add_parser("bench", help="speed compared with other libraries and the hardware's limit")
-    add_arguments(bench)
-    bench.set_defaults(run=_bench, extra="bench")
-
-
-def _add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from robust_dist.plan.command import add_arguments
-
-    plan = commands.add_parser("plan", help="memory and traffic of a job under each engine, and which engine to use")
-    add_arguments(plan)
-    plan.set_defaults(run=_plan, extra="train")
+    helps = {
+        "verify": (verify, "train", "check that everything works here, and how fast; writes a report"),
+        "bench": (bench, "bench", "speed compared with other libraries and the hardware's limit"),
+        "plan": (plan, "train", "memory and traffic of a job under each engine, and which engine to use"),
+    }
+    for name, (module, extra, text) in helps.items():
+        parser = commands.add_parser(name, help=text)
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run, extra=extra)
 
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint to another engine or number of ranks")
     convert.add_argument(
-        "src", metavar="SRC", help="a checkpoint of Accelerate, Trainer, DeepSpeed, FSDP (DCP) or torch.save"
+        "src", metavar="SRC", help="a checkpoint of any engine, of Accelerate or Trainer, or of torch.save"
     )
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"

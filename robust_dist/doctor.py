@@ -1,4 +1,4 @@
-"""`robust-dist doctor`: what is here, what would go wrong, and the command that mends it."""
+"""`robust-dist doctor`: what is here, what would go wrong, and the command that fixes it."""
 
 import os
 import platform
@@ -13,6 +13,7 @@ import torch
 
 import robust_dist
 from robust_dist import surroundings
+from robust_dist.documents import first_line
 from robust_dist.extras import PACKAGE, extra_names, extra_requirements, version_tuple
 
 Status = Literal["ok", "warn", "fail"]
@@ -26,11 +27,11 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was looked at.
+        name: Its subject.
         status: "ok"; "warn": something would go wrong, or a part cannot be used; "fail": neither `import robust_dist`
             nor training can work.
-        detail: what was found.
-        remedy: the command that mends it, or None.
+        detail: What was found.
+        remedy: The command that fixes it, or None.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Check:
 
 
 def report() -> list[Check]:
-    """Every finding, in the order in which a reader wants them; needs torch alone and changes nothing."""
+    """Every finding, in reading order; needs torch alone and changes nothing."""
     return [check for group in GROUPS for check in _guarded(group)]
 
 
 def format_report(checks: Iterable[Check]) -> str:
-    """The findings as text, one a line, each remedy on a line of its own below, and a line of sums."""
+    """The findings as text, one a line with its remedy below, and a line of totals."""
     checks = list(checks)
     width = max((len(check.name) for check in checks), default=0)
     lines = [line for check in checks for line in _lines(check, width)]
@@ -191,7 +192,7 @@ def _cuda_device(index: int) -> Check:
         torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        detail = f"{detail}: cannot compute ({_first_line(error)}); torch has kernels for {torch.cuda.get_arch_list()}"
+        detail = f"{detail}: cannot compute ({first_line(error)}); torch has kernels for {torch.cuda.get_arch_list()}"
         return Check(name, "fail", detail, f"nvidia-smi -i {index}")
     return Check(name, "ok", f"{detail}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
 
@@ -228,12 +229,8 @@ def _augment_backends() -> Iterator[Check]:
 
 
 def _unavailable(name: str, error: Exception, *, needed: bool) -> Check:
-    detail = f"not available: {_first_line(error)}"
+    detail = f"not available: {first_line(error)}"
     return Check(name, "warn", detail, "pip install -U torch") if needed else Check(name, "ok", detail)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _extras() -> Iterator[Check]:

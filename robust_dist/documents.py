@@ -1,17 +1,61 @@
-"""The reader of this package's own files: JSON of a known shape, or an error that names file, line and key."""
+"""The files that people and this package write: found by name, read as JSON or YAML, or an error that says where.
+
+`robust_dist/configs` is the checkout's `configs`, which a wheel carries along.
+"""
 
 import dataclasses
 import json
+import math
 import os
 import re
 import reprlib
 import stat
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+CONFIGS = Path(__file__).parent / "configs"
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]')
+Place = tuple[Any, ...]
+
+MOST_BYTES = 1 << 20
+_MOST_NODES = 50_000
+_MOST_DEPTH = 40
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+)
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+_NULL = ("", "~", "null", "Null", "NULL")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+def find_config(kind: str, given: str | Path) -> Path:
+    """A file as given, or the package's file of that name.
+
+    Args:
+        kind: "recipes", "studies" or "accelerate".
+        given: A path, or the name of one of the package's files, with or without `.yaml`. A file of the current folder
+            comes first.
+
+    Returns:
+        The path; as given where there is no such file, which its reader then reports.
+    """
+    path = Path(given)
+    if path.is_file() or len(path.parts) != 1:
+        return path
+    packaged = CONFIGS / kind / (path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml")
+    return packaged if packaged.is_file() else path
+
+
+def config_names(kind: str) -> list[str]:
+    """The names that `find_config` knows, sorted."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
 class DocumentError(ValueError):
@@ -19,18 +63,14 @@ class DocumentError(ValueError):
 
 
 def read_text(path: str | Path, most: int | None = None) -> str:
-    """The text of a regular file in UTF-8, with or without a byte-order mark.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
+    """The text of a regular file in UTF-8, with or without a byte-order mark, of at most `most` bytes.
 
     Raises:
         FileNotFoundError: There is none.
         DocumentError: It is a folder or a device, cannot be read, is too long, or is not UTF-8.
     """
     try:
-        # Not to wait for ever where a pipe bears the name.
+        # A pipe of that name must not make it wait forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
@@ -58,7 +98,7 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
     Args:
         path: The file.
-        kind: A type hint, or a dataclass whose fields the object has: what is checked, and what is returned.
+        kind: A type hint, or a dataclass whose fields the object has: checked, and returned.
         most: Bytes that it may have.
 
     Raises:
@@ -69,15 +109,10 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
 
 def parse_json(text: str, name: str, kind: Any = Any) -> Any:
-    """JSON of a known shape; keys that stand twice are an error.
-
-    Args:
-        text: The JSON.
-        name: Where it is from, for messages.
-        kind: As `read_json`.
+    """The JSON of a text, as `read_json` reads a file; messages begin with `name`.
 
     Raises:
-        DocumentError: It is torn, or of another shape.
+        DocumentError: It is torn, has a key twice, or is of another shape.
     """
     try:
         data = json.loads(text, object_pairs_hook=_object)
@@ -96,7 +131,7 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in an object."""
+    """A key that is given twice in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +143,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _both_lines(text: str, key: str) -> str:
-    """Where the first object that has a key twice has it."""
+    """The lines in which the first object that has a key twice has it."""
     open_objects: list[dict[str, int]] = []
     before, at = "", 0
     for token in _JSON_TOKEN.finditer(text):
@@ -120,10 +155,10 @@ def _both_lines(text: str, key: str) -> str:
         elif word == ":" and open_objects and before.startswith('"'):
             found, line = json.loads(before, strict=False), text.count("\n", 0, at) + 1
             if found in open_objects[-1]:
-                return f"the key {found!r} stands twice, in lines {open_objects[-1][found]} and {line}; leave one"
+                return f"the key {found!r} is given twice, in lines {open_objects[-1][found]} and {line}; keep one"
             open_objects[-1][found] = line
         before, at = word, token.start()
-    return f"the key {key!r} stands twice"
+    return f"the key {key!r} is given twice"
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
@@ -145,7 +180,7 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _one_of(value, hint, inner, where)
     if origin is Literal:
-        _require(any(value == one and type(value) is type(one) for one in inner), value, hint, where)
+        _require(any(value == choice and type(value) is type(choice) for choice in inner), value, hint, where)
         return value
     if dataclasses.is_dataclass(hint):
         return _filled(value, hint, where)
@@ -171,9 +206,9 @@ def _leaf(value: Any, hint: Any, where: str) -> Any:
 
 def _one_of(value: Any, hint: Any, inner: tuple[Any, ...], where: str) -> Any:
     # The exact type first: 1 is an int before it is a float.
-    for one in sorted(inner, key=lambda one: one is not type(value)):
+    for kind in sorted(inner, key=lambda kind: kind is not type(value)):
         try:
-            return typed(value, one, where)
+            return typed(value, kind, where)
         except DocumentError:
             continue
     _require(False, value, hint, where)
@@ -183,18 +218,20 @@ def _listed(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...], where: s
     _require(isinstance(value, (list, tuple)), value, hint, where)
     if origin is tuple and inner[-1] is not Ellipsis:
         _require(len(value) == len(inner), value, hint, where)
-        return tuple(typed(one, kind, f"{where}[{i}]") for i, (one, kind) in enumerate(zip(value, inner, strict=True)))
-    return origin(typed(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
+        return tuple(
+            typed(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, inner, strict=True))
+        )
+    return origin(typed(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _filled(value: Any, hint: Any, where: str) -> Any:
     _require(isinstance(value, Mapping), value, hint, where)
     hints, given = get_type_hints(hint), {}
-    for one in dataclasses.fields(hint):
-        if one.name in value:
-            given[one.name] = typed(value[one.name], hints[one.name], f"{where}: {one.name}")
-        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-            raise DocumentError(f"{where}: {one.name!r} is missing")
+    for known in dataclasses.fields(hint):
+        if known.name in value:
+            given[known.name] = typed(value[known.name], hints[known.name], f"{where}: {known.name}")
+        elif known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
+            raise DocumentError(f"{where}: {known.name!r} is missing")
     return hint(**given)
 
 
@@ -207,9 +244,9 @@ def described(hint: Any) -> str:
     """A type hint in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(described(one) for one in inner)
+        return " or ".join(described(choice) for choice in inner)
     if origin is Literal:
-        return " or ".join(str(one) for one in inner)
+        return " or ".join(str(choice) for choice in inner)
     if origin is list:
         return f"a list, each {described(inner[0])}"
     if origin is tuple:
@@ -223,3 +260,198 @@ def described(hint: Any) -> str:
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file's content.
+
+    Attributes:
+        data: dict, list, str, int, float, bool or None, nested.
+        name: The file, for messages.
+        lines: The line of each value's key, by its place: a tuple of keys and indices.
+        texts: The spelling of the unquoted scalars.
+        doubts: Why a scalar, such as 010, is not a number that everybody reads the same; only where asked for.
+    """
+
+    data: Any
+    name: str
+    lines: dict[Place, int] = field(default_factory=dict)
+    texts: dict[Place, str] = field(default_factory=dict)
+    doubts: dict[Place, str] = field(default_factory=dict)
+
+    def where(self, place: Place) -> str:
+        """The file and line of a value."""
+        return f"{self.name}, line {self.lines[place]}" if place in self.lines else self.name
+
+
+def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
+    """A YAML file; errors and `doubts` as in `read_text` and `parse_yaml`."""
+    return parse_yaml(read_text(path, MOST_BYTES), str(path), doubts=doubts)
+
+
+def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
+    """YAML as plain data that can be read in one way only.
+
+    Refused are keys that are given twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
+    another base than people do: 010 (octal) and 1:30 (base 60).
+
+    Args:
+        text: The YAML; an empty one is None.
+        name: Its origin, for messages.
+        doubts: Keep such numbers as text, and note them: the caller knows where text is wanted.
+
+    Raises:
+        DocumentError: It is not such YAML.
+    """
+    import yaml
+
+    document = Document(None, name)
+    try:
+        node = _loader()(text).get_single_node()
+        data = None if node is None else _Reader(document, doubts).value(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DocumentError(f"{name}{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DocumentError(f"{name}: is no YAML ({first_line(error)})") from None
+    return dataclasses.replace(document, data=data)
+
+
+@cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "tag", None) is not None:
+                raise yaml.MarkedYAMLError(None, None, f"tags are not taken: {event.tag!r}", event.start_mark)
+            self.depth += 1
+            if self.depth > _MOST_DEPTH:
+                raise yaml.MarkedYAMLError(None, None, f"nested in more than {_MOST_DEPTH} levels", event.start_mark)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Loader
+
+
+class _Reader:
+    """From YAML's nodes to plain data; notes lines and spellings in the document."""
+
+    def __init__(self, document: Document, doubts: bool) -> None:
+        self.document, self.doubts, self.nodes = document, doubts, 0
+
+    def value(self, node: Any, place: Place) -> Any:
+        self.nodes += 1
+        self.document.lines.setdefault(place, node.start_mark.line + 1)
+        if self.nodes > _MOST_NODES:
+            raise DocumentError(f"{self.document.name}: has more than {_MOST_NODES} values, its aliases written out")
+        if len(place) > _MOST_DEPTH:
+            raise DocumentError(f"{self.document.where(place)}: nested in more than {_MOST_DEPTH} levels")
+        if node.id == "sequence":
+            return [self.value(inner, (*place, index)) for index, inner in enumerate(node.value)]
+        if node.id == "mapping":
+            return self._mapping(node, place)
+        if node.style is not None:
+            return str(node.value)
+        self.document.texts[place] = node.value
+        try:
+            return scalar(node.value, self.document.where(place))
+        except DocumentError as error:
+            if not self.doubts:
+                raise
+            self.document.doubts[place] = str(error)
+            return str(node.value)
+
+    def _mapping(self, node: Any, place: Place) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        lines: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            here = f"{self.document.name}, line {line}"
+            if key_node.id != "scalar":
+                raise DocumentError(f"{here}: a key must be a word or a number")
+            key = "<<" if key_node.value == "<<" else self._key(key_node, here)
+            if key in lines:
+                raise DocumentError(
+                    f"{self.document.name}: the key {'.'.join(map(str, (*place, key)))!r} is given twice, in lines "
+                    f"{lines[key]} and {line}; keep one"
+                )
+            lines[key] = line
+            if key == "<<" and key_node.style is None:
+                merged = self._merged(value_node, place, here)
+                continue
+            below = (*place, key)
+            self.document.lines[below] = line
+            found[key] = self.value(value_node, below)
+        return merged | found
+
+    def _key(self, node: Any, here: str) -> Any:
+        key = str(node.value) if node.style is not None else scalar(node.value, here)
+        # A number equal to a bool, or a NaN that equals nothing, would not be found again.
+        return str(node.value) if isinstance(key, bool) or key != key else key
+
+    def _merged(self, node: Any, place: Place, here: str) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        for mapping in node.value if node.id == "sequence" else [node]:
+            if mapping.id != "mapping":
+                raise DocumentError(f"{here}: << takes a mapping, or a list of them")
+            self.nodes += 1
+            merged = self._mapping(mapping, place) | merged
+        return merged
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back the same: text that looks like a number is quoted."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: Any, text: str) -> Any:
+        try:
+            plain = scalar(text) == text
+        except DocumentError:
+            plain = False
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+    Dumper.add_representer(str, represent)
+    # No alias where two values are one object.
+    Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def scalar(text: str, where: str = "") -> Any:
+    """The value of an unquoted word of YAML: None, bool, int, float or str.
+
+    Raises:
+        DocumentError: 010 or 1:30, which YAML 1.1 reads in another base; or too large a number.
+    """
+    if text in _NULL:
+        return None
+    if text.lower() in _TRUE + _FALSE and text in (text.lower(), text.upper(), text.capitalize()):
+        return text.lower() in _TRUE
+    before = f"{where}: " if where else ""
+    if _OCTAL.fullmatch(text) or _BASE_60.fullmatch(text):
+        base = "octal" if ":" not in text else "base 60"
+        raise DocumentError(
+            f"{before}{text} is a number in {base} to YAML 1.1 and something else to people; write the number in "
+            "decimal, or quote it as text"
+        )
+    if _INT.fullmatch(text):
+        try:
+            return int(text.replace("_", ""), 0)
+        except ValueError:
+            raise DocumentError(f"{before}{reprlib.repr(text)} is too long a number, or none") from None
+    if _FLOAT.fullmatch(text):
+        number = float(re.sub(r"\.(?=inf|nan)", "", text.replace("_", "").lower()))
+        if math.isinf(number) and "inf" not in text.lower():
+            raise DocumentError(f"{before}{reprlib.repr(text)} is too large a number")
+        return number
+    return text

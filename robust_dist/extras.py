@@ -1,11 +1,13 @@
-"""Other packages: importing an optional one with a clear error, what one adds by entry points, and complete extras."""
+"""What an installation may lack: optional packages and extras, what others add by entry points, compiled libraries."""
 
+import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PACKAGE = "robust_dist"
@@ -35,7 +37,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional `module`.
 
     Raises:
-        ImportError: the module is not installed; names the `purpose` and the pip command that mends it.
+        ImportError: It is not installed; names the `purpose` and the pip command that installs it.
     """
     try:
         return import_module(module)
@@ -48,10 +50,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def added(group: str, name: str, kind: type[T]) -> T | None:
-    """What an installed package adds under a name by an entry point; None where none does.
+    """The object that an installed package adds under a name by an entry point; None where none does.
 
     Raises:
-        ValueError: see `load_entry_point`; or several packages add the name.
+        ValueError: As `load_entry_point`; or several packages add the name.
     """
     found = metadata.entry_points(group=group, name=name)
     if len(found) > 1:
@@ -63,13 +65,13 @@ def load_entry_point(point: metadata.EntryPoint, kind: type[T], error: type[Exce
     """The value of an entry point.
 
     Raises:
-        ValueError: it cannot be loaded, or is of another class than `kind`; `error`, where that is given.
+        ValueError: It cannot be loaded, or is of another class than `kind`; `error`, where that is given.
     """
     where = f"the entry point {point.name} = {point.value} in the group {point.group!r}"
     try:
         value = point.load()
     except Exception as cause:  # An import can raise anything.
-        raise error(f"{where} cannot be loaded ({cause}); mend or remove the package that has it") from cause
+        raise error(f"{where} cannot be loaded ({cause}); repair or remove the package that has it") from cause
     if not isinstance(value, kind):
         raise error(f"{where} is of the class {type(value).__name__}; it must be of the class {kind.__name__}")
     return value
@@ -90,10 +92,10 @@ def extra_names() -> list[str]:
 
 
 def extra_requirements(extra: str) -> list[Requirement]:
-    """What the installed package's own metadata ask for `extra`; an extra of ours in it is resolved.
+    """The requirements of `extra` by the installed package's metadata; an extra of ours in it is resolved.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: the package runs from a bare folder.
+        importlib.metadata.PackageNotFoundError: The package runs from a bare folder.
     """
     return list(dict.fromkeys(_resolve(extra)))
 
@@ -121,3 +123,25 @@ def _parse(line: str) -> tuple[str, list[str], str | None]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def load_library(folder: Path, declare: Callable[[Any], None]) -> Any:
+    """The library `_fused*.so` of a folder, or why there is none, as a str.
+
+    Args:
+        folder: Where it was built.
+        declare: Sets the types of the functions that are called; a library of older sources lacks some.
+    """
+    files = sorted(folder.glob("_fused*.so"))
+    if not files:
+        return (
+            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
+        )
+    try:
+        found = ctypes.CDLL(str(files[0]))
+        declare(found)
+    except OSError as error:
+        return f"{files[0].name} cannot be loaded: {error}"
+    except AttributeError as error:
+        return f"{files[0].name} was built from other sources ({error}); install the package again"
+    return found

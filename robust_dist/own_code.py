@@ -1,7 +1,7 @@
 """`module:Name` in a recipe or a study: your own code is imported, and no other.
 
-Taken are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line names
-with `--import`. What Python itself or an installed package brings is refused, unless it is named there.
+Allowed are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line
+names with `--import`. Python's own modules and installed packages are refused, unless they are named there.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="take names (MODULE:NAME) of this installed module, too; else only of your own files",
+        help="also allow MODULE:NAME of this installed module; otherwise only of your own files",
     )
 
 
@@ -53,20 +53,20 @@ def is_name(value: str) -> bool:
 
 
 def check_form(key: str, value: str) -> None:
-    """Refuse a `module:Name` that is misspelt; nothing is imported.
+    """Refuse a misspelt `module:Name`; nothing is imported.
 
     Raises:
-        OwnCodeError: It is no dotted module, colon and name.
+        OwnCodeError: It is not a dotted module, a colon and a name.
     """
     if not _NAME.fullmatch(value):
         raise OwnCodeError(f"{key}={value!r} is not valid: write MODULE:NAME, as in my_code:Net or my_package.nets:Net")
 
 
 def allow(modules: Iterable[str]) -> None:
-    """Take names of these modules, and of what lies below them, wherever they are installed.
+    """Allow names of these modules, and of their submodules, wherever they are installed.
 
     Raises:
-        OwnCodeError: One is no dotted name of a module.
+        OwnCodeError: One is not the dotted name of a module.
     """
     for module in modules:
         if not _MODULE.fullmatch(module):
@@ -75,29 +75,25 @@ def allow(modules: Iterable[str]) -> None:
 
 
 def load(key: str, value: str) -> Any:
-    """What a `module:Name` stands for; the module is imported where that is allowed.
-
-    Args:
-        key: The recipe's key, for messages.
-        value: The name.
+    """The object that a `module:Name` names; the module is imported where that is allowed. `key` is for messages.
 
     Raises:
-        OwnCodeError: The module is not one's own, is not there or cannot be imported; or it has no such name.
+        OwnCodeError: The module is not the user's own, does not exist or cannot be imported; or it has no such name.
     """
     if value not in _found:
         check_form(key, value)
         module, _, name = value.partition(":")
         held = _imported(key, value, module)
         if not hasattr(held, name):
-            close = get_close_matches(name, [one for one in vars(held) if not one.startswith("__")], n=3)
-            guess = f"; did you mean {' or '.join(f'{module}:{one}' for one in close)}?" if close else ""
+            close = get_close_matches(name, [other for other in vars(held) if not other.startswith("__")], n=3)
+            guess = f"; did you mean {' or '.join(f'{module}:{other}' for other in close)}?" if close else ""
             raise OwnCodeError(f"{key}={value!r}: {held.__file__ or module} has no name {name!r}{guess}")
         _found[value] = getattr(held, name)
     return _found[value]
 
 
 def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call what a name stands for.
+    """Call the object that a name names.
 
     Raises:
         OwnCodeError: It does not take these arguments, or fails; names the line.
@@ -110,15 +106,14 @@ def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwarg
 
 
 def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Refuse what does not take these arguments; it is not called."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
+    """Refuse arguments that it does not take; it is not called."""
+    signature = _signature(function)
+    if signature is None:
         return
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        words = [type(arg).__name__ for arg in args] + [f"{name}={one!r}" for name, one in kwargs.items()]
+        words = [type(arg).__name__ for arg in args] + [f"{name}={arg!r}" for name, arg in kwargs.items()]
         name = value.partition(":")[2]
         raise OwnCodeError(
             f"{key}={value!r} cannot be called as {name}({', '.join(words)}), as its signature is {name}{signature}: "
@@ -128,19 +123,23 @@ def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, *
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function or class has a parameter of this name."""
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
+    signature = _signature(function)
+    return signature is not None and name in signature.parameters
 
 
 def takes_any(function: Callable[..., Any]) -> bool:
     """Whether a function or class takes keyword arguments of any name."""
+    signature = _signature(function)
+    return signature is not None and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()
+    )
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
-        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+        return inspect.signature(function)
     except (TypeError, ValueError):
-        return False
-    return inspect.Parameter.VAR_KEYWORD in kinds
+        return None
 
 
 def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:
@@ -150,10 +149,10 @@ def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:
 
 
 def source_of(value: str) -> tuple[str, str]:
-    """File and SHA-256 of the module that defines what a loaded name stands for; ("", "") where it has no file."""
+    """File and SHA-256 of the module that defines a loaded name; ("", "") where it has no file."""
     module = sys.modules[value.partition(":")[0]]
     defined = sys.modules.get(getattr(_found[value], "__module__", ""), module)
-    # What an own module has from an installed package is told by the own one.
+    # Of a name that the module imports from an installed package, the module itself is the source.
     ours = defined if defined.__name__.partition(".")[0] == module.__name__.partition(".")[0] else module
     if ours.__file__ is None:
         return "", ""
@@ -161,7 +160,7 @@ def source_of(value: str) -> tuple[str, str]:
 
 
 def folders() -> list[Path]:
-    """Folders whose modules are one's own: the current one and those of PYTHONPATH, but none of a run or of Python."""
+    """Folders of the user's own modules: the current one and those of PYTHONPATH, but none of a run or of Python."""
     given = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
     return [folder for folder in dict.fromkeys(path.absolute() for path in given) if not _is_foreign(folder)]
 
@@ -176,7 +175,7 @@ def _is_foreign(folder: Path) -> bool:
 
 def _imported(key: str, value: str, module: str) -> ModuleType:
     importlib.invalidate_caches()
-    if not any(module == one or module.startswith(f"{one}.") for one in named):
+    if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in named):
         _check_own(key, value, module)
     try:
         return importlib.import_module(module)
@@ -187,7 +186,7 @@ def _imported(key: str, value: str, module: str) -> ModuleType:
 
 
 def _check_own(key: str, value: str, module: str) -> None:
-    """Refuse a module that is not one's own, before anything is imported."""
+    """Refuse a module that is not the user's own, before anything is imported."""
     top = module.partition(".")[0]
     folder = _folder_of(top)
     if folder is None:
@@ -233,18 +232,18 @@ def _refusal(key: str, value: str, top: str) -> OwnCodeError:
     where = "in the current folder or in a folder of PYTHONPATH"
     if _spec(top) is None and top not in sys.modules:
         return OwnCodeError(
-            f"{key}={value!r}: there is no module {top!r}{_near(top)}. Names are taken of your own files and packages "
-            f"{where} ({_listed()}), and of installed modules that the command line names: --import MODULE"
+            f"{key}={value!r}: there is no module {top!r}{_near(top)}. It must be a file or package of yours "
+            f"{where} ({_listed()}), or an installed module that the command line allows: --import MODULE"
         )
     return OwnCodeError(
-        f"{key}={value!r} is not taken: a recipe imports your own code and no other, and {top!r} is not yours. Name a "
-        f"file or package {where} ({_listed()}); or, for an installed module that you trust, add "
+        f"{key}={value!r} is refused: a recipe imports only your own code, and {top!r} is not yours. Name a file or "
+        f"package {where} ({_listed()}); or, for an installed module that you trust, add "
         f"--import {value.partition(':')[0]} to the command line"
     )
 
 
 def _listed() -> str:
-    return ", ".join(map(str, folders())) or "none here, as the current one is a run's or Python's own"
+    return ", ".join(map(str, folders())) or "none here: the current folder is a run's or Python's own"
 
 
 def _near(module: str) -> str:

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, tables
-from robust_dist.data.crops import RandomCrop
-from robust_dist.data.decode import crop_box, decode_rgb, to_tensor
+from robust_dist.data.decode import RandomCrop, crop_box, decode_rgb, to_tensor
 from robust_dist.data.errors import BadImage, DataError
-from robust_dist.data.names import printable
 from robust_dist.data.sets import FirstSamples, LabelledSet
+from robust_dist.data.source import printable
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.extras import require
 
@@ -32,11 +31,11 @@ class Column:
     """One stage's result for every sample shown.
 
     Attributes:
-        title: the stage's name.
-        images: of each row, uint8 [C, H, W].
-        captions: what happened to each sample, one a row.
-        boxes: per row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
-        stand_ins: rows whose own image could not be read, so that another one's stands there.
+        title: The stage's name.
+        images: Of each row, uint8 [C, H, W].
+        captions: What happened to each sample.
+        boxes: For each row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
+        stand_ins: Rows whose own image could not be read, so that another one is shown.
     """
 
     title: str
@@ -46,58 +45,39 @@ class Column:
     stand_ins: frozenset[int] = frozenset()
 
 
-def preview(
+def columns(
     image_set: LabelledSet,
     augment: RobustAugment,
-    path: str | Path,
     *,
     rows: int = 8,
     seed: int = 0,
     epoch: int = 0,
     batch_size: int = 128,
     before: Mapping[str, Stage] | None = None,
-) -> None:
-    """Write a PNG with one row a sample and one column a stage: stored, crop and flip, TrivialAugment, CutMix.
+) -> list[Column]:
+    """The stages of `augment`, one after the other, on `rows` samples: stored, crop and flip, TrivialAugment, CutMix.
 
-    Of a set that is read while training, the whole image stands first, with the random crop that is cut out of it.
-
-    The samples are the first of the epoch's first global batch, with the keys that training gives them, so what is
-    seen is what training sees (before normalisation). Stages that `augment` leaves out have no column. A sample that
-    cannot be read is crossed out in every column, and warned of: what stands there is another one's image, as in
-    training, where it counts for nothing.
+    The samples are the first of the epoch's first global batch, with the keys that training gives them: what is seen is
+    what training sees, before normalisation. Of a set that is read while training, the whole image comes first, with
+    its random crop. A sample that cannot be read is crossed out and warned of; another one's image stands there, which
+    counts for nothing in training.
 
     Args:
-        image_set: the user's data.
-        augment: the pipeline of the recipe.
-        path: the PNG to write; its folder is made.
-        rows: samples shown.
-        seed: of the order and of the keys.
-        epoch: the epoch shown.
-        batch_size: samples of a batch, among which CutMix finds its partners.
-        before: stages of one's own before the crop, by their names; a column each.
+        image_set: The user's data.
+        augment: The pipeline of the recipe; stages that it leaves out have no column.
+        rows: Samples shown.
+        seed: Of the order and of the keys.
+        epoch: The epoch shown.
+        batch_size: Samples of a batch, among which CutMix finds its partners.
+        before: The user's own stages before the crop, by their names; a column each.
 
     Raises:
-        ValueError: rows below 1, or more than the batch or the set holds.
-        DataError: none of the samples can be read.
-        ImportError: matplotlib is not installed.
+        ValueError: rows is below 1, or more than the batch or the set holds.
+        DataError: None of the samples can be read.
     """
     size = min(batch_size, len(image_set))
     if not 1 <= rows <= size:
-        raise ValueError(f"rows must lie in 1 to {size} (the samples of the first batch), not {rows}")
-    draw(columns(image_set, augment, rows=rows, seed=seed, epoch=epoch, size=size, before=before), Path(path))
-
-
-def columns(
-    image_set: LabelledSet,
-    augment: RobustAugment,
-    *,
-    rows: int,
-    seed: int,
-    epoch: int,
-    size: int,
-    before: Mapping[str, Stage] | None = None,
-) -> list[Column]:
-    """The stages of `augment`, one after the other, on the first `size` samples of the epoch; `rows` of each."""
+        raise ValueError(f"--rows {rows} must be from 1 to {size}, the samples of the first batch")
     first = image_set.first_samples(seed, epoch, size, _needed(augment.cutmix, rows, size))
     images, labels, keys, bad = first.images, first.labels, first.keys, first.bad
     _tell_bad(bad, len(images), image_set.name)
@@ -220,7 +200,11 @@ def mixture(own: str, partner: str, lam: float) -> str:
 
 
 def draw(shown: Sequence[Column], path: Path) -> None:
-    """Write the columns as a PNG, each image with its caption below it and the box of what was pasted outlined."""
+    """Write the columns as a PNG, each image with its caption below it and the box of what was pasted outlined.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     figure_class = require("matplotlib.figure", extra="train", purpose="preview").Figure
     rows = len(shown[0].captions)
     figure = figure_class(figsize=(CELL_INCHES * 1.25 * len(shown), CELL_INCHES * 1.17 * rows + 0.35), dpi=DPI)

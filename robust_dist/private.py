@@ -1,4 +1,4 @@
-"""What must not be shown: values of settings that look like secrets, in files, trackers and messages."""
+"""Values of settings that look like secrets, kept out of files, trackers and messages."""
 
 import json
 import os
@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from robust_dist.documents import DocumentError
-from robust_dist.yaml_file import parse_yaml
+from robust_dist.documents import DocumentError, parse_yaml
 
 HIDDEN = "(hidden)"
-# A shorter value would also be found in words that tell nothing.
+# A shorter value would also be found in ordinary words.
 _TELLING = 8
 _remembered: set[str] = set()
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )[\w.~+/-]{8,}=*")
@@ -33,13 +32,10 @@ def is_secret(key: object) -> bool:
 
 
 def hidden(value: Any, key: object = "") -> Any:
-    """A copy of plain values with `HIDDEN` for what looks like a secret, at any depth; passwords in URLs, too.
+    """A copy of nested plain values with `HIDDEN` for what looks like a secret, and for passwords in URLs.
 
-    Numbers and truth values of a model's `class_token`, say, are no secrets; those of a password are.
-
-    Args:
-        value: Nested mappings, lists and values.
-        key: What it is the value of.
+    Numbers and truth values of a model's `class_token`, say, are no secrets; those of a password are. `key` is the name
+    that the value has.
     """
     if isinstance(value, Mapping):
         return {name: hidden(inner, name if not is_secret(key) else key) for name, inner in value.items()}
@@ -51,7 +47,7 @@ def hidden(value: Any, key: object = "") -> Any:
 
 
 def remember_secrets(value: Any, key: object = "") -> None:
-    """Keep in mind the secrets among nested settings, so that `hidden_text` finds them in others' messages, too."""
+    """Remember the secrets among nested settings, so that `hidden_text` finds them in others' messages."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             remember_secrets(inner, name if not is_secret(key) else key)
@@ -65,8 +61,8 @@ def remember_secrets(value: Any, key: object = "") -> None:
 def hidden_text(text: str) -> str:
     """A text, such as another package's error, without secrets.
 
-    Hidden are the settings that `remember_secrets` was given, environment variables named like a secret, what follows
-    such a name and a colon or an equals sign, passwords in URLs, and tokens of the Hub.
+    Hidden are the settings given to `remember_secrets`, environment variables named like a secret, what follows such a
+    name and a colon or an equals sign, passwords in URLs, and tokens of the Hub.
     """
     environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _TELLING}
     # The shell's working directories.
@@ -104,7 +100,7 @@ def _hidden_word(option: str, value: str) -> str:
 
 
 def without_hidden(value: Any) -> Any:
-    """Nested values without the entries that `hidden` has put `HIDDEN` for: they are to be given again."""
+    """Nested values without the entries that `hidden` replaced, which must be given again."""
     if isinstance(value, Mapping):
         return {key: without_hidden(inner) for key, inner in value.items() if inner != HIDDEN}
     return [without_hidden(inner) for inner in value if inner != HIDDEN] if isinstance(value, list) else value
@@ -113,4 +109,4 @@ def without_hidden(value: Any) -> Any:
 def has_options(recipe: Any) -> bool:
     """Whether a recipe, as nested mappings, has options of a tracker, a model or an optimizer."""
     sections = recipe.values() if isinstance(recipe, Mapping) else ()
-    return any(isinstance(one, Mapping) and bool(one.get("options")) for one in sections)
+    return any(isinstance(section, Mapping) and bool(section.get("options")) for section in sections)

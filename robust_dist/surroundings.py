@@ -1,4 +1,4 @@
-"""What around a training run would make it fail: limits, ports, stale files, variables of the environment."""
+"""The surroundings of a training run that would make it fail: limits, ports, stale files, environment variables."""
 
 import math
 import os
@@ -25,13 +25,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that would go wrong.
-
-    Attributes:
-        name: what it is about.
-        detail: what was found, and what it does to a run.
-        remedy: the command that mends it.
-    """
+    """Something that would go wrong: its subject, what it does to a run, and the command that fixes it."""
 
     name: str
     detail: str
@@ -55,7 +49,7 @@ def problems(*, has_gpu: bool) -> list[Problem]:
 
 
 def processor() -> str | None:
-    """The processor's name as Linux tells it; None elsewhere."""
+    """The processor's name by Linux; None elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -64,7 +58,7 @@ def processor() -> str | None:
 
 
 def usable_cores() -> float:
-    """Cores that this process may use: its affinity, cut down to the control group's quota where there is one."""
+    """Cores that this process may use: its affinity, at most the control group's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(float(cores), quota(Path("/sys/fs/cgroup/cpu.max")))
@@ -110,7 +104,7 @@ def open_files() -> Problem | None:
 
 
 def temporary_folder(folder: Path) -> Problem | None:
-    """Torchrun's logs, builds and sockets need a temporary folder with some room."""
+    """Torchrun's logs, builds and sockets need some room in the temporary folder."""
     free = shutil.disk_usage(folder).free
     if os.access(folder, os.W_OK) and free >= MIN_TEMPORARY_BYTES:
         return None
@@ -194,26 +188,26 @@ def extension_source() -> str:
 
 
 def locks_outlive_builds(source: str) -> bool:
-    """Whether torch locks a build by a file's being there; newer ones hold a lock that ends with the process."""
+    """Whether torch locks a build by the existence of a file; newer ones hold a lock that ends with the process."""
     return "FileBaton(" in source
 
 
 def stale_locks(folder: Path) -> Iterator[Problem]:
-    """A build that was killed leaves a file `lock`, on which every later build waits for ever.
+    """A killed build leaves a file `lock`, on which every later build waits forever.
 
-    A live build of this machine holds its lock open; where the processes cannot be asked, the lock's age tells.
+    A live build of this machine holds its lock open; where the processes cannot be seen, the lock's age decides.
     """
     for lock in sorted(folder.rglob("lock")):
         age = time.time() - lock.stat().st_mtime
         held = is_open(lock)
         if held or (held is None and age < STALE_LOCK_SECONDS):
             continue
-        detail = f"{lock}, {age / 60:.0f} minutes old, has no build on this machine: later builds wait on it for ever"
+        detail = f"{lock}, {age / 60:.0f} minutes old, has no build on this machine: later builds wait on it forever"
         yield Problem("build lock", detail, f"rm {shlex.quote(str(lock))}")
 
 
 def is_open(path: Path, processes: Path = Path("/proc")) -> bool | None:
-    """Whether a process of this user on this machine has the file open; None where there is no /proc to ask."""
+    """Whether a process of this user on this machine has the file open; None without /proc."""
     if not (processes / "self" / "fd").is_dir():
         return None
     target = str(path.resolve())

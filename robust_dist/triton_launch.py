@@ -37,11 +37,7 @@ def _is_narrow(number: int) -> bool:
 
 
 class Kernel:
-    """A kernel that launches as the one it wraps: `kernel[grid](*arguments, **options)`.
-
-    Attributes:
-        jit: The kernel of `triton.jit`.
-    """
+    """A kernel that launches as `jit`, the kernel that it wraps: `kernel[grid](*arguments, **options)`."""
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
@@ -49,7 +45,7 @@ class Kernel:
         self._again: dict[Any, Any] | None = {} if isinstance(jit, JITFunction) and _is_known() else None
         self._last: tuple[Any, ...] | None = None
         # Arguments for whose values nothing is compiled: whether 32 bits hold them is all that counts.
-        self._free = [i for i, one in enumerate(getattr(jit, "params", ())) if one.do_not_specialize]
+        self._free = [i for i, parameter in enumerate(getattr(jit, "params", ())) if parameter.do_not_specialize]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.jit, name)
@@ -100,8 +96,8 @@ class Kernel:
 
     def _seen(self, given: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> tuple[Any, ...] | None:
         """What `_last_compiled` compares: the tensors come before all other arguments, or nothing is."""
-        first = next((place for place, one in enumerate(given) if not isinstance(one, Tensor)), len(given))
-        if any(isinstance(one, Tensor) for one in given[first:]):
+        first = next((place for place, argument in enumerate(given) if not isinstance(argument, Tensor)), len(given))
+        if any(isinstance(argument, Tensor) for argument in given[first:]):
             return None
         device, kinds = driver.active.get_current_device(), list(map(_kind, given[:first]))
         return device, kinds, self._rest(given, first), dict(options), compiled

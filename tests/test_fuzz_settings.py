@@ -21,26 +21,23 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from robust_dist.checkpoint import CheckpointStore
-from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, write_dcp
-from robust_dist.checkpoint.dcp_files import read_metadata
+from robust_dist.checkpoint.dcp import OPTIMIZER_FOLDER, read_metadata, write_dcp
 from robust_dist.checkpoint.training_state import TrainingState
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError
 from robust_dist.data.hub import open_hub
 from robust_dist.data.shards import open_webdataset
+from robust_dist.documents import dump_yaml, parse_yaml
 from robust_dist.engines.deepspeed.config import check_config
-from robust_dist.study.folder import StudyFolder
+from robust_dist.study.folder import StudyFolder, status
 from robust_dist.study.grid import study_dict, study_from_dict
 from robust_dist.study.outcome import Failure
 from robust_dist.study.parse import load_study
-from robust_dist.study.queue import Queue
-from robust_dist.study.status import status
 from robust_dist.study.summary import summarize
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import keys_of
 from robust_dist.train.metrics import read_rows
 from robust_dist.train.recipe import Recipe, flatten, load_recipe, parse_recipe, recipe_dict
-from robust_dist.yaml_file import dump_yaml, parse_yaml
 from tests.damage import CHANGES, SNIPPETS, damaged
 from tests.data.tiny_sets import write_parquet, write_shards
 from tests.study.studies import result
@@ -343,7 +340,6 @@ def homes(tmp_path_factory):
     found.write_result(runs[0], result(0.5))
     found.write_failure(runs[1], Failure(1, "it\nbroke"))
     found.make("claims", runs[2]).write_text(json.dumps({"host": "a", "pid": 1, "kernel": "b"}))
-    Queue(found.journal, study).fill([])
     return home
 
 
@@ -386,7 +382,7 @@ def test_damaged_files_of_a_study_are_named_errors(fuzz, homes):
                 outcome(lambda: status(found))[1],
                 outcome(lambda: summarize(found))[1],
                 outcome(lambda: found.claim(study))[1],
-                outcome(lambda: Queue(found.journal, study).fill([]))[1],
+                outcome(lambda: found.forget_failures(study))[1],
             ]
             assert all(error is None or str(place / "study") in error for error in errors)
             return "named" if any(errors) else "right"

@@ -8,7 +8,7 @@ import pytest
 # An entry of None in sys.modules is a module that cannot be imported.
 ALONE = "import sys\nsys.modules.update(dict.fromkeys({refused!r}))\n"
 EXTRAS = {"accelerate", "torchvision", "deepspeed", "jsonargparse", "yaml", "tqdm", "matplotlib", "sklearn", "timm"}
-EXTRAS |= {"triton", "transformers", "datasets", "tensorboard", "kornia", "optuna", "schedulefree", "prodigyopt"}
+EXTRAS |= {"triton", "transformers", "datasets", "tensorboard", "kornia", "schedulefree", "prodigyopt"}
 
 
 def run(code):

@@ -91,7 +91,7 @@ ELSEWHERE = {
     "robust-dist study run digits_table2 --workers 2": ("study/test_run.py", '"study", "run"'),
     "robust-dist study run configs/studies/digits_table2.yaml --workers 2": ("study/test_run.py", '"--workers"'),
     "robust-dist study run configs/studies/NAME.yaml --workers 2": ("study/test_run.py", '"--workers"'),
-    "robust-dist study run configs/studies/digits_table2.yaml --dry-run": ("study/test_roofline.py", '"--dry-run"'),
+    "robust-dist study run configs/studies/digits_table2.yaml --dry-run": ("study/test_cost.py", '"--dry-run"'),
     "robust-dist study status runs/studies/digits_table2": ("study/test_run.py", '"status"'),
     "robust-dist study report runs/studies/digits_table2": ("study/test_run.py", '"report"'),
     "robust-dist study report runs/studies/NAME --out configs/studies/results/NAME": (

@@ -11,7 +11,7 @@ from robust_dist.data import DeviceLoader, ImageSet
 from robust_dist.data.batches import Cut
 from robust_dist.data.decode import decode_rgb, to_tensor
 from robust_dist.data.errors import DataError
-from robust_dist.preview import columns, draw, mixture, operation, preview
+from robust_dist.preview import columns, draw, mixture, operation
 from tests.data.tiny_sets import encoded
 
 pytest.importorskip("matplotlib")
@@ -30,7 +30,7 @@ def pipeline(**options):
 
 
 def shown(pets, augment, rows=BATCH, seed=3, epoch=2):
-    return columns(pets, augment, rows=rows, seed=seed, epoch=epoch, size=BATCH)
+    return columns(pets, augment, rows=rows, seed=seed, epoch=epoch, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("mode", ["elem", "batch"])
@@ -47,7 +47,7 @@ def test_the_last_column_is_what_the_model_gets_in_training(pets, mode):
 
 @pytest.mark.parametrize(("mode", "rows"), [("elem", 5), ("batch", 3)])
 def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, rows):
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
     from robust_dist.data.stream_set import StreamSet
     from tests.data.coloured import CLASSES, Coloured
 
@@ -56,7 +56,7 @@ def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, r
     augment = RobustAugment(len(CLASSES), 8, MEAN, STD, crop=None, cutmix_mode=mode, block=4)
     ((batch,), *_) = streamed.loader(Cut(BATCH, seed=3, block=4)).epoch(2)
     trained, _ = augment(batch.images, batch.labels, batch.keys)
-    original, first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, size=BATCH)
+    original, first, *_, last = columns(streamed, augment, rows=rows, seed=3, epoch=2, batch_size=BATCH)
     assert (original.title, first.title) == ("original", "random crop")
     for row, index in enumerate(batch.indices[:rows].tolist()):
         whole = to_tensor(decode_rgb(source.read(index)[0]))
@@ -149,7 +149,7 @@ def test_a_mixture_names_its_shares(own, partner, lam, text):
 def test_a_png_is_written_into_a_new_folder_and_the_data_stay_as_they_are(pets, tmp_path):
     before = pets.images.clone()
     path = tmp_path / "new" / "preview.png"
-    preview(pets, pipeline(), path, rows=3)
+    draw(columns(pets, pipeline(), rows=3), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert torch.equal(pets.images, before)
 
@@ -157,7 +157,7 @@ def test_a_png_is_written_into_a_new_folder_and_the_data_stay_as_they_are(pets, 
 def test_the_same_call_draws_the_same_picture_and_another_epoch_another(pets, tmp_path):
     pictures = []
     for number, epoch in enumerate((0, 0, 1)):
-        preview(pets, pipeline(), tmp_path / f"{number}.png", rows=2, epoch=epoch)
+        draw(columns(pets, pipeline(), rows=2, epoch=epoch), tmp_path / f"{number}.png")
         pictures.append((tmp_path / f"{number}.png").read_bytes())
     assert pictures[0] == pictures[1]
     assert pictures[0] != pictures[2]
@@ -166,14 +166,14 @@ def test_the_same_call_draws_the_same_picture_and_another_epoch_another(pets, tm
 def test_grey_images_are_drawn(tmp_path):
     grey = ImageSet(torch.arange(64, dtype=torch.uint8).view(4, 1, 4, 4), torch.zeros(4).long(), ("a",), "grey")
     augment = RobustAugment(1, 4, (0.5,), (0.5,), crop=None, flip=True, trivial=False, cutmix=True)
-    preview(grey, augment, tmp_path / "grey.png", rows=2)
+    draw(columns(grey, augment, rows=2), tmp_path / "grey.png")
     assert (tmp_path / "grey.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("rows", [0, 41])
 def test_rows_outside_the_batch_are_refused_before_anything_is_written(pets, tmp_path, rows):
-    with pytest.raises(ValueError, match=rf"rows must lie in 1 to {N} .* not {rows}"):
-        preview(pets, pipeline(), tmp_path / "none.png", rows=rows)
+    with pytest.raises(ValueError, match=rf"--rows {rows} must be from 1 to {N}, the samples"):
+        columns(pets, pipeline(), rows=rows)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +207,7 @@ class Junk:
 
 
 def junk(bad):
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
     from robust_dist.data.stream_set import StreamSet
 
     return StreamSet(Junk(bad), RandomCrop(SIZE, (0.1, 1), (1, 1)), torch.device("cpu"), workers=0)
@@ -219,7 +219,7 @@ def test_stand_ins_are_marked_in_every_column_and_warned_of(tmp_path):
     with pytest.warns(
         UserWarning, match=rf"junk: 2 of the first \d+ images cannot be read: {indices[1]}\\n.jpg \(not an"
     ):
-        stages = columns(junk({indices[1], indices[3]}), augment, rows=4, seed=3, epoch=0, size=12)
+        stages = columns(junk({indices[1], indices[3]}), augment, rows=4, seed=3, epoch=0, batch_size=12)
     assert [column.stand_ins for column in stages] == [{1, 3}] * len(stages)
     draw(stages, tmp_path / "marked.png")
     draw([replace(column, stand_ins=frozenset()) for column in stages], tmp_path / "plain.png")
@@ -228,10 +228,10 @@ def test_stand_ins_are_marked_in_every_column_and_warned_of(tmp_path):
 
 def test_a_set_of_which_nothing_can_be_read_has_no_preview(tmp_path):
     with pytest.raises(DataError, match=r"junk: 12 of the first 12 images cannot be read: .*not an image"):
-        preview(junk(set(range(12))), pipeline(crop=None, cutmix_mode="batch"), tmp_path / "none.png", rows=2)
+        columns(junk(set(range(12))), pipeline(crop=None, cutmix_mode="batch"), rows=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_classes_that_are_no_utf_8_have_line_feeds_or_formulas_are_drawn(tmp_path):
-    preview(junk(set()), pipeline(crop=None), tmp_path / "names.png", rows=6)
+    draw(columns(junk(set()), pipeline(crop=None), rows=6), tmp_path / "names.png")
     assert (tmp_path / "names.png").stat().st_size > 1000

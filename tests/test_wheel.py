@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from robust_dist.config_files import config_names, find_config
+from robust_dist.documents import config_names, find_config
 from robust_dist.train.__main__ import launch_command
 from tests import fresh
 from tests.fresh import ROOT

@@ -1,12 +1,11 @@
 """TrivialAugment, CutMix, crop and flip in batch, with a keyed draw for every sample."""
 
-from robust_dist.augment.boxes import augment_boxes
 from robust_dist.augment.checks import validate_labels
 from robust_dist.augment.crop_flip import CropPlan, FlipPlan, RandomCrop, RandomHorizontalFlip
 from robust_dist.augment.cutmix import CutMix, CutMixPlan, soft_targets
 from robust_dist.augment.datasets import Augmented, Indexed
+from robust_dist.augment.follow import augment_boxes, augment_masks
 from robust_dist.augment.keys import Stream, permutation, random_keys, sample_keys
-from robust_dist.augment.masks import augment_masks
 from robust_dist.augment.pipeline import RobustAugment
 from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 

@@ -9,9 +9,8 @@ A backend but torch's is a module of this package with
 and perhaps, for the stages alone, `trivial(stage, images, plan) -> images` of uint8 images and `mix(images, plan) ->
 images` of any dtype, and `instruction_set() -> str` for `doctor`.
 
-A backend whose device is not looked at may have `repeat(pipeline, images, labels, keys, index)`, too: what `augment`
-gives where dtypes, shapes, devices and settings are those of the call before, of which nothing is checked again; None
-where they are not.
+A backend of a device whose values are not read may also have `repeat(pipeline, images, labels, keys, index)`: the
+result of `augment`, without checks, where dtypes, shapes, devices and settings are those of the last call; else None.
 
 `augment` gets a RobustAugment in training; uint8 images [N, C, H, W], of any strides; labels, integers [N]; keys,
 int64 [B]; and index, int64 [B], of the samples of the batch, or None where they are all N = B in their order. It has

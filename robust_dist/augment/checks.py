@@ -78,13 +78,3 @@ def validate_labels(labels: Tensor, num_classes: int) -> None:
             f"labels must lie in [0, num_classes) = [0, {num_classes}), got {int(labels[tuple(place)])} at position "
             f"{place[0] if len(place) == 1 else place}"
         )
-
-
-def check_share(name: str, value: float, *, positive: bool = False) -> float:
-    """A finite number in [0, 1], or any above 0 where `positive`; raises otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    good = 0 < value < float("inf") if positive else 0 <= value <= 1
-    if not good:
-        raise ValueError(f"{name} must be {'finite and above 0' if positive else 'in [0, 1]'}, got {value}")
-    return float(value)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robust_dist.augment.checks import check_images, check_share, check_vector
+from robust_dist.augment.checks import check_vector
 from robust_dist.augment.keys import Stream, randint, uniform
-from robust_dist.augment.layout import ImageStage, choose, memory_format
-from robust_dist.validate import whole_number
+from robust_dist.augment.layout import ImageStage, choose
+from robust_dist.validate import real_number, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +72,10 @@ class RandomCrop(ImageStage):
         places = 2 * self.padding + 1
         return CropPlan(top=randint(keys, Stream.CROP_TOP, places), left=randint(keys, Stream.CROP_LEFT, places))
 
-    def apply(self, images: Tensor, plan: CropPlan | None = None) -> Tensor:  # type: ignore[override]
-        """Cut the windows.
-
-        Args:
-            images: uint8 or floating, [B, C, H, W].
-            plan: For B samples.
-
-        Returns:
-            New images of the same shape, dtype and memory format.
-        """
-        if plan is None:
-            return self._visit(images)
-        check_images(images)
+    def _carry_out(self, images: Tensor, plan: CropPlan) -> Tensor:
         check_vector("plan.top", plan.top, images)
         check_vector("plan.left", plan.left, images)
-        out = cut(images, plan, self.padding, self.fill)
-        return out.contiguous(memory_format=memory_format(images))
+        return cut(images, plan, self.padding, self.fill)
 
 
 class RandomHorizontalFlip(ImageStage):
@@ -104,25 +91,12 @@ class RandomHorizontalFlip(ImageStage):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = check_share("p", p)
+        self.p = real_number("p", p, 0, 1)
 
     def plan(self, keys: Tensor) -> FlipPlan:
         """Draw for each key, int64 [B]."""
         return FlipPlan(flip=uniform(keys, Stream.FLIP) < self.p)
 
-    def apply(self, images: Tensor, plan: FlipPlan | None = None) -> Tensor:  # type: ignore[override]
-        """Mirror the chosen ones.
-
-        Args:
-            images: uint8 or floating, [B, C, H, W].
-            plan: For B samples.
-
-        Returns:
-            New images of the same shape, dtype and memory format.
-        """
-        if plan is None:
-            return self._visit(images)
-        check_images(images)
+    def _carry_out(self, images: Tensor, plan: FlipPlan) -> Tensor:
         check_vector("plan.flip", plan.flip, images, torch.bool)
-        out = choose((plan.flip.view(-1, 1, 1, 1),), images.flip(3), images)
-        return out.contiguous(memory_format=memory_format(images))
+        return choose((plan.flip.view(-1, 1, 1, 1),), images.flip(3), images)

@@ -7,17 +7,10 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment.backends import check_backend, choose_stage
-from robust_dist.augment.checks import (
-    check_images,
-    check_labels,
-    check_range,
-    check_share,
-    check_vector,
-    readable,
-)
+from robust_dist.augment.checks import check_images, check_labels, check_range, check_vector, readable
 from robust_dist.augment.keys import Stream, bits, bits_of_each, random_keys, to_int, to_uniform
 from robust_dist.augment.layout import Stage, bits_of, choose, keep_bits, memory_format
-from robust_dist.validate import whole_number
+from robust_dist.validate import one_of, real_number, whole_number
 
 _CELLS = 4096
 _WIDEST = 60.0  # log-odds beyond which a share is below 1e-26 and cuts no pixel
@@ -130,11 +123,11 @@ class CutMix(Stage):
         super().__init__()
         self.backend = check_backend(backend)
         self.num_classes = whole_number("num_classes", num_classes, 1)
-        self.alpha = check_share("alpha", alpha, positive=True)
-        self.p = check_share("p", p)
-        if mode not in ("batch", "elem"):
-            raise ValueError(f'mode must be "batch" or "elem", got {mode!r}')
-        self.mode = mode
+        self.alpha = real_number("alpha", alpha, 0)
+        if self.alpha == 0:
+            raise ValueError("alpha=0 is out of range; it must be above 0")
+        self.p = real_number("p", p, 0, 1)
+        self.mode = one_of("mode", mode, ("batch", "elem"))
         self.block = whole_number("block", block, 1)
         if self.alpha != 1:
             keep_bits(self, "_beta", beta_table(self.alpha))

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from robust_dist import native_library
+from robust_dist import extras
 from robust_dist.augment.keys import Stream, bits
 from robust_dist.augment.layout import bits_of, memory_format
 
@@ -61,7 +61,7 @@ def _declare(found: Any) -> None:
 @functools.cache
 def _load() -> Any:
     """The library, or why there is none."""
-    return native_library.load(Path(__file__).parent, _declare)
+    return extras.load_library(Path(__file__).parent, _declare)
 
 
 def missing() -> str | None:

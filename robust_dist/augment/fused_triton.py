@@ -1,9 +1,9 @@
 """The augmentation on a GPU in two launches by Triton: draws and statistics, then every pixel, once.
 
-Read are the stored uint8 images, written are the normalised ones: nothing is kept in between but a plan of 96 bytes a
-sample and, for operations on levels, a table of 256 bytes a channel. Statistics of images above 64 x 64 are taken by
-tiles, which a small launch in between brings together. Nothing waits for the device, grids depend on shapes alone, and
-a CUDA graph captures it after one call that compiles and copies the tables.
+The stored uint8 images are read and the normalised ones written; between the launches there are only a plan of 96 bytes
+a sample and, for operations on levels, a table of 256 bytes a channel. Images above 64 x 64 are observed in tiles; a
+small launch in between combines their statistics. Nothing waits for the device, grids depend on shapes alone, and a
+CUDA graph captures it after one call that compiles the kernels and copies the tables.
 """
 
 import importlib.util
@@ -91,7 +91,7 @@ def repeat(
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan") -> Tensor:
-    """TrivialAugment alone, on uint8 images [B, C, H, W] with a plan that is given."""
+    """TrivialAugment alone, of uint8 images [B, C, H, W] by a given plan."""
     batch, device = images.shape[0], images.device
     layout = memory_format(images)
     out = torch.empty(images.shape, dtype=torch.uint8, device=device, memory_format=layout)
@@ -114,7 +114,7 @@ def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan")
 
 
 class _Launch(NamedTuple):
-    """A kernel and all that it is launched with but tensors: what is compiled in, in the order of its arguments."""
+    """A kernel and its arguments except tensors: the constants that it is compiled for, in their order."""
 
     kernel: Any
     grid: tuple[int]
@@ -126,7 +126,7 @@ class _Launch(NamedTuple):
 
 
 class _Record:
-    """The launches for tensors and settings that are alike: all that the host decides, decided once."""
+    """The launches for calls of equal shapes, dtypes and settings, so that the host decides once."""
 
     def __init__(
         self, alike: tuple[Any, ...], pipeline: "RobustAugment", images: Tensor, keys: Tensor, index: Tensor | None
@@ -179,7 +179,7 @@ _last: WeakKeyDictionary[nn.Module, _Record] = WeakKeyDictionary()
 def _alike(
     pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
 ) -> tuple[Any, ...]:
-    """All of a call but the tensors' values: two that are equal launch the same."""
+    """A call without its tensors' values: equal ones launch the same kernels."""
     crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
     return (
         images.shape,
@@ -266,12 +266,12 @@ def _below(p: float) -> int:
 
 
 def _tiles(images: Tensor) -> int:
-    """Into how many tiles of statistics an image falls."""
+    """The number of tiles in which an image is observed."""
     return -(-images.shape[2] * images.shape[3] // _STATISTICS)
 
 
 def _room(images: Tensor) -> int:
-    """int64 of scratch a sample: its plan, the tables of its channels, and what tiles find in a large image."""
+    """int64 of scratch a sample: its plan, the tables of its channels, and the statistics of a large image's tiles."""
     channels, tiles = images.shape[1], _tiles(images)
     return _PLAN + channels * 32 + (channels * tiles * 128 if tiles > 1 else 0)
 
@@ -300,7 +300,7 @@ def _warps(tile: int) -> int:
 
 
 def _partners(keys: Tensor) -> Tensor:
-    from robust_dist.augment.fused_triton_draws import partners_kernel
+    from robust_dist.augment.fused_triton_prepare import partners_kernel
 
     partners, (samples, others) = torch.empty_like(keys), _RANKED
     partners_kernel[(-(-keys.shape[0] // samples),)](keys, partners, keys.shape[0], samples, others)
@@ -308,7 +308,7 @@ def _partners(keys: Tensor) -> Tensor:
 
 
 def _prepare(pipeline: "RobustAugment", images: Tensor, batch: int, gather: bool) -> _Launch:
-    """Each sample's plan, and its table of levels or what its tiles find."""
+    """The launch that writes plans, and tables of levels or the tiles' statistics."""
     from robust_dist.augment.fused_triton_prepare import prepare_kernel
 
     channels, height, width = images.shape[1:]
@@ -337,7 +337,7 @@ def _prepare(pipeline: "RobustAugment", images: Tensor, batch: int, gather: bool
 
 
 def _observe(num_bins: int, images: Tensor) -> _Launch:
-    """The tables of levels of a plan, or what tiles find."""
+    """The launch that writes tables of levels, or the tiles' statistics, for given plans."""
     from robust_dist.augment.fused_triton_prepare import statistics_kernel
 
     batch, channels, tile = *images.shape[:2], _power(images.shape[2] * images.shape[3], _STATISTICS)
@@ -347,7 +347,7 @@ def _observe(num_bins: int, images: Tensor) -> _Launch:
 
 
 def _unite(num_bins: int, batch: int, images: Tensor) -> _Launch | None:
-    """The tables of levels from what the tiles of large images found; None for small ones."""
+    """The launch that makes tables of levels of the tiles' statistics; None for small images, which are one tile."""
     from robust_dist.augment.fused_triton_prepare import luts_kernel
 
     (channels, height, width), tiles = images.shape[1:], _tiles(images)
@@ -367,7 +367,7 @@ def _render(
     mixed: bool,
     num_classes: int,
 ) -> _Launch:
-    """Every pixel that the plans name, and the targets."""
+    """The launch that writes every pixel, and the targets."""
     from robust_dist.augment.fused_triton_pixels import pixels_kernel
 
     (channels, height, width), quads = images.shape[1:], images.shape[2] * -(-images.shape[3] // 4)

@@ -1,7 +1,7 @@
-"""The last launch: every pixel of the batch, from where it is stored to where it is wanted, once; and the targets.
+"""The last launch: it reads, augments and writes every pixel of the batch once, and writes the targets.
 
 A thread has four neighbours of a row at a time, so that it stores 8 bytes of bfloat16 or 16 of float32 at once. CutMix
-is which sample's plan a pixel follows; crop, flip and warp are where it reads.
+chooses the sample whose plan a pixel follows; crop, flip and warp choose where the pixel is read.
 """
 
 import triton
@@ -23,8 +23,7 @@ from robust_dist.augment.fused_triton_prepare import (
     luts_in,
     room_of,
 )
-from robust_dist.augment.fused_triton_read import channels, luma, read, rounded, to_levels
-from robust_dist.augment.fused_triton_warp import coordinates, is_warp, read_bilinear, read_nearest
+from robust_dist.augment.fused_triton_read import channels, is_warp, luma, read, read_warped, rounded, to_levels
 from robust_dist.augment.tables import OP
 from robust_dist.triton_launch import Kernel
 
@@ -34,7 +33,7 @@ _SHARPNESS, _POSTERIZE, _SOLARIZE = (tl.constexpr(OP[n]) for n in ("Sharpness", 
 
 @triton.jit
 def _is_fixed(op: tl.tensor) -> tl.tensor:
-    """Whether an operation is a table of levels that no image changes."""
+    """Whether an operation is a table of levels that is the same for every image."""
     return (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE)
 
 
@@ -51,58 +50,21 @@ def _blend(value: tl.tensor, grey: tl.tensor, f: tl.tensor, rest: tl.tensor, mas
 
 @triton.jit
 def _look_up(luts: tl.tensor, value: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Levels by a table; every level has a place in it, whether the pixel wants it or not."""
+    """Levels by a table, which has an entry for every level, so that the load needs no mask."""
     return tl.where(mask, tl.load(luts + value).to(tl.int32), value)
 
 
 @triton.jit
 def _sharpened(value: tl.tensor, total: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """A blend with the rounded mean of 3 x 3 pixels, the middle one five times, from the sum of the nine."""
+    """A blend with the rounded mean of 3 x 3 pixels, the middle one counted five times, from the sum of the nine."""
     middle = value.to(tl.float32)
     blurred = rounded((total + 4 * value).to(tl.float32) * (1 / 13))
     return tl.where(mask, to_levels(tl.fma(blurred - middle, rest, middle)), value)
 
 
 @triton.jit
-def _sums(
-    images: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    mask: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    CROPPED: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-) -> tl.tensor:
-    """Sums of the channels over 3 x 3 pixels."""
-    red = tl.zeros_like(x)
-    green, blue = red, red
-    column, row = across + step * x, down + y
-    for above in range(-1, 2):  # row by row, as the loads of all nine would take every register
-        for beside in tl.static_range(-1, 2):
-            r, g, b = read(
-                images, column + beside, row + above, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL
-            )
-            red += r
-            green += g
-            blue += b
-    return red, green, blue
-
-
-@triton.jit
 def _store_targets(
-    targets: tl.tensor,
-    own: tl.tensor,
-    other: tl.tensor,
-    NUM_CLASSES: tl.constexpr,
-    CLASSES: tl.constexpr,
+    targets: tl.tensor, own: tl.tensor, other: tl.tensor, NUM_CLASSES: tl.constexpr, CLASSES: tl.constexpr
 ) -> None:
     """One sample's shares of the classes, from its plan and its partner's."""
     label, their_label, lam = tl.load(own + LABEL), tl.load(other + LABEL), tl.load(own + LAM)
@@ -112,77 +74,6 @@ def _store_targets(
         name = start + tl.arange(0, CLASSES)
         share = tl.where(name == their_label, rest, tl.where(name == label, lam, 0.0))
         tl.store(targets + name, share, name < NUM_CLASSES)
-
-
-@triton.jit
-def _read_straight(
-    images: tl.tensor,
-    origin_own: tl.tensor,
-    origin_other: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down_own: tl.tensor,
-    down_other: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    mask: tl.tensor,
-    inside: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    CROPPED: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-) -> tl.tensor:
-    """Levels of the channels through crop and flip alone: the rows of four pixels are found once."""
-    row_own, row_other, column = down_own + y, down_other + y, across + step * x
-    start = tl.where(inside, origin_other + row_other * ROW, origin_own + row_own * ROW)
-    if CROPPED:
-        stored = tl.where(inside, (row_other >= 0) & (row_other < H), (row_own >= 0) & (row_own < H))
-        mask = mask & stored & (column >= 0) & (column < W)
-    return channels(images + (start + column * COLUMN), mask, C, CHANNEL, CROP_FILL)
-
-
-@triton.jit
-def _read_warped(
-    image: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x0: tl.tensor,
-    y: tl.tensor,
-    mask: tl.tensor,
-    inside: tl.tensor,
-    moved: tl.tensor,
-    terms_own: tl.tensor,
-    terms_other: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    CROPPED: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-    FILL: tl.constexpr,
-    BILINEAR: tl.constexpr,
-) -> tl.tensor:
-    """Levels of the channels where the own sample or the partner is warped; `x0` is the first column of each four."""
-    x = (x0.to(tl.float32) - (W - 1) / 2) + tl.arange(0, 4)[:, None].to(tl.float32)
-    y = y.to(tl.float32) - (H - 1) / 2
-    at_x, at_y = coordinates(x, y, terms_own, terms_other, inside, H, W)
-    if BILINEAR:
-        at_x, at_y = tl.where(moved, at_x, x + (W - 1) / 2), tl.where(moved, at_y, y + (H - 1) / 2)
-        red, green, blue = read_bilinear(
-            image, step, across, down, at_x, at_y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, FILL
-        )
-    else:
-        red, green, blue = read_nearest(
-            image, step, across, down, at_x, at_y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL, FILL
-        )
-    return red, green, blue
 
 
 @triton.jit
@@ -226,40 +117,6 @@ def _coloured(
     rest = tl.where(inside, tl.load(terms_other + 7), tl.load(terms_own + 7))
     grey = luma(red, green, blue)
     return _blend(red, grey, f, rest, mask), _blend(green, grey, f, rest, mask), _blend(blue, grey, f, rest, mask)
-
-
-@triton.jit
-def _sharp(
-    image: tl.tensor,
-    step: tl.tensor,
-    across: tl.tensor,
-    down: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    red: tl.tensor,
-    green: tl.tensor,
-    blue: tl.tensor,
-    inside: tl.tensor,
-    mask: tl.tensor,
-    terms_own: tl.tensor,
-    terms_other: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    CROPPED: tl.constexpr,
-    CROP_FILL: tl.constexpr,
-) -> tl.tensor:
-    """Sharpness, where the mask is on, but at the border."""
-    rest = tl.where(inside, tl.load(terms_other + 7), tl.load(terms_own + 7))
-    mask = mask & (x > 0) & (x < W - 1) & ((y > 0) & (y < H - 1))
-    r, g, b = _sums(image, step, across, down, x, y, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL)
-    red = _sharpened(red, r, rest, mask)
-    if C == 3:
-        green, blue = _sharpened(green, g, rest, mask), _sharpened(blue, b, rest, mask)
-    return red, green, blue
 
 
 @triton.jit
@@ -369,51 +226,30 @@ def _operated(
     """Levels after operations that move no pixel; a branch is taken where the own sample or its partner needs it."""
     op = tl.where(inside, op_other, op_own)
     if _has_lut(op_own) | _has_lut(op_other):
+        changed = _has_lut(op)
         red, green, blue = _toned(
-            red,
-            green,
-            blue,
-            inside,
-            _has_lut(op),
-            op_own,
-            op_other,
-            row_own,
-            row_other,
-            own,
-            other,
-            tables,
-            C,
+            red, green, blue, inside, changed, op_own, op_other, row_own, row_other, own, other, tables, C
         )
     if ((op_own == _COLOR) | (op_other == _COLOR)) & (C == 3):
         red, green, blue = _coloured(red, green, blue, inside, op == _COLOR, terms_own, terms_other)
     if (op_own == _SHARPNESS) | (op_other == _SHARPNESS):
-        image, down = (
-            images + tl.where(inside, origin_other, origin_own),
-            tl.where(inside, down_other, down_own),
-        )
-        red, green, blue = _sharp(
-            image,
-            step,
-            across,
-            down,
-            x,
-            y,
-            red,
-            green,
-            blue,
-            inside,
-            mask & (op == _SHARPNESS),
-            terms_own,
-            terms_other,
-            C,
-            H,
-            W,
-            CHANNEL,
-            ROW,
-            COLUMN,
-            CROPPED,
-            CROP_FILL,
-        )
+        image, row = images + tl.where(inside, origin_other, origin_own), tl.where(inside, down_other, down_own) + y
+        rest = tl.where(inside, tl.load(terms_other + 7), tl.load(terms_own + 7))
+        inner = mask & (op == _SHARPNESS) & (x > 0) & (x < W - 1) & ((y > 0) & (y < H - 1))
+        reds = tl.zeros_like(x)
+        greens, blues = reds, reds
+        column = across + step * x
+        for above in range(-1, 2):  # row by row, as the loads of all nine would take every register
+            for beside in tl.static_range(-1, 2):
+                r, g, b = read(
+                    image, column + beside, row + above, inner, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL
+                )
+                reds += r
+                greens += g
+                blues += b
+        red = _sharpened(red, reds, rest, inner)
+        if C == 3:
+            green, blue = _sharpened(green, greens, rest, inner), _sharpened(blue, blues, rest, inner)
     return red, green, blue
 
 
@@ -449,27 +285,25 @@ def pixels_kernel(
 ) -> None:
     """TILE quads of one sample in each program, QUADS of them at a time.
 
-    `scale` holds, for each channel and level, the bits of the normalised value as an integer,
-    and `out` is seen as such. Of a tile
-    of one sample, the first writes the targets; NUM_CLASSES is 0 where there are none.
+    `scale` holds, for each channel and level, the bits of the normalised value as an integer, and `out` is seen as
+    such. The first tile of a sample writes the targets; NUM_CLASSES is 0 where there are none.
     """
     in_row: tl.constexpr = (W + 3) // 4
     quads: tl.constexpr = H * in_row
     tiles: tl.constexpr = (quads + TILE - 1) // TILE
     sample, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
     own = room_of(scratch, sample, ROOM)
-    partner, x1, y1, x2, y2 = sample, 0, 0, 0, 0
+    partner, reached, x1, y1, x2, y2 = sample, sample, 0, 0, 0, 0
     if MIXED:
         x1, y1 = tl.load(own + X1).to(tl.int32), tl.load(own + Y1).to(tl.int32)
         x2, y2 = tl.load(own + X2).to(tl.int32), tl.load(own + Y2).to(tl.int32)
         partner = tl.load(own + PARTNER).to(tl.int32)
+        reaches = (x1 < x2) & (y1 * in_row < first + TILE) & (y2 * in_row > first)
+        reached = tl.where(reaches, partner, sample)
     if NUM_CLASSES > 0 and first == 0:
         theirs = room_of(scratch, partner, ROOM)
         _store_targets(targets + sample.to(tl.int64) * NUM_CLASSES, own, theirs, NUM_CLASSES, CLASSES)
-    if MIXED:
-        reached = (x1 < x2) & (y1 * in_row < first + TILE) & (y2 * in_row > first)
-        partner = tl.where(reached, partner, sample)
-    other = room_of(scratch, partner, ROOM)
+    other = room_of(scratch, reached, ROOM)
     origin_own, origin_other = tl.load(own + ORIGIN), tl.load(other + ORIGIN)
     step_own, step_other = tl.load(own + STEP).to(tl.int32), tl.load(other + STEP).to(tl.int32)
     across_own, across_other = tl.load(own + ACROSS).to(tl.int32), tl.load(other + ACROSS).to(tl.int32)
@@ -497,7 +331,7 @@ def pixels_kernel(
         if warps:
             image = images + tl.where(inside, origin_other, origin_own)
             down, moved = tl.where(inside, down_other, down_own), is_warp(tl.where(inside, op_other, op_own))
-            red, green, blue = _read_warped(
+            red, green, blue = read_warped(
                 image,
                 step,
                 across,
@@ -520,28 +354,14 @@ def pixels_kernel(
                 FILL,
                 BILINEAR,
             )
-        else:
-            red, green, blue = _read_straight(
-                images,
-                origin_own,
-                origin_other,
-                step,
-                across,
-                down_own,
-                down_other,
-                x,
-                y,
-                mask,
-                inside,
-                C,
-                H,
-                W,
-                CHANNEL,
-                ROW,
-                COLUMN,
-                CROPPED,
-                CROP_FILL,
-            )
+        else:  # through crop and flip alone: the rows of four pixels are found once
+            from_own, from_other, column = down_own + y, down_other + y, across + step * x
+            begin = tl.where(inside, origin_other + from_other * ROW, origin_own + from_own * ROW)
+            stored = mask
+            if CROPPED:
+                there = tl.where(inside, (from_other >= 0) & (from_other < H), (from_own >= 0) & (from_own < H))
+                stored = mask & there & (column >= 0) & (column < W)
+            red, green, blue = channels(images + (begin + column * COLUMN), stored, C, CHANNEL, CROP_FILL)
         if NUM_BINS > 0:
             red, green, blue = _operated(
                 images,

@@ -94,10 +94,30 @@ class ImageStage(Stage):
     """A stage of images alone, whose plan is drawn by their keys."""
 
     plan: Callable[[Tensor], Any]
+    _carry_out: Callable[[Tensor, Any], Tensor]
+
+    def apply(self, images: Tensor, plan: Any = None) -> Tensor:  # type: ignore[override]
+        """Do what the plan says.
+
+        Args:
+            images: uint8 or floating, [B, C, H, W].
+            plan: For B samples, on the images' device.
+
+        Returns:
+            New images of the same shape, dtype and memory format.
+
+        Raises:
+            TypeError: For images or plans of a wrong dtype.
+            ValueError: For wrong shapes or devices.
+        """
+        if plan is None:
+            return cast(Tensor, self._visit(images))
+        check_images(images)
+        return self._carry_out(images, plan).contiguous(memory_format=memory_format(images))
 
     def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`apply(images, plan(keys))`, with keys from the generator where none are given."""
         check_images(images)
         keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
         check_vector("keys", keys, images)
-        return cast(Tensor, self.apply(images, self.plan(keys)))  # type: ignore[call-arg, arg-type]
+        return self.apply(images, self.plan(keys))

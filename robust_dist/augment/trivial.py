@@ -11,10 +11,10 @@ from torch import Tensor
 
 from robust_dist.augment import levels, tables, warp
 from robust_dist.augment.backends import check_backend, choose_stage
-from robust_dist.augment.checks import check_images, check_range, check_vector, readable
+from robust_dist.augment.checks import check_range, check_vector, readable
 from robust_dist.augment.keys import Stream, bits_of_each, to_int
-from robust_dist.augment.layout import ImageStage, bits_of, from_grid, keep_bits, memory_format, to_grid
-from robust_dist.validate import whole_number
+from robust_dist.augment.layout import ImageStage, bits_of, from_grid, keep_bits, to_grid
+from robust_dist.validate import one_of, whole_number
 
 
 class Kind(IntEnum):
@@ -120,7 +120,9 @@ class TrivialAugment(ImageStage):
     together; compiled or on a device, shapes are static, nothing waits for the device, and
     `torch.compile(fullgraph=True)` and CUDA graphs capture it.
 
-    Floating images in [0, 1] are rounded to the 256 levels first and divided by 255 last, in float32.
+    Images have 1 or 3 channels. Floating ones in [0, 1] are rounded to the 256 levels first and divided by 255 last, in
+    float32. On the CPU, uncompiled, a call raises ValueError for floating images outside [0, 1] and for operations and
+    bins that do not exist; on a device the images are clamped, and such plans are undefined.
 
     Args:
         num_bins: Magnitudes from none to the widest, at least 2.
@@ -148,9 +150,7 @@ class TrivialAugment(ImageStage):
         super().__init__()
         self.backend = check_backend(backend)
         self.num_bins = whole_number("num_bins", num_bins, 2)
-        if interpolation not in ("nearest", "bilinear"):
-            raise ValueError(f'interpolation must be "nearest" or "bilinear", got {interpolation!r}')
-        self.interpolation = interpolation
+        self.interpolation = one_of("interpolation", interpolation, ("nearest", "bilinear"))
         self._warps = slice(num_bins * 2 * self.OPS.index("ShearX"), num_bins * 2 * (self.OPS.index("Rotate") + 1))
         self._known: tuple[torch.Size, Tensor] | None = None
         self._channels = len(_fill_values(fill))
@@ -167,31 +167,14 @@ class TrivialAugment(ImageStage):
             op=to_int(operation, len(self.OPS)), magnitude_bin=to_int(magnitude, self.num_bins), negative=sign < 0
         )
 
-    def apply(self, images: Tensor, plan: TrivialAugmentPlan | None = None) -> Tensor:  # type: ignore[override]
-        """Do what the plan says.
-
-        Args:
-            images: uint8, or floating in [0, 1], [B, C, H, W] with 1 or 3 channels.
-            plan: For B samples, on the images' device.
-
-        Returns:
-            New images of the same shape, dtype and memory format.
-
-        Raises:
-            TypeError: For images or plans of a wrong dtype.
-            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for floating images outside [0, 1]
-                and for operations and bins that do not exist. On a device floating images are clamped and
-                impossible plans are undefined.
-        """
-        if plan is None:
-            return self._visit(images)
+    def _carry_out(self, images: Tensor, plan: TrivialAugmentPlan) -> Tensor:
         self._check(images, plan)
         if images.numel() == 0:
             return images.clone()
         grid = to_grid(images)
         _, operate = choose_stage(self.backend, images.device, "trivial")
         out = self._levels(grid.contiguous(), plan) if operate is None else operate(self, grid, plan)
-        return from_grid(out, images.dtype).contiguous(memory_format=memory_format(images))
+        return from_grid(out, images.dtype)
 
     def backend_for(self, device: torch.device | str) -> str:
         """The backend that augments images on `device`: "torch", "native" or "triton"."""
@@ -209,7 +192,6 @@ class TrivialAugment(ImageStage):
             raise ValueError(f"fill has {self._channels} channels, the images have {images.shape[1]}")
 
     def _check(self, images: Tensor, plan: TrivialAugmentPlan) -> None:
-        check_images(images)
         self.check_channels(images)
         check_vector("plan.op", plan.op, images)
         check_vector("plan.magnitude_bin", plan.magnitude_bin, images)

@@ -38,7 +38,7 @@ class Contender:
     seen: bool = True
 
 
-# From the images that will be timed (what takes another form of them has it ready) to the contender.
+# From the images that will be timed to the contender; another form of them is made here, before the clock starts.
 Maker = Callable[[Tensor], Contender]
 
 
@@ -70,7 +70,7 @@ def _alone(augment: Callable[[Tensor], Tensor], *, seen: bool = True) -> Contend
 
 
 def _backends(kind: type[nn.Module], compiled: bool) -> dict[str, Callable[..., Any]]:
-    """Name to a function that makes our module with one of its backends; those that cannot work here raise."""
+    """Functions that make our module with each backend, by name; they raise where it cannot work."""
     found: dict[str, Callable[..., Any]] = {f"{OURS}{name}": partial(kind, backend=name) for name in BACKENDS}
     if compiled:
         plain = found[f"{OURS}torch"]
@@ -102,7 +102,7 @@ def _ready(images: Tensor, convert: Callable[[Tensor], Any]) -> Callable[[Tensor
 
 
 def trivial_makers(compiled: bool) -> dict[str, Maker]:
-    """TrivialAugment, or what comes next to it, on uint8 images."""
+    """TrivialAugment, or a peer's nearest equivalent, of uint8 images."""
 
     def by_backend(make: Callable[..., Any], _: Tensor) -> Contender:
         return _alone(make())
@@ -182,7 +182,7 @@ def _dali_trivial(images: Tensor) -> Contender:
 
 
 def mix_makers(compiled: bool) -> dict[str, Maker]:
-    """CutMix of uint8 images, or of floating ones where a peer takes no others."""
+    """CutMix of uint8 images, or of floating ones where a peer takes nothing else."""
 
     def by_backend(make: Callable[..., Any], mode: str, _: Tensor) -> Contender:
         return Contender(make(CLASSES, mode=mode))
@@ -303,8 +303,3 @@ def _kornia_pipeline(images: Tensor, side: int, dtype: torch.dtype, on: Stages) 
         return normalize(found).to(dtype), labels
 
     return Contender(call)
-
-
-def is_ours(name: str) -> bool:
-    """Whether the name is one of ours."""
-    return name.startswith(OURS)

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from robust_dist.bench.timing import machine
 from robust_dist.checkpoint import CheckpointStore
-from robust_dist.checkpoint.space import checkpoint_bytes, text_of
+from robust_dist.checkpoint.background import checkpoint_bytes
 from robust_dist.engines.engine import engine_of
+from robust_dist.measure.memory import text_of
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW

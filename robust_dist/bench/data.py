@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Row:
         images: Images that an epoch gave, as counted.
         differ: Whether a second epoch gave other batches than the first one, as found by looking.
         wait: Share of the time that a consumer waited for batches (median over the rounds).
+        cpu: CPU seconds an epoch of this process and its workers (median over the rounds).
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     images: int
     differ: bool
     wait: float
+    cpu: float
 
 
 def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
@@ -89,7 +92,7 @@ def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
 
 
 def _crop() -> Any:
-    from robust_dist.data.crops import RandomCrop
+    from robust_dist.data.decode import RandomCrop
 
     return RandomCrop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3))
 
@@ -192,8 +195,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def limit(files: Files, rounds: int) -> dict[str, float]:
-    """Images per second of one process that does nothing but decode (and crop) what lies in its memory.
+def limit(files: Files, rounds: int) -> dict[str, tuple[float, float]]:
+    """Images per second, and per CPU second, of a process that only decodes (and crops) what lies in its memory.
 
     Args:
         files: The images.
@@ -212,7 +215,10 @@ def limit(files: Files, rounds: int) -> dict[str, float]:
         LIMITS[True]: lambda: [fast_crop(data, crop, key) for key, data in enumerate(encoded)],
     }
     times = interleaved(calls, rounds=rounds)
-    return {name: len(encoded) / timing.median for name, timing in times.items()}
+    return {
+        name: (len(encoded) / timing.median, len(encoded) / (timing.cpu or timing.median))
+        for name, timing in times.items()
+    }
 
 
 def _first(files: Files, most: int) -> list[bytes]:
@@ -301,28 +307,45 @@ def _look(epoch: Epoch) -> tuple[int, bool]:
 
 def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None, batch: int) -> tuple[list[Row], float]:
     looks = {name: _look(epoch) for name, epoch in contenders.items()}
-    times = interleaved({name: partial(consume, epoch) for name, epoch in contenders.items()}, rounds=rounds)
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def run(name: str) -> None:
+        before = _cpu_seconds()
+        consume(contenders[name])
+        cpu[name].append(_cpu_seconds() - before)
+
+    times = interleaved({name: partial(run, name) for name in contenders}, rounds=rounds)
     fastest = min(times[name].median / looks[name][0] for name in contenders if name != CACHED)
     seconds = step_ms / 1e3 if step_ms is not None else batch * fastest / LOAD
     shares: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, epoch in contenders.items():
             shares[name].append(wait_share(epoch, seconds))
-    return [Row(name, times[name], *looks[name], statistics.median(shares[name])) for name in contenders], seconds
+    middle = statistics.median
+    return [
+        Row(name, times[name], *looks[name], middle(shares[name]), middle(cpu[name])) for name in contenders
+    ], seconds
+
+
+def _cpu_seconds() -> float:
+    """What this process and its workers have spent so far."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def _table(
     rows: Sequence[Row],
-    bare: Mapping[str, float],
+    bare: Mapping[str, tuple[float, float]],
     cores: int,
     seconds: float,
     apart: Mapping[str, tuple[float, float]],
 ) -> str:
     yardstick = next(row for row in rows if row.name == YARDSTICK)
-    best = {fast: bare[name] * cores for fast, name in LIMITS.items()}
+    best = {fast: bare[name][0] * cores for fast, name in LIMITS.items()}
     head = ["reader", "images/s", "slowest to fastest", "times torchvision", "of the limit"]
     head += [f"data wait at {seconds * 1e3:.0f} ms a batch", "images an epoch", "epochs differ"]
-    head += ["levels from exact: mean, most"]
+    head += ["levels from exact: mean, most", "CPU ms an image"]
     lines = []
     for row in rows:
         speed, low, high = (row.images / t for t in (row.timing.median, row.timing.high, row.timing.low))
@@ -331,10 +354,11 @@ def _table(
         cells = [row.name, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}", share]
         cells += [f"{row.wait:.1%}", f"{row.images:,}", "yes" if row.differ else "no"]
         cells.append("{:.2f}, {:.0f}".format(*apart[row.name]) if row.name in apart else "")
+        cells.append(f"{1e3 * row.cpu / row.images:.2f}")
         lines.append(cells)
-    for name, speed in bare.items():
+    for name, (speed, of_cpu) in bare.items():
         cells = [f"limit: {name}, one process x {cores} cores", f"{speed * cores:,.0f}", "", ""]
-        lines.append([*cells, f"{speed * cores / best[False]:.0%}", "", "", "", ""])
+        lines.append([*cells, f"{speed * cores / best[False]:.0%}", "", "", "", "", f"{1e3 / of_cpu:.2f}"])
     return table(head, lines)
 
 
@@ -401,6 +425,7 @@ def bench_data(
         "Of the limit: of a process that does nothing but decode and crop in the same way, times the cores. With a "
         "cache the epochs are those after the first.",
         f"Medians of {rounds} rounds, every contender in turn. {machine()}.",
+        "CPU time is that of the reading process and its workers; other work on the machine hardly changes it.",
         "Data wait: what a consumer that sleeps so long over each batch waits, in its time from the second batch on.",
     ]
     return "\n".join([text, "", *notes])

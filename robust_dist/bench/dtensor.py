@@ -1,8 +1,5 @@
 """The optimizer step on DTensor parameters beside the same step on their local tensors: `robust-dist bench dtensor`."""
 
-import argparse
-import os
-import socket
 import statistics
 import tempfile
 import time
@@ -69,10 +66,10 @@ def _sharded(tensors: int) -> list[Tensor]:
 def _plain(sharded: list[Tensor]) -> list[Tensor]:
     """Their local tensors, as parameters of their own."""
     params: list[Tensor] = []
-    for one in sharded:
-        assert one.grad is not None
-        param = torch.nn.Parameter(one.detach().to_local().clone())  # type: ignore[attr-defined]
-        param.grad = one.grad.to_local().clone()  # type: ignore[attr-defined]
+    for whole in sharded:
+        assert whole.grad is not None
+        param = torch.nn.Parameter(whole.detach().to_local().clone())  # type: ignore[attr-defined]
+        param.grad = whole.grad.to_local().clone()  # type: ignore[attr-defined]
         params.append(param)
     return params
 
@@ -100,7 +97,7 @@ def _samples(steps: Mapping[str, Callable[[], object]], rounds: int, repeats: in
 def _row(name: str, dtensor: list[float], plain: list[float]) -> Row:
     ratio = torch.tensor(statistics.median(a / b for a, b in zip(dtensor, plain, strict=True)))
     dist.all_reduce(ratio, op=dist.ReduceOp.MAX)
-    on_dtensors, on_plain = (Timing(statistics.median(one), min(one), max(one)) for one in (dtensor, plain))
+    on_dtensors, on_plain = (Timing(statistics.median(s), min(s), max(s)) for s in (dtensor, plain))
     return Row(name, on_dtensors, on_plain, ratio.item())
 
 
@@ -131,20 +128,14 @@ def measure(*, tensors: int = TENSORS, rounds: int = 15, repeats: int = 4) -> li
     return [_row(name, times[f"{name} dtensor"], times[f"{name} plain"]) for name in _makers()]
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def _rank_main(rank: int, port: int, rounds: int, tensors: int, out: str) -> None:
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+def _rank_main(rank: int, folder: str, rounds: int, tensors: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
     try:
         rows = measure(rounds=rounds, tensors=tensors)
         if rank == 0:
-            Path(out).write_text(_table(rows, rounds, tensors), encoding="utf-8")
+            Path(folder, "table.md").write_text(_table(rows, rounds, tensors), encoding="utf-8")
     finally:
         dist.destroy_process_group()
 
@@ -181,22 +172,5 @@ def bench_dtensor(*, rounds: int = 25, tensors: int = TENSORS) -> str:
     if tensors < 2 or tensors % 2:
         raise ValueError(f"tensors must be an even number above 0 (weights and biases), got {tensors}")
     with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "table.md")
-        spawn(_rank_main, (_free_port(), rounds, tensors, out), nprocs=WORLD)
-        return Path(out).read_text(encoding="utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table; `--help` lists the options.
-
-    Args:
-        argv: Command-line words; None takes the process's own.
-    """
-    parser = argparse.ArgumentParser(prog="robust-dist bench dtensor", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="measurements of each contender")
-    parser.add_argument("--tensors", type=int, default=TENSORS, help="number of parameters, an even one")
-    print(bench_dtensor(**vars(parser.parse_args(argv))))
-
-
-if __name__ == "__main__":
-    main()
+        spawn(_rank_main, (folder, rounds, tensors), nprocs=WORLD)
+        return Path(folder, "table.md").read_text(encoding="utf-8")

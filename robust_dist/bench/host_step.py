@@ -28,7 +28,7 @@ def _parameters(count: int) -> list[torch.Tensor]:
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 9) -> float:
-    """Seconds of this thread's own time, in the fastest round."""
+    """Microseconds of this thread's own time a call, in the fastest round."""
     found = []
     for _ in range(rounds):
         start = time.thread_time()
@@ -110,12 +110,13 @@ def bench_host(*, rounds: int = 3, beside: str | None = None) -> str:
 
 
 def _table(best: dict[str, dict[str, float]]) -> str:
+    from robust_dist.measure.table import table  # not in every version that this file is run by
+
     ours, other = best["this version"], best.get("beside")
-    lines = ["| microseconds of the host | tensors |" + "".join(f" {name} |" for name in best)]
-    lines += ["|---|---|" + "---|" * len(best)]
-    for what, count in ((GATHERING, TENSORS), (STEP, TENSORS), (IN_C, TENSORS_IN_C)):
-        lines.append(f"| {what} | {count} |" + "".join(f" {found[what]:.1f} |" for found in best.values()))
-    lines += ["", f"{STEP}: {ours[STEP] / ours[GATHERING]:.2f} times {GATHERING}"]
+    counts = {GATHERING: TENSORS, STEP: TENSORS, IN_C: TENSORS_IN_C}
+    rows = [[what, str(count), *(f"{found[what]:.1f}" for found in best.values())] for what, count in counts.items()]
+    lines = [table(["microseconds of the host", "tensors", *best], rows), ""]
+    lines += [f"{STEP}: {ours[STEP] / ours[GATHERING]:.2f} times {GATHERING}"]
     if other is not None:
         ratios = ", ".join(f"{what} {ours[what] / other[what]:.2f}" for what in (STEP, IN_C))
         lines.append(f"this version's time over that of the one beside it: {ratios}")

@@ -1,21 +1,42 @@
 """The optimizer step's time beside the peers and the memory's speed: `robust-dist bench optimizer`."""
 
+import contextlib
 import gc
+import importlib
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-from robust_dist.bench.figure import Bar, Panel, draw_bars
-from robust_dist.bench.optimizer_peers import ADAMW_FUSED, OURS, Maker, makers
-from robust_dist.bench.parameter_sets import SETS, numel, parameters
-from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
-from robust_dist.checkpoint.space import free_memory
-from robust_dist.measure.memory import peak_extra_bytes
+from robust_dist.bench.scale import Shape, resnet50, vit_large
+from robust_dist.bench.timing import (
+    Bar,
+    Panel,
+    Result,
+    Timing,
+    interleaved,
+    machine,
+    pick_device,
+    reason,
+    thread_count,
+    write,
+)
+from robust_dist.measure.memory import free_memory, peak_extra_bytes
 from robust_dist.measure.table import table
+from robust_dist.models import build_model
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.surroundings import extension_folder, extension_source, locks_outlive_builds, stale_locks
 from robust_dist.validate import whole_number
+
+OURS = "RAdaBeliefW"
+ADAMW_FUSED = "torch AdamW fused"
 
 BYTES_PER_PARAMETER = 28  # float32: read p, g, m, v and write p, m, v
 TRIAD = "a += 0.5 b (the memory's speed)"
@@ -25,6 +46,83 @@ LIMIT_ELEMENTS = 50_000_000
 STATE_BYTES = 8  # a parameter, float32
 SHARE_OF_MEMORY = 0.8
 WARMUP = 4  # with the two further calls before the first round, past the unrectified steps
+
+Maker = Callable[[list[Tensor]], Optimizer]
+
+
+def _model(name: str) -> list[Shape]:
+    with torch.device("meta"):
+        return [tuple(param.shape) for param in build_model(name, 10, in_channels=3).parameters()]
+
+
+# Names of sets to the shapes of their parameters.
+SETS: dict[str, Callable[[], list[Shape]]] = {
+    "resnet56": partial(_model, "resnet56"),
+    "resnet18": partial(_model, "resnet18_cifar"),
+    "resnet50": resnet50,
+    "vit_l": vit_large,
+    "flat": lambda: [(100_000_000,)],
+}
+
+
+def parameters(shapes: Sequence[Shape], device: torch.device) -> list[Tensor]:
+    """Parameters with gradients, float32, both of normal noise, the same at each call.
+
+    Args:
+        shapes: One for each parameter.
+        device: Where they lie.
+    """
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+    for param in params:
+        param.grad = (torch.randn(param.shape, generator=generator) * 1e-2).to(device)
+    return params
+
+
+def _named(module: str, name: str, **settings: Any) -> Maker:
+    """An optimizer of another package, which may talk while it is imported, built or made."""
+
+    def make(params: list[Tensor]) -> Optimizer:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = getattr(importlib.import_module(module), name)
+            return found(params, lr=1e-2, eps=1e-8, weight_decay=1e-2, **settings)
+
+    return make
+
+
+def _deepspeed(name: str, **settings: Any) -> Maker:
+    """DeepSpeed builds its step at the first use, with a C++ compiler (FusedAdam: CUDA's)."""
+    make = _named("deepspeed.ops.adam", name, **settings)
+
+    def guarded(params: list[Tensor]) -> Optimizer:
+        locks = stale_locks(extension_folder(os.environ)) if locks_outlive_builds(extension_source()) else ()
+        for lock in locks:
+            raise RuntimeError(lock.detail)
+        return make(params)
+
+    return guarded
+
+
+def makers(device: torch.device) -> dict[str, Maker]:
+    """Contenders by name: functions that make an optimizer of parameters on the device, or raise where they cannot."""
+    on_gpu = device.type == "cuda"
+    on_host = {"DeepSpeedCPUAdam": _deepspeed("DeepSpeedCPUAdam", adamw_mode=True)}
+    deepspeed = {"DeepSpeed FusedAdam": _deepspeed("FusedAdam", adam_w_mode=True)} if on_gpu else on_host
+    radam = partial(torch.optim.RAdam, foreach=True, weight_decay=1e-2, decoupled_weight_decay=True)
+    return {
+        f"{OURS} {'triton' if on_gpu else 'fused'}": partial(RAdaBeliefW, fused=True),
+        f"{OURS} foreach": partial(RAdaBeliefW, foreach=True),
+        f"{OURS} single": partial(RAdaBeliefW, foreach=False),
+        ADAMW_FUSED: partial(torch.optim.AdamW, fused=True),
+        "torch AdamW foreach": partial(torch.optim.AdamW, foreach=True),
+        "torch RAdam foreach": radam,
+        **deepspeed,
+        "timm AdaBelief": _named("timm.optim", "AdaBelief", rectify=False),
+        "timm RAdaBelief": _named("timm.optim", "AdaBelief", rectify=True),
+        "pytorch_optimizer AdaBelief": _named("pytorch_optimizer", "AdaBelief", rectify=False),
+        "pytorch_optimizer RAdaBelief": _named("pytorch_optimizer", "AdaBelief", rectify=True),
+        "adabelief-pytorch": _named("adabelief_pytorch", "AdaBelief", print_change_log=False),
+    }
 
 
 @dataclass(frozen=True)
@@ -40,7 +138,7 @@ class Row:
         to_adamw_fused: Its median over that of torch's AdamW fused.
         bandwidth: Bytes per second, if it moved `BYTES_PER_PARAMETER`.
         of_limit: The median of the limit, which moves as many bytes, over its own.
-        extra: Most bytes that a step takes meanwhile and gives back, per parameter; None where nothing tells.
+        extra: Peak bytes that a step allocates and frees, per parameter; None where it cannot be measured.
     """
 
     parameters: str
@@ -73,7 +171,7 @@ def _limit(elements: int, device: torch.device) -> tuple[str, Callable[[], objec
 
 
 def _groups(names: Sequence[str], elements: int, device: torch.device) -> list[list[str]]:
-    """Cut the contenders so that the states of a group fit into the memory; the yardstick is in every group."""
+    """Contenders in groups whose states fit into the memory, each with the yardstick."""
     others = [name for name in names if name != ADAMW_FUSED]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if free is None:
@@ -86,15 +184,15 @@ def _groups(names: Sequence[str], elements: int, device: torch.device) -> list[l
 
 
 def _set_rows(name: str, rounds: int, device: torch.device, left_out: dict[str, str]) -> list[Row]:
-    # All step the same parameters: only their states would fill the memory.
-    shapes = SETS[name]()
-    params = parameters(shapes, device)
+    # All step the same parameters, so that only their states fill the memory.
+    params = parameters(SETS[name](), device)
     known = makers(device)
     rows: list[Row] = []
-    for group in _groups([one for one in known if one not in left_out], numel(shapes), device):
-        found = _group_rows(name, params, {one: known[one] for one in group}, rounds, left_out)
-        present = {row.optimizer for row in rows}
-        rows += [row for row in found if row.optimizer not in present]
+    present = [optimizer for optimizer in known if optimizer not in left_out]
+    for group in _groups(present, sum(param.numel() for param in params), device):
+        found = _group_rows(name, params, {optimizer: known[optimizer] for optimizer in group}, rounds, left_out)
+        timed = {row.optimizer for row in rows}
+        rows += [row for row in found if row.optimizer not in timed]
         gc.collect()
     order = {optimizer: place for place, optimizer in enumerate((TRIAD, COPY, *known))}
     return sorted(rows, key=lambda row: order[row.optimizer])
@@ -106,31 +204,24 @@ def _group_rows(
     elements, device = sum(param.numel() for param in params), params[0].device
     limit, move = _limit(elements, device)
     steps: dict[str, Callable[[], object]] = {limit: move}
-    for one, make in group.items():
+    for optimizer, make in group.items():
         try:
-            steps[one] = make(params).step
+            steps[optimizer] = make(params).step
         except Exception as error:
-            left_out[one] = reason(error)
+            left_out[optimizer] = reason(error)
     failures: dict[str, str] = {}
     times = interleaved(steps, rounds=rounds, warmup=WARMUP, device=device, failures=failures)
-    left_out.update({f"{one} on {name}": why for one, why in failures.items()})
+    left_out.update({f"{optimizer} on {name}": why for optimizer, why in failures.items()})
     rows = []
-    for one, timing in times.items():
+    for optimizer, timing in times.items():
         speed = BYTES_PER_PARAMETER * elements / timing.median
         ratios = timing.median / times[ADAMW_FUSED].median, speed, times[limit].median / timing.median
-        # The lesser of two: now and then glibc grows its heap meanwhile.
-        taken = [peak_extra_bytes(steps[one], device) for _ in range(2)]
+        # The lesser of two, as glibc sometimes grows its heap.
+        taken = [peak_extra_bytes(steps[optimizer], device) for _ in range(2)]
         extra = min((number for number in taken if number is not None), default=None)
         each = None if extra is None else extra / elements
-        rows.append(Row(name, len(params), elements, one, timing, *ratios, each))
+        rows.append(Row(name, len(params), elements, optimizer, timing, *ratios, each))
     return rows
-
-
-def _check(sets: Sequence[str], rounds: int) -> None:
-    unknown = [name for name in sets if name not in SETS]
-    if unknown or not sets:
-        raise ValueError(f"sets must name some of {tuple(SETS)}, got {tuple(sets)}")
-    whole_number("rounds", rounds, 1)
 
 
 def run(
@@ -150,10 +241,12 @@ def run(
     Raises:
         ValueError: An unknown set or device, or rounds or threads below 1.
     """
-    _check(sets, rounds)
+    if not sets or any(name not in SETS for name in sets):
+        raise ValueError(f"sets must name some of {tuple(SETS)}, got {tuple(sets)}")
+    whole_number("rounds", rounds, 1)
     where = pick_device(device)
-    result: Result[Row] = Result([], {})
     with thread_count(threads):
+        result: Result[Row] = Result([], {}, f"{machine()}; medians of {rounds} rounds, contenders in turn")
         for name in sets:
             result.rows.extend(_set_rows(name, rounds, where, result.left_out))
     return result
@@ -169,18 +262,12 @@ def _cells(row: Row) -> Iterator[str]:
     yield "" if row.extra is None else f"{row.extra:.1f}"
 
 
-def report(result: Result[Row], rounds: int) -> str:
-    """The rows as Markdown, with the machine and what was left out.
-
-    Args:
-        result: What `run` gave.
-        rounds: As `run` was told.
-    """
+def report(result: Result[Row]) -> str:
+    """The rows as Markdown, with the machine and what was left out."""
     rows = result.rows
     on_gpu = any(row.timing.host is not None for row in rows)
-    lines = [f"{machine()}; medians of {rounds} rounds, contenders in turn", ""]
     sizes = {row.parameters: f"{row.tensors} tensors, {row.elements:,} parameters" for row in rows}
-    lines += [f"- {name}: {size}" for name, size in sizes.items()]
+    lines = [result.about, "", *(f"- {name}: {size}" for name, size in sizes.items())]
     lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()]
     head = ["parameters", "optimizer", "ms", "lowest to highest", "GB/s", "of the memory's speed", "/ AdamW fused"]
     head += (["host us"] if on_gpu else []) + ["extra bytes a parameter"]
@@ -188,49 +275,30 @@ def report(result: Result[Row], rounds: int) -> str:
     return "\n".join([*lines, table(head, map(_cells, rows))])
 
 
-def draw(result: Result[Row], path: Path) -> None:
-    """A picture of every row's bytes per second, a panel for each set.
-
-    Args:
-        result: What `run` gave.
-        path: The PNG to write.
-    """
-    panels = []
+def _panels(result: Result[Row]) -> Iterator[Panel]:
+    """Every row's bytes per second, a panel for each set."""
     for name in dict.fromkeys(row.parameters for row in result.rows):
         rows = [row for row in result.rows if row.parameters == name]
         bars = [_bar(row) for row in rows if row.optimizer not in (TRIAD, COPY)]
-        panels.append(Panel(name, bars, next(r.bandwidth for r in rows if r.optimizer in (TRIAD, COPY)) / 1e9))
-    label = f"GB/s at {BYTES_PER_PARAMETER} bytes a parameter; line: the memory's speed"
-    draw_bars(panels, path, label=label, note=f"A step of the optimizer. {machine()}")
+        yield Panel(name, bars, next(row.bandwidth for row in rows if row.optimizer in (TRIAD, COPY)) / 1e9)
 
 
 def _bar(row: Row) -> Bar:
-    moved = row.bandwidth * row.timing.median / 1e9
-    spread = moved / row.timing.high, moved / row.timing.low
-    return Bar(row.optimizer, row.bandwidth / 1e9, *spread, row.optimizer.startswith(OURS))
+    rates = row.timing.rates(BYTES_PER_PARAMETER * row.elements / 1e9)
+    return Bar(row.optimizer, *rates, row.optimizer.startswith(OURS))
 
 
-def bench_optimizer(
-    *,
-    sets: Sequence[str] = tuple(SETS),
-    rounds: int = 7,
-    threads: int | None = None,
-    device: str | None = None,
-    out: str | Path | None = None,
-) -> str:
-    """The times of `run` as a Markdown table; arguments and errors as there.
+def bench_optimizer(*, out: str | Path | None = None, **settings: Any) -> str:
+    """The times of `run` as a Markdown table.
 
     Args:
-        sets: Names among `SETS`.
-        rounds: Measurements of each.
-        threads: Threads on the CPU; None leaves torch's.
-        device: A torch device; None takes the GPU if there is one.
         out: A folder for `optimizer.md` and `optimizer.png`; None writes nothing.
+        **settings: As of `run`, whose errors are raised.
     """
-    result = run(sets=sets, rounds=rounds, threads=threads, device=device)
-    with thread_count(threads):
-        text = report(result, rounds)
-        if out is not None:
-            draw(result, Path(out, "optimizer.png"))
-            Path(out, "optimizer.md").write_text(text + "\n", encoding="utf-8")
+    result = run(**settings)
+    text = report(result)
+    if out is not None:
+        label = f"GB/s at {BYTES_PER_PARAMETER} bytes a parameter; line: the memory's speed"
+        note = f"A step of the optimizer. {result.about}"
+        write(out, "optimizer", text, [*_panels(result)], label=label, note=note)
     return text

@@ -20,7 +20,7 @@ from robust_dist.schedule import RobustSchedule
 BYTES_PER_PARAMETER = 12  # float32: the parameter and the optimizer's two moments
 HSDP_SHARDS = 8
 # Names of variants, the simplest first, and whether their shards stay in a group of 8 ranks.
-LAYOUTS = {one.name: one.in_nodes for one in sorted(VARIANTS, key=lambda one: one.in_nodes) if one.reshard}
+LAYOUTS = {kind.name: kind.in_nodes for kind in sorted(VARIANTS, key=lambda kind: kind.in_nodes) if kind.reshard}
 _HEAD = ["parameters", "layout", "ranks", "largest parameter's shard, first / last rank", "empty shards", "MiB"]
 _HEAD += ["MiB if shared equally", "state placed otherwise", "collectives: a step", "the switch, a run"]
 _SWITCH_RUN = 8  # optimizer steps of the run in which the switch's collectives are counted

@@ -1,13 +1,14 @@
-"""Fair timing: every contender takes its turn in every round, and medians are compared."""
+"""Fair timing: every contender takes its turn in every round; medians are compared, written and drawn."""
 
 import contextlib
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -38,6 +39,10 @@ class Timing:
     cpu: float | None = None
     host: float | None = None
 
+    def rates(self, amount: float) -> tuple[float, float, float]:
+        """What `amount` a call is a second: in the median, the slowest and the fastest round."""
+        return amount / self.median, amount / self.high, amount / self.low
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -53,10 +58,12 @@ class Result(Generic[RowT]):
     Attributes:
         rows: Of the contenders that were timed.
         left_out: For each contender that is not there, why.
+        about: The machine and the settings, a line.
     """
 
     rows: list[RowT]
     left_out: dict[str, str]
+    about: str
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -76,7 +83,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def thread_count(number: int | None) -> Iterator[None]:
-    """So many threads for torch, and for libraries that load their own OpenMP meanwhile; None leaves them.
+    """Set the threads of torch, and of libraries that load an OpenMP of their own meanwhile; None leaves them.
 
     Raises:
         ValueError: A number below 1.
@@ -159,9 +166,9 @@ def _repeats(call: Call, measure: Callable[[Call, int], _Sample], min_seconds: f
 
 
 def _timing(found: list[_Sample]) -> Timing:
-    seconds = [one.seconds for one in found]
-    host = [one.host for one in found if one.host is not None]
-    cpu = statistics.median(one.cpu for one in found)
+    seconds = [sample.seconds for sample in found]
+    host = [sample.host for sample in found if sample.host is not None]
+    cpu = statistics.median(sample.cpu for sample in found)
     return Timing(
         statistics.median(seconds), min(seconds), max(seconds), cpu, statistics.median(host) if host else None
     )
@@ -208,3 +215,84 @@ def machine() -> str:
     cpu = processor() or platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One contender.
+
+    Attributes:
+        name: Beside the bar.
+        value: Its length.
+        low: Start of its spread.
+        high: End of its spread.
+        ours: Whether it is drawn in our colour.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    ours: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars on one scale of their own.
+
+    Attributes:
+        title: Above the bars.
+        bars: From top to bottom.
+        limit: Where a line marks what is possible; None for no line.
+        log: Whether the scale is logarithmic.
+    """
+
+    title: str
+    bars: Sequence[Bar]
+    limit: float | None = None
+    log: bool = False
+
+
+def write(out: str | Path, name: str, text: str, panels: Sequence[Panel], *, label: str, note: str) -> None:
+    """Write a table to `out/name.md` and its picture, the panels one above the other, to `out/name.png`.
+
+    Args:
+        out: The folder, made where it is missing.
+        name: Of both files.
+        text: Markdown.
+        panels: At least one.
+        label: Of the bars' values, with their unit.
+        note: Above all panels: what was measured, and where.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    Path(out, f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    counts = [len(panel.bars) for panel in panels]
+    figure = Figure(figsize=(10, 1.0 + sum(0.26 * count + 0.9 for count in counts)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(note, fontsize=9)
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[count + 3 for count in counts])
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        _draw(axes, panel)
+    grid[-1, 0].set_xlabel(label)
+    figure.savefig(Path(out, f"{name}.png"), dpi=120)
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    places = range(len(panel.bars))
+    values = [bar.value for bar in panel.bars]
+    # Rounding may turn a spread of nothing below 0, which matplotlib refuses.
+    below = [max(0.0, bar.value - bar.low) for bar in panel.bars]
+    above = [max(0.0, bar.high - bar.value) for bar in panel.bars]
+    colours = ["tab:blue" if bar.ours else "tab:gray" for bar in panel.bars]
+    axes.barh(places, values, xerr=[below, above], color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+    axes.set_yticks(places, [bar.name for bar in panel.bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(panel.title, fontsize=9, loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    if panel.limit is not None:
+        axes.axvline(panel.limit, color="tab:red", linewidth=1)
+    if panel.log:
+        axes.set_xscale("log")

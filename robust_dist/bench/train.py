@@ -5,7 +5,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +12,24 @@ import torch
 from accelerate import Accelerator
 
 from robust_dist.bench.augment_peers import BACKENDS
-from robust_dist.bench.figure import Bar, Panel, draw_bars
-from robust_dist.bench.timing import Result, Timing, interleaved, machine, pick_device, reason, thread_count
+from robust_dist.bench.timing import (
+    Bar,
+    Panel,
+    Result,
+    Timing,
+    interleaved,
+    machine,
+    pick_device,
+    reason,
+    thread_count,
+    write,
+)
 from robust_dist.data import ImageSet
 from robust_dist.measure.table import table
+from robust_dist.train.build import fit_engine
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.engine import fit_engine
+from robust_dist.train.loop import Trial, random_set
 from robust_dist.train.recipe import AugmentConfig, ModelConfig, PrecisionConfig, Recipe
-from robust_dist.train.trial import Trial, random_set
 from robust_dist.validate import whole_number
 
 MODELS = ("resnet56", "resnet18_cifar")
@@ -51,6 +60,7 @@ class Row:
 
     Attributes:
         model: Its name.
+        batch: Images a step.
         augmentation: "none" (images are normalised only), or the backend.
         timing: Seconds per step of augmentation, forward and backward pass, and update.
         alone: Seconds that the augmentation takes by itself.
@@ -59,6 +69,7 @@ class Row:
     """
 
     model: str
+    batch: int
     augmentation: str
     timing: Timing
     alone: Timing
@@ -66,18 +77,14 @@ class Row:
     to_none: float
 
 
-def _recipe(model: str, settings: Settings) -> Recipe:
-    return Recipe(
+def _recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) -> dict[str, tuple[Recipe, str | None]]:
+    """Name to a recipe and the backend that augments; None for the recipe's own choice."""
+    plain = Recipe(
         data=DataConfig(name="cifar10"),
         model=ModelConfig(name=model),
         precision=PrecisionConfig(mixed=settings.precision, deterministic=False),
         batch_size=settings.batch,
     )
-
-
-def _recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) -> dict[str, tuple[Recipe, str | None]]:
-    """Name to a recipe and the backend that augments; None for the recipe's own choice."""
-    plain = _recipe(model, settings)
     found: dict[str, tuple[Recipe, str | None]] = {NONE: (replace(plain, augment=_WITHOUT), None)}
     found |= {name: (plain, name) for name in BACKENDS}
     if compiled:
@@ -105,8 +112,8 @@ def _model_rows(
     with tempfile.TemporaryDirectory() as folder:
         for name, (recipe, backend) in _recipes(model, settings, **options).items():
             try:
-                one = _trial(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
-                calls[name], calls[_ALONE + name] = one.step, one.augment
+                trial = _trial(recipe, backend, images, accelerator, Path(folder, str(len(calls))))
+                calls[name], calls[_ALONE + name] = trial.step, trial.augment
             except Exception as error:
                 left_out[f"{model}, {name}"] = reason(error)
         on_gpu, failures = settings.device.type == "cuda", dict[str, str]()
@@ -119,13 +126,12 @@ def _model_rows(
     gc.collect()
     if (why := left_out.get(f"{model}, {NONE}")) is not None:
         raise ValueError(f"{model} cannot be trained here: {why}")
-    return [_row(model, name, times) for name in times if not name.startswith(_ALONE) and _ALONE + name in times]
-
-
-def _row(model: str, name: str, times: dict[str, Timing]) -> Row:
-    step, alone = times[name], times[_ALONE + name]
-    share = None if name == GRAPH else alone.median / step.median
-    return Row(model, name, step, alone, share, times[NONE].median / step.median)
+    rows = []
+    for name, step in times.items():
+        if (alone := times.get(_ALONE + name)) is not None:
+            share = None if name == GRAPH else alone.median / step.median
+            rows.append(Row(model, settings.batch, name, step, alone, share, times[NONE].median / step.median))
+    return rows
 
 
 def _check(batch: int, rounds: int | None, precision: str | None, models: Sequence[str]) -> None:
@@ -135,10 +141,6 @@ def _check(batch: int, rounds: int | None, precision: str | None, models: Sequen
         raise ValueError(f'precision must be "no" or "bf16", got {precision!r}')
     if not models:
         raise ValueError("models must name at least one model, got none")
-
-
-def _unavailable(where: torch.device, cuda_graph: bool) -> dict[str, str]:
-    return {GRAPH: "there is no GPU; it is for --device cuda"} if cuda_graph and where.type != "cuda" else {}
 
 
 def run(
@@ -152,91 +154,6 @@ def run(
     compiled: bool = False,
     cuda_graph: bool = False,
 ) -> Result[Row]:
-    """Times of training steps, in turn; arguments and errors as in `bench_train`."""
-    _check(batch, rounds, precision, models)
-    where = pick_device(device)
-    on_gpu = where.type == "cuda"
-    settings = Settings(batch, precision or ("bf16" if on_gpu else "no"), where)
-    result: Result[Row] = Result([], _unavailable(where, cuda_graph))
-    options = {"compiled": compiled, "cuda_graph": cuda_graph and on_gpu}
-    torch.backends.cudnn.benchmark = True
-    with thread_count(threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows = partial(_model_rows, settings=settings, options=options, left_out=result.left_out)
-        for model in models:
-            result.rows.extend(rows(model, rounds=rounds or (7 if on_gpu else 3)))
-    return result
-
-
-def _cells(row: Row, batch: int) -> Iterator[str]:
-    speed, low, high = (batch / seconds for seconds in (row.timing.median, row.timing.high, row.timing.low))
-    yield from (row.model, row.augmentation, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{row.to_none:.3f}")
-    yield from (f"{row.timing.median * 1e3:.2f}", f"{row.alone.median * 1e3:.3f}")
-    yield "-" if row.share is None else f"{row.share:.2%}"
-    if row.timing.host is not None:
-        yield f"{row.timing.host * 1e3:.2f}"
-
-
-def report(result: Result[Row], batch: int, about: str) -> str:
-    """The rows as Markdown, with the machine and what was left out.
-
-    Args:
-        result: What `run` gave.
-        batch: Images a step.
-        about: What the first line says of the run.
-    """
-    head = [
-        "model",
-        "augmentation",
-        "images/s",
-        "slowest to fastest",
-        "of none's",
-        "ms a step",
-        "augmentation alone, ms",
-    ]
-    head += ["share of the step"] + (
-        ["host ms a step"] if any(row.timing.host is not None for row in result.rows) else []
-    )
-    lines = [f"{machine()}; {about}", ""]
-    lines += [f"- left out: {name}: {why}" for name, why in result.left_out.items()] + [""] * bool(result.left_out)
-    return "\n".join([*lines, table(head, (_cells(row, batch) for row in result.rows))])
-
-
-def draw(result: Result[Row], batch: int, path: Path, about: str) -> None:
-    """A picture of every row's images per second, a panel for each model.
-
-    Args:
-        result: What `run` gave.
-        batch: Images a step.
-        path: The PNG to write.
-        about: What the note says of the run.
-    """
-    panels = []
-    for model in dict.fromkeys(row.model for row in result.rows):
-        rows = [row for row in result.rows if row.model == model]
-        panels.append(Panel(model, [_bar(row, batch) for row in rows]))
-    draw_bars(panels, path, label="images/s", note=f"Training steps. {machine()}; {about}")
-
-
-def _bar(row: Row, batch: int) -> Bar:
-    time = row.timing
-    return Bar(
-        row.augmentation, batch / time.median, batch / time.high, batch / time.low, ours=row.augmentation != NONE
-    )
-
-
-def bench_train(
-    *,
-    models: Sequence[str] = MODELS,
-    batch: int = 128,
-    rounds: int | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    compiled: bool = False,
-    cuda_graph: bool = False,
-    out: str | Path | None = None,
-) -> str:
     """Times of the recipe's whole training steps on random 32 x 32 images, with and without augmentation, in turn.
 
     Args:
@@ -248,30 +165,58 @@ def bench_train(
         precision: Autocast, "no" or "bf16"; None is "bf16" on a GPU and "no" on a CPU.
         compiled: Also with the augmentation through `torch.compile`.
         cuda_graph: Also with the whole step captured in a CUDA graph, on a GPU.
-        out: A folder for `train.md` and `train.png`; None writes nothing.
-
-    Returns:
-        A Markdown table with the machine and what was left out.
 
     Raises:
         ValueError: For a batch, rounds, threads, precision or device out of range, or a model that cannot be trained.
     """
-    result = run(
-        models=models,
-        batch=batch,
-        rounds=rounds,
-        threads=threads,
-        device=device,
-        precision=precision,
-        compiled=compiled,
-        cuda_graph=cuda_graph,
-    )
-    on_gpu = pick_device(device).type == "cuda"
-    mixed = precision or ("bf16" if on_gpu else "no")
-    about = f"batch {batch}, 32x32, autocast {mixed}; medians of {rounds or (7 if on_gpu else 3)} rounds, in turn"
-    with thread_count(threads):
-        text = report(result, batch, about)
-        if out is not None:
-            draw(result, batch, Path(out, "train.png"), about)
-            Path(out, "train.md").write_text(text + "\n", encoding="utf-8")
+    _check(batch, rounds, precision, models)
+    where = pick_device(device)
+    on_gpu = where.type == "cuda"
+    rounds = rounds or (7 if on_gpu else 3)
+    settings = Settings(batch, precision or ("bf16" if on_gpu else "no"), where)
+    left_out = {GRAPH: "there is no GPU; it is for --device cuda"} if cuda_graph and not on_gpu else {}
+    options = {"compiled": compiled, "cuda_graph": cuda_graph and on_gpu}
+    torch.backends.cudnn.benchmark = True
+    with thread_count(threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        about = f"batch {batch}, 32x32, autocast {settings.precision}; medians of {rounds} rounds, in turn"
+        result: Result[Row] = Result([], left_out, f"{machine()}; {about}")
+        for model in models:
+            result.rows.extend(_model_rows(model, settings, options, rounds, left_out))
+    return result
+
+
+def _cells(row: Row) -> Iterator[str]:
+    speed, low, high = row.timing.rates(row.batch)
+    yield from (row.model, row.augmentation, f"{speed:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{row.to_none:.3f}")
+    yield from (f"{row.timing.median * 1e3:.2f}", f"{row.alone.median * 1e3:.3f}")
+    yield "-" if row.share is None else f"{row.share:.2%}"
+    if row.timing.host is not None:
+        yield f"{row.timing.host * 1e3:.2f}"
+
+
+def report(result: Result[Row]) -> str:
+    """The rows as Markdown, with the machine and what was left out."""
+    head = ["model", "augmentation", "images/s", "slowest to fastest", "of none's", "ms a step"]
+    head += ["augmentation alone, ms", "share of the step"]
+    head += ["host ms a step"] if any(row.timing.host is not None for row in result.rows) else []
+    left_out = [f"- left out: {name}: {why}" for name, why in result.left_out.items()]
+    return "\n".join([result.about, "", *left_out, *[""] * bool(left_out), table(head, map(_cells, result.rows))])
+
+
+def bench_train(*, out: str | Path | None = None, **settings: Any) -> str:
+    """The times of `run` as a Markdown table.
+
+    Args:
+        out: A folder for `train.md` and `train.png`, images per second; None writes nothing.
+        **settings: As of `run`, whose errors are raised.
+    """
+    result = run(**settings)
+    text = report(result)
+    if out is not None:
+        bars: dict[str, list[Bar]] = {row.model: [] for row in result.rows}
+        for row in result.rows:
+            bars[row.model].append(Bar(row.augmentation, *row.timing.rates(row.batch), row.augmentation != NONE))
+        panels = [Panel(model, of_model) for model, of_model in bars.items()]
+        write(out, "train", text, panels, label="images/s", note=f"Training steps. {result.about}")
     return text

@@ -1,7 +1,8 @@
-"""Checkpoints that are written while training goes on: staged on the host, copied by a thread of each rank.
+"""Checkpoints that are written while training goes on; free space, and what a checkpoint takes.
 
-No thread calls a collective: a rank notes in the unfinished folder which files it has brought to the disk, and the
-first rank completes the checkpoint when all notes are there. Where one never comes, it is never completed.
+Files are staged on the host and copied by a thread of each rank, which calls no collective: a rank notes in the
+unfinished folder which files it has brought to the disk, and the first rank completes the checkpoint when all notes are
+there. Where one never comes, it is never completed.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ import tempfile
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_dist.checkpoint.space import write_failure
+from torch import nn
+
 from robust_dist.checkpoint.store import (
     Checkpoint,
     CheckpointError,
@@ -29,8 +32,13 @@ from robust_dist.checkpoint.store import (
     read_part,
     write_atomically,
 )
+from robust_dist.engines.engine import Engine
+from robust_dist.measure.memory import free_memory, text_of
 from robust_dist.ranks.talk import ranks_text
 
+SHARED_MEMORY = Path("/dev/shm")
+# Headers, random states, the schedule, names.
+_SMALL = 1 << 20
 _STAGED = "robust_dist-staged-"
 _LOCK = ".lock"
 _CHUNK = 1 << 22
@@ -40,13 +48,93 @@ _BIRTH = 60.0
 _LAST_PATIENCE = 20.0
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes of the file system that holds `path`, or will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def write_failure(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    try:
+        count = free_bytes(path.parent)
+        free = f"{text_of(count)} ({count} bytes) are free there"
+    except OSError as second:
+        free = f"its file system cannot be asked what is free ({second.strerror})"
+    return CheckpointError(
+        f"{path} could not be written: {reason}; {free}. What was half-written is not used, whole checkpoints are "
+        "as they were: make room or mend the disk, and start the same command again"
+    )
+
+
+def _held(param: nn.Parameter) -> int:
+    """Elements of a parameter that this rank holds."""
+    local = param.to_local() if hasattr(param, "to_local") else param
+    return int(local.numel())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model on which those of its checkpoints depend.
+
+    Attributes:
+        elements: Elements of all parameters.
+        held: Those that this rank holds.
+        bytes_each: Of one element.
+        buffers: Bytes of all buffers.
+        moments: Bytes of the optimizer's state for one element: two float32 moments.
+    """
+
+    elements: int
+    held: int
+    bytes_each: int
+    buffers: int
+    moments: int = 2 * 4
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Sizes":
+        """The sizes of a prepared model, without its outermost wrapper."""
+        params = list(model.parameters())
+        return cls(
+            # Under ZeRO-3 a shard notes the whole parameter's size.
+            elements=sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
+            held=sum(_held(param) for param in params),
+            bytes_each=max((param.element_size() for param in params), default=4),
+            buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        )
+
+
+def checkpoint_bytes(
+    engine: Engine, model: nn.Module, *, rank: int, world_size: int, whole: bool = False, averaged: bool = False
+) -> int:
+    """An upper estimate of the bytes that this rank writes into one checkpoint.
+
+    The model is the prepared one without its outermost wrapper; `whole` is `Engine.saves_whole`; `averaged`: an
+    exponential moving average of the weights is saved, too.
+    """
+    sizes = Sizes.of(model)
+    average = sizes.elements * sizes.bytes_each + sizes.buffers if averaged and rank == 0 else 0
+    saved = engine.saved_bytes(sizes, rank, world_size, whole=whole) + sizes.buffers + average
+    return int(saved * 1.1) + _SMALL
+
+
+def unlike_memory(path: Path) -> bool:
+    """Whether files at `path` take none of the host's memory."""
+    return SHARED_MEMORY not in (path, *path.parents)
+
+
+def room_for_staging(path: Path) -> int:
+    """Bytes that may be staged at `path`: at most half of the memory, or the system might kill training."""
+    free = free_bytes(path)
+    return free if unlike_memory(path) else min(free, free_memory() // 2)
+
+
 class Staging:
-    """A folder of this process on its host, for files on their way to a checkpoint.
+    """A folder of this process below `root`, for files on their way to a checkpoint.
 
     It is locked while the process lives. What a killed process left is removed when the next one stages there.
-
-    Args:
-        root: Where the folder is made.
 
     Raises:
         OSError: There is no such place, or nothing can be written there.
@@ -118,7 +206,7 @@ def copy_synced(source: Path, target: Path) -> list[int]:
 
 
 def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
-    """Copy all files below `source` into the folder `target`, which must be there; name -> [size, CRC-32].
+    """Copy all files below `source` into the existing folder `target`; returns name -> [size, CRC-32].
 
     Raises:
         CheckpointError: One could not be written; the message names it and what is free.
@@ -179,11 +267,7 @@ class Pending:
         return self.error
 
     def result(self) -> Checkpoint:
-        """Wait for the completed checkpoint; on the first rank only.
-
-        Raises:
-            CheckpointError: It could not be completed.
-        """
+        """Wait for the completed checkpoint; on the first rank only."""
         self._thread.join()
         if self.error is not None:
             raise self.error

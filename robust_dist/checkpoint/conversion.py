@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from robust_dist.checkpoint import layout as layouts
-from robust_dist.checkpoint import plain, trainer
+from robust_dist.checkpoint import plain, zero_read
 from robust_dist.checkpoint.layout import Layout, find_layout
-from robust_dist.checkpoint.names import WRAPPED, ParameterNames, read_names, write_names
-from robust_dist.checkpoint.plain import (
-    SCHEDULE_FILE,
-    check_keys,
-    load_file,
-    read_file,
-    read_folder,
-)
+from robust_dist.checkpoint.plain import SCHEDULE_FILE, check_keys, load_file, read_file, read_folder
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore, verify
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import WRAPPED, ParameterNames, TrainingState, read_names, write_names
 from robust_dist.engines.engine import Engine, engine_named, kinds
 from robust_dist.validate import whole_number
 
@@ -48,8 +41,8 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
     path = Path(src)
     found = verify(path) if (path / MANIFEST).is_file() else None
     place = find_layout(path)
-    if path.is_dir() and trainer.is_trainers(path):
-        trainer.check_files(path, place.kind)
+    if path.is_dir() and layouts.is_trainers(path):
+        layouts.check_files(path, place.kind)
     state = _read(place, number, unwrap)
     if place.kind in _ACCELERATE:
         _read_beside(state, place)
@@ -61,11 +54,9 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
 
 def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The model's entries alone in a checkpoint of any engine and any optimizer, whole and on the CPU.
+    """The model's entries alone in a folder that `read` takes, of any optimizer, whole and on the CPU.
 
-    Args:
-        src: A folder that `read` takes.
-        known: The model's names, by which a wrapper's prefixes are told from the model's own.
+    `known` are the model's names, by which a wrapper's prefixes are told from the model's own.
 
     Raises:
         CheckpointError: It is no checkpoint, or torn.
@@ -79,8 +70,6 @@ def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return plain.read_weights(place.path, names)
     if place.kind == layouts.ZERO:
-        from robust_dist.checkpoint import zero_read
-
         return zero_read.read_weights(place.path)
     from robust_dist.checkpoint import dcp
 
@@ -93,9 +82,7 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
     if place.kind in (layouts.DDP, layouts.FSDP_FULL):
         return read_folder(place.path, number=number, unwrap=unwrap)
     if place.kind == layouts.ZERO:
-        from robust_dist.checkpoint.zero_read import read_zero
-
-        return read_zero(place.path)
+        return zero_read.read_zero(place.path)
     from robust_dist.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
 
     if place.kind == layouts.FSDP_SHARDED:
@@ -108,14 +95,14 @@ def _read_beside(state: TrainingState, place: Layout) -> None:
     folder = place.path
     if (folder / SCHEDULE_FILE).is_file():
         state.schedule = load_file(folder / SCHEDULE_FILE)
-    random_states = (*folder.glob("random_states_*.pkl"), *folder.glob(trainer.RANDOM_STATES))
+    random_states = (*folder.glob("random_states_*.pkl"), *folder.glob(layouts.RANDOM_STATES))
     noted, ranks = read_names(folder), len(random_states)
     if noted is not None:
         state.extra = noted.extra() | state.extra
     if place.kind != layouts.ZERO:
         state.world_size = (noted.world_size if noted else None) or ranks or state.world_size
-    if trainer.is_trainers(folder):
-        trainer.read_beside(state, folder)
+    if layouts.is_trainers(folder):
+        layouts.read_beside(state, folder)
 
 
 def _check(state: TrainingState, where: Path) -> None:
@@ -152,7 +139,7 @@ def convert(
 
     What was Trainer's becomes Trainer's again: `trainer.train(resume_from_checkpoint=dst)` goes on from it. Else
     `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (Under FSDP take `robust_dist.checkpoint.load_state`, which mends faults of that
+    `torch.distributed.checkpoint`. (Under FSDP use `robust_dist.checkpoint.load_state`, which corrects faults of that
     load.) Parameters, optimizer state, groups and schedule keep their bits.
 
     Args:
@@ -190,7 +177,7 @@ def convert(
     building = dst.absolute().parent / f".{dst.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     try:
-        for_trainer = form == "trainer" or (form is None and trainer.is_trainers(src))
+        for_trainer = form == "trainer" or (form is None and layouts.is_trainers(src))
         notes += _write(state, src, dst, building, engine, world_size, full_state_dict, for_trainer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -213,7 +200,7 @@ def _write(
     notes = engine.write(state, folder, world_size, whole=full_state_dict)
     _write_common(state, src, folder, world_size)
     if for_trainer:
-        trainer.turn_into_trainers(state, src, folder, world_size)
+        layouts.turn_into_trainers(state, src, folder, world_size)
     metadata = _metadata(state, engine.kind, world_size)
     done = store.commit(step, metadata or {}).path
     if metadata is None:

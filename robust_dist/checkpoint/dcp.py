@@ -1,22 +1,45 @@
-"""Checkpoints of shards: folders of `torch.distributed.checkpoint`, as FSDP1 and FSDP2 write them."""
+"""Folders of `torch.distributed.checkpoint` (DCP), as FSDP writes them, read without running what they hold."""
 
+import inspect
+import pickle
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
-from robust_dist.checkpoint.names import bare, bare_names
 from robust_dist.checkpoint.plain import check_keys
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import TrainingState, bare, bare_names
 from robust_dist.engines.engine import UNNOTED_SHARDS
+from robust_dist.ranks.talk import by_rank, has_group
 
+METADATA = ".metadata"
+# What torch writes into `.metadata`, over all versions: classes of records, sizes, formats.
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
+        *("BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "builtins": {"set", "frozenset"},
+}
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
 _OPTIMIZER = re.compile(r"^(?P<before>(?:[^.]+\.)?)(?P<name>optimizer|optim)\.(?:state|param_groups)\.")
@@ -25,12 +48,150 @@ _EXTRA_STATE = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)")
 _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
-def load_flat(folder: Path) -> dict[str, Any]:
-    """Every value of a DCP folder by its flat key, whole and on the CPU.
+class _Unpickler(pickle.Unpickler):
+    """Knows only torch's records of a checkpoint."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib" or module.startswith("pathlib."):
+            # Where it was written; a plain path serves as well and runs nothing.
+            if name in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
+                return PurePosixPath
+        elif name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is nothing of a checkpoint, and was not run")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The contents of a DCP folder, after every file that it names was found there in full; no code of it is run.
 
     Raises:
-        CheckpointError: As `read_metadata`, or a file whose content is damaged.
+        CheckpointError: There is no `.metadata`, it is torn, names anything but torch's own records, or a file outside
+            the folder; or a file is missing or short.
     """
+    path = folder / METADATA
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing: the folder was not written to its end")
+    metadata = _unpickled(path)
+    ends: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < end:
+            raise CheckpointError(f"{file}: missing or short (wanted {end} bytes)")
+    return metadata
+
+
+def _unpickled(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            return _load(file)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: torn, or not of torch.distributed.checkpoint ({reason})") from None
+
+
+def _load(file: BinaryIO) -> Metadata:
+    metadata = _Unpickler(file).load()
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError(f"it holds a {type(metadata).__name__}")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
+            raise ValueError(f"it describes {name!r} by a {type(entry).__name__}")
+    for info in (metadata.storage_data or {}).values():
+        inside, numbers = PurePosixPath(info.relative_path), (info.offset, info.length)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"it names {info.relative_path}, which is outside the folder")
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"it has a part of {info.relative_path} at {numbers}")
+    return metadata
+
+
+class _PlainReader(FileSystemReader):
+    """torch's reader, which would unpickle `.metadata`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _unpickled(Path(self.path) / METADATA)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """torch's planner, which would unpickle values that are no tensors."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        found = torch.load(value, map_location="cpu", weights_only=True)
+        if self.flatten_state_dict:
+            value.seek(0)
+            super().load_bytes(read_item, value)
+        else:
+            self.state_dict[read_item.dest_index.fqn] = found
+
+
+def load_into(folder: Path, state: dict[str, Any], *, alone: bool = False, flatten: bool = True) -> None:
+    """Fill a state dict from a DCP folder in place; no code of the files is run.
+
+    `state` holds tensors of the right shapes, sharded or not, and values to be replaced; its keys are those of the file
+    where `flatten` is false. `alone`: this process reads for itself, whatever ranks there are.
+
+    Raises:
+        CheckpointError: A value is missing, damaged, or holds more than tensors and plain values.
+    """
+    # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
+    planner = _PlainPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
+    with torch.no_grad(), plain_failures(folder):
+        _call(load, state, alone=alone, storage_reader=_PlainReader(folder), planner=planner)
+
+
+def save_into(
+    folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None, *, alone: bool = False
+) -> None:
+    """Write a state dict of tensors, sharded or not, and plain values into an empty folder, the same on every rank.
+
+    `alone`: this process writes everything, whatever ranks there are.
+
+    Raises:
+        CheckpointError: A file could not be written; an OSError where the system said why.
+    """
+    with plain_failures(folder):
+        where = {} if group is None else {"process_group": group}
+        _call(save, state, alone=alone, storage_writer=FileSystemWriter(folder), **where)
+
+
+def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, **how: Any) -> None:
+    """Call DCP's `load` or `save`, and say so where no other rank takes part, for which torch 2.6 has no keyword."""
+    if alone or not has_group():
+        if "no_dist" in inspect.signature(function).parameters:
+            how["no_dist"] = True
+        elif alone:
+            # torch 2.6 leaves the other ranks out in its deprecated functions only.
+            old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
+            function, how["no_dist"] = old[function], True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*_state_dict` is deprecated")
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)|TypedStorage")
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        function(state, **how)
+
+
+@contextmanager
+def plain_failures(folder: str | Path) -> Iterator[None]:
+    """Turn what DCP's `save` or `load` raises, which no `except Exception` sees, into an Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        first = next((cause for cause in causes.values() if isinstance(cause, OSError)), None)
+        if first is not None:
+            raise first from None
+        said = by_rank({rank: (str(cause) or type(cause).__name__).splitlines()[0] for rank, cause in causes.items()})
+        raise CheckpointError(f"{folder}: " + "; ".join(said)) from None
+
+
+def load_flat(folder: Path) -> dict[str, Any]:
+    """Every value of a DCP folder by its flat key, whole and on the CPU."""
     flat: dict[str, Any] = {}
     entries = read_metadata(folder).state_dict_metadata
     try:
@@ -50,11 +211,7 @@ def ranks_of(folder: Path) -> int:
 
 
 def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
-    """The training state in one DCP folder, or in a model's and an optimizer's.
-
-    Args:
-        *folders: The folder or the two.
-        unwrap: As `bare_names`.
+    """The training state in one DCP folder, or in a model's and an optimizer's; `unwrap` as `bare_names`.
 
     Raises:
         CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
@@ -96,15 +253,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
 
 
 def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
-    """The model's entries in a DCP folder, whatever else it holds.
-
-    Args:
-        folder: The folder.
-        known: The model's names.
-
-    Raises:
-        CheckpointError: The folder is torn.
-    """
+    """The model's entries in a DCP folder, whatever else it holds; `known` are the model's names."""
     flat = load_flat(folder)
     found = _below(flat, "model.") or flat
     return bare({name: value for name, value in found.items() if isinstance(value, Tensor)}, known)
@@ -133,7 +282,7 @@ def _extra_states(entries: Mapping[str, Any], paths: Mapping[str, tuple[str | in
     for name, value in entries.items():
         if match := _EXTRA_STATE.match(name):
             rest = name[match.end() + 1 :]
-            set_element(found, inner.get(name) or (match[0], *(rest.split(".") if rest else ())), value)
+            _put(found, inner.get(name) or (match[0], *(rest.split(".") if rest else ())), value)
     return found
 
 
@@ -179,12 +328,21 @@ def _schedule(flat: Mapping[str, Any], before: str) -> dict[str, Any] | None:
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        *path, last = key.split(".")
-        at = nested
-        for part in path:
-            at = at.setdefault(part, {})
-        at[last] = value
+        _put(nested, key.split("."), value)
     return nested
+
+
+def _put(root: dict[str, Any], path: Sequence[str | int], value: Any) -> None:
+    """Put a value where a path of keys and list positions leads; what is missing on the way is made."""
+    at: Any = root
+    for key, following in zip(path, [*path[1:], None], strict=True):
+        new = value if following is None else [] if isinstance(following, int) else {}
+        if isinstance(at, list):
+            at.extend([None] * (int(key) + 1 - len(at)))
+        there = at.get(key) if isinstance(at, dict) else at[key]
+        if following is None or there is None:
+            at[key] = new
+        at = at[key]
 
 
 def write_dcp(state: TrainingState, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_dist.checkpoint import trainer
+from robust_dist.checkpoint import layout as layouts
 from robust_dist.checkpoint.conversion import read
 from robust_dist.checkpoint.layout import ZERO, Layout, find_layout
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, verify
@@ -17,12 +17,7 @@ from robust_dist.checkpoint.training_state import TrainingState
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    Attributes:
-        text: Lines for a person.
-        whole: Whether everything could be read.
-    """
+    """Lines for a person, and whether everything could be read."""
 
     text: str
     whole: bool
@@ -38,11 +33,7 @@ def inspect(path: str | Path) -> str:
 
 
 def examine(path: str | Path) -> Inspection:
-    """Like `inspect`, with the verdict as a value of its own.
-
-    Raises:
-        CheckpointError: There is nothing, or it is no checkpoint.
-    """
+    """Like `inspect`, with the verdict as a value of its own."""
     path = Path(path)
     place, reason = _place(path)
     head = [("checkpoint", str(path)), ("layout", _layout(path, place))]
@@ -52,7 +43,7 @@ def examine(path: str | Path) -> Inspection:
         except CheckpointError as error:
             reason = str(error)
         else:
-            beside = trainer.rows(state, path) if "trainer" in state.extra else []
+            beside = layouts.rows(state, path) if "trainer" in state.extra else []
             return Inspection(_table([*head, ("whole", "yes"), *_rows(state), *beside]), True)
     return Inspection(_table([*head, ("whole", f"no: {reason}")]), False)
 
@@ -69,7 +60,7 @@ def _place(path: Path) -> tuple[Layout | None, str | None]:
 
 def _layout(path: Path, place: Layout | None) -> str:
     kind = "folder" if place is None else place.kind
-    if path.is_dir() and trainer.is_trainers(path):
+    if path.is_dir() and layouts.is_trainers(path):
         own = f"Trainer folder ({kind.removesuffix(' folder')})"
         kind = own if kind == ZERO else kind.replace("Accelerate", "Trainer")
     return f"{kind}, with {MANIFEST}" if (path / MANIFEST).is_file() else kind
@@ -86,7 +77,7 @@ def _rows(state: TrainingState) -> list[tuple[str, str]]:
         ("engine", state.engine),
         ("world size", str(state.world_size or "not recorded")),
         ("step", _step(state)),
-        ("schedule", _schedule(state.schedule, trainer.switch_state(state))),
+        ("schedule", _schedule(state.schedule, layouts.switch_state(state))),
         *((f"group {i}", _group(group, state)) for i, group in enumerate(state.groups)),
         ("model", f"{len(state.model)} tensors, {_sizes(state.model.values())}"),
         *((f"  {key}", f"{len(tensors)} tensors, {_sizes(tensors)}") for key, tensors in _by_key(state)),
@@ -142,12 +133,8 @@ def _group(group: dict[str, Any], state: TrainingState) -> str:
     names = group["params"]
     elements = sum(state.model[name].numel() for name in names if name in state.model)
     size = f" ({elements:,} elements)" if elements else ""
-    values = (f"{key} {_number(group[key])}" for key in ("lr", "weight_decay") if key in group)
+    values = (f"{key} {float(group[key]):.6g}" for key in ("lr", "weight_decay") if key in group)
     return f"{len(names)} parameters{size}, {', '.join(values)}"
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):.6g}"
 
 
 def _by_key(state: TrainingState) -> list[tuple[str, list[Tensor]]]:

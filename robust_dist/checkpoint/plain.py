@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, UnnamedError, bare, bare_names, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.checkpoint.training_state import (
+    ParameterNames,
+    TrainingState,
+    UnnamedError,
+    bare,
+    bare_names,
+    name_groups,
+    read_names,
+    split_objects,
+)
 from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
-from robust_dist.optim.state import MASTER, MOMENTS, STEP
+from robust_dist.optim.state import MASTER, MOMENTS, STEP, Z
 
 OPTIMIZER_FILE = "optimizer.bin"
 # Accelerate's and Trainer's.
@@ -47,15 +55,7 @@ def load_file(path: Path) -> Any:
 
 
 def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
-    """The model's entries in a folder as `read_folder` takes it; the optimizer's file is not looked at.
-
-    Args:
-        folder: The folder.
-        known: The model's names.
-
-    Raises:
-        CheckpointError: The model's file is missing or torn.
-    """
+    """The model's entries in a folder as `read_folder` takes it; the optimizer's file is not read."""
     full = folder / FULL_MODEL_FILE
     weights, _ = split_objects(_load_model(full if full.is_file() else _model_file(folder)))
     model, noted = bare(weights, known), read_names(folder)
@@ -71,10 +71,7 @@ def _with_shared(model: dict[str, Tensor], noted: ParameterNames | None) -> dict
 def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
     """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
 
-    Args:
-        folder: The folder.
-        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
-        unwrap: As `bare_names`.
+    With `number` parameters are called "#0", "#1", ... where nothing names them; `unwrap` as `bare_names`.
 
     Raises:
         CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another one.
@@ -93,16 +90,7 @@ def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> 
 
 
 def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
-    """The training state in a `torch.save` file of {"model": ..., "optimizer": ..., "scheduler": ...}.
-
-    Args:
-        path: The file.
-        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
-        unwrap: As `bare_names`.
-
-    Raises:
-        CheckpointError: It is torn or holds no model and optimizer, or as `read_folder`.
-    """
+    """The state in a `torch.save` file of {"model": ..., "optimizer": ..., "schedule": ...}; see `read_folder`."""
     content = load_file(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict with 'model' and 'optimizer'")
@@ -183,15 +171,9 @@ def named_optimizer(
     where: Path,
     number: bool = False,
 ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
-    """An optimizer's `state_dict` with names: (state by name, groups with names in "params").
+    """An optimizer's `state_dict`, with numbers or (of FSDP) names, as (state by name, groups with names in "params").
 
-    Args:
-        saved: The `state_dict`, with numbers or (of FSDP) with names.
-        model: The model's state, with bare names.
-        noted: The note beside the checkpoint.
-        ordered: Whether `model` is in the model's own order.
-        where: The file, for messages.
-        number: Call parameters "#0", "#1", ... where nothing names them, instead of an error.
+    The arguments are those of `name_groups` and `read_folder`.
 
     Raises:
         CheckpointError: It is no state_dict of an optimizer with step, exp_avg and exp_avg_sq, or nothing names its
@@ -237,13 +219,9 @@ def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
-    """Refuse the state of an optimizer that keeps anything else than RAdaBeliefW (and AdamW).
-
-    Raises:
-        CheckpointError: Naming the parameter and its keys.
-    """
+    """Refuse state of anything else than RAdaBeliefW (perhaps with averaging) and AdamW, and name its keys."""
     for name, entry in state.items():
-        if set(entry) != set(STATE_KEYS):
+        if set(entry) - {Z} != set(STATE_KEYS):
             raise CheckpointError(
                 f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: "
                 f"{_why_refused(entry)}"
@@ -301,7 +279,8 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
     """Write `model.safetensors` and `optimizer.bin` as Accelerate does under DDP; and `pytorch_model.bin`.
 
     Accelerate refuses a `model.safetensors` with both names of a shared parameter: the further ones go into
-    `state.extra["shared"]`, which is noted beside it. Extra state that is no tensor leaves `pytorch_model.bin` alone.
+    `state.extra["shared"]`, which is noted beside it. With extra state that is no tensor only `pytorch_model.bin` is
+    written.
     """
     shared = dict(state.extra.get("shared") or {}) | _further_names(state)
     state.extra["shared"] = shared
@@ -326,7 +305,7 @@ def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
     try:
         save_file(_apart(entries), file, metadata={"format": "pt"})
     except KeyError:
-        # Of a dtype that safetensors does not have, as complex128.
+        # A dtype that safetensors does not have, such as complex128.
         file.unlink(missing_ok=True)
 
 

@@ -33,11 +33,10 @@ def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
     """Like `accelerator.load_state`, but right under every engine.
 
-    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`).
-
-    Nothing that the files hold is run: objects of `register_for_checkpointing` are read with weights_only, a DCP folder
-    by `dcp_files`; ZeRO's files are unpickled, whatever is asked. Accelerate passes
-    over a random state that it cannot read: here it is an error.
+    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`), and
+    it passes over a random state that it cannot read: here that is an error. Nothing that the files hold is run:
+    objects of `register_for_checkpointing` are read with weights_only, DCP folders by `dcp`; only ZeRO's files are
+    always unpickled.
 
     Args:
         accelerator: The Accelerator, after `prepare`; every rank calls this.
@@ -70,7 +69,7 @@ def _plain_objects() -> Iterator[None]:
 
 
 def _set_random_state(path: Path) -> None:
-    """As Accelerate does, which says nothing where it fails; a rank that was not there before has no file."""
+    """Set the random state as Accelerate does, but fail loudly; a rank that is new has no file."""
     import numpy as np
     from accelerate.utils import load
 
@@ -82,7 +81,7 @@ def _set_random_state(path: Path) -> None:
         np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
         torch.set_rng_state(states["torch_manual_seed"])
         devices = states.get("torch_cuda_manual_seed", [])
-        # With another number of GPUs there is no state for each, as on another machine.
+        # With another number of GPUs there is no state for each of them.
         if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
     except Exception as error:

@@ -33,13 +33,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint.
-
-    Attributes:
-        path: Its folder.
-        step: Optimizer steps done.
-        metadata: What the writer noted beside the files.
-    """
+    """One whole checkpoint: its folder, the optimizer steps done, and what the writer noted beside the files."""
 
     path: Path
     step: int
@@ -67,10 +61,7 @@ def fsync(path: Path) -> None:
 def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
     """Replace a text file by a whole newer one; a crash leaves the old or the new, never a part.
 
-    Args:
-        path: The file.
-        text: All of it.
-        private: Let nobody else read it, whatever the umask allows.
+    With `private` nobody else may read it, whatever the umask allows.
     """
     beside = path.with_name(f".{path.name}.partial")
     # A killed process may have left one that others can read; it is not reused.
@@ -125,13 +116,13 @@ class Manifest:
     signed: bool = False
 
     def signature(self) -> int:
-        """The CRC-32 of the manifest's content, however the file spells it."""
+        """The CRC-32 of the manifest's content, whatever its formatting."""
         said = [self.format, self.step, {name: list(entry) for name, entry in self.files.items()}, self.metadata]
-        # As it will be read: keys that are numbers become text, and are then sorted otherwise.
+        # As it will be read: keys that are numbers become text, and sort differently.
         return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
 
     def text(self) -> str:
-        """The file, signed in its first line: no piece that is cut out takes the checksum and a value along."""
+        """The file, with its checksum in the first line, so that no single cut removes the checksum and a value."""
         return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature(), "signed": True}, indent=1)
 
 
@@ -185,11 +176,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files' size and CRC-32 with the manifest.
-
-    Raises:
-        CheckpointError: One is missing, short or changed, or cannot be read.
-    """
+    """Compare files' size and CRC-32 with the manifest; a CheckpointError names a missing, short or changed one."""
     for name in names:
         path, (size, crc) = folder / name, manifest.files[name]
         try:
@@ -201,11 +188,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def synced(folder: Path, names: Iterable[str] | None = None) -> dict[str, list[int]]:
-    """Bring files below `folder`, and the folders that they are in, to the disk.
-
-    Args:
-        folder: An unfinished checkpoint.
-        names: Of the files, relative to `folder`; None: all of them.
+    """Bring files below `folder` (`names`, or all of them), and the folders that they are in, to the disk.
 
     Returns:
         Name -> [size, CRC-32].
@@ -228,11 +211,7 @@ def partial_of(folder: Path, token: str = "") -> Path:
 def sign(partial: Path, step: int, files: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> None:
     """Write the manifest of a complete folder: from here on it is a checkpoint, whatever happens to the rename.
 
-    Args:
-        partial: The folder.
-        step: Optimizer steps done.
-        files: What `synced` gave of all its files.
-        metadata: JSON values to note beside the files.
+    `files` is what `synced` gave of all its files, `metadata` are JSON values to note beside them.
     """
     for note in partial.glob(f"{PART}*"):
         note.unlink()
@@ -272,8 +251,8 @@ class CheckpointStore:
         keep_best: How many of the highest `metadata["eval_accuracy"]` stay beside these.
         token: Marks the unfinished folders of this start, so that a process of an earlier one that is still alive
             somewhere can never write into them.
-        guard: Called before a checkpoint is begun and before it becomes whole; raises where the folder is another
-            run's by now.
+        guard: Called before a checkpoint is begun and before it becomes whole; raises where the folder has gone to
+            another run.
     """
 
     def __init__(
@@ -314,8 +293,7 @@ class CheckpointStore:
         Args:
             step: Optimizer steps done.
             metadata: JSON values to note beside the files.
-            files: Name -> [size, CRC-32] of all of them, where they were brought to the disk already; read and
-                synced here where None.
+            files: Name -> [size, CRC-32] of all of them, where they were brought to the disk already; None: done here.
 
         Raises:
             CheckpointError: One of `files` is missing or short.
@@ -324,7 +302,7 @@ class CheckpointStore:
         if files is None:
             files = synced(partial)
         _check_sizes(partial, files)
-        # From its manifest on a reader takes it for whole, wherever the rename was cut off.
+        # Once there is a manifest, readers take it for whole, even if the rename was cut off.
         self.guard()
         sign(partial, step, files, metadata)
         self.guard()
@@ -341,11 +319,7 @@ class CheckpointStore:
     def newest(
         self, refuse: Callable[[Checkpoint], str | None] = lambda _: None
     ) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and why newer folders were passed over.
-
-        Args:
-            refuse: Says why a whole checkpoint is not to be used, or None.
-        """
+        """The newest whole checkpoint that `refuse` gives no reason against, and why newer folders were skipped."""
         rejected = []
         self._recover()
         for folder in self._names():
@@ -394,13 +368,13 @@ def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    """Sorts steps by number, as some names have more digits than others; a folder of no step is the oldest."""
+    """A sort key by step number, as names differ in digits; a folder of no step is the oldest."""
     named = _NAMED.fullmatch(folder.name)
     return (int(named[1]) if named else -1), folder.name
 
 
 def _accuracy(folder: Path) -> float | None:
-    """The accuracy that a checkpoint notes; None for a torn one and within an epoch."""
+    """The accuracy that a checkpoint notes; None for a torn one, and for one written within an epoch."""
     try:
         score = read_manifest(folder).metadata.get(ACCURACY)
     except CheckpointError:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from robust_dist.checkpoint.store import CheckpointError
 
+# The kind of these checkpoints in a report.
+ZERO = "DeepSpeed folder"
 TAG = "pytorch_model"
 LATEST = "latest"
 _ALIGNMENT = 2
@@ -24,7 +26,7 @@ _TORN = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, Attr
 
 
 class _Opaque:
-    """Stands for a class of DeepSpeed whose objects are in the files and are not needed."""
+    """A stand-in for classes of DeepSpeed whose objects are in the files and are not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -71,6 +73,11 @@ class ZeroLayout:
         return {"zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": self.bf16}}
 
 
+def kind_of(stage: int) -> str:
+    """The kind of the engine with this stage."""
+    return f"zero{stage}"
+
+
 def model_file(rank: int, stage: int) -> str:
     """The name of a rank's model file; stages 0 to 2 have one for all."""
     return f"zero_pp_rank_{rank}_{_PLAIN_MODEL}" if stage == 3 else _PLAIN_MODEL
@@ -98,11 +105,7 @@ def is_zero(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """A file's contents, on the CPU.
-
-    Raises:
-        CheckpointError: It is missing, torn, or holds objects that loading would have to run.
-    """
+    """A file's contents, on the CPU; a CheckpointError if it is missing, torn, or holds objects that would be run."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; every rank's file is needed")
     try:
@@ -146,14 +149,11 @@ def join_group(
 ) -> list[Tensor]:
     """The tensors of a group from every rank's flat part of it; the inverse of `cut_group`.
 
-    Args:
-        parts: One a rank; those of stages 1 and 2 may lack the padding at the group's end.
-        shapes: Of the tensors, in the layout's order.
-        stage: 1, 2 or 3.
-        gaps: Elements of padding after each tensor (stages 1 and 2 with `parameter_alignment`).
+    Parts of stages 1 and 2 may lack the padding at the group's end; `gaps` are elements of padding after each tensor
+    (stages 1 and 2 with `parameter_alignment`).
 
     Raises:
-        ValueError: A part has not the size that the shapes ask for, with its rank.
+        ValueError: A part's size is not what the shapes ask for; the message names its rank.
     """
     numels = [math.prod(shape) for shape in shapes]
     if stage == 3:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, name_groups, read_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState, split_objects
+from robust_dist.checkpoint.training_state import ParameterNames, TrainingState, name_groups, read_names, split_objects
 from robust_dist.checkpoint.zero_files import (
     TAG,
     ZeroLayout,
     join_group,
+    kind_of,
     load,
     model_file,
     optimizer_file,
@@ -28,27 +28,12 @@ from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP
 
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
-# What DeepSpeed writes into a model file itself; everything else is the caller's client_state.
-_ENGINE_KEYS = frozenset(
-    (
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "dp_world_size",
-        "mp_world_size",
-        "checkpoint_parallel_dimensions",
-        "ds_config",
-        "ds_version",
-        "universal_checkpoint_info",
-    )
-) | set(_COUNTS)
+# What DeepSpeed itself writes into a model file; everything else is the caller's client_state.
+_ENGINE_KEYS = {
+    *("module", "buffer_names", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info"),
+    *("param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments", "ds_config", "ds_version"),
+    *("dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", *_COUNTS),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ def read_zero(path: Path) -> TrainingState:
     """A DeepSpeed checkpoint of ZeRO stage 0, 1, 2 or 3 as a state that belongs to no engine.
 
     DeepSpeed need not be installed. Parameters are the float32 masters. `extra` says what a DeepSpeed writer wants to
-    know: "deepspeed" (what of the JSON decides the layout, and the step counts), "buffers", "frozen" and "shared"
+    know: "zero" (what of the JSON decides the layout, and the step counts), "buffers", "frozen" and "shared"
     (names without state of their own; `shared` says which parameter each is), and "client_state".
 
     Args:
@@ -92,21 +77,16 @@ def read_zero(path: Path) -> TrainingState:
         state = _read_stage0(path, folder, file, content)
     else:
         state = _read_partitioned(folder, file, content, partitioned)
-    state.schedule = content["lr_scheduler"] or _accelerates_schedule(folder)
+    beside = folder.parent / "scheduler.bin"
+    state.schedule = content["lr_scheduler"] or (load(beside) if folder.name == TAG and beside.is_file() else None)
     state.extra = _extra(content, state) | state.extra | ({"objects": objects} if objects else {})
     return state
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's entries in a DeepSpeed checkpoint, of any optimizer: those that the forward pass uses.
+    """The model's entries in a folder as `read_zero` takes it, of any optimizer: those that the forward pass uses.
 
     Of stages 0 to 2 they have the dtype of training; of stage 3 parameters are the float32 masters.
-
-    Args:
-        path: As `read_zero`.
-
-    Raises:
-        CheckpointError: A rank's file is missing, torn, or of another save.
     """
     folder, _, partitioned, content = _opened(path)
     model, _ = split_objects(content["module"])
@@ -158,18 +138,13 @@ def _check_model_file(file: Path, content: Any) -> None:
         raise CheckpointError(f"{file}: holds no optimizer state")
 
 
-def _accelerates_schedule(folder: Path) -> dict[str, Any] | None:
-    beside = folder.parent / "scheduler.bin"
-    return load(beside) if folder.name == TAG and beside.is_file() else None
-
-
 def _extra(content: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
     owned = {name for group in state.groups for name in group["params"]}
     shared = same_memory(content["module"], owned) if content["shared_params"] is None else content["shared_params"]
     buffers = [name for name in content["buffer_names"] if name in state.model]
     others = owned.union(shared, buffers)
     return {
-        "deepspeed": asdict(ZeroLayout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
+        "zero": asdict(ZeroLayout.of(content["ds_config"])) | {k: content[k] for k in _COUNTS if k in content},
         "buffers": buffers,
         "shared": dict(shared),
         "frozen": [name for name in state.model if name not in others],
@@ -188,11 +163,7 @@ def _plain(client_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_optimizer(file: Path, groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Refuse the state of another optimizer; AdamW's has the same keys, but its groups have other settings.
-
-    Raises:
-        CheckpointError: A group lacks RAdaBeliefW's settings, or a state lacks one of its entries.
-    """
+    """Refuse the state of another optimizer; AdamW's has the same keys, but its groups have other settings."""
     wanted = (STEP, EXP_AVG, EXP_AVG_SQ)
     keys = next(({k for k in wanted if k not in state} and sorted(state) for state in states.values() if state), None)
     lacking = next(([k for k in _OURS if k not in group] for group in groups), [])
@@ -243,7 +214,7 @@ def _read_partitioned(folder: Path, file: Path, content: Mapping[str, Any], part
     whole = _with_shared(whole, content)
     model = {name: whole.get(name, tensor) for name, tensor in content["module"].items()}
     groups = _groups(shards[0], shapes, world_size, ZeroLayout.of(content["ds_config"]))
-    return TrainingState(model, optimizer, groups, engine=f"zero{shards[0].stage}", world_size=world_size)
+    return TrainingState(model, optimizer, groups, engine=kind_of(shards[0].stage), world_size=world_size)
 
 
 def _assemble(
@@ -317,7 +288,7 @@ def _read_stage0(path: Path, folder: Path, file: Path, content: Mapping[str, Any
     pairs = [pair for group, given in numbered for pair in zip(group["params"], given, strict=True)]
     optimizer = {name: dict(base["state"][number]) for number, name in pairs if base["state"].get(number)}
     extra = noted.extra() if noted else {}
-    return TrainingState(module, optimizer, groups, engine="zero0", world_size=content["dp_world_size"], extra=extra)
+    return TrainingState(module, optimizer, groups, engine=kind_of(0), world_size=content["dp_world_size"], extra=extra)
 
 
 def _stage0_names(

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.checkpoint.names import ParameterNames, write_names
 from robust_dist.checkpoint.store import CheckpointError
-from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.checkpoint.training_state import ParameterNames, TrainingState, write_names
 from robust_dist.checkpoint.zero_files import (
     LATEST,
     TAG,
@@ -35,7 +34,7 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
     """Write what `engine.load_checkpoint(folder, tag="pytorch_model")` and Accelerate's `load_state(folder)` take.
 
     The files are DeepSpeed's own format, so the JSON stays as it is, with `load_universal` off. The layout follows the
-    JSON's `round_robin_gradients` and `sub_group_size` as noted in `state.extra["deepspeed"]`, and DeepSpeed's defaults
+    JSON's `round_robin_gradients` and `sub_group_size` as noted in `state.extra["zero"]`, and DeepSpeed's defaults
     without it. Gradient clipping stays the engine's own. An fp16 engine's loss scale starts anew at stages 1 and 2;
     for stages 0 and 3 under fp16 there is no writer. Stage 3 needs DeepSpeed installed.
 
@@ -69,7 +68,7 @@ class _Writer:
     def __init__(self, state: TrainingState, stage: int, world_size: int, bf16: bool | None) -> None:
         self.state, self.stage, self.world_size = state, stage, world_size
         self.model = dict(state.model)
-        self.noted = dict(state.extra.get("deepspeed") or {})
+        self.noted = dict(state.extra.get("zero") or {})
         self.layout = _layout(self.noted, bf16)
         self.groups = [group for group in map(self._owned_group, state.groups) if group["params"]]
         self.owned = [name for group in self.groups for name in group["params"]]
@@ -104,7 +103,7 @@ class _Writer:
         for name in self.owned:
             held = self.state.optimizer.get(name)
             if held is not None and any(held[key].shape != self.model[name].shape for key in MOMENTS):
-                raise CheckpointError(f"parameter {name!r}: its state has not its shape, in the model")
+                raise CheckpointError(f"parameter {name!r}: its state does not have its shape in the model")
         for group in self.groups if self.stage > 0 else []:
             steps = {name: self._step(name) for name in group["params"]}
             lacking = [name for name, step in steps.items() if step is None]
@@ -183,7 +182,7 @@ class _Writer:
         return self.model[name].detach().to(torch.float32)
 
     def _moment(self, name: str, key: str) -> Tensor:
-        # A load drops the state that an engine makes at its start, and parts of the engine rely on there being some.
+        # A load drops the state that an engine makes at its start, and parts of the engine need some.
         held = self.state.optimizer.get(name)
         return torch.zeros_like(self._master(name)) if held is None else held[key].to(torch.float32)
 
@@ -192,19 +191,13 @@ class _Writer:
         groups = [{**group, "params": numbers} for group, numbers in zip(self.groups, self.members, strict=True)]
         states = {i: {key: value for key, value in part.items() if key != "fp32"} for i, part in enumerate(parts)}
         base, fp32 = {"state": states, "param_groups": groups}, [part["fp32"] for part in parts]
-        common = {"zero_stage": self.stage, "dynamic_loss_scale": False, "overflow": False, "ds_version": _version()}
+        common = {"zero_stage": self.stage, "overflow": False, "ds_version": _version()}
         if self.stage == 3:
-            scaler = {"loss_scaler": _loss_scaler(), "partition_count": self.world_size}
+            scaler = {"dynamic_loss_scale": False, "loss_scaler": _loss_scaler(), "partition_count": self.world_size}
             return common | scaler | {"optimizer_state_dict": base, "fp32_flat_groups": fp32}
+        # They keep the engine's own loss scale where the file says nothing.
         counts = {"partition_count": [self.world_size] * len(fp32), "group_paddings": [0] * len(fp32)}
-        return (
-            _without_scale(common)
-            | counts
-            | {
-                "base_optimizer_state": base,
-                "single_partition_of_fp32_groups": fp32,
-            }
-        )
+        return common | counts | {"base_optimizer_state": base, "single_partition_of_fp32_groups": fp32}
 
     def _model(self, rank: int) -> dict[str, Any]:
         """The model file of a rank."""
@@ -260,11 +253,6 @@ class _Writer:
 def _layout(noted: Mapping[str, Any], bf16: bool | None) -> ZeroLayout:
     fields = {key: noted[key] for key in ("bf16", "round_robin_gradients", "sub_group_size") if key in noted}
     return ZeroLayout(**fields | ({} if bf16 is None else {"bf16": bf16}))
-
-
-def _without_scale(common: Mapping[str, Any]) -> dict[str, Any]:
-    # Stages 1 and 2 keep the engine's own scaling where the file says nothing.
-    return {key: value for key, value in common.items() if key != "dynamic_loss_scale"}
 
 
 def _loss_scaler() -> Any:

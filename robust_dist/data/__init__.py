@@ -1,6 +1,6 @@
 """Data sets that lie on the device or in the host's memory, and how an epoch is cut between ranks."""
 
-from robust_dist.data.batch import Batch
+from robust_dist.data.batches import Batch
 from robust_dist.data.errors import DataError
 from robust_dist.data.image_set import HostSet, ImageSet
 from robust_dist.data.loader import DeviceLoader, evaluation_batches

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from robust_dist.data.errors import DataError
-from robust_dist.data.names import composed
+from robust_dist.data.source import composed
 
 NAMED = 5
 

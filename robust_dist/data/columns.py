@@ -41,15 +41,9 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 def plain_labels(
     column: Any, classes: tuple[str, ...] | None, name: str, num_classes: int | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels int32 [N] and classes of a column of whole numbers or of strings.
+    """Labels int32 [N] and classes of a column of whole numbers or of strings, a `pyarrow.ChunkedArray`.
 
     See `number_classes` and `text_classes`.
-
-    Args:
-        column: a `pyarrow.ChunkedArray`.
-        classes: of the training split, or None.
-        name: what error messages call the set.
-        num_classes: how many classes there are, where not all numbers occur.
 
     Raises:
         DataError: a missing label, which an empty string is too (names the first row without one), or one that is

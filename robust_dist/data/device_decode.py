@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robust_dist.data.batch import Pack, Request
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import crop_box, decode_rgb, header, is_turned, resized_size
+from robust_dist.data.batches import Pack, Request
+from robust_dist.data.decode import CentralCrop, RandomCrop, decode_rgb, header, is_turned, resized_size
 from robust_dist.data.errors import BadImage, BadImageError
 from robust_dist.data.reading import ImageReader, filled, room
 from robust_dist.data.source import Upright
@@ -195,13 +194,10 @@ def cropped(image: Tensor, crop: Any, key: int) -> Tensor:
         image: uint8 [3, H, W].
         crop: `RandomCrop` or `CentralCrop`.
         key: of the sample.
-
-    Returns:
-        uint8 [3, size, size].
     """
     height, width = image.shape[1:]
     if isinstance(crop, RandomCrop):
-        left, top, right, bottom = crop_box(width, height, key, scale=crop.scale, ratio=crop.ratio)
+        left, top, right, bottom = map(int, crop.window(width, height, key).box)
         return _resized(image[:, top:bottom, left:right], crop.size, crop.size)
     assert isinstance(crop, CentralCrop)
     wide, high = resized_size(width, height, crop.resize)

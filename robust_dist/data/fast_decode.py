@@ -1,11 +1,12 @@
-"""JPEGs decoded only as large as their crop needs them: `data.decode: fast`, with the boxes of the exact way.
+"""JPEGs decoded only as large as their crop needs, and only down to it: `data.decode: fast`, with the boxes of exact.
 
 By simplejpeg (libjpeg-turbo), or without it by Pillow, whose pixels are the same and take longer. All other files, and
 what simplejpeg finds fault with, are Pillow's, so that the rules for bad images are those of `decode_rgb`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from struct import Struct
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robust_dist.data.crops import Window
-from robust_dist.data.decode import MAX_PIXELS, decode_rgb, header, orientation, planes, to_tensor
+from robust_dist.data.decode import MAX_PIXELS, Window, decode_rgb, header, orientation, planes, to_tensor
+from robust_dist.data.errors import BadImageError
 from robust_dist.data.source import Upright
 
 try:
@@ -40,9 +41,14 @@ _TURNS = {
 _AS_STORED = (False, False, False)
 # Of JPEG: baseline, extended and progressive frames; and what may stand before them: tables, APP0 to APP15, a comment.
 _FRAMES, _FRAME = (0xC0, 0xC1, 0xC2), Struct(">BHHB")
+_PROGRESSIVE, _RESTARTS, _SCAN, _END = 0xC2, 0xDD, 0xDA, b"\xff\xd9"
 _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 # Has the EXIF orientation, as EXIF or in XMP.
 _APP1 = 0xE1
+# libjpeg's first warning about a file whose data go on below its frame and end there, without any other fault.
+_GOES_ON = "extraneous bytes before marker 0xd9"
+# Rows below a row that count in its colours, where these have half the height.
+_CONTEXT = 2
 
 Size = tuple[int, int]
 
@@ -50,7 +56,8 @@ Size = tuple[int, int]
 def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     """What `crop` makes of an image file's bytes, from the same box as of `decode_rgb(data)`.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where its box is at least so many times as wide and as high as the result.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where its box is at least so many times as wide and as high as the result, and
+    no further down than the box, where that cannot take a torn file for a good one.
 
     Args:
         data: the whole file.
@@ -73,15 +80,15 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
     window: Window = crop.window(*((height, width) if turn[2] else (width, height)), key)
     window = _stored(window, width, height, turn)
     shrink = next((one for one in SHRINKS if window.scale >= one), 1)
-    return _turned(resized(_pixels(data, width, height, shrink), window, shrink, shrink), turn)
+    last = rows_of(window, shrink, shrink, -(-height // shrink))[1]
+    pixels = _pixels(data, width, height, shrink, rows=shrink * (last + _CONTEXT))
+    return _turned(resized(pixels, window, shrink, shrink), turn)
 
 
 def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndarray, Size]:
     """An image file's pixels, whole and upright where that is asked for, and its width and height.
 
-    Args:
-        data: the whole file.
-        needed: takes width and height, and gives the number of pixels that a JPEG's decoder leaves, at least.
+    A JPEG's decoder leaves `needed(width, height)` pixels at least.
 
     Returns:
         uint8 [H, W, 3], and the size that the file says.
@@ -95,7 +102,7 @@ def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndar
         return np.asarray(image), image.size
     width, height = found[0]
     shrink = next((one for one in SHRINKS if width * height >= needed(width, height) * one**2), 1)
-    return _pixels(data, width, height, shrink), (width, height)
+    return _pixels(data, width, height, shrink, rows=height), (width, height)
 
 
 def _jpeg(data: bytes) -> tuple[Size, tuple[bool, bool, bool]] | None:
@@ -111,16 +118,45 @@ def _jpeg(data: bytes) -> tuple[Size, tuple[bool, bool, bool]] | None:
 
 def plain_size(data: bytes) -> Size | None:
     """Width and height of a usual JPEG of grey or three colours; None where Pillow must look, which takes longer."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and len(data) > at + 10 and data.startswith(b"\xff\xd8"):
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+    for marker, at in _segments(data):
         if marker in _FRAMES:
             bits, height, width, colours = _FRAME.unpack_from(data, at + 4)
             usual = bits == 8 and colours in (1, 3) and 0 < width * height <= MAX_PIXELS
             return (width, height) if usual else None
-        if marker not in _SEGMENTS or length < 2 or (marker == _APP1 and isinstance(data, Upright)):
+        if marker not in _SEGMENTS or (marker == _APP1 and isinstance(data, Upright)):
+            break
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of each segment of a JPEG's header, the first scan's included, as far as they are whole."""
+    at = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while data[at : at + 1] == b"\xff" and len(data) > at + 10:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        yield marker, at
+        if marker == _SCAN or length < 2:
             break
         at += 2 + length
+
+
+def _lowered(data: bytes, rows: int) -> tuple[bytes, int] | None:
+    """A JPEG whose header says `rows` rows, or a few more, and how many; None where the decoder may not stop there.
+
+    Pillow refuses a file that ends before its last row, so there must be an end mark. With one, and with a single scan
+    and no restart marks, Pillow refuses no rows: it fills up what is missing.
+    """
+    frame = None
+    for marker, at in _segments(data):
+        if marker in (_PROGRESSIVE, _RESTARTS):
+            return None
+        if marker in _FRAMES:
+            frame = at
+        if marker == _SCAN and frame is not None:
+            _, height, _, colours = _FRAME.unpack_from(data, frame + 4)
+            block = 8 * max(data[frame + 11 + 3 * colour] & 15 for colour in range(colours))
+            rows = -(-rows // block) * block
+            if rows < height and data[at + 4] == colours and data.rfind(_END, at) > 0:
+                return data[: frame + 5] + rows.to_bytes(2, "big") + data[frame + 7 :], rows
     return None
 
 
@@ -133,22 +169,33 @@ def decoder_name(choice: str = "fast") -> str:
     return f"Pillow {metadata.version('pillow')}"
 
 
-def _pixels(data: bytes, width: int, height: int, shrink: int) -> np.ndarray:
-    """The stored image, uint8 [ceil(height / shrink), ceil(width / shrink), 3]."""
-    shape = (-(-height // shrink), -(-width // shrink), 3)
-    pixels = None if simplejpeg is None else _by_simplejpeg(data, *shape[:2])
-    return np.array(decode_rgb(bytes(data), shrink=shrink)) if pixels is None or pixels.shape != shape else pixels
+def _pixels(data: bytes, width: int, height: int, shrink: int, *, rows: int) -> np.ndarray:
+    """The stored image's first `rows` rows at least, uint8 [ceil(rows / shrink) or more, ceil(width / shrink), 3]."""
+    lowered = _lowered(data, rows)
+    decode = _by_pillow if simplejpeg is None else _by_simplejpeg
+    pixels = None if lowered is None else decode(lowered[0], width, lowered[1], shrink)
+    if pixels is None and simplejpeg is not None:
+        pixels = _by_simplejpeg(data, width, height, shrink)
+    return np.array(decode_rgb(bytes(data), shrink=shrink)) if pixels is None else pixels
 
 
-def _by_simplejpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
+def _by_pillow(data: bytes, width: int, height: int, shrink: int) -> np.ndarray | None:
+    """None where it finds fault with the file."""
+    with contextlib.suppress(BadImageError):
+        return np.array(decode_rgb(data, shrink=shrink))
+    return None
+
+
+def _by_simplejpeg(data: bytes, width: int, height: int, shrink: int) -> np.ndarray | None:
     """None where it finds fault with the file: Pillow says whether there is one."""
+    pixels = np.empty((-(-height // shrink), -(-width // shrink), 3), np.uint8)
     try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-        return pixels
+        simplejpeg.decode_jpeg(data, "RGB", min_height=pixels.shape[0], min_width=pixels.shape[1], buffer=pixels)
     except MemoryError:
         raise
-    except Exception:  # What a decoder raises over a bad file can be of any type.
-        return None
+    except Exception as error:  # What a decoder raises over a bad file can be of any type.
+        return pixels if _GOES_ON in str(error) else None
+    return pixels
 
 
 def _stored(window: Window, width: int, height: int, turn: tuple[bool, bool, bool]) -> Window:

@@ -1,10 +1,12 @@
-"""A folder of images, a sub-folder a class: the layout of torchvision's ImageFolder."""
+"""Image folders: a folder a class. Where there are no parts, a hash of each name says which are for evaluation."""
 
 import copy
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,11 +15,9 @@ import numpy as np
 from robust_dist.data.classes import Names, check_same_classes, some
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.identity import fingerprint
-from robust_dist.data.names import composed
-from robust_dist.data.packed import PackedStrings
-from robust_dist.data.source import Upright, check_index, turns_upright
-from robust_dist.data.split import Split
+from robust_dist.data.source import PackedStrings, Upright, check_index, composed, turns_upright
 
+_RANGE = 2**64
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".gif", ".jfif", ".avif"),
@@ -25,8 +25,51 @@ EXTENSIONS = (
 SCANNERS = 16
 # Parts of a set, which are no classes.
 PARTS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing"}
-HIDDEN, LOOSE = "hidden", "outside of the class folders"
 LAYOUT = "an image folder has one sub-folder a class: <folder>/<class>/<image>"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A choice of evaluation images.
+
+    Attributes:
+        eval_share: Share of the images, above 0 and below 1.
+        seed: Another one chooses others.
+    """
+
+    eval_share: float
+    seed: int = 0
+
+    def evaluates(self, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
+        """Bool [N]: which images are for evaluation.
+
+        A name's hash is below the share, or not. A class of two or more images has at least one in each part: where its
+        hashes alone would leave a part empty, the image of the lowest or of the highest hash goes there. The one of a
+        class of one image is for training.
+
+        Args:
+            names: Of the images, each once.
+            labels: Of the images, whole numbers [N].
+        """
+        hashes = np.array([self._hash(name) for name in names], dtype=np.uint64)
+        chosen = hashes < np.uint64(int(self.eval_share * _RANGE))
+        order = np.lexsort((hashes, labels))
+        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            if len(places) < 2:
+                chosen[places] = False
+            elif not chosen[places].any():
+                chosen[places[0]] = True
+            elif chosen[places].all():
+                chosen[places[-1]] = False
+        return chosen
+
+    def _hash(self, name: str) -> int:
+        key = self.seed.to_bytes(8, "little")
+        digest = hashlib.blake2b(composed(name).encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
+        return int.from_bytes(digest, "little")
+
+
+HIDDEN, LOOSE = "hidden", "outside of the class folders"
 
 
 class ImageFolderSource:

@@ -5,13 +5,12 @@ made just now or lay there. So the folder may be deleted at any time, and a full
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import struct
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +24,7 @@ from robust_dist.data.decode import decode_rgb, header
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.fast_decode import Size, fast_pixels, resized, rows_of
 from robust_dist.data.source import ImageSource, Upright
-from robust_dist.data.spool import Spool
+from robust_dist.data.spool import Spool, locked
 
 # Of the disk, what stays free.
 LEFT_FREE = 0.05
@@ -128,7 +127,7 @@ class ImageCache:
             (self.folder / self.name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise DataError(f"the folder {self.folder} cannot be written ({error}); set data.cache_dir") from error
-        with contextlib.suppress(OSError), self._locked():
+        with contextlib.suppress(OSError), locked(self.folder / "lock"):
             ours = self.folder / self.name
             os.utime(ours)
             sets = self._sets()
@@ -150,22 +149,12 @@ class ImageCache:
         disk = os.statvfs(self.folder)
         if disk.f_bavail * disk.f_frsize - size < LEFT_FREE * disk.f_blocks * disk.f_frsize:
             return False
-        with self._locked():
+        with locked(self.folder / "lock"):
             fits = self.used() + size <= self.most_bytes
             if fits:
                 noted = self.folder / self.name / "bytes"
                 noted.write_text(str(_number(noted) + size))
         return fits
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        # The system takes back the lock of a process that is killed.
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def _sets(self) -> list[tuple[int, float, Path]]:
         """Bytes, time of the last start and folder of each set."""

@@ -1,22 +1,25 @@
-"""Labelled sets of small images, uint8, that lie whole on one device (ImageSet) or in the host's memory (HostSet)."""
+"""Sets that lie whole on the device or in the host's memory, and which of them lies where."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from robust_dist.data.batch import Pack, Request
+from robust_dist.data.batches import Order, Pack, Permutation, Request
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.identity import fingerprint, spread
-from robust_dist.data.loader import Direct
-from robust_dist.data.moving import Prefetcher
-from robust_dist.data.order import Order, Permutation
+from robust_dist.data.loader import Direct, Prefetcher
 from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.data.source import ImageSource
 
 # Images that a fingerprint looks at.
 SPREAD = 64
+KeepOn = Literal["auto", "device", "host"]
+Place = Literal["device", "host"]
+# Of the device's free memory; the rest is for the model, its optimizer and its activations.
+SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,3 +243,43 @@ def _check_labels(image_set: ImageSet) -> None:
             f"{image_set.name}: image {index} has label {int(image_set.labels[index])}, "
             f"outside the {image_set.num_classes} classes (0 to {image_set.num_classes - 1})"
         )
+
+
+def choose_places(sizes: Sequence[int], free: int | None, keep_on: KeepOn = "auto") -> list[Place]:
+    """Where sets of so many bytes are to lie; the first ones have the first choice.
+
+    Args:
+        sizes: Bytes of each.
+        free: Bytes that the device has free; None where it cannot be asked, as a CPU, whose memory is the host's.
+        keep_on: "auto" takes the device for sets that together need at most half of its free memory, else the host.
+    """
+    places: list[Place] = []
+    room = 0.0 if free is None else SHARE * free
+    for size in sizes:
+        fits = keep_on == "device" or (keep_on == "auto" and (free is None or size <= room))
+        places.append("device" if fits else "host")
+        room -= size if fits else 0
+    return places
+
+
+def place(sets: Sequence[ImageSet], device: torch.device, keep_on: KeepOn = "auto") -> list[ImageSet | HostSet]:
+    """The sets where they are to lie, given out on `device`.
+
+    Raises:
+        DataError: keep_on="device", and a set does not fit; names the bytes needed and the bytes free.
+    """
+    places = choose_places([one.nbytes for one in sets], free_bytes(device), keep_on)
+    return [
+        HostSet(one, device) if where == "host" else _on_device(one, device, keep_on)
+        for one, where in zip(sets, places, strict=True)
+    ]
+
+
+def _on_device(image_set: ImageSet, device: torch.device, keep_on: KeepOn) -> ImageSet:
+    free = free_bytes(device)
+    if free is not None and image_set.nbytes > free:
+        raise DataError(
+            f"data.keep_on={keep_on!r}: {image_set.name} needs {image_set.nbytes:,} bytes on {device}, where {free:,} "
+            "are free; set data.keep_on=host (or auto), which streams it from the host's memory, or free the device's"
+        )
+    return image_set.to(device)

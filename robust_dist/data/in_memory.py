@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from robust_dist.augment.keys import sample_keys
-from robust_dist.data.batch import Request
+from robust_dist.data.batches import Request
 from robust_dist.data.decode import decode_rgb, to_tensor
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.image_set import ImageSet
-from robust_dist.data.names import printable
 from robust_dist.data.reading import ImageReader, Workers
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, printable
 
 # Images of a request to a worker; and how many of a set's first images are tried for their size.
 AT_ONCE, TRIED = 512, 100
@@ -51,9 +50,9 @@ def load_into_memory(
     """Decode every image of a source into an ImageSet on the CPU.
 
     Args:
-        source: The images; all must be `size` pixels high and wide.
-        size: Height and width in pixels; checked before any worker starts, as is the room in memory.
-        workers: Processes that decode; 0 decodes in this one. No more start than the process may use cores.
+        source: The images.
+        size: Height and width of all of them; checked before any worker starts, as is the room in memory.
+        workers: Processes that decode, at most one a core; 0 decodes in this one.
         max_bad_share: The largest share of images that may be unreadable. They are left out and named in
             `ImageSet.unreadable`.
         free: Bytes of the host's memory that may be used; None where nothing tells.
@@ -89,7 +88,7 @@ def load_into_memory(
 
 
 def _requests(count: int) -> Iterator[Request]:
-    """All samples in the source's order; nothing is drawn, so their keys are of no account."""
+    """All samples in the source's order; nothing is drawn, so the keys do not matter."""
     for start in range(0, count, AT_ONCE):
         indices = torch.arange(start, min(start + AT_ONCE, count))
         yield Request(indices, sample_keys(0, 0, indices))

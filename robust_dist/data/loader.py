@@ -1,18 +1,81 @@
-"""Loader: epochs of any set, in their order, cut between ranks; and exact evaluation."""
+"""Epochs of a set as batches on the device, copied there while the last step runs; its evaluation batches."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from robust_dist.data.batch import Batch, Pack, Request
-from robust_dist.data.batches import BatchPlan, Cut, check_counts, check_rank, even_cuts
+from robust_dist.data.batches import Batch, BatchPlan, Cut, Pack, Request, check_counts, check_rank, even_cuts
 from robust_dist.data.errors import BadImage
 
+T = TypeVar("T", bound=tuple[Any, ...])
 if TYPE_CHECKING:
     from robust_dist.data.sets import LabelledSet
+
+
+class Prefetcher:
+    """Gives items out on a device, and copies the next one while the last one is in use.
+
+    On a CPU nothing runs ahead.
+
+    Args:
+        device: where tensors go; None leaves them where they are.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    @property
+    def ahead(self) -> int:
+        """How many items are worth copying before they are asked for."""
+        return 0 if self._stream is None else 1
+
+    def run(self, items: Iterable[list[T]]) -> Iterator[list[T]]:
+        """The items, named tuples each, with their tensors on the device; what is no tensor stays as it is.
+
+        The copies do not wait where tensors lie in pinned memory.
+        """
+        under_way: deque[list[tuple[T, torch.cuda.Event | None]]] = deque()
+        for item in items:
+            under_way.append([self._start(part) for part in item])
+            if len(under_way) > self.ahead:
+                yield [self._finish(*part) for part in under_way.popleft()]
+        for rest in under_way:
+            yield [self._finish(*part) for part in rest]
+
+    def _start(self, part: T) -> tuple[T, torch.cuda.Event | None]:
+        if self.device is None:
+            return part, None
+        if self._stream is None:
+            return _with_tensors(part, lambda tensor: tensor.to(self.device)), None
+        with torch.cuda.stream(self._stream):
+            moved = _with_tensors(part, lambda tensor: _pinned(tensor).to(self.device, non_blocking=True))
+            return moved, self._stream.record_event()
+
+    def _finish(self, part: T, arrived: torch.cuda.Event | None) -> T:
+        """The copies, for use on the current stream, which waits for them; this process does not."""
+        if arrived is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            for value in part:
+                if isinstance(value, Tensor):
+                    # Their memory belongs to the copying stream, which must not reuse it while this one reads.
+                    value.record_stream(current)
+        return part
+
+
+def _with_tensors(part: T, change: Callable[[Tensor], Tensor]) -> T:
+    changed: T = type(part)(*(change(value) if isinstance(value, Tensor) else value for value in part))
+    return changed
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
 
 
 class Reader(Protocol):
@@ -30,8 +93,7 @@ class Reader(Protocol):
 class Direct:
     """Reads in this process, when it is asked.
 
-    Args:
-        fetch: makes the pack of a request.
+    `fetch` makes the pack of a request.
     """
 
     def __init__(self, fetch: Callable[[Request], Pack]) -> None:
@@ -60,11 +122,8 @@ class _Part(NamedTuple):
 class Loader:
     """Training batches of a set, a pure function of (seed, epoch, step, rank, world size).
 
-    The order of an epoch is drawn from (seed, epoch) alone, so 1, 2 or 4 ranks see the same global batches; each is
-    `batch_size` consecutive samples of it, cut into contiguous runs of whole blocks of `block` samples, as even as
-    possible: one a rank, and within a rank one a micro-batch. So every rank takes the same number of steps. Parts may
-    differ in size, so the loss is a sum divided by `Batch.global_size`. CutMix of mode "elem" draws partners within a
-    block and so sees the same pairs at any world size, provided that it has the same `block`.
+    The order of an epoch is drawn from (seed, epoch) alone, and cut as `Cut` says: every rank takes the same number of
+    steps. Micro-batches may differ in size, so the loss is a sum divided by `Batch.global_size`.
 
     A batch that lies elsewhere is copied to the set's device while the step before it runs. A resumed epoch reads
     nothing of the steps that are done.
@@ -138,17 +197,7 @@ class Loader:
 
 
 class DeviceLoader(Loader):
-    """The Loader of a set, with the `Cut` as arguments.
-
-    Args:
-        image_set: the set; batches lie on its device.
-        batch_size: samples of a global batch (all ranks, all micro-batches).
-        seed: of the order and of the keys.
-        rank: this process, 0 to world_size - 1.
-        world_size: number of processes.
-        accumulation: micro-batches an optimizer step.
-        block: samples that are never parted.
-        drop_last: leave out the last, shorter global batch of an epoch; else every sample is seen once an epoch.
+    """The Loader of a set, whose batches lie on the set's device, with the fields of `Cut` as arguments.
 
     Raises:
         TypeError: a count that is no int.
@@ -178,14 +227,8 @@ def evaluation_batches(
     Shares differ by one sample at most, so ranks may have different numbers of batches, and with fewer samples than
     ranks some have none: sum over ranks after the loop, not in it.
 
-    Args:
-        image_set: the set, walked in its own order.
-        batch_size: samples a batch at most, on each rank.
-        rank: this process.
-        world_size: number of processes.
-
     Returns:
-        Iterator of (images uint8 [b, C, H, W], labels int64 [b]).
+        Iterator of (images uint8 [b, C, H, W], labels int64 [b]) in the set's own order, b at most `batch_size`.
 
     Raises:
         ValueError: batch_size or world_size below 1, or a rank outside the world.

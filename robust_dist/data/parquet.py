@@ -170,10 +170,10 @@ def open_parquet(
         name: what error messages call the set.
         image_column: see `find_columns`.
         label_column: see `find_columns`.
-        num_classes: see `plain_labels`.
-        classes: of the training split, where this is another one.
+        num_classes: see `number_classes`.
+        classes: see `number_classes`.
         features: `datasets.Features`, where known from elsewhere than the files.
-        spool_dir: a folder on this node's own disk for the row groups under way; see `Spool`.
+        spool_dir: the folder of the `Spool`.
         upright: whether images are turned by their EXIF orientation.
 
     Raises:

@@ -7,23 +7,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from robust_dist.data.digits import load_digits
+from robust_dist.data.registry import load_digits
 
 # Scans of the digit that has the fewest.
 FEWEST = 174
 
 
 def write_pictures(folder: Path, count: int, side: int | None = None) -> int:
-    """Write files `folder`/DIGIT/NUMBER.png: as many scans of each digit.
+    """Write files `folder`/DIGIT/NUMBER.png, as many scans of each digit; returns how many in all.
 
     Args:
         folder: Made here.
-        count: Of files.
+        count: Of files; rounded down to a multiple of 10.
         side: Makes them JPEGs of so many pixels a side, enlarged, with noise of a photograph's spectrum over them; PNGs
             of 32x32 pixels where it is None.
-
-    Returns:
-        How many were written: count, rounded down to a multiple of 10.
 
     Raises:
         FileExistsError: `folder` is there.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from robust_dist.data.batch import Pack, Request
+from robust_dist.data.batches import Pack, Request
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImage, BadImageError, WorkersLostError
 from robust_dist.data.fast_decode import fast_crop

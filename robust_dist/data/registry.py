@@ -1,19 +1,70 @@
-"""The data sets by name."""
+"""The data sets by name; the embedded one of scikit-learn's digits, which needs no network."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from robust_dist.data.cifar import load_cifar10, load_cifar100
-from robust_dist.data.digits import load_digits
-from robust_dist.data.fashion_mnist import load_fashion_mnist
-from robust_dist.data.image_set import ImageSet
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
+from robust_dist.data.image_set import ImageSet
+from robust_dist.data.published import load_cifar10, load_cifar100, load_fashion_mnist
+from robust_dist.extras import require
+
+SIZE = 32
+MAX_VALUE = 16
+HELD_OUT_SHARE = 0.2
 # Entry points by which installed packages add sources of image files.
 SOURCES = "robust_dist.sources"
 # Sets whose files are compared with the published ones.
 CHECKED = ("cifar10", "cifar100")
+
+
+def load_digits(root: Path, train: bool, download: bool) -> ImageSet:
+    """1,797 scans of handwritten digits, 8x8 grey, as RGB 32x32; `root` and `download` have no meaning here.
+
+    Each scan (values 0 to 16) is scaled to 0..255 and enlarged 4 times (bilinear) in three equal channels. 20 % of
+    each class are held out by a hash of the scan's number, so that the split never changes: 1,438 / 359.
+
+    The set is not hard: on this split 1-nearest-neighbour reaches 99.44 % and logistic regression 98.05 %. One held-out
+    image is 0.28 points, and the binomial error at 98.5 % is 0.64 points: it shows that a recipe runs and learns, it
+    cannot rank optimizers. Digits have a handedness, so no horizontal flip.
+
+    Source: UCI's Optical Recognition of Handwritten Digits (CC BY 4.0), in scikit-learn (BSD-3).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    del root, download
+    bunch = require("sklearn.datasets", extra="train", purpose="the data set 'digits'").load_digits()
+    labels = torch.tensor(bunch.target.tolist(), dtype=torch.int64)
+    chosen = held_out(labels) != train
+    scans = torch.tensor(bunch.images.tolist(), dtype=torch.float32)[chosen]
+    classes = tuple(str(digit) for digit in range(10))
+    return ImageSet(enlarge(scans), labels[chosen], classes, f"digits ({'train' if train else 'test'})")
+
+
+def enlarge(scans: Tensor) -> Tensor:
+    """float32 [N, 8, 8] with values 0..16 to uint8 [N, 3, 32, 32] with values 0..255, bilinear."""
+    scaled = scans[:, None] * (255 / MAX_VALUE)
+    large = interpolate(scaled, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    return large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
+
+
+def held_out(labels: Tensor) -> Tensor:
+    """Bool [N]: 20 % of each class (rounded), those whose number has the smallest SHA-256."""
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = sorted((labels == label).nonzero().flatten().tolist(), key=_hash)
+        mask[members[: round(HELD_OUT_SHARE * len(members))]] = True
+    return mask
+
+
+def _hash(number: int) -> bytes:
+    return hashlib.sha256(str(number).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -117,7 +168,7 @@ def load_dataset(
 
     Args:
         name: a key of `DATASETS`.
-        root: the folder that holds, or shall hold, the sets' own folders.
+        root: the folder of the sets' own folders.
         train: the training split, else the test split.
         download: fetch what is missing; no file that is there is written over. With False nothing is written anywhere.
         own_files: for CIFAR, take files that differ from the published ones as they are.

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from robust_dist.data.batch import Batch
-from robust_dist.data.batches import Cut
+from robust_dist.data.batches import Batch, Cut, Order
 from robust_dist.data.errors import BadImage
-from robust_dist.data.loader import Loader, Reader
-from robust_dist.data.moving import Prefetcher
-from robust_dist.data.order import Order
+from robust_dist.data.loader import Loader, Prefetcher, Reader
 
 
 class EvalBatch(NamedTuple):
-    """Samples to evaluate, on the device.
-
-    Attributes:
-        images: uint8 [b, C, H, W].
-        labels: int64 [b].
-        good: bool [b], whether a sample counts; None where all do.
-    """
+    """Samples to evaluate, on the device: uint8 [b, C, H, W], int64 [b], and bool [b], or None where all count."""
 
     images: Tensor
     labels: Tensor

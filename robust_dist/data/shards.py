@@ -14,10 +14,8 @@ import numpy as np
 from robust_dist.data.classes import check_count, number_classes, some, text_classes
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.identity import Stretch, fingerprint, stretches_of_files
-from robust_dist.data.packed import PackedStrings, bounds_of
-from robust_dist.data.shard_index import ShardIndex, index_of
-from robust_dist.data.shard_members import Keys, first_members
-from robust_dist.data.source import Upright, check_index, turns_upright
+from robust_dist.data.shard_index import Keys, ShardIndex, first_members, index_of
+from robust_dist.data.source import PackedStrings, Upright, bounds_of, check_index, turns_upright
 from robust_dist.extras import require
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff", "avif")

@@ -1,6 +1,13 @@
-"""What a loader asks of images that do not fit on a device: random access to encoded files and their labels."""
+"""What a loader asks of images that do not fit on a device; their names, and very many of them in little memory."""
 
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
+
+import numpy as np
+
+_IN_A_LINE = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
 
 class Upright(bytes):
@@ -62,3 +69,77 @@ def turns_upright(exif: str, *, auto: bool) -> bool:
     if exif not in ("auto", "on", "off"):
         raise ValueError(f"exif must be 'auto', 'on' or 'off', not {exif!r}")
     return exif == "on" or (exif == "auto" and auto)
+
+
+def composed(name: str) -> str:
+    """The name in Unicode's composed form (NFC), by which names are compared: macOS writes the other one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def as_line(name: str) -> bytes:
+    r"""The name's own bytes, with \n, \r, \t and \\ in the place of what would end a line or a field."""
+    return os.fsencode(name.translate(_IN_A_LINE))
+
+
+def printable(name: str) -> str:
+    """The name for a terminal or a picture: bytes that are not UTF-8, and characters without a shape, as escapes."""
+    return name if name.isprintable() else "".join(map(_shown, name))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    # Python keeps a byte that is not UTF-8 as a surrogate.
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+class PackedStrings:
+    """A list of strings that is pickled, forked and kept as one block of bytes and one of offsets.
+
+    A list of Python strings would be copied page by page into every forked worker, as soon as it counts references.
+
+    Args:
+        data: uint8 [bytes], the strings one after the other, as the file system encodes names.
+        bounds: int64 [N + 1], where each one begins, and the end.
+    """
+
+    def __init__(self, data: np.ndarray, bounds: np.ndarray) -> None:
+        self.data = data
+        self.bounds = bounds
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "PackedStrings":
+        """Pack strings; those that are not UTF-8 come back as the file system gave them."""
+        encoded = [os.fsencode(string) for string in strings]
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), bounds_of([len(part) for part in encoded]))
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedStrings"]) -> "PackedStrings":
+        """The strings of all parts, in order."""
+        data = np.concatenate([np.zeros(0, dtype=np.uint8), *(part.data for part in parts)])
+        return cls(data, bounds_of(np.concatenate([[], *(np.diff(part.bounds) for part in parts)])))
+
+    def part(self, start: int, stop: int) -> "PackedStrings":
+        """The strings from start to stop."""
+        bounds = self.bounds[start : stop + 1]
+        return PackedStrings(self.data[bounds[0] : bounds[-1]], bounds - bounds[0])
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of {len(self)} strings")
+        return os.fsdecode(self.data[self.bounds[index] : self.bounds[index + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def bounds_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where each of consecutive stretches begins, and the end: int64 [N + 1]."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:], dtype=np.int64)
+    return bounds

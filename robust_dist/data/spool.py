@@ -47,7 +47,7 @@ class Spool:
         file = self.folder / f"{name}.arrow"
         with contextlib.suppress(OSError, _invalid()):
             return _mapped(file)
-        with self._lock(name):
+        with locked(self.folder / f"lock-{zlib.crc32(name.encode()) % LOCKS}"):
             with contextlib.suppress(OSError, _invalid()):
                 return _mapped(file)
             table = fetch()
@@ -76,17 +76,6 @@ class Spool:
         if reason is not None:
             raise DataError(f"the folder {self.folder} is not used: {reason}; set spool_dir, or TMPDIR")
 
-    @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        # The system takes back the lock of a process that is killed.
-        path = self.folder / f"lock-{zlib.crc32(name.encode()) % LOCKS}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _put(self, file: Path, table: Any) -> None:
         ipc = require("pyarrow.ipc", extra="data", purpose="parquet files")
         beside = file.with_suffix(f".{uuid.uuid4().hex}")
@@ -114,6 +103,17 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             used -= size
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keep other processes out; the system takes back the lock of one that is killed."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _not_ours(folder: Path, *, links: bool = False) -> str | None:

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robust_dist.data.batch import Request
-from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop, RandomCrop
+from robust_dist.data.batches import Cut, EpochOrder, Order, Request
+from robust_dist.data.decode import CentralCrop, RandomCrop
 from robust_dist.data.device_decode import Decode, DeviceReader, EncodedReader
 from robust_dist.data.errors import BadImage
 from robust_dist.data.identity import source_fingerprint
 from robust_dist.data.image_cache import ImageCache
 from robust_dist.data.loader import Loader, Reader
-from robust_dist.data.order import EpochOrder, Order
 from robust_dist.data.reading import ImageReader, Workers
 from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.data.source import ImageSource

@@ -2,8 +2,14 @@
 
 from typing import Any
 
-from robust_dist.engines.accelerate_scheduler import is_copy
-from robust_dist.schedule.engine_facts import tell
+from robust_dist.engines.accelerate import is_copy
+from robust_dist.engines.deepspeed import register
+from robust_dist.schedule.hooks import tell
+
+__all__ = ["OWN", "register"]
+
+# Modules of this folder that define ENGINES, a tuple of records.
+OWN = ("ddp", "fsdp", "deepspeed")
 
 
 def _whole_shape(parameter: Any) -> tuple[int, ...] | None:

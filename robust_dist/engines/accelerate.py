@@ -1,20 +1,101 @@
-"""Accelerate: a set-up that would silently run otherwise than asked is an error here."""
+"""Accelerate: from a launcher to an `Accelerator`, checks that the run is what was asked for, calls of schedulers."""
 
+import math
 import os
-from collections.abc import Iterator
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
-from robust_dist.engines.accelerate_scheduler import miscounted
 from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
+
+# Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
+_MAX_FRAMES = 10
+_LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
+_FSDP = "ACCELERATE_USE_FSDP"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
+
+
+def is_copy() -> bool:
+    """Whether the current call repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
+
+    That makes one call per process for one optimizer step, unless split_batches is set or it does not step with the
+    optimizer. The first of them is the call, the others are its copies.
+
+    Raises:
+        RuntimeError: A scheduler of torch's stands between, and counts each copy.
+    """
+    wrapper = _accelerates_frame() if "accelerate.scheduler" in sys.modules else None
+    if wrapper is None:
+        return False
+    _check_version(wrapper.f_code)
+    number = wrapper.f_locals.get("_")
+    if number is None:
+        return False
+    problem = miscounted(wrapper.f_locals["self"])
+    if problem:
+        raise RuntimeError(problem)
+    return bool(number > 0)
+
+
+def _check_version(code: CodeType) -> None:
+    """Refuse a version of Accelerate whose loop does not number the copies in a local variable."""
+    if "range" in code.co_names and "_" not in code.co_varnames:
+        raise RuntimeError(
+            f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not known here; "
+            "leave the schedule out of accelerator.prepare, and call its step() once after each optimizer step"
+        )
+
+
+def miscounted(wrapper: Any) -> str | None:
+    """The problem of a prepared scheduler that counts each of an AcceleratedScheduler's copies of a call, or None."""
+    processes = int(sys.modules["accelerate.state"].AcceleratorState().num_processes)
+    held = wrapper.scheduler
+    if processes == 1 or wrapper.split_batches or not wrapper.step_with_optimizer or not counts_itself(held):
+        return None
+    name = type(held).__name__
+    return (
+        f"a RobustSchedule is in a {name}, whose step() Accelerate calls {processes} times for each optimizer step, "
+        f"once per process: its milestones and other schedulers run {processes} times too fast. Leave the {name} out "
+        "of accelerator.prepare, hand it to accelerator.register_for_checkpointing, and call its step() once after "
+        "each optimizer step (under accumulation where accelerator.sync_gradients is true)"
+    )
+
+
+def counts_itself(scheduler: Any) -> bool:
+    """Whether a scheduler counts calls for others that it holds: torch's SequentialLR and ChainedScheduler."""
+    if isinstance(scheduler, SequentialLR):
+        return True
+    held: list[LRScheduler] = list(getattr(scheduler, "_schedulers", ()))
+    return isinstance(scheduler, ChainedScheduler) and (len(held) > 1 or any(map(counts_itself, held)))
+
+
+def _accelerates_frame() -> FrameType | None:
+    """The frame of the AcceleratedScheduler.step() that makes the current call."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "step" and frame.f_globals.get("__name__") == "accelerate.scheduler":
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def check(
@@ -28,22 +109,25 @@ def check(
 ) -> None:
     """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
 
+    Under FSDP1 it also tells an optimizer with a `rate_guard` which ranks hold the same shards.
+
     Args:
         accelerator: The `Accelerator`.
         optimizer: What `prepare` returned for the optimizer.
         num_processes: How many processes were asked for, where the program knows.
-        schedule: What `prepare` returned for a RobustSchedule, or a WeightDecaySwitch; None: it is not checked.
+        schedule: As `check_schedule`'s; None: it is not checked.
         total_steps: Optimizer steps that the run will make, for the schedule.
         optimizer_class: What must do the arithmetic, where the program made another optimizer than RAdaBeliefW.
 
     Raises:
         EngineError: The engine runs other processes, or another engine, or another optimizer than asked, or steps a
             SequentialLR once per process; the message says which line to change.
-        ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
+        ValueError: As `check_schedule`.
     """
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
+    _fit_rate(accelerator, base_optimizer(optimizer))
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
@@ -189,13 +273,28 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
     base = _base_or_error(optimizer)
     if not isinstance(base, wanted):
         found, name = f"{type(base).__module__}.{type(base).__name__}", wanted.__name__
-        raise EngineError(f"the optimizer that trains is {found}, not {name}{_why(base, name)}")
-    prepared = [base_optimizer(one) for one in getattr(accelerator, "_optimizers", [])]
-    if not any(one is base for one in prepared):
+        why = replaced_by_offload(base, name) or f"hand {name} to accelerator.prepare"
+        raise EngineError(f"the optimizer that trains is {found}, not {name}: {why}")
+    prepared = [base_optimizer(held) for held in getattr(accelerator, "_optimizers", [])]
+    if not any(held is base for held in prepared):
         raise EngineError(
             "accelerator.prepare has not been given this optimizer, so that nothing synchronises its steps; check the "
             "optimizer that prepare returned"
         )
+
+
+def _fit_rate(accelerator: Any, base: Any) -> None:
+    """Refuse what the engine cannot do of averaging and rate_guard, and tell the optimizer who holds its shards."""
+    engine = accelerator.distributed_type.value
+    if engine == "DEEPSPEED":
+        from robust_dist.engines.deepspeed.config import check_options
+
+        for group in base.param_groups:
+            check_options(group)
+    elif engine == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1 and getattr(base, "measures_rate", False):
+        model = accelerator._models[0]
+        shards = 1 if model.sharding_strategy.name == "NO_SHARD" else model.process_group.size()
+        base.measure_over(copies=accelerator.num_processes // shards)
 
 
 def _base_or_error(optimizer: Any) -> Optimizer:
@@ -207,10 +306,151 @@ def _base_or_error(optimizer: Any) -> Optimizer:
         ) from error
 
 
-def _why(base: Optimizer, wanted: str) -> str:
-    if type(base).__module__.startswith("deepspeed"):
-        return (
-            ': DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and '
-            f'"type": "{wanted}" where the JSON has an optimizer'
+def replaced_by_offload(base: Optimizer, wanted: str) -> str | None:
+    """The remedy where DeepSpeed has put an optimizer of its own in the place of `wanted`; None for any other."""
+    if not type(base).__module__.startswith("deepspeed"):
+        return None
+    return (
+        'DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and "type": '
+        f'"{wanted}" where the JSON has an optimizer'
+    )
+
+
+def make_accelerator(
+    *, mixed_precision: str, accumulation: int, folder: str, timeout: timedelta, init_method: str | None = None
+) -> "Accelerator":
+    """The Accelerator of the engine that this rank was launched with.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16".
+        accumulation: Parts of a batch that a rank takes one after the other.
+        folder: The run's; trackers write below it.
+        timeout: After which a rank gives up waiting for another one.
+        init_method: How the ranks meet; None as the launcher says.
+
+    Raises:
+        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
+    check_mesh()
+    check_launch()
+    on_cpu, sharded = not torch.cuda.is_available(), any(map(is_set, _SHARDING))
+    try:
+        return Accelerator(
+            # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
+            cpu=on_cpu and not sharded,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend="gloo" if on_cpu and sharded else "nccl", init_method=init_method, timeout=timeout
+                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
-    return f"; hand {wanted} to accelerator.prepare"
+    except RuntimeError as error:
+        # Accelerate raises this for a plugin whose ranks broadcast their weights on a GPU.
+        if on_cpu and is_set(_FSDP) and "no available devices" in str(error):
+            raise no_fsdp_on_cpus("NO") from None
+        raise
+
+
+def check_mesh() -> None:
+    """Refuse a mesh of another number of ranks than were launched, which torch and Accelerate explain only in part."""
+    # Accelerate counts the ranks of other launchers, such as MPI.
+    if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
+        return
+    names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
+    ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
+    # All ones are DDP; DeepSpeed's sequence parallelism has groups of its own.
+    if wanted not in (1, ranks) and sizes["sp_size"] == 1:
+        set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise EngineError(
+            f"parallelism_config: {set_here} is a mesh of {wanted} ranks, but {ranks} were launched; launch {wanted} "
+            "(--num_processes), or set the sizes so that their product is the number of ranks"
+        )
+
+
+def check_launch() -> None:
+    """Refuse ranks that a configuration for GPUs started on a host that has none, or one process in place of several.
+
+    FSDP is refused elsewhere; DeepSpeed finds the processor by itself. With ACCELERATE_USE_CPU=true ranks on a
+    processor are what was asked for.
+
+    Raises:
+        EngineError: Says how the same is started on the processor.
+    """
+    if torch.cuda.is_available() or any(is_set(name) for name in (*_SHARDING, "ACCELERATE_USE_CPU")):
+        return
+    words = _launcher_words()
+    wanted, found = gpus_wanted(words), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = max(found, int(_option(words, "--num_processes") or 1)) if _is_launcher(words) else found
+    if wanted:
+        problem = (
+            f"{wanted}, and torch sees no GPU here; {ranks} ranks on the processor would be slow and may need more "
+        )
+        problem += "memory than there is"
+    elif "RANK" not in os.environ and ranks > 1:
+        problem = f"accelerate launch was asked for {ranks} processes and started ONE, as torch sees no GPU here"
+    else:
+        return
+    script = words[_script_at(words) :] or ["launch/train.py"]
+    raise EngineError(
+        f"{problem}. If you want ranks on the processor: accelerate launch --config_file configs/accelerate/cpu.yaml "
+        f"--num_processes {min(ranks, cores_here())} {shlex.join(script)}"
+    )
+
+
+def gpus_wanted(words: Sequence[str]) -> str | None:
+    """The file of a launcher's command line that configures the GPUs of one host; None if there is none."""
+    if not _is_launcher(words):
+        return None
+    import yaml
+
+    name = _option(words, "--config_file")
+    try:
+        config: Any = yaml.safe_load(Path(name).read_text(encoding="utf-8")) if name else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(config, dict) or config.get("use_cpu") or config.get("distributed_type") != "MULTI_GPU":
+        return None
+    if int(_option(words, "--num_machines") or config.get("num_machines") or 1) > 1:
+        return None
+    return f"{name} is for GPUs (distributed_type: MULTI_GPU, use_cpu: false)"
+
+
+def _is_launcher(words: Sequence[str]) -> bool:
+    return any(_LAUNCHER.search(word) for word in words)
+
+
+def cores_here() -> int:
+    """Cores of this host that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """The value of a launcher's option; the training command's own do not count."""
+    words = words[: _script_at(words)]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _script_at(words: Sequence[str]) -> int:
+    """Where the training command begins in a launcher's words."""
+    return next((number for number, word in enumerate(words) if word.endswith("train.py")), len(words))
+
+
+def _launcher_words() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []

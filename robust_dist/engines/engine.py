@@ -13,15 +13,15 @@ from torch import nn
 from robust_dist.extras import load_entry_point
 
 if TYPE_CHECKING:
-    from robust_dist.checkpoint.space import Sizes
+    from robust_dist.checkpoint.background import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
     from robust_dist.engines.variant import Variant
 
 GROUP = "robust_dist.engines"
-# Of checkpoints that do not note their engine: whole ones, and those in shards.
+# Layers that normalise over a batch: under some engines their weights are cast and their statistics are not.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Engines of checkpoints that do not note theirs: of whole ones, and of those in shards.
 UNNOTED, UNNOTED_SHARDS = "ddp", "fsdp"
-# Modules of this folder that define ENGINES, a tuple of records.
-_OWN = ("ddp", "fsdp", "deepspeed")
 
 
 class EngineError(RuntimeError):
@@ -94,25 +94,14 @@ class Engine:
         return self.kind
 
     def fit(self, accelerator: Any, settings: RunSettings) -> None:
-        """Completes the engine's own configuration from the run's settings, before `prepare`.
-
-        Args:
-            accelerator: The Accelerator, before `prepare`.
-            settings: What the run asks for.
+        """Complete the engine's own configuration from the run's settings, before `prepare`.
 
         Raises:
             ValueError: The two contradict each other, or the engine cannot do what is asked.
         """
 
     def prepare(self, accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Any, Any, Any]:
-        """Model, optimizer and schedule, prepared by this engine.
-
-        Args:
-            accelerator: The Accelerator.
-            model: The whole model; whether it must be contiguous, `trains_any_memory_format` says.
-            optimizer: The run's optimizer over the model's parameters.
-            schedule: A RobustSchedule over the optimizer.
-        """
+        """The whole model, its optimizer and the RobustSchedule over it, prepared by this engine."""
         prepared: tuple[Any, Any, Any] = accelerator.prepare(model, optimizer, schedule)
         return prepared
 
@@ -129,48 +118,23 @@ class Engine:
         return False
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Write the state of everything that was prepared, on every rank.
-
-        Args:
-            accelerator: The Accelerator, after `prepare`.
-            folder: Where the files go.
-            **options: Of `accelerator.save_state`.
-        """
+        """Write the state of everything that was prepared, on every rank; `options` are `accelerator.save_state`'s."""
         accelerator.save_state(str(folder), **options)
 
     def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Load what `save` or `write` wrote into everything that was prepared, on every rank.
-
-        Args:
-            accelerator: The Accelerator, after `prepare`.
-            folder: Where the files are.
-            **options: Of `accelerator.load_state`.
-        """
+        """Load what `save` or `write` wrote, on every rank; `options` are `accelerator.load_state`'s."""
         accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
-        """Write a converted state as this engine's `accelerator.load_state` takes it.
+        """Write a converted state into an empty folder as `accelerator.load_state` takes it on `world_size` ranks.
 
-        Args:
-            state: What to write.
-            folder: An empty folder.
-            world_size: Ranks that will load it.
-            whole: In the form of `has_full_state_dict`.
-
-        Returns:
-            Notes for the person: what could not be carried over as it was.
+        `whole`: in the form of `has_full_state_dict`. Returns notes for the person: what could not be carried over as
+        it was.
         """
         raise NotImplementedError
 
     def saved_bytes(self, sizes: "Sizes", rank: int, world_size: int, *, whole: bool = False) -> int:
-        """Bytes of weights and optimizer state that a rank writes into a checkpoint, without buffers.
-
-        Args:
-            sizes: Of the model.
-            rank: Which rank.
-            world_size: Ranks that save.
-            whole: In the form of `has_full_state_dict`.
-        """
+        """Bytes of weights and optimizer state, without buffers, that a rank writes; `whole` as `write`."""
         return sizes.elements * (sizes.bytes_each + sizes.moments) if rank == 0 else 0
 
 
@@ -182,9 +146,10 @@ def engines() -> tuple[Engine, ...]:
         EngineError: Two have the same kind, or an entry point cannot be loaded, or is no record.
     """
     found = [load_entry_point(point, Engine, EngineError) for point in entry_points(group=GROUP)]
-    for name in _OWN:
-        found += import_module(f"robust_dist.engines.{name}").ENGINES
-    twice = sorted({one.kind for one in found if sum(other.kind == one.kind for other in found) > 1})
+    own = import_module("robust_dist.engines")
+    for name in own.OWN:
+        found += import_module(f"{own.__name__}.{name}").ENGINES
+    twice = sorted({engine.kind for engine in found if sum(other.kind == engine.kind for other in found) > 1})
     if twice:
         raise EngineError(f"several engines are called {', '.join(twice)}; give each its own kind")
     return tuple(found)
@@ -196,11 +161,7 @@ def kinds() -> list[str]:
 
 
 def engine_named(kind: str) -> Engine:
-    """The record of a kind.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The record of a kind; a ValueError where there is none."""
     for engine in engines():
         if engine.kind == kind:
             return engine
@@ -208,16 +169,11 @@ def engine_named(kind: str) -> Engine:
 
 
 def engine_of(accelerator: Any) -> Engine:
-    """The record of the engine under which an `Accelerator` trains.
-
-    Raises:
-        EngineError: No record knows it.
-    """
+    """The record of the engine under which an `Accelerator` trains; an EngineError where no record knows it."""
     for engine in engines():
         if engine.runs(accelerator):
             return engine
     raise EngineError(
         f"the launcher chose {accelerator.distributed_type.value}, which is no engine that this package knows: there "
-        f"are one process and DDP, FSDP and DeepSpeed (see configs/accelerate), and what the entry points in the group "
-        f"{GROUP!r} add"
+        f"are {', '.join(kinds())} (see configs/accelerate); an entry point in the group {GROUP!r} adds another"
     )

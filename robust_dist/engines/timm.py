@@ -16,10 +16,9 @@ def register() -> None:
     """Let `timm.optim.create_optimizer_v2(model, "radabeliefw", ...)` and timm's `--opt radabeliefw` make ours.
 
     timm's param groups come with it: no decay on biases and norms (`filter_bias_and_bn`), and `layer_decay`. The latter
-    writes an `lr_scale` into the groups, which timm's schedulers alone apply; here each group's `lr` is scaled when the
-    optimizer is made, and `lr_scale` is taken out, so that RobustSchedule, torch's schedulers and a loop without any
-    have the layers' rates, too. (timm's schedulers then do not scale their `lr_min` and `warmup_lr_init`.) timm's
-    `weight_decay` is 0 unless given. It may be called again.
+    writes an `lr_scale` into the groups, which only timm's schedulers apply; here each group's `lr` is scaled when the
+    optimizer is made, and `lr_scale` is taken out, so that any scheduler, or none, has the layers' rates. (timm's
+    schedulers then do not scale their `lr_min` and `warmup_lr_init`.) timm's `weight_decay` is 0 unless given.
     """
     # timm's annotation asks for a class, where its registry takes anything that it can call.
     make: Any = _scaled

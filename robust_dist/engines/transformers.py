@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from robust_dist.checkpoint import CheckpointError, note_parameters
-from robust_dist.engines.accelerate import EngineError
+from robust_dist.engines.accelerate import EngineError, replaced_by_offload
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
@@ -27,8 +27,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     `weight_decay_off_at * max_steps` on use no decay, whatever the processes, the accumulation and the engine.
 
     A run that resumes takes its step from `state.global_step` and the base decays from the checkpoint's callback state,
-    so that the decay is what the step says, whatever the param groups in the checkpoint hold. Each save under DDP or on
-    one process gets a `parameters.json`, with which `robust-dist convert` takes it to another engine.
+    whatever the param groups in the checkpoint hold. Each save under DDP or on one process gets a `parameters.json`,
+    with which `robust-dist convert` takes it to another engine.
 
     Args:
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.
@@ -84,7 +84,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         """Write the names of the optimizer's parameters beside `optimizer.pt`, which `robust-dist convert` asks for."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and (folder / "optimizer.pt").is_file():
-            # An optimizer may hold parameters that are not the model's, and trains all the same.
+            # An optimizer may hold parameters that are not the model's; the run goes on without the note.
             with contextlib.suppress(CheckpointError):
                 note_parameters(folder, model, optimizer)
 
@@ -100,9 +100,13 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     def _check(self, base: Optimizer) -> None:
         name = type(base).__name__
         if not (self.any_optimizer or isinstance(base, RAdaBeliefW)):
+            why = replaced_by_offload(base, RAdaBeliefW.__name__) or (
+                'give Trainer optimizer_cls_and_kwargs=(RAdaBeliefW, {"lr": ...}), or name it in the DeepSpeed JSON '
+                "(under DeepSpeed Trainer drops what optimizers=(...) held)"
+            )
             raise EngineError(
-                f"the optimizer that trains is {type(base).__module__}.{name}, not RAdaBeliefW: {_why(base)}. If it is "
-                "meant, RobustTrainerCallback(any_optimizer=True) switches its decay"
+                f"the optimizer that trains is {type(base).__module__}.{name}, not RAdaBeliefW: {why}. If it is meant, "
+                "RobustTrainerCallback(any_optimizer=True) switches its decay"
             )
         if not any("weight_decay" in group for group in base.param_groups):
             raise ValueError(f"no param group of {name} has a weight_decay to switch off; drop RobustTrainerCallback")
@@ -118,18 +122,6 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         known = saved.get("attributes", {}).get("switch_state")
         self.switch.load_state_dict((known or self.switch.state_dict()) | {"step": state.global_step})
-
-
-def _why(base: Optimizer) -> str:
-    if type(base).__module__.startswith("deepspeed"):
-        return (
-            'DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and "type": '
-            '"RAdaBeliefW" where the JSON has an optimizer'
-        )
-    return (
-        'give Trainer optimizer_cls_and_kwargs=(RAdaBeliefW, {"lr": ...}), or name it in the DeepSpeed JSON (under '
-        "DeepSpeed Trainer drops what optimizers=(...) held)"
-    )
 
 
 def _warn_without_decay(switch: WeightDecaySwitch) -> None:

@@ -14,9 +14,8 @@ from robust_dist.measure.memory import MIB, storage_bytes
 from robust_dist.optim import RAdaBeliefW
 
 if TYPE_CHECKING:
-    from robust_dist.plan.profile import Profile
+    from robust_dist.plan.profile import Profile, Shapes
     from robust_dist.plan.question import Question
-    from robust_dist.plan.shapes import Shapes
 
 SINGLE = 4  # bytes of float32
 MOMENTS = 8  # bytes of an element's two moments
@@ -50,7 +49,7 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All four."""
+        """The sum of all four."""
         return self.parameters + self.masters + self.gradients + self.state
 
 
@@ -107,24 +106,16 @@ def of_all(
 
 
 def split(profile: "Profile", batch: int, bytes_per_born: float) -> tuple[float, float]:
-    """Bytes of activations, and of the gradients that exist beside them at the highest moment.
+    """Bytes of a micro batch's activations, and of the gradients beside them at the highest moment.
 
-    Args:
-        profile: Of the model.
-        batch: Images of a micro batch.
-        bytes_per_born: Bytes that stay of each element of a finished gradient.
+    `bytes_per_born` bytes stay of each element of a finished gradient.
     """
     both, alone = profile.live(batch, bytes_per_born), profile.live(batch)
     return min(alone, both), max(both - alone, 0.0)
 
 
 class Run:
-    """A model and RAdaBeliefW on this CPU rank, and what they hold.
-
-    Attributes:
-        model: What the engine made of the model.
-        optimizer: What the engine made of the optimizer.
-    """
+    """A model and its optimizer (RAdaBeliefW) as the engine made them on this CPU rank, and what they hold."""
 
     def __init__(self, model: Any, optimizer: Any = None) -> None:
         self.model = model
@@ -187,13 +178,7 @@ class Variant:
         return torch.float32, None if dtype == torch.float32 else dtype
 
     def held(self, shapes: "Shapes", job: "Question", rank: int = 0) -> Held:
-        """Exact bytes that a rank holds.
-
-        Args:
-            shapes: Of the model.
-            job: The job.
-            rank: Which one.
-        """
+        """Exact bytes that a rank holds."""
         numel, count = shapes.numel, len(shapes.parameters)
         return Held(SINGLE * numel, 0, SINGLE * numel, MOMENTS * numel + STEP * count, numel)
 
@@ -202,15 +187,7 @@ class Variant:
         return 0
 
     def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
-        """The highest moment of the passes over one micro batch.
-
-        Args:
-            shapes: Of the model.
-            profile: Of the model in this variant's dtypes.
-            job: The job.
-            batch: Images of the micro batch.
-            accumulates: Whether a step has several micro batches.
-        """
+        """The highest moment of the passes over one micro batch; `accumulates`: a step has several of them."""
         if job.world_size == 1 and not accumulates:
             activations, gradients = split(profile, batch, SINGLE)
             return Passes(activations, 0.0, gradients)
@@ -218,23 +195,11 @@ class Variant:
         return Passes(profile.live(batch), 0.0, SINGLE * shapes.numel)
 
     def step_bytes(self, own: Held, job: "Question", temporaries: int) -> float:
-        """Most bytes of gradients and temporaries in the optimizer's step.
-
-        Args:
-            own: What the rank holds.
-            job: The job.
-            temporaries: Bytes that the optimizer itself needs.
-        """
+        """Most bytes of gradients and of the optimizer's own temporaries in its step."""
         return own.gradients + temporaries
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """The engine's traffic of an optimizer step.
-
-        Args:
-            shapes: Of the model.
-            job: The job.
-            accumulation: Micro batches of a step.
-        """
+        """The engine's traffic of an optimizer step of `accumulation` micro batches."""
         yield of_all(job, "gradients", "all-reduce", SINGLE * shapes.numel, _buckets(shapes), overlaps=True)
 
     def words(self, job: "Question") -> list[str]:
@@ -246,12 +211,7 @@ class Variant:
         return self
 
     def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
-        """The model under this engine on the ranks of the process group of CPUs.
-
-        Args:
-            model: The whole model, float32, on the CPU.
-            job: The job.
-            batch: Images at a time and rank.
+        """The whole float32 model under this engine on the CPU ranks of the process group.
 
         Raises:
             ImportError: The engine's package is not installed.
@@ -264,12 +224,7 @@ class Variant:
         return f"configs/accelerate/{prefix}{self.file}.yaml"
 
     def launch_line(self, job: "Question", accumulation: int) -> str:
-        """The whole command, to be typed on every node.
-
-        Args:
-            job: The job.
-            accumulation: Micro batches of a step.
-        """
+        """The whole command, to be typed on every node."""
         words = ["accelerate launch", f"--config_file {self.config_file(job)}", f"--num_processes {job.world_size}"]
         if job.nodes > 1:
             words += [f"--num_machines {job.nodes}", "--machine_rank $NODE_RANK", "--main_process_ip $MASTER_ADDR"]

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from robust_dist.own_code import add_argument
 
@@ -23,7 +24,9 @@ def add_commands(commands: Any) -> None:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
-    runs = commands.add_parser("runs", help="the runs below a folder, what became of them, and in what they differ")
+    runs = commands.add_parser(
+        "runs", help="list the runs below a folder: state, accuracy, and the settings that differ"
+    )
     runs.add_argument("folder", metavar="DIR")
     runs.add_argument("--plot", metavar="PNG", help="draw the runs' accuracies over the epochs")
     runs.set_defaults(run=_runs, extra="train")
@@ -35,7 +38,7 @@ def _add_model(parser: argparse.ArgumentParser, others: str = "") -> None:
         "--checkpoint",
         default="last",
         metavar="last|best|STEP",
-        help="of a run: the last one (default), that of the best logged accuracy which is there, or that of a step",
+        help="of a run: its last (default), the one with the best logged accuracy, or that of a step",
     )
     add_argument(parser)
 
@@ -68,12 +71,12 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser("predict", help="classes of image files; status 1 where one of them is no image")
+    predict = commands.add_parser("predict", help="classify image files (status 1: one of them is not an image)")
     _add_model(predict)
     predict.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders of them at any depth")
     predict.add_argument("--top-k", type=int, default=1, metavar="K", help="classes of each (default: %(default)s)")
     predict.add_argument("--format", choices=["table", "jsonl", "csv"], default="table")
-    predict.add_argument("--out", metavar="FILE", help="write there; must not exist (default: to the terminal)")
+    predict.add_argument("--out", metavar="FILE", help="the file to write; must not exist (default: print)")
     predict.add_argument("--contact-sheet", metavar="PNG", help="draw the images with their classes; must not exist")
     predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     _add_device(predict)
@@ -121,7 +124,7 @@ def _device(name: str | None) -> "torch.device":
 
 def _evaluate(words: argparse.Namespace) -> int:
     from robust_dist.inference import evaluate
-    from robust_dist.inference.output import check_new, new_folder
+    from robust_dist.inference.export import check_new, new_folder
     from robust_dist.inference.trained import read
 
     if words.path is not None and words.data_words:
@@ -131,9 +134,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     device, trained = _device(words.device), read(words.model, checkpoint=words.checkpoint)
     images = "" if words.path is None else f"-{Path(words.path).resolve().name}"
     out = Path(words.out or trained.path / f"evaluation-{trained.record.checkpoint.step}{images}")
-    if words.out is None and out.exists():
-        raise ValueError(f"{out} is there already, and nothing is written over: choose another folder with --out DIR")
-    check_new(out)
+    check_new(out, "choose another folder with --out DIR")
     on = (
         evaluate.own_images(trained, words.data_words, device)
         if words.path is None
@@ -148,7 +149,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
 
 def _predict(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.inference.predict import draw_sheet, files_of, lines, predict
     from robust_dist.inference.trained import read
 
@@ -162,14 +163,13 @@ def _predict(words: argparse.Namespace) -> int:
     kept: list[Prediction] = []
     good = _apart(found, bad, kept if words.contact_sheet else None)
     text = lines(good, words.format, min(words.top_k, len(trained.classes)))
-    if words.out is None:
-        _print(text, sys.stdout)
-    else:
-        with open(words.out, "x", encoding="utf-8") as file:
-            _print(text, file)
+    with nullcontext(sys.stdout) if words.out is None else open(words.out, "x", encoding="utf-8") as file:
+        for line in text:
+            print(line, file=file)
+    if words.out is not None:
         print(f"wrote {words.out}")
-    for one in bad:
-        print(f"error: {one.where}: {one.reason}", file=sys.stderr)
+    for image in bad:
+        print(f"error: {image.where}: {image.reason}", file=sys.stderr)
     if kept:
         draw_sheet(kept, Path(words.contact_sheet))
         print(f"wrote {words.contact_sheet}", file=sys.stderr if words.out is None else sys.stdout)
@@ -181,18 +181,13 @@ def _apart(
 ) -> "Iterator[Prediction]":
     from robust_dist.inference.predict import Prediction
 
-    for one in found:
-        if isinstance(one, Prediction):
+    for result in found:
+        if isinstance(result, Prediction):
             if kept is not None:
-                kept.append(one)
-            yield one
+                kept.append(result)
+            yield result
         else:
-            bad.append(one)
-
-
-def _print(text: Iterator[str], file: TextIO) -> None:
-    for line in text:
-        print(line, file=file)
+            bad.append(result)
 
 
 def _export(words: argparse.Namespace) -> int:
@@ -214,7 +209,7 @@ def _export(words: argparse.Namespace) -> int:
 
 
 def _runs(words: argparse.Namespace) -> int:
-    from robust_dist.inference.output import check_new
+    from robust_dist.inference.export import check_new
     from robust_dist.inference.runs import find_runs, plot, table
 
     if words.plot is not None:

@@ -11,19 +11,18 @@ from torch import Tensor
 
 from robust_dist.data.batches import even_cuts
 from robust_dist.data.classes import check_same_classes
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.errors import BadImage, DataError
 from robust_dist.data.folder import open_image_folder
-from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
+from robust_dist.data.source import composed
 from robust_dist.data.stream_set import StreamSet
-from robust_dist.inference.preprocess import Preprocess, is_own, pixels_of
-from robust_dist.inference.trained import Trained, settings_of
+from robust_dist.documents import Document
+from robust_dist.inference.trained import Preprocess, Trained, is_own, pixels_of, settings_of
 from robust_dist.own_code import is_name
-from robust_dist.train.build import open_eval_set
 from robust_dist.train.data_record import part_differences, part_record
 from robust_dist.train.evaluate import count_batch, no_totals, score_of
-from robust_dist.yaml_file import Document
+from robust_dist.train.sources import open_eval_set
 
 BINS = 15
 SHOWN, NAMED = 20, 5
@@ -31,12 +30,12 @@ SHOWN, NAMED = 20, 5
 
 @dataclass(frozen=True)
 class Images:
-    """What a model is evaluated on.
+    """Images to evaluate a model on.
 
     Attributes:
         images: The set.
         preprocess: From its images to the model's input.
-        logged: The accuracy that the run logged on these very images; None of others.
+        logged: The accuracy that the run logged on the same images; None of others.
     """
 
     images: LabelledSet
@@ -46,15 +45,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The figures of an evaluation.
 
     Attributes:
         data: The set's name.
-        images: How many counted.
+        images: The number that counted.
         accuracy: Share of images whose class has the largest logit.
         top5: Share of images whose class is among the five largest logits; None below six classes.
         loss: Mean cross-entropy.
-        calibration_error: Expected calibration error, see `calibration_error`.
+        calibration_error: See `calibration_error`.
         confusion: Images by class (row) and predicted class (column).
         unreadable: Images that could not be read and do not count.
         logged: See `Images`.
@@ -70,14 +69,19 @@ class Evaluation:
     unreadable: tuple[BadImage, ...]
     logged: float | None
 
+    @property
+    def counted(self) -> str:
+        """How many images, in words."""
+        return f"{self.images:,} image{'' if self.images == 1 else 's'}"
+
 
 def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> Images:
-    """The images on which the run is evaluated, or those that changed data keys name.
+    """The images on which the run was evaluated, or those that changed data keys name.
 
     Args:
         trained: The model.
         words: `--data.KEY VALUE` words that change the recipe.
-        device: Where they are given out.
+        device: Where the images are given out.
 
     Raises:
         ValueError: The files are missing, torn, of other classes or channels; or, without `words`, other images than
@@ -101,7 +105,7 @@ def folder_images(trained: Trained, folder: str | Path, device: torch.device) ->
     """The images of a folder that has a sub-folder for each class.
 
     Raises:
-        DataError: No such folder, or other classes than the model's.
+        DataError: There is no such folder, or it has other classes than the model.
     """
     pixels = trained.preprocess.pixels
     exif = "on" if pixels.upright else "off"
@@ -126,13 +130,7 @@ def _check_fits(trained: Trained, found: LabelledSet) -> None:
 
 
 def evaluate(trained: Trained, on: Images, device: torch.device) -> Evaluation:
-    """Evaluate in the run's precision and in its batches, so that its own figures come out again.
-
-    Args:
-        trained: The model.
-        on: The images.
-        device: Where the model runs and the images are given out.
-    """
+    """Evaluate in the run's precision and in its batches, so that its own figures come out again."""
     forward, preprocess = trained.evaluating(device), on.preprocess.to(device)
     classes = len(trained.classes)
     totals = no_totals(classes, device)
@@ -214,10 +212,10 @@ def as_json(trained: Trained, found: Evaluation) -> dict[str, Any]:
 
 
 def as_text(trained: Trained, found: Evaluation, most: int | None = None) -> str:
-    """The evaluation for a person; with `most`, no more classes than that, those of lowest accuracy."""
+    """The evaluation for a person; with `most`, only that many classes, those of lowest accuracy."""
     logged = "" if found.logged is None else f"   (logged: {found.logged:.2%}{_said(found)})"
     lines = [
-        f"{trained.path}, step {trained.record.checkpoint.step}, on {found.images:,} images of {found.data}",
+        f"{trained.path}, step {trained.record.checkpoint.step}, on {found.counted} of {found.data}",
         f"accuracy           {found.accuracy:8.2%}{logged}",
         *([] if found.top5 is None else [f"top-5 accuracy     {found.top5:8.2%}"]),
         f"loss               {found.loss:8.4f}",
@@ -248,7 +246,6 @@ def write(trained: Trained, found: Evaluation, folder: Path) -> None:
 
 def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> None:
     """Draw the share of each class's images (a row) that each class was predicted for (a column) into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = torch.tensor(found.confusion, dtype=torch.float64)
@@ -256,10 +253,9 @@ def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> Non
     few = len(classes) <= SHOWN
     side = 2.5 + 0.45 * len(classes) if few else 9.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the row's images")
-    axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.images:,} images")
+    axes.set(xlabel="predicted", ylabel="class", title=f"{found.accuracy:.2%} of {found.counted}")
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)

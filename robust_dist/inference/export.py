@@ -1,7 +1,10 @@
 """`robust-dist export`: a trained model as files that need no run: weights, torch.export, ONNX."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,27 +13,49 @@ from safetensors.torch import save_file, save_model
 
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.extras import require
-from robust_dist.inference.output import check_new, new_folder
 from robust_dist.inference.trained import Trained
-from robust_dist.train.run_weights import RECORD, WEIGHTS
+from robust_dist.train.weights import RECORD, WEIGHTS
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 
 
-def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",)) -> list[str]:
-    """Write a model into a new folder: `model.safetensors` and `model.json`, and what else is asked for.
+def check_new(path: Path, remedy: str = "choose another path") -> None:
+    """Refuse a path that already exists.
 
-    Args:
-        trained: The model.
-        out: The folder; there must be none.
-        formats: Of `FORMATS`.
+    Raises:
+        FileExistsError: It does.
+    """
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} already exists; {remedy}")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written.
+
+    Raises:
+        FileExistsError: The path already exists.
+    """
+    check_new(path)
+    building = path.absolute().parent / f".{path.name}.{os.getpid()}.partial"
+    building.mkdir(parents=True)
+    try:
+        yield building
+        check_new(path)
+        os.rename(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",)) -> list[str]:
+    """Write a model into a new folder: `model.safetensors`, `model.json`, and what else `formats` (of `FORMATS`) names.
 
     Returns:
         Names of the files.
 
     Raises:
         ValueError: An unknown format.
-        FileExistsError: `out` is there.
+        FileExistsError: `out` already exists.
         ImportError: A format needs a package that is not installed.
     """
     unknown = [name for name in formats if name not in FORMATS]
@@ -48,21 +73,17 @@ def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",
 
 
 def export_weights(checkpoint: Path, out: Path) -> list[str]:
-    """Write the weights of a checkpoint of any training loop into a new folder, as `model.safetensors`.
+    """Write the weights of a checkpoint of any engine and training loop into a new folder, as `model.safetensors`.
 
-    Names are the model's own, dtypes those of the checkpoint; a parameter with several
-    names is written under each. `safetensors.torch.load_model(model, FILE)` takes it.
-
-    Args:
-        checkpoint: A folder, of any engine.
-        out: The folder; there must be none.
+    Names are the model's own, dtypes those of the checkpoint; a parameter with several names is written under each.
+    `safetensors.torch.load_model(model, FILE)` takes it.
 
     Returns:
         Names of the files.
 
     Raises:
         CheckpointError: It is no checkpoint, or torn.
-        FileExistsError: `out` is there.
+        FileExistsError: `out` already exists.
     """
     check_new(out)
     weights = read_weights(checkpoint)

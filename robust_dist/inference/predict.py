@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.folder import EXTENSIONS
-from robust_dist.data.names import printable
-from robust_dist.data.source import Upright
+from robust_dist.data.source import Upright, printable
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.inference.trained import Trained
 from robust_dist.validate import whole_number
@@ -34,7 +33,7 @@ class Prediction:
     Attributes:
         path: The file.
         top: Names and probabilities, the likeliest first.
-        levels: The image as the model saw it before it was normalised, uint8 [3, H, W] on the CPU.
+        levels: The image as the model saw it before normalisation, uint8 [3, H, W] on the CPU.
     """
 
     path: Path
@@ -43,7 +42,7 @@ class Prediction:
 
 
 class Files:
-    """Image files as an `ImageSource` whose labels say nothing."""
+    """Image files as an `ImageSource` without labels."""
 
     def __init__(self, paths: Sequence[Path], *, upright: bool) -> None:
         self.paths, self.kind, self.name = list(paths), Upright if upright else bytes, "the images"
@@ -66,10 +65,10 @@ class Files:
 
 
 def files_of(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, and the image files of folders at any depth, sorted; hidden ones are left out.
+    """The files given, and the image files of folders at any depth, sorted; hidden ones are left out.
 
     Raises:
-        DataError: A path that is not there, or a folder without images.
+        DataError: A path that does not exist, or a folder without images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -94,17 +93,10 @@ def _below(folder: Path) -> list[Path]:
 def predict(
     trained: Trained, files: Sequence[Path], *, device: torch.device, top_k: int = 1, batch_size: int = 64
 ) -> Iterator[Prediction | BadImage]:
-    """The likeliest classes of each file, in their order; for a file that is no image, what is wrong with it.
-
-    Args:
-        trained: The model.
-        files: The images.
-        device: Where the model runs.
-        top_k: Classes of each image.
-        batch_size: Images at a time.
+    """The `top_k` likeliest classes of each file, in their order; or what is wrong with a file that is no image.
 
     Raises:
-        ValueError: top_k or batch_size below 1.
+        ValueError: top_k or batch_size is below 1.
     """
     whole_number("--top-k", top_k, 1)
     whole_number("--batch-size", batch_size, 1)
@@ -120,7 +112,7 @@ def predict(
         best, classes = (values.tolist() for values in chances.topk(count, 1))
         good = [True] * len(best) if batch.good is None else batch.good.tolist()
         # Those of batches that are read ahead, too.
-        bad |= {one.where: one for one in images.take_bad()}
+        bad |= {image.where: image for image in images.take_bad()}
         levels = batch.images.cpu()
         for row, path in enumerate(files[start : start + len(best)]):
             if good[row]:
@@ -132,23 +124,19 @@ def predict(
 
 
 def lines(found: Iterator[Prediction], style: str, top_k: int) -> Iterator[str]:
-    """Predictions as text, a line at a time.
-
-    Args:
-        found: The predictions.
-        style: Of `FORMATS`.
-        top_k: Classes of each image, for the heading of a CSV.
-    """
+    """Predictions as text of a style of `FORMATS`, a line at a time; `top_k` is for the heading of a CSV."""
     if style == "csv":
         yield _csv(["path", *(f"{what}_{place}" for place in range(1, top_k + 1) for what in ("class", "probability"))])
-    for one in found:
+    for prediction in found:
         if style == "jsonl":
-            top: list[dict[str, Any]] = [{"class": name, "probability": chance} for name, chance in one.top]
-            yield json.dumps({"path": str(one.path), **top[0], "top": top})
+            top: list[dict[str, Any]] = [{"class": name, "probability": chance} for name, chance in prediction.top]
+            yield json.dumps({"path": str(prediction.path), **top[0], "top": top})
         elif style == "csv":
-            yield _csv([str(one.path), *(value for pair in one.top for value in pair)])
+            yield _csv([str(prediction.path), *(value for pair in prediction.top for value in pair)])
         else:
-            yield printable(f"{one.path}  " + ", ".join(f"{name} {chance:.4f}" for name, chance in one.top))
+            yield printable(
+                f"{prediction.path}  " + ", ".join(f"{name} {chance:.4f}" for name, chance in prediction.top)
+            )
 
 
 def _csv(values: list[Any]) -> str:
@@ -159,20 +147,18 @@ def _csv(values: list[Any]) -> str:
 
 def draw_sheet(found: Sequence[Prediction], path: Path) -> None:
     """Draw the first images with their classes into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = found[:_ON_A_SHEET]
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, one in zip(figure.axes, shown, strict=False):
-        axes.imshow(one.levels.permute(1, 2, 0).numpy())
-        name, chance = one.top[0]
-        axes.set_title(f"{name}  {chance:.0%}\n{one.path.name}", fontsize=7, parse_math=False)
+    for axes, prediction in zip(figure.axes, shown, strict=False):
+        axes.imshow(prediction.levels.permute(1, 2, 0).numpy())
+        name, chance = prediction.top[0]
+        axes.set_title(f"{name}  {chance:.0%}\n{prediction.path.name}", fontsize=7, parse_math=False)
     if len(found) > len(shown):
         figure.suptitle(f"the first {len(shown)} of {len(found):,} images", fontsize=9)
     figure.savefig(path, dpi=120, format="png")

@@ -1,32 +1,34 @@
 """`robust-dist runs`: the runs below a folder, what became of them, and in what they differ."""
 
+import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robust_dist.data.names import printable
-from robust_dist.documents import DocumentError, typed
+from robust_dist.data.source import printable
+from robust_dist.documents import DocumentError, read_yaml, typed
 from robust_dist.ranks.claim import is_held
-from robust_dist.train.curves import best_row, line_style
-from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
+from robust_dist.train.curves import line_style
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.keys import flatten, keys_of, recipe_dict
-from robust_dist.train.metrics import last_row
+from robust_dist.train.metrics import EarlyStoppingConfig, best_row, early_stop, last_row
 from robust_dist.train.recipe import Recipe
-from robust_dist.yaml_file import read_yaml
 
 _STOPS = "early_stopping"
+# Letters of a legend's line, in one column and in two.
+_LINE, _HALF_LINE = 120, 55
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells of it.
+    """A run as its folder shows it.
 
     Attributes:
         name: Its path below the folder that was named.
-        state: finished, running, stopped, stopped early (it no longer improved), or why it cannot be told.
+        state: finished, running, stopped, stopped early (no longer improving), or damaged and why.
         recipe: Dotted keys and values.
         rows: The epochs of `metrics.jsonl`, oldest first.
     """
@@ -84,7 +86,7 @@ def _run(path: Path, name: str) -> Run:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The keys in which the runs' recipes differ, of those that change a run's result."""
+    """The keys in which the runs' recipes differ, of those that affect a run's result."""
     known = keys_of(Recipe)
     recipes = [run.recipe for run in runs if run.recipe]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if not known.is_free(key))
@@ -93,7 +95,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def table(runs: Sequence[Run]) -> str:
     """A line for each run, under a heading."""
-    keys = differing(runs)
+    # The column of epochs done has the recipe's, too.
+    keys = [key for key in differing(runs) if key != "epochs"]
     rows = [["run", "state", "epochs", "best", "last", "top-5", "images/s", *keys]]
     for run in runs:
         accuracies = [accuracy for _, accuracy in run.accuracies]
@@ -108,29 +111,44 @@ def table(runs: Sequence[Run]) -> str:
                 f"{accuracies[-1]:.2%}" if accuracies else "-",
                 "-" if top5 is None else f"{top5:.2%}",
                 "-" if speed is None else f"{speed:,.0f}",
-                *(str(run.recipe.get(key, "-")) for key in keys),
+                *(_value(run, key) for key in keys),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def _value(run: Run, key: str) -> str:
+    """A setting as a recipe writes it."""
+    value = run.recipe.get(key, "-")
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draw the runs' accuracies over the epochs into a PNG, each one's best epoch with a star."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw the runs' accuracies over the epochs into a PNG."""
+    figure_of(runs).savefig(path, dpi=120, format="png")
+
+
+def figure_of(runs: Sequence[Run]) -> Any:
+    """Matplotlib's figure of the runs' accuracies over the epochs, each one's best epoch with a star.
+
+    The legend has every setting in which the runs differ, in as many lines as that takes.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    keys = differing(runs)[:3]
+    keys = differing(runs)
     shown = [run for run in runs if run.accuracies]
-    figure = Figure(figsize=(10, 6 + 0.12 * max(0, len(shown) - 12)), layout="constrained")
-    FigureCanvasAgg(figure)
+    said = {run.name: ", ".join(f"{key}={_value(run, key)}" for key in keys) for run in shown}
+    labels = [printable(f"{run.name} ({said[run.name]})" if keys else run.name) for run in shown]
+    columns = 2 if len(shown) > 4 and max(map(len, labels)) <= _HALF_LINE else 1
+    labels = [textwrap.fill(label, _LINE if columns == 1 else _HALF_LINE) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure: Any = Figure(figsize=(10, 6 + 0.15 * max(0, lines - 6)), layout="constrained")
     axes = figure.subplots()
-    for number, run in enumerate(shown):
-        said = ", ".join(f"{key.rpartition('.')[2]} {run.recipe.get(key)}" for key in keys)
+    for number, (run, label) in enumerate(zip(shown, labels, strict=True)):
         epochs, shares = zip(*run.accuracies, strict=True)
         style = line_style(number) | {"markersize": 4, "markevery": max(1, len(epochs) // 20)}
-        label = printable(f"{run.name}{said and f' ({said})'}")
         axes.plot(epochs, [100 * share for share in shares], **style, label=label)
         best = best_row(run.rows)
         if best is not None:
@@ -140,10 +158,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.lines:
-        title = f"run ({', '.join(keys)}); stars: best epochs" if keys else "run; stars: best epochs"
-        legend = figure.legend(
-            fontsize=8, title=title, handlelength=3.5, loc="outside lower center", ncols=1 if len(shown) < 5 else 2
-        )
-        for text in legend.get_texts():
+        place = {"loc": "outside lower center", "ncols": columns, "title": "runs; stars: best epochs"}
+        for text in figure.legend(fontsize=8, handlelength=3.5, **place).get_texts():
             text.set_parse_math(False)
-    figure.savefig(path, dpi=120, format="png")
+    return figure

@@ -1,6 +1,7 @@
-"""A trained model, read from a run's folder or from what `robust-dist export` wrote."""
+"""A trained model and its preprocessing, read from a run's folder or from what `robust-dist export` wrote."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -8,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from robust_dist.augment import RobustAugment
 from robust_dist.checkpoint.layout import kinds_in
 from robust_dist.checkpoint.store import ACCURACY
-from robust_dist.documents import DocumentError, read_json, typed
-from robust_dist.engines.engine import UNNOTED, engine_named
-from robust_dist.inference.preprocess import Pixels, Preprocess, is_own, pixels_noted, pixels_of
-from robust_dist.own_code import OwnCodeError
+from robust_dist.data.decode import as_rgb, decode_rgb, resize_center_crop, to_tensor
+from robust_dist.data.errors import BadImageError
+from robust_dist.data.registry import DATASETS
+from robust_dist.data.source import Upright, turns_upright
+from robust_dist.documents import Document, DocumentError, read_json, read_yaml, typed
+from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_named
+from robust_dist.own_code import OwnCodeError, is_name
+from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_weights import (
+from robust_dist.train.sources import preprocessing_of
+from robust_dist.train.weights import (
     RECORD,
     WEIGHTS,
     check_evaluated,
@@ -32,13 +41,134 @@ from robust_dist.train.run_weights import (
     run_of,
     why_none,
 )
-from robust_dist.train.settings import OWN
-from robust_dist.yaml_file import Document, read_yaml
 
+ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Own = nn.Module | Callable[[int], nn.Module]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Sections that a model in use does without; a package that they name need not be installed.
 _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes a model's input.
+
+    Attributes:
+        size: Height and width of the input, pixels.
+        resize: What the shorter side becomes before the central crop; None takes an image of `size` as it is, and makes
+            the shorter side of any other `size`.
+        mean: Of each channel, on the scale 0 to 1.
+        std: Of each channel.
+        upright: Whether images are turned by their EXIF orientation.
+        channels_last: Whether batches are torch.channels_last.
+    """
+
+    size: int
+    resize: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    upright: bool = False
+    channels_last: bool = False
+
+
+def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
+    """The preprocessing of a recipe's evaluation."""
+    image = preprocessing_of(data, evaluation=True)
+    resize = data.eval_sides[1] if data.streamed else None
+    upright = data.source is not None and turns_upright(str(data.exif), auto=data.name == "hub")
+    return Pixels(image.size, resize, tuple(image.mean), tuple(image.std), upright, channels_last)
+
+
+def is_own(data: DataConfig) -> bool:
+    """Whether a run's images were the user's own, so that `data.json` describes them; nothing is imported."""
+    return is_name(data.name) or (data.name not in DATASETS and data.source is None)
+
+
+def pixels_noted(record: dict[str, Any], data: DataConfig, channels_last: bool) -> Pixels:
+    """The preprocessing of a run's evaluation by its `data.json`."""
+    noted: _Noted = typed(record.get("preprocessing"), _Noted, "data.json: preprocessing")
+    upright = turns_upright(str(data.exif), auto=False)
+    return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, upright, channels_last)
+
+
+@dataclass
+class _Noted:
+    """The preprocessing in `data.json`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_size: int
+    eval_resize: int | None = None
+
+
+class Preprocess:
+    """Decode, resize, crop, normalise: an image to float32 [3, size, size].
+
+    Args:
+        classes: Names of the classes, by number.
+        pixels: The settings.
+    """
+
+    def __init__(self, classes: tuple[str, ...], pixels: Pixels) -> None:
+        self.classes, self.pixels = classes, pixels
+        self.augment = RobustAugment(
+            len(classes), pixels.size, pixels.mean, pixels.std, channels_last=pixels.channels_last
+        ).eval()
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        """One image, ready for `model(...[None])`.
+
+        Args:
+            image: A file's path, a PIL image, or uint8 [3, H, W].
+
+        Returns:
+            float32 [3, size, size].
+
+        Raises:
+            BadImageError: It cannot be decoded; names the file.
+            ValueError: A tensor of another dtype or number of channels.
+            OSError: The file cannot be read.
+        """
+        return self.normalize(self.levels(image)[None])[0]
+
+    def levels(self, image: ImageLike) -> Tensor:
+        """The image before it is normalised, uint8 [3, size, size]."""
+        if isinstance(image, Tensor):
+            return self._cropped(_of_tensor(image, len(self.pixels.mean)))
+        if isinstance(image, Image.Image):
+            return self._cropped(as_rgb(image, upright=self.pixels.upright))
+        kind = Upright if self.pixels.upright else bytes
+        try:
+            return self._cropped(decode_rgb(kind(Path(image).read_bytes())))
+        except BadImageError as error:
+            raise BadImageError(f"{os.fspath(image)}: {error}") from None
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / std of uint8 [B, 3, size, size]."""
+        return self.augment.normalize(images)
+
+    def to(self, device: torch.device) -> "Preprocess":
+        """The same for images on another device."""
+        self.augment.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Preprocess({len(self.classes)} classes, {self.pixels})"
+
+    def _cropped(self, image: Image.Image) -> Tensor:
+        size, resize = self.pixels.size, self.pixels.resize
+        if resize is None and image.size == (size, size):
+            return to_tensor(image)
+        return resize_center_crop(image, size, resize or size)
+
+
+def _of_tensor(image: Tensor, channels: int) -> Image.Image:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
+        raise ValueError(
+            f"an image must be uint8 [{channels}, H, W], got {str(image.dtype).removeprefix('torch.')} "
+            f"{list(image.shape)}"
+        )
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -47,7 +177,7 @@ class Origin:
 
     Attributes:
         step: Optimizer steps done.
-        eval_accuracy: That the run logged at this step; None within an epoch.
+        eval_accuracy: Logged by the run at this step; None within an epoch.
         engine: The kind of engine that trained.
         num_processes: Its ranks.
     """
@@ -65,8 +195,8 @@ class Record:
     Attributes:
         robust_dist: The version that wrote it.
         classes: Names of the classes, by number.
-        preprocessing: What is done to an image.
-        checkpoint: Where the weights come from.
+        preprocessing: From an image to the input.
+        checkpoint: The origin of the weights.
         recipe: The run's recipe, without secrets and trackers.
         data: The run's `data.json`: the images that it was trained and evaluated on.
     """
@@ -81,14 +211,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with what its use needs to know.
+    """A model with what its use needs.
 
     Attributes:
         path: The folder that it was read from.
         model: In eval mode, on the CPU, in float32.
         preprocess: From an image to its input.
         settings: The recipe, with defaults for the sections on training.
-        record: What `model.json` holds of it.
+        record: Its `model.json`.
     """
 
     path: Path
@@ -108,12 +238,7 @@ class Trained:
 
 
 class Evaluating:
-    """The forward pass as the run's engine evaluates it: autocast, weights of a lower dtype, or neither.
-
-    Args:
-        trained: The model; it is copied where its weights are cast.
-        device: Where it runs.
-    """
+    """The forward pass on a device as the run's engine evaluates it: autocast, weights of a lower dtype, or neither."""
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
         engine, self.device = engine_named(trained.record.checkpoint.engine), device
@@ -136,9 +261,9 @@ class Evaluating:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with weights of a lower dtype, but for those of batch normalisation, as FSDP1 leaves them."""
+    """The model with weights of a lower dtype, except those of batch normalisation, which FSDP1 keeps."""
     for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BATCH_NORMS):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return model
@@ -158,8 +283,8 @@ def read(
     Args:
         path: The folder.
         checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
-        model: Of a run whose model is no recipe's: the module that `fit` was given, or the function of the number of
-            classes. A module is filled with the weights and put into eval mode.
+        model: Of a run whose model was given to `fit`: the module, or the function of the number of classes. A module
+            is filled with the weights and put into eval mode.
         kind: The recipe's class, for a run of a class of your own.
 
     Raises:
@@ -242,10 +367,10 @@ def settings_of(document: Document, kind: type[Recipe], words: Sequence[str] = (
 
 
 def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
-    """The recipe's model, or a run's own one, in eval mode; torch's generator is left as it was.
+    """The recipe's model, or the user's own, in eval mode; torch's generator is left as it was.
 
     Raises:
-        ValueError: The model is no recipe's, and none is given.
+        ValueError: The recipe does not name the model, and none is given.
     """
     if own is None and settings.model.name == OWN:
         raise ValueError(

@@ -1,19 +1,20 @@
-"""Modes that watch torch's operators: their work, the collectives among them, the storages they make.
+"""The work of operators: counts of operators, collectives and storages as they run, and a model's arithmetic.
 
-All modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
+The modes work on fake tensors as on real ones. Work that does not pass through torch's operators (a C or Triton kernel,
 PIL) is not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from robust_dist.measure.memory import storage_key
 
@@ -42,7 +43,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take account of one call.
+        """Record one call.
 
         Args:
             func: The `OpOverload`.
@@ -58,7 +59,7 @@ class Operation:
     """One ATen operation that is no view.
 
     Attributes:
-        flops: Floating-point operations, of matrix products and convolutions alone.
+        flops: Floating-point operations, of matrix products and convolutions only.
         bytes: Of the tensors that it reads and writes; an expanded tensor has those of its storage.
     """
 
@@ -107,7 +108,10 @@ class Operations(Watch):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -122,11 +126,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class Collectives(Watch):
-    """The collectives of torch.distributed.
-
-    Attributes:
-        names: The operators called, in order.
-    """
+    """The collectives of torch.distributed: `names` has the operators called, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,8 +198,8 @@ def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> C
 
     Args:
         call: The work; calls may differ by their random draws.
-        device: Where it works. On a GPU the kernels of further calls are counted by torch's profiler.
-        calls: How many.
+        device: Its device. On a GPU the kernels of further calls are counted by torch's profiler.
+        calls: Their number.
     """
 
     def several() -> None:
@@ -209,7 +209,7 @@ def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> C
     with Operations(device) as seen:
         several()
     operations = _kernels(several) if device.type == "cuda" else len(seen.found)
-    return Counts(operations / calls, sum(one.bytes for one in seen.found) / calls, seen.waits / calls)
+    return Counts(operations / calls, sum(operation.bytes for operation in seen.found) / calls, seen.waits / calls)
 
 
 def _kernels(call: Callable[[], object]) -> int:
@@ -220,3 +220,35 @@ def _kernels(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(str(event.device_type).endswith("CUDA") for event in profiler.events() or [])
+
+
+def training_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Floating-point operations of one image's forward and backward pass; a multiply-add counts as two.
+
+    Only matrix products and convolutions count, as is usual for MFU; recomputation and augmentation do not. The model
+    runs on "meta" copies of its weights, so nothing is computed, and it is left as it was.
+
+    Args:
+        model: The whole model, before an engine shards it.
+        image_shape: [C, H, W].
+
+    Raises:
+        Exception: Any that a model raises on the meta device.
+    """
+    weights = {
+        name: weight.detach().to("meta").requires_grad_(weight.requires_grad)
+        for name, weight in model.named_parameters()
+    }
+    buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
+    images = torch.empty(1, *image_shape, device="meta", dtype=next(model.parameters()).dtype)
+    modes = {module: module.training for module in model.modules()}
+    # In evaluation mode one image is enough for batch normalisation; the products are the same.
+    model.eval()
+    try:
+        # On the meta device attention is made of plain matrix products, which all have a formula.
+        with FlopCounterMode(display=False) as counter:
+            functional_call(model, weights | buffers, (images,)).sum().backward()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(counter.get_total_flops())

@@ -74,22 +74,22 @@ _PEAKS: tuple[tuple[str, Peak], ...] = (
 
 
 def find_peak(name: str) -> Peak | None:
-    """The peaks of a device by the name that `torch.cuda.get_device_name` says; None for a part, or where unlisted."""
+    """The peaks of a device by the name from `torch.cuda.get_device_name`; None for a MIG part, or where unlisted."""
     if " MIG " in name:
         return None
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
 
 
 def peak_tflops(name: str, mixed: str) -> float | None:
-    """The most that a device does in the number format of the run.
+    """Dense TFLOP/s of a device in the number format of a run.
 
     Args:
-        name: The device's name, as `torch.cuda.get_device_name` says it.
+        name: The device's name, from `torch.cuda.get_device_name`.
         mixed: "bf16", "fp16" or "no". Float32 counts as TF32 where the device has it and cuDNN may use it, which is
             torch's default for convolutions.
 
     Returns:
-        Dense TFLOP/s, or None for a device (or a part of one) that is not listed, or a format that it lacks.
+        None for a device (or a part of one) that is not listed, or a format that it lacks.
     """
     peak = find_peak(name)
     if peak is None:
@@ -112,7 +112,7 @@ class Gpu:
         intra_gbps: Link to the node's other GPUs, Gbit/s in one direction.
         inter_gbps: Network card a GPU, Gbit/s in one direction.
         host_gbps: Link to the host's memory, Gbit/s in one direction.
-        source: Where the figures are printed.
+        source: Where the figures are published.
     """
 
     device: str
@@ -155,7 +155,7 @@ def find_gpu(name: str) -> Gpu:
     """The GPU of that name, in small or capital letters.
 
     Raises:
-        ValueError: There is none; lists the names.
+        ValueError: It is not in the table; lists the names.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]

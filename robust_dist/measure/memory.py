@@ -36,8 +36,41 @@ def peak_memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_memory() -> int:
+    """Bytes of memory that this machine and this process's control group still have."""
+    import psutil
+
+    available, allowed = int(psutil.virtual_memory().available), _from_cgroup()
+    return available if allowed is None else min(available, allowed)
+
+
+def _from_cgroup() -> int | None:
+    """Bytes that a container (cgroup v2, then v1) may still take."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
+        except OSError:
+            continue
+        return None if most == "max" else max(0, int(most) - int(now))
+    return None
+
+
+def text_of(count: int) -> str:
+    """A number of bytes for a person to read: 1.5 GiB."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 def total_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has; None for the processor, whose limit is not its own."""
+    """Bytes that a GPU has; None for the CPU, whose memory other processes share."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
@@ -59,13 +92,9 @@ def restart_peak() -> bool:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that a call takes while it runs and gives back, in bytes; None where nothing tells.
+    """The most memory that a call takes while it runs and gives back, in bytes; None where it cannot be measured.
 
     On a GPU it is the allocator's peak. On the CPU it is the process's, off by up to some 100 KiB (Linux).
-
-    Args:
-        call: The work.
-        device: Where it works.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -4,12 +4,7 @@ from collections.abc import Iterable
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table with a line for the head, a rule, and a line for each row; cells are taken as they are.
-
-    Args:
-        head: Names of the columns.
-        rows: As many cells each.
-    """
+    """A table with its heading, a rule, and a line for each row; cells are taken as they are."""
     columns = list(head)
     lines = [columns, *rows]
     written = [f"| {' | '.join(cells)} |" for cells in lines]

@@ -11,8 +11,8 @@ WIDTHS = (16, 32, 64)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (option A).
 
-    Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of
-    zeros; elsewhere it is the identity.
+    Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of zeros;
+    elsewhere it is the identity.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -43,9 +43,9 @@ class CifarResNet(nn.Module):
 
     Args:
         num_blocks: n of 6n+2.
-        num_classes: outputs.
-        in_channels: channels of the images.
-        stem_stride: stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        stem_stride: Stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
 
     Raises:
         TypeError: stem_stride is no whole number.

@@ -6,21 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_dist import own_code
-from robust_dist.models.cifar_resnet import CifarResNet
-from robust_dist.models.peers import (
-    TIMM_PREFIX,
-    build_cifar_stem,
-    build_timm,
-    build_torchvision,
-    timm_names,
-    torchvision_names,
-)
+from robust_dist.extras import require
+from robust_dist.models.cifar_resnet import CifarResNet, init_conv
 from robust_dist.validate import whole_number
 
 Builder = Callable[..., nn.Module]
@@ -28,6 +22,56 @@ FAMILIES = (
     "ours: {ours}; torchvision's classifiers by their names (resnet18); timm's as timm/NAME; yours as MODULE:NAME"
 )
 _KEY = "model.name"
+TIMM_PREFIX = "timm/"
+# These two return tuples in training, and warn, unless told otherwise.
+SINGLE_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+
+def torchvision_names() -> list[str]:
+    """Torchvision's classifiers; raises ImportError where torchvision is missing."""
+    models = torchvision_models()
+    return models.list_models(module=models)
+
+
+def build_torchvision(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
+    """Torchvision's model `name`, without weights.
+
+    Raises:
+        ValueError: in_channels is not 3, which is all that torchvision's models take.
+    """
+    if in_channels != 3:
+        raise ValueError(f"torchvision's {name} takes in_channels=3, not {in_channels}; timm/{name} may take others")
+    merged = {**SINGLE_OUTPUT.get(name, {}), **options}
+    return torchvision_models().get_model(name, weights=None, num_classes=num_classes, **merged)
+
+
+def build_cifar_stem(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
+    """Torchvision's ResNet `name` with a stem for 32x32 images: a 3x3 convolution of stride 1 and no max-pooling."""
+    model: Any = build_torchvision(name, num_classes, **options)
+    model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    init_conv(model.conv1)
+    return model
+
+
+def timm_names() -> list[str]:
+    """Timm's models with the prefix timm/; raises ImportError where timm is missing."""
+    return [TIMM_PREFIX + name for name in timm_module().list_models()]
+
+
+def build_timm(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
+    """Timm's model `name` (without the prefix), without weights."""
+    return timm_module().create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision.models; raises ImportError where torchvision is missing."""
+    return require("torchvision.models", extra="train", purpose="a model of torchvision")
+
+
+def timm_module() -> ModuleType:
+    """The package timm; raises ImportError where it is missing."""
+    return require("timm", extra="bench", purpose="a model of timm")
 
 
 @dataclass(frozen=True)
@@ -35,9 +79,9 @@ class ModelInfo:
     """A model of ours.
 
     Attributes:
-        description: what it is, and where from.
-        num_parameters: with 10 classes and 3 channels.
-        builder: called as builder(num_classes=..., in_channels=..., **options).
+        description: What it is, and its source.
+        num_parameters: With 10 classes and 3 channels.
+        builder: Called as builder(num_classes=..., in_channels=..., **options).
     """
 
     description: str
@@ -76,23 +120,23 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     """Build a classifier, float32 on the CPU, with fresh weights from torch's default generator.
 
     Args:
-        name: a key of `MODELS`; else a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
+        name: A key of `MODELS`; a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
             function of the user's own (`own_model`).
-        num_classes: outputs.
-        in_channels: channels of the images.
-        **options: handed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
-            take stem_stride.
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets take stem_stride.
 
     Returns:
         A module from [B, in_channels, H, W] to logits [B, num_classes].
 
     Raises:
-        ValueError: unknown name (lists close matches), num_classes or in_channels below 1, or an option that the model
-            does not know.
+        ValueError: Unknown name (lists close matches), num_classes or in_channels below 1, or an option that the model
+            does not take.
         ImportError: torchvision or timm is needed and not installed.
     """
-    _check_counts(num_classes=num_classes, in_channels=in_channels)
-    builder = _builder(name)
+    whole_number("num_classes", num_classes, 1)
+    whole_number("in_channels", in_channels, 1)
+    builder = builder_of(name)
     try:
         return builder(num_classes=num_classes, in_channels=in_channels, **options)
     except TypeError as error:
@@ -102,19 +146,19 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
 
 
 def _plain(error: TypeError) -> str:
-    """What the error says of an argument, without the name of a function that the user has not called."""
+    """The error without the name of a function that the user has not called."""
     return re.sub(r"^\S+\(\) ", "it ", str(error)).replace("keyword argument", "option")
 
 
 def own_model(name: str) -> Builder:
     """The builder of a model that is named as `module:Name`.
 
-    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has a
-    parameter of that name or takes any, else as its first argument), with in_channels where it has that parameter, and
-    with the options.
+    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has
+    that parameter or takes any, else as its first argument), with in_channels where it has that parameter, and with the
+    options.
 
     Raises:
-        OwnCodeError: The name cannot be imported (`own_code.load`), or is neither class nor function of a module.
+        OwnCodeError: The name cannot be imported (`own_code.load`), or is not such a class or function.
     """
     made = own_code.load(_KEY, name)
     if (
@@ -147,11 +191,11 @@ def _needs_one(made: Builder) -> bool:
 
 
 def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
-    """Refuse a model that does not give one logit a class.
+    """Refuse a model that does not give one logit for each class.
 
     Args:
-        key: What was given the model, for messages.
-        name: The model's name there.
+        key: The setting that gave the model, for messages.
+        name: Its value.
         model: On the CPU; its mode is left as it was.
         image: Channels, height and width of an image.
         num_classes: Logits wanted.
@@ -168,7 +212,13 @@ def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], 
         raise ValueError(f"{key}={name!r} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
 
 
-def _builder(name: str) -> Builder:
+def builder_of(name: str) -> Builder:
+    """What builds a model; see `build_model`.
+
+    Raises:
+        ValueError: An unknown name; lists close ones.
+        ImportError: torchvision or timm is needed and not installed.
+    """
     if own_code.is_name(name):
         return own_model(name)
     if name in MODELS:
@@ -191,8 +241,3 @@ def _installed(names: Callable[[], list[str]]) -> list[str]:
         return names()
     except ImportError:
         return []
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        whole_number(name, value, 1)

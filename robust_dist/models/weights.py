@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_dist.models.peers import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
+from robust_dist.documents import first_line
+from robust_dist.models.registry import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
 
 DEFAULT = "DEFAULT"
 # Of googlenet and inception_v3, for training alone; our models are built without them.
@@ -18,10 +19,10 @@ _FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that a model's publisher offers.
+    """Published weights of a model.
 
     Attributes:
-        title: What a person knows them by.
+        title: Their name for a person.
         entries: The state dict.
         num_classes: Of their head; 0 where they have none.
         mean: Of each channel of their training images, on the scale 0 to 1.
@@ -36,20 +37,14 @@ class Published:
 
 
 class FetchError(ValueError):
-    """Weights that are not on this machine and could not be fetched; says what to put where."""
+    """Weights that are not on this machine and could not be fetched; the message says what to put where."""
 
 
 def head_of(model: nn.Module, num_classes: int | None = None) -> tuple[str, ...]:
-    """Names of the modules that give the classes' logits.
+    """Names of the modules that give the classes' logits; none where no layer fits.
 
-    They are those that timm names; else the last linear layer, or convolution of 1x1, with as many outputs as classes.
-
-    Args:
-        model: The classifier.
-        num_classes: Its outputs; None takes the last such layer, whatever its outputs.
-
-    Returns:
-        The names; none where no layer fits.
+    They are those that timm names; else the last linear layer, or convolution of 1x1, with `num_classes` outputs (None:
+    with any).
     """
     named = getattr(model, "pretrained_cfg", None)
     given = named.get("classifier") if isinstance(named, dict) else None
@@ -74,7 +69,7 @@ def published_names(name: str) -> list[str]:
         return [tagged.removeprefix(f"{bare}.") for tagged in timm_module().list_pretrained(f"{bare}.*")]
     if name not in torchvision_names():
         return []
-    return [one.name for one in torchvision_models().get_model_weights(name)]
+    return [entry.name for entry in torchvision_models().get_model_weights(name)]
 
 
 def implied_options(name: str, weights: str | None) -> dict[str, Any]:
@@ -84,27 +79,38 @@ def implied_options(name: str, weights: str | None) -> dict[str, Any]:
     return {"transform_input": True} if _tag(weights) in (DEFAULT, *published_names(name)) else {}
 
 
+def check_published(name: str, weights: str) -> None:
+    """Refuse a name of weights that a model's publisher does not offer.
+
+    Raises:
+        ValueError: Lists those that there are.
+    """
+    known = published_names(name)
+    if not known or _tag(weights) not in (DEFAULT, *known):
+        offered = f"DEFAULT, {', '.join(known)}, or " if known else ""
+        none = "" if known else " (no weights are published for this model)"
+        raise ValueError(
+            f"model.weights={weights!r} with model.name={name!r}: no such weights{none}, file or folder; give {offered}"
+            "the path of a run, an export, or a .safetensors or .pt file"
+        )
+
+
 def read_published(name: str, weights: str, num_classes: int, channels: int, options: dict[str, Any]) -> Published:
-    """Published weights, from this machine's cache, or fetched into it; torch's generator is left as it was.
+    """Published weights, from this machine's cache or fetched into it; torch's generator is left as it was.
 
     Args:
         name: The model's, as `build_model` takes it.
         weights: One of `published_names`, or DEFAULT.
         num_classes: Outputs of the model that they are for.
-        channels: Channels of its images; timm's weights are fitted to them.
-        options: Those of its constructor.
+        channels: Channels of its images; timm's weights are adapted to them.
+        options: Of its constructor.
 
     Raises:
         FetchError: They are not here, and cannot be fetched.
         ValueError: There are none of this name.
     """
-    known, tag = published_names(name), _tag(weights)
-    if not known or tag not in (DEFAULT, *known):
-        offered = f"there are DEFAULT, {', '.join(known)}" if known else "nobody publishes weights of this model"
-        raise ValueError(
-            f"model.weights={weights!r} with model.name={name!r}: no such weights, file or folder; {offered}; or give"
-            " the path of a run, of an export or of a .safetensors or .pt file"
-        )
+    check_published(name, weights)
+    tag = _tag(weights)
     with torch.random.fork_rng(devices=[]):
         if name.startswith(TIMM_PREFIX):
             return _of_timm(name.removeprefix(TIMM_PREFIX), tag, num_classes, channels, options)
@@ -134,7 +140,7 @@ def _of_torchvision(name: str, tag: str) -> Published:
     except Exception as error:
         if is_here:
             raise ValueError(
-                f"{file}: torn, or not {title} ({_first_line(error)}); remove it to fetch it again"
+                f"{file}: torn, or not {title} ({first_line(error)}); remove it to fetch it again"
             ) from None
         raise _cannot_fetch(title, choice.url, f"put it at {file}", error) from None
     made = choice.transforms()
@@ -161,10 +167,6 @@ def _of_timm(name: str, tag: str, num_classes: int, channels: int, options: dict
 
 def _cannot_fetch(title: str, url: str, place: str, error: Exception) -> FetchError:
     return FetchError(
-        f"{title} is not on this machine, and could not be fetched ({_first_line(error)}). Fetch {url} where there is "
+        f"{title} is not on this machine, and could not be fetched ({first_line(error)}). Fetch {url} where there is "
         f"a network, {place}, and start again; or name the file itself: model.weights=/path/{os.path.basename(url)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

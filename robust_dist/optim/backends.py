@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robust_dist.optim import fused_cpu, fused_triton
 from robust_dist.optim.foreach import foreach
-from robust_dist.optim.settings import Hyper
+from robust_dist.optim.settings import Hyper, option
 from robust_dist.optim.single import single
 from robust_dist.optim.state import PLAIN, all_plain, is_dtensor, is_fake
 from robust_dist.optim.tensors import TensorLists
@@ -61,6 +61,7 @@ class Backend:
             `TensorLists`, settings) in place, counting. Its first argument is a dict that lives as long as the
             optimizer; then come the groups, grad_scale and found_inf.
         prepare: Of that dict and groups that have just been stepped: the same step for new gradients, or None.
+        averages: Whether it steps a batch with `zs` (averaging.py); else it is not asked to.
     """
 
     name: str
@@ -69,6 +70,14 @@ class Backend:
     step: Callable[[TensorLists, Hyper], None]
     step_on_device: Callable[[dict[Any, Any], Groups, Tensor | None, Tensor | None], None] | None = None
     prepare: Callable[[dict[Any, Any], Groups], Prepared | None] | None = None
+    averages: bool = False
+
+    def problem(self, group: Mapping[str, Any]) -> str | None:
+        """Why it does not step a param group, or None."""
+        averaging = option(group, "averaging")
+        if averaging is not None and not self.averages:
+            return f"it does not support averaging={averaging!r}"
+        return self.why_not(group)
 
 
 def has_no_values(group: Mapping[str, Any]) -> bool:
@@ -120,9 +129,9 @@ def _fused_triton_why_not(group: Mapping[str, Any]) -> str | None:
 
 
 TRITON = Backend("fused_triton", FUSED, _fused_triton_why_not, foreach, fused_triton.step_groups, fused_triton.prepare)
-IN_C = Backend("fused_cpu", FUSED, _fused_cpu_why_not, fused_cpu.fused_cpu, prepare=fused_cpu.prepare)
-IN_FOREACH = Backend("foreach", FOREACH, _foreach_why_not, foreach)
-ONE_BY_ONE = Backend("single", SINGLE, lambda group: None, single)
+IN_C = Backend("fused_cpu", FUSED, _fused_cpu_why_not, fused_cpu.fused_cpu, prepare=fused_cpu.prepare, averages=True)
+IN_FOREACH = Backend("foreach", FOREACH, _foreach_why_not, foreach, averages=True)
+ONE_BY_ONE = Backend("single", SINGLE, lambda group: None, single, averages=True)
 BACKENDS: list[Backend] = [TRITON, IN_C, IN_FOREACH, ONE_BY_ONE]
 
 
@@ -148,7 +157,7 @@ def _choose(group: Mapping[str, Any]) -> Backend:
     for backend in BACKENDS:
         if backend.kind == FUSED and not fuses:
             continue
-        if backend.why_not(group) is None:
+        if backend.problem(group) is None:
             return backend
         if backend is TRITON:
             _say_once(fused_triton.failure(group["params"]))
@@ -180,7 +189,7 @@ def check_fused(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"fused=True needs the parameters of a group on one device, they are on {names}; {alternative}"
         )
-    reasons = [backend.why_not(group) for backend in BACKENDS if backend.kind == FUSED]
+    reasons = [backend.problem(group) for backend in BACKENDS if backend.kind == FUSED]
     if all(reasons):
         device = devices.pop()
         none = f"there is none for {device.type}"

@@ -3,15 +3,18 @@
 Both moments are known; the parameter then takes
     theta = decay * theta - step_size * m / (sqrt(v + inner) + outer)     rectified, eq. 19
     theta = decay * theta - step_size * m                                 not rectified, eq. 20
-with the bias corrections of eq. 8 and 9 folded into step_size, inner and outer.
+with the bias corrections of eq. 8 and 9 folded into step_size, inner and outer. With averaging (averaging.py)
+    d = step_size * g / (sqrt(v + inner) + outer) + (1 - decay) * y       rectified; else step_size * g + ...
+    y = y + mix * (z - y) + push * d,   z = z - d
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from robust_dist.optim.averaging import device_share, share
 from robust_dist.optim.counting import counts_of
 from robust_dist.optim.reference import one_minus_power, rectification, tensor_rectification
 from robust_dist.optim.settings import INSIDE, OUTSIDE, Hyper
@@ -27,6 +30,9 @@ class Coefficients:
         rectified: Whether eq. 19 holds; else eq. 20, and `inner` and `outer` mean nothing.
         inner: Added under the root.
         outer: Added to the root.
+        fade: 1 - decay.
+        mix: The share of z in the new y, of averaging.
+        push: The factor on d in the new y, of averaging.
     """
 
     decay: float | Tensor
@@ -34,20 +40,26 @@ class Coefficients:
     rectified: bool
     inner: float = 0.0
     outer: float = 0.0
+    fade: float | Tensor = 0.0
+    mix: float = 0.0
+    push: float = 0.0
 
 
 def host_coefficients(step: float, h: Hyper, lr: float | Tensor, weight_decay: float | Tensor) -> Coefficients:
     """The scalars of step t = `step`, in float64."""
-    bias1 = one_minus_power(h.beta1, step)
-    decay = 1.0 - lr * weight_decay
+    bias1 = 1.0 if h.averaging else one_minus_power(h.beta1, step)
+    fade = lr * weight_decay if h.decay_by_rate else weight_decay
+    decay = 1.0 - fade
+    mix = share(step, h.beta2, h.rectify_threshold) if h.averaging else 0.0
+    push = h.beta1 * (1.0 - mix) - 1.0
     gamma = rectification(step, h.beta2, h.rectify_threshold)
     if gamma is None:
-        return Coefficients(decay, lr / bias1, rectified=False)
+        return Coefficients(decay, lr / bias1, rectified=False, fade=fade, mix=mix, push=push)
     bias2 = one_minus_power(h.beta2, step)
     root = math.sqrt(bias2)
     inner = h.eps * bias2 if h.eps_placement == INSIDE else 0.0
     outer = 0.0 if h.eps_placement == INSIDE else h.eps * (root if h.eps_placement == OUTSIDE else 1.0)
-    return Coefficients(decay, lr * (gamma * root / bias1), True, inner, outer)
+    return Coefficients(decay, lr * (gamma * root / bias1), True, inner, outer, fade, mix, push)
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,9 @@ class DeviceCoefficients:
         slope: n 0-d tensors; -1 / step_size where rectified, else 0.
         offset: n 0-d tensors; -outer / step_size where rectified, else -1 / step_size.
         idle: 0-d bool; lr is 0, so that theta must keep its bits. None where lr is a float other than 0.
+        fade: 0-d; 1 - decay.
+        mix: n 0-d tensors, the share of z in the new y; empty without averaging.
+        push: n 0-d tensors, the factor on d in the new y.
     """
 
     decay: Tensor
@@ -69,6 +84,9 @@ class DeviceCoefficients:
     slope: tuple[Tensor, ...]
     offset: tuple[Tensor, ...]
     idle: Tensor | None
+    fade: Tensor
+    mix: tuple[Tensor, ...] = ()
+    push: tuple[Tensor, ...] = ()
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
@@ -96,7 +114,7 @@ def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> De
     t = counts_of(torch.stack(steps)).to(accurate)
     lr, weight_decay = _scalar(h.lr, t), _scalar(h.weight_decay, t)
     gamma, rectified = tensor_rectification(t, h.beta2, h.rectify_threshold)
-    bias1, bias2 = _one_minus_power(h.beta1, t), _one_minus_power(h.beta2, t)
+    bias1, bias2 = _one_minus_power(0.0 if h.averaging else h.beta1, t), _one_minus_power(h.beta2, t)
     root = bias2.sqrt()
     inner = h.eps * bias2 if h.eps_placement == INSIDE else torch.zeros_like(t)
     outer = torch.zeros_like(t) if h.eps_placement == INSIDE else torch.full_like(t, h.eps)
@@ -107,7 +125,13 @@ def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> De
     varies = torch.compiler.is_compiling() or isinstance(h.lr, Tensor)
     idle = lr == 0.0 if varies or h.lr == 0.0 else None
     inners, slopes, offsets = (vector.to(dtype).unbind() for vector in (inner, slope, offset))
-    return DeviceCoefficients((1.0 - lr * weight_decay).to(dtype), inners, slopes, offsets, idle)
+    fade = lr * weight_decay if h.decay_by_rate else weight_decay
+    found = DeviceCoefficients((1.0 - fade).to(dtype), inners, slopes, offsets, idle, fade.to(dtype))
+    if not h.averaging:
+        return found
+    mix = device_share(t, h.beta2, h.rectify_threshold)
+    push = h.beta1 * (1.0 - mix) - 1.0
+    return replace(found, mix=mix.to(dtype).unbind(), push=push.to(dtype).unbind())
 
 
 def either(first: Tensor | None, second: Tensor | None) -> Tensor | None:

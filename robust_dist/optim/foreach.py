@@ -1,6 +1,7 @@
 """Lists of tensors at once, with torch's foreach operations; on the CPU in pieces that stay in its cache."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,17 +49,46 @@ def _move(params: list[Tensor], m: list[Tensor], v: list[Tensor], c: Coefficient
     torch._foreach_addcdiv_(params, m, denominators, -float(c.step_size))
 
 
+def _average(
+    ys: list[Tensor], zs: list[Tensor], updates: list[Tensor], fade: Any, mix: list[Any], push: list[Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The new y and z of averaging.py, from updates with their sizes."""
+    moves = torch._foreach_add(updates, torch._foreach_mul(ys, fade))
+    to_z = torch._foreach_mul(torch._foreach_sub(zs, ys), mix)
+    return (
+        list(torch._foreach_add(torch._foreach_add(ys, to_z), torch._foreach_mul(moves, push))),
+        list(torch._foreach_sub(zs, moves)),
+    )
+
+
+def _average_on_host(ys: list[Tensor], batch: TensorLists, grads: list[Tensor], c: Coefficients) -> None:
+    updates = torch._foreach_mul(grads, float(c.step_size))
+    if c.rectified:
+        roots = torch._foreach_sqrt(torch._foreach_add(batch.exp_avg_sqs, c.inner))
+        torch._foreach_add_(roots, c.outer)
+        torch._foreach_div_(updates, roots)
+    count = len(ys)
+    new = _average(ys, batch.zs, list(updates), float(c.fade), [c.mix] * count, [c.push] * count)
+    torch._foreach_copy_(ys, new[0])
+    torch._foreach_copy_(batch.zs, new[1])
+
+
 def _host_step(batch: TensorLists, h: Hyper, step: float) -> None:
     dtype, rounder = batch.exp_avg_sqs[0].dtype, Rounder(batch, h)
     m = _as(batch.exp_avgs, dtype)
-    _advance_moments(_true_grads(batch, h), m, batch.exp_avg_sqs, h)
+    grads = _true_grads(batch, h)
+    _advance_moments(grads, m, batch.exp_avg_sqs, h)
     if m is not batch.exp_avgs:
         torch._foreach_copy_(batch.exp_avgs, [rounder.exp_avg(i, t) for i, t in enumerate(m)])
     lr = float(h.lr)
     if lr == 0.0:
         return
     params = _as(batch.masters or batch.params, dtype)
-    _move(params, m, batch.exp_avg_sqs, host_coefficients(step, h, lr, float(h.weight_decay)))
+    c = host_coefficients(step, h, lr, float(h.weight_decay))
+    if h.averaging:
+        _average_on_host(params, batch, grads, c)
+    else:
+        _move(params, m, batch.exp_avg_sqs, c)
     if params is not batch.params:
         torch._foreach_copy_(batch.params, [rounder.param(i, t) for i, t in enumerate(params)])
 
@@ -76,14 +106,21 @@ def _device_step(batch: TensorLists, h: Hyper) -> None:
     m, v = _as(batch.exp_avgs, dtype), batch.exp_avg_sqs
     if skipped is not None:
         m, v = [t.clone() for t in m], [t.clone() for t in v]
-    _advance_moments(_true_grads(batch, h), m, v, h)
+    grads = _true_grads(batch, h)
+    _advance_moments(grads, m, v, h)
     denominators = torch._foreach_add(v, list(c.inner))
     torch._foreach_sqrt_(denominators)
     torch._foreach_mul_(denominators, list(c.slope))
     torch._foreach_add_(denominators, list(c.offset))
-    params = list(torch._foreach_mul([p.to(dtype) for p in batch.masters or batch.params], c.decay))
-    torch._foreach_addcdiv_(params, m, denominators)
     idle = either(c.idle, skipped)
+    old = [p.to(dtype) for p in batch.masters or batch.params]
+    if h.averaging:
+        updates = list(torch._foreach_neg(torch._foreach_div(grads, denominators)))
+        params, zs = _average(old, batch.zs, updates, c.fade, list(c.mix), list(c.push))
+        _commit(batch.zs, zs, idle)
+    else:
+        params = list(torch._foreach_mul(old, c.decay))
+        torch._foreach_addcdiv_(params, m, denominators)
     if batch.masters:
         _commit(batch.masters, params, idle)
     _commit(batch.params, [rounder.param(i, t) for i, t in enumerate(params)], idle)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from robust_dist import native_library
+from robust_dist import extras
 from robust_dist.optim.addresses import addresses
 from robust_dist.optim.coefficients import host_coefficients
 from robust_dist.optim.counting import count_of
@@ -40,7 +40,7 @@ class _Scalars(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_double) for name in ("rate", "beta2", "share", "added_eps", "grad_scale")),
-        *((name, ctypes.c_double) for name in ("decay", "step_size", "inner", "outer")),
+        *((name, ctypes.c_double) for name in ("decay", "step_size", "inner", "outer", "fade", "mix", "push")),
         *((name, ctypes.c_int32) for name in ("kind", "threads")),
     ]
 
@@ -49,7 +49,7 @@ class _Tensors(ctypes.Structure):
     """`tensors` of native/fused.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")),
+        *((name, ctypes.c_void_p) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters", "zs")),
         *((name, ctypes.c_void_p) for name in ("numels", "keys", "firsts")),
         ("count", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _KIND_NAMES),
@@ -98,11 +98,13 @@ def _declare(found: Any) -> None:
     found.robust_dist_chunk.restype = None
     found.robust_dist_step_chunk.argtypes = [pointer, pointer, ctypes.c_int, whole, pointer]
     found.robust_dist_step_chunk.restype = None
+    found.robust_dist_sum_abs.argtypes = [pointer, pointer, whole, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    found.robust_dist_sum_abs.restype = ctypes.c_double
 
 
 @functools.cache
 def _load() -> Any:
-    return native_library.load(Path(__file__).parent, _declare)
+    return extras.load_library(Path(__file__).parent, _declare)
 
 
 def instruction_set() -> str:
@@ -144,7 +146,8 @@ def _scalars(batch: TensorLists, h: Hyper, step: float) -> _Scalars:
     kind = _KEEP if lr == 0.0 else _RECTIFIED if c.rectified else _UNRECTIFIED
     share = (1.0 - h.beta2) * h.beta1 * h.beta1
     moments = (1.0 - h.beta1, h.beta2, share, h.added_eps, -scale if h.maximize else scale)
-    return _Scalars(*moments, float(c.decay), float(c.step_size), c.inner, c.outer, kind, threads())
+    moves = (float(c.decay), float(c.step_size), c.inner, c.outer, float(c.fade), c.mix, c.push)
+    return _Scalars(*moments, *moves, kind, threads())
 
 
 def fused_cpu(batch: TensorLists, h: Hyper) -> None:
@@ -178,16 +181,32 @@ def _table(
     batch: TensorLists, kinds: tuple[int, int, int], keys: Sequence[int] | None
 ) -> tuple[_Tensors, dict[str, "array[int]"]]:
     """The C code's table of a batch, and the arrays that it points into, which must outlive it."""
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
+    optional = [name for name, column in (("masters", batch.masters), ("zs", batch.zs)) if column]
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", *optional)
     # Of lists, which have a length: an array that grows with an iterator takes a third longer.
     arrays = {
-        name: array("q", list(map(Tensor.data_ptr, column))) for name, column in zip(names, batch.columns, strict=False)
+        name: array("q", list(map(Tensor.data_ptr, column))) for name, column in zip(names, batch.columns, strict=True)
     }
     arrays["numels"] = array("q", list(map(Tensor.numel, batch.params)))
     if keys is not None:
         arrays |= {"keys": array("q", keys), "firsts": array("q", [first for _, first in batch.origins])}
     pointers = {name: values.buffer_info()[0] for name, values in arrays.items()}
     return _Tensors(**pointers, **dict(zip(_KIND_NAMES, kinds, strict=True)), count=len(batch.params)), arrays
+
+
+def sum_abs(tensors: Sequence[Tensor]) -> float:
+    """The sum of the absolute values of tensors on the CPU, in double precision; the same at each number of threads."""
+    native = library()
+    in_c = [native is not None and t.dtype in _KINDS and is_flat(t) for t in tensors]
+    total = sum(t.abs().sum(dtype=torch.float64).item() for t, taken in zip(tensors, in_c, strict=True) if not taken)
+    by_kind: dict[int, list[Tensor]] = {}
+    for tensor in compress(tensors, in_c):
+        by_kind.setdefault(_KINDS[tensor.dtype], []).append(tensor)
+    for kind, same in by_kind.items():
+        where, numels = addresses(same), array("q", map(Tensor.numel, same))
+        pointers = (values.buffer_info()[0] for values in (where, numels))
+        total += native.robust_dist_sum_abs(*pointers, len(same), kind, threads(), native.robust_dist_widest())
+    return total
 
 
 class _Part:

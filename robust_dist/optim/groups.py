@@ -45,7 +45,7 @@ def clean_name(name: str, model: nn.Module | None = None) -> str:
     at: Any = model
     for part in name.split("."):
         # some wrappers leave their component out of the names that they give
-        while (children := _children_of_wrapper(at)) and part not in children and part not in at._buffers:
+        while (children := _children_of_wrapper(at)) and part not in {*children, *_own_buffers(at)}:
             at = getattr(at, children[0])
         if part not in children and not (part in _UNMISTAKABLE and _holds_one_module(at)):
             kept.append(part)
@@ -53,11 +53,16 @@ def clean_name(name: str, model: nn.Module | None = None) -> str:
     return ".".join(kept)
 
 
+def _own_buffers(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False)]
+
+
 def _holds_one_module(module: Any) -> bool:
     """Whether it may be a wrapper of an unknown class: one that has tensors or further children of its own is none."""
     if not isinstance(module, nn.Module):
         return True
-    return len(module._modules) == 1 and not module._parameters and not module._buffers
+    own = [*module.parameters(recurse=False), *_own_buffers(module)]
+    return len(list(module.children())) == 1 and not own
 
 
 def _children_of_wrapper(module: Any) -> tuple[str, ...]:

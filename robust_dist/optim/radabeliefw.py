@@ -8,22 +8,26 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.groups import check_sharded
+from robust_dist.optim.rate import Measured, Ranks
 from robust_dist.optim.record import Records
-from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, Hyper, check_group, hyper, make_plain, option
+from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
     EXP_AVG,
     EXP_AVG_SQ,
     MASTER,
     STEP,
+    Z,
     complete,
     completed,
     first_index,
     has_master,
     load_exactly,
+    local,
     own_steps,
 )
 from robust_dist.optim.tensors import TensorLists, inverse
@@ -56,6 +60,11 @@ def _check_group_can_step(group: Mapping[str, Any]) -> None:
             )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
         raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
+
+
+def _hyper(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) -> Hyper:
+    # torch.compile, which measures no rate, does not trace id()
+    return hyper(group, rates.get(id(group))) if rates else hyper(group)
 
 
 class RAdaBeliefW(Optimizer):
@@ -124,8 +133,16 @@ class RAdaBeliefW(Optimizer):
             a hash of (seed, step, parameter, element): the same on every backend, after a resume, and, where
             rounding.py says so, under sharding.
         seed: Of that hash, an int in [0, 2**63).
+        averaging: "schedule_free" trains z and averages it, as averaging.py says: call `train()` before a training
+            epoch and `eval()` before an evaluation or an export, as with Schedule-Free's own package. The learning rate
+            stays constant, and batch normalisation's statistics are to be collected anew after `eval()`.
+        rate_guard: k: the run measures its own rate (rate.py), and lr counts within this factor of it; 1 does without
+            lr, None without measuring. Every step needs `observe(loss)` before it.
+        rate_constant: c of rate.py, the measured rate's factor.
+        decay_by_rate: Whether weight_decay is multiplied by the learning rate; False takes it as the share of a step.
 
-    These four are in a param group only where they are not the default, so that checkpoints of older releases fit.
+    All from master_weights on are in a param group only where they are not the default, so that checkpoints of older
+    releases fit.
 
     Raises:
         ValueError: A setting is out of range, two of them exclude each other, or fused=True where it is not there.
@@ -157,6 +174,10 @@ class RAdaBeliefW(Optimizer):
         exp_avg_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        averaging: str | None = None,
+        rate_guard: float | None = None,
+        rate_constant: float = 4.0,
+        decay_by_rate: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -172,14 +193,18 @@ class RAdaBeliefW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        memory: dict[str, Any] = {
+        options: dict[str, Any] = {
             "master_weights": master_weights,
             "exp_avg_dtype": exp_avg_dtype,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "averaging": averaging,
+            "rate_guard": rate_guard,
+            "rate_constant": rate_constant,
+            "decay_by_rate": decay_by_rate,
         }
-        check_group({**defaults, **memory})
-        defaults |= {name: value for name, value in memory.items() if value != MEMORY_DEFAULTS[name]}
+        check_group({**defaults, **options})
+        defaults |= {name: value for name, value in options.items() if value != OPTIONS[name]}
         make_plain(defaults)
         super().__init__(params, defaults)
 
@@ -191,6 +216,30 @@ class RAdaBeliefW(Optimizer):
                 group.setdefault(key, default)
             make_plain(group)
             own_steps(self.state, group["params"], group["capturable"])
+        if "_measured" in self.__dict__:
+            self._measured.restore(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._save_measured()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with what `rate_guard` has measured."""
+        self._save_measured()
+        return super().state_dict()
+
+    def _save_measured(self) -> None:
+        if "_measured" in self.__dict__:
+            self._measured.save(self.param_groups)
+
+    @property
+    def _rate(self) -> Measured:
+        """What `rate_guard` has measured; not made in __init__, which pickle does not call."""
+        measured: Measured | None = self.__dict__.get("_measured")
+        if measured is None:
+            self._measured = measured = Measured(self.param_groups)
+        return measured
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; its settings are checked as the constructor's are, before anything is added.
@@ -223,6 +272,81 @@ class RAdaBeliefW(Optimizer):
         self.__dict__.pop("_records", None)  # which would keep the old state alive to the next step
         load_exactly(self, state_dict, super().load_state_dict)
 
+    @property
+    def measures_rate(self) -> bool:
+        """Whether a group has a `rate_guard`, so that every step needs `observe`."""
+        return any(option(group, "rate_guard") is not None for group in self.param_groups)
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether a group has `averaging`, so that `eval()` changes weights."""
+        return any(option(group, "averaging") is not None for group in self.param_groups)
+
+    @property
+    def measured_rate(self) -> float | None:
+        """The learning rate of the last step of the first group that has a `rate_guard`; waits for the device."""
+        guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
+        return None if guarded is None else self._rate.rate_of(guarded)
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Give `rate_guard` the loss of the step that comes; nothing without it.
+
+        Args:
+            loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
+                entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
+                and of all ranks.
+
+        Raises:
+            ValueError: It has more than one element.
+        """
+        if self.measures_rate:
+            self._rate.observe(loss)
+
+    @torch.no_grad()
+    def observe_gradients(self, scale: float = 1.0) -> None:
+        """Give `rate_guard` the gradients before they are clipped; nothing without it.
+
+        Args:
+            scale: What they are still multiplied by.
+        """
+        if self.measures_rate:
+            self._rate.observe_gradients(self.param_groups, 1.0 / scale)
+
+    def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
+        """Say which ranks train together, for `rate_guard`.
+
+        Args:
+            process_group: Theirs; None for all.
+            copies: How many of them hold the same elements of a parameter that is no DTensor: 1 under FSDP1 and ZeRO
+                (the number of replicas, with HSDP); None under DDP, where all do.
+        """
+        self._rate.ranks = Ranks(process_group, copies)
+
+    def train(self) -> None:
+        """Have the parameters hold the weights that are trained; nothing where they do, or without averaging."""
+        self._hold(trained=True)
+
+    def eval(self) -> None:
+        """Have the parameters hold the average that is evaluated; nothing where they do, or without averaging."""
+        self._hold(trained=False)
+
+    @torch.no_grad()
+    def _hold(self, *, trained: bool) -> None:
+        turn = trained_of if trained else average_of
+        for group in self.param_groups:
+            if option(group, "averaging") is None or group[TRAINS] is trained:
+                continue
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if Z not in state:
+                    continue
+                param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
+                held = master[0] if master else param.to(z.dtype)
+                turn(held, z, group["betas"][0])
+                if held is not param:
+                    param.copy_(held)
+            group[TRAINS] = trained
+
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """As torch's, which costs a fifth of a steady step: left out while no hook and no profiler listens."""
@@ -246,18 +370,32 @@ class RAdaBeliefW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._step_again():
-            self._step_anew()
+        rates = self._rates()
+        if not self._step_again(rates):
+            self._step_anew(rates)
         return loss
 
-    def _step_again(self) -> bool:
+    @torch.no_grad()
+    def _rates(self) -> dict[int, float | Tensor]:
+        """The measured rates of the groups that measure, by their ids."""
+        # Engines make state by a step whose rate is 0.
+        if any(group.get(TRAINS) is False and float(group["lr"]) != 0.0 for group in self.param_groups):
+            raise RuntimeError("averaging: the parameters hold their average; call optimizer.train() before step()")
+        if not self.measures_rate:
+            return {}
+        if torch.compiler.is_compiling():
+            raise RuntimeError("rate_guard cannot be compiled; compile the model, and call step() outside")
+        return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None))
+
+    def _step_again(self, rates: dict[int, float | Tensor]) -> bool:
         """Step as a record of an earlier step says, where one holds (record.py)."""
         records: Records | None = self.__dict__.get("_records")
         if records is None or torch.compiler.is_compiling() or _is_capturing():
             return False
-        return records.step(self, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        hypers = [_hyper(group, rates) for group in self.param_groups]
+        return records.step(self, hypers, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
-    def _step_anew(self) -> None:
+    def _step_anew(self, rates: dict[int, float | Tensor]) -> None:
         for group in self.param_groups:
             _check_group_can_step(group)
         chosen = [(group, choose(group)) for group in self.param_groups]
@@ -266,8 +404,8 @@ class RAdaBeliefW(Optimizer):
         if self._overflow_on_host(group for group, _ in others):
             others = [(group, backend) for group, backend in others if not on_host(group)]
         # All before the first moves: state that does not fit its parameter is an error of the whole step.
-        counted = [(self._gather_counted_in_place(group), hyper(group)) for group, _ in on_device]
-        gathered = [(self._gather(group), hyper(group)) for group, _ in others]
+        counted = [(self._gather_counted_in_place(group), _hyper(group, rates)) for group, _ in on_device]
+        gathered = [(self._gather(group), _hyper(group, rates)) for group, _ in others]
         if on_device:
             self._step_on_device([backend for _, backend in on_device], counted)
         for (group, backend), (lists, h) in zip(others, gathered, strict=True):
@@ -313,7 +451,7 @@ class RAdaBeliefW(Optimizer):
         found = TensorLists()
         places: list[int] = []
         firsts: list[int] = []
-        lists = found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, found.steps, found.masters
+        lists = found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, found.steps, found.masters, found.zs
         with torch.set_grad_enabled(group["differentiable"]):
             self._init_group(group, *lists, places, firsts)
         found.origins = list(zip(places, firsts, strict=True))
@@ -342,6 +480,7 @@ class RAdaBeliefW(Optimizer):
         exp_avg_sqs: list[Tensor],
         steps: list[Tensor],
         masters: list[Tensor],
+        zs: list[Tensor],
         places: list[int],
         firsts: list[int],
     ) -> None:
@@ -353,7 +492,7 @@ class RAdaBeliefW(Optimizer):
         with_grad, their_grads = zip(*found, strict=True)
         states = list(map(self.state.__getitem__, with_grad))
         columns = None
-        if not any(name in group for name in MEMORY_DEFAULTS):
+        if not any(name in group for name in OPTIONS):
             columns = completed(states, with_grad, on_device)
         if columns is None:
             make_plain(group)
@@ -366,6 +505,8 @@ class RAdaBeliefW(Optimizer):
             filled.extend(column)
         if option(group, "master_weights"):
             masters.extend(self.state[p][MASTER] if has_master(p, group) else p for p in params)
+        if option(group, "averaging") is not None:
+            zs.extend(state[Z] for state in states)
         if option(group, "stochastic_rounding"):
             places.extend(self._places(group))
             firsts.extend(map(first_index, params))

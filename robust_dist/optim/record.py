@@ -20,7 +20,7 @@ from torch import Tensor
 from robust_dist.optim.addresses import Contents, addresses, same
 from robust_dist.optim.backends import Backend, Groups, Prepared
 from robust_dist.optim.counting import count_of, value_of, views
-from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS, hyper
+from robust_dist.optim.settings import DEFAULTS, OPTIONS, Hyper
 from robust_dist.optim.state import STEP, all_plain, is_dtensor, local_columns
 
 ROWS = 1 << 15  # of all records that are kept
@@ -33,7 +33,7 @@ _flat = chain.from_iterable
 
 
 def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*_fixed(group), *map(group.get, MEMORY_DEFAULTS))
+    return (*_fixed(group), *map(group.get, OPTIONS))
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -152,9 +152,10 @@ class Record:
             return None
         return grads
 
-    def step(self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+    def step(
+        self, grads: list[Tensor], hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> bool:
         """Step again; False, and nothing done, where that is not possible."""
-        hypers = list(map(hyper, self.groups))
         if self.count is None:
             return self.prepared.run(grads, hypers, grad_scale, found_inf, [])
         counts = self.count.next()
@@ -174,7 +175,7 @@ class Records:
         self._kept: dict[Hashable, Record] = {}
         self._tries: dict[Hashable, int] = {}
 
-    def step(self, optimizer: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+    def step(self, optimizer: Any, hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Step by a record that holds; False, and nothing done, where there is none."""
         if not self._kept:
             return False
@@ -182,7 +183,7 @@ class Records:
         if grads is None:
             record = self._kept.get(_key(optimizer))
             grads = None if record is None or record is self._last else record.grads(optimizer)
-        if record is None or grads is None or not record.step(grads, grad_scale, found_inf):
+        if record is None or grads is None or not record.step(grads, hypers, grad_scale, found_inf):
             return False
         self._last, record.held_once = record, True
         return True

@@ -6,6 +6,7 @@ RAdam's own condition, so the test is read as rho_t > 4. With beta2 = 0.999 it f
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -119,3 +120,72 @@ def reference_step(
     if gamma is None:
         return param - lr * (m_hat + weight_decay * param), m, v  # eq. 20
     return param - lr * (gamma * m_hat / torch.sqrt(v_hat + eps) + weight_decay * param), m, v  # eq. 19
+
+
+def reference_averaged_step(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    weight_sum: float,
+    *,
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """One step with schedule-free averaging, as averaging.py describes it.
+
+    Args:
+        y: Weights at which `grad` was taken.
+        z: Fast weights; y before the first step.
+        grad: g_t.
+        exp_avg: m_{t-1}; only eq. 16 needs it.
+        exp_avg_sq: v_{t-1}.
+        step: t = 1, 2, ...
+        weight_sum: w_1 + ... + w_{t-1}.
+        lr: eta.
+        betas: (beta1, beta2).
+        eps: As in `reference_step`.
+        weight_decay: lambda.
+
+    Returns:
+        New (y, z, m, v), and the sum of the weights with w_t.
+    """
+    beta1, beta2 = betas
+    m = beta1 * exp_avg + (1 - beta1) * grad  # eq. 6
+    v = beta2 * exp_avg_sq + (1 - beta2) * (grad - m) ** 2 + eps  # eq. 16
+    v_hat = v / one_minus_power(beta2, step)  # eq. 9
+    gamma = rectification(step, beta2)
+    update = grad if gamma is None else gamma * grad / torch.sqrt(v_hat + eps)
+    weight = 1.0 if rho_inf(beta2) <= PAPER_THRESHOLD else (gamma or 0.0) ** 2
+    weight_sum += weight
+    share = weight / weight_sum if weight_sum else 0.0
+    x = y + (1 - 1 / beta1) * (z - y)
+    z = z - lr * (update + weight_decay * y)
+    x = (1 - share) * x + share * z
+    return (1 - beta1) * z + beta1 * x, z, m, v, weight_sum
+
+
+def reference_rate(
+    gradients: Sequence[float], losses: Sequence[float], *, lr: float, guard: float, constant: float = 4.0
+) -> float:
+    """The learning rate of a guarded step, as rate.py has it.
+
+    Args:
+        gradients: sum|g| of steps 1 to t.
+        losses: Their losses, less the targets' entropy.
+        lr: The one that was given.
+        guard: The factor by which the rate may differ from it; at 1 `lr` has no part.
+        constant: c.
+    """
+    mean_gradient = mean_loss = 0.0
+    ratios = []
+    for gradient, loss in zip(gradients, losses, strict=True):
+        mean_gradient = 0.9 * mean_gradient + 0.1 * gradient
+        mean_loss = 0.9 * mean_loss + 0.1 * loss
+        ratios.append(mean_loss / mean_gradient)
+    measured = constant * min(ratios[-1], 2 * min(ratios))
+    return min(max(lr, measured / guard), guard * measured)

@@ -34,17 +34,27 @@ DEFAULTS: dict[str, Any] = {
 
 # In a group only where they differ from these defaults: DCP loads a checkpoint only into groups of the very same keys,
 # and those of older releases have none of them. Read them with `option`.
-MEMORY_DEFAULTS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "master_weights": False,
     "exp_avg_dtype": None,
     "stochastic_rounding": False,
     "seed": 0,
+    "averaging": None,
+    "rate_guard": None,
+    "rate_constant": 4.0,
+    "decay_by_rate": True,
 }
+SCHEDULE_FREE = "schedule_free"
+# Kept in a group of `averaging` or `rate_guard`: whether it holds the trained weights, and what rate.py has measured.
+TRAINS = "train_mode"
+MEASURED = ("rate_mean_gradient", "rate_mean_loss", "rate_smallest")
+# The averages' weights are in a table of some 40 / (1 - beta2) steps (averaging.py).
+LARGEST_BETA2 = 0.9999
 
 
 def option(group: Mapping[str, Any], name: str) -> Any:
-    """The value of one of `MEMORY_DEFAULTS` in a param group."""
-    return group.get(name, MEMORY_DEFAULTS[name])
+    """The value of one of `OPTIONS` in a param group."""
+    return group.get(name, OPTIONS[name])
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class Hyper:
         maximize: Whether the gradient's sign is turned.
         stochastic_rounding: Whether what is stored in bfloat16 without a master is rounded as rounding.py says.
         seed: Of its bits.
+        averaging: Whether the weights are averaged as averaging.py says.
+        decay_by_rate: Whether `weight_decay` is multiplied by `lr`.
     """
 
     lr: float | Tensor
@@ -76,6 +88,8 @@ class Hyper:
     maximize: bool
     stochastic_rounding: bool = False
     seed: int = 0
+    averaging: bool = False
+    decay_by_rate: bool = True
 
     @property
     def added_eps(self) -> float:
@@ -83,11 +97,11 @@ class Hyper:
         return self.eps if self.accumulate_eps else 0.0
 
 
-def hyper(group: Mapping[str, Any]) -> Hyper:
-    """The arithmetic's settings of a param group."""
+def hyper(group: Mapping[str, Any], lr: float | Tensor | None = None) -> Hyper:
+    """The arithmetic's settings of a param group, with the rate that rate.py has measured where one is given."""
     beta1, beta2 = group["betas"]
     return Hyper(
-        lr=group["lr"],
+        lr=group["lr"] if lr is None else lr,
         weight_decay=group["weight_decay"],
         beta1=beta1,
         beta2=beta2,
@@ -98,6 +112,8 @@ def hyper(group: Mapping[str, Any]) -> Hyper:
         maximize=group["maximize"],
         stochastic_rounding=option(group, "stochastic_rounding"),
         seed=option(group, "seed"),
+        averaging=option(group, "averaging") is not None,
+        decay_by_rate=option(group, "decay_by_rate"),
     )
 
 
@@ -163,7 +179,12 @@ def make_plain(group: MutableMapping[str, Any]) -> None:
 
     Those refuse a torch.dtype and the numbers of NumPy, which a constructor's call or an older checkpoint may bring.
     """
-    for name in ("lr", "weight_decay", "eps", "rectify_threshold"):
+    if option(group, "averaging") is not None:
+        group.setdefault(TRAINS, True)
+    if option(group, "rate_guard") is not None:
+        for name in MEASURED:
+            group.setdefault(name, 0.0)
+    for name in ("lr", "weight_decay", "eps", "rectify_threshold", "rate_guard", "rate_constant"):
         if name in group:
             group[name] = _plain(group[name])
     if "betas" in group:
@@ -173,8 +194,26 @@ def make_plain(group: MutableMapping[str, Any]) -> None:
         group["exp_avg_dtype"] = str(dtype).removeprefix("torch.")
 
 
-def _check_memory(group: Mapping[str, Any]) -> None:
-    for name in ("master_weights", "stochastic_rounding"):
+def _check_rate(group: Mapping[str, Any]) -> None:
+    averaging, guard = option(group, "averaging"), option(group, "rate_guard")
+    if averaging not in (None, SCHEDULE_FREE):
+        raise ValueError(f"averaging must be None or {SCHEDULE_FREE!r}, got {averaging!r}")
+    beta1, beta2 = group["betas"]
+    if averaging and beta1 == 0.0:
+        raise ValueError(f"averaging={averaging!r} needs betas[0] above 0, which is its share of the average")
+    if averaging and beta2 > LARGEST_BETA2:
+        raise ValueError(f"averaging={averaging!r} needs betas[1] of at most {LARGEST_BETA2}, got {beta2!r}")
+    if guard is not None and not (1.0 <= _number("rate_guard", guard) < math.inf):
+        raise ValueError(f"rate_guard must be None or a finite number of at least 1, got {guard!r}")
+    constant = option(group, "rate_constant")
+    if not (0.0 < _number("rate_constant", constant) < math.inf):
+        raise ValueError(f"rate_constant must be a finite number above 0, got {constant!r}")
+    if guard is not None and group["maximize"]:
+        raise ValueError(f"rate_guard={guard!r} measures a loss that falls; it does not support maximize=True")
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    for name in ("master_weights", "stochastic_rounding", "decay_by_rate"):
         if not isinstance(option(group, name), bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     dtype, seed = option(group, "exp_avg_dtype"), option(group, "seed")
@@ -183,9 +222,10 @@ def _check_memory(group: Mapping[str, Any]) -> None:
     if _as_dtype(dtype) not in (None, torch.bfloat16):
         raise ValueError(f"exp_avg_dtype must be None or torch.bfloat16, got {dtype!r}")
     whole_number("seed", seed, 0, 2**63 - 1)
+    _check_rate(group)
     if group["differentiable"]:
-        for name, default in MEMORY_DEFAULTS.items():
-            if name != "seed" and option(group, name) != default:
+        for name, default in OPTIONS.items():
+            if name not in ("seed", "rate_constant") and option(group, name) != default:
                 raise ValueError(f"differentiable=True does not support {name}={group[name]!r}; leave it out")
 
 
@@ -218,5 +258,5 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["eps_placement"] not in EPS_PLACEMENTS:
         raise ValueError(f"eps_placement must be one of {EPS_PLACEMENTS}, got {group['eps_placement']!r}")
     _check_flags(group)
-    _check_memory(group)
+    _check_options(group)
     _check_backend(group)

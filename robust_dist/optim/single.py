@@ -24,6 +24,15 @@ def moved(param: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
     return param * c.decay - c.step_size * (m / (torch.sqrt(v + c.inner) + c.outer))
 
 
+def averaged(
+    y: Tensor, z: Tensor, grad: Tensor, root: Tensor | None, size: float | Tensor, fade: float | Tensor, by: tuple
+) -> tuple[Tensor, Tensor]:
+    """The new y and z of averaging.py; `root` is what the gradient is divided by, and `by` is (mix, push)."""
+    mix, push = by
+    move = size * (grad if root is None else grad / root) + fade * y
+    return y + mix * (z - y) + push * move, z - move
+
+
 def true_grad(batch: TensorLists, index: int, h: Hyper) -> Tensor:
     """The gradient in the arithmetic's dtype, unscaled and of the right sign."""
     grad = batch.grads[index].to(batch.exp_avg_sqs[index].dtype)
@@ -47,21 +56,27 @@ def differentiable_step(
     return m, v
 
 
-def _new_moments(batch: TensorLists, index: int, h: Hyper) -> tuple[Tensor, Tensor]:
-    old = batch.exp_avg_sqs[index]
-    return moments(true_grad(batch, index, h), batch.exp_avgs[index].to(old.dtype), old, h)
+def _new_moments(batch: TensorLists, index: int, h: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    old, grad = batch.exp_avg_sqs[index], true_grad(batch, index, h)
+    return grad, *moments(grad, batch.exp_avgs[index].to(old.dtype), old, h)
 
 
 def _host_step(batch: TensorLists, h: Hyper, step: float) -> None:
     lr, weight_decay = float(h.lr), float(h.weight_decay)
     c, rounder = host_coefficients(step, h, lr, weight_decay), Rounder(batch, h)
     for i, param in enumerate(batch.params):
-        m, v = _new_moments(batch, i, h)
+        grad, m, v = _new_moments(batch, i, h)
         batch.exp_avgs[i].copy_(rounder.exp_avg(i, m))
         batch.exp_avg_sqs[i].copy_(v)
         if lr == 0.0:
             continue
-        new = moved((batch.masters or batch.params)[i].to(m.dtype), m, v, c)
+        old = (batch.masters or batch.params)[i].to(m.dtype)
+        if h.averaging:
+            root = torch.sqrt(v + c.inner) + c.outer if c.rectified else None
+            new, z = averaged(old, batch.zs[i], grad, root, c.step_size, c.fade, (c.mix, c.push))
+            batch.zs[i].copy_(z)
+        else:
+            new = moved(old, m, v, c)
         if batch.masters:
             batch.masters[i].copy_(new)
         param.copy_(rounder.param(i, new))
@@ -76,9 +91,14 @@ def _device_step(batch: TensorLists, h: Hyper) -> None:
     skipped = None if batch.found_inf is None else batch.found_inf != 0
     idle = either(c.idle, skipped)
     for i, param in enumerate(batch.params):
-        m, v = _new_moments(batch, i, h)
+        grad, m, v = _new_moments(batch, i, h)
         old = (batch.masters or batch.params)[i].to(m.dtype)
-        new = old * c.decay + m / (torch.sqrt(v + c.inner[i]) * c.slope[i] + c.offset[i])
+        root = torch.sqrt(v + c.inner[i]) * c.slope[i] + c.offset[i]
+        if h.averaging:
+            new, z = averaged(old, batch.zs[i], grad, root, -1.0, c.fade, (c.mix[i], c.push[i]))
+            _keep(batch.zs[i], z, idle)
+        else:
+            new = old * c.decay + m / root
         _keep(batch.exp_avgs[i], rounder.exp_avg(i, m), skipped)
         _keep(batch.exp_avg_sqs[i], v, skipped)
         if batch.masters:

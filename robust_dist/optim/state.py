@@ -17,6 +17,7 @@ STEP = "step"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
 MASTER = "master"
+Z = "z"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
@@ -68,6 +69,11 @@ def is_dtensor(tensor: Tensor) -> bool:
         return isinstance(tensor, DTensor)
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def _is_placed(tensor: Any, param: Any) -> bool:
@@ -235,6 +241,19 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], on_
         if is_dtensor(param) and not _is_placed(state[key], param):
             state[key] = _placed_like(state[key], param)
     _complete_master(state, param, group)
+    if option(group, "averaging") is not None:
+        _complete_z(state, param)
+
+
+def _complete_z(state: dict[str, Any], param: Tensor) -> None:
+    """The fast weights of averaging, which begin as the trained ones."""
+    trained, dtype = state.get(MASTER, param), state_dtype(param)
+    if Z not in state:
+        state[Z] = _sharing_placements(empty_like(param, dtype).copy_(trained.detach()), param)
+    elif state[Z].dtype is not dtype:
+        state[Z] = _sharing_placements(_cast(state[Z], dtype, param), param)
+    if is_dtensor(param) and not _is_placed(state[Z], param):
+        state[Z] = _placed_like(state[Z], param)
 
 
 def has_master(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -319,6 +338,6 @@ def load_exactly(
         before.remove()
         after.remove()
     for param, state in optimizer.state.items():
-        for key in (*MOMENTS, MASTER):
+        for key in (*MOMENTS, MASTER, Z):
             if key in state:
                 state[key] = _sharing_placements(state[key], param)

@@ -44,6 +44,7 @@ class TensorLists:
             on them and writes the rounded parameter, too. Empty where no parameter has one.
         origins: Where rounding.py's bits of each tensor come from: the place of its parameter in the optimizer, and
             the index of its first element. Empty where nothing is rounded stochastically.
+        zs: Fast weights of averaging, of the second moments' dtype, updated in place. Empty without averaging.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -56,12 +57,13 @@ class TensorLists:
     found_inf: Tensor | None = None
     masters: list[Tensor] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    zs: list[Tensor] = field(default_factory=list)
 
     @property
     def columns(self) -> list[list[Tensor]]:
-        """The lists that every backend walks: params, grads, exp_avgs, exp_avg_sqs, and masters if any."""
-        found = [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs]
-        return [*found, self.masters] if self.masters else found
+        """The lists that every backend walks: params, grads, exp_avgs, exp_avg_sqs, then masters and zs if any."""
+        optional = [column for column in (self.masters, self.zs) if column]
+        return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, *optional]
 
     def like(self, columns: Sequence[Sequence[Tensor]], origins: Sequence[Origin] = ()) -> "TensorLists":
         """The same scalars with other tensors, for backends that work piece by piece on the host's `step`.
@@ -71,9 +73,10 @@ class TensorLists:
             origins: Of those tensors, where these lists have any.
         """
         params, grads, m, v, *rest = map(list, columns)
-        masters = rest[0] if rest else []
+        masters = rest.pop(0) if self.masters else []
+        zs = rest.pop(0) if self.zs else []
         scalars = (self.step, self.inverse_scale, self.found_inf)
-        return TensorLists(params, grads, m, v, [], *scalars, masters, list(origins) if self.origins else [])
+        return TensorLists(params, grads, m, v, [], *scalars, masters, list(origins) if self.origins else [], zs)
 
     def local(self) -> "TensorLists":
         """The same with the local tensors of DTensors."""
@@ -94,7 +97,7 @@ class TensorLists:
             return []
         if self._is_one_batch(counts):
             columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps)
-            return [TensorLists(*columns, counts[0], origins=self.origins)]
+            return [TensorLists(*columns, counts[0], origins=self.origins, zs=self.zs)]
         found: dict[tuple, list[int]] = {}
         for index, count in enumerate(counts):
             row = [column[index] for column in self.columns]
@@ -113,13 +116,13 @@ class TensorLists:
 
     def _batch(self, indices: Sequence[int], has_masters: bool, count: float | None) -> "TensorLists":
         """Some rows; complex tensors join as real ones with a last dimension of 2."""
-        columns = [
-            [column[index] for index in indices] for column in (self.columns if has_masters else self.columns[:4])
-        ]
+        columns = [[column[index] for index in indices] for column in self.columns]
         if columns[0][0].is_complex():
             columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]
         found = self.like(columns, [self.origins[index] for index in indices] if self.origins else ())
         found.steps, found.step = [self.steps[index] for index in indices], count
+        if not has_masters:
+            found.masters = []
         return found
 
 

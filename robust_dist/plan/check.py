@@ -21,12 +21,10 @@ from robust_dist.engines.variant import Run, Variant
 from robust_dist.measure.memory import MIB, resident, restart_peak
 from robust_dist.measure.table import table
 from robust_dist.models import build_model
-from robust_dist.plan.choose import variants
-from robust_dist.plan.memory import Memory, memory
-from robust_dist.plan.profile import profile_for
+from robust_dist.plan.choose import Memory, memory, variants
+from robust_dist.plan.profile import profile_for, shapes_of
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta, read_shapes
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
 # How far a predicted peak may lie from the measured one.
 TOLERANCE = 0.15
@@ -41,14 +39,14 @@ _TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant on one rank, bytes.
+    """One variant on one rank, bytes: the first four of storages walked, the others as the kernel counts the process.
 
     Attributes:
-        parameters: Walked: storages of the parameters between steps.
-        masters: Walked: ZeRO's float32 copies.
-        gradients: Walked, after the backward pass.
-        state: Walked: the optimizer's.
-        resident: Memory that the process took more than before the model was built, after a step.
+        parameters: Between steps.
+        masters: ZeRO's float32 copies.
+        gradients: After the backward pass.
+        state: The optimizer's.
+        resident: After a step, beyond what the process had before the model was built.
         passes: The highest moment of a forward and backward pass.
         step: The highest moment of an optimizer step.
     """
@@ -89,7 +87,7 @@ class Compared:
 
 
 def compare(question: Question, micro_batch: int) -> list[Compared]:
-    """Plan for CPU ranks, run them, and put both side by side, for the variants that fit them and need no GPU.
+    """The plan beside measurements on CPU ranks, for the variants that fit them and need no GPU.
 
     Args:
         question: The job; `nodes` x `gpus_per_node` gloo ranks are started on this machine.
@@ -100,9 +98,7 @@ def compare(question: Question, micro_batch: int) -> list[Compared]:
     """
     small = small_variants(question)
     question = replace(question, batch_size=micro_batch * question.world_size)
-    shapes = read_shapes(
-        build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
-    )
+    shapes = shapes_of(question)
     found = _measure(small, question, micro_batch)
     predicted = [memory(v, shapes, profile_for(v, question), question, micro_batch, rank=0, on_cpu=True) for v in small]
     return list(map(Compared, small, predicted, found))
@@ -135,7 +131,7 @@ def _measure(chosen: Sequence[Variant], question: Question, micro_batch: int) ->
         port = int(free.getsockname()[1])
         free.close()
         spawn(_rank, (tuple(chosen), question, micro_batch, port, out), nprocs=question.world_size)
-        return [Measured(**one) for one in json.loads(Path(out, "0.json").read_text(encoding="utf-8"))]
+        return [Measured(**noted) for noted in json.loads(Path(out, "0.json").read_text(encoding="utf-8"))]
 
 
 def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int, port: int, out: str) -> None:
@@ -144,7 +140,7 @@ def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT))
     try:
-        found = [asdict(one) for one in measure_here(chosen, question, batch)]
+        found = [asdict(measured) for measured in measure_here(chosen, question, batch)]
         if rank == 0:
             Path(out, "0.json").write_text(json.dumps(found), encoding="utf-8")
         dist.barrier()
@@ -153,10 +149,10 @@ def _rank(rank: int, chosen: tuple[Variant, ...], question: Question, batch: int
 
 
 def measure_here(chosen: Sequence[Variant], question: Question, batch: int) -> list[Measured]:
-    """This rank's findings, one for each variant; call it on every rank of a process group of CPU ranks.
+    """This rank's measurements of each variant; call it on every rank of a process group of CPU ranks.
 
     Raises:
-        RuntimeError: This is no Linux with glibc, whose allocator and /proc are read.
+        RuntimeError: The system is not Linux with glibc.
     """
     libc = ctypes.CDLL(None)
     if not restart_peak() or not hasattr(libc, "mallopt"):

@@ -1,17 +1,164 @@
-"""Every engine's variants at their best micro batch, what they send, and the one to take."""
+"""Every engine's variants at their best micro batch: memory, traffic, seconds; and the one to take."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from robust_dist.engines.engine import engines
-from robust_dist.engines.variant import SINGLE, Collective, Variant, of_all
-from robust_dist.plan.clock import Clock, clock
-from robust_dist.plan.memory import Memory, memory
-from robust_dist.plan.profile import Profile, profile_for
+from robust_dist.engines.variant import MOMENTS, SINGLE, Collective, Held, Variant, of_all
+from robust_dist.measure.memory import GIB
+from robust_dist.optim.foreach import CPU_BLOCK
+from robust_dist.plan.profile import Profile, Shapes, profile_for, shapes_of
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import Shapes, build_on_meta, read_shapes
 
+# CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
+ALLOWANCE = int(1.5 * GIB)
+# Assumptions, all of them: what a link carries of its rate, and what a collective costs at least.
+LINK_SHARE = 0.8
+START, HOP = 20e-6, 5e-6  # seconds, the second for each doubling of the ranks
+# RAdaBeliefW in the host's memory: bytes it moves an element, and the host's bytes a second for one GPU's rank.
+HOST_BYTES, HOST_RATE = 28, 20e9
 # Estimates that lie closer than this do not make an engine the faster one.
 TIE = 0.02
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU.
+
+    Attributes:
+        held: Parameters, masters, gradients and state.
+        buffers: Of the model (BatchNorm's statistics).
+        activations: The most that forward and backward pass need for a micro batch.
+        in_flight: Gathered parameters and buckets at that moment.
+        gradients_then: Gradients at that moment.
+        step: Gradients and temporaries of the optimizer's step.
+        allowance: For what is not the model's.
+        host: Bytes of the host's memory, for this rank.
+    """
+
+    held: Held
+    buffers: int
+    activations: float
+    in_flight: float
+    gradients_then: float
+    step: float
+    allowance: int
+    host: int
+
+    @property
+    def resident(self) -> float:
+        """The bytes that stay from step to step."""
+        own = self.held
+        return own.parameters + self.buffers + (0 if own.on_host else own.masters + own.state)
+
+    @property
+    def passes(self) -> float:
+        """The highest moment of forward and backward pass."""
+        return self.resident + self.activations + self.in_flight + self.gradients_then
+
+    @property
+    def peak(self) -> float:
+        """The highest moment, allowance included."""
+        return max(self.passes, self.resident + self.step) + self.allowance
+
+
+def memory(
+    variant: Variant,
+    shapes: Shapes,
+    profile: Profile,
+    question: Question,
+    micro_batch: int,
+    *,
+    rank: int | None = None,
+    on_cpu: bool = False,
+) -> Memory:
+    """One rank's memory at a micro batch.
+
+    Args:
+        variant: The engine's variant.
+        shapes: Of the model.
+        profile: Of the model in the variant's dtypes.
+        question: The job.
+        micro_batch: Images at a time.
+        rank: Its number; None: the rank that holds most.
+        on_cpu: Without CUDA, and with an optimizer that works in pieces.
+    """
+    own = variant.held(shapes, question, variant.worst_rank(shapes, question) if rank is None else rank)
+    accumulates = question.accumulation(micro_batch) > 1
+    passes = variant.passes(shapes, profile, question, micro_batch, accumulates=accumulates)
+    temporaries = step_temporaries(own.elements, on_cpu=on_cpu)
+    moved = own.masters + own.gradients + own.state + question.itemsize * own.elements
+    return Memory(
+        held=own,
+        buffers=shapes.buffer_bytes,
+        activations=passes.activations,
+        in_flight=passes.in_flight,
+        gradients_then=passes.gradients,
+        step=0.0 if own.on_host else variant.step_bytes(own, question, temporaries),
+        allowance=0 if on_cpu else ALLOWANCE,
+        host=moved if own.on_host else 0,
+    )
+
+
+def step_temporaries(elements: int, *, on_cpu: bool = False) -> int:
+    """Bytes that RAdaBeliefW's foreach step needs beside gradients: two float32 lists, on a CPU of one piece."""
+    return MOMENTS * (min(elements, CPU_BLOCK) if on_cpu else elements)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Estimated seconds of an optimizer step.
+
+    Attributes:
+        compute: Forward and backward pass.
+        communication: Of all collectives.
+        offload: Transfers to the host and the step there.
+        step: The whole step; what overlaps counts once.
+    """
+
+    compute: float
+    communication: float
+    offload: float
+    step: float
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step that is arithmetic."""
+        return self.compute / self.step
+
+
+def clock(variant: Variant, question: Question, flops: float, sent: Sequence[Collective], own: Held) -> Clock:
+    """Estimate a step.
+
+    Args:
+        variant: The engine's variant.
+        question: The job.
+        flops: Of a rank's share of the batch, forward and backward.
+        sent: The collectives of the step.
+        own: What the rank holds, for offload.
+    """
+    compute = flops / (1e12 * question.hardware.tflops(question.precision) * question.mfu)
+    beside = sum(_seconds(collective, question) for collective in sent if collective.overlaps)
+    after = sum(_seconds(collective, question) for collective in sent if not collective.overlaps)
+    hidden = min(beside, variant.overlap * compute)
+    offload = _offload(own, question)
+    return Clock(compute, beside + after, offload, compute + beside - hidden + after + offload)
+
+
+def _seconds(collective: Collective, question: Question) -> float:
+    intra = question.intra_gbps or question.hardware.intra_gbps
+    inter = question.inter_gbps or question.hardware.inter_gbps
+    rate = LINK_SHARE * 1e9 / 8 * (min(intra, inter) if collective.between_nodes else intra)
+    return collective.sent / rate + collective.count * (START + HOP * math.log2(collective.ranks))
+
+
+def _offload(own: Held, question: Question) -> float:
+    if not own.on_host:
+        return 0.0
+    # Parameters come and gradients go once a step, at least.
+    moved = 2 * own.gradients / (LINK_SHARE * 1e9 / 8 * question.hardware.host_gbps)
+    return moved + HOST_BYTES * own.elements / HOST_RATE
 
 
 @dataclass(frozen=True)
@@ -39,10 +186,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer.
+    """The answer to a question.
 
     Attributes:
-        question: What was asked.
+        question: The question.
         shapes: Of the model.
         flops_per_image: Forward and backward pass.
         estimates: Of the variants that can be used on these machines.
@@ -69,9 +216,7 @@ def plan(question: Question) -> Plan:
     Raises:
         ValueError: An unknown model, or one that does not take these images.
     """
-    shapes = read_shapes(
-        build_on_meta(question.model, question.num_classes, in_channels=question.in_channels, **question.options)
-    )
+    shapes = shapes_of(question)
     reasons = {variant.name: variant.unfit(question) for variant in variants()}
     usable = [variant for variant in variants() if reasons[variant.name] is None]
     profiles = {variant.name: profile_for(variant, question) for variant in usable}
@@ -109,7 +254,7 @@ def traffic(variant: Variant, shapes: Shapes, question: Question, accumulation: 
         count = accumulation if variant.broadcasts_buffers else 1
         payload = count * (shapes.buffer_bytes if variant.broadcasts_buffers else SINGLE * shapes.float_buffers)
         found.append(of_all(question, "BatchNorm statistics", "broadcast", payload, count, overlaps=False))
-    return [one for one in found if one.payload]
+    return [collective for collective in found if collective.payload]
 
 
 def micro_batches(rank_batch: int) -> list[int]:
@@ -118,8 +263,8 @@ def micro_batches(rank_batch: int) -> list[int]:
 
 
 def _best(estimates: list[Estimate]) -> Estimate | None:
-    fitting = [one for one in estimates if one.fits]
+    fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
         return None
-    fastest = min(one.clock.step for one in fitting)
-    return next(one for one in fitting if one.clock.step <= (1 + TIE) * fastest)
+    fastest = min(estimate.clock.step for estimate in fitting)
+    return next(estimate for estimate in fitting if estimate.clock.step <= (1 + TIE) * fastest)

@@ -12,7 +12,7 @@ CHECK_MODEL, CHECK_SIZE, CHECK_BATCH = "resnet50", 96, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's words on its parser; those that are left out stay None, and a recipe may give them."""
+    """Add the command's words to its parser; those left out stay None, so that a recipe may give them."""
     add = parser.add_argument
     add("--model", help="a model: resnet56, a torchvision name, timm/NAME, your own as MODULE:NAME")
     add("--config", help="a recipe, in YAML or by name, for model, batch, precision and image size")
@@ -42,7 +42,7 @@ def question_of(words: argparse.Namespace) -> Question:
     """The question of the command line; what it leaves out comes from the recipe, then from the defaults.
 
     Raises:
-        ValueError: Neither a model nor a recipe, or a value out of its range.
+        ValueError: Neither a model nor a recipe is given, or a value is out of its range.
     """
     given = {name: getattr(words, name) for name in _SETTINGS if getattr(words, name) is not None}
     known = {**(_from_recipe(words.config) if words.config else {}), **given}
@@ -57,8 +57,8 @@ def question_of(words: argparse.Namespace) -> Question:
 
 
 def _from_recipe(path: str) -> dict[str, Any]:
-    from robust_dist.train.own_data import known_info
     from robust_dist.train.recipe import load_recipe
+    from robust_dist.train.sources import known_info
 
     recipe = load_recipe(path)
     known = {

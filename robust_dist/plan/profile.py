@@ -1,23 +1,128 @@
-"""The memory of a forward and a backward pass beside the weights, measured on fake tensors, which have none."""
+"""A model without its memory: parameters, the units that FSDP2 gathers, and what a training pass needs beside them."""
 
+import importlib
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
+from robust_dist.engines.fsdp.engine import unit_modules
 from robust_dist.engines.variant import Variant
-from robust_dist.measure.dispatch import LiveBytes
+from robust_dist.measure.dispatch import FakeTensorMode, LiveBytes
+from robust_dist.models import build_model
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 
+Shape = tuple[int, ...]
 # BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
 _BATCHES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's dotted name and shape."""
+
+    name: str
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together.
+
+    Attributes:
+        name: The module's name; "" is the whole model.
+        parameters: Those of no inner unit.
+        stays: Whether they stay gathered from the forward to the backward pass.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    stays: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's trained parameters and its buffers.
+
+    Attributes:
+        parameters: In the model's order.
+        units: What FSDP2 gathers at a time, the rest of the model last.
+        float_buffers: Elements of floating-point buffers (BatchNorm's statistics).
+        buffer_bytes: Of all buffers.
+    """
+
+    parameters: tuple[Parameter, ...]
+    units: tuple[Unit, ...]
+    float_buffers: int
+    buffer_bytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+def build_on_meta(name: str, num_classes: int, *, in_channels: int = 3, **options: Any) -> nn.Module:
+    """`build_model` on the meta device: shapes without memory.
+
+    Raises:
+        ValueError: As `build_model`, or the model's constructor needs real numbers.
+    """
+    if TorchVersion(torch.__version__) < "2.7":
+        # Else an initialiser imports it, which fails on the meta device.
+        importlib.import_module("torch._dynamo")
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, in_channels=in_channels, **options)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"--model={name!r} cannot be built without its memory (torch's meta device): {error}"
+        ) from error
+
+
+def shapes_of(question: Question) -> Shapes:
+    """`read_shapes` of a job's model."""
+    options = {"in_channels": question.in_channels, **question.options}
+    return read_shapes(build_on_meta(question.model, question.num_classes, **options))
+
+
+def read_shapes(model: nn.Module) -> Shapes:
+    """Parameters that are trained, units and buffers of a model on any device."""
+    named = model.named_parameters()
+    trained: dict[Tensor, Parameter] = {p: Parameter(name, tuple(p.shape)) for name, p in named if p.requires_grad}
+    buffers = list(model.buffers())
+    return Shapes(
+        tuple(trained.values()),
+        tuple(_units(model, trained)),
+        sum(buffer.numel() for buffer in buffers if buffer.is_floating_point()),
+        sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+    )
+
+
+def _units(model: nn.Module, trained: dict[Tensor, Parameter]) -> list[Unit]:
+    names = {module: name for name, module in model.named_modules()}
+    left, units = dict(trained), []
+    for module, reshards in unit_modules(model):
+        own = tuple(left.pop(p) for p in list(module.parameters()) if p in left)
+        if own:
+            units.append(Unit(names[module], own, not reshards))
+    return units
 
 
 @dataclass(frozen=True)
@@ -26,7 +131,7 @@ class Pass:
 
     Attributes:
         live: Most bytes alive beside parameters and finished gradients, for each number of finished gradients.
-        born: Elements of finished gradients, beside `live`.
+        born: Elements of finished gradients, for each entry of `live`.
         flops: Floating-point operations.
     """
 
@@ -75,7 +180,7 @@ def profile(
     """Run a model's forward and backward pass at two batch sizes on fake tensors of the CPU.
 
     Args:
-        name: Of `build_model`.
+        name: A name of `build_model`.
         num_classes: Outputs.
         image_size: Height and width, pixels.
         in_channels: Channels.
@@ -100,38 +205,17 @@ def profile(
 
 
 def profile_for(variant: Variant, question: Question) -> Profile:
-    """The profile in the dtypes that a variant computes in; asked for again, it is not measured again."""
+    """The profile in the dtypes that a variant computes in, measured once."""
     weights, autocast = variant.dtypes(question.dtype)
-    return _profile_once(
-        question.model,
-        question.num_classes,
-        question.image_size,
-        question.in_channels,
-        weights,
-        autocast,
-        tuple(question.options.items()),
-    )
+    asked: dict[str, Any] = {name: getattr(question, name) for name in ("num_classes", "image_size", "in_channels")}
+    asked |= {"weights": weights, "autocast": autocast, "options": question.options}
+    key = f"{question.model} {asked}"
+    if key not in _profiles:
+        _profiles[key] = profile(question.model, **asked)
+    return _profiles[key]
 
 
-@lru_cache
-def _profile_once(
-    name: str,
-    num_classes: int,
-    image_size: int,
-    in_channels: int,
-    weights: torch.dtype,
-    autocast: torch.dtype | None,
-    options: tuple[tuple[str, Any], ...],
-) -> Profile:
-    return profile(
-        name,
-        num_classes,
-        image_size,
-        in_channels=in_channels,
-        weights=weights,
-        autocast=autocast,
-        options=dict(options),
-    )
+_profiles: dict[str, Profile] = {}
 
 
 def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocast: torch.dtype | None) -> Pass:
@@ -153,7 +237,7 @@ def _run(model: nn.Module, shape: tuple[int, ...], weights: torch.dtype, autocas
 
 
 class _Marks:
-    """The peak between every two finished gradients; a finished gradient is dropped, so that it is not counted."""
+    """The peak between every two finished gradients; a finished gradient is dropped, so it is not counted."""
 
     def __init__(self, model: nn.Module, tracker: LiveBytes) -> None:
         self.tracker, self.live, self.born, self.done = tracker, list[int](), list[int](), 0
@@ -173,7 +257,7 @@ class _Marks:
 
 
 def _fake(model: nn.Module, weights: torch.dtype) -> None:
-    """Put fake tensors of the CPU, which has kernels for all that a GPU has, in the place of the meta ones."""
+    """Replace the model's meta tensors by fake ones of the CPU, which has kernels for all that a GPU has."""
     made: dict[Tensor, Tensor] = {}
 
     def fake(old: Tensor) -> Tensor:
@@ -183,7 +267,6 @@ def _fake(model: nn.Module, weights: torch.dtype) -> None:
         return made[old]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if old is not None:
-                    held[name] = fake(old)  # type: ignore[assignment]
+        named = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        for name, old in [*named, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, fake(old))

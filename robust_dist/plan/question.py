@@ -57,29 +57,25 @@ class Question:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "batch_size", "image_size", "num_classes", "in_channels"):
-            _need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            self._need(name, getattr(self, name) >= 1, "at least 1")
         for name in ("memory_gib", "intra_gbps", "inter_gbps"):
             value = getattr(self, name)
-            _need(value is None or (math.isfinite(value) and value > 0), name, value, "a number above 0")
-        _need(0 < self.mfu <= 1, "mfu", self.mfu, "above 0 and at most 1")
-        _need(0 <= self.margin < 1, "margin", self.margin, "at least 0 and below 1")
-        _need(self.precision in DTYPES, "precision", self.precision, f"one of {', '.join(DTYPES)}")
+            self._need(name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
+        self._need("mfu", 0 < self.mfu <= 1, "above 0 and at most 1")
+        self._need("margin", 0 <= self.margin < 1, "at least 0 and below 1")
+        self._need("precision", self.precision in DTYPES, f"one of {', '.join(DTYPES)}")
         world = self.world_size
-        _need(
-            self.batch_size >= world,
-            "batch_size",
-            self.batch_size,
-            f"at least {world}: each of the {world} GPUs needs an image at every step",
-        )
+        wanted = f"at least {world}: each of the {world} GPUs needs an image at every step"
+        self._need("batch_size", self.batch_size >= world, wanted)
         wanted = f"between 1 and {self.rank_batch}, a GPU's share of batch_size={self.batch_size}"
-        _need(
-            self.micro_batch is None or 1 <= self.micro_batch <= self.rank_batch,
-            "micro_batch",
-            self.micro_batch,
-            wanted,
-        )
-        if not self.hardware.peak.bfloat16 and self.precision == "bf16":
-            raise ValueError(f"--precision=bf16 is not what {self.gpu} calculates in; take fp16 or no")
+        self._need("micro_batch", self.micro_batch is None or 1 <= self.micro_batch <= self.rank_batch, wanted)
+        lacks = self.precision == "bf16" and not self.hardware.peak.bfloat16
+        self._need("precision", not lacks, f"fp16 or no, as {self.gpu} has no bfloat16")
+
+    def _need(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            word = name.replace("_", "-").replace("gib", "gb")
+            raise ValueError(f"--{word}={getattr(self, name)!r} is not valid: it must be {wanted}")
 
     @property
     def hardware(self) -> Gpu:
@@ -114,10 +110,3 @@ class Question:
     def accumulation(self, micro_batch: int) -> int:
         """Parts into which a rank cuts its share, for micro batches of at most this size."""
         return -(-self.rank_batch // micro_batch)
-
-
-def _need(ok: bool, setting: str, value: object, wanted: str) -> None:
-    if not ok:
-        raise ValueError(
-            f"--{setting.replace('_', '-').replace('gib', 'gb')}={value!r} is not valid: it must be {wanted}"
-        )

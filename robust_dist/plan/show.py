@@ -1,14 +1,15 @@
-"""A plan as Markdown for a person, or as plain values for a machine."""
+"""A plan as Markdown for a person, with its reasons, or as plain values for a machine."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from robust_dist.measure.memory import GIB, MIB
 from robust_dist.measure.table import table
-from robust_dist.plan.advice import others, reason, remedies
-from robust_dist.plan.choose import Estimate, Plan
-from robust_dist.plan.clock import HOP, LINK_SHARE, START
-from robust_dist.plan.memory import ALLOWANCE
+from robust_dist.plan.choose import ALLOWANCE, HOP, LINK_SHARE, START, Estimate, Plan, estimate, variants
+from robust_dist.plan.profile import profile_for
+
+_MOST_NODES = 1024
 
 
 def as_text(plan: Plan) -> str:
@@ -31,35 +32,35 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     head = ["GiB a GPU", "micro batch", "parameters, masters", "gradients", "optimizer state", "activations"]
     head += ["gathered, buckets", "optimizer's step", "peak", "fits"]
-    return table(head, [_memory_row(one) for one in plan.estimates])
+    return table(head, [_memory_row(row) for row in plan.estimates])
 
 
-def _memory_row(one: Estimate) -> list[str]:
-    memory = one.memory
+def _memory_row(row: Estimate) -> list[str]:
+    memory = row.memory
     own = memory.held
     on_device = 0 if own.on_host else 1
     values: list[float] = [own.parameters + on_device * own.masters, on_device * own.gradients, on_device * own.state]
     values += [memory.activations, memory.in_flight, memory.step, memory.peak]
-    batch = f"{one.micro_batch}" if one.accumulation == 1 else f"{one.micro_batch} x {one.accumulation}"
+    batch = f"{row.micro_batch}" if row.accumulation == 1 else f"{row.micro_batch} x {row.accumulation}"
     cells = [f"{value / GIB:.2f}" for value in values]
     host = f" (+ {memory.host / GIB:.1f} of the host's)" if own.on_host else ""
-    return [one.variant.name, batch, *cells, ("yes" if one.fits else "NO") + host]
+    return [row.variant.name, batch, *cells, ("yes" if row.fits else "NO") + host]
 
 
 def _speed(plan: Plan) -> str:
     head = ["a step", "sent by a GPU, GiB", "of it between nodes", "collectives", "calculates, ms", "sends, ms"]
     head += ["step, ms (estimate)", "efficiency", "images/s (estimate)"]
-    return table(head, [_speed_row(one, plan) for one in plan.estimates])
+    return table(head, [_speed_row(row, plan) for row in plan.estimates])
 
 
-def _speed_row(one: Estimate, plan: Plan) -> list[str]:
-    clock = one.clock
-    sent = sum(collective.sent for collective in one.traffic)
-    away = sum(collective.sent for collective in one.traffic if collective.between_nodes)
-    count = sum(collective.count for collective in one.traffic)
+def _speed_row(row: Estimate, plan: Plan) -> list[str]:
+    clock = row.clock
+    sent = sum(collective.sent for collective in row.traffic)
+    away = sum(collective.sent for collective in row.traffic if collective.between_nodes)
+    count = sum(collective.count for collective in row.traffic)
     cells = [f"{sent / GIB:.3f}", f"{away / GIB:.3f}", f"{count}", f"{1000 * clock.compute:.1f}"]
     cells += [f"{1000 * clock.communication:.1f}", f"{1000 * clock.step:.1f}", f"{clock.efficiency:.0%}"]
-    return [one.variant.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
+    return [row.variant.name, *cells, f"{plan.question.batch_size / clock.step:,.0f}"]
 
 
 def _proposal(plan: Plan) -> str:
@@ -71,14 +72,15 @@ def _proposal(plan: Plan) -> str:
     lines += [best.variant.launch_line(question, best.accumulation), "```", ""]
     if best.traffic:
         head = ["its collectives a step", "operation", "count", "payload, MiB", "ranks", "sent by each, MiB", "hidden"]
-        lines += [table(head, [_collective(one) for one in best.traffic]), ""]
+        lines += [table(head, [_collective(item) for item in best.traffic]), ""]
     lines += [f"- not {name}: {why}" for name, why in others(plan)]
     return "\n".join(lines)
 
 
-def _collective(one: Any) -> list[str]:
-    payload, sent = (f"{value / MIB:.2f}" for value in (one.payload, one.sent))
-    return [one.what, one.operation, f"{one.count}", payload, f"{one.ranks}", sent, "yes" if one.overlaps else "no"]
+def _collective(item: Any) -> list[str]:
+    payload, sent = (f"{value / MIB:.2f}" for value in (item.payload, item.sent))
+    hidden = "yes" if item.overlaps else "no"
+    return [item.what, item.operation, f"{item.count}", payload, f"{item.ranks}", sent, hidden]
 
 
 def _notes(plan: Plan) -> str:
@@ -101,7 +103,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "question": asdict(plan.question),
         "parameters": plan.shapes.numel,
         "flops_per_image": plan.flops_per_image,
-        "engines": [_values(one, plan) for one in plan.estimates],
+        "engines": [_values(row, plan) for row in plan.estimates],
         "unfit": plan.unfit,
         "best": None if best is None else best.variant.name,
         "reason": None if best is None else reason(plan),
@@ -110,15 +112,103 @@ def as_values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _values(one: Estimate, plan: Plan) -> dict[str, Any]:
+def _values(row: Estimate, plan: Plan) -> dict[str, Any]:
     return {
-        "engine": one.variant.name,
-        "config": one.variant.config_file(plan.question),
-        "launch": one.variant.launch_line(plan.question, one.accumulation),
-        "micro_batch": one.micro_batch,
-        "accumulation": one.accumulation,
-        "fits": one.fits,
-        "memory": asdict(one.memory) | {"resident": one.memory.resident, "peak": one.memory.peak},
-        "traffic": [asdict(collective) | {"sent": collective.sent} for collective in one.traffic],
-        "seconds": asdict(one.clock) | {"efficiency": one.clock.efficiency},
+        "engine": row.variant.name,
+        "config": row.variant.config_file(plan.question),
+        "launch": row.variant.launch_line(plan.question, row.accumulation),
+        "micro_batch": row.micro_batch,
+        "accumulation": row.accumulation,
+        "fits": row.fits,
+        "memory": asdict(row.memory) | {"resident": row.memory.resident, "peak": row.memory.peak},
+        "traffic": [asdict(collective) | {"sent": collective.sent} for collective in row.traffic],
+        "seconds": asdict(row.clock) | {"efficiency": row.clock.efficiency},
     }
+
+
+def reason(plan: Plan) -> str:
+    """The reasons for this engine, in two or three sentences."""
+    best = plan.best
+    assert best is not None
+    question, clock = plan.question, best.clock
+    room = (1 - question.margin) * question.memory_bytes / GIB
+    parts = "in one part" if best.accumulation == 1 else f"in {best.accumulation} parts"
+    memory = (
+        f"It needs {best.memory.peak / GIB:.1f} of the {room:.1f} GiB that a margin of {question.margin:.0%} leaves, "
+        f"with each GPU's {_images(question.rank_batch)} {parts}."
+    )
+    if question.world_size == 1:
+        return f"One GPU trains alone. {memory}"
+    slower = [other for other in plan.estimates if other.fits and other is not best]
+    speed = f"It is estimated to calculate for {clock.efficiency:.0%} of a step ({1000 * clock.step:.1f} ms)"
+    if not slower:
+        return f"It is the only engine that fits. {memory} {speed}."
+    fastest = min(slower, key=lambda other: other.clock.step)
+    beside = f"; the next, {fastest.variant.name}, takes {1000 * fastest.clock.step:.1f} ms"
+    if fastest.clock.step <= best.clock.step * 1.02:
+        beside += ", which is no difference for an estimate, and is less simple"
+    return f"{memory} {speed}{beside}."
+
+
+def others(plan: Plan) -> Iterator[tuple[str, str]]:
+    """For every other engine its name and why it was not taken."""
+    for other in plan.estimates:
+        if other is not plan.best:
+            yield other.variant.name, _against(other, plan)
+    yield from plan.unfit.items()
+
+
+def _against(other: Estimate, plan: Plan) -> str:
+    room = (1 - plan.question.margin) * plan.question.memory_bytes / GIB
+    if not other.fits:
+        return f"needs {other.memory.peak / GIB:.1f} GiB at {_images(other.micro_batch)}, {room:.1f} are free"
+    assert plan.best is not None
+    ratio = other.clock.step / plan.best.clock.step - 1
+    sent = sum(collective.sent for collective in other.traffic) / GIB
+    if ratio < 0.02:
+        return f"as fast by the estimate, and less simple; sends {sent:.2f} GiB a step"
+    return f"{ratio:.0%} slower by the estimate; sends {sent:.2f} GiB a step"
+
+
+def remedies(plan: Plan) -> list[str]:
+    """Changes that would make the job fit, each with the figure it rests on."""
+    question = plan.question
+    least = min(plan.estimates, key=lambda other: other.memory.peak)
+    activations = least.memory.activations / GIB
+    found = [
+        f"The least is {least.variant.name} with {least.memory.peak / GIB:.1f} GiB at {_images(least.micro_batch)}, of "
+        f"which {activations:.1f} GiB are activations."
+    ]
+    if question.micro_batch and question.micro_batch > 1:
+        found.append("Leave --micro-batch out, or give a smaller one.")
+    if question.precision == "no":
+        found.append("--precision bf16 halves most activations, and what ZeRO and FSDP2 gather.")
+    nodes = _enough_nodes(plan)
+    if nodes is not None:
+        images = max(question.batch_size, nodes * question.gpus_per_node)
+        found.append(f"{nodes} nodes of {question.gpus_per_node} GPUs would do, with {_images(images)} a step.")
+    if activations > least.memory.resident / GIB:
+        found.append(
+            "Activation checkpointing (fsdp_activation_checkpointing: true in the FSDP files) trades them for a second "
+            "forward pass; smaller images shrink them."
+        )
+    else:
+        found.append(f"A GPU with at least {least.memory.peak / (1 - question.margin) / GIB:.0f} GiB would do.")
+    return found
+
+
+def _enough_nodes(plan: Plan) -> int | None:
+    """The smallest doubling of the nodes at which a sharding engine fits, or None."""
+    nodes = 2 * plan.question.nodes
+    while nodes <= _MOST_NODES:
+        world = nodes * plan.question.gpus_per_node
+        more = replace(plan.question, nodes=nodes, batch_size=max(plan.question.batch_size, world))
+        usable = (variant for variant in variants() if variant.unfit(more) is None)
+        if any(estimate(variant, plan.shapes, profile_for(variant, more), more).fits for variant in usable):
+            return nodes
+        nodes *= 2
+    return None
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"

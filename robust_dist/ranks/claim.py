@@ -76,10 +76,10 @@ class Lock:
 class FolderClaim:
     """This process's hold on a run's folder, from `take` to `release`.
 
-    The holder writes a beat into a file of its own, and a start on another host watches whether it still changes: what
-    counts is that the file changes while the watcher's own seconds pass, never a time that is written anywhere. Each
-    holder's file has the next number, made exclusively, so of several starts one alone wins; a holder that was stopped
-    for so long that it was taken for dead finds the higher number before it completes a checkpoint, and gives up.
+    The holder writes a beat into a file of its own, and a start on another host watches whether it still changes while
+    the watcher's own seconds pass; written times never count. Each holder's file has the next number, made exclusively,
+    so of several starts one alone wins; a holder that was stopped for so long that it was taken for dead finds the
+    higher number before it completes a checkpoint, and gives up.
 
     Args:
         folder: The run's folder; it must be there.
@@ -140,7 +140,7 @@ class FolderClaim:
             self._thread.join()
             self._thread = None
         if self._mine is not None and self._is_mine(self._mine):
-            # On a disk that takes no change any more the lock and the silence have to do.
+            # On a disk that can no longer be changed the lock and the silence must be enough.
             with contextlib.suppress(OSError):
                 self._mine.unlink(missing_ok=True)
         self._mine = None
@@ -163,14 +163,10 @@ class FolderClaim:
         self.locks = locked is True
 
     def _may_be_dead(self, holder: Path | None) -> bool:
-        """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart.
-
-        Raises:
-            FolderInUseError: It is another host's, which gives signs of life.
-        """
+        """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart."""
         noted = _read(holder) if holder is not None else {}
         if holder is not None and noted.get("host") != self.host:
-            # The server of a network file system keeps a lost host's lock for a while.
+            # A network file system keeps a lost host's lock for a while.
             self._outlast(holder)
             return True
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or not _alive(noted.get("pid"))
@@ -180,7 +176,8 @@ class FolderClaim:
             newest = self._newest()
             if newest is not None:
                 self._outlast(newest)
-            if self._create(_number(newest) + 1):
+            number = int(newest.name.removeprefix(_OWNER)) if newest is not None else 0
+            if self._create(number + 1):
                 break
         for path in self._owners():
             if self._mine is not None and path < self._mine:
@@ -230,7 +227,7 @@ class FolderClaim:
     def _keep_beating(self) -> None:
         while not self._ended.wait(self.beat):
             self._beats += 1
-            # A full disk or a lost mount is told by what the run itself writes.
+            # A full disk or a lost mount shows in what the run itself writes.
             with contextlib.suppress(OSError):
                 self._write()
 
@@ -254,11 +251,7 @@ class FolderClaim:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live run holds a folder; where another host's does, its sign of life is waited for.
-
-    Args:
-        folder: The run's.
-    """
+    """Whether a live run holds a folder; where it is another host's, this waits for its sign of life."""
     owner = max(folder.glob(f"{_OWNER}*"), default=None)
     noted = _read(owner) if owner is not None else {}
     if owner is None or not noted:
@@ -275,13 +268,7 @@ def is_held(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Worker:
-    """The worker that has a study's run.
-
-    Attributes:
-        host: Its machine's name.
-        pid: Its process there.
-        kernel: The machine's boot, within which a lock is decisive.
-    """
+    """The worker that has a study's run: its machine, its process there, and the boot within which a lock decides."""
 
     host: str
     pid: int
@@ -327,7 +314,7 @@ class RunClaim:
         return self._lock.file.fileno()
 
     def beat(self) -> None:
-        """Show other machines that the worker is alive; a file system that is away for a moment ends no study."""
+        """Show other machines that the worker is alive; a file system that is briefly away ends no study."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -340,7 +327,7 @@ class RunClaim:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a claim whose lock could be had is nobody's."""
+    """Whether a claim whose lock was obtained belongs to nobody."""
     worker = _worker(path)
     return worker is None or worker.kernel == _boot(socket.gethostname()) or age(path) > STALE_SECONDS
 
@@ -349,13 +336,13 @@ def _worker(path: Path) -> Worker | None:
     try:
         found: Worker = read_json(path, Worker)
     except (OSError, ValueError):
-        # Empty where it was given back; torn where its writer was killed, which the lock tells better.
+        # Empty where it was released; torn where its writer was killed, which the lock shows better.
         return None
     return found
 
 
 def age(path: Path) -> float:
-    """Seconds since the file was touched; its file system's clock says what the time is, not this machine's."""
+    """Seconds since the file was touched, by its file system's clock."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock-") as probe:
         return os.stat(probe.name).st_mtime - path.stat().st_mtime
 
@@ -371,10 +358,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _text(path: Path | None) -> str:
     noted = _read(path) if path is not None else {}
     return f"pid {noted['pid']} on {str(noted.get('host')).partition('/')[0]}" if "pid" in noted else "another process"
-
-
-def _number(path: Path | None) -> int:
-    return int(path.name.removeprefix(_OWNER)) if path is not None else 0
 
 
 def _alive(pid: Any) -> bool:

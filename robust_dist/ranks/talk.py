@@ -4,6 +4,7 @@ Each function works alike in one process without a process group. `group` is the
 default group. All of them make the same calls.
 """
 
+import functools
 import pickle
 import socket
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -79,24 +81,20 @@ def raise_together(error: Exception | None, group: Group = None) -> None:
     `origin_of` tells from which rank it came.
     """
     found = gather(None if error is None else _portable(error), group)
-    _raise(next((one for one in found if one is not None), None))
+    _raise(next((failure for failure in found if failure is not None), None))
 
 
 def raise_problems(kind: type[Exception], problem: str | None, group: Group = None) -> None:
     """Raise `kind` on every rank where any rank has a problem; ranks are named where not all have the same one."""
     problems = gather(problem, group)
     if len(set(problems)) > 1:
-        problem = "\n".join(by_rank({number: one for number, one in enumerate(problems) if one is not None}))
+        problem = "\n".join(by_rank({number: text for number, text in enumerate(problems) if text is not None}))
     if problem is not None:
         raise kind(problem)
 
 
 def attempt(action: Callable[[], T], *, here: bool = True, group: Group = None) -> T | None:
-    """Call `action` on the ranks where `here` is true; if it fails on one of them, every rank raises its error.
-
-    Returns:
-        The action's value, or None where it was not called.
-    """
+    """Call `action` where `here` is true and return its value, or None; if one fails, every rank raises its error."""
     value: T | None = None
     error: Exception | None = None
     if here:
@@ -131,7 +129,7 @@ def origin_of(error: BaseException) -> Origin | None:
 
 
 def _portable(error: Exception) -> tuple[Exception, Origin]:
-    """The error, or one that says the same where it would not survive the way to the other ranks; and its origin."""
+    """The error, or an equivalent one if it cannot be pickled for the other ranks; and its origin."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     origin = Origin(rank(), socket.gethostname(), text)
     try:
@@ -174,3 +172,59 @@ def differences(values: Mapping[int, Mapping[str, str]]) -> list[str]:
     names = dict.fromkeys(name for texts in values.values() for name in texts)
     lines = {name: by_rank({number: texts.get(name, "missing") for number, texts in values.items()}) for name in names}
     return [f"{name}: " + "; ".join(parts) for name, parts in lines.items() if len(parts) > 1]
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # One per device: each stream holds memory of its own, and torch has only 32 of them.
+    return torch.cuda.Stream(device)
+
+
+class Ballot:
+    """A vote between ranks that no step waits for: one asynchronous one-element sum, counted later.
+
+    On an accelerator the sum is started from a stream for votes alone and copied to pinned memory, so that counting
+    waits for the reduction and never for the kernels that were queued since.
+    """
+
+    def __init__(self, vote: bool, group: dist.ProcessGroup | None) -> None:
+        self._work: dist.Work | None = None
+        self._event: torch.cuda.Event | None = None
+        self.num_voters = world_size(group)
+        self._votes = torch.tensor([int(vote)], dtype=torch.int32)
+        if self.num_voters > 1:
+            device = _device_of(group)
+            if device.type == "cuda":
+                self._start_on_cuda(device, group)
+            else:
+                self._votes = self._votes.to(device)
+                self._work = dist.all_reduce(self._votes, group=group, async_op=True)
+
+    def _start_on_cuda(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self._votes = self._votes.pin_memory()
+        with torch.cuda.stream(_stream(device)):
+            self._on_device = self._votes.to(device, non_blocking=True)
+            work = dist.all_reduce(self._on_device, group=group, async_op=True)
+            assert work is not None
+            # Makes the side stream wait, not the host.
+            work.wait()
+            self._votes.copy_(self._on_device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def count(self) -> int:
+        """The number of ranks that voted yes."""
+        if self._work is not None:
+            self._work.wait()
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._votes[0])
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """The device that a tensor must be on for `group` to reduce it: the CPU where the backend takes it."""
+    devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if "cpu" in devices:
+        return torch.device("cpu")
+    kind = devices[0]
+    return torch.device(kind, getattr(torch, kind).current_device())

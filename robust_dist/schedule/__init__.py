@@ -9,9 +9,9 @@ __all__ = ["RankDisagreementError", "RobustSchedule", "WeightDecaySwitch", "base
 
 
 def __getattr__(name: str) -> object:
-    # Its place up to 0.6.0.
+    # Where it was up to 0.6.0.
     if name == "ballot":
-        from robust_dist.ranks import ballot
+        from robust_dist.ranks import talk
 
-        return ballot
+        return talk
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

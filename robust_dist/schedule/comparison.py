@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
 # Base decays that a message lists.
 _SHOWN = 26
-# Seconds between two comparisons, and so about what it takes to find a rank that is off; more among thousands of ranks.
+# Seconds between two comparisons, and so about the time to find a rank that differs; more with thousands of ranks.
 _PAUSE = 1.0
 _RANKS_A_SECOND = 1000
 # Steps after a comparison in which a difference that others found is looked for at every step.
@@ -31,7 +31,7 @@ _PATIENCE, _ROUNDS = 1.0, 8
 
 
 class RankDisagreementError(RuntimeError):
-    """Ranks that must schedule alike do not; the message lists every rank's values."""
+    """Ranks that must have equal schedules do not; the message lists every rank's values."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,17 @@ class Report:
 
 
 class Comparison:
-    """One rank's part in comparing reports step by step, through a store.
+    """One rank's part in comparing reports step by step, through a store of this comparison's own.
 
     The first rank at a step posts its report under that step's number, and the number of the next step to compare; the
-    others find it there. Who finds another than its own opens a dispute: every rank publishes what it had at the
+    others find it there. A rank that finds a different report opens a dispute: every rank publishes what it had at the
     disputed step as soon as it sees that there is one, and once two of them differ it is confirmed. A report of a rank
     that has ended since is therefore no reason to raise.
 
     Ranks raise together, so that none dies in a collective that another has left: a rank that sees the confirmed
     dispute goes on to its next step, and meets the others there. Gradients are averaged between two steps, so that by
     then all know. Where that is not so, it waits a second, goes on for a step, and comes back; after `_ROUNDS` of these
-    it raises alone.
-
-    Args:
-        store: This comparison's alone.
-        num_ranks: How many ranks may take part.
-
-    Raises:
-        RuntimeError: From any method, where the store's host has ended.
+    it raises alone. Every method raises RuntimeError where the store's host has ended.
     """
 
     def __init__(self, store: "Store", num_ranks: int) -> None:
@@ -171,7 +164,7 @@ class Comparison:
         self._publish()
 
     def _publish(self) -> None:
-        """Say once what this rank had at the disputed step; who makes it two different reports confirms the dispute."""
+        """Publish once what this rank had at the disputed step; the second different report confirms the dispute."""
         at = self._dispute
         if at == self._published or at not in self._reports:
             return
@@ -201,7 +194,7 @@ class Comparison:
             time.sleep(0.01)
         if not complete:
             self._rounds += 1
-            # The last one may have come as this one left.
+            # The last rank may have come as this one left.
             complete = self._store.add(here, -1) >= members - 1 or self._rounds == _ROUNDS
         if complete:
             self._store.set(done, "1")
@@ -215,12 +208,7 @@ class Comparison:
 
 
 def disagreement(reports: Mapping[int, str], when: str) -> RankDisagreementError:
-    """The error for ranks whose reports differ.
-
-    Args:
-        reports: What `Report.encode()` gave, by global rank.
-        when: "at the start" or "during the run", for the message.
-    """
+    """The error for ranks whose reports, texts by global rank, differ "at the start" or "during the run"."""
     lines = differences({rank: json.loads(text) for rank, text in reports.items()})
     return RankDisagreementError(
         f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint, and call "

@@ -28,8 +28,7 @@ class Curve:
     - s < W: eta (s + 1)/(W + 1), a line that is never 0 and reaches eta at s = W;
     - s >= W: eta (r + (1 - r)(1 + cos(pi p))/2) with p = min(1, (s - W)/(T - W)), hence r eta from T on.
 
-    The paper's t and T are in epochs; here they are steps, so that the rate falls within an epoch, too, and
-    agrees with the paper's at the first step of each.
+    The paper's t and T are epochs; here they are steps, so that the rate falls within an epoch, too.
 
     Attributes:
         total_steps: T.
@@ -51,15 +50,11 @@ class Curve:
         return base_lr * self._decayed(step)
 
     def scaled(self, step: int, base_lr: float, rate: _Rate) -> _Rate:
-        """Learning rate of step `step` for a group that has `rate`, which need not be this curve's, at the step before.
+        """The rate of step `step` for a group whose present rate need not be this curve's.
 
         As torch's schedulers go on from any rate: what lies above the floor (r eta while the cosine falls, else 0) is
-        scaled as this curve's own is; where the curve's is nothing, the curve's difference is added.
-
-        Args:
-            step: The step to come; 0 is scaled from `base_lr`.
-            base_lr: eta.
-            rate: The present rate.
+        scaled as the curve's own is; where the curve's is nothing, the curve's difference is added. Step 0 is scaled
+        from `base_lr`.
         """
         eta = base_lr or 1.0
         before, now = self.lr(step - 1, eta) if step > 0 else eta, self.lr(step, eta)
@@ -86,12 +81,7 @@ class Curve:
 
 
 def checked_curve(total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, decay: Any) -> Curve:
-    """The curve of a user's settings.
-
-    Raises:
-        TypeError: A setting of the wrong type.
-        ValueError: A setting outside its range, or a floor under a decay that has none.
-    """
+    """The curve of a user's settings; a TypeError or ValueError names the wrong one."""
     total = whole_number("total_steps", total_steps, 1)
     warmup = whole_number("warmup_steps", warmup_steps, 0, total)
     ratio = real_number("min_lr_ratio", min_lr_ratio, 0.0, 1.0)

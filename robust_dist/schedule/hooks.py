@@ -1,25 +1,26 @@
-"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive."""
+"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive; and what engines tell the schedule."""
 
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+_in_charge: "weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Any], Callable[[], Any]]]"
+_in_charge = weakref.WeakKeyDictionary()
+Shape = tuple[int, ...]
+_repeats: list[Callable[[], bool]] = []
+_shapes: list[Callable[[Any], Shape | None]] = []
+
 
 def base_optimizer(optimizer: Any) -> Optimizer:
-    """The innermost torch optimizer of a chain of wrappers.
+    """The innermost torch optimizer of a chain of wrappers, whose `step()` changes the parameters.
 
     Engines' wrappers keep what they wrap as `.optimizer`; some of them are torch optimizers themselves, but their hooks
     never fire.
-
-    Args:
-        optimizer: A torch optimizer, or a wrapper of one.
-
-    Returns:
-        The optimizer whose `step()` changes the parameters.
 
     Raises:
         TypeError: There is no torch optimizer at the end of the chain.
@@ -43,10 +44,6 @@ class Scheduled(Protocol):
     def _after_load(self) -> None: ...
 
 
-_in_charge: "weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Any], Callable[[], Any]]]"
-_in_charge = weakref.WeakKeyDictionary()
-
-
 def in_charge(optimizer: Optimizer) -> Any:
     """The switch that sets this optimizer's weight decay: the last that took charge, or None."""
     charge = _in_charge.get(optimizer)
@@ -64,10 +61,8 @@ def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
 def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
     """Call `owner._before_step()` before each `optimizer.step()` and `owner._after_load()` after each load.
 
-    A compiled step does not call `_before_step`: it would be traced into the graph.
-
-    Returns:
-        What ends it; the owner's own end does, too.
+    A compiled step does not call `_before_step`, which would be traced into the graph. Returns what ends it; the
+    owner's own end does, too.
     """
     reference = weakref.ref(owner)
 
@@ -92,3 +87,32 @@ def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
 def _remove(*handles: RemovableHandle) -> None:
     for handle in handles:
         handle.remove()
+
+
+def tell(
+    *, repeats_call: Callable[[], bool] | None = None, whole_shape: Callable[[Any], Shape | None] | None = None
+) -> None:
+    """Add an engine's answers.
+
+    Args:
+        repeats_call: Whether the current call of a scheduler's `step()` repeats one that its caller has already made.
+        whole_shape: The shape of a parameter whose own shape depends on the rank, () where ranks cannot know it; None
+            for any other parameter.
+    """
+    if repeats_call is not None:
+        _repeats.append(repeats_call)
+    if whole_shape is not None:
+        _shapes.append(whole_shape)
+
+
+def is_repeated_call() -> bool:
+    """Whether the current call of a scheduler's `step()` repeats another one."""
+    return any(repeats() for repeats in _repeats)
+
+
+def shape_on_every_rank(parameter: Any) -> Shape:
+    """A parameter's shape as all ranks see it; () where they cannot know it, or not yet."""
+    if is_lazy(parameter):
+        return ()
+    found = (shape_of(parameter) for shape_of in _shapes)
+    return next((shape for shape in found if shape is not None), tuple(parameter.shape))

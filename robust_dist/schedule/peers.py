@@ -1,5 +1,6 @@
 """The other ranks that schedule the same optimizer: what is compared and voted with them, and when."""
 
+import time
 import weakref
 import zlib
 from collections import Counter
@@ -13,35 +14,112 @@ from torch.optim import Optimizer
 
 from robust_dist.ranks.talk import taking_part
 from robust_dist.schedule.comparison import Comparison, RankDisagreementError, Report
-from robust_dist.schedule.engine_facts import shape_on_every_rank
-from robust_dist.schedule.vote import Vote
+from robust_dist.schedule.hooks import shape_on_every_rank
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+# Seconds in which a rank that has begun to decide, two calls of the store, must have done so.
+_DECIDING = 30.0
+# Seconds for which a save waits for votes that are about to be cast.
+_PATIENCE = 5.0
+# Stands behind the number of a call in which a rank has a wish, until that is cast.
+_VOTING = 1
+# Steps after which votes that decided nothing are deleted.
+_KEPT = 1024
 # Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
 _IDLE = 8
-
 _NAMESPACE = "robust_dist"
 # Seconds that one of our calls may take where a connection of our own can be had.
 _TIMEOUT = 30.0
-
 _opened: "tuple[weakref.ref[Any], Store | None] | None" = None
 _begun: "Counter[str]" = Counter()
 _peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionary()
 
 
+class Vote:
+    """One rank's part in deciding, through a store, from which call on all ranks do something.
+
+    Every rank votes at each of its calls, which are numbered alike. A decision holds from the call after the one that
+    the foremost rank has reached. No rank can have passed that call: each notes its call before it looks for a
+    decision, and the deciding rank announces that it is deciding before it reads these notes. Where ranks keep step
+    that is the call after the one whose votes sufficed.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._since = 0
+        self._number = 1
+        self._voted: list[str] = []
+        self._known = False
+
+    def forget(self) -> None:
+        """Ignore the decisions made so far, as after a load."""
+        self._since = self.calls
+
+    def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
+        """Cast a rank's wish in this call, the `calls`-th, in which `needed` wishes decide; returns as `decided`."""
+        store.set(f"call of/{rank}", f"{self.calls} {_VOTING}" if wish else str(self.calls))
+        if not self._known:
+            self._known = True
+            store.append("voters", f"{rank} ")  # type: ignore[attr-defined]
+        if wish:
+            if self._add(store) >= needed:
+                self._decide(rank, store)
+            store.set(f"call of/{rank}", str(self.calls))
+        return self.decided(store)
+
+    def decided(self, store: "Store") -> int | None:
+        """The call from which the decision holds; None while there is none. One rank alone may ask."""
+        while store.check([f"{self._number}/decider"]):
+            store.wait([f"{self._number}/decision"], timedelta(seconds=_DECIDING))
+            made, since = map(int, store.get(f"{self._number}/decision").split())
+            self._number += 1
+            if made > self._since:
+                return since
+        return None
+
+    def wait_for_voters(self, store: "Store", ranks: int) -> None:
+        """Wait, five seconds at most, until the other voters have voted in this rank's last call: it may decide.
+
+        Who votes is known from the second call on; at the first it may be all `ranks`.
+        """
+        if not self._known:
+            return
+        wanted = ranks if self.calls == 1 else 1
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            notes = self._notes(store)
+            if len(notes) >= wanted and all(call - len(voting) >= self.calls for call, *voting in notes):
+                return
+            time.sleep(0.01)
+
+    def _notes(self, store: "Store") -> list[list[int]]:
+        """The call that each voter has reached, and `_VOTING` behind it while its wish is on the way."""
+        keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
+        return [list(map(int, note.split())) for note in store.multi_get(keys)]
+
+    def _add(self, store: "Store") -> int:
+        key = f"votes/{self.calls}"
+        votes = store.add(key, 1)
+        if votes == 1:
+            self._voted.append(key)
+            if len(self._voted) > _KEPT:
+                store.delete_key(self._voted.pop(0))
+        return votes
+
+    def _decide(self, rank: int, store: "Store") -> None:
+        if store.compare_set(f"{self._number}/decider", "", str(rank)).decode() == str(rank):
+            foremost = max(call for call, *_ in self._notes(store))
+            store.set(f"{self._number}/decision", f"{self.calls} {foremost + 1}")
+
+
 class Peers:
     """Agreement between the ranks that schedule the same optimizer.
 
-    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no
-    store, or the store's host has ended, nothing is asked.
-
-    Args:
-        optimizer: A torch optimizer, unwrapped.
-        group: At each call, the ranks to agree with; None is the default group.
-        report: At each call, what this rank has at the step.
-        closely: At each call, whether a step that matters is near.
+    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no store,
+    or the store's host has ended, nothing is asked. Methods take the `group` to agree with (None is the default one),
+    the `report` of what this rank has at the step, and `closely`: whether a step that matters is near.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -65,21 +143,13 @@ class Peers:
         return _peers[optimizer]
 
     def before_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note that the optimizer is about to step; called by its hook, which a compiled step does not run.
-
-        Raises:
-            RankDisagreementError: The ranks differed at an earlier step.
-        """
+        """Note that the optimizer is about to step; called by its hook, which a compiled step does not run."""
         self._counted = self._ever_counted = True
         if self._bind(group):
             self._step(report, closely)
 
     def after_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note a call of the schedule; it counts as an optimizer step where that could not be noted.
-
-        Raises:
-            RankDisagreementError: The ranks differed at an earlier step.
-        """
+        """Note a call of the schedule; it counts as an optimizer step where that could not be noted."""
         counted, compiled = self._counted, self._compiled
         self._counted = self._compiled = False
         self._idle = 0 if counted else self._idle + 1
@@ -98,7 +168,7 @@ class Peers:
 
     def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
         """Like `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
-        # To begin with a process group is for a step, which all ranks make.
+        # A process group is begun in a step, which all ranks make.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:
             return None
@@ -164,7 +234,7 @@ class Peers:
 
     def _compiled_hook(self) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A constant, and never read here: a count would have the step compiled anew each time.
+            # A constant, and never read here: a counter would recompile the step each time.
             if torch.compiler.is_compiling():
                 self._compiled = True
 
@@ -181,10 +251,8 @@ def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
     """The part of the training's store for an optimizer that is about to make its first step on this group.
 
     Ranks share it where they make that step with an optimizer of the same kind after the same number of the group's
-    collectives. So a rank that trains something else beside what it shares, or before it, still meets the others.
-
-    Returns:
-        None where the training has no store that several ranks reach (MPI, torch's fake process group).
+    collectives. So a rank that trains something else beside or before it still meets the others. None where no store
+    reaches several ranks (MPI, torch's fake process group).
     """
     store = _training_store()
     if store is None:
@@ -219,9 +287,9 @@ def _training_store() -> "Store | None":
 
 def _open() -> "Store | None":
     try:
-        # Private, and the one way to the store that all ranks reach without a collective; it is named here alone.
+        # Private, and the only way to the store that all ranks reach without a collective; it is named only here.
         store = dist.distributed_c10d._get_default_store()
-        # torch's FakeStore claims to have every key. A host that has ended raises here: to clone would wait for it.
+        # torch's FakeStore claims to have every key. If the host has ended, this raises, where cloning would wait.
         if store.check([f"{_NAMESPACE}/no such key"]):
             return None
         if hasattr(store, "clone"):

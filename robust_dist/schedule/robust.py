@@ -9,9 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.optim.dry_step import is_dry
 from robust_dist.schedule.curve import Curve, DecayKind, OwnDecay, checked_curve
-from robust_dist.schedule.engine_facts import is_repeated_call
-from robust_dist.schedule.hooks import attach, base_optimizer
-from robust_dist.schedule.learning_rates import LearningRates
+from robust_dist.schedule.group_values import LearningRates
+from robust_dist.schedule.hooks import attach, base_optimizer, is_repeated_call
 from robust_dist.schedule.switch import WeightDecaySwitch
 from robust_dist.validate import whole_number
 
@@ -22,14 +21,13 @@ class RobustSchedule(LRScheduler):
     """Linear warm-up and half a cosine for the learning rate, and the weight-decay switch, per optimizer step.
 
     With T = total_steps, W = warmup_steps, r = min_lr_ratio and a group's initial learning rate eta, optimizer step s
-    (from 0) has the rate eta (s + 1)/(W + 1) for s < W, then eta (r + (1 - r)(1 + cos(pi (s - W)/(T - W)))/2): with
-    W = r = 0 the paper's eq. 17, eta (1 + cos(pi s/T))/2. From T on it stays at r eta. The paper's t and T are in
-    epochs; here they are steps. The weight decay is off for every s >= weight_decay_off_at * T; see
-    `WeightDecaySwitch`, which also says what the ranks compare and when.
+    (from 0) has the rate eta (s + 1)/(W + 1) for s < W, then eta (r + (1 - r)(1 + cos(pi (s - W)/(T - W)))/2): with W =
+    r = 0 the paper's eq. 17, eta (1 + cos(pi s/T))/2, whose t and T are in epochs. From T on it stays at r eta. The
+    weight decay is off for every s >= weight_decay_off_at * T; see `WeightDecaySwitch`, which also says what the ranks
+    compare and when.
 
-    Call `step()` after each `optimizer.step()`. Calls are counted; several that an engine's wrapper makes for one call
-    of its own count once (`engine_facts`). `total_steps` is therefore the number of optimizer steps that the run makes,
-    under every engine.
+    Call `step()` after each `optimizer.step()`. Several calls that an engine's wrapper makes for one call of its own
+    count once, so `total_steps` is the number of optimizer steps that the run makes, under every engine.
 
     After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
     settings; the state holds the step and the base values. Where somebody else sets or scales a group's rate, too
@@ -155,9 +153,6 @@ class RobustSchedule(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved step, and set the decay that it has, and the rate of the groups that were on the curve.
 
-        Args:
-            state_dict: What `state_dict()` gave.
-
         Raises:
             ValueError: It is no state of a RobustSchedule, or one of an optimizer with another number of groups.
         """
@@ -165,7 +160,7 @@ class RobustSchedule(LRScheduler):
         if missing:
             raise ValueError(f"this is no state of a RobustSchedule: it has no {', '.join(missing)}")
         base, step = state_dict["base_lrs"], state_dict["last_epoch"]
-        # States of 0.4.4 and before do not say it.
+        # States of 0.4.4 and before lack it.
         on_curve = state_dict.get("on_curve", [step >= 0] * len(base))
         self._rates.take_up(base, on_curve, lambda base: self.curve.lr(step, base))
         switch = state_dict["weight_decay_switch"]
@@ -229,5 +224,5 @@ def _step_number(epoch: Any) -> int:
     try:
         return whole_number("epoch", epoch, 0)
     except TypeError as error:
-        # An engine that calls schedulers of many kinds may take a TypeError for one without this argument.
+        # An engine may take a TypeError for a scheduler without this argument.
         raise ValueError(str(error)) from error

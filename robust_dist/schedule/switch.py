@@ -131,7 +131,7 @@ class WeightDecaySwitch:
     def state_dict(self) -> dict[str, Any]:
         """The step, the base decays, and what the ranks have decided up to now.
 
-        Before an own trigger has decided it waits for the votes of ranks that are at this step, five seconds at most.
+        Before an own trigger has decided it waits, five seconds at most, for the votes of ranks that are at this step.
         """
         self._decays.update_groups()
         self._take_in_decision(wait=True)
@@ -148,9 +148,6 @@ class WeightDecaySwitch:
         """Take up a saved step, and set the decay that it has.
 
         The settings stay this object's own; a warning names those that were others when the state was saved.
-
-        Args:
-            state_dict: What `state_dict()` gave.
 
         Raises:
             ValueError: It is no state of a switch, or one of an optimizer with another number of groups.
@@ -171,7 +168,7 @@ class WeightDecaySwitch:
 
     def __getstate__(self) -> dict[str, Any]:
         self._take_in_decision()
-        # A process group cannot be copied: a copy asks the default group.
+        # A process group cannot be copied: a copy uses the default group.
         return self.__dict__ | {"process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,7 +186,7 @@ class WeightDecaySwitch:
     def _before_step(self) -> None:
         if in_charge(self.optimizer) is not self:
             return
-        # It also notices groups that were added since.
+        # This also notices groups that were added since.
         self._write()
         # A rank may make a dry step alone, to save.
         if self._rates_are_on_device() or not is_dry(self.optimizer):
@@ -215,7 +212,7 @@ class WeightDecaySwitch:
         return Report(self.total_steps, self.off_at, self._step, trigger, self.is_off, tuple(self._decays.base))
 
     def _is_near(self) -> bool:
-        """Whether the switch or the end of the run is."""
+        """Whether the switch or the end of the run is near."""
         before, after = _NEAR
         marks = (self._switch_step, self.total_steps)
         return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)

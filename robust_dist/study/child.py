@@ -25,11 +25,8 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 class Launcher:
     """Starts training processes.
 
-    Without GPUs they are forked from a server that has done the imports, which is seconds a run; with them each is a
-    fresh process, as a fork inherits what a driver's library has begun.
-
-    Args:
-        forks: Whether to fork them.
+    Without GPUs they are forked from a server that has done the imports, which saves seconds a run; with GPUs each is a
+    fresh process, because a fork inherits the driver's state.
     """
 
     def __init__(self, *, forks: bool) -> None:
@@ -39,12 +36,12 @@ class Launcher:
             self._context.set_forkserver_preload(["robust_dist.study.preload"])
 
     def start(self, words: Sequence[str], env: Mapping[str, str], log: IO[bytes], claim: int) -> BaseProcess:
-        """Start one.
+        """Start a training process.
 
         Args:
             words: The command line of `launch/train.py`.
-            env: The whole environment.
-            log: A file that its output goes to.
+            env: Its whole environment.
+            log: Receives its output.
             claim: A descriptor that it keeps open.
         """
         before = dict(os.environ)
@@ -60,7 +57,7 @@ class Launcher:
 
 
 class _Passed:
-    """Descriptors that the started process gets, as numbers of its own."""
+    """Descriptors for the started process, which receives them as numbers of its own."""
 
     def __init__(self, *descriptors: int) -> None:
         self.descriptors = descriptors
@@ -72,7 +69,7 @@ class _Passed:
 
 
 def _received(*passed: Any) -> list[int]:
-    return [one.detach() for one in passed]
+    return [descriptor.detach() for descriptor in passed]
 
 
 def _set_environment(env: Mapping[str, str]) -> None:
@@ -81,7 +78,7 @@ def _set_environment(env: Mapping[str, str]) -> None:
 
 
 def _follow(worker: BaseProcess) -> None:
-    """End this process when its worker has; a signal first, for the sake of what it may want to save."""
+    """End this process when its worker has ended; by a signal first, so that it can save."""
     worker.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
@@ -119,16 +116,10 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 def slot_environment(slot: int, num_slots: int, gpus: list[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of worker `slot`'s training process.
+    """The environment of the training process in a slot, counted from 0, of `num_slots`.
 
-    GPUs go round by the worker's index; more workers than GPUs share them. Without GPUs every worker has an equal share
-    of the cores as threads, unless OMP_NUM_THREADS says how many each has.
-
-    Args:
-        slot: Which of the workers, from 0.
-        num_slots: How many there are in this command.
-        gpus: `gpus()`.
-        environ: This process's environment.
+    GPUs are assigned in turn; more slots than GPUs share them. Without GPUs every slot has an equal share of the cores
+    as threads, unless OMP_NUM_THREADS sets the number.
     """
     ours = {k: v for k, v in environ.items() if k not in _LAUNCHER and not k.startswith("TORCHELASTIC_")}
     if gpus:

@@ -16,28 +16,30 @@ from robust_dist.own_code import add_argument
 
 def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `study` to the commands of `robust-dist`."""
-    study = commands.add_parser("study", help="a grid of recipes and seeds: run it, look at it, report it")
+    study = commands.add_parser("study", help="run a grid of recipes and seeds, and report the results")
     words = study.add_subparsers(required=True, metavar="COMMAND")
 
-    run = words.add_parser("run", help="train what is left; the same command goes on, and may run on many machines")
+    run = words.add_parser("run", help="train the remaining runs; may be repeated, and run on several machines at once")
     run.add_argument("config", metavar="STUDY", help="a YAML file, or the name of a study that comes with the package")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     run.add_argument("--dir", metavar="D", help="the study's folder (default: runs/studies/NAME)")
-    run.add_argument("--from", dest="report", metavar="REPORT.json", help="take the finished runs of an earlier report")
-    run.add_argument("--dry-run", action="store_true", help="say what it costs, from a measured step; train nothing")
     run.add_argument(
-        "--gpu", default="h100", help="with --dry-run on a machine without one: whose hours to estimate (default: h100)"
+        "--from", dest="report", metavar="REPORT.json", help="reuse the finished runs of an earlier report"
+    )
+    run.add_argument("--dry-run", action="store_true", help="estimate the cost from a measured step, without training")
+    run.add_argument(
+        "--gpu", default="h100", help="the GPU whose hours --dry-run estimates on a machine without one (default: h100)"
     )
     add_argument(run)
     run.set_defaults(run=_run, extra="study")
 
-    status = words.add_parser("status", help="what is finished, running, failed, waiting")
+    status = words.add_parser("status", help="list what is finished, running, failed and waiting")
     status.add_argument("dir", metavar="D", help="a study's folder")
     status.set_defaults(run=_status, extra="study")
 
-    report = words.add_parser("report", help="table, JSON, heat map and curves, of an unfinished study, too")
-    report.add_argument("dir", metavar="D", help="a study's folder, or an earlier report.json (then give --out, too)")
-    report.add_argument("--against", metavar="D2", help="another one, tested pair by pair over common cells")
+    report = words.add_parser("report", help="write a table, JSON, heat map and curves, also of an unfinished study")
+    report.add_argument("dir", metavar="D", help="a study's folder, or an earlier report.json (with --out)")
+    report.add_argument("--against", metavar="D2", help="another study, tested pair by pair over common cells")
     report.add_argument("--out", metavar="DIR", help="where to write (default: D/report)")
     report.add_argument(
         "--diverged-as",
@@ -49,12 +51,11 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _run(words: argparse.Namespace) -> int:
-    from robust_dist.study.adopt import adopt, read_report
-    from robust_dist.study.folder import StudyFolder
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.cost import estimate
+    from robust_dist.study.folder import StudyFolder, adopt, read_report
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.parse import load_study
     from robust_dist.study.report import write_report
-    from robust_dist.study.roofline import estimate
     from robust_dist.study.worker import Workers
 
     if words.workers < 1:
@@ -90,15 +91,14 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _status(words: argparse.Namespace) -> int:
-    from robust_dist.study.folder import StudyFolder
-    from robust_dist.study.status import status
+    from robust_dist.study.folder import StudyFolder, status
 
     print(status(StudyFolder(words.dir)))
     return 0
 
 
 def _report(words: argparse.Namespace) -> int:
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.report import write_report
 
     if words.diverged_as is not None and not 0 <= words.diverged_as <= 1:
@@ -116,8 +116,7 @@ def _report(words: argparse.Namespace) -> int:
 
 def _opened(path: str | None, stack: contextlib.ExitStack) -> "StudyFolder | None":
     """A study's folder; of a `report.json` one with its runs, for as long as the stack."""
-    from robust_dist.study.adopt import folder_of_report
-    from robust_dist.study.folder import StudyFolder
+    from robust_dist.study.folder import StudyFolder, folder_of_report
 
     if path is None:
         return None

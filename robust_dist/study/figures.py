@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Figure = Callable[[Array], Any]
+Statistic = Callable[[Array], Any]
 TRIALS = (1, 2, 4, 8)
 NEAR_POINTS = 0.5
-# All flips are gone through where there are no more than this, all resamples where they are no more than the draws.
+# All flips are counted where there are no more than this, all resamples where there are no more than the draws. SciPy's
+# permutation_test and bootstrap draw otherwise, which would change published p values and intervals.
 _EXACT = 2**16
 _DRAWS = 10_000
 
@@ -31,9 +32,9 @@ def mean(cells: Array) -> Any:
 
 
 def variance(cells: Array) -> Any:
-    """Mean squared distance from the mean over the grid (divided by the number of cells, not by one less).
+    """Mean squared distance from the mean over the grid, divided by the number of cells.
 
-    So divides the paper, whose 0.11 over the 25 cells of Table 3 is 0.113 this way and would be 0.117 the other.
+    This is the paper's division: its 0.11 over the 25 cells of Table 3 is 0.113 this way, and 0.117 with n - 1.
     """
     return np.var(cells, axis=-1)
 
@@ -58,11 +59,11 @@ def sensitivity(cells: Array) -> Any:
 
 
 def expected_best(cells: Array, trials: int) -> Any:
-    """The best that k trials find on average, the trials being different cells chosen at random: exact.
+    """The expected best of k different cells chosen at random, exactly.
 
-    Of n cells sorted upwards, the i-th (from 1) is the best of k with probability C(i-1, k-1) / C(n, k). The trials are
-    without replacement: nobody trains a setting of a grid twice. (Sivaprasad et al. 2020 ask it of random
-    search, whose trials are independent draws; for k far below n the two agree.)
+    Of n cells sorted upwards, the i-th (from 1) is the best of k with probability C(i-1, k-1) / C(n, k). The draws are
+    without replacement, as a setting of a grid is not trained twice. (Sivaprasad et al. 2020 have random search, with
+    independent draws; for k far below n the two agree.)
 
     Args:
         cells: One figure a cell [..., n].
@@ -79,14 +80,14 @@ def expected_best(cells: Array, trials: int) -> Any:
 
 
 def near_best(cells: Array, points: float = NEAR_POINTS) -> Any:
-    """Share of the grid that lies within so many points of its best cell."""
+    """Share of the grid that lies within `points` of its best cell."""
     # A difference of exactly `points` is within, whatever rounding makes of it.
     return np.mean(cells >= np.max(cells, axis=-1, keepdims=True) - points - 1e-9, axis=-1)
 
 
-def figures_of(num_cells: int) -> dict[str, Figure]:
-    """Every figure by its name, for a grid of so many cells (no more trials than cells)."""
-    named: dict[str, Figure] = {
+def figures_of(num_cells: int) -> dict[str, Statistic]:
+    """Every figure by its name, for a grid of `num_cells` cells (no more trials than cells)."""
+    named: dict[str, Statistic] = {
         "mean": mean,
         "variance": variance,
         "min": lowest,
@@ -99,17 +100,16 @@ def figures_of(num_cells: int) -> dict[str, Figure]:
     return named | {f"share within {NEAR_POINTS:g}": near_best}
 
 
-def bootstrap(grid: Array, figure: Figure, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """An interval for a figure of the cells' means, from resampling the seeds with replacement (percentiles).
+def bootstrap(grid: Array, figure: Statistic, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """The percentile interval of a figure of the cells' means, from resampling the seeds with replacement.
 
-    A seed is drawn for all cells at once, since it gives them the same initial weights and order. All resamples are
-    gone through where they are few (up to 5 seeds), else 10,000 are drawn. With 3 seeds there are ten different ones,
-    so that the interval is coarse, and with few seeds it is too narrow.
+    A seed is drawn for all cells at once, since it gives them the same initial weights and order. Up to 5 seeds all
+    resamples are used, else 10,000 are drawn. With few seeds the interval is coarse, and too narrow.
 
     Args:
         grid: Figures [cells, seeds], complete.
         figure: One of `figures_of`.
-        level: Probability.
+        level: Its probability.
         seed: Of the draws.
 
     Returns:
@@ -130,7 +130,7 @@ def _resamples(num_seeds: int, seed: int) -> Array:
         draws = np.array(list(product(range(num_seeds), repeat=num_seeds)))
     else:
         draws = np.random.default_rng(seed).integers(num_seeds, size=(_DRAWS, num_seeds))
-    return np.stack([np.mean(draws == one, axis=1) for one in range(num_seeds)], axis=1)
+    return np.stack([np.mean(draws == number, axis=1) for number in range(num_seeds)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ class PairedTest:
     """A comparison of two contenders, pair by pair.
 
     Attributes:
-        pairs: How many pairs.
+        pairs: The number of pairs.
         difference: Mean of first minus second.
-        p: Two-sided probability of a mean difference at least as large in size, were the two alike in every pair.
-        exact: Whether all flips were gone through.
+        p: Two-sided probability of a mean difference at least as large, if the two were alike in every pair.
+        exact: Whether all flips were counted.
     """
 
     pairs: int
@@ -153,10 +153,10 @@ class PairedTest:
 def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     """The sign-flip permutation test of the mean difference over pairs.
 
-    A pair is one cell with one seed, trained by both. Were the two exchangeable in every pair, each difference's sign
-    would be a coin's. All 2^n flips are gone through for n <= 16 pairs; else 10,000 are drawn, and p is (1 + as
-    extreme) / (1 + drawn). The pairs of one cell share what is peculiar to the cell, so the test speaks of
-    the cells tried, not of learning rates in general.
+    A pair is one cell with one seed, trained by both. If the two are exchangeable, the sign of each difference is
+    random. All 2^n flips are counted for n <= 16 pairs; else 10,000 are drawn, and p is (1 + as extreme) / (1 + drawn).
+    The pairs of a cell share what is peculiar to it, so the test is about these cells, not about learning rates in
+    general.
 
     Args:
         first: Figures [n] of one contender.
@@ -171,12 +171,11 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n, observed = len(differences), abs(float(np.mean(differences)))
     exact = 2**n <= _EXACT
-    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
+    if exact:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(_DRAWS, n))
     # A tie within rounding counts as equally extreme.
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)
-
-
-def _all_signs(n: int) -> Array:
-    return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(np.float64)

@@ -9,13 +9,17 @@ from typing import Any
 from robust_dist.documents import DocumentError, typed
 
 
+class StudyError(ValueError):
+    """A study's file, folder or command that cannot be used; the message says what would be right."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One direction of the grid.
 
     Attributes:
-        name: Its name: a recipe key, or any word where a label sets several keys together.
-        labels: What its places are called, in order.
+        name: A recipe key, or any word where a label sets several keys together.
+        labels: The names of its places, in order.
         settings: For each place, recipe keys (dotted) and their values.
     """
 
@@ -24,7 +28,7 @@ class Axis:
     settings: tuple[dict[str, Any], ...]
 
     def values_of(self, key: str) -> list[float] | None:
-        """The numbers that this axis gives to a recipe key, place by place; None where it does not set it."""
+        """The numbers that this axis gives to a recipe key; None where it does not set it."""
         try:
             return [float(settings[key]) for settings in self.settings]
         except (KeyError, TypeError, ValueError):
@@ -33,19 +37,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid.
-
-    Attributes:
-        labels: Its label on every axis.
-        settings: The recipe keys that it sets.
-    """
+    """One place of the grid: its label on every axis, and the recipe keys that it sets."""
 
     labels: tuple[str, ...]
     settings: dict[str, Any] = field(hash=False, compare=False)
 
     @property
     def name(self) -> str:
-        """A name that can be a file's."""
+        """The labels as a file name."""
         return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", label).strip("-") or "x" for label in self.labels)
 
 
@@ -71,7 +70,7 @@ class Study:
 
     Attributes:
         name: Its name.
-        description: What it asks, in a line.
+        description: Its question, in a line.
         base: `recipe_dict` of the recipe that the cells change.
         axes: The grid's directions.
         seeds: Every cell is trained once with each.
@@ -149,10 +148,10 @@ class _Noted:
 
 
 def study_from_dict(data: Any, where: str = "study") -> Study:
-    """The study that `study_dict` wrote down.
+    """The study that `study_dict` wrote.
 
     Raises:
-        DocumentError: It is none; `where` says in the message where it is from.
+        DocumentError: It is not one; the message begins with `where`.
     """
     noted: _Noted = typed(data, _Noted, where)
     if any(len(axis.labels) != len(axis.settings) for axis in noted.axes):

@@ -23,7 +23,7 @@ class Result:
     """A finished run.
 
     Attributes:
-        accuracy: Share of the evaluation images that the last epoch named right; None where training stopped before.
+        accuracy: Of the last epoch, a share of the evaluation images; None where training stopped before its end.
         diverged: Why the run counts as diverged, or None.
         chance: Accuracy of guessing; None where the number of classes is not known.
         epochs: Epochs recorded.
@@ -49,31 +49,20 @@ class Result:
 
 @dataclass
 class Failure:
-    """A start that ended otherwise.
-
-    Attributes:
-        status: Exit status; -N for signal N.
-        log: The end of what it printed.
-    """
+    """A start that failed: its exit status (-N for signal N), and the end of its output."""
 
     status: int
     log: str
 
 
 def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Failure:
-    """The outcome of a training process: a result or a failure.
+    """The outcome of a training process that ended with `status` and printed `log`.
 
     A run has diverged where its loss was no longer finite, or where both losses of the last epoch, in training and in
-    evaluation, lie above that of guessing, ln(classes), which is where an untrained classifier starts. (Training's
-    alone is a mean over the epoch, its start included; evaluation's alone may be high where a classifier errs surely.)
-    The last epoch's accuracy counts, not the best one's: the paper names no other, and choosing an epoch by the test
-    images would favour what fluctuates.
-
-    Args:
-        run_dir: The run's folder.
-        recipe: The run's settings.
-        status: The process's exit status.
-        log: What it printed.
+    evaluation, are above that of guessing, ln(classes), where an untrained classifier starts. (The training loss alone
+    is a mean that includes the start; the evaluation loss alone may be high for a classifier that is confidently
+    wrong.) The last epoch's accuracy counts, not the best one's: the paper names no other, and choosing an epoch by the
+    test images would favour what fluctuates.
     """
     rows = RunFolder(run_dir).metrics()
     if status == DIVERGED:
@@ -93,10 +82,7 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
 
 
 def chance_of(recipe: Recipe, run_dir: Path) -> float | None:
-    """Accuracy of guessing on the recipe's data; None where the recipe does not tell how many classes it has.
-
-    Of data of the user's own, the run's `data.json` tells.
-    """
+    """Accuracy of guessing on the recipe's data; None where the number of classes is not known."""
     if recipe.data.num_classes is not None:
         return 1 / recipe.data.num_classes
     try:

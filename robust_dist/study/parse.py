@@ -1,20 +1,19 @@
 """A study's YAML file, checked to the last cell before anything runs."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust_dist.config_files import config_names, find_config
-from robust_dist.documents import DocumentError
-from robust_dist.study.grid import Axis, Cell, Study
-from robust_dist.study.keys import StudyError, check_key, label_of
+from robust_dist.documents import Document, DocumentError, Place, config_names, find_config, read_yaml
+from robust_dist.study.grid import Axis, Cell, Study, StudyError
+from robust_dist.train.build import check_own
+from robust_dist.train.keys import keys_of
 from robust_dist.train.optimizers import check_fits
-from robust_dist.train.own import check_own
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
-from robust_dist.yaml_file import Document, Place, read_yaml
 
 _KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper")
 _MOST_CELLS = 10_000
@@ -23,21 +22,24 @@ _MOST_LETTERS = 200
 # A run of a study shows itself in the study's own lines, its last checkpoint is enough to go on, and all train equally
 # long.
 _QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1, "early_stopping.patience": None}
+# A study sets these itself.
+OWN = ("seed", "run_dir")
+_STOPS = "early_stopping."
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
-    """Read a study.
+    """Read and check a study.
 
     Args:
-        path: The YAML file, or the name of one of the package's studies; its `base` is relative to it, or the
-            name of one of the package's recipes.
+        path: The YAML file, or the name of one of the package's studies; its `base` is relative to it, or the name of
+            one of the package's recipes.
 
     Returns:
         The study, and every cell's recipe by the cell's name (seed and run_dir are the runs' own).
 
     Raises:
-        StudyError: An unknown key, an axis that is no recipe key, an empty axis, a value of the wrong type in any
-            cell, ...; the message names it.
+        StudyError: An unknown key, an axis that is no recipe key, an empty axis, a value of the wrong type in any cell,
+            ...; the message names it.
     """
     path = find_config("studies", path)
     document = _read(path)
@@ -102,7 +104,7 @@ def _axis(document: Document, name: Any, where: str) -> Axis:
     if isinstance(places, list):
         key = check_key(name, where, moves_weights=True)
         settings = [{key: fitted(Recipe, document, (*place, i), value, key)} for i, value in enumerate(places)]
-        labels = [label_of(one[key]) for one in settings]
+        labels = [label_of(setting[key]) for setting in settings]
     else:
         rows = _mapping(places, f"{where} (values, or rows by their labels)")
         labels = [label_of(label) for label in rows]
@@ -213,7 +215,7 @@ def _recipes(cells: list[Cell], base: Document, shared: dict[str, Any], path: Pa
 
 
 def _recipe(base: Document, given: dict[str, Any], where: str) -> Recipe:
-    """The base recipe with settings; what is wrong with it is said with the place in the study."""
+    """The base recipe with settings; an error names the place in the study."""
     settings = Settings(Recipe)
     try:
         settings.take(base, base.data, (), "")
@@ -225,3 +227,40 @@ def _recipe(base: Document, given: dict[str, Any], where: str) -> Recipe:
     except ValueError as error:
         raise StudyError(f"{where}: {error}") from error
     return recipe
+
+
+def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
+    """`key` as a recipe key.
+
+    Args:
+        key: What the file has.
+        where: The place in the file, for the message.
+        moves_weights: Refuse settings that change no result.
+
+    Raises:
+        StudyError: It is not one, or one that a study sets itself.
+    """
+    known = keys_of(Recipe)
+    if not isinstance(key, str) or key in known.sections or not known.is_known(key):
+        raise StudyError(f"{where}: {key!r} is no key of a recipe{known.did_you_mean(str(key))}")
+    if key in OWN or key.startswith(_STOPS) or (moves_weights and known.is_free(key)):
+        raise StudyError(f"{where}: {key!r} cannot be set here ({_why_not(key)})")
+    return key
+
+
+def _why_not(key: str) -> str:
+    if key == "seed":
+        return "give the study's seeds"
+    if key.startswith(_STOPS):
+        return "all runs of a study train equally long"
+    return "every run has a folder of its own" if key == "run_dir" else "it changes no result"
+
+
+def label_of(value: Any) -> str:
+    """A value's name in tables and file names: numbers in %g, however the file writes them."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return value if isinstance(value, str) else json.dumps(value)

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from robust_dist.study.figures import Array
 from robust_dist.study.grid import Study
@@ -13,15 +13,6 @@ from robust_dist.study.summary import Summary
 from robust_dist.train.curves import line_style
 
 _LR = "optimizer.lr"
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _means(points: Array) -> Array:
@@ -39,7 +30,7 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 
 
 def _growing(labels: Sequence[str]) -> list[int]:
-    """The places of an axis, from the smallest number on; in the study's order where some are no numbers."""
+    """The places of an axis by their numbers; in the study's order where some are not numbers."""
     places = list(range(len(labels)))
     return sorted(places, key=lambda place: float(labels[place])) if _are_numbers(labels) else places
 
@@ -50,18 +41,14 @@ def _averaged(summary: Summary) -> str:
 
 
 def _note(figure: Any, notes: Sequence[str]) -> None:
-    """What the signs on the picture mean, below it."""
+    """Explain the marks of the picture below it."""
     figure.supxlabel("; ".join(notes), fontsize=8)
 
 
-def plot_heat_map(summary: Summary, path: str | Path) -> None:
-    """Draw every cell's mean accuracy into a PNG: rows are all axes but the last, columns the last.
+def heat_map(summary: Summary) -> Figure:
+    """Every cell's mean accuracy: rows are all axes but the last, columns the last.
 
-    Numbers grow to the right and upwards, whatever their order in the study.
-
-    Args:
-        summary: The results; missing cells stay white.
-        path: The PNG to write.
+    Numbers grow to the right and upwards, in any order of the study; missing cells stay white.
     """
     study, cells = summary.study, summary.study.cells()
     columns = study.axes[-1].labels
@@ -70,7 +57,7 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     down = _growing(heads)[::-1] if _are_numbers(heads) else list(range(len(heads)))
     places = np.arange(len(cells)).reshape(-1, len(columns))[np.ix_(down, across)]
     grid = _means(summary.points)[places]
-    figure = _figure(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads))
+    figure: Any = Figure(figsize=(3 + 1.1 * len(columns), 1.8 + 0.5 * len(heads)), layout="constrained")
     axes = figure.subplots()
     # Cells that diverged do not stretch the colours over those that did not.
     shown = np.array(
@@ -93,7 +80,7 @@ def plot_heat_map(summary: Summary, path: str | Path) -> None:
     notes = ["*: some of the seeds diverged; report.md says what they count as"] if starred else []
     notes += ["white: no result yet"] if np.isnan(grid).any() else []
     _note(figure, [_averaged(summary), *notes])
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _text(summary: Summary, place: int, value: float) -> str:
@@ -109,28 +96,23 @@ def _all_diverged(summary: Summary, place: int) -> bool:
     return there > 0 and len(summary.diverged(summary.study.cells()[place])) == there
 
 
-def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
-    """Draw mean ± standard deviation over the learning rate into a PNG, a line per place of the other axes.
+def learning_rates(summary: Summary) -> Figure | None:
+    """Mean ± standard deviation over the learning rate, a line for each place of the other axes.
 
-    A cell whose every run diverged is a cross at the bottom. Lines are set apart sideways, so that each one's bars are
-    seen.
-
-    Args:
-        summary: The results.
-        path: The PNG to write.
+    A cell whose runs all diverged is a cross at the bottom. Lines are set apart sideways, so that their bars are seen.
 
     Returns:
-        Whether an axis of the study is the learning rate; else nothing is written.
+        None where no axis of the study is the learning rate.
     """
     study = summary.study
     found = [(place, axis.values_of(_LR)) for place, axis in enumerate(study.axes)]
     rates = next(((place, values) for place, values in found if values is not None), None)
     if rates is None:
-        return False
+        return None
     place, values = rates
     lines = _lines(study, place)
     many, several = len(lines) > 4, len(study.seeds) > 1
-    figure = _figure(10 if many else 8, 5.5)
+    figure: Any = Figure(figsize=(10 if many else 8, 5.5), layout="constrained")
     axes = figure.subplots()
     # In decades; bars alone hide each other.
     apart = [10 ** (several * 0.015 * (number - (len(lines) - 1) / 2)) for number in range(len(lines))]
@@ -154,8 +136,7 @@ def plot_learning_rates(summary: Summary, path: str | Path) -> bool:
     notes = ["x at the bottom: every seed diverged"] if crosses else []
     notes += ["lines are set apart sideways"] if several and len(lines) > 1 else []
     _note(figure, [bars, *notes])
-    figure.savefig(path, dpi=120)
-    return True
+    return figure
 
 
 def _draw_line(axes: Any, label: str, number: int, rates: Array, summary: Summary, cells: list[int]) -> None:

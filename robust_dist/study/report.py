@@ -1,16 +1,34 @@
 """`robust-dist study report`: Markdown, JSON and pictures of a study, finished or not."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from robust_dist.checkpoint import write_atomically
+from robust_dist.measure.table import table
 from robust_dist.private import hidden
 from robust_dist.study.folder import StudyFolder
-from robust_dist.study.grid import study_dict
-from robust_dist.study.plots import plot_heat_map, plot_learning_rates
-from robust_dist.study.summary import Comparison, Summary, against_reference, against_study, robustness, summarize
-from robust_dist.study.tables import markdown
+from robust_dist.study.grid import Cell, Study, study_dict
+from robust_dist.study.plots import heat_map, learning_rates
+from robust_dist.study.summary import (
+    Comparison,
+    Figure,
+    Summary,
+    against_reference,
+    against_study,
+    paper_robustness,
+    robustness,
+    summarize,
+)
+
+_NOTE = (
+    "mean ± standard deviation (n - 1) over seeds, of the last epoch's accuracy in %; a diverged run counts as "
+    "{counted}. Intervals: 95 % bootstrap over seeds. Share within 0.5: of the cells, of the best one. "
+    "robust_dist/study/figures.py has the definitions."
+)
 
 
 def write_report(
@@ -22,7 +40,7 @@ def write_report(
         folder: The study's folder.
         out: Where to write.
         against: Another study, tested pair by pair over common cells and seeds.
-        diverged_as: What a diverged run counts as, as a share; None: the accuracy of guessing.
+        diverged_as: The share that a diverged run counts as; None: the accuracy of guessing.
 
     Returns:
         The Markdown.
@@ -37,8 +55,9 @@ def write_report(
     tests = [*against_reference(summary), *comparisons]
     write_atomically(out / "report.md", text)
     write_atomically(out / "report.json", json.dumps(_as_json(summary, tests, diverged_as), indent=1) + "\n")
-    plot_heat_map(summary, out / "heat_map.png")
-    plot_learning_rates(summary, out / "learning_rates.png")
+    for name, figure in {"heat_map": heat_map(summary), "learning_rates": learning_rates(summary)}.items():
+        if figure is not None:
+            figure.savefig(out / f"{name}.png", dpi=120)
     return text
 
 
@@ -51,9 +70,9 @@ def _seen(summary: Summary) -> str:
     lengths = [f"{result.epochs} epochs, {result.steps:,} steps" for result in results if result.diverged is None]
     parts = {
         "length": lengths,
-        "revision": [str(one.get("revision")) for one in noted],
-        "device": [f"{one.get('device')} ({_machine(one)})" for one in noted],
-        "torch": [str(one.get("packages", {}).get("torch")) for one in noted],
+        "revision": [str(environment.get("revision")) for environment in noted],
+        "device": [f"{environment.get('device')} ({_machine(environment)})" for environment in noted],
+        "torch": [str(environment.get("packages", {}).get("torch")) for environment in noted],
     }
     return "; ".join(f"{name}: {' and '.join(sorted(set(found)))}" for name, found in parts.items() if found)
 
@@ -78,5 +97,130 @@ def _as_json(summary: Summary, tests: list[Comparison], diverged_as: float | Non
             contender: {"cells": count, **{name: vars(figure) for name, figure in figures.items()}}
             for contender, (count, figures) in robustness(summary).items()
         },
-        "paired_tests": [{"first": one.first, "second": one.second, **vars(one.test)} for one in tests],
+        "paired_tests": [{"first": test.first, "second": test.second, **vars(test.test)} for test in tests],
     }
+
+
+def markdown(summary: Summary, comparisons: Sequence[Comparison], *, diverged_as: float | None, seen: str) -> str:
+    """The report."""
+    study = summary.study
+    counted = "guessing (1/classes)" if diverged_as is None else f"{diverged_as:.2%}"
+    parts = [f"# {study.name}", study.description, _state(summary), seen]
+    parts += ["## Accuracy", accuracy_table(summary), _NOTE.format(counted=counted)]
+    parts += _robustness_part(summary, diverged_as)
+    tests = [*against_reference(summary), *comparisons]
+    parts += ["## Paired tests", _tests_table(tests), _TESTS] if tests else []
+    parts += _troubles(summary)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_TESTS = (
+    "Mean difference in points over pairs of one cell and one seed; p of the sign-flip permutation test, two-sided, "
+    "not corrected for the number of tests."
+)
+
+
+def _state(summary: Summary) -> str:
+    total = summary.points.size
+    if summary.is_complete:
+        return f"All {total} runs are finished."
+    failed = f"; {len(summary.failures)} failed at their last start" if summary.failures else ""
+    return (
+        f"**Unfinished: {len(summary.results)} of {total} runs have a result{failed}.** Figures are of what is there."
+    )
+
+
+def accuracy_table(summary: Summary) -> str:
+    """Rows: all axes but the last; columns: the last one. Each cell beside the paper's figure where there is one."""
+    study = summary.study
+    columns = study.axes[-1].labels
+    lines = {
+        cell.labels: cell_text(summary, row, cell) + _paper_text(study, cell) for row, cell in enumerate(study.cells())
+    }
+    heads = list(dict.fromkeys(labels[:-1] for labels in lines))
+    rows = [[", ".join(head) or "accuracy", *(lines[head + (column,)] for column in columns)] for head in heads]
+    corner = " \\ ".join([", ".join(axis.name for axis in study.axes[:-1]), study.axes[-1].name]).strip(" \\")
+    return table([corner, *columns], rows)
+
+
+def cell_text(summary: Summary, row: int, cell: Cell) -> str:
+    """A cell's mean and spread, and how many runs diverged or are missing."""
+    values = summary.points[row]
+    there = values[~np.isnan(values)]
+    diverged = len(summary.diverged(cell))
+    if len(there) == 0:
+        return "-"
+    if diverged == len(there):
+        text = "diverged"
+    else:
+        text = f"{np.mean(there):.2f}" + (f" ± {np.std(there, ddof=1):.2f}" if len(there) > 1 else "")
+        text += f", {diverged} of {len(there)} diverged" if diverged else ""
+    return text if len(there) == len(values) else f"{text} (n = {len(there)} of {len(values)})"
+
+
+def _paper_text(study: Study, cell: Cell) -> str:
+    figure = study.paper.get(cell.labels)
+    if figure is None:
+        return ""
+    return f" (paper: {figure})" if isinstance(figure, str) else f" (paper: {figure:.2f})"
+
+
+def _robustness_part(summary: Summary, diverged_as: float | None) -> list[str]:
+    found = {name: entry for name, entry in robustness(summary).items() if entry[1]}
+    if not found:
+        return []
+    names = max((list(figures) for _, figures in found.values()), key=len)
+    sizes = {name: len(cells) for name, cells in summary.study.contenders().items()}
+    rows = []
+    paper = paper_robustness(summary.study, 100 * _counted(summary, diverged_as))
+    for contender, (count, figures) in found.items():
+        label = contender if count == sizes[contender] else f"{contender} ({count} of {sizes[contender]} cells)"
+        rows.append([label, *(_figure_text(name, figures.get(name)) for name in names)])
+        if contender in paper:
+            rows.append(
+                [f"{contender} (paper)", *(_figure_text(name, _bare(paper[contender].get(name))) for name in names)]
+            )
+    return ["## Robustness over the grid", table(["", *names], rows)]
+
+
+def _counted(summary: Summary, diverged_as: float | None) -> float:
+    """The value of a diverged cell: the given one, or the accuracy of guessing on the study's own data."""
+    if diverged_as is not None:
+        return diverged_as
+    chances = [result.chance for result in summary.results.values() if result.chance is not None]
+    return chances[0] if chances else 0.1
+
+
+def _bare(value: float | None) -> Figure | None:
+    return None if value is None else Figure(value, None)
+
+
+def _figure_text(name: str, figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    digits = "{:.0%}" if name.startswith("share") else "{:.2f}"
+    text = digits.format(figure.value)
+    if figure.interval is None:
+        return text
+    low, high = (digits.format(end) for end in figure.interval)
+    return f"{text} [{low}, {high}]"
+
+
+def _tests_table(tests: Sequence[Comparison]) -> str:
+    rows = [
+        [test.first, test.second, str(test.test.pairs), f"{test.test.difference:+.2f}", f"{test.test.p:.3g}"]
+        for test in tests
+    ]
+    return table(["first", "second", "pairs", "first - second", "p"], rows)
+
+
+def _troubles(summary: Summary) -> list[str]:
+    diverged = [
+        f"- {', '.join(cell.labels)}, seed {seed}: {why}"
+        for cell in summary.study.cells()
+        for seed, why in summary.diverged(cell)
+    ]
+    failed = [f"- {name}: status {failure.status}; its log ends:" for name, failure in summary.failures.items()]
+    logs = ["\n".join(["", *("      " + line for line in f.log.splitlines())]) for f in summary.failures.values()]
+    parts = ["## Diverged", "\n".join(diverged)] if diverged else []
+    return parts + (["## Failed", "\n".join(a + b for a, b in zip(failed, logs, strict=True))] if failed else [])

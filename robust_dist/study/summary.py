@@ -7,19 +7,13 @@ import numpy as np
 
 from robust_dist.study.figures import Array, PairedTest, bootstrap, figures_of, paired_test
 from robust_dist.study.folder import StudyFolder
-from robust_dist.study.grid import Cell, Run, Study
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import Cell, Run, Study, StudyError
 from robust_dist.study.outcome import Failure, Result
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of robustness.
-
-    Attributes:
-        value: Of the cells' means over their seeds.
-        interval: 95 % over seeds; None with one seed, or where runs are missing.
-    """
+    """A figure of robustness: of the cells' means, with its 95 % interval over seeds (None without one)."""
 
     value: float
     interval: tuple[float, float] | None
@@ -42,7 +36,7 @@ class Summary:
         study: The study.
         results: Finished runs by name.
         failures: Failed starts by name.
-        points: Accuracy in percent [cells, seeds]; a diverged run counts as guessing, or as told; NaN where missing.
+        points: Accuracy in percent [cells, seeds]; a diverged run counts as `diverged_as` of `summarize`; NaN: missing.
     """
 
     study: Study
@@ -66,7 +60,7 @@ def summarize(folder: StudyFolder, *, diverged_as: float | None = None) -> Summa
 
     Args:
         folder: The study's folder.
-        diverged_as: What a diverged run counts as, as a share; None: the accuracy of guessing, 1/classes.
+        diverged_as: The share that a diverged run counts as; None: the accuracy of guessing, 1/classes.
 
     Raises:
         StudyError: It is no study's folder, or a run diverged on data whose number of classes is not known.
@@ -113,17 +107,14 @@ def _figures(grid: Array) -> dict[str, Figure]:
 
 
 def paper_robustness(study: Study, diverged_as: float) -> dict[str, dict[str, float]]:
-    """The same figures of the paper's table, for the contenders of which it has every cell.
-
-    Args:
-        study: The study.
-        diverged_as: What the paper's "diverged" counts as, in percent.
-    """
+    """The same figures of the paper's table, where it has every cell; its "diverged" counts as that many percent."""
     cells, found = study.cells(), {}
     for contender, places in study.contenders().items():
         figures = [study.paper.get(cells[place].labels) for place in places]
         if len(figures) > 1 and None not in figures:
-            means = np.array([diverged_as if isinstance(one, str) else one for one in figures], dtype=np.float64)
+            means = np.array(
+                [diverged_as if isinstance(figure, str) else figure for figure in figures], dtype=np.float64
+            )
             found[contender] = {name: float(function(means)) for name, function in figures_of(len(means)).items()}
     return found
 
@@ -155,7 +146,7 @@ def against_study(summary: Summary, other: Summary) -> list[Comparison]:
         return whole
     groups = summary.study.contenders().items()
     parts = [_comparisons(f"{first}: {name}", summary.points[at], [(second, theirs[at])]) for name, at in groups]
-    return whole + [one for part in parts for one in part]
+    return whole + [comparison for part in parts for comparison in part]
 
 
 def _aligned(summary: Summary, other: Summary) -> Array:

@@ -1,4 +1,4 @@
-"""Workers: each takes the next run, trains it in a process of its own, and notes what came of it."""
+"""Workers: each takes the next run, trains it in a process of its own, and records the outcome."""
 
 import contextlib
 import json
@@ -13,16 +13,15 @@ from typing import IO, Any
 
 from robust_dist import own_code
 from robust_dist.checkpoint import write_atomically
+from robust_dist.documents import dump_yaml
 from robust_dist.private import has_options, hidden
 from robust_dist.ranks.claim import BEAT_SECONDS, RunClaim
 from robust_dist.study.child import GRACE_SECONDS, Launcher, gpus, slot_environment
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Run, Study
 from robust_dist.study.outcome import Result, judge
-from robust_dist.study.queue import Queue
 from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, recipe_dict
-from robust_dist.yaml_file import dump_yaml
 
 POLL_SECONDS = 0.5
 # How often a worker without a run looks whether another's has died: it costs a file or two a run.
@@ -34,7 +33,6 @@ class _Training:
     """A run that this process's workers train."""
 
     run: Run
-    trial: int
     claim: RunClaim
     process: BaseProcess
     log: IO[bytes]
@@ -52,10 +50,9 @@ class Workers:
     """
 
     def __init__(self, folder: StudyFolder, study: Study, recipes: dict[str, Recipe], num_workers: int) -> None:
-        self.folder, self.study, self.recipes, self.num_workers = folder, study, recipes, num_workers
-        with folder.alone():
-            self.queue = Queue(folder.journal, study)
-            self.queue.fill(run.name for run in study.runs() if folder.result(run) is not None)
+        self.folder, self.recipes, self.num_workers = folder, recipes, num_workers
+        self.runs = list(study.runs())
+        folder.forget_failures(study)
         self.gpus = gpus(os.environ)
         self.launcher = Launcher(forks=not self.gpus)
         self.slots: dict[int, _Training] = {}
@@ -91,11 +88,9 @@ class Workers:
         seconds = f"{time.monotonic() - training.began:.0f} s"
         if isinstance(outcome, Result):
             self.folder.write_result(run, outcome)
-            self.queue.finish(training.trial, outcome.accuracy, diverged=outcome.diverged is not None)
             self._say(run, f"{_came_to(outcome)} ({seconds})")
         else:
             self.folder.write_failure(run, outcome)
-            self.queue.fail(training.trial)
             indented = outcome.log.replace("\n", "\n    ")
             self._say(run, f"FAILED with status {status} ({seconds}); {log} ends:\n    {indented}")
 
@@ -114,35 +109,32 @@ class Workers:
                 self._look_at = time.monotonic() + LOOK_SECONDS
                 return
 
-    def _take(self) -> tuple[Run, int, RunClaim] | None:
-        """The next run that nobody has: a queued one, or one whose worker died."""
-        for run, trial in self.queue.waiting():
-            claim = RunClaim.take(self.folder.make("claims", run))
-            if claim is not None:
-                if self.queue.start(trial) and not self._is_finished(run, trial):
-                    return run, trial, claim
-                claim.release()
+    def _take(self) -> tuple[Run, RunClaim] | None:
+        """The next run that nobody has: one that was not started yet, or one whose worker died."""
         mine = {training.run.name for training in self.slots.values()}
-        for run, trial in self.queue.running():
-            claim = None if run.name in mine else RunClaim.take(self.folder.make("claims", run))
-            if claim is not None:
-                # Its worker may have noted a result, or ended properly, between the look and the claim.
-                if not self._is_finished(run, trial) and self.queue.fail(trial):
-                    again = self.queue.add(run)
-                    if self.queue.start(again):
-                        self._say(run, "its worker died; going on with it")
-                        return run, again, claim
-                claim.release()
+        for run in self._left():
+            if run.name in mine:
+                continue
+            path = self.folder.make("claims", run)
+            # A worker that ends in good order empties its claim.
+            is_abandoned = path.exists() and path.stat().st_size > 0
+            claim = RunClaim.take(path)
+            if claim is None:
+                continue
+            # Its worker may have ended it between the look and the claim.
+            if run.name not in self.folder.ended():
+                if is_abandoned:
+                    self._say(run, "its worker died; going on with it")
+                return run, claim
+            claim.release()
         return None
 
-    def _is_finished(self, run: Run, trial: int) -> bool:
-        result = self.folder.result(run)
-        if result is None:
-            return False
-        self.queue.finish(trial, result.accuracy, diverged=result.diverged is not None)
-        return True
+    def _left(self) -> list[Run]:
+        """Runs without a result or a failure: nobody's, or a worker's."""
+        ended = self.folder.ended()
+        return [run for run in self.runs if run.name not in ended]
 
-    def _launch(self, slot: int, run: Run, trial: int, claim: RunClaim) -> _Training:
+    def _launch(self, slot: int, run: Run, claim: RunClaim) -> _Training:
         recipe = self.folder.make("recipes", run, ".yaml")
         ours = recipe_dict(self._recipe(run))
         write_atomically(recipe, dump_yaml(hidden(ours)), private=has_options(ours))
@@ -151,15 +143,13 @@ class Workers:
         words += [word for module in sorted(own_code.named) for word in ("--import", module)]
         env = slot_environment(slot, self.num_workers, self.gpus, os.environ)
         process = self.launcher.start(words, env, log, claim.fileno)
-        return _Training(run, trial, claim, process, log, time.monotonic())
+        return _Training(run, claim, process, log, time.monotonic())
 
     def _recipe(self, run: Run) -> Recipe:
         return replace(self.recipes[run.cell.name], seed=run.seed)
 
     def _is_over(self) -> bool:
-        if self.queue.waiting():
-            return False
-        others = self.queue.running()
+        others = self._left()
         if others and not self._told_to_wait:
             self._told_to_wait = True
             print(f"waiting for {len(others)} runs of other workers", flush=True)
@@ -182,15 +172,12 @@ class Workers:
                 training.process.kill()
                 training.process.join()
             training.log.close()
-            if self.queue.fail(training.trial):
-                self.queue.add(training.run)
             training.claim.release()
         self.slots.clear()
 
     def _say(self, run: Run, what: str) -> None:
-        runs = list(self.study.runs())
-        done = sum(self.folder.result(one) is not None for one in runs)
-        print(f"[{done}/{len(runs)}] {run}: {what}", flush=True)
+        done = sum(self.folder.result(each) is not None for each in self.runs)
+        print(f"[{done}/{len(self.runs)}] {run}: {what}", flush=True)
 
 
 @contextlib.contextmanager

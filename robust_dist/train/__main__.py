@@ -19,8 +19,7 @@ def launch_command(file: str, words: Sequence[str]) -> list[str]:
         ValueError: There is no such file.
         DocumentError: It is no YAML.
     """
-    from robust_dist.config_files import CONFIGS, config_names, find_config
-    from robust_dist.yaml_file import read_yaml
+    from robust_dist.documents import CONFIGS, config_names, find_config, read_yaml
 
     path = find_config("accelerate", file)
     try:

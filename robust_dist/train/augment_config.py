@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from robust_dist import own_code
 from robust_dist.augment import RobustAugment, sample_keys, soft_targets
-from robust_dist.train.keys import NAMES_CODE, values_of
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import NAMES_CODE, require, require_number, values_of
 
 # From images, labels or targets, and keys (int64 [B]) to images and labels or targets.
 Stage = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -74,16 +73,10 @@ class AugmentConfig:
         flip: bool,
         **more: Any,
     ) -> RobustAugment:
-        """The pipeline for images of one data set.
+        """The pipeline for images of one data set, of `size` pixels a side; mean and std are each channel's.
 
-        Args:
-            num_classes: Of the data set.
-            size: Side of an image, in pixels.
-            mean: Of each channel.
-            std: Of each channel.
-            crop: The data set's own padding in pixels, where the recipe leaves it open.
-            flip: Likewise, whether images are mirrored.
-            **more: What other sections say of the pipeline, under RobustAugment's names.
+        `crop` (padding in pixels) and `flip` are the data set's own, for a recipe that leaves them open; `more` is what
+        other sections say of the pipeline, under RobustAugment's names.
         """
         own = values_of(self, AugmentConfig, "compile", "before", "after")
         own |= {"crop": crop if self.crop is None else self.crop, "flip": flip if self.flip is None else self.flip}
@@ -94,11 +87,7 @@ class AugmentConfig:
 
 
 def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[str]) -> None:
-    """Put stages of the user's own into a pipeline, which apply in training.
-
-    Raises:
-        OwnCodeError: A stage that cannot be imported, or that gives other images, labels or targets than it must.
-    """
+    """Put stages of the user's own into a pipeline, for training; an OwnCodeError names one that cannot be used."""
     first, last = [own_stage("augment.before", name) for name in before], [own_stage("augment.after", n) for n in after]
     for number, stage in enumerate(first + last):
         if isinstance(stage, nn.Module):
@@ -112,11 +101,7 @@ def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[s
 
 
 def own_stage(key: str, name: str) -> Stage:
-    """The stage that is named as `module:Name`.
-
-    Raises:
-        OwnCodeError: It cannot be imported, or is no stage.
-    """
+    """The stage named as `module:Name`; an OwnCodeError if it cannot be imported, or is no stage."""
     made = own_code.load(key, name)
     if isinstance(made, type) and issubclass(made, nn.Module):
         made = own_code.call(key, name, made)
@@ -167,6 +152,6 @@ def _tried(key: str, name: str, stage: Stage, *given: Tensor) -> tuple[Tensor, T
         if (before.dtype, before.shape) != (after.dtype, after.shape):
             raise own_code.OwnCodeError(
                 f"{key}={name!r} made {what} of {before.dtype} {list(before.shape)} into {after.dtype} "
-                f"{list(after.shape)}; dtype and shape must stay"
+                f"{list(after.shape)}; dtype and shape must stay the same"
             )
     return found[0], found[1]

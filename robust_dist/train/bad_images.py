@@ -10,14 +10,13 @@ from robust_dist.data.batches import even_cuts
 from robust_dist.data.decode import check_header
 from robust_dist.data.errors import BadImage, BadImageError, DataError
 from robust_dist.data.identity import spread
-from robust_dist.data.names import as_line, printable
 from robust_dist.data.parquet import is_remote
 from robust_dist.data.sets import LabelledSet
-from robust_dist.data.source import ImageSource
+from robust_dist.data.source import ImageSource, as_line, printable
 from robust_dist.ranks.talk import gather, on_rank_0, raise_together, rank, world_size
 
 SHOWN = 5
-# Of the check of evaluation images before the first step: its readers, its seconds, and its images at most.
+# The check of evaluation images before the first step: threads, seconds, and images at most.
 READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
 
 
@@ -32,8 +31,8 @@ class BadImages:
     share of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
 
     Args:
-        path: The file that keeps the names, one bad image a line: where it is, a tab, what is wrong. The bytes are the
-            names' own, UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
+        path: The file of names, one bad image a line: where it is, a tab, what is wrong. The bytes are the names' own,
+            UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
         max_share: The largest share of bad images that is allowed.
     """
 
@@ -46,14 +45,7 @@ class BadImages:
         self._unsaid += found
 
     def count(self, count: int) -> int:
-        """Tell the main process of this rank's bad images; all ranks must call it.
-
-        Args:
-            count: This rank's bad images of the epoch, or of the evaluation, so far.
-
-        Returns:
-            How many there are on all ranks.
-        """
+        """This rank's bad images of the epoch or evaluation so far, summed over ranks; a collective."""
         ranks = gather((count, self._unsaid))
         self._unsaid = []
         unsaid = [image for _, images in ranks for image in images]
@@ -61,31 +53,27 @@ class BadImages:
         return sum(count for count, _ in ranks)
 
     def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
-        """Stop the run where there are too many; all ranks must call it.
+        """Stop the run on every rank where there are too many; a collective.
 
         Args:
             total: Bad images on all ranks.
             of: Images of the whole epoch or evaluation.
             name: Of the set.
-            forgiven: How many of them the run was stopped over before; they do not stop it once more.
+            forgiven: Number of them that stopped the run before; they do not stop it again.
 
         Raises:
-            TooManyBadImagesError: More than the allowed share; on every rank.
+            TooManyBadImagesError: More than the allowed share.
         """
         if total - forgiven > self.max_share * of:
             error = TooManyBadImagesError(
                 f"{name}: {total} of {of} images could not be read, more than data.max_bad_share={self.max_share} "
-                f"lets pass; they are named in {self.path}. Replace them where they are, or raise data.max_bad_share, "
-                "and start again: the run goes on from here"
+                f"allows; they are listed in {self.path}. Replace them, or raise data.max_bad_share, and start again: "
+                "the run goes on from here"
             )
             raise_together(error)
 
     def count_evaluation(self, test_set: LabelledSet) -> int:
-        """Count the bad images of an evaluation that has ended, on all ranks; all ranks must call it.
-
-        Raises:
-            TooManyBadImagesError: More than the allowed share; on every rank.
-        """
+        """Count, and judge, the bad images of an evaluation that has ended; a collective."""
         found = test_set.take_bad()
         self.note(found)
         total = self.count(len(found))
@@ -93,12 +81,9 @@ class BadImages:
         return total
 
     def check_headers(self, test_set: LabelledSet) -> None:
-        """Check the headers of evaluation images, before an epoch is trained that could not be evaluated.
+        """Check the headers of evaluation images, before an epoch is trained that could not be evaluated; a collective.
 
-        The ranks share the images. After a few seconds the check ends; evaluation finds the rest.
-
-        Raises:
-            TooManyBadImagesError: More than the allowed share; on every rank.
+        The ranks share the images, and stop after a few seconds; evaluation finds the rest.
         """
         source = getattr(test_set, "source", None)
         if source is None or any(is_remote(stretch.name) for stretch in getattr(source, "stretches", list)()):
@@ -144,7 +129,7 @@ def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECO
             return BadImage(source.where(index), str(error))
         return None
 
-    # In no order, so that a check that ends early has seen some of every part.
+    # In random order, so that a check that ends early has seen some of every part.
     indices = [start + index for index in spread(stop - start, LOOKED_AT)]
     random.Random(0).shuffle(indices)
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,5 +1,6 @@
-"""The optimizers that the paper compares its own with, as its equations write them."""
+"""The optimizers that the paper compares its own with, as its equations write them, and Mechanic."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.reference import one_minus_power, rectification
 
 
@@ -141,3 +143,75 @@ class PaperAdam(_Foreach):
         torch._foreach_add_(roots, eps)
         torch._foreach_sqrt_(roots)
         torch._foreach_addcdiv_(params, exp_avgs, roots, value=-rate * gamma)
+
+
+def _dot(these: list[Tensor], others: list[Tensor]) -> float:
+    return float(torch.stack([(a * b).sum() for a, b in zip(these, others, strict=True)]).sum())
+
+
+class Mechanic(RAdaBeliefW):
+    r"""Mechanic (Cutkosky, Defazio and Mehta 2023, algorithm 1) around RAdaBeliefW: the scale of its moves is learned.
+
+    With D the sum of RAdaBeliefW's moves since theta_0, S the sum of the six s, one for each discount beta::
+
+        h = <g + decay S |g| theta / |theta|, D>                                  over all parameters
+        m = max(beta m, |h|),   v = beta^2 v + h^2,   r = max(beta r - s h, 0)
+        s = (s_init m / 6 + r) / (sqrt(v) + 1e-8),   D = D + move,   theta = theta_0 + S D
+
+    State: theta_0 (`start`) and D (`moves`) for each parameter, and the discounts' numbers in the param groups.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Of RAdaBeliefW; S multiplies it.
+        s_init: The first scale.
+        mechanic_decay: The decay in h.
+        settings: Further ones of RAdaBeliefW.
+    """
+
+    DISCOUNTS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+
+    def __init__(
+        self, params: Any, lr: float = 1.0, *, s_init: float = 1e-8, mechanic_decay: float = 1e-2, **settings: Any
+    ) -> None:
+        super().__init__(params, lr, **settings)
+        numbers = {f"mechanic_{name}": [0.0] * len(self.DISCOUNTS) for name in "smvr"}
+        for group in self.param_groups:
+            group.update({"s_init": s_init, "mechanic_decay": mechanic_decay, **numbers})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for state, p in ((self.state[p], p) for p in params):
+            if "moves" not in state:
+                state |= {"start": p.clone(), "moves": torch.zeros_like(p)}
+        scale = self._learn(params)
+        before = [p.clone() for p in params]
+        super().step()
+        for p, old in zip(params, before, strict=True):
+            moves = self.state[p]["moves"].add_(p - old)
+            p.copy_(self.state[p]["start"] + scale * moves)
+        return loss
+
+    def _learn(self, params: list[Tensor]) -> float:
+        """S after this step."""
+        group = self.param_groups[0]
+        grads, moves = [p.grad for p in params if p.grad is not None], [self.state[p]["moves"] for p in params]
+        product, pull = _dot(grads, moves), _dot(params, moves)
+        of_grads, of_params = (math.sqrt(_dot(some, some)) for some in (grads, params))
+        scales = group["mechanic_s"]
+        h = product + group["mechanic_decay"] * sum(scales) * of_grads * pull / (of_params or 1.0)
+        found: dict[str, list[float]] = {name: [] for name in "smvr"}
+        kept = zip(self.DISCOUNTS, scales, *(group[f"mechanic_{name}"] for name in "mvr"), strict=True)
+        for beta, s, m, v, r in kept:
+            m, v, r = max(beta * m, abs(h)), beta**2 * v + h**2, max(beta * r - s * h, 0.0)
+            s = (group["s_init"] * m / len(scales) + r) / (math.sqrt(v) + 1e-8)
+            for name, value in zip("smvr", (s, m, v, r), strict=True):
+                found[name].append(value)
+        for one in self.param_groups:
+            one.update({f"mechanic_{name}": values for name, values in found.items()})
+        return sum(found["s"])

@@ -1,59 +1,64 @@
-"""From a recipe to the things that a run needs."""
+"""From a recipe to the engine, the model, the optimizer and the pipeline of a run, and whether they go together."""
 
+import contextlib
+import itertools
 import math
-import time
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from robust_dist import own_code
 from robust_dist.augment import RobustAugment
-from robust_dist.data import load_dataset
-from robust_dist.data.batches import Cut
-from robust_dist.data.image_set import ImageSet
-from robust_dist.data.loader import Loader
-from robust_dist.data.placement import place
-from robust_dist.data.sets import LabelledSet
-from robust_dist.engines.launch import make_accelerator
-from robust_dist.models.registry import check_output
+from robust_dist.documents import DocumentError
+from robust_dist.engines.accelerate import make_accelerator
+from robust_dist.engines.engine import BATCH_NORMS, RunSettings, engine_of
+from robust_dist.models.registry import check_output, own_model
 from robust_dist.models.weights import head_of
 from robust_dist.optim import param_groups
-from robust_dist.ranks.talk import attempt, on_rank_0
+from robust_dist.ranks.claim import host_id
 from robust_dist.schedule import RobustSchedule
 from robust_dist.schedule.curve import OwnDecay
-from robust_dist.train.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from robust_dist.train.optimizers import OptimizerConfig, check_fits, make_optimizer
-from robust_dist.train.own_data import info_of
-from robust_dist.train.recipe import Recipe
-from robust_dist.train.rendezvous import init_method
-from robust_dist.train.sources import (
-    check_ranks_see_the_same,
-    eval_in_memory,
-    eval_stream,
-    open_in_memory,
-    open_streams,
-    tell_cache,
-    tell_decoder,
-    tell_exif,
+from robust_dist.train.augment_config import own_stage
+from robust_dist.train.folder import RunFolder
+from robust_dist.train.graph import check_graph
+from robust_dist.train.keys import flatten, keys_of, recipe_dict
+from robust_dist.train.optimizers import (
+    OptimizerConfig,
+    adam_arguments,
+    check_fits,
+    chosen,
+    decay_of,
+    make_optimizer,
+    own_choice,
 )
+from robust_dist.train.recipe import Recipe
+from robust_dist.train.sources import check_own_data, preprocessing_of
 
-# Steps of a run at which a schedule of one's own is tried.
+# The number of steps at which a user's schedule is tried.
 TRIED = 1000
+_SCHEME = "robust-dist"
+_meetings = itertools.count()
+# Functions that autocast runs in the lower dtype and that may take images first; then those that only reshape images.
+_CASTING = frozenset(("conv1d", "conv2d", "conv3d", "linear", "matmul", "addmm", "mm"))
+_VIEWING = frozenset(("flatten", "view", "reshape", "contiguous", "permute", "transpose", "unflatten", "squeeze"))
+_ASKING = frozenset(
+    ("size", "dim", "stride", "is_contiguous", "shape", "ndim", "requires_grad", "device", "is_floating_point")
+)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run: ranks, devices, autocast, accumulation, the place of trackers.
-
-    Raises:
-        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
-    """
+    """The engine of the run; an EngineError for a configuration of GPUs or ranks that are not there."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     return make_accelerator(
@@ -65,128 +70,12 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
-def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images for this rank's device; one process a host fetches, the others wait.
-
-    Raises:
-        ValueError: On every rank, where the files are missing, torn, too large for the device, or not the same.
-    """
-    first, device = accelerator.is_local_main_process, accelerator.device
-
-    def load(download: bool) -> tuple[LabelledSet, LabelledSet]:
-        return open_sets(recipe.data, device, download=download)
-
-    began = time.monotonic()
-    sets = attempt(lambda: load(recipe.data.download), here=first)
-    others = attempt(lambda: load(False), here=not first)
-    loaded = sets or others
-    assert loaded is not None
-    check_ranks_see_the_same(*loaded)
-    if recipe.data.in_memory:
-        images = sum(map(len, loaded))
-        accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
-    on_rank_0(lambda: tell_exif(recipe.data, *loaded))
-    on_rank_0(lambda: tell_decoder(loaded[0]))
-    on_rank_0(lambda: tell_cache(*loaded))
-    return loaded
-
-
-def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images: streamed, or whole in memory, where `data.keep_on` says."""
-    if own_code.is_name(data.name):
-        data.check_own()
-    if data.streamed:
-        return open_streams(data, device, download=download)
-    # The training images first: they are read more often.
-    sets = (
-        open_in_memory(data, download=download)
-        if data.in_memory
-        else [_set_by_name(data, train=part, download=download) for part in (True, False)]
-    )
-    train, test = place(sets, device, data.keep_on)
-    return train, test
-
-
-def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
-    """The evaluation images alone, as `open_sets` has them.
-
-    Args:
-        data: The recipe's section.
-        device: Where they are given out.
-        classes: Those of the training images.
-        download: Whether missing files may be fetched.
-
-    Raises:
-        ValueError: The files are missing, torn, or of other classes.
-    """
-    if data.streamed:
-        return eval_stream(data, device, classes, download=download)
-    if data.in_memory:
-        found = eval_in_memory(data, classes, download=download)
-    else:
-        found = _set_by_name(data, train=False, download=download)
-    return place([found], device, data.keep_on)[0]
-
-
-def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
-    root = Path(data.root)
-    if own_code.is_name(data.name):
-        return info_of(data).loader(root, train, download)
-    return load_dataset(data.name, root, train=train, download=download, own_files=data.own_files)
-
-
-def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSet) -> Loader:
-    """The order of the training images and this rank's part of each global batch."""
-    cut = Cut(
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=recipe.accumulation,
-        block=recipe.data.block,
-        drop_last=recipe.data.drop_last,
-    )
-    return train_set.loader(cut)
-
-
-class Preprocessing(NamedTuple):
-    """Preparation of a set's images on the device: side in pixels, mean and std of each channel, own crop and flip.
-
-    `crop` is padding in pixels: 0 for streamed sets, which were cropped at random before, and an eighth of the side for
-    files kept in memory (4 pixels at 32, as for CIFAR).
-    """
-
-    size: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    crop: int
-    flip: bool
-
-
-def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
-    """The preparation of training images, or of evaluation images.
-
-    Raises:
-        ValueError: An unknown data set.
-    """
-    if data.streamed or data.in_memory:
-        size = data.eval_sides[0] if evaluation else data.size
-        padding = round(size / 8) if data.in_memory else 0
-        return Preprocessing(size, data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD, padding, True)
-    info = info_of(data)
-    return Preprocessing(info.size, info.mean, info.std, info.crop_padding, info.flip)
-
-
 def build_augment(
     recipe: Recipe, num_classes: int, *, evaluation: bool = False, dtype: torch.dtype = torch.float32
 ) -> RobustAugment:
     """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
 
-    Args:
-        recipe: All settings.
-        num_classes: Of the data set.
-        evaluation: For the size of evaluation images, where only `normalize` is of use.
-        dtype: Of the images given out; see `images_dtype`.
+    For evaluation only its `normalize` is used. `dtype` is that of the images it returns; see `images_dtype`.
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
@@ -206,20 +95,13 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contigu
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_classes: int | None = None) -> Optimizer:
-    """The recipe's optimizer over the model's parameters, in one group where everything is decayed at one rate.
+    """The recipe's optimizer over the parameters of a model that no engine has wrapped yet.
 
-    Args:
-        recipe: All settings.
-        model: The classifier, before any engine wraps it.
-        total_steps: Optimizer steps of the whole run, from which `optimizer.beta2: auto` follows.
-        num_classes: The model's outputs, by which its head is known.
-
-    Raises:
-        ValueError: A setting that this optimizer cannot have.
-        ImportError: Its package is not installed.
+    `total_steps` are those of the whole run (for `optimizer.beta2: auto`); `num_classes` tells which layer is the head.
     """
     check_fits(recipe)
-    groups = param_groups(model, recipe.optimizer.weight_decay, no_decay=tuple(recipe.optimizer.no_decay))
+    decay = decay_of(recipe.optimizer, total_steps)
+    groups = param_groups(model, decay, no_decay=tuple(recipe.optimizer.no_decay))
     if recipe.optimizer.head_lr_mult != 1:
         groups = _with_head_apart(groups, model, recipe.optimizer, num_classes)
     return make_optimizer(recipe.optimizer, groups, total_steps)
@@ -231,6 +113,7 @@ def _with_head_apart(
     """The groups without the head's parameters, then those of the head with its own rate; never an empty group."""
     names = head_of(model, num_classes)
     head = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    assert config.lr != "auto"  # check_fits
     rate = config.lr * config.head_lr_mult
     body, heads = (
         [group | {"params": [p for p in group["params"] if (id(p) in head) == is_head]} for group in groups]
@@ -255,10 +138,10 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> Ro
 
 
 def own_decay(name: str, total_steps: int) -> OwnDecay:
-    """The schedule that is named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
+    """The schedule named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
 
     Raises:
-        OwnCodeError: It cannot be imported, is no function of two numbers, or gives something else than shares.
+        OwnCodeError: It cannot be imported, is no function of two numbers, or returns something else than shares.
     """
     key = "schedule.name"
     made = own_code.load(key, name)
@@ -273,3 +156,245 @@ def own_decay(name: str, total_steps: int) -> OwnDecay:
             )
     decay: OwnDecay = made
     return decay
+
+
+def init_method() -> str | None:
+    """The init_method for `init_process_group`; None where no launcher of torch started this rank.
+
+    torch's static rendezvous (the default of `torchrun` and `accelerate launch`) keeps one store over all restarts, and
+    gloo's and NCCL's addresses in it: restarted ranks then wait for dead ones (seen with torch 2.14).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    # A second run of this process finds it registered.
+    with contextlib.suppress(RuntimeError):
+        register_rendezvous_handler(_SCHEME, _meet)
+    return f"{_SCHEME}://"
+
+
+def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store, int, int]]:
+    """As "env://", in a part of the store that no earlier attempt has used."""
+    for store, rank, world_size in rendezvous(url.replace(_SCHEME, "env", 1), timeout=timeout, **options):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # A store that remembers an earlier attempt of this launcher is shared by all its attempts.
+        mine = f"robust_dist/{host_id()}/{os.getppid()}/{os.environ.get('LOCAL_RANK', '0')}"
+        first = store.compare_set(mine, "", attempt).decode()
+        part = store if first == attempt else PrefixStore(f"attempt-{attempt}", store)
+        # A group that this process closed has left its keys in the store.
+        number = next(_meetings)
+        yield (PrefixStore(f"meeting-{number}", part) if number else part), rank, world_size
+
+
+def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuse what the engine cannot do, and complete its own configuration from the recipe.
+
+    Raises:
+        EngineError: An unknown engine.
+        ValueError: The engine cannot do what the recipe asks for, or its configuration contradicts the recipe.
+    """
+    engine = engine_of(accelerator)
+    if recipe.ema_decay is not None and engine.shards_weights:
+        raise ValueError(
+            f"ema_decay={recipe.ema_decay} averages whole weights, and {engine.kind} shards them; set ema_decay to "
+            "null, or use DDP or ZeRO 0 to 2"
+        )
+    if chosen(recipe.optimizer).needs_whole_parameters and not engine.steps_whole_parameters:
+        raise ValueError(
+            f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {engine.kind} does not give them: "
+            "use DDP"
+        )
+    if recipe.precision.mixed == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "precision.mixed='fp16' needs a GPU; this run is on a CPU, where Accelerate would train in float32: set "
+            "precision.mixed to bf16 or no"
+        )
+    check_graph(accelerator, recipe)
+    engine.fit(accelerator, _settings(recipe))
+
+
+def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> None:
+    """Refuse batch normalisation on a CPU under an engine that casts its weights and not its running statistics."""
+    engine, low = engine_of(accelerator), accelerator.mixed_precision
+    if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
+        return
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        raise ValueError(
+            f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
+            f"with float32 weights alone, and {engine.title(accelerator)} casts them; on a CPU set "
+            "precision.mixed to no, or use DDP or FSDP1"
+        )
+
+
+def _settings(recipe: Recipe) -> RunSettings:
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    betas = optimizer.betas if optimizer.beta2 is None else (optimizer.betas[0], optimizer.beta2)
+    return RunSettings(
+        optimizer=optimizer.name,
+        optimizer_params=adam_arguments(optimizer, betas) | {"betas": list(betas)},
+        schedule_params=schedule.arguments,
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        clip_norm=optimizer.clip_norm,
+    )
+
+
+def fit_ranks(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with the accumulation that `micro_batch_size` needs on these ranks; the engine is told.
+
+    Raises:
+        ValueError: `micro_batch_size` is smaller than a block, or contradicts `accumulation`.
+    """
+    if recipe.micro_batch_size is None:
+        return recipe
+    needed = accumulation_for(recipe, accelerator.num_processes)
+    if recipe.accumulation not in (1, needed):
+        raise ValueError(
+            f"accumulation={recipe.accumulation} contradicts micro_batch_size={recipe.micro_batch_size}, which makes "
+            f"it {needed} for batch_size={recipe.batch_size} on {accelerator.num_processes} ranks; set one of the two"
+        )
+    accelerator.gradient_accumulation_steps = needed
+    return replace(recipe, accumulation=needed)
+
+
+def accumulation_for(recipe: Recipe, num_processes: int) -> int:
+    """The fewest parts of a rank's share of a batch that have at most `micro_batch_size` images each."""
+    most, block = recipe.micro_batch_size, recipe.data.block
+    assert most is not None
+    if most < min(block, recipe.batch_size):
+        raise ValueError(
+            f"micro_batch_size={most} is smaller than data.block={block}, which is never cut; set micro_batch_size to "
+            f"{block} or more, or data.block to {most} or less"
+        )
+    share = -(-_blocks(recipe) // num_processes)
+    return -(-share // max(1, most // block))
+
+
+def largest_part(recipe: Recipe, num_processes: int) -> int:
+    """The most images that a rank holds at once."""
+    share = -(-_blocks(recipe) // num_processes)
+    return min(-(-share // recipe.accumulation) * recipe.data.block, recipe.batch_size)
+
+
+def _blocks(recipe: Recipe) -> int:
+    return -(-recipe.batch_size // recipe.data.block)
+
+
+def images_dtype(mixed: str, model: nn.Module, channels: int, size: int) -> torch.dtype:
+    """The dtype of training images: bfloat16 under bf16 autocast where that changes no bit, else float32.
+
+    A convolution or matrix product under autocast casts its input first, so an image that is written in bfloat16 gives
+    the same result with a fifth of the bytes. A model that adds, scales or normalises images before gets float32. The
+    model (whole, not wrapped) is run on the meta device, on one image of `channels` x `size` x `size`.
+    """
+    if mixed != "bf16" or not _casts_first(model, torch.empty(1, channels, size, size, device="meta")):
+        return torch.float32
+    return torch.bfloat16
+
+
+class _Uses(TorchFunctionMode):
+    """Notes whether images come to anything but a function that casts them."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images, self.cast, self.otherwise = [images], False, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func` and note what it does with the images."""
+        result = func(*args, **(kwargs or {}))
+        if any(one is image for one in _flat([args, kwargs or {}]) for image in self.images):
+            self._note(_name(func), result)
+        return result
+
+    def _note(self, name: str, result: Any) -> None:
+        if name in _CASTING:
+            self.cast = True
+        elif name in _VIEWING and isinstance(result, Tensor):
+            self.images.append(result)
+        elif name not in _ASKING:
+            self.otherwise = True
+
+
+def _flat(given: Any) -> Iterator[Any]:
+    """All values in nested arguments."""
+    if isinstance(given, (list, tuple)):
+        for one in given:
+            yield from _flat(one)
+    elif isinstance(given, dict):
+        yield from _flat(list(given.values()))
+    else:
+        yield given
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """A function's name; a property's for its getter."""
+    name = func.__name__
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def _casts_first(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model does nothing with images but cast them; False where it does not run on the meta device."""
+    tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    modes = {module: module.training for module in model.modules()}
+    # In evaluation mode one image is enough for batch normalisation.
+    model.eval()
+    try:
+        with torch.no_grad(), _Uses(images) as uses:
+            functional_call(model, tensors, (images,))
+    except Exception:
+        return False
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return uses.cast and not uses.otherwise
+
+
+def own_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys and values of a recipe that are written as `module:Name`."""
+    values, kind = flatten(recipe_dict(recipe)), cast(type, type(recipe))
+    for key in sorted(keys_of(kind).names_code):
+        found = values[key] if isinstance(values[key], list) else [values[key]]
+        yield from ((key, value) for value in found if own_code.is_name(value))
+
+
+def check_own(recipe: Recipe) -> None:
+    """Import what a recipe names of the user's own code, and check that it is what its key takes.
+
+    Raises:
+        OwnCodeError: Names the key, the value and what would be right.
+    """
+    for key, value in own_names(recipe):
+        if key == "model.name":
+            own_model(value)
+        elif key == "optimizer.name":
+            own_choice(value)
+        elif key == "schedule.name":
+            own_decay(value, TRIED)
+        elif key == "data.name":
+            check_own_data(recipe.data)
+        else:
+            own_stage(key, value)
+
+
+def own_sources(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """File and SHA-256 of the source of each `module:Name`, by key and name."""
+    found = {}
+    for key, value in own_names(recipe):
+        file, digest = own_code.source_of(value)
+        found[f"{key}={value}"] = {"file": file, "sha256": digest}
+    return found
+
+
+def changed_sources(folder: RunFolder, here: dict[str, dict[str, str]]) -> list[str]:
+    """Warnings where the user's own code is no longer what the run's last start had."""
+    try:
+        starts: list[dict[str, Any]] = folder.starts()
+    except DocumentError:
+        return []
+    there = (starts[-1].get("own_code") or {}) if starts else {}
+    return [
+        f"{name}: {now['file']} has changed since this run was last started; it goes on with the file as it is now"
+        for name, now in here.items()
+        if there.get(name, now)["sha256"] != now["sha256"]
+    ]

@@ -5,7 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from robust_dist.data.names import printable
+from robust_dist.data.source import printable
+from robust_dist.train.metrics import best_row
 from robust_dist.train.recipe import Recipe
 
 _MARKERS = "os^DvPX*<>ph"
@@ -14,7 +15,7 @@ _MOST_LETTERS = 60
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the line with this number: the last two differ, too, for those who see no colours."""
+    """Colour, marker and line of a line by number; marker and line differ, too, for those who see no colours."""
     return {
         "color": f"C{number % 10}",
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -23,13 +24,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> None:
-    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing where there are none.
-
-    Args:
-        rows: Objects of `metrics.jsonl`, oldest first.
-        path: The PNG to write.
-        recipe: Of the run.
-    """
+    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing without epochs."""
     rows = [row for row in rows if row.get("epoch") is not None]
     if not rows:
         return
@@ -72,12 +67,6 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) ->
     figure.savefig(path, dpi=120)
 
 
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest eval_accuracy, the earliest of several; None where no row has one."""
-    there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
-    return max(there, key=lambda row: row["eval_accuracy"], default=None)
-
-
 def _small(count: int) -> dict[str, Any]:
     return {"markersize": 4 if count < 50 else 2 if count < 100 else 0}
 
@@ -116,7 +105,8 @@ def decay_corners(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[floa
     there = [(row["epoch"], row["weight_decay"]) for row in rows if row.get("weight_decay") is not None]
     if not there:
         return [], []
-    first = recipe.optimizer.weight_decay if off is not None and off <= there[0][0] else there[0][1]
+    configured = recipe.optimizer.weight_decay
+    first = configured if configured != "auto" and off is not None and off <= there[0][0] else there[0][1]
     points = [(0.0, first)]
     for (before, old), (epoch, new) in pairwise([(0, first), *there]):
         if old != new:
@@ -128,7 +118,8 @@ def decay_corners(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[floa
 
 
 def _title(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> str:
-    optimizer = f"{recipe.optimizer.name}, learning rate {recipe.optimizer.lr:g}"
+    lr = recipe.optimizer.lr
+    optimizer = f"{recipe.optimizer.name}, learning rate {lr if isinstance(lr, str) else f'{lr:g}'}"
     run, data = Path(path).absolute().parent.name, recipe.data.title
     lines = [f"{_short(run)}: {recipe.model.name} on {_short(data)}", optimizer]
     last = rows[-1]

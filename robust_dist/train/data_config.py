@@ -17,14 +17,13 @@ from robust_dist import own_code
 from robust_dist.data.registry import CHECKED, DATASETS, SOURCES
 from robust_dist.extras import added
 from robust_dist.private import hidden
-from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for, synonyms
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, default_of, only_for, require, require_number, synonyms
 
 if TYPE_CHECKING:
     from robust_dist.data.source import ImageSource
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Metadata of a key that all sources of image files look at, and sets by name do not.
+# Metadata of a key that all sources of image files use, and sets by name do not.
 FOR_FILES: dict[str, Any] = {"for_files": True}
 _DECODE = synonyms(cpu="exact")
 Classes = tuple[str, ...] | None
@@ -162,7 +161,7 @@ class DataConfig:
         if own_code.is_name(self.name):
             own_code.check_form("data.name", self.name)
         else:
-            self._check_keys()
+            self.check_keys()
         self._check_sizes()
         require_number("data.workers", self.workers, 0, 4096)
         for key in ("prefetch", "shuffle_window"):
@@ -175,19 +174,6 @@ class DataConfig:
         if self.image_keys is not None:
             named = bool(self.image_keys) and all(key.strip(".") for key in self.image_keys)
             require(named, "data.image_keys", self.image_keys, "endings of image members, such as [jpg, png]")
-
-    def check_own(self) -> None:
-        """Import data of the user's own, and check the keys as those of other data are when they are read.
-
-        Raises:
-            OwnCodeError: It cannot be imported, or is no data.
-            ValueError: Keys that it does not look at.
-        """
-        from robust_dist.train.own_data import check_own_set
-
-        self._check_keys()
-        if self.source is None:
-            check_own_set(self.name, own_code.load("data.name", self.name), self)
 
     @property
     def source(self) -> "SourceChoice | None":
@@ -224,7 +210,7 @@ class DataConfig:
         size = self.eval_size or self.size
         return size, self.eval_resize or round(size * 256 / 224)
 
-    def _check_keys(self) -> None:
+    def check_keys(self) -> None:
         """Refuse what the set would not look at, and ask for what it cannot do without."""
         defaults = {of.name: default_of(of) for of in fields(self)}
         if self.in_memory:
@@ -269,7 +255,7 @@ class DataConfig:
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
         require(self.cache == "off", "data.cache", self.cache, f"off: with {why} each image is decoded once")
         require(self.decode == "exact", "data.decode", self.decode, f"exact: with {why} each image is decoded once")
-        # One way to say it: data.keep_on may change when a run goes on, what is done to images may not.
+        # One spelling: data.keep_on may change when a run goes on, the preparation of images may not.
         self.crop_scale = None
 
     def _check_source(self, source: "SourceChoice") -> None:
@@ -333,8 +319,7 @@ def source_choice(name: str) -> SourceChoice | None:
 
 def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> "ImageSource":
     from robust_dist.data.errors import DataError
-    from robust_dist.data.folder import open_image_folder
-    from robust_dist.data.split import Split
+    from robust_dist.data.folder import Split, open_image_folder
 
     root, upright = Path(data.root).expanduser(), str(data.exif)
     if data.eval_share is None:

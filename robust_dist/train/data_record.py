@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from robust_dist.data.identity import are_copies, shared_images
-from robust_dist.data.names import composed
 from robust_dist.data.sets import LabelledSet
-from robust_dist.train.build import Preprocessing
+from robust_dist.data.source import composed
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import Recipe
+from robust_dist.train.sources import Preprocessing
 
 Record = dict[str, Any]
 NAMED = 5
@@ -20,15 +20,10 @@ PARTS = ("train", "eval")
 def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessing) -> Record:
     """The content of `data.json`, as plain JSON values.
 
-    Args:
-        recipe: Of the run.
-        sets: Training and evaluation images.
-        image: How training images are prepared.
-
     Returns:
-        The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set
-        of the Hub) and the fingerprint, and what was left out; what is done to images before the model sees them; and
-        what decodes those that are read while training.
+        The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set of
+        the Hub), the fingerprint, and what was left out; the preprocessing; and the decoder of images that are read
+        while training.
     """
     record = {
         "name": recipe.data.name,
@@ -51,12 +46,7 @@ def left_out(dataset: LabelledSet) -> dict[str, int]:
 
 
 def differences(here: Record, there: Record) -> list[str]:
-    """Differences between this start's data and the folder's, a line each.
-
-    Args:
-        here: Of the start.
-        there: What the folder holds.
-    """
+    """Differences between the record of this start's data and the folder's, a line each."""
     lines = _classes(here["classes"], there.get("classes", []))
     for part in PARTS:
         lines += part_differences(part, here[part], there.get(part, {}))
@@ -72,7 +62,7 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
     """Refuse training and evaluation images that are the same ones.
 
     Returns:
-        Warnings: the parts are one because the recipe says so, or the one looks like a copy of the other.
+        Warnings: the parts are one because the recipe says so, or one looks like a copy of the other.
 
     Raises:
         ValueError: Images are in both parts; names both settings, what they share and what would be right.
@@ -85,7 +75,7 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
             return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
         raise ValueError(
             f"data.train={names[0]!r} and data.eval={names[1]!r} have the same images ({shared}), so that evaluation "
-            f"would be on what was trained on; give parts without common images{_advice(data)}, or the same name twice "
+            f"would use training images; give parts without common images{_advice(data)}, or the same name twice "
             "if that is what you want"
         )
     if are_copies(*sets):
@@ -155,7 +145,7 @@ def part_differences(part: str, here: Record, there: Record) -> list[str]:
         return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]
     if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
         ours, theirs = here.get("revision"), there.get("revision")
-        # A commit alone, as of a set's description, changes nothing.
+        # Another commit with the same images (of a set's description, say) is no difference.
         moved = f" (the Hub's revision is {ours}, and was {theirs}: set data.revision)" if ours != theirs else ""
         return [f"{part}: {here['name']} has as many images as before, but other names or labels{moved}"]
     return []

@@ -19,7 +19,7 @@ from robust_dist.schedule import base_optimizer
 from robust_dist.train.metrics import LEAST_FOR_TOP5
 from robust_dist.train.watchdog import tick
 
-# With a momentum of 0.1, half a percent of batch normalisation's former statistics is left after so many.
+# With a momentum of 0.1, half a percent of batch normalisation's earlier statistics remain after this many steps.
 STATISTICS_STEPS = 50
 
 
@@ -29,7 +29,7 @@ class Score:
 
     Attributes:
         accuracy: Share of samples whose class has the largest logit.
-        samples: How many were counted, over all ranks.
+        samples: Number of samples counted, over all ranks.
         loss: Mean cross-entropy.
         top5: Share of samples whose class is among the five largest logits; None below six classes.
         class_accuracy: The accuracy on each class's samples, in the classes' order; None for a class without any.
@@ -48,37 +48,27 @@ class Score:
         return sum(there) / len(there) if there else math.nan
 
 
-@torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Give every rank the mean of the floating-point buffers (BatchNorm's statistics), in one collective a dtype."""
-    if world_size() == 1:
-        return
-    for same in _buffers_by_dtype(model):
-        flat = torch.cat([buffer.reshape(-1) for buffer in same])
-        dist.all_reduce(flat)
-        _copy_back(flat / world_size(), same)
+    """Give every rank the mean of the floating-point buffers (BatchNorm's statistics), in one collective per dtype."""
+    _exchange_buffers(model, lambda flat: (dist.all_reduce(flat), flat.div_(world_size())))
 
 
-def _buffers_by_dtype(model: nn.Module) -> list[list[Tensor]]:
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    dtypes = sorted({buffer.dtype for buffer in buffers}, key=str)
-    return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
-
-
-def _copy_back(flat: Tensor, buffers: list[Tensor]) -> None:
-    values = flat.split([buffer.numel() for buffer in buffers])
-    torch._foreach_copy_(buffers, [value.view_as(buffer) for buffer, value in zip(buffers, values, strict=True)])
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the first rank's floating-point buffers, as DDP does, in one collective per dtype."""
+    _exchange_buffers(model, lambda flat: dist.broadcast(flat, src=0))
 
 
 @torch.no_grad()
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank the first rank's floating-point buffers, as DDP does, in one collective a dtype."""
+def _exchange_buffers(model: nn.Module, exchange: Callable[[Tensor], Any]) -> None:
     if world_size() == 1:
         return
-    for same in _buffers_by_dtype(model):
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
         flat = torch.cat([buffer.reshape(-1) for buffer in same])
-        dist.broadcast(flat, src=0)
-        _copy_back(flat, same)
+        exchange(flat)
+        values = flat.split([buffer.numel() for buffer in same])
+        torch._foreach_copy_(same, [value.view_as(buffer) for buffer, value in zip(same, values, strict=True)])
 
 
 @torch.no_grad()
@@ -92,19 +82,19 @@ def evaluate(
     world_size: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Score:
-    """Score `model` on a whole data set, shared between the ranks.
+    """Score a classifier on a whole data set, shared between the ranks; the model is left in its mode.
 
-    The model is left in the mode it was in. Every rank makes the same number of forward passes, because a sharded
-    model's need the other ranks; a rank that has run out repeats an image and does not count it.
+    Every rank makes as many forward passes, because a sharded model's need the other ranks; a rank that has run out
+    repeats an image and does not count it. What cannot be read is not counted.
 
     Args:
-        model: Classifier that takes normalised images [B, C, H, W] and gives logits [B, num_classes].
-        image_set: The same on all ranks; what it cannot read is not counted.
+        model: From normalised images [B, C, H, W] to logits [B, num_classes].
+        image_set: The same on all ranks.
         augment: Its `normalize` prepares the images.
-        batch_size: Images at a time and rank.
+        batch_size: Images at a time on each rank.
         rank: This rank.
-        world_size: How many ranks share the work.
-        dtype: Cast the images to it; None leaves them as `augment` makes them.
+        world_size: Ranks that share the work.
+        dtype: Of the images; None leaves them as `augment` makes them.
 
     Returns:
         The score; accuracy and loss are nan where no image could be read.
@@ -156,9 +146,8 @@ def count_batch(logits: Tensor, batch: EvalBatch, num_classes: int) -> Tensor:
         num_classes: Classes of the data.
 
     Returns:
-        Float64: correct, samples, summed loss, correct among the five largest logits, then the correct ones of each
-        class, then the samples of each class. All but the loss are whole numbers, so their sums over batches and ranks
-        are exact.
+        Float64: correct, samples, summed loss, correct among the five largest logits, then the correct ones and
+        the samples of each class. All but the loss are whole numbers, so their sums are exact.
     """
     labels = batch.labels
     if batch.good is not None:
@@ -173,9 +162,9 @@ def count_batch(logits: Tensor, batch: EvalBatch, num_classes: int) -> Tensor:
 
 
 def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before each sample's own, int64 [B].
+    """The number of classes that come before each sample's own, int64 [B].
 
-    Equal logits come in the classes' order, as `argmax` takes them, and one that is no number counts as the largest.
+    Equal logits come in the classes' order, as in `argmax`; one that is no number counts as the largest.
     """
     logits = torch.where(logits.isnan(), math.inf, logits)
     own = logits.gather(1, labels[:, None])
@@ -186,19 +175,13 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
 def use_averaged_weights(
     optimizer: Any, model: nn.Module, loader: Loader, epoch: int, prepare: Callable[..., torch.Tensor]
 ) -> None:
-    """Make a schedule-free optimizer's average the model's weights, until the next `optimizer.train()`; not for others.
+    """Make a schedule-free optimizer's average the model's weights, until the next `optimizer.train()`.
 
-    Batch normalisation's statistics are those of the weights that were trained, so they are collected anew, from the
-    first training batches of the epoch.
-
-    Args:
-        optimizer: What the engine made of the optimizer.
-        model: What the engine made of the model, in training mode.
-        loader: The training batches.
-        epoch: The epoch that has just ended.
-        prepare: From a batch to the model's input.
+    Batch normalisation's statistics are collected anew, from the first training batches of the epoch, each brought to
+    the model's input by `prepare`; those that are there belong to the weights that were trained.
     """
-    if not callable(getattr(base_optimizer(optimizer), "eval", None)):
+    base = base_optimizer(optimizer)
+    if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
     optimizer.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
@@ -207,5 +190,5 @@ def use_averaged_weights(
             tick("collecting the statistics of batch normalisation")
             for batch in parts:
                 model(prepare(batch))
-    # They were counted when they were trained on.
+    # Bad images were counted when they were trained on.
     loader.take_bad()

@@ -1,4 +1,4 @@
-"""Reports of a rank that ends: every error once, and the first cause before its consequences.
+"""A rank of the run, and the report of its end: every error once, and the first cause before its consequences.
 
 A rank that fails writes RUN/errors/rank-N.json. The ranks that then lose it raise errors of their own, about
 connections; they are told by what they say, not by clocks, which differ between hosts, and each of them prints one
@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +21,11 @@ from robust_dist.checkpoint import write_atomically
 from robust_dist.documents import read_json
 from robust_dist.private import hidden_text
 from robust_dist.ranks.talk import Origin, ranks_text
-from robust_dist.train.rank_info import Rank
 
-# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": in vain, for as long as may be.
+# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": for a peer, until the timeout.
 Kind = Literal["failed", "hang", "lost", "waited"]
 _CAUSES: tuple[Kind, ...] = ("failed", "hang")
 SECONDS_FOR_WORD = 3.0
-
 _WAITED = re.compile(
     r"Timed out waiting \d+ ?ms|timed out after waiting|wait timeout after|socket has timed out|Socket Timeout"
     r"|waiting for clients|Application timeout caused pair closure"
@@ -39,6 +38,35 @@ _LOST = re.compile(
     r"|ncclRemoteError|remote process exited|NCCL communicator (was )?aborted",
     re.IGNORECASE,
 )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default
+
+
+@dataclass
+class Rank:
+    """One rank of the run, as its launcher's environment tells it before there is a process group.
+
+    Attributes:
+        number: 0 to world_size - 1.
+        world_size: Ranks of the run.
+        host: The machine's name.
+        folder: The run's folder, None until it is claimed.
+    """
+
+    number: int = field(default_factory=lambda: _number("RANK", 0))
+    world_size: int = field(default_factory=lambda: _number("WORLD_SIZE", 1))
+    host: str = field(default_factory=socket.gethostname)
+    folder: Path | None = None
+
+    def claimed(self, folder: Path) -> None:
+        """The run's folder belongs to this run from now on."""
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +123,7 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
     if rank.folder is not None:
         with contextlib.suppress(OSError):
             folder = rank.folder / "errors"
-            # A run's folder that is gone is not made again.
+            # A run's folder that was removed is not made again.
             folder.mkdir(exist_ok=True)
             write_atomically(folder / f"rank-{rank.number}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record
@@ -125,10 +153,7 @@ def set_aside(run_dir: str | Path) -> None:
 def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) -> str:
     """One line of a rank that lost the others: what it follows from.
 
-    Args:
-        rank: This rank.
-        loss: Its own record.
-        seconds: How long it waits for the word of a rank that failed by itself.
+    `loss` is the rank's own record; it waits for `seconds` for the word of a rank that failed by itself.
     """
     cause = _await_cause(rank, seconds)
     if cause is not None:
@@ -160,15 +185,12 @@ def _await_cause(rank: Rank, seconds: float) -> Record | None:
 def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
     """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one.
 
-    Args:
-        summary: One line.
-        details: What the summary shows.
-        cause: Whether this is no consequence of another rank's error.
+    `summary` is one line, `details` are shown with it, and without `cause` this follows from another rank's error.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     summary, details = hidden_text(summary), hidden_text(details)
     if path:
-        # In whole seconds; the earliest counts as the root cause, and the lowest rank where two are equal.
+        # In whole seconds; the earliest is taken for the root cause, and the lowest rank of equal ones.
         extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": extra}}), encoding="utf-8")
@@ -193,7 +215,7 @@ def report_failure(error: BaseException, rank: Rank) -> None:
         print(f"\n{rank} failed{place}:\n{record.traceback}", end="", file=sys.stderr, flush=True)
         tell_launcher(record.summary, record.traceback)
         return
-    # The launcher may end this process while it waits for the others' word.
+    # The launcher may end this process while it waits for the others' reports.
     tell_launcher(record.summary, record.summary, cause=False)
     line = explain_loss(rank, record)
     print(line, file=sys.stderr, flush=True)

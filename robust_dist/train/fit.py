@@ -16,32 +16,31 @@ from robust_dist.augment.cutmix import soft_targets
 from robust_dist.data.registry import DATASETS
 from robust_dist.engines.engine import engine_of
 from robust_dist.models.registry import MODELS, ModelInfo, check_output
-from robust_dist.train import optimizers
 from robust_dist.train.augment_config import AugmentConfig
-from robust_dist.train.build import build_accelerator, preprocessing_of
+from robust_dist.train.build import build_accelerator
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.folder import RunFolder
+from robust_dist.train.keys import OWN
 from robust_dist.train.main import train
-from robust_dist.train.own_data import image_set, info_of_sets
+from robust_dist.train.metrics import best_row
+from robust_dist.train.optimizers import OPTIMIZERS, OptimizerChoice
 from robust_dist.train.recipe import Recipe, load_recipe
-from robust_dist.train.settings import OWN
+from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
-# The engine under which this process has trained, where it can train no second run.
+# The engine under which this process has trained, if that engine takes one run a process.
 _spent: list[str] = []
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
         rows: The epochs, as `metrics.jsonl` has them, oldest first.
-        best: The row with the highest eval_accuracy; the earliest of several.
+        best: The row with the highest eval_accuracy; the newest of several.
         run_dir: The run's folder.
         checkpoint: Its newest checkpoint.
-        paths: What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log, those that
-            are there.
     """
 
     rows: list[dict[str, Any]]
@@ -51,7 +50,7 @@ class Result:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """See the class."""
+        """What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log."""
         files = {"recipe": "recipe.yaml", "data": "data.json", "metrics": "metrics.jsonl"}
         files |= {"curves": "curves.png", "log": "log.txt"}
         places = {"run_dir": self.run_dir, "checkpoint": self.checkpoint}
@@ -112,8 +111,8 @@ def fit(
             )
             recipe = replace(recipe, model=replace(recipe.model, name=OWN))
         if optimizer is not None:
-            choice = optimizers.OptimizerChoice(make=lambda groups, **_: optimizer(groups))
-            parts.enter_context(optimizers.named(OWN, choice))
+            choice = OptimizerChoice(make=lambda groups, **_: optimizer(groups))
+            parts.enter_context(_named(OPTIMIZERS, choice))
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, name=OWN))
         if augment is not None:
             stages = recipe.augment.before + recipe.augment.after
@@ -125,11 +124,11 @@ def fit(
         rows = _train(recipe)
     folder = RunFolder(recipe.run_dir)
     newest = max(folder.checkpoints.glob("step-*"))
-    return Result(rows, max(rows, key=lambda row: row["eval_accuracy"]), folder.path, newest)
+    return Result(rows, best_row(rows) or rows[-1], folder.path, newest)
 
 
 def _train(recipe: Recipe) -> list[dict[str, Any]]:
-    """Train in a process that may train again, in another precision, of which Accelerate's state has one."""
+    """Train in a process that may train again in another precision, of which Accelerate's state has only one."""
     if is_initialized():
         found = AcceleratorState().mixed_precision
         if found != recipe.precision.mixed:

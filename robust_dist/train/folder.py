@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from robust_dist.checkpoint import write_atomically
-from robust_dist.checkpoint.space import write_failure
-from robust_dist.documents import DocumentError, read_json, typed
+from robust_dist.checkpoint.background import write_failure
+from robust_dist.documents import DocumentError, dump_yaml, read_json, read_yaml, typed
 from robust_dist.private import has_options, hidden, hidden_words
 from robust_dist.ranks.claim import FolderClaim, FolderInUseError
 from robust_dist.surroundings import PACKAGES
@@ -23,10 +23,9 @@ from robust_dist.train.data_record import Record, differences
 from robust_dist.train.metrics import read_rows, sort_rows
 from robust_dist.train.parse import fitted
 from robust_dist.train.recipe import Recipe, conflicts, flatten, recipe_dict
-from robust_dist.yaml_file import dump_yaml, read_yaml
 
 STOPPED = "stopped.json"
-# What a start that died, or found the disk full, may leave in a folder before its recipe.yaml.
+# Files that a start may leave before its recipe.yaml, if it dies or the disk is full.
 _LEFT_OVER = {".lock", ".recipe.yaml.partial", "errors", "stacks", "log.txt"}
 
 
@@ -35,15 +34,15 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """The files of one run: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and more.
-
-    Args:
-        path: The folder; made by `claim`.
-    """
+    """The files of one run: `recipe.yaml`, `data.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, ..."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self._claim: FolderClaim | None = None
+
+    @property
+    def _recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
 
     @property
     def checkpoints(self) -> Path:
@@ -66,7 +65,7 @@ class RunFolder:
         return self.path / "data.json"
 
     def decoder(self) -> str | None:
-        """What decoded the images that the run was trained on; "" where nothing says so, None where none were."""
+        """The decoder of the images that the run was trained on; "" where none is noted, None before any training."""
         if not self._has_begun():
             return None
         try:
@@ -80,27 +79,30 @@ class RunFolder:
 
         Args:
             recipe: The recipe that is to run here.
-            environment: What `environment.json` notes about this start.
-            data: What `data.json` is to hold; None leaves it as it is.
+            environment: The note of this start in `environment.json`.
+            data: The content of `data.json`; None leaves it as it is.
 
         Raises:
             RunFolderError: Another live run holds the folder, it holds a run with other settings or on other data,
-                or it holds files that are no run's.
+                or files that are no run's.
         """
         try:
             self._claim_for(recipe, environment, data)
         except OSError as error:
             self.release()
-            raise RunFolderError(
-                f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def check_usable(self, recipe: Recipe) -> None:
+        """Raise as `claim` would over the folder and the settings that it holds; nothing is taken or written."""
+        try:
+            self._check_is_run_or_empty()
+            if self._recipe_path.exists():
+                self._check_same(recipe_dict(recipe), self._recipe_path, type(recipe))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's; only after `claim`.
-
-        Raises:
-            FolderLostError: Another run took it over, because this one gave no sign of life.
-        """
+        """Raise a FolderLostError if another run took the claimed folder over, as this one gave no sign of life."""
         if self._claim is not None:
             self._claim.check()
 
@@ -120,18 +122,18 @@ class RunFolder:
         self._check_is_run_or_empty()
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
-        recipe_path, ours = self.path / "recipe.yaml", recipe_dict(recipe)
-        if recipe_path.exists():
-            self._check_same(ours, recipe_path, type(recipe))
+        ours = recipe_dict(recipe)
+        if self._recipe_path.exists():
+            self._check_same(ours, self._recipe_path, type(recipe))
         is_new_data = data is not None and self._is_new_data(data)
         # Others may read what became of a run, but not the accounts and hosts that its options name.
         private = has_options(ours)
-        # First, since it makes the folder a run's.
-        write_atomically(recipe_path, dump_yaml(hidden(ours)), private=private)
+        # Written first: it makes the folder a run's.
+        write_atomically(self._recipe_path, dump_yaml(hidden(ours)), private=private)
         if is_new_data:
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
         if not self.metrics():
-            # From here on its absence is somebody's doing.
+            # If it is missing later, somebody removed it.
             self.checkpoints.mkdir(exist_ok=True)
         self._note_start(hidden(environment), private)
         (self.path / STOPPED).unlink(missing_ok=True)
@@ -143,22 +145,14 @@ class RunFolder:
             self._claim = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, oldest first; lines that are no epoch's are left out.
-
-        Raises:
-            DocumentError: The file cannot be read.
-        """
+        """The epochs recorded so far, oldest first; lines that are no epoch's are left out."""
         return read_rows(self.metrics_path)[0]
 
     def rewind(self, step: int, steps_per_epoch: int | None = None) -> list[str]:
-        """Bring `metrics.jsonl` to optimizer step `step`: the epochs that ended after it are trained again.
+        """Bring `metrics.jsonl` to the step of the checkpoint that is taken up: later epochs are trained again.
 
-        What is taken out (later epochs, lines that are no rows, rows that stand twice or are of no epoch's end) is
-        first added to `metrics.erased.jsonl`.
-
-        Args:
-            step: Of the checkpoint that is taken up; 0 where there is none.
-            steps_per_epoch: Optimizer steps of an epoch, with which missing and odd rows are told; None tells neither.
+        What is taken out (later epochs, lines that are no rows, rows of one step or of no epoch's end) is first added
+        to `metrics.erased.jsonl`. Without `steps_per_epoch`, missing and odd rows are not looked for.
 
         Returns:
             A line for each thing that is not as it should be.
@@ -194,9 +188,19 @@ class RunFolder:
         except OSError as error:
             raise write_failure(self.metrics_path, error) from None
 
+    def _unwritable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
+        )
+
     def _check_is_run_or_empty(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"run_dir={str(self.path)!r} is a file; name a folder")
+        path = self.path.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            which = "is a file" if there == path else f"lies below {there}, which is a file"
+            raise RunFolderError(f"run_dir={str(self.path)!r} {which}; name a folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"{there} may not be written to")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         foreign = {name for name in names if name not in _LEFT_OVER and not name.startswith(".owner-")}
         if foreign and "recipe.yaml" not in names:
@@ -220,7 +224,7 @@ class RunFolder:
         except DocumentError as error:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which tells what runs there: {error}; bring "
+                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which says what runs there: {error}; bring "
                 f"it back from a copy, or choose another run_dir"
             ) from None
         spelt = {k: fitted(kind, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}
@@ -255,11 +259,7 @@ class RunFolder:
         return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
     def starts(self) -> list[dict[str, Any]]:
-        """The starts noted in `environment.json`, oldest first.
-
-        Raises:
-            DocumentError: It is damaged.
-        """
+        """The starts noted in `environment.json`, oldest first; a damaged one is a DocumentError."""
         try:
             noted: _Starts = read_json(self.path / "environment.json", _Starts)
         except FileNotFoundError:
@@ -317,10 +317,7 @@ def _revision() -> str | None:
 def environment(num_processes: int, device: torch.device, engine: str) -> dict[str, Any]:
     """Facts needed to judge or repeat a run: versions, devices, ranks, command, revision.
 
-    Args:
-        num_processes: Ranks of the run.
-        device: Rank 0's device.
-        engine: Accelerate's distributed type.
+    `device` is rank 0's, `engine` Accelerate's distributed type.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

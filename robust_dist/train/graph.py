@@ -19,11 +19,7 @@ _RATES = ("lr", "weight_decay")
 
 
 def check_graph(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Refuse `cuda_graph` where a step cannot be captured whole.
-
-    Raises:
-        ValueError: Names the setting that stands in its way and what would be right.
-    """
+    """Refuse `cuda_graph` where a step cannot be captured whole; the ValueError names the setting in the way."""
     if not recipe.cuda_graph:
         return
     kind, ranks, device = accelerator.distributed_type, accelerator.num_processes, accelerator.device.type
@@ -47,11 +43,7 @@ def check_graph(accelerator: Accelerator, recipe: Recipe) -> None:
 class DeviceRates:
     """Learning rate and weight decay of every param group as tensors that a captured step reads.
 
-    Outside of a step the groups hold Python's numbers, as schedules, displays and checkpoints want them.
-
-    Args:
-        optimizer: The torch optimizer, unwrapped.
-        device: Where the step runs; on a GPU it is a capturable one.
+    Outside of a step the groups of the (unwrapped) optimizer hold Python's numbers, as others expect them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -105,7 +97,7 @@ class StaticStep:
         self.rates = DeviceRates(base_optimizer(optimizer), device)
         self._batch: Batch | None = None
         self.replay = _Graph(self.over_static, device) if device.type == "cuda" else _Call(self.over_static)
-        # What is loaded lies at other addresses than the captured ones.
+        # The loaded state lies at other addresses than the captured one.
         base_optimizer(optimizer).register_load_state_dict_post_hook(lambda _: self.replay.forget())
 
     def __call__(self, batch: Batch) -> None:
@@ -131,7 +123,7 @@ class StaticStep:
 
 
 def _static(batch: Batch) -> Batch:
-    """A batch of its own tensors; a whole set is not copied, as it stays where it is."""
+    """A batch with tensors of its own; a whole set is not copied, as it stays where it is."""
     images, labels = batch.source if batch.whole else (own.clone() for own in batch.source)
     return Batch(images, labels, batch.indices.clone(), batch.keys.clone(), batch.global_size, whole=batch.whole)
 
@@ -145,7 +137,7 @@ def _refill(static: Batch, batch: Batch) -> None:
 
 
 class _Call:
-    """A function that is called: in place of `_Graph` where nothing can be captured."""
+    """A function that is called, in place of `_Graph` where nothing can be captured."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function

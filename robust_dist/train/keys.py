@@ -1,18 +1,26 @@
-"""The keys of a recipe: what its dataclasses' fields say of them, and a recipe as plain nested or dotted values."""
+"""The keys of a recipe: what its dataclasses' fields say of them, its values as a tree or flat, and their checks."""
 
+import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_origin, get_type_hints
 
-# What a field's metadata says of its key, or of all keys of a section.
+from robust_dist.validate import whole_number
+
+# Metadata of a key's field, or of a whole section's.
 # It may change between two starts of one run, because it moves no weight by more than rounding.
 FREE: dict[str, Any] = {"free": True}
 # It changes how long a training step takes.
 COSTLY: dict[str, Any] = {"costly": True}
-# Its value may be the name of one's own code, `module:Name` (robust_dist/own_code.py).
+# Its value may be the name of the user's own code, `module:Name` (robust_dist/own_code.py).
 NAMES_CODE: dict[str, Any] = {"names_code": True}
+# The name in a recipe of a part that `fit` was given.
+OWN = "own"
+# Above any count or size of a run; beyond it tensors and file names overflow.
+MOST = 2**31 - 1
 
 
 def only_for(*names: str) -> dict[str, Any]:
@@ -77,7 +85,7 @@ class Keys:
         """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
         known = [*self.values, *self.mappings, *self.sections]
         near = get_close_matches(name, known, n=2)
-        # Right except that its section is missing, as in `lr`.
+        # Right but for the section, as in `lr`.
         near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
         return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
 
@@ -135,11 +143,22 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def values_of(section: Any, kind: type, *left_out: str) -> dict[str, Any]:
-    """A section's values by name, for a call that takes them under the same names.
-
-    Args:
-        section: One section of a recipe.
-        kind: The class whose keys are wanted, where the section's own may have more.
-        *left_out: Names that the call does not take.
-    """
+    """A section's values by name, without those `left_out`; of the keys of `kind` alone, where it is a subclass."""
     return {of.name: getattr(section, of.name) for of in fields(kind) if of.name not in left_out}
+
+
+def require(ok: bool, setting: str, value: object, wanted: str) -> None:
+    """Raise a ValueError that names the setting, its value and what would be right."""
+    if not ok:
+        raise ValueError(f"{setting}={reprlib.repr(value)} is not valid: it must be {wanted}")
+
+
+def require_number(setting: str, value: float, low: float, high: float | None = None) -> None:
+    """Raise a ValueError unless `value` is finite and in low to high (`MOST` for whole numbers where None)."""
+    most = (MOST if isinstance(value, int) else math.inf) if high is None else high
+    bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+    bound += f", and at most {MOST}" if high is None and isinstance(value, int) and value > MOST else ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        whole_number(setting, value, math.ceil(low), MOST if high is None else math.floor(high))
+    # Not math.isfinite, which fails for ints beyond a float.
+    require(low <= value <= most and value != math.inf, setting, value, f"a finite number, {bound}")

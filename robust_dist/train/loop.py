@@ -1,56 +1,52 @@
-"""The training loop: small enough to read in one sitting."""
+"""The training loop: small enough to read in one sitting; and the same over random images, for measurements."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_dist.data import Batch
+from robust_dist.data import Batch, ImageSet
 from robust_dist.data.sets import LabelledSet
 from robust_dist.engines.accelerate import check
 from robust_dist.engines.engine import engine_of
+from robust_dist.optim.groups import reshard
 from robust_dist.ranks.talk import on_rank_0
 from robust_dist.train.bad_images import BadImages, TooManyBadImagesError, is_time_to_count
 from robust_dist.train.build import (
     build_augment,
     build_classifier,
-    build_loader,
     build_optimizer,
     build_schedule,
-    preprocessing_of,
+    check_model,
+    images_dtype,
 )
-from robust_dist.train.display import Display
-from robust_dist.train.early_stopping import early_stop
-from robust_dist.train.engine import check_model
+from robust_dist.train.checkpoints import Progress, RunCheckpoints, check_finite
+from robust_dist.train.display import Display, Figures, Profiling, build_meter, measured
 from robust_dist.train.evaluate import Score, average_buffers, broadcast_buffers, evaluate, use_averaged_weights
 from robust_dist.train.folder import RunFolder
-from robust_dist.train.images_dtype import images_dtype
-from robust_dist.train.meter import Figures, build_meter, measured
-from robust_dist.train.metrics import LEAST_FOR_TOP5, MOST_LISTED
-from robust_dist.train.pretrained import begin
-from robust_dist.train.profiling import Profiling
-from robust_dist.train.progress import Progress, check_finite
+from robust_dist.train.keys import require
+from robust_dist.train.metrics import LEAST_FOR_TOP5, MOST_LISTED, early_stop
 from robust_dist.train.recipe import Recipe
-from robust_dist.train.run_checkpoints import RunCheckpoints
-from robust_dist.train.settings import require
+from robust_dist.train.sources import build_loader, preprocessing_of
 from robust_dist.train.step import TrainStep
 from robust_dist.train.stop import Stopper
 from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
+from robust_dist.train.weights import begin
+
+# More than anyone measures, so that the schedule does not end.
+_EPOCHS = 10_000
 
 
 class Trainer:
-    """One run of a recipe on this rank.
-
-    Args:
-        recipe: All settings.
-        accelerator: The engine.
-        folder: The run's folder, claimed by the main process.
-        train_set: Training images.
-        test_set: Evaluation images.
+    """One run of a recipe on this rank, in a folder that the main process has claimed or will claim.
 
     Raises:
         ValueError: A setting that cannot work, before the first step.
@@ -120,16 +116,13 @@ class Trainer:
         )
 
     def fit(self) -> list[dict[str, Any]]:
-        """Train from where the folder's newest checkpoint stands to the last epoch.
-
-        Returns:
-            The rows of `metrics.jsonl`, oldest first.
+        """Train from the folder's newest checkpoint to the last epoch; returns the rows of `metrics.jsonl`.
 
         Raises:
-            CheckpointError: Checkpoints are there, but none can be used, or one cannot be written.
+            CheckpointError: There are checkpoints, but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
             Stopped: A signal asked for it; all is saved.
-            TooManyBadImagesError: More images cannot be read than are let pass; all is saved.
+            TooManyBadImagesError: More images cannot be read than are allowed; all is saved.
         """
         tick("taking up the run", may_be_slow=True)
         self.checkpoints.take_up(self.total_steps, self.loader.steps_per_epoch)
@@ -146,7 +139,7 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # Once they are replaced, the run goes on here. Before a step an optimizer over shards has no state.
+                # The run goes on here once they are replaced. Before its first step a sharded optimizer has no state.
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)
@@ -161,9 +154,8 @@ class Trainer:
         return self.folder.metrics()
 
     def _run(self, display: Display, profiling: Profiling) -> None:
-        """Train and evaluate epoch after epoch."""
         if self.recipe.data.in_memory:
-            # Every rank has decoded all of them.
+            # Every rank has decoded all images.
             bad = BadImages(self.folder.path / "bad_images.txt", self.recipe.data.max_bad_share)
             if self.accelerator.is_main_process:
                 bad.note([image for of in (self.train_set, self.test_set) for image in getattr(of, "unreadable", ())])
@@ -187,6 +179,8 @@ class Trainer:
         """The rest of an epoch; returns what was measured in it."""
         every = self.recipe.checkpoint.every_steps
         self.model.train()
+        # After an evaluation FSDP2 holds whole weights, in which a change of its shards would not be seen.
+        reshard(self.bare_model)
         self.optimizer.train()
         self.meter.begin()
         for parts in self.meter.fetch(self.loader.epoch(epoch, start)):
@@ -223,21 +217,18 @@ class Trainer:
             self.progress.bad_images += len(found)
             self.bad.note(found)
             step = self.progress.step % self.loader.steps_per_epoch
-            # What the epoch's last step found is judged when the epoch's figures are there.
+            # The epoch's last step is judged with the epoch's figures.
             if step and is_time_to_count(step):
                 self._judge_bad_images(self._count_bad_images())
 
     def _count_bad_images(self) -> int:
-        """The epoch's bad images so far, on all ranks."""
         return 0 if self.bad is None else self.bad.count(self.progress.bad_images)
 
     def _judge_bad_images(self, total: int) -> None:
-        """Too many are an error on every rank."""
         if self.bad is not None:
             self.bad.judge(total, self.loader.samples_per_epoch, self.train_set.name, forgiven=self.progress.forgiven)
 
     def _finish_epoch(self, epoch: int, figures: Figures) -> dict[str, Any]:
-        """Evaluate, record, save."""
         tick(f"the end of epoch {epoch + 1}")
         use_averaged_weights(self.optimizer, self.model, self.loader, epoch, lambda batch: self.step.inputs(batch)[0])
         average_buffers(self.bare_model)
@@ -248,7 +239,7 @@ class Trainer:
         self.progress.unfinished = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
-            "lr": self.progress.lr,
+            "lr": self.progress.lr if self.step.measured_rate is None else self.step.measured_rate,
             "weight_decay": self.progress.weight_decay,
             "bad_images": bad_images,
         }
@@ -327,9 +318,8 @@ class Trainer:
     def _save(self, accuracy: float | None = None, *, refused: bool = False) -> None:
         """Save; the checkpoint counts once it is whole.
 
-        Args:
-            accuracy: Of the evaluation at this step, where there was one.
-            refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
+        `accuracy` is that of the evaluation at this step, if there was one. With `refused` the run stops over bad
+        images.
         """
         tick(f"the checkpoint of step {self.progress.step}")
         losses = self.checkpoints.finite_losses()
@@ -347,3 +337,49 @@ class Trainer:
         tick("the last checkpoint", may_be_slow=True)
         self.saver.wait()
         self.stopper.leave(self.folder, self.progress.step, self.total_steps)
+
+
+def random_set(count: int, shape: Sequence[int], num_classes: int, device: torch.device) -> ImageSet:
+    """A set of noise on the device, the same at each call: uint8 [count, *shape] (C, H, W) and int64 labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, num_classes, (count,), generator=generator)
+    return ImageSet(images.to(device), labels.to(device), tuple(map(str, range(num_classes))), "random images")
+
+
+class Trial:
+    """A trainer that steps over random images without end; nothing is kept in its folder.
+
+    The recipe's engine must have been fitted (`fit_engine`), and both sets lie on the device. A setting that cannot
+    work is a ValueError.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, folder: Path, train_set: ImageSet, test_set: ImageSet
+    ) -> None:
+        tracking = replace(recipe.tracking, trackers=[], progress=False)
+        recipe = replace(recipe, run_dir=str(folder), epochs=_EPOCHS, num_processes=None, tracking=tracking)
+        # The initial weights change no step's cost.
+        model = replace(recipe.model, weights=None)
+        recipe = replace(recipe, model=model, init_from=None, init_checkpoint="last")
+        self.trainer = Trainer(recipe, accelerator, RunFolder(folder), train_set, test_set)
+        self.trainer.model.train()
+        self.trainer.optimizer.train()
+        self.parts = self._parts()
+        self.batch = next(self.parts)[0]
+
+    def step(self) -> None:
+        """One optimizer step on the next batch."""
+        self.trainer.train_step(next(self.parts))
+
+    def augment(self) -> tuple[Tensor, Tensor]:
+        """The augmentation of one batch, always the same."""
+        return self.batch.augmented(self.trainer.step.pipeline)
+
+    def evaluate(self) -> None:
+        """One evaluation of all evaluation images."""
+        self.trainer.evaluate()
+
+    def _parts(self) -> Iterator[list[Batch]]:
+        for epoch in itertools.count():
+            yield from self.trainer.loader.epoch(epoch)

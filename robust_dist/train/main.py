@@ -15,30 +15,29 @@ from accelerate import Accelerator
 
 from robust_dist import own_code
 from robust_dist.engines.accelerate import EngineError
+from robust_dist.models.registry import builder_of
 from robust_dist.private import hidden, hidden_text
 from robust_dist.ranks.claim import FolderLostError
 from robust_dist.ranks.talk import agree, attempt, on_rank_0, origin_of
 from robust_dist.schedule import RankDisagreementError
-from robust_dist.train.backends import backends_of
-from robust_dist.train.build import build_accelerator, load_sets, preprocessing_of
-from robust_dist.train.command_line import check_recipe_is_named
+from robust_dist.train.build import build_accelerator, changed_sources, check_own, fit_engine, fit_ranks, own_sources
+from robust_dist.train.checkpoints import DivergedError
 from robust_dist.train.curves import plot_curves
 from robust_dist.train.data_record import check_parts, data_record
-from robust_dist.train.elastic import STOPPED_STATUS, Stopped, check_not_stopped, fit_ranks
-from robust_dist.train.engine import fit_engine
-from robust_dist.train.failures import record_failure, report_failure, report_shared, set_aside, tell_launcher
+from robust_dist.train.failures import Rank, record_failure, report_failure, report_shared, set_aside, tell_launcher
 from robust_dist.train.folder import RunFolder, environment
 from robust_dist.train.loop import Trainer
 from robust_dist.train.metrics import last_row
-from robust_dist.train.opening import data_lines, data_notes, decoder_note, part_lines, say_run
+from robust_dist.train.opening import backends_of, data_lines, data_notes, decoder_note, part_lines, say_run
+from robust_dist.train.optimizers import check_fits
 from robust_dist.train.output import LastingOutput
-from robust_dist.train.own import changed_sources, check_own, own_sources
-from robust_dist.train.progress import DivergedError
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import Recipe, flatten, parse_recipe, recipe_dict
-from robust_dist.train.sources import with_decoder
-from robust_dist.train.trackers import check_installed, check_names
+from robust_dist.train.sources import load_sets, preprocessing_of, with_decoder
+from robust_dist.train.stop import STOPPED_STATUS, Stopped, check_not_stopped
+from robust_dist.train.trackers import check_trackers
 from robust_dist.train.watchdog import HANG_STATUS, STDERR, HangError, Watchdog, say, tick
+from robust_dist.train.weights import check_there
 
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
@@ -50,22 +49,18 @@ DIVERGED = 3
 def train(
     recipe: Recipe, accelerator: Accelerator | None = None, on_claim: Callable[[Path], None] = lambda folder: None
 ) -> list[dict[str, Any]]:
-    """Run a recipe on this rank, or go on with it where its folder stands.
+    """Run a recipe on this rank, or go on with it where its folder stands; returns the rows of `metrics.jsonl`.
 
     Args:
         recipe: All settings.
-        accelerator: The engine; built from the recipe where None.
+        accelerator: The engine; made from the recipe where None.
         on_claim: Called with the run's folder once it belongs to this run.
-
-    Returns:
-        The rows of `metrics.jsonl`, oldest first.
 
     Raises:
         ValueError: A setting, a file or a folder that cannot be used; on every rank, before the first step.
         DivergedError: The loss is no longer finite.
         Stopped: A signal asked for it; all is saved.
     """
-    check_names(recipe.tracking.trackers)
     accelerator = accelerator or build_accelerator(recipe)
     attempt(lambda: check_own(recipe))
     check_ranks_agree(recipe)
@@ -75,7 +70,7 @@ def train(
     recipe = fit_ranks(recipe, accelerator)
     fit_engine(accelerator, recipe)
     main = accelerator.is_main_process
-    on_rank_0(lambda: check_installed(recipe.tracking.trackers))
+    on_rank_0(lambda: _check_begins(asked, folder))
     tick("loading the data", may_be_slow=True)
     noted = on_rank_0(folder.decoder)
     sets = load_sets(replace(recipe, data=with_decoder(recipe.data, accelerator.device, noted)), accelerator)
@@ -106,11 +101,31 @@ def train(
     return rows
 
 
+def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse what cannot be used of the things that a recipe names, in one message, before the data is opened."""
+    found: list[ValueError] = []
+    for check in (
+        lambda: folder.check_usable(recipe),
+        lambda: builder_of(recipe.model.name),
+        lambda: check_fits(recipe),
+        lambda: check_there(recipe, folder),
+        lambda: check_trackers(recipe.tracking.trackers),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            found.append(error)
+    if len(found) > 1:
+        raise ValueError("\n  ".join(map(str, found)))
+    if found:
+        raise found[0]
+
+
 def check_ranks_agree(recipe: Recipe) -> None:
-    """Compare the recipe, and the code of the user's own that it names, between the ranks.
+    """Compare the recipe, and the user's own code that it names, between the ranks.
 
     Raises:
-        ValueError: On every rank, with each differing setting and its value on each rank.
+        ValueError: On every rank, with each differing setting and its values.
     """
     problem = "the ranks were started with different settings; start all with the same"
     sources = {f"the source of {name}": found["sha256"] for name, found in own_sources(recipe).items()}
@@ -131,12 +146,12 @@ def main(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> None
 
     Args:
         args: Command-line words; `sys.argv` where None.
-        kind: The recipe's class: Recipe, or one that adds keys of your own.
+        kind: The recipe's class: Recipe, or a subclass with keys of your own.
 
     Raises:
-        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 of a run
-            that a signal stopped and that is saved; 1 after any other error, in one traceback; a rank that hangs is
-            ended with `watchdog.HANG_STATUS`.
+        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 after a
+            signal stopped the run and it was saved; 1 after any other error, in one traceback. The watchdog ends a rank
+            that hangs with `watchdog.HANG_STATUS`.
     """
     rank = Rank()
     if not faulthandler.is_enabled():
@@ -198,7 +213,7 @@ def _fail(error: Exception, rank: Rank) -> int:
     else:
         report_failure(error, rank)
     if rank.world_size > 1:
-        # All is said; the ranks that still wait for this one learn of its end by its end.
+        # Everything is reported; ranks that still wait for this one see only its exit.
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 

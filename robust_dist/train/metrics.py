@@ -1,19 +1,19 @@
-"""The rows of `metrics.jsonl`: read, with what is wrong with each line that is none, and fitted to a step."""
+"""The rows of `metrics.jsonl`, read and fitted to a step, and what follows from them: the best, the last, the end."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from robust_dist.documents import DocumentError, parse_json, read_text, typed
-from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
+from robust_dist.train.keys import require_number
 
 Rows = list[dict[str, Any]]
-_NEVER = EarlyStoppingConfig()
-# Where there are fewer classes, five guesses are hardly ever wrong.
+# With fewer classes, five guesses are hardly ever wrong.
 LEAST_FOR_TOP5 = 6
-# More classes would make each line longer than anybody reads; `robust-dist evaluate` tells them all.
+# More classes would make lines too long to read; `robust-dist evaluate` lists them all.
 MOST_LISTED = 1000
-# Figures of an epoch that measure the machine and the moment, and so differ between two equal runs.
+# Figures of an epoch that depend on the machine and the moment, and so differ between equal runs.
 MEASURED = frozenset(
     {
         "images_per_second",
@@ -24,6 +24,63 @@ MEASURED = frozenset(
         "mfu",
     }
 )
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """The end of a run that no longer improves.
+
+    Attributes:
+        patience: Stop after so many epochs in a row without an improvement; null trains all epochs.
+        metric: The key of metrics.jsonl that must improve: an accuracy upwards, a loss downwards.
+        min_delta: By how much the metric must improve on its best value (accuracies are shares: 0.001 is 0.1 %).
+    """
+
+    patience: int | None = None
+    metric: Literal["eval_accuracy", "eval_top5_accuracy", "eval_mean_class_accuracy", "eval_loss", "train_loss"] = (
+        "eval_accuracy"
+    )
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience is not None:
+            require_number("early_stopping.patience", self.patience, 1)
+        require_number("early_stopping.min_delta", self.min_delta, 0)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether lower is better."""
+        return self.metric.endswith("loss")
+
+
+def early_stop(rows: list[dict[str, Any]], config: EarlyStoppingConfig) -> str | None:
+    """The reason to train no further after the last of the rows (oldest first), or None.
+
+    A value that is missing or no number is no improvement.
+    """
+    best: float | None = None
+    best_epoch, waited = 0, 0
+    for row in rows:
+        value = row.get(config.metric)
+        if value is not None and _improves(value, best, config):
+            best, best_epoch, waited = value, row["epoch"], 0
+        else:
+            waited += 1
+    if config.patience is None or waited < config.patience:
+        return None
+    by = f" by more than {config.min_delta:g}" if config.min_delta else ""
+    shown = "" if best is None else f"; its best value, {_text(best, config)}, is that of epoch {best_epoch}"
+    return f"stopped early: {config.metric} has not improved{by} for {waited} epoch{'s' * (waited != 1)}{shown}"
+
+
+def _improves(value: float, best: float | None, config: EarlyStoppingConfig) -> bool:
+    if best is None:
+        return not math.isnan(value)
+    return value < best - config.min_delta if config.is_loss else value > best + config.min_delta
+
+
+def _text(value: float, config: EarlyStoppingConfig) -> str:
+    return f"{value:.4g}" if config.is_loss else f"{value:.2%}"
 
 
 @dataclass
@@ -66,12 +123,9 @@ def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
 
 
 def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows, Rows, list[str]]:
-    """The rows of a run that stands at an optimizer step.
+    """The rows of a run at an optimizer step.
 
-    Args:
-        rows: Those of the file.
-        step: Steps done.
-        steps_per_epoch: Steps of an epoch, with which missing and odd rows are told; None tells neither.
+    Without `steps_per_epoch`, missing and odd rows are not looked for.
 
     Returns:
         The rows to keep, one an epoch, oldest first; those to take out; and a line for each thing that is odd.
@@ -104,19 +158,19 @@ def _is_end(row: dict[str, Any], steps_per_epoch: int) -> bool:
     return rest == 0 and epoch >= 1 and row.get("epoch", epoch) == epoch
 
 
-def last_row(rows: Rows, epochs: int, stops: EarlyStoppingConfig = _NEVER) -> dict[str, Any] | None:
-    """The row of the last epoch of a run, if it is there, with an accuracy.
-
-    Args:
-        rows: Of the run, oldest first.
-        epochs: How many it trains for.
-        stops: When it ends before.
-    """
+def last_row(rows: Rows, epochs: int, stops: EarlyStoppingConfig | None = None) -> dict[str, Any] | None:
+    """The row of a run's last epoch, or of the one at which it stops early, if it is there with an accuracy."""
     found = rows[-1] if rows else {}
-    ends = found.get("epoch") == epochs or early_stop(rows, stops) is not None
+    ends = found.get("epoch") == epochs or (stops is not None and early_stop(rows, stops) is not None)
     return found if ends and found.get("eval_accuracy") is not None else None
 
 
 def without_measured(row: dict[str, Any]) -> dict[str, Any]:
-    """An epoch's object without its measured figures: what two equal runs must agree on to the bit."""
+    """An epoch's object without its measured figures: two equal runs agree on it to the bit."""
     return {key: value for key, value in row.items() if key not in MEASURED}
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the highest eval_accuracy, the newest of several; None where no row has one."""
+    there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
+    return max(reversed(there), key=lambda row: row["eval_accuracy"], default=None)

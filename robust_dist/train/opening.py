@@ -1,24 +1,68 @@
-"""The first lines of a run: the data it found, the work it will do, and warnings."""
+"""The first lines of a run: the data it found, the work it will do, the backends it takes, and warnings."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from robust_dist.checkpoint.space import text_of
-from robust_dist.data.image_set import HostSet, ImageSet, free_bytes
-from robust_dist.data.names import printable
-from robust_dist.data.placement import SHARE
+from robust_dist.augment import RobustAugment
+from robust_dist.data.image_set import SHARE, HostSet, ImageSet, free_bytes
 from robust_dist.data.sets import LabelledSet
-from robust_dist.engines.launch import cores_here
-from robust_dist.train.backends import Backends
+from robust_dist.data.source import printable
+from robust_dist.engines.accelerate import cores_here
+from robust_dist.measure.memory import text_of
+from robust_dist.optim import RAdaBeliefW
+from robust_dist.ranks.talk import agree
+from robust_dist.schedule import base_optimizer
 from robust_dist.train.data_record import left_out
 from robust_dist.train.optimizers import chosen, second_beta
 from robust_dist.train.recipe import Recipe
 
+_NAMES = {"fused_triton": "fused (Triton)", "fused_cpu": "fused (C)", "single": "single-tensor"}
 NAMED = 10
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The backends of a run, by the names that its first line and `environment.json` give them.
+
+    Attributes:
+        optimizer: Of RAdaBeliefW: "fused (Triton)", "fused (C)", "foreach" or "single-tensor"; None for another
+            optimizer, and under an engine that fills the param groups for a step alone.
+        augmentation: "triton", "native", "torch" or "torch.compile".
+    """
+
+    optimizer: str | None
+    augmentation: str
+
+
+def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augment: RobustAugment) -> Backends:
+    """The backends that this run takes; `optimizer` is what the engine made of it.
+
+    Raises:
+        ValueError: On every rank, where ranks would take different ones: backends round differently, so that whole
+            weights, which each rank steps for itself, would drift apart.
+    """
+    compiled = recipe.augment.compile
+    found = Backends(
+        optimizer_backend(optimizer), "torch.compile" if compiled else augment.backend_for(accelerator.device)
+    )
+    agree(
+        asdict(found),
+        "the ranks would take different backends, which round differently; make every rank able to take the same (see "
+        "robust-dist doctor on each host), or set optimizer.options.fused=false for all",
+    )
+    return found
+
+
+def optimizer_backend(optimizer: Any) -> str | None:
+    """The backend that steps RAdaBeliefW; see `Backends.optimizer`."""
+    inner = base_optimizer(optimizer)
+    name = inner.backend_in_use() if isinstance(inner, RAdaBeliefW) else None
+    return None if name is None else _NAMES.get(name, name)
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
@@ -65,11 +109,7 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: B
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
     """Likely mistakes where nothing is wrong, a line each.
 
-    Args:
-        recipe: All settings.
-        sets: Training and evaluation images.
-        total_steps: Optimizer steps of the run.
-        ranks_here: Ranks on this host that share its processor; 0 where they have GPUs.
+    `ranks_here` are the ranks that share this host's processor, 0 where they have GPUs.
     """
     train = sets[0]
     classes, cores = len(train.classes), cores_here()
@@ -77,7 +117,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
     if classes == 1:
         found.append(f"there is one class, {train.classes[0]!r}: whatever the model answers is right ({train.name})")
     elif classes >= len(train):
-        found.append(f"{len(train):,} training images are of {classes:,} classes: is one image a class right?")
+        found.append(f"{len(train):,} training images are of {classes:,} classes: is one image per class right?")
     if recipe.early_stopping.patience is not None:
         found += _early_stopping_doubts(recipe)
     needed = _steps_needed(recipe, total_steps)
@@ -94,7 +134,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
 
 
 def _early_stopping_doubts(recipe: Recipe) -> list[str]:
-    """What is laid out for the full length, and so is missing from a run that ends before."""
+    """What is planned for the full length, and so is missing from a run that ends before."""
     schedule = recipe.schedule
     planned = [] if schedule.name == "constant" else [f"the learning rate's decay (schedule.name={schedule.name})"]
     if recipe.optimizer.weight_decay and schedule.weight_decay_off_at < 1:
@@ -103,8 +143,8 @@ def _early_stopping_doubts(recipe: Recipe) -> list[str]:
         return []
     return [
         f"early_stopping.patience={recipe.early_stopping.patience}: {' and '.join(planned)} "
-        f"belong{'s' * (len(planned) == 1)} to all {_count(recipe.epochs, 'epoch')}, and a run that stops early ends "
-        "without; fewer epochs cost as little and have the whole schedule"
+        f"{'is' if len(planned) == 1 else 'are'} planned over all {_count(recipe.epochs, 'epoch')}, so a run that "
+        "stops early does not get to the end of it; a run of fewer epochs costs as little and completes its schedule"
     ]
 
 
@@ -133,10 +173,7 @@ def _left_out(dataset: LabelledSet) -> str:
 
 
 def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
-    """The notes of each set in `environment.json`; sets that are read while training have none.
-
-    Args:
-        sets: Of the run.
+    """The notes of each set in memory in `environment.json`.
 
     Returns:
         For each: its name, images, bytes, where it lies, and how many of its bytes lie on the training device.
@@ -165,12 +202,7 @@ def decoder_note(train: LabelledSet) -> dict[str, str]:
 
 
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
-    """Lines for the user, one per memory.
-
-    Args:
-        sets: Of the run.
-        keep_on: The recipe's `data.keep_on`.
-    """
+    """A line for each memory in which sets lie; `keep_on` is the recipe's."""
     placed = [dataset for dataset in sets if isinstance(dataset, ImageSet)]
     streamed = [dataset for dataset in sets if isinstance(dataset, HostSet)]
     lines = []

@@ -8,7 +8,9 @@
 | adamw, radam, adabelief | the paper's eq. 10, 14 and 15, 16, eps inside the root | decoupled |
 | nadamw | torch.optim.NAdam | decoupled |
 | schedulefree_adamw | schedulefree.AdamWScheduleFree (Defazio et al. 2024), with schedule.name: constant | decoupled |
+| schedulefree_radam | schedulefree.RAdamScheduleFree, without warm-up, with schedule.name: constant | decoupled |
 | prodigy | prodigyopt.Prodigy (Mishchenko and Defazio 2023); lr multiplies its own estimate, 1 is usual | decoupled |
+| mechanic | Mechanic (Cutkosky, Defazio and Mehta 2023), which learns the scale of RAdaBeliefW's moves | decoupled |
 
 An installed package adds one by an entry point of the group "robust_dist.optimizers" whose value is an
 `OptimizerChoice`; its name is then taken wherever a recipe or a study names an optimizer. `module:Name` names your own:
@@ -16,8 +18,7 @@ a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoi
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,15 +30,17 @@ from robust_dist import own_code
 from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.train.baselines import NAG, PaperAdam
-from robust_dist.train.keys import COSTLY, NAMES_CODE
-from robust_dist.train.settings import require, require_number
+from robust_dist.train.baselines import NAG, Mechanic, PaperAdam
+from robust_dist.train.keys import COSTLY, NAMES_CODE, require, require_number
 
 if TYPE_CHECKING:
     from robust_dist.train.recipe import Recipe
 
 GROUP = "robust_dist.optimizers"
 _KEY = "optimizer.name"
+# What the groups hold under lr: auto, where any rate above 0 does.
+ANY_RATE = 0.01
+AUTO_DECAY = 3.0
 
 
 @dataclass
@@ -45,17 +48,21 @@ class OptimizerConfig:
     """The optimizer's settings (PAPER: betas, eps and weight decay are RAdaBeliefW's defaults).
 
     Attributes:
-        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's),
-            schedulefree_adamw and prodigy (of the extra "study"); one that an installed package adds; or your own, as
-            MODULE:NAME. robust_dist/train/optimizers.py says what each is.
-        lr: Learning rate before the schedule.
+        name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's); mechanic;
+            schedulefree_adamw, schedulefree_radam and prodigy (of the extra "study"); one that an installed package
+            adds; or your own, as MODULE:NAME. robust_dist/train/optimizers.py says what each is.
+        lr: Learning rate before the schedule. auto, of RAdaBeliefW: the run measures its rate from its loss and its
+            gradients, and averages its weights; with schedule.name: constant. (Numbers go with both, too: options:
+            {averaging: schedule_free, rate_guard: 2} trusts lr within a factor of 2.)
         head_lr_mult: Factor of the head's learning rate, which is then a param group of its own; the head is the layer
             that gives the classes.
         betas: Decay rates of the two moments; nag has only the first, as its momentum.
-        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps).
+        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps). Null with
+            lr: auto is auto, too.
         beta2_steps: What auto divides by the run's optimizer steps.
         eps: Added to the variance every step, and under the root.
-        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none.
+        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none. auto, of
+            RAdaBeliefW: a share of 3/total_steps a step, not multiplied by the learning rate.
         no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
         clip_norm: Largest norm of the whole gradient; none clips nothing.
         options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). With
@@ -64,13 +71,13 @@ class OptimizerConfig:
     """
 
     name: str = field(default="RAdaBeliefW", metadata=COSTLY | NAMES_CODE)
-    lr: float = 0.01
+    lr: float | Literal["auto"] = 0.01
     head_lr_mult: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     beta2: float | Literal["auto"] | None = None
     beta2_steps: float = 7.5
     eps: float = 1e-8
-    weight_decay: float = 0.01
+    weight_decay: float | Literal["auto"] = 0.01
     no_decay: list[str] = field(default_factory=list)
     clip_norm: float | None = field(default=None, metadata=COSTLY)
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,14 +87,19 @@ class OptimizerConfig:
             own_code.check_form(_KEY, self.name)
         else:
             wanted = (
-                f"one of {', '.join(_OWN)}, a name of the entry points {GROUP!r} of an installed package, or your own "
-                "as MODULE:NAME"
+                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or "
+                "your own as MODULE:NAME"
             )
             require(choice_of(self.name) is not None, _KEY, self.name, wanted)
-        require_number("optimizer.lr", self.lr, 0)
+        if self.lr != "auto":
+            require_number("optimizer.lr", self.lr, 0)
         require_number("optimizer.head_lr_mult", self.head_lr_mult, 0)
         require_number("optimizer.eps", self.eps, 0)
-        require_number("optimizer.weight_decay", self.weight_decay, 0)
+        if self.weight_decay != "auto":
+            require_number("optimizer.weight_decay", self.weight_decay, 0)
+        for name in ("lr", "weight_decay"):
+            of_ours = getattr(self, name) != "auto" or self.name == "RAdaBeliefW"
+            require(of_ours, f"optimizer.{name}", "auto", f"a number with optimizer.name={self.name!r}")
         for beta in self.betas:
             require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
         if isinstance(self.beta2, (int, float)):
@@ -95,6 +107,29 @@ class OptimizerConfig:
         require(0 < self.beta2_steps < math.inf, "optimizer.beta2_steps", self.beta2_steps, "a finite number above 0")
         if self.clip_norm is not None:
             require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0, or null")
+
+
+def averages_weights(section: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of a recipe's section, as a mapping, evaluates an average of what it trains."""
+    name = section.get("name", "")
+    choice = choice_of(name) if name else None
+    asked = section.get("lr") == "auto" or (section.get("options") or {}).get("averaging") is not None
+    return choice is not None and (choice.averages_weights or (name == "RAdaBeliefW" and asked))
+
+
+def decay_of(config: OptimizerConfig, total_steps: int) -> float:
+    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step."""
+    return AUTO_DECAY / total_steps if config.weight_decay == "auto" else config.weight_decay
+
+
+def _radabeliefw_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
+    given = adam_arguments(config, betas)
+    if config.lr == "auto":
+        given |= {"lr": ANY_RATE, "averaging": "schedule_free", "rate_guard": 1.0}
+    if config.weight_decay == "auto":
+        del given["weight_decay"]  # each group has its own
+        given["decay_by_rate"] = False
+    return given
 
 
 def adam_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
@@ -128,21 +163,19 @@ class OptimizerChoice:
 
 
 def choice_of(name: str) -> OptimizerChoice | None:
-    """The optimizer of a name: of this package, of another one's entry points, or your own; None where there is none.
-
-    Raises:
-        OwnCodeError: A `module:Name` that cannot be imported, or is no optimizer.
-    """
-    return own_choice(name) if own_code.is_name(name) else _known(name)
+    """The optimizer of a name: ours, an entry point's, or the user's own, which is imported; None if there is none."""
+    if own_code.is_name(name):
+        return own_choice(name)
+    return OPTIMIZERS.get(name) or _added(name)
 
 
 @cache
-def _known(name: str) -> OptimizerChoice | None:
-    return _OWN.get(name) or added(GROUP, name, OptimizerChoice)
+def _added(name: str) -> OptimizerChoice | None:
+    return added(GROUP, name, OptimizerChoice)
 
 
 def own_choice(name: str) -> OptimizerChoice:
-    """The optimizer that is named as `module:Name`.
+    """The optimizer named as `module:Name`.
 
     A class or function is called with the param groups (each with its weight decay), with those of lr, betas, eps and
     weight_decay that it has as parameters, and with `optimizer.options`.
@@ -178,18 +211,6 @@ def _make_own(name: str, made: Callable[..., Any], groups: list[dict[str, Any]],
     return optimizer
 
 
-@contextmanager
-def named(name: str, choice: OptimizerChoice) -> Iterator[None]:
-    """Let recipes name an optimizer, within a `with` block."""
-    _OWN[name] = choice
-    _known.cache_clear()
-    try:
-        yield
-    finally:
-        del _OWN[name]
-        _known.cache_clear()
-
-
 def chosen(config: OptimizerConfig) -> OptimizerChoice:
     """The optimizer that a section names."""
     choice = choice_of(config.name)
@@ -206,8 +227,9 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
     Raises:
         ValueError: "auto", in a run of no more than beta2_steps steps.
     """
-    if config.beta2 != "auto":
-        return config.betas[1] if config.beta2 is None else config.beta2
+    beta2 = config.beta2 or ("auto" if config.lr == "auto" and config.beta2 is None else config.betas[1])
+    if beta2 != "auto":
+        return beta2
     if total_steps <= config.beta2_steps:
         raise ValueError(
             f"optimizer.beta2='auto' needs more than optimizer.beta2_steps={config.beta2_steps:g} steps, and this run "
@@ -217,12 +239,7 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
-    """The optimizer over param groups.
-
-    Args:
-        config: The recipe's settings of it.
-        groups: Param groups, each with its weight decay.
-        total_steps: Optimizer steps of the whole run.
+    """The optimizer over param groups that have their weight decay, for a run of `total_steps`.
 
     Raises:
         ValueError: Its package is missing, it does not take an option, or a setting is out of its range.
@@ -238,11 +255,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
 
 
 def check_fits(recipe: "Recipe") -> None:
-    """Refuse a recipe whose optimizer cannot go with its other settings.
-
-    Raises:
-        ValueError: Names the setting and what would be right.
-    """
+    """Refuse a recipe whose optimizer cannot go with its other settings; the ValueError says what would be right."""
     problem = chosen(recipe.optimizer).problem(recipe)
     if problem is not None:
         raise ValueError(problem)
@@ -253,24 +266,42 @@ def _of_adam(recipe: "Recipe") -> str | None:
     return f"optimizer.weight_decay={decay} with name='adam', which has none: set 0, or adamw" if decay else None
 
 
-def _of_prodigy(recipe: "Recipe") -> str | None:
-    factor = recipe.optimizer.head_lr_mult
+def _of_radabeliefw(recipe: "Recipe") -> str | None:
+    config, schedule = recipe.optimizer, recipe.schedule
+    if not averages_weights({"name": config.name, "lr": config.lr, "options": config.options}):
+        return None
+    what = "lr='auto'" if config.lr == "auto" else f"options.averaging={config.options['averaging']!r}"
+    if schedule.name != "constant":
+        return (
+            f"schedule.name={schedule.name!r} with optimizer.{what}, which averages weights: set schedule.name=constant"
+        )
+    if recipe.ema_decay is not None:
+        return f"ema_decay={recipe.ema_decay} with optimizer.{what}, which averages weights by itself: set null"
+    if config.lr == "auto" and schedule.warmup_steps:
+        return f"schedule.warmup_steps={schedule.warmup_steps} with optimizer.lr='auto', which takes no rate: set 0"
+    if config.lr == "auto" and config.head_lr_mult != 1:
+        return f"optimizer.head_lr_mult={config.head_lr_mult} with optimizer.lr='auto', which takes no rate: set 1"
+    return None
+
+
+def _of_one_rate(recipe: "Recipe") -> str | None:
+    factor, name = recipe.optimizer.head_lr_mult, recipe.optimizer.name
     wanted = "which has one learning rate for all groups: set 1"
-    return None if factor == 1 else f"optimizer.head_lr_mult={factor} with name='prodigy', {wanted}"
+    return None if factor == 1 else f"optimizer.head_lr_mult={factor} with name={name!r}, {wanted}"
 
 
 def _of_schedule_free(recipe: "Recipe") -> str | None:
     if recipe.schedule.name != "constant":
         wanted = "schedule-free: set schedule.name=constant (warm-up is allowed)"
-        return f"schedule.name={recipe.schedule.name!r} with name='schedulefree_adamw', which is {wanted}"
+        return f"schedule.name={recipe.schedule.name!r} with name={recipe.optimizer.name!r}, which is {wanted}"
     if recipe.ema_decay is not None:
-        return f"ema_decay={recipe.ema_decay} with schedulefree_adamw, which averages by itself: set null"
+        return f"ema_decay={recipe.ema_decay} with {recipe.optimizer.name}, which averages by itself: set null"
     return None
 
 
-def _schedule_free(groups: Any, **arguments: Any) -> Optimizer:
-    package = require_package("schedulefree", extra="study", purpose="optimizer.name='schedulefree_adamw'")
-    optimizer: Optimizer = package.AdamWScheduleFree(groups, **arguments)
+def _schedule_free(kind: str, groups: Any, **arguments: Any) -> Optimizer:
+    package = require_package("schedulefree", extra="study", purpose=f"schedulefree.{kind}")
+    optimizer: Optimizer = getattr(package, kind)(groups, **arguments)
     return optimizer
 
 
@@ -280,16 +311,25 @@ def _prodigy(groups: Any, **arguments: Any) -> Optimizer:
     return optimizer
 
 
-_OWN = {
-    "RAdaBeliefW": OptimizerChoice(make=RAdaBeliefW, is_rectified=True),
+OPTIMIZERS = {
+    "RAdaBeliefW": OptimizerChoice(
+        make=RAdaBeliefW, arguments=_radabeliefw_arguments, is_rectified=True, problem=_of_radabeliefw
+    ),
     "nag": OptimizerChoice(make=NAG, arguments=_momentum_arguments),
     "adam": OptimizerChoice(make=PaperAdam, problem=_of_adam),
     "adamw": OptimizerChoice(make=PaperAdam),
     "radam": OptimizerChoice(make=partial(PaperAdam, rectify=True), is_rectified=True),
     "adabelief": OptimizerChoice(make=partial(PaperAdam, belief=True)),
     "nadamw": OptimizerChoice(make=partial(torch.optim.NAdam, decoupled_weight_decay=True)),
-    "schedulefree_adamw": OptimizerChoice(
-        make=_schedule_free, needs_whole_parameters=True, averages_weights=True, problem=_of_schedule_free
-    ),
-    "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True, problem=_of_prodigy),
+    **{
+        name: OptimizerChoice(
+            make=partial(_schedule_free, kind),
+            needs_whole_parameters=True,
+            averages_weights=True,
+            problem=_of_schedule_free,
+        )
+        for name, kind in (("schedulefree_adamw", "AdamWScheduleFree"), ("schedulefree_radam", "RAdamScheduleFree"))
+    },
+    "mechanic": OptimizerChoice(make=Mechanic, needs_whole_parameters=True, is_rectified=True, problem=_of_one_rate),
+    "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True, problem=_of_one_rate),
 }

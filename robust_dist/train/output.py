@@ -9,27 +9,23 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from robust_dist.private import hidden_text, hidden_words
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 
 LOG = "log.txt"
-# Of what is printed before the run's folder is there; an error before that belongs to no run.
+# Of the output before the run's folder exists; an error before that belongs to no run.
 _MOST_LINES = 10_000
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class LastingOutput:
-    """While it is entered, the first rank's stdout and stderr are kept in RUN/log.txt, too, without secrets.
+    """While it is entered, the first rank's stdout and stderr are also kept in RUN/log.txt, without secrets.
 
-    The file begins once the run has its folder, with what was printed until then, and each start adds to it. A write to
-    stdout or stderr that fails ends that stream's output and nothing else; the first one that fails is noted in a line
-    of the file, by any rank. Where the file takes no more, the console says so once.
-
-    Args:
-        rank: Who this process is, and where its run's folder is once that is claimed.
+    The file begins once the run has its folder, with what was printed until then; each start adds to it. A write to
+    stdout or stderr that fails ends that stream's output and nothing else; the first failure is noted in the file, by
+    any rank. Where the file takes no more, the console says so once.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -43,14 +39,12 @@ class LastingOutput:
         _occupy_descriptors()
         for name in ("stdout", "stderr"):
             stream = self._streams[name] = getattr(sys, name)
-            # A process that was started with the descriptor closed has none.
+            # None where the process was started with the descriptor closed.
             shown = stream if stream is not None else open(os.devnull, "w")
             setattr(sys, name, _Stream(shown, name, self, self._log))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name, stream in self._streams.items():
             # What is still buffered would otherwise fail at the interpreter's end, with an exit status of its own.
             getattr(sys, name).flush()
@@ -87,14 +81,14 @@ class _Log:
         self._waiting: list[str] | None = [f"--- {now} {shlex.join(hidden_words(sys.argv))}\n"]
         self._file: Any = None
         self._begun: dict[str, str] = {}
-        # A bar is drawn by a thread of its own, too; a warning of ours is printed while a line is taken.
+        # Bars are drawn by a thread too, and a warning of ours may be printed while a line is added.
         self._lock = threading.RLock()
 
     def open(self, path: Path) -> None:
         """Begin to write, with what was kept."""
         waiting, self._waiting = self._waiting or [], None
         try:
-            # A process that is killed has left each line in the file.
+            # Line-buffered: a process that is killed leaves each line in the file.
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             self._end(path, error)
@@ -102,7 +96,7 @@ class _Log:
             self._put(line)
 
     def add(self, name: str, text: str) -> None:
-        """Take what the stream of that name printed; of a line that was overwritten, as a bar's, its last state."""
+        """Take what a stream printed; of a line that was overwritten, as a bar's, its last state."""
         with self._lock:
             *lines, self._begun[name] = (self._begun.get(name, "") + text).split("\n")
             self._begun[name] = self._begun[name].rpartition("\r")[2]

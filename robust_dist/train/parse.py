@@ -1,27 +1,42 @@
 """From YAML files and a command line to a recipe. A recipe is data: reading it imports and calls nothing."""
 
-from collections.abc import Mapping
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from robust_dist.config_files import config_names, find_config
-from robust_dist.documents import DocumentError, typed
-from robust_dist.private import HIDDEN, without_hidden
-from robust_dist.train.keys import keys_of
-from robust_dist.yaml_file import Document, Place, parse_yaml, read_yaml, scalar
+from robust_dist.documents import (
+    Document,
+    DocumentError,
+    Place,
+    config_names,
+    dump_yaml,
+    find_config,
+    parse_yaml,
+    read_yaml,
+    scalar,
+    typed,
+)
+from robust_dist.own_code import allow
+from robust_dist.private import HIDDEN, hidden, without_hidden
+from robust_dist.train.keys import default_of, keys_of, recipe_dict
 
 _CODE = ("class_path", "init_args")
 _NULLS = ("", "~", "null", "Null", "NULL")
+_NAMES_A_RECIPE = ("--config", "--model.name", "--data.name")
+_USAGE = (
+    "robust-dist train [--accelerate FILE] --config RECIPE [--run_dir DIR] [--optimizer.lr 0.05 ...]   "
+    "(--help lists every key)"
+)
 
 
 class Settings:
-    """The settings of a recipe by files, command-line words and studies; later ones replace earlier ones.
-
-    Args:
-        kind: The recipe's class.
-    """
+    """The settings of a recipe of class `kind`, from files, words and studies; later ones replace earlier ones."""
 
     def __init__(self, kind: type) -> None:
         self.kind, self.keys = kind, keys_of(kind)
@@ -30,10 +45,10 @@ class Settings:
         self.problems: list[str] = []
 
     def read(self, path: str | Path) -> None:
-        """Take a YAML file, or one of the package's recipes by its name.
+        """Take a YAML file, or one of the package's recipes by name.
 
         Raises:
-            DocumentError: It is missing, no YAML, or has a key twice.
+            DocumentError: It is missing, not YAML, or has a key twice.
         """
         try:
             document = read_yaml(find_config("recipes", path), doubts=True)
@@ -47,15 +62,7 @@ class Settings:
     def take(
         self, document: Document, data: Any, place: Place, prefix: str, seen: dict[str, str] | None = None
     ) -> None:
-        """Take a mapping of a document; an empty one sets nothing.
-
-        Args:
-            document: Where it is from.
-            data: The mapping.
-            place: Its place there.
-            prefix: The section that it is, with a dot behind.
-            seen: Where the document has the keys that it has set so far.
-        """
+        """Take a mapping at a place of a document; `prefix` is its section, `seen` where earlier keys are."""
         if data is None:
             return
         if not isinstance(data, Mapping):
@@ -67,7 +74,7 @@ class Settings:
             where = document.where(below)
             if name in seen:
                 raise DocumentError(
-                    f"{where}: the key {name!r} stands twice, the first time in {seen[name]}; leave one"
+                    f"{where}: the key {name!r} is given twice, the first time in {seen[name]}; keep one"
                 )
             seen[name] = where
             if name in self.keys.sections:
@@ -115,8 +122,8 @@ class Settings:
         """The recipe.
 
         Raises:
-            SettingsError: Unknown keys, empty ones, values of a wrong type.
-            ValueError: Options that name code, values out of range.
+            SettingsError: Unknown or empty keys, or wrong types, with values out of range if there are any.
+            ValueError: Only values out of range; or options that name code.
         """
         found: dict[str, Any] = {}
         for name, value in self._given.items():
@@ -134,9 +141,15 @@ class Settings:
             except DocumentError as error:
                 said = str(error)
                 self.problems.append(said if where in (name, f"--{name}") else f"{where}: {said}")
+        try:
+            built = _build(self.kind, found)
+        except ValueError as error:
+            if not self.problems:
+                raise
+            self.problems.append(str(error))
         if self.problems:
             raise SettingsError("\n  ".join(self.problems))
-        return _build(self.kind, found)
+        return built
 
     def _checked(self, name: str, value: Any) -> Any:
         hint = self.keys.values[name]
@@ -168,12 +181,7 @@ def _with(before: Any, path: list[str], value: Any) -> dict[str, Any]:
 
 
 def check_plain(value: Any, key: str, where: str) -> None:
-    """Refuse options that are more than plain values.
-
-    Raises:
-        DocumentError: A mapping has `class_path` or `init_args`, by which libraries are told to import and call what a
-            file names; or a value is of no plain type.
-    """
+    """Refuse options that are no plain values, and `class_path`, by which libraries import what a file names."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name in _CODE:
@@ -208,7 +216,7 @@ def _is_list(raw: str, hint: Any) -> bool:
 
 
 def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
-    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number where not."""
+    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number elsewhere."""
     if isinstance(value, list):
         inner = next((get_args(member) for member in _kinds(hint) if get_origin(member) in (list, tuple)), ())
         hints = [inner[min(index, len(inner) - 1)] if inner else Any for index in range(len(value))]
@@ -258,3 +266,101 @@ def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
     if refused:
         raise ValueError("\n  ".join(refused))
     return built
+
+
+def parse(kind: type, words: Sequence[str] | None) -> Any:
+    """A recipe of class `kind` from a command line (`sys.argv`'s where None); later words replace earlier ones.
+
+    Raises:
+        SystemExit: Unknown keys or wrong types, which stderr names; or `--help`, `--print_config`.
+        ValueError: A file that is no recipe, options that name code, or values out of range.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    parser = _parser(kind, words)
+    settings, (found, stray) = Settings(kind), parser.parse_known_args(words)
+    settings.problems += [f"the word {word!r} belongs to no setting" for word in stray]
+    for name, raw in getattr(found, "given", []):
+        if name == "config":
+            settings.read(raw)
+        elif name == "import":
+            allow([raw])
+        else:
+            settings.word(name, raw)
+    try:
+        recipe = settings.recipe()
+    except SettingsError as error:
+        parser.error(str(error))
+    if getattr(found, "print_config", False):
+        print(dump_yaml(hidden(recipe_dict(recipe))), end="")
+        parser.exit()
+    return recipe
+
+
+def check_recipe_is_named(words: Sequence[str]) -> None:
+    """Refuse a command line without `--config`, `--model.name` or `--data.name`; the ValueError lists the recipes."""
+    if any(word.partition("=")[0] in _NAMES_A_RECIPE for word in words):
+        return
+    known = ", ".join(config_names("recipes"))
+    raise ValueError(f"no recipe is given: name one with --config, a file or one of the package's: {known}")
+
+
+class _Collect(argparse.Action):
+    """Keeps the order of files and keys."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.given = [*getattr(namespace, "given", []), (self.dest, values)]
+
+
+def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage=_USAGE, description=_first_paragraph(kind), allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    options: dict[str, Any] = {"action": _Collect}
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="a YAML file, or a recipe of the package by name",
+        **options,
+    )
+    parser.add_argument(
+        "--import",
+        metavar="MODULE",
+        help="take names (MODULE:NAME) of this installed module, too; without it only your own files' names are taken",
+        **options,
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe, and stop")
+    keys = keys_of(kind)
+    _add_options(parser, kind, "", options)
+    for name, section in keys.sections.items():
+        group = parser.add_argument_group(name, _first_paragraph(section))
+        group.add_argument(f"--{name}", metavar="{KEY: VALUE, ...}", help=argparse.SUPPRESS, **options)
+        _add_options(group, section, f"{name}.", options)
+    known = {"--", "--help", "--config", "--import", "--print_config"}
+    known |= {f"--{name}" for part in (keys.sections, keys.mappings, keys.values) for name in part}
+    # Names below a mapping, and unknown ones, which `Settings` refuses with all else that is wrong.
+    for word in sorted({word.partition("=")[0] for word in words if word.startswith("--")} - known):
+        nargs = None if keys.is_known(word[2:]) else "?"
+        parser.add_argument(word, dest=word[2:], nargs=nargs, help=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _add_options(group: Any, kind: type, prefix: str, options: dict[str, Any]) -> None:
+    said, hints = _attributes(kind), get_type_hints(kind)
+    for of in fields(kind):
+        if not is_dataclass(hints[of.name]):
+            text = f"{said.get(of.name, '')} (default: {default_of(of)})".replace("%", "%%")
+            group.add_argument(f"--{prefix}{of.name}", metavar="VALUE", help=text, **options)
+
+
+def _first_paragraph(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("%", "%%")
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The attributes' texts in the docstrings of a class and its bases."""
+    said: dict[str, str] = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+        found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE)
+        said |= {name: " ".join(text.split()) for name, text in found}
+    return said

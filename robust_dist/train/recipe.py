@@ -7,19 +7,36 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
+import torch
+from torch import nn
+
 from robust_dist.own_code import check_form, is_name
 from robust_dist.private import HIDDEN, hidden
 from robust_dist.schedule.curve import DECAYS
 from robust_dist.train.augment_config import AugmentConfig
-from robust_dist.train.command_line import parse
 from robust_dist.train.data_config import DataConfig
-from robust_dist.train.early_stopping import EarlyStoppingConfig
-from robust_dist.train.keys import COSTLY, FREE, NAMES_CODE, flatten, keys_of, recipe_dict, values_of
-from robust_dist.train.model_config import ModelConfig
+from robust_dist.train.keys import (
+    COSTLY,
+    FREE,
+    NAMES_CODE,
+    flatten,
+    keys_of,
+    recipe_dict,
+    require,
+    require_number,
+    values_of,
+)
+from robust_dist.train.metrics import EarlyStoppingConfig
 from robust_dist.train.optimizers import OptimizerConfig
-from robust_dist.train.settings import require as _require
-from robust_dist.train.settings import require_number as _require_number
+from robust_dist.train.parse import parse
 
+# Arguments of a model's constructor that the run itself gives.
+_GIVEN = {
+    **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
+    **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
+    "name": "model.name says it",
+    "model_name": "model.name says it",
+}
 __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
@@ -37,9 +54,63 @@ __all__ = [
     "parse_recipe",
     "recipe_dict",
 ]
-
-# What the transports and the system count in milliseconds of 32 bits: 23 days.
+# 23 days: transports and system count milliseconds in 32 bits.
 _MOST_SECONDS = 2_000_000
+
+
+@dataclass
+class ModelConfig:
+    """The classifier.
+
+    Attributes:
+        name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME; or your own
+            class, or function of the number of classes, as MODULE:NAME.
+        options: Further keyword arguments of the model's constructor.
+        weights: What a new run begins with: DEFAULT or a name of torchvision's or timm's weights of this model; or a
+            path: a run's folder, an export, a checkpoint, a .safetensors or .pt file of a state dict. Where their
+            classes are others the head is a new one. null draws all weights by the seed.
+        channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
+        sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
+    """
+
+    name: str = field(default="resnet20", metadata=NAMES_CODE)
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if is_name(self.name):
+            check_form("model.name", self.name)
+        refused = [
+            f"model.options.{name}={value!r} cannot be set: {_GIVEN[name]}"
+            for name, value in self.options.items()
+            if name in _GIVEN
+        ]
+        if refused:
+            raise ValueError("; ".join(refused) + "; leave it out")
+
+    def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
+        """The model, with the same initial weights on every rank; `weights` are loaded later (`weights.begin`).
+
+        `contiguous` is for engines that take contiguous weights alone; then only images are channels_last.
+
+        Raises:
+            ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
+        """
+        from robust_dist.models import build_model
+        from robust_dist.models.weights import implied_options
+
+        options = implied_options(self.name, self.weights) | self.options
+        torch.manual_seed(seed)
+        model = build_model(self.name, num_classes, in_channels=channels, **options)
+        if self.sync_batchnorm:
+            if not torch.cuda.is_available():
+                raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.channels_last and not contiguous:
+            return model.to(memory_format=torch.channels_last)
+        return model
 
 
 @dataclass
@@ -65,12 +136,12 @@ class ScheduleConfig:
             check_form("schedule.name", self.name)
         else:
             wanted = f"one of {', '.join(DECAYS)}, or your own function as MODULE:NAME"
-            _require(self.name in DECAYS, "schedule.name", self.name, wanted)
-        _require_number("schedule.warmup_steps", self.warmup_steps, 0)
-        _require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
-        _require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
+            require(self.name in DECAYS, "schedule.name", self.name, wanted)
+        require_number("schedule.warmup_steps", self.warmup_steps, 0)
+        require_number("schedule.weight_decay_off_at", self.weight_decay_off_at, 0, 1)
+        require_number("schedule.min_lr_ratio", self.min_lr_ratio, 0, 1)
         if self.name != "cosine":
-            _require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
+            require(self.min_lr_ratio == 0, "schedule.min_lr_ratio", self.min_lr_ratio, f"0 with name={self.name!r}")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -113,11 +184,11 @@ class CheckpointConfig:
     staging: str | None = None
 
     def __post_init__(self) -> None:
-        _require_number("checkpoint.every_epochs", self.every_epochs, 1)
-        _require_number("checkpoint.keep", self.keep, 1)
-        _require_number("checkpoint.keep_best", self.keep_best, 0)
+        require_number("checkpoint.every_epochs", self.every_epochs, 1)
+        require_number("checkpoint.keep", self.keep, 1)
+        require_number("checkpoint.keep_best", self.keep_best, 0)
         if self.every_steps is not None:
-            _require_number("checkpoint.every_steps", self.every_steps, 1)
+            require_number("checkpoint.every_steps", self.every_steps, 1)
 
 
 @dataclass
@@ -139,17 +210,17 @@ class TrackingConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.project), "tracking.project", self.project, "a name")
+        require(bool(self.project), "tracking.project", self.project, "a name")
         place = PurePath(self.project)
         inside = ".." not in place.parts and not ("tensorboard" in self.trackers and place.is_absolute())
-        _require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
+        require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
         for name, given in self.options.items():
             wanted = "of one of tracking.trackers"
-            _require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
-            _require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
+            require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
+            require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
         if self.peak_tflops is not None:
             fits = 0 < self.peak_tflops < math.inf
-            _require(fits, "tracking.peak_tflops", self.peak_tflops, "a finite number above 0, or null")
+            require(fits, "tracking.peak_tflops", self.peak_tflops, "a finite number above 0, or null")
 
 
 @dataclass
@@ -215,51 +286,51 @@ class Recipe:
     def __post_init__(self) -> None:
         self.run_dir = os.path.expanduser(self.run_dir)
         wanted = "a folder, below a home that is there where it begins with ~"
-        _require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
-        _require_number("epochs", self.epochs, 1)
-        _require_number("batch_size", self.batch_size, 1)
-        _require_number("accumulation", self.accumulation, 1)
+        require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
+        require_number("epochs", self.epochs, 1)
+        require_number("batch_size", self.batch_size, 1)
+        require_number("accumulation", self.accumulation, 1)
         if self.micro_batch_size is not None:
-            _require_number("micro_batch_size", self.micro_batch_size, 1)
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+            require_number("micro_batch_size", self.micro_batch_size, 1)
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         if self.ema_decay is not None:
-            _require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
-        _require_number("seed", self.seed, 0, 2**63 - 1)
+            require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
+        require_number("seed", self.seed, 0, 2**63 - 1)
         if self.num_processes is not None:
-            _require_number("num_processes", self.num_processes, 1)
+            require_number("num_processes", self.num_processes, 1)
         self._check_start()
-        _require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
+        require_number("timeout_seconds", self.timeout_seconds, 1, _MOST_SECONDS)
         self._check_crop()
         if not isinstance(self.profile, bool):
             fits = self.profile[0] >= 1 and self.profile[1] >= 1
-            _require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
+            require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
 
     def _check_start(self) -> None:
         """Refuse weights to begin with from two places, and a checkpoint of none."""
         weights, source = self.model.weights, self.init_from
-        _require(source != "", "init_from", source, "a run's folder, or null")
+        require(source != "", "init_from", source, "a run's folder, or null")
         wanted = f"left out with model.weights={weights!r}, or that set to null"
-        _require(source is None or weights is None, "init_from", source, wanted)
+        require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
-        _require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
+        require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"
-        _require(
+        require(
             named, "init_checkpoint", self.init_checkpoint, "last, where neither init_from nor model.weights is set"
         )
 
     def _check_crop(self) -> None:
         """Refuse padding that leaves next to nothing of an image."""
-        # The size of data of the user's own is known when it is read.
+        # The size of the user's own data is known when they are read.
         if not self.augment.crop or is_name(self.data.name):
             return
         from robust_dist.data import DATASETS
 
-        # An unknown name is told where the set is opened.
+        # An unknown name is an error where the set is opened.
         named = DATASETS.get(self.data.name)
         side = named.size if named else self.data.size if self.data.source else None
         if side is not None:
             wanted = f"at most {2 * side}, twice the side of the images of data.name={self.data.name}"
-            _require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
+            require(self.augment.crop <= 2 * side, "augment.crop", self.augment.crop, wanted)
 
 
 def conflicts(
@@ -269,9 +340,8 @@ def conflicts(
 
     Args:
         ours: `recipe_dict` of the run that starts.
-        theirs: `recipe_dict` of the run that the folder holds; keys that an older version did not have
-            count as their defaults.
-        where: What holds it, for the lines.
+        theirs: `recipe_dict` of what `where` names; keys that an older version did not have count as their defaults.
+        where: For the lines.
         kind: The class of the recipe that starts.
     """
     defaults = flatten(recipe_dict(kind()))
@@ -289,19 +359,18 @@ def conflicts(
 
 
 def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
-    """A recipe from a command line: `--config FILE.yaml` and `--optimizer.lr 0.05`-like overrides.
+    """A recipe from a command line: `--config FILE.yaml`, and overrides such as `--optimizer.lr 0.05`.
 
-    A recipe is data: reading it imports and calls nothing. The run that it starts imports what it names as
-    `module:Name`, if that is the user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
+    Reading it imports and calls nothing. The run that it starts imports what it names as `module:Name`, if that is the
+    user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
 
     Args:
         args: Command-line words; `sys.argv` where None.
         kind: The recipe's class.
 
     Raises:
-        SystemExit: An unknown key, an empty one or a wrong type; the message names the key, and the file's line.
-        ValueError: A file that is no recipe (a key twice, no YAML, ...), options that name code to run, or a value out
-            of its range.
+        SystemExit: An unknown or empty key or a wrong type; the message names it, and the file's line.
+        ValueError: A file that is no recipe, options that name code to run, or a value out of its range.
     """
     return cast(Recipe, parse(kind, args))
 

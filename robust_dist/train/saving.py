@@ -4,26 +4,21 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from accelerate import Accelerator
-from torch import nn
-
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
-from robust_dist.checkpoint.background import Pending, Staging
-from robust_dist.checkpoint.space import (
+from robust_dist.checkpoint.background import (
     SHARED_MEMORY,
-    checkpoint_bytes,
+    Pending,
+    Staging,
     free_bytes,
     room_for_staging,
-    text_of,
     write_failure,
 )
-from robust_dist.engines.engine import engine_of
+from robust_dist.measure.memory import text_of
 from robust_dist.ranks.claim import host_id
 from robust_dist.ranks.talk import attempt, gather, on_rank_0, raise_together, rank, world_size
-from robust_dist.train.recipe import CheckpointConfig, Recipe
+from robust_dist.train.recipe import CheckpointConfig
 
 Write = Callable[[Path], None]
 
@@ -34,14 +29,14 @@ class Saver:
     Args:
         store: Where checkpoints lie; the first rank alone changes it.
         settings: The recipe's.
-        need: Bytes that this rank writes into a checkpoint, from above.
+        need: An upper bound of the bytes that this rank writes into a checkpoint.
         timeout: Seconds for which the first rank waits for another one that writes nothing.
 
     Attributes:
-        saved: The step of the last save, committed or on its way; -1 before the first.
+        saved: The step of the last save, complete or on its way; -1 before the first.
         count: Checkpoints saved by this start.
         seconds: Time that training lost to them.
-        waited: The part of it spent waiting for the checkpoint before.
+        waited: The part of it spent waiting for the previous checkpoint.
     """
 
     def __init__(self, store: CheckpointStore, settings: CheckpointConfig, *, need: int, timeout: float) -> None:
@@ -59,10 +54,8 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Complete what is on its way as far as it can be without the other ranks, and let go of the staged files."""
+    def __exit__(self, *error: object) -> None:
+        """Complete what is on its way as far as that needs no other rank, and let go of the staged files."""
         if self._pending is not None:
             self._pending.close()
             if self._pending.error is not None:
@@ -71,7 +64,7 @@ class Saver:
             self._staging.close()
 
     def save(self, step: int, write: Write, metadata: dict[str, Any]) -> None:
-        """Save once the checkpoint before is complete.
+        """Save once the previous checkpoint is complete.
 
         Args:
             step: Optimizer steps done.
@@ -79,7 +72,7 @@ class Saver:
             metadata: JSON values to note beside the files.
 
         Raises:
-            CheckpointError: On every rank: this checkpoint or the one before could not be written.
+            CheckpointError: On every rank: this checkpoint or the previous one could not be written.
         """
         self.wait()
         began = time.perf_counter()
@@ -123,8 +116,8 @@ class Saver:
         if not self.background:
             return f"checkpoints: {self.count}, training waited {each} for each"
         return (
-            f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in all "
-            f"for the one before); writing took {self.written / self.count:.3f} s each"
+            f"checkpoints: {self.count} in the background, training waited {each} for each ({self.waited:.3f} s in "
+            f"total for the previous one to finish); writing took {self.written / self.count:.3f} s each"
         )
 
     def _check_room(self) -> None:
@@ -140,7 +133,7 @@ class Saver:
         if free < more * self.need:
             print(
                 f"warning: {folder} has {text_of(free)} free; checkpoint.keep={self.settings.keep} and keep_best="
-                f"{self.settings.keep_best} will take about {text_of(more * self.need)} more, the next one among them",
+                f"{self.settings.keep_best} will take about {text_of(more * self.need)} more, including the next one",
                 flush=True,
             )
 
@@ -226,17 +219,3 @@ def _explained(path: Path, action: Callable[[], Any]) -> Any:
         if type(error).__name__ in ("SafetensorError", "CheckpointException") or "inline_container" in str(error):
             raise write_failure(path, error) from None
         raise
-
-
-def build_saver(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, model: nn.Module) -> Saver:
-    """The saver of a run of `model`, without the engine's wrappers, that knows what a checkpoint takes on the disk."""
-    engine = engine_of(accelerator)
-    need = checkpoint_bytes(
-        engine,
-        model,
-        rank=rank(),
-        world_size=world_size(),
-        whole=engine.saves_whole(accelerator),
-        averaged=recipe.ema_decay is not None,
-    )
-    return Saver(store, recipe.checkpoint, need=need, timeout=recipe.timeout_seconds)

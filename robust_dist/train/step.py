@@ -2,15 +2,43 @@
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from robust_dist.data import Batch
-from robust_dist.data.batch import Pipeline
+from robust_dist.data.batches import Pipeline
 from robust_dist.engines.engine import engine_of
+from robust_dist.schedule import base_optimizer
 from robust_dist.train.graph import StaticStep
-from robust_dist.train.loss import summed_loss
 from robust_dist.train.recipe import Recipe
+
+
+def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
+    """The summed cross-entropy, 0-d float32.
+
+    Args:
+        logits: [B, C], of any floating dtype.
+        targets: [B, C], floating, each row of sum 1; or int64 classes [B].
+        weights: float32 [B], factors of the samples' losses; None where all count.
+        label_smoothing: Share of a target spread over all classes.
+    """
+    logits = logits.float()
+    if weights is None:
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return (each * weights).sum()
+
+
+def summed_entropy(targets: Tensor, num_classes: int, weights: Tensor | None, label_smoothing: float) -> Tensor | float:
+    """The summed entropy of the targets of `summed_loss`, which is left of it where the model is right."""
+    if not targets.is_floating_point():
+        if label_smoothing == 0.0:
+            return 0.0
+        targets = nn.functional.one_hot(targets, num_classes)
+    smooth = targets.float() * (1 - label_smoothing) + label_smoothing / num_classes
+    each = torch.special.entr(smooth).sum(1)
+    return each.sum() if weights is None else (each * weights).sum()
 
 
 class TrainStep:
@@ -18,13 +46,13 @@ class TrainStep:
 
     Args:
         recipe: All settings.
-        accelerator: The engine.
-        model: What the engine made of the model.
-        optimizer: What the engine made of the optimizer.
-        schedule: What the engine made of the schedule.
+        accelerator: The engine, which made `model`, `optimizer` and `schedule` what they are here.
+        model: See `accelerator`.
+        optimizer: See `accelerator`.
+        schedule: See `accelerator`.
         pipeline: The augmentation, compiled or not.
         loss_sum: 0-d float64 on the device; this rank's summed loss is added to it.
-        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` makes its graph.
+        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` captures its graph.
     """
 
     def __init__(
@@ -42,6 +70,8 @@ class TrainStep:
         self.recipe, self.accelerator, self.pipeline = recipe, accelerator, pipeline
         self.model, self.optimizer, self.schedule, self.loss_sum = model, optimizer, schedule, loss_sum
         self.input_dtype = engine_of(accelerator).input_dtype(accelerator.unwrap_model(model))
+        self._base: Any = base_optimizer(optimizer)
+        self._measures_rate = getattr(self._base, "measures_rate", False)
         self._static: StaticStep | None = None
         if recipe.cuda_graph:
             self._static = StaticStep(self._learn, optimizer, accelerator.device, full_size)
@@ -56,6 +86,11 @@ class TrainStep:
                     self._static(batch)
                 self.schedule.step()
 
+    @property
+    def measured_rate(self) -> float | None:
+        """The learning rate of the last step, where the optimizer measures it; waits for the device."""
+        return self._base.measured_rate if self._measures_rate else None
+
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The model's input and its targets."""
         images, targets = batch.augmented(self.pipeline)
@@ -63,12 +98,19 @@ class TrainStep:
 
     def _learn(self, batch: Batch, parts: int = 1) -> None:
         images, targets = self.inputs(batch)
-        loss = summed_loss(self.model(images), targets, batch.weights, self.recipe.label_smoothing)
-        # Engines average over ranks and accumulated parts; samples are to count alike in uneven ones, too.
+        logits = self.model(images)
+        loss = summed_loss(logits, targets, batch.weights, self.recipe.label_smoothing)
+        # Engines average over ranks and accumulated parts; samples must count equally in uneven ones, too.
         parts_in_all = self.accelerator.num_processes * parts
+        if self._measures_rate:
+            entropy = summed_entropy(targets, logits.shape[1], batch.weights, self.recipe.label_smoothing)
+            self._base.observe((loss.detach() - entropy) * (parts_in_all / batch.global_size))
         self.accelerator.backward(loss * (parts_in_all / batch.global_size))
         self.loss_sum += loss.detach().double()
         if self.accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
+            if self._measures_rate:
+                scaler = self.accelerator.scaler
+                self._base.observe_gradients(scale=1.0 if scaler is None else scaler.get_scale())
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -6,31 +6,61 @@ import signal
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
-from robust_dist.ranks.ballot import Ballot
-from robust_dist.ranks.talk import gather, on_rank_0
-from robust_dist.train.elastic import Stopped, launchers
+from robust_dist.ranks.claim import host_id
+from robust_dist.ranks.talk import Ballot, gather, on_rank_0
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
 
-# What SLURM's --signal, Kubernetes, spot notices and launchers send; then what a terminal sends: Ctrl-C, and its end.
+# EX_TEMPFAIL of sysexits.h: not done; the same command goes on.
+STOPPED_STATUS = 75
+# Sent by SLURM's --signal, Kubernetes, spot notices and launchers; then by a terminal: Ctrl-C, and its end.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
 _ECHO_SECONDS = 10.0
-# A person's second Ctrl-C is a wish; the launcher, which had the first one too, passes it on within this time.
+# A launcher passes a terminal's first Ctrl-C on within this time; a later one is a person's second.
 _TYPED_ECHO_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal of this name and has saved, at `step` of `total_steps`, in `checkpoint`."""
+
+    def __init__(self, name: str, step: int, total_steps: int, checkpoint: str) -> None:
+        super().__init__(name, step, total_steps, checkpoint)
+        self.name, self.step, self.total_steps, self.checkpoint = name, step, total_steps, checkpoint
+
+    def __str__(self) -> str:
+        return (
+            f"stopped by {self.name} at step {self.step} of {self.total_steps}; saved in {self.checkpoint}; "
+            "the same command goes on from there"
+        )
+
+
+def launcher() -> list[Any]:
+    """The identity of the process that started this rank."""
+    return [host_id(), os.getppid()]
+
+
+def launchers() -> list[list[Any]]:
+    """The launchers of all ranks, each one once."""
+    return [list(pair) for pair in sorted({tuple(pair) for pair in gather(launcher())})]
+
+
+def check_not_stopped(note: dict[str, Any]) -> None:
+    """Leave again (raise Stopped) where a launcher starts its ranks once more after a signal stopped the run."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and launcher() in note.get("launchers", []):
+        raise Stopped(note["signal"], note["step"], note["total_steps"], note["checkpoint"])
 
 
 class StopSignals:
     """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is entered; a second one ends the process at once.
 
     A second SIGINT counts from 1 s after the first, any other pair from 10 s: launchers pass the same notice on. What
-    the process was started ignoring (nohup, a shell's background job) stays ignored.
-
-    A thread does the noting, so that the second signal also ends a rank whose main thread hangs in a collective.
-    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+    the process was started ignoring (nohup, a shell's background job) stays ignored. A thread does the noting, so that
+    the second signal also ends a rank whose main thread hangs in a collective. Outside the main thread nothing is
+    noted.
 
     Attributes:
         received: The first signal, or None.
@@ -51,16 +81,14 @@ class StopSignals:
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # The C handler writes the number; the Python one only has to be there.
+        # The C handler writes the number; the Python one only has to exist.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         threading.Thread(target=self._listen, args=(read,), name="stop-signals", daemon=True).start()
         StopSignals._entered = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._before:
             return
         StopSignals._entered = None
@@ -97,39 +125,11 @@ def _forget_in_child() -> None:
         StopSignals._entered = None
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
-
-
-class PauseVote:
-    """A vote at each step on whether any rank wants all ranks to pause; no rank waits for the others.
-
-    Every rank asks once a step; the answer comes one step later, and is the same on all of them.
-    """
-
-    def __init__(self) -> None:
-        self._ballot: Ballot | None = None
-
-    def ask(self, wish: bool) -> bool:
-        """Cast this step's vote; returns whether any rank wanted a pause at the step before.
-
-        Args:
-            wish: Whether this rank wants a pause.
-        """
-        wished = self.close()
-        self._ballot = Ballot(wish, None)
-        return wished
-
-    def close(self) -> bool:
-        """Count the vote under way; returns whether any rank wanted a pause."""
-        ballot, self._ballot = self._ballot, None
-        return ballot is not None and ballot.count() > 0
-
-
 class Stopper:
     """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
 
-    Args:
-        saver: The run's.
+    The ranks vote at each step on whether any of them wants all to pause. None waits for the others: the answer comes
+    one step later, and is the same on all of them.
 
     Attributes:
         stop: The signal's name once the ranks agree that the run is to stop.
@@ -138,18 +138,17 @@ class Stopper:
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
         self.stop: str | None = None
-        self._signals, self._pause_vote = StopSignals(), PauseVote()
+        self._signals = StopSignals()
+        self._vote: Ballot | None = None
 
     def __enter__(self) -> "Stopper":
         self._signals.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._pause_vote.close()
-        self._signals.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._is_pause_wanted()
+        self._signals.__exit__(*error)
 
     def ask(self) -> bool:
         """After each step: whether the run is to stop; the same on every rank.
@@ -158,9 +157,16 @@ class Stopper:
             CheckpointError: On every rank: the last checkpoint could not be written on one of them.
         """
         signalled = self._signals.received is not None and self.stop is None
-        if self._pause_vote.ask(signalled or self.saver.has_failed()):
+        is_wanted = self._is_pause_wanted()
+        self._vote = Ballot(signalled or self.saver.has_failed(), None)
+        if is_wanted:
             self._confer()
         return self.stop is not None
+
+    def _is_pause_wanted(self) -> bool:
+        """Count the vote of the step before."""
+        vote, self._vote = self._vote, None
+        return vote is not None and vote.count() > 0
 
     def _confer(self) -> None:
         received = self._signals.received
@@ -170,14 +176,13 @@ class Stopper:
             self.saver.wait()
 
     def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
-        """Note the stop in the run's folder.
-
-        Raises:
-            Stopped: Always.
-        """
+        """Note the stop in the run's folder, and raise Stopped."""
         assert self.stop is not None
         checkpoint = str(self.saver.store.path_of(step))
         note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}
         note["launchers"] = launchers()
         on_rank_0(lambda: folder.note_stop(note))
         raise Stopped(self.stop, step, total_steps, checkpoint)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

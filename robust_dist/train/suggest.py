@@ -11,10 +11,10 @@ import torch
 
 from robust_dist.data.errors import DataError
 from robust_dist.data.survey import Survey, survey
-from robust_dist.engines.launch import cores_here
+from robust_dist.documents import parse_yaml
+from robust_dist.engines.accelerate import cores_here
 from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
-from robust_dist.yaml_file import parse_yaml
 
 EVAL_SHARE = 0.2
 # Images up to this side are for ResNets without a stem; larger ones for torchvision's.
@@ -23,20 +23,17 @@ _SIDES = (32, 64, 96, 128, 160, 192, 224)
 # Below so many steps the full augmentation costs accuracy (configs/studies/results).
 _LONG = 7_500
 _WANTED_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1_500, 30, 100
-# Images, and the batch up to there.
+# Most images, and the batch size for them.
 _BATCHES = ((64, 8), (1_000, 16), (5_000, 32), (20_000, 64), (100_000, 128))
 _LARGEST_BATCH = 256
 _NAMED = 5
-# Which YAML takes for something other than text.
+# Words that YAML does not take for text.
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 
 
 def suggest(folder: str | Path) -> str:
-    """The YAML text of a recipe that trains on a folder of images as it is.
-
-    Args:
-        folder: With class folders, or with folders such as train and val that have those.
+    """The YAML text of a recipe that trains on a folder of images as it is: class folders, or train and val with those.
 
     Raises:
         DataError: It is no folder of images in classes.
@@ -45,7 +42,7 @@ def suggest(folder: str | Path) -> str:
     if found.layout.eval is None and max(found.train) < 2:
         raise DataError(f"{found.layout.root}: each class has one image, so none is left for evaluation")
     text = "\n".join([*_findings(found), *_sections(found)]) + "\n"
-    # What is written is what `train` takes.
+    # `train` must accept what is written.
     settings = Settings(Recipe)
     document = parse_yaml(text, "the suggested recipe")
     settings.take(document, document.data, (), "")
@@ -68,7 +65,7 @@ def _findings(found: Survey) -> list[str]:
     if max(counts) >= 3 * max(1, min(counts)):
         largest = found.classes[counts.index(max(counts))]
         lines.append(
-            f"unbalanced: {largest!r} is right for {max(counts) / total:.0%} of them; look at the accuracy of each "
+            f"unbalanced: {largest!r} is the class of {max(counts) / total:.0%} of them; look at the accuracy of each "
             "class (robust-dist evaluate)"
         )
     if found.left_out:
@@ -90,7 +87,7 @@ def _sections(found: Survey) -> list[str]:
     steps = epochs * steps_per_epoch
     is_long = steps >= _LONG
     side = _side(found)
-    warm_up = [f"  # {steps:,} steps are few: this makes the warm-up a share of them.", "  beta2: auto"]
+    warm_up = [f"  # {steps:,} steps are few: with auto the warm-up is a fixed share of them.", "  beta2: auto"]
     return [
         *_data(found, side, split, is_long, images, batch),
         *_model(side, images),
@@ -129,7 +126,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
     if split:
         smallest = min(found.train)
         lines += [
-            "  # No part is for evaluation: this share of each class is, by a hash of the file's name"
+            "  # There is no evaluation folder: this share of each class is held out, by a hash of the file's name"
             + (f" (the smallest class has {smallest:,})." if smallest < 20 else "."),
             f"  eval_share: {EVAL_SHARE}",
         ]
@@ -142,7 +139,10 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
             "  crop_scale: null",
         ]
     else:
-        lines += ["  # From the median of the shorter sides; larger sees more and costs its square.", f"  size: {side}"]
+        lines += [
+            "  # From the median of the shorter sides. The cost grows with the square of the size.",
+            f"  size: {side}",
+        ]
         if not is_long:
             lines += [
                 "  # Light crops: in a short run heavy ones cost accuracy.",
@@ -160,7 +160,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
     if found.bad:
         share = min(0.5, math.ceil(200 * len(found.bad) / found.looked_at) / 100)
         lines += ["  # Named above: mend or remove them. They are skipped and counted.", f"  max_bad_share: {share}"]
-    # A split by hashes may leave fewer for training than are expected.
+    # A split by hashes may leave fewer training images than expected.
     if images >= 2 * batch:
         lines += ["  # The rest of an epoch, of a few images, would upset batch normalisation.", "  drop_last: true"]
     lines += [f"  # Up to {max(1, batch // 2)} ranks share a batch.", "  block: 2"]

@@ -20,11 +20,11 @@ _PIP = {"comet_ml": "comet-ml"}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
-def check_names(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know.
+def check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that is unknown, or whose package is broken or missing (Accelerate would silently leave it out).
 
     Raises:
-        ValueError: Names the value, what is near it and what there is.
+        ValueError: Names it, and what would be right.
     """
     known = sorted(LOGGER_TYPE_TO_CLASS)
     for name in names:
@@ -32,14 +32,6 @@ def check_names(names: list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"tracking.trackers={names!r}: no tracker {name!r}; {hint}there are {', '.join(known)}")
-
-
-def check_installed(names: list[str]) -> None:
-    """Refuse a tracker whose package is not there, which Accelerate would leave out in silence, or is broken.
-
-    Raises:
-        ValueError: Says what to install, or what the package says.
-    """
     there = {str(name) for name in get_available_trackers()}
     builtin = {name for name, kind in LOGGER_TYPE_TO_CLASS.items() if kind.__module__ == GeneralTracker.__module__}
     missing = [name for name in names if name in builtin and name not in there]
@@ -63,11 +55,6 @@ class Trackers:
     """The trackers of one run; only the main process logs.
 
     Their runs are noted in `trackers/runs.json`, so that the next start of the same folder goes on in the same ones.
-
-    Args:
-        recipe: The run's settings.
-        accelerator: The engine, which holds the trackers.
-        folder: The run's folder.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path) -> None:
@@ -76,14 +63,7 @@ class Trackers:
         self._silent: set[str] = set()
 
     def start(self, done: int) -> None:
-        """Start every tracker, or go on in its run.
-
-        Args:
-            done: Optimizer steps done before this start.
-
-        Raises:
-            ValueError: On every rank: a tracker that cannot start, with its own reason.
-        """
+        """Start every tracker, or go on in its run after `done` steps; a ValueError on every rank if one cannot."""
         on_rank_0(lambda: self._start(done))
 
     def log(self, row: dict[str, Any]) -> None:
@@ -124,7 +104,9 @@ class Trackers:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            self.accelerator.print(f"the trackers begin new runs, because their note of this run's is damaged: {error}")
+            self.accelerator.print(
+                f"the trackers begin new runs, because the note of this run's own is damaged: {error}"
+            )
             return {}
         return found
 
@@ -132,11 +114,11 @@ class Trackers:
         """The options of a tracker's start: ours, and over them the user's."""
         label = self.folder.resolve().parent.name
         ours: dict[str, dict[str, Any]] = {
-            # Hides what an interrupted start logged beyond the step from which this one goes on.
+            # Hides what an interrupted start logged after the step from which this one goes on.
             "tensorboard": {"purge_step": done + 1},
             "wandb": {"name": label, "dir": str(self.folder), "resume": "allow"} | ({"id": run} if run else {}),
             "mlflow": {"run_id": run} if run else {"run_name": label},
-            # Trackio knows runs by their names alone.
+            # Trackio knows runs by name only.
             "trackio": {"name": run or f"{label}-{uuid.uuid4().hex[:6]}", "resume": "allow"},
         }
         return ours.get(name, {}) | self.recipe.tracking.options.get(name, {})

@@ -19,9 +19,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 
 DUMP_SHARE = 0.75
 HANG_STATUS = 124
@@ -42,10 +42,8 @@ class HangError(RuntimeError):
 def tick(what: str, *, may_be_slow: bool = False) -> None:
     """Tell this process's watchdog, if there is one, that the run makes progress.
 
-    Args:
-        what: What begins now, as it should stand in a report: "step 12".
-        may_be_slow: What begins may take longer than the timeout (a download, a first compilation): if it does, the
-            stacks are dumped, but the process is not ended.
+    `what` begins now, as it should stand in a report: "step 12". With `may_be_slow` (a download, a first compilation)
+    it may take longer than the timeout: then the stacks are dumped, but the process is not ended.
     """
     if _active is not None:
         _active.note(what, may_be_slow)
@@ -55,14 +53,14 @@ class Watchdog:
     """Watches this process from `with` on.
 
     Args:
-        rank: Who this process is, and where its run's folder is once that is claimed.
+        rank: This process, and its run's folder once that is claimed.
         timeout: Seconds without progress after which a rank is ended.
         on_end: Called with the reason before the process is ended.
     """
 
     def __init__(self, rank: Rank, timeout: float, on_end: Callable[[str], None] = lambda reason: None) -> None:
         self.rank, self.timeout, self.on_end = rank, timeout, on_end
-        # A rank in a collective is left to the collective's timeout, which begins a little after the last tick.
+        # A rank in a collective is left to the collective's own timeout, which starts a little after the last tick.
         self.grace = max(5.0, 0.1 * timeout)
         self._poll = min(1.0, timeout / 20)
         self._last = "the start", True
@@ -75,9 +73,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _active
         _active = None
         self._stop.set()
@@ -94,7 +90,7 @@ class Watchdog:
             now, last = time.monotonic(), self._last
             if last is not seen:
                 seen, silent, dumped = last, 0.0, False
-            # A longer gap between two looks is one in which this process did not run at all.
+            # In a longer gap between two looks this process did not run at all.
             silent += min(now - before, 2 * self._poll)
             before = now
             faulthandler.dump_traceback_later(self.timeout, file=STDERR)

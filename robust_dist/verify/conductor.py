@@ -1,4 +1,7 @@
-"""Runs the parts one after the other, each in processes of its own, so that one that dies or hangs stops no other."""
+"""Runs the parts one after the other, each in processes of its own, and reports what they found.
+
+A part that dies or hangs stops no other.
+"""
 
 import contextlib
 import json
@@ -10,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +25,15 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import robust_dist
+from robust_dist.measure.table import table
 from robust_dist.ranks.talk import ranks_text
-from robust_dist.verify.claims import read_claims
 from robust_dist.verify.parts import PARTS, Part
-from robust_dist.verify.report import Outcome, write_report
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-# Seconds between the ranks' ends of a part, and characters of a part's output that the report keeps.
-GRACE, KEPT = 20.0, 3000
+GRACE = 20.0  # seconds between the ranks' ends of a part
+KEPT = 3000  # characters of a failed part's output in the report
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,37 @@ class Ranks:
     here: tuple[int, ...]
     store: "Store"
     env: dict[str, str]
+
+
+@dataclass
+class Outcome:
+    """The outcome of a part.
+
+    Attributes:
+        part: Its name.
+        state: "done", "failed", "hung", or "not run".
+        seconds: That it took.
+        claims: As they were made; of a claim that the ranks share, each rank's, with "rank" in it.
+        log: The end of what its processes printed, where it failed.
+    """
+
+    part: str
+    state: str
+    seconds: float = 0.0
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    log: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it failed, hung, or found something wrong."""
+        return self.state in ("failed", "hung") or any(claim["verdict"] == "wrong" for claim in self.claims)
+
+    @property
+    def summary(self) -> str:
+        """Its state, and how many claims have which verdict."""
+        counts = Counter(claim["verdict"] for claim in self.claims)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        return found if self.state == "done" and found else ", ".join(filter(None, (self.state, found)))
 
 
 def find_ranks(asked: int | None) -> Ranks:
@@ -72,16 +106,8 @@ def find_ranks(asked: int | None) -> Ranks:
     return Ranks(0, count, tuple(range(count)), hosted, {**env, "LOCAL_WORLD_SIZE": str(count)})
 
 
-_OF_RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-    "ROLE_RANK",
-)
+_OF_RANKS = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+_OF_RANKS |= {"MASTER_ADDR", "MASTER_PORT"}
 # A part's processes come and go; the store is the launcher's, or this process's, and stays.
 _AS_CLIENTS = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
@@ -156,7 +182,7 @@ def _said(store: "Store", ranks: Ranks, key: str, value: Any) -> Any:
 
 
 def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """Run the part's processes of this process's ranks; returns what became of each."""
+    """Run the part on the ranks of this process; returns the outcome of each."""
     if part.ranks == "first" and 0 not in ranks.here:
         return []
     here = (0,) if part.ranks == "first" else ranks.here
@@ -174,8 +200,8 @@ def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[st
                 "rank": rank,
                 "state": states[rank],
                 "seconds": time.monotonic() - began,
-                "claims": read_claims(Path(own, f"{rank}.jsonl")),
-                "log": _end_of(Path(own, f"{rank}.log")) if states[rank] != "done" else "",
+                "claims": _claims(Path(own, f"{rank}.jsonl")),
+                "log": "" if states[rank] == "done" else Path(own, f"{rank}.log").read_text("utf-8", "replace")[-KEPT:],
             }
             for rank in here
         ]
@@ -187,7 +213,7 @@ def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[st
 def _phase(
     part: Part, phase: str, ranks: Ranks, here: Sequence[int], own: Path, shared: Path, end: float
 ) -> dict[int, str]:
-    """Start a process a rank, wait for all of them, and say what became of each."""
+    """Start a process a rank, wait for all of them, and return their states."""
     started = {}
     for rank in here:
         env = _environment(part, ranks, rank)
@@ -231,7 +257,7 @@ def _state(process: "subprocess.Popen[bytes]", wanted: int, end: float) -> str:
 
 
 @contextlib.contextmanager
-def _ended_with_this(processes: Any) -> Iterator[None]:
+def _ended_with_this(processes: Iterable["subprocess.Popen[bytes]"]) -> Iterator[None]:
     """Kill what is left of processes, and of what they started, however this ends."""
     try:
         yield
@@ -242,9 +268,13 @@ def _ended_with_this(processes: Any) -> Iterator[None]:
             process.wait()
 
 
-def _end_of(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return text[-KEPT:]
+def _claims(path: Path) -> list[dict[str, Any]]:
+    """The claims of a file; a line that a dying part did not end is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]) -> Outcome:
@@ -259,10 +289,59 @@ def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]
             found += json.loads(store.get(f"{part.name}/{rank}"))
         except (RuntimeError, ValueError):
             silent.append(rank)
-    claims = [{**claim, "rank": one["rank"]} for one in found for claim in one["claims"]]
-    states = {one["state"] for one in found}
+    claims = [{**claim, "rank": run["rank"]} for run in found for claim in run["claims"]]
+    states = {run["state"] for run in found}
     state = next((bad for bad in ("failed", "hung") if bad in states), "failed" if silent else "done")
-    logs = [f"rank {one['rank']} {one['state']}:\n{one['log']}" for one in found if one["state"] != "done"]
+    logs = [f"rank {run['rank']} {run['state']}:\n{run['log']}" for run in found if run["state"] != "done"]
     if silent:
         logs.append(f"{ranks_text(silent)} did not answer")
-    return Outcome(part.name, state, max((one["seconds"] for one in found), default=0.0), claims, "\n".join(logs))
+    return Outcome(part.name, state, max((run["seconds"] for run in found), default=0.0), claims, "\n".join(logs))
+
+
+def write_report(folder: Path, outcomes: Sequence[Outcome], about: dict[str, Any]) -> None:
+    """Write report.md and report.json anew, each whole or not at all; `about` says what was run, and where."""
+    data = {**about, "parts": [{**asdict(outcome), "wrong": outcome.is_wrong} for outcome in outcomes]}
+    _replace(folder / "report.json", json.dumps(data, indent=1) + "\n")
+    _replace(folder / "report.md", _markdown(outcomes, about))
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(path.suffix + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _markdown(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
+    lines = ["# Verification", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    parts = [
+        (outcome.part, "**wrong**: " * outcome.is_wrong + outcome.summary, f"{outcome.seconds:.0f}")
+        for outcome in outcomes
+    ]
+    lines += [table(["part", "outcome", "s"], parts)]
+    for outcome in outcomes:
+        if not outcome.claims and not outcome.log:
+            continue
+        lines += ["", f"## {outcome.part}", ""]
+        rows = (map(_cell, row) for row in _merged(outcome.claims))
+        lines += [table(["claim", "expected", "measured", "verdict"], rows)]
+        if outcome.log:
+            lines += ["", "```", outcome.log.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _merged(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: ranks that say the same share one, others are named."""
+    rows: dict[tuple[str, str, str, str], list[int]] = {}
+    for claim in claims:
+        key = (claim["what"], claim["expected"], claim["measured"], claim["verdict"])
+        rows.setdefault(key, []).append(claim.get("rank", 0))
+    ranks = {claim.get("rank", 0) for claim in claims}
+
+    def who(of: list[int]) -> str:
+        return "" if set(of) == ranks else f" ({ranks_text(set(of))})"
+
+    return [(what + who(of), expected, measured, verdict) for (what, expected, measured, verdict), of in rows.items()]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -11,8 +11,7 @@ from robust_dist import RAdaBeliefW, RobustAugment
 from robust_dist.augment import TrivialAugment, backends, permutation, sample_keys
 from robust_dist.augment.trivial import TrivialAugmentPlan
 from robust_dist.optim.reference import reference_step
-from robust_dist.verify.claims import Claims
-from robust_dist.verify.parts import Scene
+from robust_dist.verify.parts import Claims, Scene
 
 STEPS = 8
 SHAPES = ((64, 33), (7,), (3, 5, 5), (4099,))
@@ -101,7 +100,7 @@ def optimizer(scene: Scene) -> None:
     first = next(iter(found))
     for name in list(found)[1:]:
         pairs = zip(found[first], found[name], strict=True)
-        equal = sum(int((one == other).sum()) for one, other in pairs) / sum(one.numel() for one in found[first])
+        equal = sum(int((left == right).sum()) for left, right in pairs) / sum(param.numel() for param in found[first])
         scene.claims.add(f"parameters with the same bits, {first} and {name}", "", f"{equal:.2%}", "measured")
     _default_is_fused(scene)
 
@@ -112,7 +111,7 @@ def _default_is_fused(scene: Scene) -> None:
         fused = stepped(scene.device, fused=True)
     except ValueError:
         return
-    same = all(torch.equal(one, other) for one, other in zip(stepped(scene.device), fused, strict=True))
+    same = all(torch.equal(left, right) for left, right in zip(stepped(scene.device), fused, strict=True))
     scene.claims.check(f"the default backend on {scene.device.type} is the fused one", "equal bits", same, same)
 
 
@@ -159,10 +158,10 @@ def _pipelines(scene: Scene, fast: str) -> None:
         images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=generator)
         labels, keys = torch.randint(0, 10, (64,), generator=generator), sample_keys(3, 1, torch.arange(64))
         scale = (0.5,) * shape[0]
-        one = RobustAugment(10, shape[1:], scale, scale, backend="torch", **options)
-        other = RobustAugment(10, shape[1:], scale, scale, backend=fast, **options).to(scene.device)
-        pixels, targets = one(images, labels, keys)
-        ours, our_targets = other(*(value.to(scene.device) for value in (images, labels, keys)))
+        plain = RobustAugment(10, shape[1:], scale, scale, backend="torch", **options)
+        faster = RobustAugment(10, shape[1:], scale, scale, backend=fast, **options).to(scene.device)
+        pixels, targets = plain(images, labels, keys)
+        ours, our_targets = faster(*(value.to(scene.device) for value in (images, labels, keys)))
         differ = int((pixels != ours.cpu()).sum()) + int((targets != our_targets.cpu()).sum())
         scene.claims.equal(f"whole pipeline by {fast}, {'x'.join(map(str, shape))}: values that differ", 0, differ)
 

@@ -1,16 +1,80 @@
-"""The parts of a verification, in order of value, and the process that each runs in."""
+"""The parts of a verification, in order of value, the process that each runs in, and the claims it leaves."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from robust_dist.verify.claims import Claims
+Verdict = Literal["right", "wrong", "slow", "measured", "not checked"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the report.
+
+    Attributes:
+        what: The claim, in words.
+        expected: What must be measured; empty where a figure is only reported.
+        measured: What was measured.
+        verdict: "right" or "wrong"; of speed "slow", or "measured" where nothing is expected; or "not checked", with
+            the reason in `measured`.
+    """
+
+    what: str
+    expected: str
+    measured: str
+    verdict: Verdict
+
+
+class Claims:
+    """Claims of a part, each kept in a file as it comes, so that a part that dies leaves what it found.
+
+    Args:
+        path: The file, a JSON object a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, what: str, expected: object, measured: object, verdict: Verdict) -> None:
+        """Keep a claim."""
+        claim = Claim(what, str(expected), str(measured), verdict)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(claim)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check(self, what: str, expected: object, measured: object, right: bool) -> None:
+        """Keep a claim that is right or wrong."""
+        self.add(what, expected, measured, "right" if right else "wrong")
+
+    def equal(self, what: str, expected: object, measured: object) -> None:
+        """Keep a claim that is right where both are equal."""
+        self.check(what, expected, measured, expected == measured)
+
+    def skip(self, what: str, reason: str) -> None:
+        """Keep what could not be checked, and why."""
+        self.add(what, "", reason, "not checked")
+
+    @contextmanager
+    def needing(self, what: str, *packages: str) -> Iterator[None]:
+        """Skip the block, `what` in the report, where one of `packages` turns out to be missing."""
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in packages:
+                raise
+            self.skip(what, f"{missing} is not installed")
 
 
 @dataclass(frozen=True)
@@ -84,7 +148,7 @@ def run_part(name: str, phase: str, local_rank: int, claims: Path, folder: Path)
         phase: One of its phases.
         local_rank: This process among those of its host.
         claims: The file for its claims.
-        folder: For what its phases leave to each other.
+        folder: Shared by the phases.
     """
     part = next(part for part in PARTS if part.name == name)
     gpu = torch.cuda.is_available()

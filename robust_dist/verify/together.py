@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 def ranks(scene: Scene) -> None:
-    """Versions, backends and bits are the same on every rank, and the switch and its votes come at one step."""
+    """Versions, backends, bits and the step of the switch, by share and by vote, are the same on every rank."""
     mine = {
         "torch": torch.__version__,
         "robust_dist": robust_dist.__version__,
@@ -60,12 +60,12 @@ def _switch_step(make: Callable[[Any], Any]) -> int:
 def _alike(scene: Scene, what: str, value: Any, wanted: Any = None) -> None:
     found = gather(value)
     wanted = found[0] if wanted is None else wanted
-    odd = by_rank({rank: str(one) for rank, one in enumerate(found) if one != wanted})
+    odd = by_rank({rank: str(other) for rank, other in enumerate(found) if other != wanted})
     scene.claims.check(what, wanted, "; ".join(odd) or wanted, not odd)
 
 
 def _digest(params: list[Tensor]) -> str:
-    """Tells bits from other bits."""
+    """A short hash of all bits."""
     return hashlib.sha256(b"".join(param.numpy().tobytes() for param in params)).hexdigest()[:16]
 
 
@@ -96,7 +96,7 @@ def by_one_process() -> list[Tensor]:
 
 
 def _alone() -> Any:
-    """A group of this rank, so that what it trains for itself is compared with nobody's."""
+    """A process group of this rank alone, so that the schedule compares nothing with other ranks."""
     groups = [dist.new_group([rank], backend="gloo") for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 
@@ -259,13 +259,13 @@ def train_and_resume(scene: Scene, name: str, start: Callable[[int], Run]) -> No
     whole = start(0)
     _steps(scene, whole, 0, TOTAL)
     undisturbed = whole.parameters()
-    error = max(_error(one, other) for one, other in zip(undisturbed, by_one_process(), strict=True))
+    error = max(_error(param, wanted) for param, wanted in zip(undisturbed, by_one_process(), strict=True))
     what = f"{name}, {scene.world_size} ranks, {TOTAL} steps: difference from one process"
     scene.claims.check(what, f"at most {TOLERANCE}", f"{error:.2e}", error <= TOLERANCE)
     run = start(1)
     run.load(folder)
     _steps(scene, run, SAVED, TOTAL)
-    same = all(torch.equal(one, other) for one, other in zip(undisturbed, run.parameters(), strict=True))
+    same = all(torch.equal(param, other) for param, other in zip(undisturbed, run.parameters(), strict=True))
     what = f"{name}: a run killed after its checkpoint, gone on with, against one that was not"
     scene.claims.check(what, "equal bits", "equal bits" if same else "other parameters", same)
 
@@ -278,5 +278,5 @@ def _steps(scene: Scene, run: Run, first: int, last: int) -> None:
         run.step(inputs.to(scene.device), labels.to(scene.device))
 
 
-def _error(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def _error(param: Tensor, wanted: Tensor) -> float:
+    return float((param - wanted).abs().max() / wanted.abs().max())

@@ -8,7 +8,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,21 +18,21 @@ import torch
 from robust_dist.augment import RobustAugment, TrivialAugment, fused_triton, sample_keys
 
 KERNELS = {
-    "partners_kernel": "draws",
+    "partners_kernel": "prepare",
     "prepare_kernel": "prepare",
     "luts_kernel": "prepare",
     "statistics_kernel": "prepare",
     "pixels_kernel": "pixels",
 }
 CAPABILITIES = 80, 90, 100
-# Functions of the way that only pixels of some operations go; all else is every pixel's.
+# The function or branch of the way that only pixels of some operations go; all else is every pixel's.
 WAYS = {
-    "warp": ("_read_warped",),
-    "straight": ("_read_straight",),
-    "levels": ("_toned",),
-    "colour": ("_coloured",),
-    "sharpness": ("_sharp",),
-    "targets": ("_store_targets",),
+    "warp": "read_warped",
+    "straight": "not warps",
+    "levels": "_toned",
+    "colour": "_coloured",
+    "sharpness": "(op_own == _SHARPNESS) | (op_other == _SHARPNESS)",
+    "targets": "_store_targets",
 }
 OPERATIONS = {"Identity": "straight", "Posterize": "straight levels", "Rotate": "warp", "Color": "straight colour"}
 
@@ -104,12 +104,18 @@ def _tool(name, *arguments):
 
 
 @cache
-def _functions(file):
-    """The function that each line of a file belongs to."""
-    tree = ast.parse(Path(file).read_text())
-    return {
-        n: f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in range(f.lineno, f.end_lineno + 1)
-    }
+def _places(file):
+    """The functions that each line of a file belongs to, and the branches, named as their conditions."""
+    found = defaultdict(tuple)
+    for node in ast.walk(ast.parse(Path(file).read_text())):
+        parts = [(node.name, node.body)] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.If):
+            test = ast.unparse(node.test)
+            parts = [(test, node.body), (f"not {test}", node.orelse)]
+        for name, body in parts:
+            for line in range(body[0].lineno, body[-1].end_lineno + 1) if body else ():
+                found[line] += (name,)
+    return found
 
 
 class Machine:
@@ -119,7 +125,7 @@ class Machine:
         registers: Of a thread.
         spilled: Bytes of a thread's registers that are kept in memory.
         shared: Bytes of shared memory of a program.
-        code: Each instruction with the functions that it comes from, the innermost first.
+        code: Each instruction with the functions and branches that it comes from.
         edges: Where a stretch without a branch or a label begins.
         loop: Which instructions are repeated for each pass over the pixels: the longest loop.
     """
@@ -135,8 +141,8 @@ class Machine:
         self.code, places, fresh, labels, loops, edges = [], (), True, {}, [(0, 0)], set()
         for line in text.splitlines():
             if loc := re.match(r'\s*//## File "(.+?)", line (\d+)', line):
-                place = _functions(loc[1]).get(int(loc[2]), "")
-                places, fresh = (place,) if fresh else (*places, place), False
+                here = _places(loc[1])[int(loc[2])]
+                places, fresh = here if fresh else (*places, *here), False
             elif label := re.match(r"(\.L_x_\d+):", line):
                 labels[label[1]] = len(self.code)
             elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.+?) ?;", line):
@@ -164,9 +170,9 @@ class Machine:
     def of_a_pixel(self, ways, pixels, passes):
         """Instructions for a pixel on one way through the branches, for `pixels` a thread and pass.
 
-        A stretch without a branch is left out where most of it comes from functions of other ways.
+        A stretch without a branch is left out where most of it comes from other ways.
         """
-        others = {name for way, names in WAYS.items() if way not in ways.split() for name in names}
+        others = {name for way, name in WAYS.items() if way not in ways.split()}
         strange = [not others.isdisjoint(places) for _, places in self.code]
         edges = sorted({0, *self.edges, len(self.code)})
         taken = 0

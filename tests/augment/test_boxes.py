@@ -10,9 +10,9 @@ from robust_dist.augment import (
     TrivialAugment,
     augment_boxes,
     augment_masks,
+    follow,
     sample_keys,
 )
-from robust_dist.augment import boxes as boxes_module
 from tests.augment.reference import CELLS, plan_of, torchvision_op
 
 tv_tensors = pytest.importorskip("torchvision.tv_tensors")
@@ -43,11 +43,11 @@ def wrapped(boxes, box_format="XYXY"):
 def test_every_warp_of_every_bin_and_sign_equals_torchvisions(box_format):
     cells = [cell for cell in CELLS if cell[0] <= 5]
     boxes, trivial = corners(len(cells)), TrivialAugment()
-    moved = boxes_module.warp_corners(trivial, boxes.double(), plan_of(cells), SIZE)
-    settled = boxes_module.settle(boxes.double(), moved, SIZE)
+    moved = follow.warp_corners(trivial, boxes.double(), plan_of(cells), SIZE)
+    settled = follow.settle(boxes.double(), moved, SIZE)
     for one, before, cell in zip(settled, boxes, cells, strict=True):
         theirs = torchvision_op(wrapped(before, box_format), *cell)
-        ours = boxes_module.from_corners(one, box_format, torch.float32)
+        ours = follow.from_corners(one, box_format, torch.float32)
         torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor), rtol=0, atol=2e-4)
 
 
@@ -55,7 +55,7 @@ def test_every_warp_of_every_bin_and_sign_equals_torchvisions(box_format):
 def test_the_pipeline_moves_boxes_as_torchvisions_crop_flip_and_warp(box_format):
     augment, keys, boxes = make(crop=5), sample_keys(4, 2, range(100)), corners(100)
     crop, flip, trivial = (stage.plan(keys) for stage in (augment.crop, augment.flip, augment.trivial))
-    given = boxes_module.from_corners(boxes.double(), box_format, torch.float32)
+    given = follow.from_corners(boxes.double(), box_format, torch.float32)
     ours, keep = augment_boxes(augment, given, keys, box_format=box_format)
     compared = 0
     for i in range(100):

@@ -283,12 +283,12 @@ def test_a_partner_outside_the_batch_is_refused():
     [
         ({"num_classes": 0}, ValueError, "num_classes=0 is below 1"),
         ({"num_classes": 10.0}, TypeError, "num_classes=10.0 is a float"),
-        ({"alpha": 0}, ValueError, "alpha must be finite and above 0, got 0"),
-        ({"alpha": float("inf")}, ValueError, "alpha must be finite"),
-        ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
-        ({"p": 1.5}, ValueError, r"p must be in \[0, 1\], got 1.5"),
-        ({"p": "1"}, TypeError, "p must be a number"),
-        ({"mode": "pair"}, ValueError, 'mode must be "batch" or "elem"'),
+        ({"alpha": 0}, ValueError, "alpha=0 is out of range; it must be above 0"),
+        ({"alpha": float("inf")}, ValueError, "alpha=inf is out of range; it must be a finite number"),
+        ({"alpha": float("nan")}, ValueError, "alpha=nan is out of range"),
+        ({"p": 1.5}, ValueError, "p=1.5 is out of range; it must be a finite number >= 0 and <= 1"),
+        ({"p": "1"}, TypeError, "p='1' is a str"),
+        ({"mode": "pair"}, ValueError, "mode='pair' is unknown; it must be one of 'batch', 'elem'"),
         ({"block": 0}, ValueError, "block=0 is below 1"),
     ],
 )

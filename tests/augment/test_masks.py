@@ -12,7 +12,7 @@ from robust_dist.augment import (
     RobustAugment,
     TrivialAugment,
     augment_masks,
-    masks,
+    follow,
     sample_keys,
 )
 from tests.augment.reference import CELLS, pictures, plan_of, torchvision_op
@@ -35,7 +35,7 @@ def classes(batch, dtype=torch.uint8):
 def test_every_warp_of_every_bin_and_sign_equals_torchvisions_on_masks(size, fill):
     tv_tensors = pytest.importorskip("torchvision.tv_tensors")
     maps = pictures("noise", (len(CELLS), *size)) % 20
-    ours = masks.warp_masks(TrivialAugment(), maps, plan_of(CELLS), fill)
+    ours = follow.warp_masks(TrivialAugment(), maps, plan_of(CELLS), fill)
     for one, before, cell in zip(ours, maps, CELLS, strict=True):
         if 1 <= cell[0] <= 5:
             assert torch.equal(one, torchvision_op(tv_tensors.Mask(before), *cell, fill=fill)), cell
@@ -95,7 +95,7 @@ def test_a_stage_alone_moves_masks_as_its_images(stage):
 def test_on_a_device_and_compiled_the_same_masks_come_out(monkeypatch):
     augment, keys, maps = make(), sample_keys(0, 0, range(32)), classes(32)
     expected = augment_masks(augment, maps, keys, fill=255)
-    monkeypatch.setattr(masks, "readable", lambda tensor: False)
+    monkeypatch.setattr(follow, "readable", lambda tensor: False)
     assert torch.equal(augment_masks(augment, maps, keys, fill=255), expected)
     compiled = torch.compile(augment_masks, fullgraph=True, backend="eager")
     assert torch.equal(compiled(augment, maps, keys, fill=255), expected)

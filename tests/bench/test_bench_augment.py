@@ -7,12 +7,15 @@ pytest.importorskip("torchvision")
 
 from robust_dist.augment import CutMix, TrivialAugment
 from robust_dist.bench import augment, augment_peers
-from robust_dist.bench.augment import TASKS, bench_augment, report, run
-from robust_dist.bench.augment_look import (
+from robust_dist.bench.augment import (
+    TASKS,
+    bench_augment,
     fingerprints,
     look_at_mixing,
     look_at_operations,
     picture,
+    report,
+    run,
     shifted,
     torchvision_outcomes,
 )
@@ -129,12 +132,12 @@ def small():
     broken = {"broken": lambda images: Contender(_raise), "absent": lambda images: __import__("no_such_package")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "trivial_makers", lambda compiled: {**trivial_makers(compiled), **broken})
-        patch.setattr(augment.looking, "_CALLS", 1)
+        patch.setattr(augment, "_CALLS", 1)
         return run(batch_32=4, batch_224=0, rounds=1, threads=1, device="cpu")
 
 
 def test_the_tables_have_a_row_for_every_contender_that_works(small):
-    lines = report(small, 1, CPU).splitlines()
+    lines = report(small).splitlines()
     assert [line for line in lines if line.startswith("###")] == [f"### {name}, 4 images of 32x32" for name in TASKS]
     for makers in (trivial_makers(False), mix_makers(False), pipeline_makers(32, torch.float32, False)):
         for name in makers:

@@ -78,6 +78,7 @@ def test_the_table_names_every_contender_and_the_limit_and_gives_the_yardsticks_
     assert rows[data.YARDSTICK][8] == "no"
     assert rows[data.EXACT][9] == "0.00, 0"
     assert float(rows[data.FAST][9].split(",")[1]) <= 2
+    assert all(float(row[10]) >= 0 for row in rows.values())
     assert "data wait at 1 ms a batch" in lines[0]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from robust_dist.checkpoint import CheckpointError, CheckpointStore, convert, note_parameters, read, verify
-from robust_dist.checkpoint.names import bare_names
+from robust_dist.checkpoint.training_state import bare_names
 from robust_dist.cli import main
 from robust_dist.optim import RAdaBeliefW
 from tests.checkpoint.engines import (
@@ -271,12 +271,13 @@ def test_names_are_told_from_order_and_shapes_where_one_answer_is_possible(tmp_p
 
 def test_names_are_told_from_torchs_own_names(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    optimizer = course.RAdaBeliefW([(n, p) for n, p in reversed(list(model.named_parameters()))])
+    named = list(model.named_parameters())[::-1]
+    optimizer = course.RAdaBeliefW([{"params": named[:1]}, {"params": named[1:]}])
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     folder = save_plainly(tmp_path / "named", (model, optimizer, course.schedule_of(optimizer)))
     as_safetensors(folder)
-    assert names_of(folder) == [["1.bias", "1.weight", "0.bias", "0.weight"]]
+    assert names_of(folder) == [["1.bias"], ["1.weight", "0.bias", "0.weight"]]
 
 
 def test_names_that_cannot_be_told_are_an_error_that_the_note_resolves(tmp_path, trained):

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from robust_dist.checkpoint import CheckpointError, dcp, dcp_files
-from robust_dist.checkpoint.dcp_files import read_metadata
+from robust_dist.checkpoint import CheckpointError, dcp
+from robust_dist.checkpoint.dcp import read_metadata
 from robust_dist.checkpoint.training_state import TrainingState
 
 
@@ -22,8 +22,8 @@ def load_of_2_6(content, *, storage_reader=None, planner=None):
 @pytest.mark.parametrize("old", [False, True])
 def test_one_process_writes_and_reads_whatever_ranks_there_are(tmp_path, monkeypatch, old):
     if old:
-        monkeypatch.setattr(dcp_files, "save", save_of_2_6)
-        monkeypatch.setattr(dcp_files, "load", load_of_2_6)
+        monkeypatch.setattr(dcp, "save", save_of_2_6)
+        monkeypatch.setattr(dcp, "load", load_of_2_6)
     weight = torch.arange(6.0).reshape(2, 3)
     state = {"weight": {"step": torch.tensor(3.0), "exp_avg": weight + 1, "exp_avg_sq": weight + 2}}
     dcp.write_dcp(TrainingState({"weight": weight}, state, [{"params": ["weight"], "lr": 0.1}]), tmp_path)
@@ -58,16 +58,16 @@ def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
     assert not made.exists()
     value = tmp_path / "value"
     value.mkdir()
-    dcp_files.save_into(value, {"x": Evil(made)}, alone=True)
+    dcp.save_into(value, {"x": Evil(made)}, alone=True)
     with pytest.raises(CheckpointError, match="plain values"):
         dcp.load_flat(value)
     with pytest.raises(CheckpointError, match="Weights only"):
-        dcp_files.load_into(value, {"x": 0}, alone=True)
+        dcp.load_into(value, {"x": 0}, alone=True)
     assert not made.exists()
 
 
 def test_a_dcp_folder_that_names_files_outside_is_refused(tmp_path):
-    dcp_files.save_into(tmp_path, {"x": torch.ones(2)}, alone=True)
+    dcp.save_into(tmp_path, {"x": torch.ones(2)}, alone=True)
     metadata = read_metadata(tmp_path)
     for entry in metadata.storage_data.values():
         entry.relative_path = "../elsewhere.distcp"

@@ -74,7 +74,7 @@ def test_a_report_names_the_switch_of_the_callback(checkpoint, capsys):
     ("file", "text", "message"),
     [
         ("optimizer.pt", None, "optimizer.pt: is missing: torn, or saved with save_only_model=True"),
-        ("scheduler.pt", None, "scheduler.pt: is missing: Trainer would load the weights alone"),
+        ("scheduler.pt", None, "scheduler.pt: is missing: Trainer would silently load only the weights"),
         ("model.safetensors", None, "is no checkpoint"),
         ("optimizer.pt", "torn", "optimizer.pt: torn"),
         ("scheduler.pt", "torn", "scheduler.pt: torn"),

@@ -534,7 +534,7 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path):
         written(tmp_path, state)
     state = made_up_state()
     state.optimizer["gain"]["exp_avg"] = torch.zeros(2)
-    with pytest.raises(CheckpointError, match="'gain': its state has not its shape"):
+    with pytest.raises(CheckpointError, match="'gain': its state does not have its shape"):
         written(tmp_path, state)
     state = made_up_state()
     state.extra = {}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import RandomCrop
+from robust_dist.data.decode import RandomCrop
 from robust_dist.data.errors import BadImageError
 from robust_dist.data.stream_set import StreamSet
 

@@ -9,8 +9,7 @@ from PIL import Image
 
 from robust_dist.data import device_decode
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import decode_rgb
+from robust_dist.data.decode import CentralCrop, RandomCrop, decode_rgb
 from robust_dist.data.device_decode import cropped, decoder, is_for_devices
 from robust_dist.data.source import Upright
 from robust_dist.data.stream_set import StreamSet

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robust_dist.data import DATASETS, load_dataset
-from robust_dist.data.digits import enlarge, held_out
+from robust_dist.data.registry import enlarge, held_out
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 

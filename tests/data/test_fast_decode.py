@@ -11,10 +11,9 @@ from PIL import Image
 
 from robust_dist.data import fast_decode
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import MAX_PIXELS, decode_rgb
+from robust_dist.data.decode import MAX_PIXELS, CentralCrop, RandomCrop, decode_rgb
 from robust_dist.data.errors import BadImageError
-from robust_dist.data.fast_decode import fast_crop, plain_size
+from robust_dist.data.fast_decode import fast_crop, plain_size, resized
 from robust_dist.data.source import Upright
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.train.data_config import DataConfig
@@ -101,6 +100,52 @@ def test_a_box_is_the_exact_ways_box_upright_or_as_stored_at_any_shrinking(orien
             # A pixel aside would be four levels and more at 1/4, and two of them.
             assert most <= 4, crop
             assert mean < 0.6, crop
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"subsampling": 1}, {"restart_marker_rows": 1}], ids=str)
+def test_pixels_are_those_of_the_whole_file_decoded(kind, package):
+    data = encoded(photograph(), **kind)
+    for shrink, crop in (*((1, crop) for crop in FULL), *SHRUNK.items()):
+        whole = np.asarray(decode_rgb(data, shrink=shrink))
+        for key in range(0, 6):
+            window = crop.window(260, 194, key)
+            assert torch.equal(fast_crop(data, crop, key), resized(whole, window, shrink, shrink))
+
+
+def test_each_usual_jpeg_is_decoded_once_and_no_further_than_its_box(monkeypatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    rows = []
+
+    class Counting:
+        def decode_jpeg(self, data, space, *, buffer, **options):
+            rows.append(len(buffer))
+            return simplejpeg.decode_jpeg(data, space, buffer=buffer, **options)
+
+    monkeypatch.setattr(fast_decode, "simplejpeg", Counting())
+    monkeypatch.setattr(fast_decode, "decode_rgb", None)
+    crop = RandomCrop(40, (0.1, 0.3), RATIO)
+    for kind in ({}, {"subsampling": 0}, {"mode": "L"}, {"quality": 30}):
+        data = encoded(photograph(), **kind)
+        for key in range(0, 20):
+            fast_crop(data, crop, key)
+            (decoded,) = rows
+            rows.clear()
+            window = crop.window(260, 194, key)
+            shrink = 2 if window.scale >= 2 else 1
+            # Some rows of context, in whole blocks of 16.
+            assert decoded <= -(-min(194, window.box[3] + 21) // shrink)
+
+
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9"])
+def test_a_file_that_is_torn_below_the_box_is_what_it_is_for_exact(end, package):
+    crop = RandomCrop(40, (0.1, 0.3), RATIO)
+    for kind in ({}, {"subsampling": 0}, {"restart_marker_rows": 2}, {"progressive": True}):
+        data = encoded(photograph(), **kind)
+        for at in (len(data) - 2, len(data) - 40, len(data) * 9 // 10):
+            for key in range(0, 8):
+                exact = outcome(lambda d=data[:at] + end, k=key: crop(decode_rgb(d), k))
+                fast = outcome(lambda d=data[:at] + end, k=key: fast_crop(d, crop, k))
+                assert fast == exact if isinstance(exact, str) else isinstance(fast, torch.Tensor)
 
 
 def test_both_packages_give_the_same_pixels():

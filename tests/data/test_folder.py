@@ -10,7 +10,7 @@ import pytest
 from robust_dist.data.decode import decode_rgb
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.folder import open_image_folder
-from robust_dist.data.packed import PackedStrings
+from robust_dist.data.source import PackedStrings
 from tests.data.tiny_sets import encoded, turned_image, write_image_folder
 
 LABELS = [2, 0, 1, 1, 0, 2, 2]

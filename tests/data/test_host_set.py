@@ -5,7 +5,7 @@ import torch
 
 from robust_dist.data import DeviceLoader, HostSet, ImageSet
 from robust_dist.data.batches import Cut
-from robust_dist.data.moving import Prefetcher
+from robust_dist.data.loader import Prefetcher
 from robust_dist.data.sets import LabelledSet
 
 N = 75

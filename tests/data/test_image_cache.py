@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop, RandomCrop
-from robust_dist.data.decode import decode_rgb
+from robust_dist.data.decode import CentralCrop, RandomCrop, decode_rgb
 from robust_dist.data.errors import BadImageError, DataError
 from robust_dist.data.folder import open_image_folder
 from robust_dist.data.image_cache import CachedImages, ImageCache, Stored, cache_for

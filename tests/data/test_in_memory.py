@@ -11,9 +11,9 @@ from robust_dist.data import HostSet, ImageSet, load_dataset
 from robust_dist.data.errors import DataError
 from robust_dist.data.folder import open_image_folder
 from robust_dist.data.in_memory import load_into_memory
-from robust_dist.train.build import open_sets
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import load_recipe
+from robust_dist.train.sources import open_sets
 from tests.data.tiny_sets import encode, metadata, picture
 from tests.train.launching import kill_after, metrics, start, train
 from tests.train.under_engines import ROOT

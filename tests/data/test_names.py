@@ -7,7 +7,7 @@ import pytest
 
 from robust_dist.data.classes import check_same_classes, text_classes
 from robust_dist.data.errors import BadImage
-from robust_dist.data.names import as_line, composed, printable
+from robust_dist.data.source import as_line, composed, printable
 from tests.data.tiny_sets import encoded, turned_image
 
 LATIN = os.fsdecode(b"caf\xe9.jpg")

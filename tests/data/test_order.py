@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robust_dist.augment.keys import permutation
-from robust_dist.data.order import EpochOrder
+from robust_dist.data.batches import EpochOrder
 
 GROUPS = {
     "one group": (100,),

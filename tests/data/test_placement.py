@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from robust_dist.data import DataError, HostSet, ImageSet, placement
-from robust_dist.data.placement import choose_places, place
+from robust_dist.data import DataError, HostSet, ImageSet, image_set
+from robust_dist.data.image_set import choose_places, place
 from robust_dist.train import opening
-from robust_dist.train.build import open_sets
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.opening import data_lines, data_notes
+from robust_dist.train.sources import open_sets
 
 GPU = torch.device("cuda", 0)
 
@@ -39,7 +39,7 @@ def test_auto_takes_the_device_for_at_most_half_of_its_free_memory(sizes, free, 
 
 
 def free(monkeypatch, count):
-    for module in (placement, opening):
+    for module in (image_set, opening):
         monkeypatch.setattr(module, "free_bytes", lambda device: count)
 
 

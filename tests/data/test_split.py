@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from robust_dist.data.errors import DataError
-from robust_dist.data.folder import open_image_folder
-from robust_dist.data.split import Split
+from robust_dist.data.folder import Split, open_image_folder
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.sources import open_source
 from tests.data.tiny_sets import CLASSES, write_image_folder

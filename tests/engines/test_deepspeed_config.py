@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from robust_dist.engines.deepspeed import check_config, config, register
-from robust_dist.engines.deepspeed.sections import normalized
+from robust_dist.engines.deepspeed.config import normalized
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import RobustSchedule
 from tests.forked import python

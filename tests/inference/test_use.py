@@ -17,9 +17,9 @@ from robust_dist.checkpoint import CheckpointError, CheckpointStore, convert
 from robust_dist.checkpoint.conversion import read_weights
 from robust_dist.cli import main
 from robust_dist.data import load_dataset
-from robust_dist.data.crops import CentralCrop
-from robust_dist.data.decode import decode_rgb
+from robust_dist.data.decode import CentralCrop, decode_rgb
 from robust_dist.inference.evaluate import calibration_error
+from robust_dist.inference.runs import Run, figure_of, table
 from robust_dist.inference.trained import choose
 from robust_dist.models import build_model
 from robust_dist.ranks.claim import FolderClaim
@@ -273,9 +273,7 @@ def test_an_evaluation_is_written_beside_the_run_and_never_over_another(trained,
     assert main(["evaluate", str(run)]) == 0
     assert (run / "evaluation-12" / "evaluation.txt").read_text() in capsys.readouterr().out
     assert main(["evaluate", str(run)]) == 2
-    assert "evaluation-12 is there already, and nothing is written over: choose another folder with --out DIR" in (
-        capsys.readouterr().err
-    )
+    assert "evaluation-12 already exists; choose another folder with --out DIR" in (capsys.readouterr().err)
     assert main(["evaluate", str(run), str(tmp_path / "nowhere")]) == 2
     assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
@@ -412,6 +410,27 @@ def test_early_stopping_ends_every_rank_after_the_same_epoch_and_saves_it(traine
     assert said.count("warning: early_stopping.patience=1: the learning rate's decay") == 1
     main(["runs", str(run)])
     assert "  stopped early  2/5 " in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_their_length_and_start_say_so_in_table_and_legend():
+    rows = [{"epoch": epoch, "eval_accuracy": epoch / 10} for epoch in (1, 2)]
+    own = [
+        {"init_from": None, "model.weights": None, "optimizer.name": "adamw", "optimizer.lr": 0.1},
+        {"init_from": "runs/" + "a_long_name_" * 20, "model.weights": None, "optimizer.name": "sgd", "optimizer.lr": 1},
+        {"init_from": None, "model.weights": "DEFAULT", "optimizer.name": "lion", "optimizer.lr": 1e-3},
+    ]
+    runs = [Run(f"{n}" * 30, "finished", {"epochs": 2 + n, **recipe}, rows) for n, recipe in enumerate(own)]
+    head, first, *_ = table(runs).splitlines()
+    assert head.split()[2:] == ["epochs", "best", "last", "top-5", "images/s", *own[0]]
+    assert first.split()[-4:] == ["null", "null", "adamw", "0.1"]
+    figure = figure_of(runs)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    said = " ".join(text.get_text() for text in legend.get_texts())
+    assert all(word in said for word in ("epochs=3", "init_from=null", "model.weights=DEFAULT", "optimizer.lr=0.001"))
+    low, high = legend.get_window_extent().get_points()
+    assert 0 <= low[0] < high[0] <= figure.bbox.width
+    assert 0 <= low[1] < high[1] <= figure.bbox.height / 2
 
 
 def test_runs_below_a_folder_are_listed_with_what_became_of_them_and_in_what_they_differ(trained, tmp_path, capsys):

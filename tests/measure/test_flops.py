@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_dist.measure.flops import training_flops
+from robust_dist.measure.dispatch import training_flops
 from robust_dist.measure.gpus import peak_tflops
 from robust_dist.models import build_model
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_dist import native_library
+from robust_dist import extras
 from robust_dist.optim import RAdaBeliefW, fused_cpu
 from robust_dist.optim.fused_cpu import _KINDS, _Scalars, _table, call, library
 from robust_dist.optim.rounding import LOW, random_bits, round_stochastically, tensor_keys
@@ -376,7 +376,7 @@ def test_a_library_that_is_absent_broken_or_of_other_sources_is_a_reason_and_no_
         (tmp_path / "_fused.so").write_bytes(built.read_bytes())
     elif text is not None:
         (tmp_path / "_fused.so").write_bytes(text)
-    assert why in native_library.load(tmp_path, lambda found: found.no_such_function)
+    assert why in extras.load_library(tmp_path, lambda found: found.no_such_function)
 
 
 SHARES = [

@@ -11,7 +11,8 @@ from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.counting import advanced, count_of, counts_of, increments, value_of
 from robust_dist.optim.reference import reference_step
 from robust_dist.optim.rounding import HIGH, LOW, indices, random_bits, round_stochastically, tensor_keys
-from robust_dist.optim.settings import DEFAULTS, MEMORY_DEFAULTS
+from robust_dist.optim.settings import DEFAULTS
+from robust_dist.optim.settings import OPTIONS as OPTIONAL
 from robust_dist.optim.state import state_dtype
 from tests.optim import interpreted
 from tests.optim.helpers import BACKENDS, bits, gradients, start, step, train
@@ -324,7 +325,7 @@ def test_options_that_are_off_are_not_in_the_groups_so_that_older_checkpoints_fi
     assert set(optimizer.param_groups[0]) == {"params", *DEFAULTS}
     optimizer = RAdaBeliefW(_params(BF16), master_weights=True, exp_avg_dtype="bfloat16", seed=0)
     assert set(optimizer.param_groups[0]) - {"params", *DEFAULTS} == {"master_weights", "exp_avg_dtype"}
-    assert not set(MEMORY_DEFAULTS) & set(DEFAULTS)
+    assert not set(OPTIONAL) & set(DEFAULTS)
 
 
 def test_options_may_be_set_on_a_running_optimizer():

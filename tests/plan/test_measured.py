@@ -5,10 +5,9 @@ from dataclasses import astuple, replace
 import pytest
 
 from robust_dist.plan.check import TOLERANCE, measure_here, small_variants
-from robust_dist.plan.memory import memory
-from robust_dist.plan.profile import profile_for
+from robust_dist.plan.choose import memory
+from robust_dist.plan.profile import build_on_meta, profile_for, read_shapes
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta, read_shapes
 from tests.ranks import run_ranks
 from tests.versions import needs_torch_2_7
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from robust_dist.cli import main
-from robust_dist.engines.deepspeed.variant import partition
-from robust_dist.engines.fsdp.variant import own_rows, padded_rows
+from robust_dist.engines.deepspeed.engine import partition
+from robust_dist.engines.fsdp.engine import own_rows, padded_rows
 from robust_dist.engines.variant import Collective
 from robust_dist.plan.choose import micro_batches, plan, traffic, variants
+from robust_dist.plan.profile import Parameter, Shapes, Unit, build_on_meta, read_shapes
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import Parameter, Shapes, Unit, build_on_meta, read_shapes
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {variant.name: variant for variant in variants()}

@@ -1,5 +1,7 @@
 """Activations of the plan beside those of a real pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,9 @@ from robust_dist.models import build_model
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.settings import DEFAULTS, hyper
 from robust_dist.optim.tensors import TensorLists
-from robust_dist.plan.memory import step_temporaries
-from robust_dist.plan.profile import profile
-from robust_dist.plan.shapes import build_on_meta, read_shapes
+from robust_dist.plan.choose import step_temporaries, variants
+from robust_dist.plan.profile import build_on_meta, profile, profile_for, read_shapes
+from robust_dist.plan.question import Question
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,13 @@ def test_flops_are_torch_s_count_of_both_passes():
     # less one for the images, whose gradient nobody needs.
     found = profile("resnet18", 1000, 224).flops(1)
     assert found == pytest.approx(2 * 3 * 1.82e9, rel=0.03)
+
+
+def test_options_that_are_lists_are_planned():
+    dilated = Question("resnet50", image_size=64, batch_size=8, options={"replace_stride_with_dilation": [0, 0, 1]})
+    plain, variant = replace(dilated, options={}), variants()[0]
+    assert profile_for(variant, dilated).flops(1) > profile_for(variant, plain).flops(1)
+    assert profile_for(variant, dilated) is profile_for(variant, dilated)
 
 
 def test_the_step_s_temporaries_are_those_of_the_foreach_backend():

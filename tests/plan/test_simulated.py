@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from robust_dist.bench.scale import fake_rank
-from robust_dist.engines.fsdp.variant import FSDPVariant
+from robust_dist.engines.fsdp.engine import FSDPVariant
 from robust_dist.measure.dispatch import Collectives
 from robust_dist.measure.memory import storage_bytes
 from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.plan.choose import traffic, variants
+from robust_dist.plan.profile import build_on_meta, read_shapes
 from robust_dist.plan.question import Question
-from robust_dist.plan.shapes import build_on_meta, read_shapes
 from tests.versions import needs_torch_2_7
 
 pytestmark = needs_torch_2_7

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from robust_dist.schedule.vote import Vote
+from robust_dist.schedule.peers import Vote
 
 
 class SlowStore(dist.HashStore):

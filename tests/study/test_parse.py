@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from robust_dist.study.folder import StudyFolder, differences
-from robust_dist.study.grid import study_dict, study_from_dict
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import StudyError, study_dict, study_from_dict
 from robust_dist.study.parse import load_study
 from robust_dist.study.worker import _secret_words
 from robust_dist.train.recipe import parse_recipe, recipe_dict
@@ -79,7 +78,7 @@ def test_a_mistake_is_an_error_that_names_it(tmp_path, keys, named):
     [
         ("base: x.yaml\n\tseeds: [0]\n", "line 2: found character"),
         ("axes: {a: [1, 2}\n", "line 1: expected"),
-        ("seeds: [0]\nbase: x\nseeds: [1]\n", "'seeds' stands twice, in lines 1 and 3"),
+        ("seeds: [0]\nbase: x\nseeds: [1]\n", "'seeds' is given twice, in lines 1 and 3"),
         ("axes:\n  a: !!python/name:os.system\n", "line 2: tags are not taken"),
         ("- a\n", "must be a mapping"),
         ("", "must be a mapping"),

@@ -8,7 +8,7 @@ import pytest
 from robust_dist.cli import main
 from robust_dist.study import plots
 from robust_dist.study.child import slot_environment
-from robust_dist.study.keys import StudyError
+from robust_dist.study.grid import StudyError
 from robust_dist.study.outcome import Failure, Result, judge
 from robust_dist.study.report import write_report
 from robust_dist.study.summary import against_reference, robustness, summarize
@@ -137,17 +137,8 @@ def test_a_report_is_made_again_from_its_json_alone(folder, tmp_path, capsys):
     assert "is no study's folder and no report.json" in capsys.readouterr().err
 
 
-def picture_of(folder, plot, monkeypatch, tmp_path):
-    """The figure that a function draws."""
-    drawn = []
-    figure = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
-    plot(summarize(folder), tmp_path / "picture.png")
-    return drawn[-1]
-
-
-def test_lines_differ_in_marker_and_line_and_the_picture_explains_bars_and_crosses(folder, tmp_path, monkeypatch):
-    figure = picture_of(folder, plots.plot_learning_rates, monkeypatch, tmp_path)
+def test_lines_differ_in_marker_and_line_and_the_picture_explains_bars_and_crosses(folder):
+    figure = plots.learning_rates(summarize(folder))
     (axes,) = figure.axes
     lines = [container[0] for container in axes.containers]
     assert len({line.get_marker() for line in lines}) == len({line.get_linestyle() for line in lines}) == 2
@@ -159,7 +150,7 @@ def test_lines_differ_in_marker_and_line_and_the_picture_explains_bars_and_cross
     assert len(styles) == 60
 
 
-def test_numbers_grow_to_the_right_and_upwards_in_a_heat_map(tmp_path, monkeypatch):
+def test_numbers_grow_to_the_right_and_upwards_in_a_heat_map(tmp_path):
     axes = {"optimizer.weight_decay": [0.1, 0.01], "optimizer.lr": [0.1, 0.001, 0.01]}
     shares = {("0.1", "0.1"): 0.5, ("0.1", "0.001"): 0.1, ("0.01", "0.01"): 0.9}
 
@@ -167,7 +158,7 @@ def test_numbers_grow_to_the_right_and_upwards_in_a_heat_map(tmp_path, monkeypat
         return "diverged" if run.cell.labels == ("0.01", "0.1") and run.seed == 0 else shares.get(run.cell.labels, 0.7)
 
     folder = with_results(tmp_path / "study", write(tmp_path / "grid.yaml", axes=axes, seeds=[0, 1]), accuracy)
-    figure = picture_of(folder, plots.plot_heat_map, monkeypatch, tmp_path)
+    figure = plots.heat_map(summarize(folder))
     drawn = figure.axes[0]
     assert [text.get_text() for text in drawn.get_xticklabels()] == ["0.001", "0.01", "0.1"]
     # The first row is the highest.
@@ -251,7 +242,7 @@ def test_workers_go_round_the_gpus_or_share_the_threads():
 
 
 def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("robust_dist.study.measure._STEPS", 2)
+    monkeypatch.setattr("robust_dist.study.cost._STEPS", 2)
     small = {"batch_size": 32, "data.drop_last": True}
     path = write(
         tmp_path / "grid.yaml", axes={"optimizer.lr": [0.1, 0.01]}, seeds=[0, 1, 2], budget={"epochs": 7}, set=small

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,15 @@ from tests.study.studies import kill, start, wait_until, with_results, write
 GOOD = {"optimizer.lr": 0.05}
 # The first and the second are the same training; the third diverges; the fourth cannot start.
 ROWS = {"good": GOOD, "twin": GOOD, "wild": {"optimizer.lr": 1.0e30}, "broken": {"schedule.warmup_steps": 1000000}}
+
+
+# What 0.8.0 noted in a study's folder of a run that a worker has; nothing reads it any more.
+JOURNAL = """{"op_code":0,"worker_id":"a","study_name":"rows","directions":[2]}
+{"op_code":4,"worker_id":"a","study_id":0,"datetime_start":null,"state":4,"value":null,"values":null,"distributions":\
+{"row":"{\\"name\\": \\"CategoricalDistribution\\", \\"attributes\\": {\\"choices\\": [\\"good\\"]}}"},\
+"params":{"row":0},"user_attrs":{"run":"good_seed0"},"system_attrs":{},"intermediate_values":{}}
+{"op_code":6,"worker_id":"a","trial_id":0,"state":0,"values":null,"datetime_start":"2026-11-29T14:34:26.724543+00:00"}
+"""
 
 
 def results(folder: Path) -> dict:
@@ -39,6 +49,7 @@ def _shared(folder):
     alone = start(config, study)
     wait_until(lambda: any((study / "runs" / "good_seed0" / "checkpoints").glob("step-*")), alone)
     kill(alone)
+    (study / "journal.log").write_text(JOURNAL)
 
     paths = [study / "claims" / f"{row}_seed0" for row in ROWS]
 
@@ -70,6 +81,16 @@ def test_the_runs_of_killed_workers_are_taken_again_and_end_as_undisturbed_ones(
     assert {key: killed[key] for key in exact} == {key: undisturbed[key] for key in exact}
     assert "resuming" in (folder / "logs" / "good_seed0.log").read_text()
     assert code == 1  # one run has no result
+
+
+def test_a_run_that_failed_is_started_again_by_the_next_command_alone(shared, tmp_path):
+    _, folder, _, output = shared
+    assert output.count("broken, seed 0: FAILED") == 1
+    shutil.copytree(folder, tmp_path / "study")
+    again = StudyFolder(tmp_path / "study")
+    assert again.ended() == {f"{row}_seed0" for row in ROWS}
+    again.forget_failures(again.study())
+    assert again.ended() == {f"{row}_seed0" for row in ROWS if row != "broken"}
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_reported_with_its_log(shared):
@@ -140,7 +161,7 @@ def test_runs_of_an_earlier_report_are_not_trained_again(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("{}", "'study' is missing"), ("no json", "report.json is no JSON"), ('{"a": 1, "a": 2}', "stands twice")],
+    [("{}", "'study' is missing"), ("no json", "report.json is no JSON"), ('{"a": 1, "a": 2}', "is given twice")],
 )
 def test_what_is_no_report_is_refused(tmp_path, capsys, text, named):
     config = write(tmp_path / "rows.yaml", axes={"row": ROWS})

@@ -72,20 +72,20 @@ class Logged:
 
 def log_reads(log):
     """From now on this process's training reads are added to the file; returns what undoes that."""
-    from robust_dist.train import build, sources
+    from robust_dist.train import sources
 
-    real, told = sources.open_source, build.tell_exif
+    real, told = sources.open_source, sources.tell_exif
 
     def logging(data, part, classes, *, download):
         source = real(data, part, classes, download=download)
         return Logged(source, log) if part == "train" else source
 
     def undo():
-        sources.open_source, build.tell_exif = real, told
+        sources.open_source, sources.tell_exif = real, told
 
     sources.open_source = logging
     # The start's look at the first images is no reading of an epoch's.
-    build.tell_exif = lambda *args: None
+    sources.tell_exif = lambda *args: None
     return undo
 
 

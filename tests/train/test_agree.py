@@ -16,12 +16,12 @@ from robust_dist.data import DATASETS, load_dataset
 from robust_dist.measure.dispatch import Watch
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import on_rank_0, ranks_text
-from robust_dist.train.backends import backends_of
-from robust_dist.train.build import load_sets
+from robust_dist.train.display import Figures, Meter, measured
 from robust_dist.train.evaluate import average_buffers, broadcast_buffers, evaluate
 from robust_dist.train.main import check_ranks_agree
-from robust_dist.train.meter import Figures, Meter, measured
+from robust_dist.train.opening import backends_of
 from robust_dist.train.recipe import DataConfig, Recipe
+from robust_dist.train.sources import load_sets
 from tests.ranks import run_ranks
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from robust_dist.train.build import build_augment, preprocessing_of
+from robust_dist.train.build import build_augment
 from robust_dist.train.recipe import DataConfig, Recipe, conflicts, load_recipe, parse_recipe, recipe_dict
+from robust_dist.train.sources import preprocessing_of
 
 FOLDER = {"name": "imagefolder"}
 HUB = {"name": "hub", "path": "someone/pets"}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from robust_dist.data.identity import are_copies
-from robust_dist.train.build import open_sets, preprocessing_of
 from robust_dist.train.data_record import check_parts, data_record, differences
 from robust_dist.train.folder import RunFolder, RunFolderError
 from robust_dist.train.recipe import DataConfig, Recipe
+from robust_dist.train.sources import open_sets, preprocessing_of
 from tests.data.tiny_sets import encoded, write_image_folder, write_shards
 
 CPU = torch.device("cpu")

@@ -9,10 +9,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from robust_dist.train import main
-from robust_dist.train.build import load_sets
-from robust_dist.train.early_stopping import EarlyStoppingConfig, early_stop
-from robust_dist.train.metrics import without_measured
+from robust_dist.train.metrics import EarlyStoppingConfig, early_stop, without_measured
 from robust_dist.train.recipe import ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, TrackingConfig
+from robust_dist.train.sources import load_sets
 from tests.study.studies import write
 from tests.train.test_seeing import few_images
 
@@ -114,7 +113,7 @@ def test_a_metric_that_the_data_cannot_have_is_refused_before_the_first_step(tmp
 
 
 def test_a_study_trains_every_run_to_its_end(tmp_path):
-    from robust_dist.study.keys import StudyError
+    from robust_dist.study.grid import StudyError
     from robust_dist.study.parse import load_study
 
     base = tmp_path / "base.yaml"

@@ -2,8 +2,9 @@
 
 import pytest
 
-from robust_dist.train.elastic import Stopped, accumulation_for, check_not_stopped, largest_part, launcher
+from robust_dist.train.build import accumulation_for, largest_part
 from robust_dist.train.recipe import DataConfig, Recipe, conflicts, recipe_dict
+from robust_dist.train.stop import Stopped, check_not_stopped, launcher
 
 
 def recipe(micro_batch_size, batch_size=256, block=8, accumulation=1):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from robust_dist.train.failures import Record, explain_loss, kind_of, read_records, record_failure, set_aside
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank, Record, explain_loss, kind_of, read_records, record_failure, set_aside
 from robust_dist.train.watchdog import HANG_STATUS
 from tests.train.ending import STEP, run_faults
 

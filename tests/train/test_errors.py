@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.launch import check_mesh
+from robust_dist.engines.accelerate import EngineError, check_mesh
 from tests.forked import python
 from tests.train.launching import train
 from tests.train.under_engines import ROOT
@@ -33,6 +32,25 @@ def test_a_setting_that_cannot_work_is_named(tmp_path, words, message):
     assert message in output[output.index("error:") :]
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_a_recipe_names_and_cannot_be_used_is_one_message_before_the_data_is_opened(tmp_path):
+    (tmp_path / "s.yaml").write_text("epochs: 1\n")
+    words = ["--run_dir", str(tmp_path / "s.yaml"), "--model.name", "resnet57", "--model.weights", "gone/w.pt"]
+    words += ["--tracking.trackers", "[tensorbord]", "--optimizer.name", "adam"]
+    code, output = train(1, *words, "--data.name", "cifar10", "--data.root", str(tmp_path / "nowhere"))
+    assert code == 2, output
+    said = output[output.index("error:") :]
+    told = (
+        "s.yaml' is a file",
+        "unknown model 'resnet57'",
+        "gone/w.pt': there is no such file",
+        "'tensorboard'",
+        "name='adam'",
+    )
+    assert all(part in said for part in told)
+    assert "nowhere" not in output
+    assert (tmp_path / "s.yaml").read_text() == "epochs: 1\n"
 
 
 SAVING = ["--epochs", "1", "--checkpoint.every_steps", "6"]

@@ -10,12 +10,11 @@ import yaml
 from robust_dist.checkpoint import CheckpointError, CheckpointStore
 from robust_dist.private import hidden
 from robust_dist.ranks.claim import FolderLostError
-from robust_dist.train.failures import record_failure
+from robust_dist.train.checkpoints import check_not_lost
+from robust_dist.train.failures import Rank, record_failure
 from robust_dist.train.folder import RunFolder, RunFolderError, environment
 from robust_dist.train.metrics import last_row
-from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe, parse_recipe, recipe_dict
-from robust_dist.train.resume import check_not_lost
 from tests.forked import start_python
 
 
@@ -61,10 +60,12 @@ def test_a_folder_of_another_recipe_is_refused_and_left_as_it_was(tmp_path):
 
 def test_a_folder_with_other_files_is_no_run_s(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunFolderError, match="no run's folder"):
-        RunFolder(tmp_path).claim(Recipe(), {})
-    with pytest.raises(RunFolderError, match="is a file"):
-        RunFolder(tmp_path / "thesis.tex").claim(Recipe(), {})
+    thesis = tmp_path / "thesis.tex"
+    for path, said in ((tmp_path, "no run's folder"), (thesis, "is a file"), (thesis / "run", "lies below")):
+        for ask in (lambda folder: folder.claim(Recipe(), {}), lambda folder: folder.check_usable(Recipe())):
+            with pytest.raises(RunFolderError, match=said):
+                ask(RunFolder(path))
+    assert list(tmp_path.iterdir()) == [thesis]
 
 
 ROW = {"epoch": 1, "step": 10}
@@ -194,7 +195,7 @@ def row(epoch, step=None, **more):
             ["[]", "7", '{"step": 1, "step": 2}'],
             0,
             [],
-            ["line 1=[]", "line 2=7", "line 3: the key 'step' stands twice"],
+            ["line 1=[]", "line 2=7", "line 3: the key 'step' is given twice"],
         ),
         ([], 20, [], ["has no row of epoch 1, 2,"]),
     ],

@@ -16,11 +16,11 @@ from robust_dist.data import DeviceLoader, HostSet, ImageSet
 from robust_dist.data.batches import Cut
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import group_values
-from robust_dist.train import engine, main
-from robust_dist.train.build import load_sets
+from robust_dist.train import build, main
 from robust_dist.train.graph import WARM_UP_STEPS, DeviceRates, StaticStep, check_graph
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, Recipe, TrackingConfig
+from robust_dist.train.sources import load_sets
 from tests.data import pretended
 from tests.train.tape import Tape
 from tests.versions import needs_torch_2_7
@@ -264,7 +264,7 @@ def test_a_run_by_static_steps_has_the_rows_of_the_ordinary_run_and_says_where_i
     assert [one["device_bytes"] for one in noted] == [72 * (3 * 32 * 32 + 8), 16 * (3 * 32 * 32 + 8)]
     with pytest.raises(ValueError, match=r"cuda_graph=True .* device cpu"):
         run(tmp_path / "refused", cuda_graph=True)
-    monkeypatch.setattr(engine, "check_graph", lambda accelerator, recipe: None)
+    monkeypatch.setattr(build, "check_graph", lambda accelerator, recipe: None)
     assert run(tmp_path / "static", cuda_graph=True) == plain
 
 

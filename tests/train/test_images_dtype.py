@@ -6,7 +6,7 @@ from torch import nn
 
 from robust_dist.models import build_model
 from robust_dist.train import loop, main
-from robust_dist.train.images_dtype import images_dtype
+from robust_dist.train.build import images_dtype
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import PrecisionConfig
 from tests.train.test_options import few_images, run

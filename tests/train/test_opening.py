@@ -7,10 +7,9 @@ import torch
 
 from robust_dist.data.image_set import ImageSet
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.train.backends import optimizer_backend
-from robust_dist.train.build import open_sets
-from robust_dist.train.opening import oddities, part_lines
+from robust_dist.train.opening import oddities, optimizer_backend, part_lines
 from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe
+from robust_dist.train.sources import open_sets
 from tests.data.tiny_sets import write_image_folder
 
 

@@ -14,9 +14,11 @@ from robust_dist.train.baselines import NAG, PaperAdam
 from robust_dist.train.build import build_optimizer, build_schedule
 from robust_dist.train.optimizers import check_fits, make_optimizer, second_beta
 from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig, parse_recipe
+from robust_dist.train.step import summed_entropy, summed_loss
 
 STEPS, B1, B2, EPS, DECAY = 30, 0.9, 0.99, 1e-8, 0.02
 NAMES = ["RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"]
+NAMES += ["schedulefree_radam", "mechanic"]
 
 
 def rate(step):
@@ -128,7 +130,7 @@ def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_st
         torch.manual_seed(0)
         model = nn.Linear(6, 3)
         recipe = Recipe(
-            optimizer=OptimizerConfig(name=name, lr=1.0 if name == "prodigy" else 0.05, weight_decay=0.0),
+            optimizer=OptimizerConfig(name=name, lr=1.0 if name in ("prodigy", "mechanic") else 0.05, weight_decay=0.0),
             schedule=ScheduleConfig(name="constant" if name.startswith("schedulefree") else "cosine"),
         )
         optimizer = build_optimizer(recipe, model, 40)
@@ -187,11 +189,60 @@ def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the
         (Recipe(optimizer=OptimizerConfig(options={"speed": 3})), "optimizer.options"),
         (Recipe(optimizer=OptimizerConfig(name="prodigy", options={"lr_of": 3})), "optimizer.options"),
         (Recipe(optimizer=OptimizerConfig(beta2="auto"), epochs=1), "optimizer.beta2='auto'"),
+        (Recipe(optimizer=OptimizerConfig(name="schedulefree_radam")), "schedule.name='cosine'"),
+        (Recipe(optimizer=OptimizerConfig(lr="auto")), "schedule.name='cosine' with optimizer.lr='auto'"),
+        (
+            Recipe(optimizer=OptimizerConfig(options={"averaging": "schedule_free"})),
+            "schedule.name='cosine' with optimizer.options.averaging",
+        ),
+        (
+            Recipe(
+                optimizer=OptimizerConfig(lr="auto"), schedule=ScheduleConfig(name="constant", warmup_steps=3), epochs=1
+            ),
+            "schedule.warmup_steps=3",
+        ),
+        (
+            Recipe(optimizer=OptimizerConfig(lr="auto", head_lr_mult=2), schedule=ScheduleConfig(name="constant")),
+            "optimizer.head_lr_mult=2",
+        ),
+        (Recipe(optimizer=OptimizerConfig(lr="auto"), schedule=ScheduleConfig(name="constant"), ema_decay=0.9), "ema"),
     ],
 )
 def test_a_setting_that_an_optimizer_cannot_have_is_named(recipe, named):
     with pytest.raises(ValueError, match=named):
         build_optimizer(recipe, nn.Linear(2, 2), 7)
+
+
+def test_lr_auto_measures_averages_and_takes_beta2_auto():
+    recipe = Recipe(optimizer=OptimizerConfig(lr="auto", weight_decay="auto"), schedule=ScheduleConfig(name="constant"))
+    optimizer = build_optimizer(recipe, nn.Linear(2, 2), 750)
+    (group,) = optimizer.param_groups
+    assert optimizer.measures_rate
+    assert optimizer.averages_weights
+    assert (group["rate_guard"], group["averaging"], group["betas"]) == (1.0, "schedule_free", (0.9, 0.99))
+    assert (group["weight_decay"], group["decay_by_rate"]) == (3 / 750, False)
+    assert second_beta(OptimizerConfig(lr="auto", beta2=0.95), 750) == 0.95
+
+
+@pytest.mark.parametrize("setting", ["lr", "weight_decay"])
+def test_auto_is_radabeliefw_s(setting):
+    with pytest.raises(ValueError, match=rf"optimizer.{setting}='auto'.*with optimizer.name='adamw'"):
+        OptimizerConfig(name="adamw", **{setting: "auto"})
+
+
+def test_the_loss_that_a_measured_rate_sees_is_the_divergence_from_the_targets():
+    torch.manual_seed(0)
+    soft = torch.softmax(3 * torch.randn(7, 4), 1)
+    soft[:2] = torch.eye(4)[:2]
+    weights = torch.tensor([1.0, 1, 0, 1, 1, 0, 1])
+    for smoothing in (0.0, 0.1):
+        for targets in (soft, torch.tensor([0, 1, 2, 3, 0, 1, 2])):
+            whole = targets if targets.is_floating_point() else nn.functional.one_hot(targets, 4).float()
+            smooth = whole * (1 - smoothing) + smoothing / 4
+            logits = torch.log(smooth.clamp(min=1e-30))
+            for some in (None, weights):
+                entropy = summed_entropy(targets, 4, some, smoothing)
+                assert float(summed_loss(logits, targets, some, smoothing) - entropy) == pytest.approx(0, abs=1e-5)
 
 
 def test_schedule_free_goes_with_a_constant_schedule_and_without_an_average_of_its_own():

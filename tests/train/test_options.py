@@ -8,7 +8,6 @@ import torch
 from accelerate.state import AcceleratorState
 
 from robust_dist.train import main
-from robust_dist.train.build import load_sets
 from robust_dist.train.main import train
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import (
@@ -21,6 +20,7 @@ from robust_dist.train.recipe import (
     ScheduleConfig,
     TrackingConfig,
 )
+from robust_dist.train.sources import load_sets
 
 
 def run(folder, **changes):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
+from robust_dist.train.failures import Rank
 from robust_dist.train.output import LOG, LastingOutput
-from robust_dist.train.rank_info import Rank
 from tests.forked import CONTEXT, ensure_server
 from tests.train.launching import SCRIPT, TINY
 

@@ -17,11 +17,11 @@ from robust_dist.preview import columns
 from robust_dist.study.outcome import chance_of
 from robust_dist.study.parse import load_study
 from robust_dist.train.augment_config import own_stage
-from robust_dist.train.build import open_sets
+from robust_dist.train.build import check_own
 from robust_dist.train.main import train
 from robust_dist.train.optimizers import OptimizerConfig, choice_of
-from robust_dist.train.own import check_own
 from robust_dist.train.recipe import parse_recipe
+from robust_dist.train.sources import open_sets
 from tests.study.studies import write
 
 CODE = """
@@ -328,7 +328,7 @@ def test_the_preview_has_a_column_for_each_stage_of_one_s_own_before_the_crop():
     )
     augment = RobustAugment(4, 8, (0.5,) * 3, (0.5,) * 3, crop=1, flip=False, trivial=False, cutmix=False)
     before = {"mycode:flipped": own_stage("augment.before", "mycode:flipped")}
-    found = columns(images, augment, rows=2, seed=0, epoch=0, size=4, before=before)
+    found = columns(images, augment, rows=2, seed=0, epoch=0, batch_size=4, before=before)
     assert [column.title for column in found] == ["as stored", "mycode:flipped", "crop"]
     assert torch.equal(found[1].images, found[0].images.flip(3))
 
@@ -337,5 +337,5 @@ def test_a_study_takes_own_names_and_refuses_a_wrong_one_with_its_cell(tmp_path)
     axes = {"optimizer.name": ["adamw", "mycode:Signed"], "schedule.name": ["cosine", "mycode:line"]}
     _, recipes = load_study(write(tmp_path / "s.yaml", axes=axes))
     assert sorted(recipes)[-1] == "mycode-Signed_mycode-line"
-    with pytest.raises(ValueError, match=r"cell os:system: optimizer.name='os:system' is not taken"):
+    with pytest.raises(ValueError, match=r"cell os:system: optimizer.name='os:system' is refused"):
         load_study(write(tmp_path / "s.yaml", axes={"optimizer.name": ["adamw", "os:system"]}))

@@ -16,8 +16,8 @@ from robust_dist.train.build import build_optimizer, build_schedule
 from robust_dist.train.fit import fit
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.optimizers import OptimizerConfig
-from robust_dist.train.pretrained import Weights, load
 from robust_dist.train.recipe import ModelConfig, Recipe, parse_recipe
+from robust_dist.train.weights import Weights, load
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05", "--batch_size", "16"]
 SMALL = "squeezenet1_1"
@@ -69,13 +69,13 @@ def test_a_resume_of_a_run_that_began_with_another_s_weights_never_reads_them_ag
 def test_other_classes_get_a_new_head_and_all_else_is_taken(source, tmp_path, capsys):
     words = ["--optimizer.lr", "0", "--model.weights", str(source)]
     made = train(tmp_path / "three", *words, classes=3)
-    said = "its classes are 4, here are 3: the head (5) is a new one of 3"
+    said = "it has 4 classes, and this run 3: the head (5) is new, with 3 outputs"
     assert f"weights: {source}, step 4; {said}" in capsys.readouterr().out
     (there,) = source.glob("checkpoints/step-*04/model.safetensors")
     before, after = load_file(there), load_file(made.checkpoint / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in ("0.weight", "0.bias", "1.weight"))
     assert after["5.weight"].shape == (3, 16)
-    with pytest.raises(ValueError, match=r"its classes are 4, here are 3; to begin with all but the head set model"):
+    with pytest.raises(ValueError, match=r"it has 4 classes, and this run 3; to keep all but the head, set model"):
         train(tmp_path / "refused", "--init_from", str(source), classes=3)
     assert not (tmp_path / "refused").exists()
 
@@ -92,7 +92,7 @@ def test_one_error_lists_everything_that_does_not_fit():
         filled(tiny(4), entries)
     for part in (
         "it lacks 1.running_mean",
-        "it has beyond it 9.bias",
+        "it has in addition 9.bias",
         "0.weight [8, 3, 3, 3] in place of [4, 3, 3, 3]",
     ):
         assert part in str(caught.value)
@@ -103,7 +103,7 @@ def test_weights_of_a_body_alone_leave_the_head_as_it_was():
     model = tiny(4)
     head = model[5].weight.clone()
     begun = filled(model, entries)
-    assert "it has no head for the 4 classes here" in begun.lines[0]
+    assert "it has no head for the 4 classes of this run" in begun.lines[0]
     assert torch.equal(model[5].weight, head)
     assert torch.equal(model[1].running_var, entries["1.running_var"])
 
@@ -143,13 +143,13 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("classifier.1"))
-    assert "its classes are 1,000, here are 10: the head (classifier.1) is a new one of 10" in begun.lines[0]
+    assert "it has 1,000 classes, and this run 10: the head (classifier.1) is new, with 10 outputs" in begun.lines[0]
     (warning,) = begun.warnings
-    assert "mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]; here are mean [0.3051, 0.3051, 0.3051]" in warning
+    assert "std [0.229, 0.224, 0.225]; this run has mean [0.3051, 0.3051, 0.3051]" in warning
     assert read_published(SMALL, "SqueezeNet1_1_Weights.IMAGENET1K_V1", 10, 3, {}).num_classes == 1000
     with pytest.raises(ValueError, match="there are DEFAULT, IMAGENET1K_V1"):
         read_published(SMALL, "IMAGENET1K_V3", 10, 3, {})
-    with pytest.raises(ValueError, match="nobody publishes weights of this model"):
+    with pytest.raises(ValueError, match="no weights are published for this model"):
         read_published("resnet20", "DEFAULT", 10, 3, {})
 
 
@@ -168,8 +168,8 @@ def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     head = model.head.weight.clone()
     found = read_published("timm/test_vit", "DEFAULT", 10, 3, {})
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
-    assert "its classes are 1,000, here are 10: the head (head) is a new one of 10" in begun.lines[0]
-    assert "trained on images of mean [0.5, 0.5, 0.5]" in begun.warnings[0]
+    assert "it has 1,000 classes, and this run 10: the head (head) is new, with 10 outputs" in begun.lines[0]
+    assert "trained on images with mean [0.5, 0.5, 0.5]" in begun.warnings[0]
     assert torch.equal(model.head.weight, head)
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))

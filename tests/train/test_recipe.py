@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from robust_dist.documents import dump_yaml
 from robust_dist.private import HIDDEN, hidden, hidden_text, hidden_words, remember_secrets
-from robust_dist.train.failures import record_failure
+from robust_dist.train.failures import Rank, record_failure
 from robust_dist.train.keys import keys_of
-from robust_dist.train.rank_info import Rank
 from robust_dist.train.recipe import Recipe, conflicts, flatten, load_recipe, parse_recipe, recipe_dict
-from robust_dist.yaml_file import dump_yaml
 
 RECIPES = sorted(Path(__file__).parents[2].glob("configs/recipes/*.yaml"))
 
@@ -95,6 +94,14 @@ def test_a_value_out_of_range_is_an_error_that_names_the_setting(key, value):
         parse_recipe([f"--{key}", value])
 
 
+def test_unknown_keys_wrong_types_and_values_out_of_range_are_one_message(capsys):
+    words = ["--optimizer.lrr", "1", "--batch_size", "many", "--optimizer.eps", "-1", "--epochs", "0"]
+    with pytest.raises(SystemExit):
+        parse_recipe(words)
+    said = capsys.readouterr().err
+    assert all(f"{key}" in said for key in ("--optimizer.lrr", "batch_size", "optimizer.eps=-1", "epochs=0"))
+
+
 def test_conflicts_name_what_changes_the_result_and_nothing_else():
     ours, theirs = Recipe(run_dir="a"), Recipe(run_dir="b")
     theirs.tracking.progress = False
@@ -148,9 +155,12 @@ def test_options_are_plain_values_and_code_that_they_name_is_refused_by_name(tmp
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("optimizer:\n  lr: 0.1\nbatch_size: 32\noptimizer:\n  eps: 1\n", "'optimizer' stands twice, in lines 1 and 4"),
-        ("optimizer:\n  lr: 0.1\n  lr: 0.2\n", "'optimizer.lr' stands twice, in lines 2 and 3"),
-        ("optimizer:\n  lr: 0.1\noptimizer.lr: 0.2\n", "line 3: the key 'optimizer.lr' stands twice"),
+        (
+            "optimizer:\n  lr: 0.1\nbatch_size: 32\noptimizer:\n  eps: 1\n",
+            "'optimizer' is given twice, in lines 1 and 4",
+        ),
+        ("optimizer:\n  lr: 0.1\n  lr: 0.2\n", "'optimizer.lr' is given twice, in lines 2 and 3"),
+        ("optimizer:\n  lr: 0.1\noptimizer.lr: 0.2\n", "line 3: the key 'optimizer.lr' is given twice"),
         ("batch_size:\n", "line 1: batch_size is empty"),
         ("augment:\n  cutmix: ~\n", "line 2: augment.cutmix is empty"),
         ("epochs: 010\n", "line 1: 010 is a number in octal"),

@@ -10,12 +10,9 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from robust_dist.train import main
-from robust_dist.train.build import load_sets
-from robust_dist.train.curves import best_row, decay_corners, plot_curves
-from robust_dist.train.display import Display
-from robust_dist.train.meter import Figures, Meter
-from robust_dist.train.metrics import MEASURED, without_measured
-from robust_dist.train.profiling import window
+from robust_dist.train.curves import decay_corners, plot_curves
+from robust_dist.train.display import Display, Figures, Meter, window
+from robust_dist.train.metrics import MEASURED, best_row, without_measured
 from robust_dist.train.recipe import (
     CheckpointConfig,
     ModelConfig,
@@ -25,6 +22,7 @@ from robust_dist.train.recipe import (
     TrackingConfig,
     parse_recipe,
 )
+from robust_dist.train.sources import load_sets
 
 
 def few_images(recipe, accelerator):
@@ -284,7 +282,8 @@ def test_curves_are_drawn_of_one_epoch_many_and_rows_without_numbers(rows, tmp_p
     recipe = Recipe(epochs=300, run_dir=str(tmp_path / "$x_$"))
     plot_curves(found, tmp_path / "curves.png", recipe)
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert best_row(found) == found[0]
+    # As `--checkpoint best`: the newest of those that are equal.
+    assert best_row(found)["epoch"] == max(row["epoch"] for row in found if row["eval_accuracy"] == 0.5)
     plot_curves([], tmp_path / "none.png", recipe)
     assert not (tmp_path / "none.png").exists()
 

@@ -167,7 +167,7 @@ def another_set(sets, folder):
 def hosts_differ():
     from accelerate import Accelerator
 
-    from robust_dist.data.crops import CentralCrop
+    from robust_dist.data.decode import CentralCrop
     from robust_dist.data.stream_set import StreamSet
     from robust_dist.train.sources import check_ranks_see_the_same
     from tests.data.coloured import Coloured

@@ -31,7 +31,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     assert main(["recipe", str(pictures), "--out", str(file)]) == 0
     assert f"train it: robust-dist train --config {file}" in capsys.readouterr().out
     assert main(["recipe", str(pictures), "--out", str(file)]) == 2
-    assert "is there already, and nothing is written over" in capsys.readouterr().err
+    assert "already exists; choose another path" in capsys.readouterr().err
     words = [
         "--config",
         str(file),
@@ -88,7 +88,7 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
     told = "\n".join(said)
     for part in (
         "24 images of 2 classes",
-        "unbalanced: 'ant' is right for 75% of them",
+        "unbalanced: 'ant' is the class of 75% of them",
         "torn.jpg: not an image",
         "copy.jpg and",
         "width 48, height 40 pixels; 0 are grey",

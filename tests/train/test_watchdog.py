@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from robust_dist.train.rank_info import Rank
+from robust_dist.train.failures import Rank
 from robust_dist.train.watchdog import HANG_STATUS, Watchdog, describe, is_waiting, tick
 from tests.forked import CONTEXT, ensure_server
 from tests.train.ending import print_into

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robust_dist.augment import RobustAugment
 from robust_dist.data import ImageSet
 from robust_dist.data.batches import Cut
-from robust_dist.data.crops import CentralCrop
+from robust_dist.data.decode import CentralCrop
 from robust_dist.data.sets import EvalBatch
 from robust_dist.data.stream_set import StreamSet
 from robust_dist.train.evaluate import count_batch, evaluate, no_totals, score_of
-from robust_dist.train.loss import summed_loss
+from robust_dist.train.step import summed_loss
 from tests.data.coloured import CLASSES, Coloured, colour
 
 N, SIZE = 20, 4

@@ -5,12 +5,11 @@ import re
 
 import pytest
 
-from robust_dist.engines import launch
-from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.launch import check_launch, gpus_wanted
+from robust_dist.engines import accelerate
+from robust_dist.engines.accelerate import EngineError, check_launch, gpus_wanted
 from robust_dist.train.build import build_classifier
-from robust_dist.train.command_line import check_recipe_is_named
 from robust_dist.train.main import main
+from robust_dist.train.parse import check_recipe_is_named
 from robust_dist.train.recipe import ModelConfig, Recipe, parse_recipe
 from tests.train.under_engines import ROOT
 
@@ -79,8 +78,8 @@ def test_what_is_no_launcher_or_no_file_says_nothing(tmp_path):
 
 
 def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkeypatch):
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(launch, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
+    monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerate, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     cores = min(8, len(os.sched_getaffinity(0)))
@@ -92,14 +91,14 @@ def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkey
 
 
 def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(monkeypatch):
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
     words = ["/bin/accelerate", "launch", "--num_processes=2", "launch/train.py", "--config", "R.yaml"]
-    monkeypatch.setattr(launch, "_launcher_words", lambda: words)
+    monkeypatch.setattr(accelerate, "_launcher_words", lambda: words)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
         check_launch()
     # The recipe's own key says nothing of the launcher.
-    monkeypatch.setattr(launch, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
+    monkeypatch.setattr(accelerate, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
     check_launch()
 
 
@@ -114,7 +113,6 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
     ],
 )
 def test_options_that_a_model_cannot_have_are_named_without_a_library_s_words(name, options, message):
-    recipe = Recipe(model=ModelConfig(name=name, options=options))
     with pytest.raises(ValueError, match=message) as error:
-        build_classifier(recipe, 10, 3)
+        build_classifier(Recipe(model=ModelConfig(name=name, options=options)), 10, 3)
     assert "()" not in str(error.value)

@@ -6,7 +6,7 @@ from robust_dist.engines.deepspeed import patches
 from robust_dist.engines.deepspeed.check_checkpoint import check_checkpoint
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.engines.deepspeed.engine import ENGINES
-from robust_dist.engines.deepspeed.import_hook import when_imported
+from robust_dist.engines.deepspeed.patches import when_imported
 from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
 
@@ -18,10 +18,10 @@ def register() -> None:
 
     DeepSpeed looks an unknown optimizer up on `torch.optim` and an unknown scheduler up on `torch.optim.lr_scheduler`,
     and ZeRO refuses optimizers that are not on its list. Besides, some methods of DeepSpeed are wrapped, and do what
-    they did for other optimizers: its engine begins with `check_config`'s checks of what it will take by name from its
-    JSON, and leaves out what means nothing to ours; it loads what `check_checkpoint` has passed; ZeRO-0's wrapper for
-    bfloat16 and float16 leaves no trace of the step that it makes at its start; a universal checkpoint gives each param
-    group its own settings and each parameter its own step count.
+    they did for other optimizers: its engine begins with `check_config`'s checks of what it takes by name from its
+    JSON; it loads what `check_checkpoint` has passed; ZeRO-0's wrapper for bfloat16 and float16 leaves no trace of the
+    step that it makes at its start; a universal checkpoint gives each param group its own settings and each parameter
+    its own step count.
 
     Call this on every rank before `deepspeed.initialize` or `Accelerator.prepare`. It may be called again, and before
     or after `import deepspeed`, which it does not import.

@@ -31,10 +31,10 @@ def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) ->
     """Check, on every rank, that `engine.load_checkpoint(folder, tag)` will find what it needs.
 
     After `register()` every `load_checkpoint` of a RAdaBeliefW's engine begins with this, unless it loads a part, or
-    there is no checkpoint at all, where DeepSpeed warns and starts anew. DeepSpeed alone takes another optimizer's
-    state without a word, and ranks part or hang where the file of one is torn. Every rank reads the files that it will
-    load, tensors left on the disk, and all raise if one of them would; this is one collective. It asks for no more than
-    the load does: extra state, and models with load hooks of their own, are the load's to judge.
+    there is no checkpoint at all, where DeepSpeed warns and starts anew. DeepSpeed alone silently takes another
+    optimizer's state, and ranks part or hang where the file of one is torn. Every rank reads the files that it will
+    load, tensors left on the disk, and all raise if one of them would; this is one collective. Extra state, and models
+    with load hooks of their own, are the load's to judge.
 
     Args:
         engine: What `deepspeed.initialize` returned, with RAdaBeliefW; no pipeline, expert or tensor parallelism.
@@ -121,7 +121,7 @@ def _of_another_world(engine: Any, model: Any, path: Path, universal: bool, stag
 
 
 def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterator[str]:
-    """Differences that the load would refuse, or (at stage 3, which loads flat partitions) put in the wrong place."""
+    """Differences that the load would refuse or, at stage 3, which loads flat partitions, would misplace."""
     own_way = loads_in_own_way(engine.module)
     if stage == 3:
         saved = _shapes(model.get("param_shapes") or [])
@@ -150,7 +150,7 @@ def _other_model(path: Path, name: Any, saved: Mapping[Any, Any], mine: Mapping[
 
 def loads_in_own_way(module: nn.Module) -> bool:
     """Whether a hook or an override decides what `load_state_dict` takes, which only the load itself can tell."""
-    return any(_has_own_load(one) for one in module.modules())
+    return any(_has_own_load(part) for part in module.modules())
 
 
 def _has_own_load(module: nn.Module) -> bool:
@@ -241,16 +241,10 @@ def _of_another_optimizer(engine: Any, saved: Any, path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing_to_the_end(engine: Any) -> Iterator[None]:
-    """Inside, `engine.save_checkpoint` finishes on a rank that cannot write, whose error is raised at the end.
+    """Inside, `engine.save_checkpoint` finishes on a rank that cannot write, whose first error is raised at the end.
 
     DeepSpeed's ranks meet in barriers around their writes, where the others would wait for the one that has raised.
     What is no DeepSpeed engine is left as it is.
-
-    Args:
-        engine: What `deepspeed.initialize` returned.
-
-    Raises:
-        Exception: The first one of a write that failed on this rank.
     """
     errors: list[Exception] = []
 

@@ -6,7 +6,10 @@ Each patch is given a module of DeepSpeed and looks for what it changes: a versi
 import functools
 import inspect
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +25,7 @@ from robust_dist.ranks.talk import rank
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 DRY_STEP = "initialize_optimizer_states"
+Patch = Callable[[ModuleType], None]
 
 
 def pass_gate(module: ModuleType) -> None:
@@ -43,8 +47,8 @@ def patch_universal_load(module: ModuleType) -> None:
 
 
 def patch_engine(module: ModuleType) -> None:
-    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or leaves ranks apart."""
-    # The engine, as zero.Init reads the JSON, too, and earlier than Accelerate and Trainer fill in each "auto".
+    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or fails on some ranks."""
+    # Not where zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
 
@@ -131,3 +135,48 @@ def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, A
             f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
         )
     return saved
+
+
+def when_imported(patches: dict[str, Patch]) -> None:
+    """Call `patches[name](module)` for each module: now where it is imported, else right after its import.
+
+    So nobody who does not use DeepSpeed waits for its import. A patch may be called for the same module again, and must
+    then do nothing.
+    """
+    for name, patch in patches.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            patch(module)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(patches))
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, patches: dict[str, Patch]) -> None:
+        self.patches = patches
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.patches:
+            return None
+        spec = self._spec_of_others(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            _add_to(spec.loader, self.patches[fullname])
+        return spec
+
+    def _spec_of_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        return next((spec for spec in found if spec is not None), None)
+
+
+def _add_to(loader: Any, patch: Patch) -> None:
+    execute = loader.exec_module
+
+    def execute_and_patch(module: ModuleType) -> None:
+        execute(module)
+        patch(module)
+
+    loader.exec_module = execute_and_patch

@@ -37,13 +37,13 @@ class DeepSpeedRobustSchedule(RobustSchedule):
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
-        total_steps: As RobustSchedule's; it may be given as total_num_steps.
-        warmup_steps: Likewise, or warmup_num_steps.
+        total_steps: As RobustSchedule's, as are the next six; or total_num_steps.
+        warmup_steps: Or warmup_num_steps.
         weight_decay_off_at: As RobustSchedule's.
-        min_lr_ratio: Likewise, or cos_min_ratio.
+        min_lr_ratio: Or cos_min_ratio.
         decay: As RobustSchedule's.
         process_group: As RobustSchedule's.
-        last_epoch: Likewise, or last_batch_iteration.
+        last_epoch: Or last_batch_iteration.
         **theirs: DeepSpeed's names: the above, warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type.
 
     Raises:
@@ -64,9 +64,9 @@ class DeepSpeedRobustSchedule(RobustSchedule):
         last_epoch: int = -1,
         **theirs: Any,
     ) -> None:
-        found = settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, theirs, decay)
-        peaks = _peaks(found.peak_lr, len(base_optimizer(optimizer).param_groups))
-        self._start(optimizer, found.curve, weight_decay_off_at, process_group, found.last_epoch, peaks)
+        curve, peak, done = settings(total_steps, warmup_steps, min_lr_ratio, last_epoch, theirs, decay)
+        peaks = _peaks(peak, len(base_optimizer(optimizer).param_groups))
+        self._start(optimizer, curve, weight_decay_off_at, process_group, done, peaks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,29 +96,14 @@ class DeepSpeedCurve(Curve):
         return max(0, step - 1) / self.warmup_steps
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings that were asked for, whatever the names.
-
-    Attributes:
-        curve: The learning rate by step.
-        peak_lr: Base learning rate for every group, one per group, or None: the groups' own.
-        last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
-    """
-
-    curve: Curve
-    peak_lr: float | list[float] | None
-    last_epoch: int
-
-
 def settings(
     total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, last_epoch: Any, theirs: dict[str, Any], decay: Any
-) -> Settings:
-    """Check all settings and translate DeepSpeed's names.
+) -> tuple[Curve, float | list[float] | None, int]:
+    """Check all settings and translate DeepSpeed's names; a TypeError or ValueError names the wrong one.
 
-    Raises:
-        TypeError: A setting of the wrong type.
-        ValueError: An unknown name, a setting given under two names, or a value outside its range.
+    Returns:
+        The curve; the base learning rate for every group, one per group, or None (the groups' own); and torch's
+        last_epoch.
     """
     unknown = [name for name in theirs if name not in NAMES]
     if unknown:
@@ -136,11 +121,8 @@ def settings(
         raise ValueError(NO_TOTAL)
     warmup = whole_number(warmup_name, warmup, 0, whole_number("total_steps", total, 1))
     curve = checked_curve(total, warmup, ratio, decay)
-    return Settings(
-        _with_warmup(curve, given) if theirs else curve,
-        _peak_lr(given.get("warmup_max_lr")),
-        whole_number("last_epoch", last, -1),
-    )
+    curve = _with_warmup(curve, given) if theirs else curve
+    return curve, _peak_lr(given.get("warmup_max_lr")), whole_number("last_epoch", last, -1)
 
 
 def whole(value: Any) -> Any:

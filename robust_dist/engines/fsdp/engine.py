@@ -1,18 +1,194 @@
-"""The record of FSDP1, FSDP2 and HSDP under Accelerate."""
+"""FSDP1, FSDP2 and HSDP: their record under Accelerate, and what they hold and send in a plan.
 
+The plan has rows of dimension 0, gathered unit by unit (torch 2.14, distributed/fsdp/_fully_shard).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from robust_dist.engines.engine import Engine
-from robust_dist.engines.fsdp.variant import FSDPVariant
+from robust_dist.engines.variant import ALONE, MOMENTS, SINGLE, STEP, Collective, Held, Operation, Passes, Run, Variant
 
 if TYPE_CHECKING:
-    from robust_dist.checkpoint.space import Sizes
+    from robust_dist.checkpoint.background import Sizes
     from robust_dist.checkpoint.training_state import TrainingState
+    from robust_dist.plan.profile import Profile, Shapes
+    from robust_dist.plan.question import Question
+
+# fsdp_min_num_params of configs/accelerate/*fsdp2.yaml and *hsdp.yaml
+MIN_UNIT = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPVariant(Variant):
+    """`fully_shard` over all ranks, or over those of a node.
+
+    Attributes:
+        reshard: Gathered parameters are given back after the forward pass.
+        in_nodes: Shards over the GPUs of a node, replicas over nodes (HSDP).
+    """
+
+    overlap: float = 1.0
+    broadcasts_buffers: bool = False
+    reshard: bool = True
+    in_nodes: bool = False
+
+    def shards(self, job: "Question") -> int:
+        """Ranks that share one copy."""
+        return job.gpus_per_node if self.in_nodes else job.world_size
+
+    def unfit(self, job: "Question") -> str | None:
+        """The reason why this is no candidate for these machines, or None."""
+        if job.world_size == 1:
+            return ALONE
+        if self.in_nodes and job.nodes == 1:
+            return "one node has nothing to replicate between: FSDP2 does the same"
+        if self.in_nodes and job.gpus_per_node == 1:
+            return "nodes of one GPU have nothing to shard inside: DDP does the same"
+        return None
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Weights are gathered in the job's dtype, under autocast."""
+        return dtype, None if dtype == torch.float32 else dtype
+
+    def held(self, shapes: "Shapes", job: "Question", rank: int = 0) -> Held:
+        """Parameters and gradients are stored with padding, moments without."""
+        shards = self.shards(job)
+        padded = sum(padded_rows(p.shape, shards) for p in shapes.parameters)
+        own = sum(own_rows(p.shape, shards, rank % shards) for p in shapes.parameters)
+        return Held(SINGLE * padded, 0, SINGLE * padded, MOMENTS * own + STEP * len(shapes.parameters), own)
+
+    def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
+        """The highest of the units' backward passes."""
+        # Without synchronisation whole gradients are added up until the last micro batch.
+        whole = job.itemsize * shapes.numel if accumulates else 0
+        moments = []
+        for moment in _backward_moments(shapes, self.reshard):
+            activations = profile.live_between(batch, moment.born, moment.born_after)
+            gradients = whole + SINGLE * moment.born / self.shards(job)
+            moments.append(Passes(activations, job.itemsize * moment.in_flight, gradients))
+        return max(moments, key=sum)
+
+    def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
+        """Units are gathered for every micro batch, and reduced once a step."""
+        shards = self.shards(job)
+        leaves = job.nodes > 1 and not self.in_nodes
+
+        def over(what: str, operation: Operation, elements: int, count: int) -> Collective:
+            return Collective(what, operation, job.itemsize * elements, shards, count, leaves, True)
+
+        padded = [sum(shards * padded_rows(p.shape, shards) for p in unit.parameters) for unit in shapes.units]
+        again = [numel for numel, unit in zip(padded, shapes.units, strict=True) if self.reshard and not unit.stays]
+        units = len(shapes.units)
+        yield over("parameters, forward", "all-gather", accumulation * sum(padded), accumulation * units)
+        yield over("parameters, backward", "all-gather", accumulation * sum(again), accumulation * len(again))
+        # accumulate() leaves the reduction out of all micro batches but the last.
+        yield over("gradients", "reduce-scatter", sum(padded), units)
+        if self.in_nodes:
+            mine = job.itemsize * sum(padded) / shards
+            yield Collective("gradients, between nodes", "all-reduce", mine, job.nodes, units, True, True)
+
+    def words(self, job: "Question") -> list[str]:
+        """The mesh of several nodes' replicas, and whether to reshard."""
+        mesh = {"replicate": job.nodes, "shard": job.gpus_per_node} if self.in_nodes else {}
+        words = [f"--parallelism_config_dp_{name}_size {size}" for name, size in mesh.items()]
+        return words if self.reshard else [*words, "--fsdp_reshard_after_forward", "false"]
+
+    def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
+        """`fully_shard`, as Accelerate does with the variant's config."""
+        return Run(self.shard(model, job))
+
+    def shard(self, model: nn.Module, job: "Question") -> nn.Module:
+        """Shard a model in place over the ranks of the process group of CPUs; returns the model."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        shape = (job.nodes, job.gpus_per_node) if self.in_nodes else (job.world_size,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        low = job.dtype != torch.float32
+        policy = MixedPrecisionPolicy(job.dtype, job.dtype, job.dtype) if low else MixedPrecisionPolicy()
+        for module, reshards in unit_modules(model):
+            # The root is left to torch, as Accelerate does, which keeps it gathered.
+            after: dict[str, Any] = {} if module is model else {"reshard_after_forward": reshards and self.reshard}
+            fully_shard(module, mesh=mesh, mp_policy=policy, **after)
+        return model
+
+
+def unit_modules(model: nn.Module, min_numel: int = MIN_UNIT) -> list[tuple[nn.Module, bool]]:
+    """The modules to give to `fully_shard`, in this order, and whether each is resharded after its forward pass.
+
+    As Accelerate's `fsdp2_prepare_model` chooses them for SIZE_BASED_WRAP: inner modules first, each with more than
+    `min_numel` elements in all; the last normalisation among the model's children; the model.
+    """
+    chosen = [m for m in _bottom_up(model)[:-1] if sum(p.numel() for p in m.parameters()) > min_numel]
+    norm = [child for child in model.children() if "Norm" in type(child).__name__][-1:]
+    tail = [child for child in norm if child not in chosen]
+    return [*((module, True) for module in chosen), *((module, False) for module in tail), (model, False)]
+
+
+def _bottom_up(model: nn.Module) -> list[nn.Module]:
+    stack, order = [model], []
+    while stack:
+        module = stack.pop()
+        stack.extend(module.children())
+        order.append(module)
+    return order[::-1]
+
+
+def padded_rows(shape: Sequence[int], shards: int) -> int:
+    """Elements that `fully_shard` stores of a parameter: the largest share of dimension 0 (torch.chunk's)."""
+    rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    return -(-rows // shards) * rest
+
+
+def own_rows(shape: Sequence[int], shards: int, rank: int) -> int:
+    """Elements of a parameter that are this rank's; the last ranks may have fewer, or none."""
+    rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    share = -(-rows // shards)
+    return max(0, min(share, rows - rank * share)) * rest
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """The backward pass of one unit, elements.
+
+    Attributes:
+        born: Of the gradients that are finished before it.
+        born_after: And after it.
+        in_flight: Gathered parameters, this unit's gradients, and those before it, which are being scattered.
+    """
+
+    born: int
+    born_after: int
+    in_flight: int
+
+
+def _backward_moments(shapes: "Shapes", reshard: bool) -> list[_Moment]:
+    """Gradients are taken to be finished in the reverse of the parameters' order, units as their first parameter."""
+    place = {parameter: index for index, parameter in enumerate(shapes.parameters)}
+    behind = [0]
+    for parameter in reversed(shapes.parameters):
+        behind.append(behind[-1] + parameter.numel)
+    behind.reverse()
+    units = sorted(shapes.units, key=lambda unit: place[unit.parameters[0]], reverse=True)
+    stays = sum(unit.numel for unit in units if unit.stays)
+    moments, before = [], 0
+    for unit, ahead in zip(units, [*units[1:], None], strict=True):
+        first, last = (place[unit.parameters[end]] for end in (0, -1))
+        if reshard:
+            gathered = sum(part.numel for part in (unit, ahead) if part is not None and not part.stays) + stays
+        else:
+            gathered = shapes.numel - behind[last + 1]
+        moments.append(_Moment(behind[last + 1], behind[first], gathered + unit.numel + before))
+        before = unit.numel
+    return moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +220,8 @@ class FSDP(Engine):
         return bool(accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT")
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.save_state`; parameters that were never stepped are saved as that.
-
-        Raises:
-            CheckpointError: DCP could not write a file; an OSError where the system said why.
-        """
-        from robust_dist.checkpoint.dcp_files import plain_failures
+        """Like `accelerator.save_state`; parameters that were never stepped are saved as that."""
+        from robust_dist.checkpoint.dcp import plain_failures
         from robust_dist.engines.fsdp.state import only_stepped
         from robust_dist.optim.groups import reshard
 
@@ -64,14 +236,14 @@ class FSDP(Engine):
         """Like `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
 
         torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they
-        drop the state of parameters that are frozen now, and all of it where gradients are there, as under FSDP1 before
-        a first step, without a word. And torch 2.14's planner fails under FSDP1 ("Missing key ...
-        optimizer.param_groups") where a parameter has fewer rows than there are ranks.
+        silently drop the state of parameters that are frozen now, and all of it where gradients are there, as under
+        FSDP1 before a first step. And torch 2.14's planner fails under FSDP1 ("Missing key ... optimizer.param_groups")
+        where a parameter has fewer rows than there are ranks.
 
         Raises:
             CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
         """
-        from robust_dist.checkpoint.dcp_files import plain_failures
+        from robust_dist.checkpoint.dcp import plain_failures
         from robust_dist.engines.fsdp.state import load_sharded, only_saved, stepped_in
 
         plugin = accelerator.state.fsdp_plugin
@@ -106,17 +278,17 @@ class FSDP(Engine):
 
 
 def _fill_missing_state(state: "TrainingState") -> list[str]:
-    """Give parameters without state the one that their first step would start from; returns a note for each case.
-
-    FSDP2 loads a state for every parameter that is trained, or fails.
-    """
+    """Give parameters without state that of a first step, as FSDP2 loads a state for all of them; returns a note."""
     held = {*state.optimizer, *state.extra.get("frozen", ())}
     missing = [name for group in state.groups for name in group["params"] if name not in held]
+    averages = any("z" in entry for entry in state.optimizer.values())
     for name in missing:
         param = state.model[name]
         zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
         step = torch.zeros((), dtype=torch.float32)
         state.optimizer[name] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        if averages:
+            state.optimizer[name]["z"] = param.to(zeros.dtype, copy=True)
     return [f"no state was saved for {missing[:5]} ({len(missing)} in all): written as before a first step"] * bool(
         missing
     )

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robust_dist.checkpoint import store
-from robust_dist.checkpoint.dcp_files import load_into, read_metadata, save_into
+from robust_dist.checkpoint.dcp import load_into, read_metadata, save_into
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.accelerate import EngineError
-from robust_dist.engines.fsdp.description import describe, listed, misfits
 from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped, set_state, state_of
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
@@ -25,15 +24,16 @@ from robust_dist.schedule import RankDisagreementError, base_optimizer
 __all__ = ["check", "load", "save"]
 
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+_NAMES_SHOWN = 6
 
 
 def check(model: nn.Module, optimizer: Any) -> None:
     """Check, after wrapping and before the first step, that the optimizer trains this model's parameters.
 
     Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
-    FSDP1's flat parameters put new ones in the place of those that an optimizer was made with, and such an optimizer
-    steps without an error and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation
-    FSDP2's parameters are sharded again.
+    FSDP1's flat parameters replace those that an optimizer was made with, and such an optimizer steps without an error
+    and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation FSDP2's parameters are
+    sharded again.
 
     Args:
         model: The model as it is trained.
@@ -52,7 +52,7 @@ def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
     trained = [(clean_name(name, model), param) for name, param in model.named_parameters() if param.requires_grad]
     lost = [name for name, param in trained if id(param) not in known_to_optimizer]
     known = {id(param) for param in model.parameters()}
-    stale = sum(one not in known for one in held)
+    stale = sum(number not in known for number in held)
     if stale:
         return (
             f"the optimizer holds {stale} parameters that are not the model's, and lacks {listed(lost) or 'none'}: "
@@ -153,9 +153,9 @@ def _state(model: nn.Module, optimizer: Optimizer, schedule: Any) -> dict[str, A
 
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
+        return {key: _copied(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_copied(one) for one in value]
+        return [_copied(part) for part in value]
     # FSDP1's ShardedTensors are made anew for each state dict, so they are copies already.
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().cpu() if value.device.type != "cpu" else value.detach().clone()
@@ -190,7 +190,7 @@ def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
 
 
 def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Rank 0 acts, the others wait; its failure is everyone's."""
+    """Call `action` on rank 0 while the others wait; its error is raised on all."""
 
     def explained() -> None:
         try:
@@ -228,7 +228,7 @@ def _write(
 
 def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str, list[int]]:
     """Size and CRC-32 of all files, of which each rank brings its share to the disk."""
-    # A rank may see another one's files late on a shared file system.
+    # On a shared file system a rank may see another rank's files late.
     seen = gather([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
     mine, problem = {}, None
     try:
@@ -240,11 +240,7 @@ def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str
 
 
 def _checked_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a whole checkpoint, each rank reading its share of the files.
-
-    Raises:
-        CheckpointError: On every rank, where any finds the folder torn; the message names the file.
-    """
+    """The metadata of a whole checkpoint; each rank checks its share of the files, and all raise where one fails."""
     problem, metadata = None, {}
     try:
         manifest = store.read_manifest(folder)
@@ -259,7 +255,80 @@ def _checked_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
-    """Drop keys of the schedule's state that an older version did not write: DCP would miss them."""
+    """Drop keys of the schedule's state that an older version did not write, which DCP would report as missing."""
     written = {".".join(key.split(".")[:2]) for key in keys}
     if "schedule" in state:
-        state["schedule"] = {key: one for key, one in state["schedule"].items() if f"schedule.{key}" in written}
+        state["schedule"] = {key: value for key, value in state["schedule"].items() if f"schedule.{key}" in written}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some of the names, and how many more there are."""
+    found = sorted(names)
+    more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+    return ", ".join(found[:_NAMES_SHOWN]) + more
+
+
+def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Names, shapes, state keys and groups of a state_dict, in JSON's types.
+
+    `state` has "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
+    """
+    keys = {key for entry in state["optimizer"]["state"].values() for key in entry}
+    groups = state["optimizer"]["param_groups"]
+    return {
+        "model": {name: list(value.size()) for name, value in state["model"].items() if hasattr(value, "size")},
+        "optimizer": type(optimizer).__name__,
+        "state": sorted(keys),
+        "groups": [sorted(group["params"]) for group in groups],
+        # Base values in the groups belong to the scheduler that wrote them.
+        "settings": [sorted(k for k in group if k != "params" and not k.startswith("initial_")) for group in groups],
+        "schedule": "schedule" in state,
+    }
+
+
+def misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """The reasons why a checkpoint described as `saved` does not fit `present`; empty if it does."""
+    return [*_model_misfits(saved["model"], present["model"]), *_optimizer_misfits(saved, present)]
+
+
+def _model_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if missing := present.keys() - saved.keys():
+        lines.append(f"the checkpoint is of another model: it lacks {listed(missing)}")
+    if unexpected := saved.keys() - present.keys():
+        lines.append(f"the checkpoint is of another model: this one lacks {listed(unexpected)}")
+    common = sorted(saved.keys() & present.keys())
+    other = [f"{n} {saved[n]} there, {present[n]} here" for n in common if saved[n] != present[n]]
+    if other:
+        lines.append(f"the checkpoint is of another model, with other shapes: {listed(other)}")
+    return lines
+
+
+def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    lines = []
+    # A checkpoint of before the first step has no state to compare.
+    other_state = saved["state"] and saved["state"] != present["state"]
+    if saved["optimizer"] != present["optimizer"] or other_state:
+        lines.append(
+            f"the checkpoint is of another optimizer: {_class_and_state(saved)}, this is {_class_and_state(present)}"
+        )
+    if len(saved["groups"]) != len(present["groups"]):
+        lines.append(
+            f"the checkpoint has {len(saved['groups'])} param groups, this optimizer has {len(present['groups'])}; "
+            "build the optimizer with the same groups as then"
+        )
+        return lines
+    for index, (there, here) in enumerate(zip(saved["groups"], present["groups"], strict=True)):
+        if moved := set(there) ^ set(here):
+            lines.append(f"param group {index} holds other parameters than in the checkpoint: {listed(moved)}")
+    for index, (there, here) in enumerate(zip(saved["settings"], present["settings"], strict=True)):
+        if other := set(there) ^ set(here):
+            lines.append(f"param group {index} has other settings than in the checkpoint: {listed(other)}")
+    if present["schedule"] and not saved["schedule"]:
+        lines.append("the checkpoint has no schedule: it was saved with schedule=None")
+    return lines
+
+
+def _class_and_state(described: Mapping[str, Any]) -> str:
+    state = described["state"]
+    return f"{described['optimizer']} with state {state}" if state else str(described["optimizer"])

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from robust_dist.checkpoint.dcp_files import load_into, read_metadata
+from robust_dist.checkpoint.dcp import load_into, read_metadata
 from robust_dist.checkpoint.plain import load_file
 from robust_dist.checkpoint.save_load import make_state
 from robust_dist.optim.groups import reshard
@@ -35,23 +35,14 @@ def names_with_state(keys: Iterable[str]) -> set[str]:
 
 
 def stepped_in(folder: Path, index: int) -> set[str]:
-    """The parameters of which a whole optimizer file of Accelerate's holds state.
-
-    Args:
-        folder: What `accelerator.save_state` wrote.
-        index: The optimizer's number.
-    """
+    """The parameters of which a whole optimizer file of Accelerate's folder, by its number, holds state."""
     return {str(name) for name in load_file(folder / f"optimizer{f'_{index}' if index else ''}.bin")["state"]}
 
 
 def load_sharded(folder: Path, index: int, model: nn.Module, optimizer: Any) -> None:
-    """Load the shards of a model and its optimizer from an Accelerate folder.
+    """Load the shards of a model and of its optimizer, which may be None, from an Accelerate folder by their number.
 
-    Args:
-        folder: What `accelerator.save_state` or `convert` wrote.
-        index: Their number.
-        model: The model; its parameters are sharded again.
-        optimizer: The optimizer that steps it, or an engine's wrapper of it; None: there is none.
+    The model's parameters are sharded again.
 
     Raises:
         CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
@@ -83,11 +74,7 @@ def set_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) 
 
 @contextmanager
 def only_stepped(optimizer: Any) -> Iterator[None]:
-    """Have torch's functions find state of the parameters that have some on this rank, and of no other.
-
-    Args:
-        optimizer: The optimizer, or an engine's wrapper of it.
-    """
+    """Have torch's functions find state of the parameters that have some on this rank, and of no other."""
     optimizer = base_optimizer(optimizer)
     with _requiring_grad(optimizer, {param for param, state in optimizer.state.items() if state}):
         yield
@@ -106,7 +93,8 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
     """
     reshard(model)
     optimizer = base_optimizer(optimizer)
-    wanted = {param for param, called in _called(model).items() if not called.isdisjoint(names)}
+    # A flat parameter of FSDP1 has several names.
+    wanted = {param for name, param in model.named_parameters() if not _get_fqns(model, name).isdisjoint(names)}
     held = [param for group in optimizer.param_groups for param in group["params"]]
     filler = held[:1] if whole and not wanted else []
     before = dict(optimizer.state)
@@ -123,11 +111,6 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
         optimizer.state.clear()
         optimizer.state.update(before)
         raise
-
-
-def _called(model: nn.Module) -> dict[Tensor, set[str]]:
-    """The names of each parameter in torch's state dicts; a flat one of FSDP1 has several."""
-    return {param: set(_get_fqns(model, name)) for name, param in model.named_parameters()}
 
 
 @contextmanager

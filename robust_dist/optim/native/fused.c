@@ -26,6 +26,7 @@ typedef struct {
     double added_eps;
     double grad_scale; /* unscales the gradient and turns its sign */
     double decay, step_size, inner, outer;
+    double fade, mix, push; /* of averaging: 1 - decay, and the factors of z - y and of the move in the new y */
     int32_t kind;
     int32_t threads;
 } scalars;
@@ -36,6 +37,7 @@ typedef struct {
     void *const *exp_avgs;
     void *const *exp_avg_sqs;
     void *const *masters; /* NULL where there are none */
+    void *const *zs;      /* NULL without averaging */
     const int64_t *numels;
     const uint64_t *keys;  /* of rounding.py, as are the indices of the first elements; NULL rounds to the nearest */
     const int64_t *firsts;
@@ -149,6 +151,19 @@ static runner choose(int isa)
     return run_portable;
 }
 
+typedef double (*summer)(const void *, int, int64_t);
+
+static summer choose_sum(int isa)
+{
+#ifdef HAS_X86
+    if (isa == 2)
+        return sum_abs_avx512;
+    if (isa == 1)
+        return sum_abs_avx2;
+#endif
+    return sum_abs_portable;
+}
+
 static pid_t loaded_by;
 
 __attribute__((constructor)) static void note_process(void)
@@ -236,4 +251,28 @@ void robust_dist_step(const tensors *t, const scalars *c, int isa)
             run(t, at.tensor, first, n, c);
         }
     }
+}
+
+/* The sum of the absolute values of all elements, added in one order whatever the number of threads. */
+double robust_dist_sum_abs(void *const *from, const int64_t *numels, int64_t count, int kind, int threads, int isa)
+{
+    static const int64_t sizes[] = {4, 8, 2, 2};
+    const summer sum = choose_sum(isa);
+    const int alone = getpid() != loaded_by || threads < 2;
+    double found = 0;
+    for (int64_t i = 0; i < count; i++) {
+        /* Chunks by the thousand, so that their sums lie on the stack. */
+        double sums[1024];
+        for (int64_t start = 0; start < numels[i]; start += 1024 * (int64_t)LEAST) {
+            const int64_t all = chunks_of(numels[i] - start, LEAST), chunks = all < 1024 ? all : 1024;
+#pragma omp parallel for num_threads(threads) if (!alone && chunks > 1)
+            for (int64_t chunk = 0; chunk < chunks; chunk++) {
+                const int64_t first = start + chunk * LEAST, rest = numels[i] - first;
+                sums[chunk] = sum((const char *)from[i] + first * sizes[kind], kind, rest < LEAST ? rest : LEAST);
+            }
+            for (int64_t chunk = 0; chunk < chunks; chunk++)
+                found += sums[chunk];
+        }
+    }
+    return found;
 }

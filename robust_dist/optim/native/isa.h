@@ -53,7 +53,7 @@ TARGET static void ISA(run_narrow)(const tensors *t, int64_t which, int64_t firs
 {
     const int wide_param = t->param_kind == F32, wide_grad = t->grad_kind == F32, wide_m = t->exp_avg_kind == F32;
     float *master = t->masters ? t->masters[which] : NULL;
-    float *exp_avg_sq = t->exp_avg_sqs[which];
+    float *exp_avg_sq = t->exp_avg_sqs[which], *z = t->zs ? t->zs[which] : NULL;
     float params[PIECE], grads[PIECE], means[PIECE];
     int64_t count;
     for (int64_t place = first; place < first + n; place += count) {
@@ -72,7 +72,7 @@ TARGET static void ISA(run_narrow)(const tensors *t, int64_t which, int64_t firs
             ISA(widen)(grad, t->grad_kind, grads, count);
         if (!wide_m)
             ISA(widen)(exp_avg, t->exp_avg_kind, means, count);
-        ISA(step_f32)(p, g, m, exp_avg_sq + place, count, c);
+        ISA(step_f32)(p, g, m, exp_avg_sq + place, z ? z + place : NULL, count, c);
         if (!wide_m && t->keys)
             ISA(narrow_by)(means, exp_avg, count, (source){t->keys[which], index, 16});
         else if (!wide_m)
@@ -91,12 +91,30 @@ TARGET static void ISA(run)(const tensors *t, int64_t which, int64_t first, int6
 {
     void *param = t->params[which], *exp_avg = t->exp_avgs[which], *exp_avg_sq = t->exp_avg_sqs[which];
     const void *grad = t->grads[which];
+    void *z = t->zs ? t->zs[which] : NULL;
     if (t->param_kind == F64)
         ISA(step_f64)((double *)param + first, (const double *)grad + first, (double *)exp_avg + first,
-                      (double *)exp_avg_sq + first, n, c);
+                      (double *)exp_avg_sq + first, z ? (double *)z + first : NULL, n, c);
     else if (t->param_kind == F32 && t->grad_kind == F32 && t->exp_avg_kind == F32)
         ISA(step_f32)((float *)param + first, (const float *)grad + first, (float *)exp_avg + first,
-                      (float *)exp_avg_sq + first, n, c);
+                      (float *)exp_avg_sq + first, z ? (float *)z + first : NULL, n, c);
     else
         ISA(run_narrow)(t, which, first, n, c);
+}
+
+/* The sum of the absolute values of n elements. */
+TARGET static double ISA(sum_abs)(const void *from, int kind, int64_t n)
+{
+    if (kind == F64)
+        return ISA(sum_abs_f64)(from, n);
+    if (kind == F32)
+        return ISA(sum_abs_f32)(from, n);
+    float piece[PIECE];
+    double total = 0;
+    for (int64_t place = 0; place < n; place += PIECE) {
+        const int64_t count = n - place < PIECE ? n - place : PIECE;
+        ISA(widen)((const uint16_t *)from + place, kind, piece, count);
+        total += ISA(sum_abs_f32)(piece, count);
+    }
+    return total;
 }

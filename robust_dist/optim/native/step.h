@@ -1,6 +1,6 @@
 /* One step of n consecutive elements, included once per element type and instruction set.
  *
- * Defines ROW(name)(p, g, m, v, n, c) for REAL; see `scalars` in fused.c. Every element goes through the same IEEE
+ * Defines ROW(name)(p, g, m, v, z, n, c) for REAL; see `scalars` in fused.c. Every element goes through the same IEEE
  * operations whatever the vector's width (-ffp-contract=off), so that a tensor cut in pieces gives the same bits.
  */
 TARGET static void ROW(moments)(const REAL *restrict g, REAL *restrict m, REAL *restrict v, int64_t n, const scalars *c)
@@ -44,10 +44,46 @@ TARGET static void ROW(unrectified)(REAL *restrict p, const REAL *restrict g, RE
     }
 }
 
-TARGET static void ROW(step)(REAL *p, const REAL *g, REAL *m, REAL *v, int64_t n, const scalars *c)
+/* Schedule-free averaging, as robust_dist/optim/averaging.py has it. */
+TARGET static void ROW(averaged)(REAL *restrict p, const REAL *restrict g, REAL *restrict m, REAL *restrict v,
+                                 REAL *restrict z, int64_t n, const scalars *c)
+{
+    const REAL rate = (REAL)c->rate, beta2 = (REAL)c->beta2, share = (REAL)c->share, eps = (REAL)c->added_eps;
+    const REAL scale = (REAL)c->grad_scale, size = (REAL)c->step_size, inner = (REAL)c->inner, outer = (REAL)c->outer;
+    const REAL fade = (REAL)c->fade, mix = (REAL)c->mix, push = (REAL)c->push;
+    const int divides = c->kind == RECTIFIED;
+    for (int64_t i = 0; i < n; i++) {
+        const REAL gradient = g[i] * scale, belief = gradient - m[i];
+        const REAL variance = beta2 * v[i] + share * belief * belief + eps;
+        m[i] = m[i] + rate * belief;
+        v[i] = variance;
+        const REAL root = divides ? ROOT(variance + inner) + outer : (REAL)1;
+        const REAL move = size * (gradient / root) + fade * p[i];
+        p[i] = p[i] + mix * (z[i] - p[i]) + push * move;
+        z[i] = z[i] - move;
+    }
+}
+
+TARGET static double ROW(sum_abs)(const REAL *g, int64_t n)
+{
+    double lanes[16] = {0}, total = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int lane = 0; lane < 16; lane++)
+            lanes[lane] += g[i + lane] < 0 ? -g[i + lane] : g[i + lane];
+    for (; i < n; i++)
+        total += g[i] < 0 ? -g[i] : g[i];
+    for (int lane = 0; lane < 16; lane++)
+        total += lanes[lane];
+    return total;
+}
+
+TARGET static void ROW(step)(REAL *p, const REAL *g, REAL *m, REAL *v, REAL *z, int64_t n, const scalars *c)
 {
     if (c->kind == KEEP)
         ROW(moments)(g, m, v, n, c);
+    else if (z)
+        ROW(averaged)(p, g, m, v, z, n, c);
     else if (c->kind == RECTIFIED)
         ROW(rectified)(p, g, m, v, n, c);
     else

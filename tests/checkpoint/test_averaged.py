@@ -1,0 +1,50 @@
+"""Conversion carries what averaging and a measured rate keep; ZeRO, which has neither, refuses it by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from robust_dist.checkpoint import CheckpointError, TrainingState, convert, read
+from robust_dist.checkpoint.plain import write_ddp
+from robust_dist.optim import RAdaBeliefW
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A DDP checkpoint of a run with averaging and a measured rate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = RAdaBeliefW(model.parameters(), averaging="schedule_free", rate_guard=1.0)
+    for _ in range(6):
+        loss = model(torch.randn(5, 3)).square().mean()
+        loss.backward()
+        optimizer.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.eval()
+    names = [name for name, _ in model.named_parameters()]
+    state = optimizer.state_dict()
+    groups = [{**state["param_groups"][0], "params": names}]
+    entries = {names[number]: entry for number, entry in state["state"].items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    folder = tmp_path / "ddp"
+    folder.mkdir()
+    found = TrainingState(weights, entries, groups)
+    write_ddp(found, folder)
+    return folder, found
+
+
+def test_fsdp_and_back(saved, tmp_path):
+    folder, wanted = saved
+    convert(folder, tmp_path / "fsdp", "fsdp", 2)
+    convert(tmp_path / "fsdp", tmp_path / "back", "ddp", 1)
+    found = read(tmp_path / "back")
+    for name, entry in wanted.optimizer.items():
+        assert torch.equal(found.optimizer[name]["z"], entry["z"])
+    measured = [key for key in wanted.groups[0] if key.startswith("rate_")] + ["train_mode", "averaging"]
+    assert {key: found.groups[0][key] for key in measured} == {key: wanted.groups[0][key] for key in measured}
+
+
+def test_zero_refuses_them_by_name(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="averaging='schedule_free' does not run under DeepSpeed"):
+        convert(saved[0], tmp_path / "zero", "zero2", 2)
