@@ -6,7 +6,6 @@ from robust_dist.engines.deepspeed import patches
 from robust_dist.engines.deepspeed.check_checkpoint import check_checkpoint
 from robust_dist.engines.deepspeed.config import check_config
 from robust_dist.engines.deepspeed.engine import ENGINES
-from robust_dist.engines.deepspeed.patches import when_imported
 from robust_dist.engines.deepspeed.schedule import DeepSpeedRobustSchedule
 from robust_dist.optim import RAdaBeliefW
 
@@ -28,7 +27,7 @@ def register() -> None:
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
     torch.optim.lr_scheduler.RobustSchedule = DeepSpeedRobustSchedule  # type: ignore[attr-defined]
-    when_imported(
+    patches.when_imported(
         {
             "deepspeed.runtime.zero.utils": patches.pass_gate,
             "deepspeed.runtime.engine": patches.patch_engine,
