@@ -147,7 +147,7 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
     (warning,) = begun.warnings
     assert "std [0.229, 0.224, 0.225]; this run has mean [0.3051, 0.3051, 0.3051]" in warning
     assert read_published(SMALL, "SqueezeNet1_1_Weights.IMAGENET1K_V1", 10, 3, {}).num_classes == 1000
-    with pytest.raises(ValueError, match="there are DEFAULT, IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match="give DEFAULT, IMAGENET1K_V1"):
         read_published(SMALL, "IMAGENET1K_V3", 10, 3, {})
     with pytest.raises(ValueError, match="no weights are published for this model"):
         read_published("resnet20", "DEFAULT", 10, 3, {})
