@@ -104,7 +104,7 @@ def test_of_a_checkpoint_that_no_run_of_ours_wrote_the_weights_are_exported(trai
         assert set(found) == set(wanted)
         assert all(torch.equal(found[key].to(value.dtype), value) for key, value in wanted.items())
     assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "0")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     for more in (["--format", "onnx"], ["--checkpoint", "best"]):
         assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "new"), *more]) == 2
         assert "only the weights can be exported" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_elements_beyond_2_31_are_found(device):
     optimizers = [at_step_6(params) for params in whole]
     for params, optimizer in zip(whole, optimizers, strict=True):
         params[0].grad = grad.clone()
-        optimizer._init_group(optimizer.param_groups[0], [], [], [], [], [], [], [], [])
+        optimizer._init_group(optimizer.param_groups[0], [], [], [], [], [], [], [], [], [])
     step(optimizers[0], whole[0], [grad])
     rows = fused_triton_plan.Rows()
     rows.add(optimizers[1]._gather(optimizers[1].param_groups[0]), hyper(optimizers[1].param_groups[0]))

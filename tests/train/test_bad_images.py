@@ -64,7 +64,9 @@ def named(folder):
 
 def test_what_the_headers_tell_is_an_error_before_the_first_step_and_the_folder_is_taken_up(images, tmp_path, capsys):
     path, folder = spoil(images, "val", header=True), tmp_path / "run"
-    with pytest.raises(TooManyBadImagesError, match=r"1 of 16 images could not be read, .*Replace them where they are"):
+    with pytest.raises(
+        TooManyBadImagesError, match=r"1 of 16 images could not be read, .*Replace them, or raise data.max_bad_share"
+    ):
         run(images, folder)
     assert newest_step(folder) == 0
     assert named(folder) == [str(path)]

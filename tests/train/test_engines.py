@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from robust_dist.checkpoint import verify
 from robust_dist.engines.engine import engines
-from robust_dist.train import saving
+from robust_dist.train import checkpoints as run_checkpoints
 from tests.engines.matrix import assert_passed, run_scenarios
 from tests.ranks import run_ranks
 from tests.small_disk import can_mount, small_disk
@@ -42,7 +42,7 @@ def rows(folder):
 @contextlib.contextmanager
 def expecting():
     """The bytes that all ranks expected to write into a checkpoint."""
-    real, needs = saving.checkpoint_bytes, []
+    real, needs = run_checkpoints.checkpoint_bytes, []
 
     def noted(*args, **options):
         gathered = [None] * dist.get_world_size()
@@ -50,11 +50,11 @@ def expecting():
         needs.extend(gathered)
         return gathered[dist.get_rank()]
 
-    saving.checkpoint_bytes = noted
+    run_checkpoints.checkpoint_bytes = noted
     try:
         yield needs
     finally:
-        saving.checkpoint_bytes = real
+        run_checkpoints.checkpoint_bytes = real
 
 
 def checkpoints(folder):
