@@ -14,14 +14,14 @@ def whole_number(name: str, value: Any, low: int, high: int | None = None) -> in
         TypeError: It is no whole number.
         ValueError: It is outside the range.
     """
-    wanted = f"it must be a whole number in range, {low} {'or more' if high is None else f'to {high}'}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={reprlib.repr(value)} is a {type(value).__name__}: {wanted}")
+        kind = f"{name}={reprlib.repr(value)} is a {type(value).__name__}"
+        raise TypeError(f"{kind}: it must be a whole number in range, {low} or more")
     number = operator.index(value)
     if number < low:
-        raise ValueError(f"{name}={reprlib.repr(number)} is below {low}: {wanted}")
+        raise ValueError(f"{name}={reprlib.repr(number)} is below {low}: it must be a whole number in range")
     if high is not None and number > high:
-        raise ValueError(f"{name}={reprlib.repr(number)} is above {high}: {wanted}")
+        raise ValueError(f"{name}={reprlib.repr(number)} is above {high}: it must be a whole number in range")
     return number
 
 

@@ -27,7 +27,7 @@ def optimizer(**settings):
     ],
 )
 def test_every_room_says_it_in_the_same_words(call, begin):
-    with pytest.raises(ValueError, match=f"^{begin}: it must be a whole number in range, [01] (or more|to [0-9]+)$"):
+    with pytest.raises(ValueError, match=f"^{begin}: it must be a whole number in range$"):
         call()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from robust_dist.bench.scale import Shape, resnet50, vit_large
+from robust_dist.bench.parameter_sets import SETS, parameters
 from robust_dist.bench.timing import (
     Bar,
     Panel,
@@ -30,7 +30,6 @@ from robust_dist.bench.timing import (
 )
 from robust_dist.measure.memory import free_memory, peak_extra_bytes
 from robust_dist.measure.table import table
-from robust_dist.models import build_model
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.surroundings import extension_folder, extension_source, locks_outlive_builds, stale_locks
 from robust_dist.validate import whole_number
@@ -48,35 +47,6 @@ SHARE_OF_MEMORY = 0.8
 WARMUP = 4  # with the two further calls before the first round, past the unrectified steps
 
 Maker = Callable[[list[Tensor]], Optimizer]
-
-
-def _model(name: str) -> list[Shape]:
-    with torch.device("meta"):
-        return [tuple(param.shape) for param in build_model(name, 10, in_channels=3).parameters()]
-
-
-# Names of sets to the shapes of their parameters.
-SETS: dict[str, Callable[[], list[Shape]]] = {
-    "resnet56": partial(_model, "resnet56"),
-    "resnet18": partial(_model, "resnet18_cifar"),
-    "resnet50": resnet50,
-    "vit_l": vit_large,
-    "flat": lambda: [(100_000_000,)],
-}
-
-
-def parameters(shapes: Sequence[Shape], device: torch.device) -> list[Tensor]:
-    """Parameters with gradients, float32, both of normal noise, the same at each call.
-
-    Args:
-        shapes: One for each parameter.
-        device: Where they lie.
-    """
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
-    for param in params:
-        param.grad = (torch.randn(param.shape, generator=generator) * 1e-2).to(device)
-    return params
 
 
 def _named(module: str, name: str, **settings: Any) -> Maker:

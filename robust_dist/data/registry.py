@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from robust_dist.data.cifar import load_cifar10, load_cifar100
+from robust_dist.data.fashion_mnist import load_fashion_mnist
 from robust_dist.data.image_set import ImageSet
-from robust_dist.data.published import load_cifar10, load_cifar100, load_fashion_mnist
 from robust_dist.extras import require
 
 SIZE = 32

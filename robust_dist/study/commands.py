@@ -51,9 +51,9 @@ def add_study_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _run(words: argparse.Namespace) -> int:
-    from robust_dist.study.cost import estimate
     from robust_dist.study.folder import StudyFolder, adopt, read_report
     from robust_dist.study.grid import StudyError
+    from robust_dist.study.measure import estimate
     from robust_dist.study.parse import load_study
     from robust_dist.study.report import write_report
     from robust_dist.study.worker import Workers

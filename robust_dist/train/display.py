@@ -44,10 +44,10 @@ class Figures:
         """Over all ranks."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
-    @property
-    def wait_share(self) -> float:
-        """The share of the time that this rank's loop waited for its loader, 0 to 1."""
-        return min(1.0, self.wait_seconds / self.seconds) if self.seconds > 0 else 0.0
+
+def data_wait_share(figures: Figures) -> float:
+    """The share of the time that this rank's loop waited for its loader, 0 to 1."""
+    return min(1.0, figures.wait_seconds / figures.seconds) if figures.seconds > 0 else 0.0
 
 
 class Meter:
@@ -129,7 +129,7 @@ def measured(meter: Meter, figures: Figures, accelerator: Accelerator) -> dict[s
     The wait is that of the rank that waited longest, the memory that of the rank that used most.
     """
     mine = torch.tensor(
-        [figures.wait_share, peak_memory(accelerator.device) / GIB, figures.seconds],
+        [data_wait_share(figures), peak_memory(accelerator.device) / GIB, figures.seconds],
         dtype=torch.float32,
         device=accelerator.device,
     )
@@ -197,7 +197,7 @@ class Display:
         most, there = peak_memory(device) / GIB, total_memory(device)
         memory = f"{most:.2f} GiB" if there is None else f"{most:.1f}/{there / GIB:.0f} GiB"
         rate = figures.images_per_second / self.meter.world_size
-        wait = f"data wait {figures.wait_share:.0%}"
+        wait = f"data wait {data_wait_share(figures):.0%}"
         return f"{rate:,.0f} images/s per {self.unit}, {wait}, {memory}{_mfu(self.meter.mfu(figures), ', ')}"
 
 

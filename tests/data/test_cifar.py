@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robust_dist.data import DataError
-from robust_dist.data.published import load_with
+from robust_dist.data.cifar import load_with
 
 datasets = pytest.importorskip("torchvision.datasets")
 CLASSES = [f"class {i}" for i in range(10)]

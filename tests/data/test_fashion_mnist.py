@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import robust_dist.data.published as fashion
+import robust_dist.data.fashion_mnist as fashion
 from robust_dist.data import DATASETS, DataError, load_dataset
-from robust_dist.data.published import read_idx
+from robust_dist.data.fashion_mnist import read_idx
 
 COUNTS = {"train": 12, "t10k": 5}
 

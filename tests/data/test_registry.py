@@ -31,7 +31,7 @@ def test_a_missing_package_is_named_with_its_remedy(name, module, monkeypatch, t
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits"}))
 def test_without_download_nothing_is_written(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("robust_dist.data.published.DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.setattr("robust_dist.data.fashion_mnist.DEBIAN_FOLDER", tmp_path / "none")
     root = tmp_path / "data"
     with pytest.raises(ValueError, match=str(root)):
         load_dataset(name, root, train=True, download=False)

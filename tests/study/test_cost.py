@@ -11,7 +11,7 @@ from robust_dist.cli import main
 from robust_dist.measure.dispatch import Operation, training_flops
 from robust_dist.measure.gpus import find_gpu
 from robust_dist.models import build_model
-from robust_dist.study.cost import (
+from robust_dist.study.measure import (
     ARITHMETIC_SHARE,
     MEMORY_SHARE,
     START_SECONDS,

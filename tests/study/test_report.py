@@ -242,7 +242,7 @@ def test_workers_go_round_the_gpus_or_share_the_threads():
 
 
 def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("robust_dist.study.cost._STEPS", 2)
+    monkeypatch.setattr("robust_dist.study.measure._STEPS", 2)
     small = {"batch_size": 32, "data.drop_last": True}
     path = write(
         tmp_path / "grid.yaml", axes={"optimizer.lr": [0.1, 0.01]}, seeds=[0, 1, 2], budget={"epochs": 7}, set=small
