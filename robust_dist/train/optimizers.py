@@ -271,17 +271,22 @@ def _of_radabeliefw(recipe: "Recipe") -> str | None:
     if not averages_weights({"name": config.name, "lr": config.lr, "options": config.options}):
         return None
     what = "lr='auto'" if config.lr == "auto" else f"options.averaging={config.options['averaging']!r}"
+    wrong = []
     if schedule.name != "constant":
-        return (
+        wrong.append(
             f"schedule.name={schedule.name!r} with optimizer.{what}, which averages weights: set schedule.name=constant"
         )
     if recipe.ema_decay is not None:
-        return f"ema_decay={recipe.ema_decay} with optimizer.{what}, which averages weights by itself: set null"
+        wrong.append(f"ema_decay={recipe.ema_decay} with optimizer.{what}, which averages weights by itself: set null")
     if config.lr == "auto" and schedule.warmup_steps:
-        return f"schedule.warmup_steps={schedule.warmup_steps} with optimizer.lr='auto', which takes no rate: set 0"
+        wrong.append(
+            f"schedule.warmup_steps={schedule.warmup_steps} with optimizer.lr='auto', which takes no rate: set 0"
+        )
     if config.lr == "auto" and config.head_lr_mult != 1:
-        return f"optimizer.head_lr_mult={config.head_lr_mult} with optimizer.lr='auto', which takes no rate: set 1"
-    return None
+        wrong.append(
+            f"optimizer.head_lr_mult={config.head_lr_mult} with optimizer.lr='auto', which takes no rate: set 1"
+        )
+    return "; ".join(wrong) or None
 
 
 def _of_one_rate(recipe: "Recipe") -> str | None:

@@ -213,6 +213,12 @@ def test_a_setting_that_an_optimizer_cannot_have_is_named(recipe, named):
         build_optimizer(recipe, nn.Linear(2, 2), 7)
 
 
+def test_all_that_lr_auto_cannot_have_comes_in_one_message():
+    recipe = Recipe(optimizer=OptimizerConfig(lr="auto", head_lr_mult=2), ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"schedule\.name='cosine'.*ema_decay=0\.9.*optimizer\.head_lr_mult=2"):
+        check_fits(recipe)
+
+
 def test_lr_auto_measures_averages_and_takes_beta2_auto():
     recipe = Recipe(optimizer=OptimizerConfig(lr="auto", weight_decay="auto"), schedule=ScheduleConfig(name="constant"))
     optimizer = build_optimizer(recipe, nn.Linear(2, 2), 750)
