@@ -183,7 +183,8 @@ def use_averaged_weights(
     base = base_optimizer(optimizer)
     if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
-    optimizer.eval()
+    # Accelerate's wrapper passes it on under DeepSpeed from some release on only.
+    base.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
     with torch.no_grad():
         for parts in islice(batches, STATISTICS_STEPS):
