@@ -61,7 +61,7 @@ class Workers:
         self._told_to_wait = False
 
     def work(self) -> None:
-        """Train until no run is left, here or with other workers; if this is stopped, the training processes are ended too."""
+        """Train until no run is left, here or with other workers; if stopped, end the training processes, too."""
         try:
             while True:
                 self._reap()
