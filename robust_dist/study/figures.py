@@ -6,7 +6,7 @@ after Wortsman et al. 2023 (arXiv 2309.14322); the expected best of k trials aft
 1910.11758).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -179,3 +179,12 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the given order: each stands for the whole family of tests (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

@@ -77,6 +77,9 @@ class Study:
         compare: The axis whose places are contenders; figures of robustness are over the other axes. None: one grid.
         reference: The contender that the others are tested against.
         paper: The paper's figure by a cell's labels: a percentage, or "diverged".
+        tasks: The axis whose places are tasks, on each of which the contenders are judged anew. None: one task.
+        defaults: Each contender's default on the axis of rates, the one that is neither `compare` nor `tasks`. Empty:
+            there is no such axis, or no default.
     """
 
     name: str
@@ -87,6 +90,8 @@ class Study:
     compare: str | None = None
     reference: str | None = None
     paper: dict[tuple[str, ...], float | str] = field(default_factory=dict)
+    tasks: str | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell; the last axis varies fastest."""
@@ -130,6 +135,8 @@ def study_dict(study: Study) -> dict[str, Any]:
         "compare": study.compare,
         "reference": study.reference,
         "paper": [[*labels, figure] for labels, figure in study.paper.items()],
+        "tasks": study.tasks,
+        "defaults": study.defaults,
     }
 
 
@@ -145,6 +152,8 @@ class _Noted:
     compare: str | None
     reference: str | None
     paper: list[list[Any]]
+    tasks: str | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
 
 
 def study_from_dict(data: Any, where: str = "study") -> Study:
@@ -158,8 +167,11 @@ def study_from_dict(data: Any, where: str = "study") -> Study:
         raise DocumentError(f"{where}: axes: labels and settings are not equally many")
     if not all(0 < len(row) == len(noted.axes) + 1 for row in noted.paper):
         raise DocumentError(f"{where}: paper: each row must have a label of every axis, and a figure")
-    if noted.compare is not None and noted.compare not in [axis.name for axis in noted.axes]:
-        raise DocumentError(f"{where}: compare={noted.compare!r} is no axis")
     paper = {tuple(map(str, row[:-1])): row[-1] for row in noted.paper}
-    rest = {key: getattr(noted, key) for key in ("name", "description", "base", "compare", "reference")}
+    for axis in (noted.compare, noted.tasks):
+        if axis is not None and axis not in [known.name for known in noted.axes]:
+            raise DocumentError(f"{where}: {axis!r} is no axis")
+    rest = {
+        key: getattr(noted, key) for key in ("name", "description", "base", "compare", "reference", "tasks", "defaults")
+    }
     return Study(axes=tuple(noted.axes), seeds=tuple(noted.seeds), paper=paper, **rest)

@@ -180,8 +180,11 @@ def run_hours(recipe: Recipe, gpu: Gpu) -> float:
     side = preprocessing_of(recipe.data, evaluation=False).size
     # Fake tensors are built in one layout; another one moves as many bytes.
     plain = replace(recipe, model=replace(recipe.model, channels_last=False))
-    with FakeTensorMode():
+    # Some constructors read a value, which a fake tensor has not.
+    with torch.device("meta"):
         model = build_classifier(plain, known.classes, known.channels)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         images = torch.empty(recipe.batch_size, known.channels, side, side)
         forward, both = operations(model, images, precision)
     update = OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters()) / (1e9 * MEMORY_SHARE * gpu.memory_gbytes)

@@ -15,7 +15,7 @@ from robust_dist.train.optimizers import check_fits
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
 
-_KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper")
+_KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper", "tasks", "defaults")
 _MOST_CELLS = 10_000
 # Characters of a file's name, with the seed and the suffix added to it.
 _MOST_LETTERS = 200
@@ -62,6 +62,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
         axes=axes,
         seeds=_seeds(data["seeds"], path),
         **_comparison(data, axes, path),
+        **_judged(data, axes, path),
         paper=_paper(data.get("paper"), axes, path),
     )
     return study, _recipes(study.cells(), base, shared, path)
@@ -148,6 +149,35 @@ def _comparison(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> 
     if reference not in labels:
         raise StudyError(f"{path}: reference={reference!r} is no place of {compare!r}; there are {', '.join(labels)}")
     return {"compare": compare, "reference": reference}
+
+
+def _judged(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, Any]:
+    """The axis of tasks, and the contenders' defaults on the axis of rates."""
+    tasks, defaults, compare = data.get("tasks"), data.get("defaults"), data.get("compare")
+    given = [key for key in ("tasks", "defaults") if data.get(key) is not None]
+    if given and compare is None:
+        raise StudyError(f"{path}: {given[0]} needs compare, the axis of what is judged")
+    others = [axis for axis in axes if axis.name != compare]
+    if tasks is not None and (not isinstance(tasks, str) or tasks not in [axis.name for axis in others]):
+        names = ", ".join(axis.name for axis in others) or "none"
+        raise StudyError(f"{path}: tasks={tasks!r} must be an axis beside compare; there are {names}")
+    rates = [axis for axis in others if axis.name != tasks]
+    if defaults is None:
+        if tasks is not None and rates:
+            raise StudyError(f"{path}: tasks needs defaults, each contender's place on the axis {rates[0].name!r}")
+        return {"tasks": tasks, "defaults": {}}
+    found = {label_of(key): label_of(value) for key, value in _mapping(defaults, f"{path}: defaults").items()}
+    if len(rates) != 1:
+        raise StudyError(f"{path}: defaults needs one axis beside compare and tasks; there are {len(rates)}")
+    (contenders,) = (axis.labels for axis in axes if axis.name == compare)
+    if set(found) != set(contenders):
+        raise StudyError(f"{path}: defaults must have a place of {rates[0].name!r} for each of {', '.join(contenders)}")
+    wrong = [f"{key}: {value}" for key, value in found.items() if value not in rates[0].labels]
+    if wrong:
+        raise StudyError(
+            f"{path}: defaults: {', '.join(wrong)} is no place of {rates[0].name!r} ({', '.join(rates[0].labels)})"
+        )
+    return {"tasks": tasks, "defaults": found}
 
 
 def _paper(data: Any, axes: tuple[Axis, ...], path: Path) -> dict[tuple[str, ...], float | str]:
