@@ -9,6 +9,7 @@ from robust_dist.engines.deepspeed.check_checkpoint import CheckpointMismatchErr
 from robust_dist.optim import RAdaBeliefW
 from tests.engines import deepspeed_course as ds
 from tests.engines.deepspeed_on_cpu import get_ready
+from tests.engines.matrix import ENGINES as ROWS
 from tests.ranks import run_ranks
 
 SETTINGS = {"betas": (0.9, 0.9), "rate_guard": 1.0, "averaging": "schedule_free"}
@@ -108,7 +109,18 @@ def under_engines():
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+def worlds(kinds_by_world):
+    """Numbers of ranks, each with the cells of the matrix that its test holds."""
+    return [
+        pytest.param(world, marks=[pytest.mark.cell(kind, "measured rate", world) for kind in kinds if kind in ROWS])
+        for world, kinds in kinds_by_world.items()
+    ]
+
+
+TORCH = ("DDP", "FSDP1", "FSDP1, use_orig_params=False", "FSDP2")
+
+
+@pytest.mark.parametrize("world", worlds({2: TORCH, 3: TORCH, 4: (*TORCH, "HSDP")}))
 def test_a_measured_rate_is_that_of_one_process(world):
     model = net()
     expected, outputs = rates(model, RAdaBeliefW(model.parameters(), **SETTINGS))
@@ -307,7 +319,7 @@ def under_zero(folder):
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", worlds({2: {**ZERO, **BF16}, 3: ZERO}))
 def test_under_deepspeed_rate_and_average_are_those_of_one_process(world, tmp_path):
     """With clipping, micro-batches and offload; and a checkpoint goes on bit for bit."""
     pytest.importorskip("deepspeed")
