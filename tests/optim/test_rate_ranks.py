@@ -181,6 +181,8 @@ BF16 = {f"{kind}, bf16": ZERO[kind] for kind in ("ZeRO 0", "ZeRO 2", "ZeRO 3", "
 # Another wrapper of DeepSpeed's; hundreds of log lines of memory make it slow.
 SHORT = "ZeRO 1, bf16, gradients in fp32"
 BF16[SHORT] = ZERO["ZeRO 1"]
+# By their JSON's "optimizer".
+NAMED = ("ZeRO 1", "ZeRO 3, offload")
 PARTS, CLIP = 2, 0.3
 # Gradients are rounded to 8 bits before they are summed: 3e-3 was seen. One rank too many: 1.
 BF16_TOLERANCE = 1e-2
@@ -193,7 +195,7 @@ def deepspeed_engine(kind, settings=SETTINGS, **more):
     bf16 = "bf16" in kind
     model = net(torch.float32)
     params = list(model.parameters())
-    optimizer = RAdaBeliefW([{"params": params[:3]}, {"params": params[3:]}], **settings)
+    groups = [{"params": params[:3]}, {"params": params[3:]}]
     config = {
         "train_batch_size": BATCH,
         "gradient_accumulation_steps": PARTS,
@@ -204,7 +206,13 @@ def deepspeed_engine(kind, settings=SETTINGS, **more):
         "data_types": {"grad_accum_dtype": "fp32" if "in fp32" in kind else None},
         "steps_per_print": 10**9,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config | more)[0], optimizer
+    if kind in NAMED:
+        named = {"optimizer": {"type": "RAdaBeliefW", "params": settings}}
+        engine = deepspeed.initialize(model=model, model_parameters=groups, config=config | more | named)[0]
+    else:
+        optimizer = RAdaBeliefW(groups, **settings)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config | more)[0]
+    return engine, engine.basic_optimizer
 
 
 def zero_rates(engine, optimizer):

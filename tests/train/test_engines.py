@@ -84,14 +84,18 @@ def close(mine, theirs):
     assert all(mine[0][key] == pytest.approx(value, rel=2e-4) for key, value in theirs[0].items()), (mine, theirs)
 
 
+def assert_room(run, needs):
+    """What was set aside holds a checkpoint, and beside what each rank gets for small files it is not far too much."""
+    files = (path for path in Path(f"{run}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    assert size <= sum(needs), needs
+    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
+
+
 def trains(name, folder):
     with expecting() as needs:
         out = train_under(name, f"{folder}/{name}")
-    files = (path for path in Path(f"{folder}/{name}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    # What was set aside holds it, and beside what each rank gets for small files it is not far too much.
-    assert size <= sum(needs), needs
-    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
+    assert_room(f"{folder}/{name}", needs)
     assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
     assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
     assert dist.get_rank() or "checkpoints: 3 in the background" in out, out
@@ -101,9 +105,11 @@ def trains(name, folder):
 def measures(name, folder):
     """With a measured rate and averaged weights: the figures of DDP, and it goes on bit for bit."""
     run = f"{folder}/{name}-auto"
-    out = train_under(name, run, *AUTO)
+    with expecting() as needs:
+        out = train_under(name, run, *AUTO)
     whole = rows(run)
     assert whole, out
+    assert_room(run, needs)
     assert whole[0]["lr"] not in (0.0, 0.05)
     close(whole, rows(f"{folder}/ddp-auto"))
     on_first_rank(lambda: cut_back(run))

@@ -52,14 +52,14 @@ def _gradients_of_1_and_2(wrapper: Any) -> Iterable[Tensor]:
     if wrapper.cpu_offload:
         _wait_for_copies()
         return [partition.grad for partition in wrapper.single_partition_of_fp32_groups]
-    return (grad for index in range(len(wrapper.bit16_groups)) for grad in wrapper.averaged_gradients[index])
+    return (grad for gradients in wrapper.averaged_gradients.values() for grad in gradients or ())
 
 
 def _gradients_of_3(wrapper: Any) -> Iterable[Tensor]:
     if wrapper.offload_optimizer:
         _wait_for_copies()
         return [partition.grad for partition in wrapper.fp32_partitioned_groups_flat]
-    return (grad for index in range(len(wrapper.fp16_groups)) for grad in wrapper.averaged_gradients[index])
+    return (grad for gradients in wrapper.averaged_gradients.values() for grad in gradients or ())
 
 
 def _wait_for_copies() -> None:
@@ -175,7 +175,7 @@ def with_measured_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         base.observe_gradients(float(getattr(self, "loss_scale", 1.0)), found.gradients(self))
         result = original(self, *args, **kwargs)
-        if self.overflow:
+        if getattr(self, "overflow", False):
             base.forget_observed()
         return result
 
