@@ -180,7 +180,7 @@ def use_averaged_weights(
     Batch normalisation's statistics are collected anew, from the first training batches of the epoch, each brought to
     the model's input by `prepare`; those that are there belong to the weights that were trained.
     """
-    base = base_optimizer(optimizer)
+    base: Any = base_optimizer(optimizer)
     if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
     # Accelerate's wrapper passes it on under DeepSpeed from some release on only.

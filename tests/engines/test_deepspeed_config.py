@@ -299,7 +299,7 @@ for method in (
     FP16_UnfusedOptimizer.initialize_optimizer_states,
     DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3,
 ):
-    print("wrapped", method.patched_by_robust_dist, hasattr(method.__wrapped__, "__wrapped__"))
+    print("wrapped", method.patched_by_robust_dist, getattr(method.__wrapped__, "patched_by_robust_dist", False))
 """
     words = " ".join(printed(code))
     assert words.count("wrapped True False") == 10, words
