@@ -70,11 +70,11 @@ class Study:
 
     Attributes:
         name: Its name.
-        description: Its question, in a line.
+        description: Its question, in one line.
         base: `recipe_dict` of the recipe that the cells change.
         axes: The grid's directions.
         seeds: Every cell is trained once with each.
-        compare: The axis whose places are contenders: figures of robustness are over the others. None: one grid.
+        compare: The axis whose places are contenders; figures of robustness are over the other axes. None: one grid.
         reference: The contender that the others are tested against.
         paper: The paper's figure by a cell's labels: a percentage, or "diverged".
         tasks: The axis whose places are tasks, on each of which the contenders are judged anew. None: one task.
@@ -94,12 +94,12 @@ class Study:
     defaults: dict[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """Every cell; the last axis moves first."""
+        """Every cell; the last axis varies fastest."""
         places = [zip(axis.labels, axis.settings, strict=True) for axis in self.axes]
         return [_cell(combination) for combination in product(*places)]
 
     def runs(self) -> Iterator[Run]:
-        """Every run: the whole grid with the first seed, then with the next."""
+        """Every run: the whole grid with the first seed, then with the next, and so on."""
         cells = self.cells()
         for seed in self.seeds:
             for cell in cells:
@@ -157,10 +157,10 @@ class _Noted:
 
 
 def study_from_dict(data: Any, where: str = "study") -> Study:
-    """The study that `study_dict` wrote.
+    """Read the study that `study_dict` wrote.
 
     Raises:
-        DocumentError: It is not one; the message begins with `where`.
+        DocumentError: It is not a study; the message begins with `where`.
     """
     noted: _Noted = typed(data, _Noted, where)
     if any(len(axis.labels) != len(axis.settings) for axis in noted.axes):

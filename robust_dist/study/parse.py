@@ -17,9 +17,9 @@ from robust_dist.train.recipe import Recipe, recipe_dict
 
 _KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper", "tasks", "defaults")
 _MOST_CELLS = 10_000
-# Of a file's name, with the seed and what is put beside it.
+# Characters of a file's name, with the seed and the suffix added to it.
 _MOST_LETTERS = 200
-# A run of a study shows itself in the study's own lines, its last checkpoint is enough to go on, and all train equally
+# The study's own lines show its runs, the last checkpoint is enough to resume, and all runs train equally
 # long.
 _QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1, "early_stopping.patience": None}
 # A study sets these itself.
@@ -263,12 +263,12 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
     """`key` as a recipe key.
 
     Args:
-        key: What the file has.
+        key: The key in the file.
         where: The place in the file, for the message.
         moves_weights: Refuse settings that change no result.
 
     Raises:
-        StudyError: It is not one, or one that a study sets itself.
+        StudyError: It is no recipe key, or one that a study sets itself.
     """
     known = keys_of(Recipe)
     if not isinstance(key, str) or key in known.sections or not known.is_known(key):
@@ -287,7 +287,7 @@ def _why_not(key: str) -> str:
 
 
 def label_of(value: Any) -> str:
-    """A value's name in tables and file names: numbers in %g, however the file writes them."""
+    """A value's name in tables and file names: numbers as %g, regardless of their spelling in the file."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     try:

@@ -65,7 +65,7 @@ def write_report(
 
 
 def _seen(summary: Summary) -> str:
-    """Revision, machine and length of the runs: one sentence, however many there were of each."""
+    """Revision, machine and length of the runs in one sentence, however many different ones there are."""
     results = list(summary.results.values())
     if not results:
         return ""

@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired test, with what was compared."""
+    """A paired test and the names of what it compared."""
 
     first: str
     second: str
@@ -107,7 +107,7 @@ def _figures(grid: Array) -> dict[str, Figure]:
 
 
 def paper_robustness(study: Study, diverged_as: float) -> dict[str, dict[str, float]]:
-    """The same figures of the paper's table, where it has every cell; its "diverged" counts as that many percent."""
+    """The same figures for the paper's table, if it has every cell; its "diverged" counts as the given percentage."""
     cells, found = study.cells(), {}
     for contender, places in study.contenders().items():
         figures = [study.paper.get(cells[place].labels) for place in places]
