@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
-from robust_dist.optim.groups import check_sharded
+from robust_dist.optim.groups import check_sharded, gather_anew
 from robust_dist.optim.rate import Measured, Ranks
 from robust_dist.optim.record import Records
 from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
@@ -288,29 +288,39 @@ class RAdaBeliefW(Optimizer):
         guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
         return None if guarded is None else self._rate.rate_of(guarded)
 
-    def observe(self, loss: float | Tensor) -> None:
+    def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Give `rate_guard` the loss of the step that comes; nothing without it.
 
         Args:
             loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
                 entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
                 and of all ranks.
+            automatic: For engines: the loss whose gradient is added, divided by the micro-batches. Of several calls
+                the sum counts, and none where the program itself calls `observe` for this step.
 
         Raises:
             ValueError: It has more than one element.
         """
         if self.measures_rate:
-            self._rate.observe(loss)
+            self._rate.observe(loss, automatic=automatic)
 
     @torch.no_grad()
-    def observe_gradients(self, scale: float = 1.0) -> None:
+    def observe_gradients(self, scale: float = 1.0, *, automatic: bool = False) -> None:
         """Give `rate_guard` the gradients before they are clipped; nothing without it.
 
         Args:
             scale: What they are still multiplied by.
+            automatic: For engines: only the first such call before a step counts, and none where the program itself
+                observes them.
         """
         if self.measures_rate:
-            self._rate.observe_gradients(self.param_groups, 1.0 / scale)
+            self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what an engine observed of these gradients is forgotten."""
+        super().zero_grad(set_to_none)
+        if "_measured" in self.__dict__:
+            self._measured.forget_automatic()
 
     def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
         """Say which ranks train together, for `rate_guard`.
@@ -332,7 +342,7 @@ class RAdaBeliefW(Optimizer):
 
     @torch.no_grad()
     def _hold(self, *, trained: bool) -> None:
-        turn = trained_of if trained else average_of
+        turn, turned = trained_of if trained else average_of, []
         for group in self.param_groups:
             if option(group, "averaging") is None or group[TRAINS] is trained:
                 continue
@@ -340,12 +350,14 @@ class RAdaBeliefW(Optimizer):
                 state = self.state.get(param, {})
                 if Z not in state:
                     continue
+                turned.append(param)
                 param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
                 held = master[0] if master else param.to(z.dtype)
                 turn(held, z, group["betas"][0])
                 if held is not param:
                     param.copy_(held)
             group[TRAINS] = trained
+        gather_anew(turned)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
