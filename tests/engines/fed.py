@@ -172,7 +172,7 @@ def check_going_on(folder):
 
 
 def scaled(clip, overflows):
-    """As under fp16, whose scaler Accelerate makes on GPUs alone: some gradients overflow, and their steps are left out."""
+    """As under fp16, whose scaler Accelerate makes on GPUs alone; steps overflow and are left out."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
