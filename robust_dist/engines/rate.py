@@ -36,7 +36,7 @@ class Feed:
         optimizer = self._measuring()
         if optimizer is not None and loss.numel() == 1:
             known = loss.detach() if self.divergence is None else self.divergence(loss.detach())
-            # DeepSpeed's own word for a loss that has been divided.
+            # The Trainer's word, under an engine that would divide, for a loss that has been divided.
             divided = kwargs.get("scale_wrt_gas") is False
             optimizer.observe(known / (1 if divided else self.accelerator.gradient_accumulation_steps), automatic=True)
         self._backward(loss, **kwargs)
