@@ -17,8 +17,9 @@ SETTINGS = {"betas": (0.9, 0.9), "rate_guard": 1.0, "averaging": "schedule_free"
 CLIP, EVERY, SMOOTHING = 0.05, 3, 0.2
 
 
-def measuring(parameters, **settings):
-    return RAdaBeliefW(parameters, **SETTINGS, **settings)
+class Measuring(RAdaBeliefW):
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, **SETTINGS, **settings)
 
 
 def reference(smoothing=0.0):
@@ -68,7 +69,7 @@ def started(folder, *callbacks, **more):
             self.found.append(base_optimizer(optimizer).measured_rate)
 
     forget_accelerate()
-    settings = {"schedule": "constant", "max_grad_norm": CLIP, "save_steps": EVERY, "cls": measuring} | more
+    settings = {"schedule": "constant", "max_grad_norm": CLIP, "save_steps": EVERY, "cls": Measuring} | more
     trainer, _ = make_trainer(folder, RobustTrainerCallback(), **settings)
     rates = Rates()
     for callback in (rates, *callbacks):

@@ -52,7 +52,7 @@ def _fresh_accelerate():
 def trainer_with(folder, schedule):
     forget_accelerate()
     return make_trainer(
-        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.measuring, save_strategy="no"
+        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.Measuring, save_strategy="no"
     )[0]
 
 
