@@ -69,7 +69,7 @@ def tell_copies(model: nn.Module, optimizer: Any) -> None:
     """
     if not getattr(optimizer, "measures_rate", False):
         return
-    wrapped = [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
+    wrapped: list[Any] = [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
     found = {1 if m.sharding_strategy.name == "NO_SHARD" else m.process_group.size() for m in wrapped}
     if len(found) > 1:
         raise EngineError(

@@ -190,11 +190,11 @@ def _training_loop() -> Trainer | None:
 
 def _serve_rate(base: Any) -> None:
     """Give an optimizer with a `rate_guard` what it needs of Trainer and of its engine."""
-    trainer = _training_loop() if getattr(base, "measures_rate", False) else None
+    trainer: Any = _training_loop() if getattr(base, "measures_rate", False) else None
     if trainer is None:
         return
     fit_rate(trainer.accelerator, base)
-    smoother: Any = trainer.label_smoother
+    smoother = trainer.label_smoother
     if smoother is not None and not isinstance(smoother, _Smoother):
         trainer.label_smoother = smoother = _Smoother(smoother)
     feed(trainer.accelerator).divergence = None if smoother is None else smoother.divergence

@@ -101,7 +101,7 @@ def gather_anew(params: Sequence[Tensor]) -> None:
         return
     for module in [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]:
         _reshard(module)
-        handle = getattr(module, "_handle", None)
+        handle: Any = getattr(module, "_handle", None)
         if getattr(handle, "uses_sharded_strategy", False) and not handle.needs_unshard():
             handle.reshard(True)
 
