@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -109,8 +110,11 @@ def best(folder):
 
 def everything(folder):
     found = {"plain": trained(f"{folder}/plain"), "accumulated": trained(f"{folder}/accumulated", accumulation=2)}
+    saved, best_one = saved_without_evaluation(f"{folder}/saved"), best(f"{folder}/best")
+    # Trainer asks for it where it smooths labels.
+    Classifier.config = SimpleNamespace(problem_type=None)
     smoothed = trained(f"{folder}/smoothed", label_smoothing_factor=SMOOTHING)
-    return found, smoothed, saved_without_evaluation(f"{folder}/saved"), best(f"{folder}/best")
+    return found, smoothed, saved, best_one
 
 
 def under_fsdp2(folder):

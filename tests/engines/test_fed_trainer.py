@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 def assert_reference(found, wanted):
     (rates, losses, end), (their_rates, averages) = found, wanted
     assert rates == pytest.approx(their_rates, rel=1e-5)
-    assert sorted(losses) == [3, 6]
+    assert {3, 6} <= losses.keys()
     for step, loss in losses.items():
         assert loss == pytest.approx(averages[step][0], rel=1e-5)
     torch.testing.assert_close(end, averages[TOTAL][1], **TOLERANCE)
