@@ -287,13 +287,14 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
 
 
 def fit_rate(accelerator: Any, base: Any) -> None:
-    """Refuse what the engine cannot do of averaging and rate_guard, and give the latter what it needs of the engine."""
-    if accelerator.distributed_type.value == "DEEPSPEED":
-        from robust_dist.engines.deepspeed.config import check_options
-
-        for group in base.param_groups:
-            check_options(group)
-    if getattr(base, "measures_rate", False):
+    """Give averaging and rate_guard what they need of the engine, or refuse where nobody can."""
+    used = [name for name in ("averages_weights", "measures_rate") if getattr(base, name, False)]
+    if used and accelerator.distributed_type.value == "DEEPSPEED" and not getattr(base, "engine_keeps_weights", True):
+        raise EngineError(
+            "under DeepSpeed RAdaBeliefW's averaging and rate_guard need robust_dist.register() (or import "
+            "robust_dist.autoregister) on every rank before accelerator.prepare"
+        )
+    if "measures_rate" in used:
         feed(accelerator)
         for model in accelerator._models:
             tell_copies(model, base)
