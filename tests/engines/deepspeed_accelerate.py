@@ -72,6 +72,18 @@ def client_objects(stage):
     assert decays == [wanted(step, TOTAL)[0] for step in range(TOTAL)]
 
 
+def unregistered():
+    """Without `register()` nobody gives a rate its gradients, which `check` says."""
+    json = {k: v for k, v in AUTO.items() if k not in ("optimizer", "scheduler")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        accelerator = accelerator_for(json)
+        model = build_model()
+        model, optimizer = accelerator.prepare(model, RAdaBeliefW(groups_of(model), lr=LR, rate_guard=1.0))
+        with pytest.raises(EngineError, match=r"rate_guard need robust_dist.register\(\)"):
+            check(accelerator, optimizer)
+
+
 def train_through(accelerator, model, optimizer, schedule, rates_too=False):
     decays = []
     for step in range(TOTAL):

@@ -88,7 +88,8 @@ TRAPS = {
 
 def on_one_rank():
     get_ready()
-    found = {"forgotten": bad.forgotten_registration, "register": registered_once}
+    found = {"forgotten": bad.forgotten_registration, "unregistered": by_accelerate.unregistered}
+    found["register"] = registered_once
     found |= {f"{kind}: trajectory": partial(scenarios.trajectory, kind) for kind in FP32}
     return run_scenarios(found | {"warm-up": scenarios.deepspeeds_warmup_is_taken_over})
 
@@ -243,7 +244,7 @@ def test_a_json_full_of_auto_works_under_accelerate_with_two_words_changed(ranks
 
 @pytest.mark.parametrize(
     ("worlds", "name"),
-    [((1,), "forgotten"), ((2,), "wrong JSONs"), ((2,), "wrong checkpoints")]
+    [((1,), "forgotten"), ((1,), "unregistered"), ((2,), "wrong JSONs"), ((2,), "wrong checkpoints")]
     + [((2, 4), "another world"), ((2, 4), "wrong universal")],
 )
 def test_bad_input_is_an_error_on_every_rank_in_seconds_that_says_what_to_change(ranks, worlds, name):
