@@ -182,11 +182,11 @@ def length_of_scale_invariant_weights(steps):
 
 
 def test_the_rate_of_scale_invariant_weights_runs_away_without_the_bound_and_not_with_it(monkeypatch):
-    bounded = length_of_scale_invariant_weights(1500)
+    bounded = length_of_scale_invariant_weights(500)
     monkeypatch.setattr("robust_dist.optim.rate.BOUND", float("inf"))
-    free = length_of_scale_invariant_weights(1500)
-    assert free > 1e8
-    assert bounded < 1e5
+    free = length_of_scale_invariant_weights(500)
+    assert free > 1e6
+    assert bounded < 1e4
 
 
 def test_the_sum_of_absolute_values_is_exact_where_torchs_norm_is_not():
