@@ -233,7 +233,9 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
     Raises:
         ValueError: "auto", in a run of no more than beta2_steps steps.
     """
-    beta2 = config.beta2 or ("auto" if config.lr == "auto" and config.beta2 is None else config.betas[1])
+    beta2 = config.beta2
+    if beta2 is None:
+        beta2 = "auto" if config.lr == "auto" else config.betas[1]
     if beta2 != "auto":
         return beta2
     if total_steps <= config.beta2_steps:

@@ -221,6 +221,7 @@ def test_beta2_auto_follows_the_number_of_steps_and_ends_at_the_paper_s(total_st
 
 def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the_paper_s():
     assert second_beta(OptimizerConfig(beta2=0.95), 100) == 0.95
+    assert second_beta(OptimizerConfig(beta2=0.0), 100) == 0.0
     assert second_beta(OptimizerConfig(beta2="auto", beta2_steps=20), 1000) == 0.98
     assert second_beta(OptimizerConfig(), 100) == 0.999
 
