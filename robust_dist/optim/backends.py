@@ -47,6 +47,9 @@ class Prepared(Protocol):
             False, and nothing is done, where the step must be prepared anew.
         """
 
+    def sum_abs(self, grads: list[Tensor]) -> float | Tensor | None:
+        """The sum of the absolute values of these gradients, in double precision; None where there is no fast way."""
+
 
 @dataclass(frozen=True)
 class Backend:

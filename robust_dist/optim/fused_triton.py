@@ -242,6 +242,9 @@ class _Prepared:
         increment_version(self.params)
         return True
 
+    def sum_abs(self, grads: list[Tensor]) -> None:
+        """No way of its own; see backends.py."""
+
 
 def prepare(memory: dict[torch.device, FusedTriton], groups: Sequence[tuple[TensorLists, Hyper]]) -> _Prepared | None:
     """The step that `step_groups` has just done, where one plan does all of it."""
