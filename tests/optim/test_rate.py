@@ -123,6 +123,32 @@ def test_a_step_that_overflows_touches_nothing(capturable):
     torch.testing.assert_close(param, other, rtol=1e-6, atol=0)
 
 
+def test_on_a_device_no_value_is_read_and_after_the_first_step_none_is_sent():
+    """The meta device has no values, so that reading one is an error."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from robust_dist.optim.rate import Measured
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+                sent.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    params = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    groups = [{"params": params, "lr": 0.1, "rate_guard": 2.0}]
+    measured, sent, counts = Measured(groups), [], []
+    for loss in (1.0, torch.empty((), device="meta"), torch.empty(1, device="meta"), 2.0):
+        with Copies():
+            measured.observe(loss)
+            rates = measured.rates(groups, None, torch.empty((), device="meta"))
+        counts.append(len(sent))
+        assert [rate.device.type for rate in rates.values()] == ["meta"]
+    assert counts == [counts[0]] * 4
+
+
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy"])
 def test_a_copy_goes_on_bit_for_bit(copied):
     grads = gradients((6, 5), 20, dtype=torch.float32)
