@@ -128,6 +128,7 @@ def test_on_a_device_no_value_is_read_and_after_the_first_step_none_is_sent():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from robust_dist.optim.rate import Measured
+    from robust_dist.optim.settings import MEASURED
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -138,7 +139,7 @@ def test_on_a_device_no_value_is_read_and_after_the_first_step_none_is_sent():
     params = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
     for param in params:
         param.grad = torch.empty_like(param)
-    groups = [{"params": params, "lr": 0.1, "rate_guard": 2.0}]
+    groups = [{"params": params, "lr": 0.1, "rate_guard": 2.0, **dict.fromkeys(MEASURED, 0.0)}]
     measured, sent, counts = Measured(groups), [], []
     for loss in (1.0, torch.empty((), device="meta"), torch.empty(1, device="meta"), 2.0):
         with Copies():
