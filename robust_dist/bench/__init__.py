@@ -1,1 +1,1 @@
-"""Speed beside the peers and the machine's limit, measured in one run."""
+"""Speed compared with the peers and the machine's limit, measured in one run."""

@@ -1,4 +1,4 @@
-"""TrivialAugment, CutMix and the whole pipeline beside the peers: `robust-dist bench augment`."""
+"""TrivialAugment, CutMix and the whole pipeline compared with the peers: `robust-dist bench augment`."""
 
 import importlib
 import warnings
@@ -45,14 +45,14 @@ from robust_dist.validate import whole_number
 
 LOOK_SIDE, PIPELINE_LOOK_SIDE = 32, 16
 TASKS = ("TrivialAugment", "CutMix", "pipeline")
-_CALLS, _COPIES = 16, 64  # of a contender that is looked at, and of a picture in each call
+_CALLS, _COPIES = 16, 64  # calls of a contender that is observed, and copies of a picture in each call
 
 Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was observed of a contender.
+    """Observations of a contender.
 
     Attributes:
         draws: Which of "operation" and "box" are drawn for each sample rather than for the batch.
@@ -80,7 +80,7 @@ def picture(side: int) -> Tensor:
 
 
 def shifted(image: Tensor) -> Tensor:
-    """Every crop of the image padded by `PADDING` zeros, and its mirror image, uint8 [N, 3, H, W]."""
+    """Every crop of the image padded by `PADDING` zeros, and each crop's mirror image, uint8 [N, 3, H, W]."""
     height, width = image.shape[1:]
     padded = pad(image, [PADDING] * 4)
     places = range(2 * PADDING + 1)
@@ -89,7 +89,7 @@ def shifted(image: Tensor) -> Tensor:
 
 
 def fingerprints(images: Tensor) -> list[int]:
-    """A 64-bit number for each of uint8 images [B, C, H, W], different for different images of a size."""
+    """A 64-bit number for each of uint8 images [B, C, H, W], different for different images of one size."""
     flat = images.cpu().flatten(1).long()
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=generator)
@@ -98,9 +98,9 @@ def fingerprints(images: Tensor) -> list[int]:
 
 
 def torchvision_outcomes(pictures: Tensor) -> frozenset[int] | None:
-    """Fingerprints of all that TrivialAugmentWide can make of uint8 pictures [N, 3, H, W].
+    """Fingerprints of every possible outcome of TrivialAugmentWide on uint8 pictures [N, 3, H, W].
 
-    None where this version of torchvision does not let its operations be called one by one.
+    None if this version of torchvision does not allow its operations to be called one by one.
     """
     transform = importlib.import_module("torchvision.transforms.v2").TrivialAugmentWide()
     try:
@@ -122,7 +122,7 @@ def _every_operation(transform: Any, pictures: Tensor) -> Iterator[Tensor]:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Normalised images as the 256 levels that they come from; uint8 images as they are."""
+    """Normalised images converted back to their 256 levels; uint8 images unchanged."""
     if images.dtype == torch.uint8:
         return images
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (MEAN, STD))
@@ -133,13 +133,13 @@ def look_at_operations(call: Call, image: Tensor, outcomes: frozenset[int] | Non
     """Call it on copies of one image.
 
     Args:
-        call: From uint8 images to uint8 or normalised ones.
+        call: Takes uint8 images, returns uint8 or normalised ones.
         image: uint8 [3, H, W], on the device where it works.
-        outcomes: Fingerprints of what may come out.
+        outcomes: Fingerprints of the possible outcomes.
     """
     batch = image.expand(_COPIES, -1, -1, -1).contiguous()
     labels = torch.arange(_COPIES, device=image.device) % CLASSES
-    # Cloned, as it may give out the same memory again.
+    # Cloned, as it may return the same memory again.
     made = [fingerprints(_levels(call(batch, labels)[0].clone())) for _ in range(_CALLS)]
     draws = frozenset({"operation"} if any(len(set(numbers)) > 1 for numbers in made) else ())
     if outcomes is None:
@@ -149,13 +149,13 @@ def look_at_operations(call: Call, image: Tensor, outcomes: frozenset[int] | Non
 
 
 def look_at_mixing(call: Call, side: int, device: torch.device, *, normalised: bool = False) -> Look:
-    """Call it on images whose pixels are their own number, so that each pixel tells its source.
+    """Call it on images whose pixels hold the image's number, so that each pixel tells its source.
 
     Args:
-        call: From uint8 images and labels to images and soft targets.
-        side: Of the images, in pixels.
+        call: Takes uint8 images and labels, returns images and soft targets.
+        side: Height and width of the images, pixels.
         device: Where it works.
-        normalised: Whether images come out normalised.
+        normalised: Whether it returns normalised images.
     """
     labels = torch.arange(CLASSES, device=device)
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, side, side).contiguous()
@@ -166,7 +166,7 @@ def look_at_mixing(call: Call, side: int, device: torch.device, *, normalised: b
         shares = one_hot(source.flatten(1), CLASSES).double().mean(1)
         exact.append((shares - targets.cpu()).abs().amax(1) < 1e-6)
         pasted = [(source[i] != i).numpy().tobytes() for i in range(CLASSES)]
-        # Two of them: a sample that is its own partner shows no box.
+        # Two of them, as a sample that is its own partner shows no box.
         own_boxes |= len(set(pasted)) > 2
     draws = frozenset({"box"} if own_boxes else ())
     return Look(draws, exact=float(torch.cat(exact).double().mean()))
@@ -177,11 +177,11 @@ class Task:
     """One kind of work.
 
     Attributes:
-        name: Among `TASKS`.
-        yardstick: The contender that others are compared with.
-        floor: Bytes a pixel and channel that must be read and written.
-        makers: The contenders for images of a side.
-        look: Observes the contender of a name.
+        name: One of `TASKS`.
+        yardstick: The contender with which others are compared.
+        floor: Bytes per pixel and channel that must be read and written.
+        makers: Makes the contenders for images of a side.
+        look: Observes the contender with a name.
     """
 
     name: str
@@ -196,16 +196,16 @@ class Row:
     """One contender at one size.
 
     Attributes:
-        task: What is timed.
+        task: The timed work.
         side: Height and width of the images in pixels.
         batch: Images per call.
-        name: Of the contender.
+        name: The contender's name.
         timing: Seconds per call.
-        times: The yardstick's median over its own.
-        to_copy: Its median over that of a bare copy of the images to the dtype that comes out.
-        counts: Of a call.
-        over_floor: Bytes counted over those that must be read and written; None where the work is not seen.
-        look: What was observed of it.
+        times: The yardstick's median divided by its own.
+        to_copy: Its median divided by that of a bare copy of the images to the output's dtype.
+        counts: The work of a call.
+        over_floor: Counted bytes divided by those that must be read and written; None if the work is not seen.
+        look: Observations of it.
     """
 
     task: str
@@ -263,7 +263,7 @@ def mix_task(device: torch.device, compiled: bool) -> Task:
 
 
 def pipeline_task(device: torch.device, compiled: bool) -> Task:
-    """The whole pipeline, uint8 [B, 3, H, W] to float32, on a GPU to bfloat16; its parts are looked at in turn.
+    """The whole pipeline, uint8 [B, 3, H, W] to float32, on a GPU to bfloat16; its parts are observed in turn.
 
     Args:
         device: Where a contender works.
@@ -300,7 +300,7 @@ def _rows(
     for name, timing in times.items():
         counts = count(calls[name], device)
         share = counts.bytes / (task.floor * images.numel())
-        # Below the floor, part of the work is not done by torch's operators.
+        # Below the floor, torch's operators do not do all of the work.
         over = share if seen[name] and share >= 1 else None
         ratios = times[task.yardstick].median / timing.median, timing.median / times[COPY].median
         rows.append(Row(task.name, side, batch, name, timing, *ratios, counts, over, looks[name]))
@@ -328,7 +328,7 @@ def run(
 ) -> Result[Row]:
     """Times of our augmentations and the peers', in turn: TrivialAugment alone, CutMix alone, the whole pipeline.
 
-    What a contender does is looked at, not asserted: which draws the samples of a batch have of their own, whether each
+    What a contender does is observed, not asserted: which draws differ between the samples of a batch, whether each
     comes out as one of torchvision's own outcomes (all of which are made), and whether targets are the shares of the
     pixels. Operations, their bytes, and reads by the host are counted while one call runs.
 
@@ -338,16 +338,16 @@ def run(
         rounds: Turns of every contender, at least 1.
         threads: Threads on the CPU; None leaves torch's.
         device: A torch device; None takes the GPU if there is one.
-        compiled: Whether `torch.compile`d ones run, too; compiling takes a minute.
+        compiled: Also time `torch.compile`d ones; compiling takes a minute.
 
     Raises:
-        ValueError: For a batch, rounds, threads or a device out of range.
+        ValueError: A batch, rounds, threads or a device out of range.
     """
     for name, value, low in (("batch_32", batch_32, 0), ("batch_224", batch_224, 0), ("rounds", rounds, 1)):
         whole_number(name, value, low)
     where = pick_device(device)
     with thread_count(threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the peers' deprecations
+        warnings.simplefilter("ignore")  # for the peers' deprecations
         result: Result[Row] = Result([], {}, f"{machine()}; medians of {rounds} rounds, contenders in turn")
         for make in (trivial_task, mix_task, pipeline_task):
             task = make(where, compiled)
@@ -384,7 +384,7 @@ def _tables(result: Result[Row]) -> Iterator[list[Row]]:
 
 
 def report(result: Result[Row]) -> str:
-    """The rows as Markdown: a table for each task and size, with the machine and what was left out."""
+    """The rows as Markdown: a table for each task and size, with the machine and the contenders left out."""
     kernels = any(row.timing.host is not None for row in result.rows)
     lines = [result.about, "", *(f"- left out: {name}: {why}" for name, why in result.left_out.items())]
     for rows in _tables(result):

@@ -31,14 +31,14 @@ class Contender:
 
     Attributes:
         call: (images uint8 [B, 3, H, W], labels int64 [B]) to (images, soft targets [B, 10] or the labels).
-        seen: Whether its work passes through torch's operators, so that its bytes can be counted.
+        seen: Whether its work passes through torch's operators, so its bytes can be counted.
     """
 
     call: Callable[[Tensor, Tensor], Pair]
     seen: bool = True
 
 
-# From the images that will be timed to the contender; another form of them is made here, before the clock starts.
+# Makes a contender for the images that will be timed; another form of them is made here, before the clock starts.
 Maker = Callable[[Tensor], Contender]
 
 
@@ -70,7 +70,7 @@ def _alone(augment: Callable[[Tensor], Tensor], *, seen: bool = True) -> Contend
 
 
 def _backends(kind: type[nn.Module], compiled: bool) -> dict[str, Callable[..., Any]]:
-    """Functions that make our module with each backend, by name; they raise where it cannot work."""
+    """Functions that make our module with each backend, by name; they raise if it cannot work."""
     found: dict[str, Callable[..., Any]] = {f"{OURS}{name}": partial(kind, backend=name) for name in BACKENDS}
     if compiled:
         plain = found[f"{OURS}torch"]
@@ -102,7 +102,7 @@ def _ready(images: Tensor, convert: Callable[[Tensor], Any]) -> Callable[[Tensor
 
 
 def trivial_makers(compiled: bool) -> dict[str, Maker]:
-    """TrivialAugment, or a peer's nearest equivalent, of uint8 images."""
+    """TrivialAugment, or a peer's nearest equivalent, on uint8 images."""
 
     def by_backend(make: Callable[..., Any], _: Tensor) -> Contender:
         return _alone(make())
@@ -169,7 +169,7 @@ def _dali_trivial(images: Tensor) -> Contender:
 
     built = pipeline()
     built.build()
-    # On a machine without a GPU it takes no tensors of torch's.
+    # On a machine without a GPU it does not take torch's tensors.
     fed: Callable[[Tensor], Any] = (lambda rows: rows) if on_gpu else Tensor.numpy
     rows = _ready(images, lambda given: fed(given.permute(0, 2, 3, 1).contiguous()))
 
@@ -182,7 +182,7 @@ def _dali_trivial(images: Tensor) -> Contender:
 
 
 def mix_makers(compiled: bool) -> dict[str, Maker]:
-    """CutMix of uint8 images, or of floating ones where a peer takes nothing else."""
+    """CutMix on uint8 images, or on floating ones if a peer takes nothing else."""
 
     def by_backend(make: Callable[..., Any], mode: str, _: Tensor) -> Contender:
         return Contender(make(CLASSES, mode=mode))
@@ -205,7 +205,7 @@ def _timm_mix(mode: str, images: Tensor) -> Contender:
     settings: dict[str, Any] = {"mixup_alpha": 0.0, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": CLASSES}
     mix = _module("timm.data.mixup").Mixup(mode=mode, **settings)
     floats = _ready(images, Tensor.float)
-    # It writes into what it is given.
+    # It writes into its argument.
     return Contender(lambda given, labels: mix(floats(given).clone(), labels))
 
 
@@ -231,7 +231,7 @@ def pipeline_makers(side: int, dtype: torch.dtype, compiled: bool, stages: Stage
 
     Args:
         side: Height and width of the images, pixels.
-        dtype: Of the images that come out.
+        dtype: The output images' dtype.
         compiled: Whether `torch.compile`d ones are among them.
         stages: Which stages are on; None: all.
     """

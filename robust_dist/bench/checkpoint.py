@@ -1,4 +1,4 @@
-"""The cost of a checkpoint for training: in the background, at once, and without checksums and sync."""
+"""The cost of a checkpoint for training: in the background, at once, and without checksums or sync."""
 
 import statistics
 import tempfile
@@ -23,12 +23,12 @@ from robust_dist.train.saving import Saver
 
 
 def bench_checkpoint(rounds: int = 7, model: str = "resnet34_cifar", folder: str | None = None) -> str:
-    """Save one model and its optimizer again and again, every way in turn.
+    """Save one model and its optimizer repeatedly, each way in turn.
 
     Args:
         rounds: Saves of each way.
         model: A model by name.
-        folder: The disk to write to; the system's folder for temporary files where None.
+        folder: A folder on the disk to write to; None takes the system's folder for temporary files.
 
     Returns:
         A table of medians (lowest to highest), with the machine.

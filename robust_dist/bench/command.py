@@ -8,7 +8,7 @@ _ROUNDS, _THREADS, _BATCH = "--rounds", "--threads", "--batch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare a benchmark for each word, with the options that it has."""
+    """Declare a sub-command with its options for each benchmark."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     optimizer = _add(kinds, "optimizer", "a step of RAdaBeliefW beside other optimizers and the memory's speed")
     optimizer.add_argument("--sets", nargs="+", help="parameter sets: resnet56 resnet18 resnet50 vit_l flat")
@@ -19,25 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     augment.add_argument(
         _BATCH, type=int, help="images a call: of 32x32, and an eighth of it of 224x224 (default: 512)"
     )
-    augment.add_argument("--compile", action="store_true", help="ours through torch.compile, too")
+    augment.add_argument("--compile", action="store_true", help="also time ours through torch.compile")
     _add_device(augment)
     train = _add(kinds, "train", "images a second of whole training steps, with and without augmentation", rounds=None)
     train.add_argument(_BATCH, type=int, help="images a step (default: 128)")
     train.add_argument("--models", nargs="+", help="models by name (default: resnet56 resnet18_cifar)")
     train.add_argument("--precision", choices=["no", "bf16"], help="autocast (default: bf16 on a GPU, else no)")
-    train.add_argument("--compile", action="store_true", help="with the augmentation through torch.compile, too")
-    train.add_argument("--cuda-graph", action="store_true", help="with the step captured in a CUDA graph, too")
+    train.add_argument("--compile", action="store_true", help="also with the augmentation through torch.compile")
+    train.add_argument("--cuda-graph", action="store_true", help="also with the step captured in a CUDA graph")
     _add_device(train)
     data = _add(kinds, "data", "reading images that do not fit a device, beside torchvision, datasets, webdataset")
-    data.add_argument("--images", type=int, help="images that are made of each size; by the size where not given")
+    data.add_argument("--images", type=int, help="number of images to make (default: by the size)")
     sizes = ("500x375", "1600x1200", "4000x3000")
     data.add_argument("--size", nargs="+", choices=sizes, default=sizes[:1], help="of the images, a table each")
     data.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="of the images (default: %(default)s)")
-    data.add_argument("--workers", type=int, help="processes that read; as many as cores where not given")
-    data.add_argument("--step-ms", type=float, help="what the consumer takes for a batch, where data wait counts")
+    data.add_argument("--workers", type=int, help="processes that read (default: one per core)")
+    data.add_argument("--step-ms", type=float, help="the consumer's time on a batch for data wait, ms")
     _add(kinds, "checkpoint", "what a checkpoint costs training")
     host = _add(kinds, "host", "the host's time of a steady optimizer step, launches left out", rounds=3)
-    host.add_argument("--beside", metavar="DIR", help="time the version in this folder in the same run, too")
+    host.add_argument("--beside", metavar="DIR", help="also time the version in this folder in the same run")
     _add(kinds, "dtensor", "a step on sharded parameters beside their local tensors")
     _add(kinds, "scale", "shards, memory, collectives up to 16,384 ranks")
 
@@ -46,23 +46,23 @@ def _add(kinds: Any, name: str, text: str, *, rounds: int | None = 7) -> argpars
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text)
     shown = "fewer on a CPU" if rounds is None else "%(default)s"
     parser.add_argument(_ROUNDS, type=int, default=rounds, help=f"turns of every contender (default: {shown})")
-    parser.add_argument(_THREADS, type=int, help="CPU threads; torch's own choice where not given")
+    parser.add_argument(_THREADS, type=int, help="CPU threads (default: torch's own choice)")
     return parser
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--out", metavar="DIR", help="write the table (Markdown) and a picture (PNG) there, too")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--out", metavar="DIR", help="also write the table (Markdown) and a picture (PNG) there")
 
 
 def run(words: argparse.Namespace) -> int:
-    """Print the table of one benchmark; the exit status, always 0.
+    """Print the table of one benchmark; returns the exit status, always 0.
 
     Args:
         words: Parsed words of `robust-dist bench`.
 
     Raises:
-        ValueError: --threads below 1, or as the benchmark.
+        ValueError: --threads below 1, or whatever the benchmark refuses.
     """
     import torch
 
@@ -77,7 +77,7 @@ def run(words: argparse.Namespace) -> int:
 
 
 def _given(words: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were said; the benchmark's own defaults hold for the others."""
+    """The given options; the benchmark's own defaults hold for the others."""
     return {name: getattr(words, name) for name in names if getattr(words, name) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Reading images that do not fit a device, beside the peers and the limit: `robust-dist bench data`."""
+"""Reading images that do not fit a device, compared with the peers and the limit: `robust-dist bench data`."""
 
 import contextlib
 import io
@@ -30,10 +30,10 @@ YARDSTICK = "torchvision ImageFolder, DataLoader"
 EXACT, FAST, CACHED = (f"Loader (ours), image folder{how}" for how in ("", ", fast", ", fast, cache"))
 TORCHVISION_IO = "torchvision ImageFolder, its own decoder, DataLoader"
 PURPOSE = "the data benchmark"
-# Pictures whose levels are compared.
+# Number of pictures whose levels are compared.
 COMPARED = 20
 
-# What limits contenders that decode exactly, and fast.
+# The limits of contenders that decode exactly, and fast.
 LIMITS = {False: "decode and crop", True: "fast decode and crop"}
 Epoch = Callable[[], Iterator[Tensor]]
 
@@ -44,11 +44,11 @@ class Row:
 
     Attributes:
         name: What reads.
-        timing: Seconds an epoch.
-        images: Images that an epoch gave, as counted.
-        differ: Whether a second epoch gave other batches than the first one, as found by looking.
-        wait: Share of the time that a consumer waited for batches (median over the rounds).
-        cpu: CPU seconds an epoch of this process and its workers (median over the rounds).
+        timing: Seconds per epoch.
+        images: Counted images of an epoch.
+        differ: Whether a second epoch was seen to give other batches than the first.
+        wait: Share of the time in which a consumer waited for batches (median over the rounds).
+        cpu: CPU seconds per epoch of this process and its workers (median over the rounds).
     """
 
     name: str
@@ -60,7 +60,7 @@ class Row:
 
 
 def ours(files: Files, root: Path, workers: int) -> dict[str, Epoch]:
-    """Epochs of our Loader over each format, and by each decoder over the image folder, by name.
+    """Epochs of our Loader over each format, and with each decoder over the image folder, by name.
 
     Args:
         files: The images.
@@ -149,7 +149,7 @@ def _read_tensor(path: str) -> Tensor:
 def _decoded(encoded: Tensor) -> Tensor:
     tv = require("torchvision.io", extra="bench", purpose=PURPOSE)
     with warnings.catch_warnings():
-        # torchvision 0.29 announces that TorchCodec will take its decoders over.
+        # torchvision 0.29 announces that TorchCodec will take over its decoders.
         warnings.simplefilter("ignore", DeprecationWarning)
         image: Tensor = tv.decode_image(encoded, tv.ImageReadMode.RGB)
     return image
@@ -196,11 +196,11 @@ def _same(value: Any) -> Any:
 
 
 def limit(files: Files, rounds: int) -> dict[str, tuple[float, float]]:
-    """Images per second, and per CPU second, of a process that only decodes (and crops) what lies in its memory.
+    """Images per second, and per CPU second, of a process that only decodes (and crops) what is in its memory.
 
     Args:
         files: The images.
-        rounds: Measurements, of which the median counts.
+        rounds: Number of measurements, of which the median counts.
     """
     from PIL import Image
 
@@ -226,10 +226,10 @@ def _first(files: Files, most: int) -> list[bytes]:
 
 
 def levels(files: Files) -> dict[str, tuple[float, float]]:
-    """Differences to the exact pixels of the same boxes, of 255: the mean one and the largest, by contender.
+    """Differences from the exact pixels of the same boxes, out of 255: mean and largest, by contender.
 
     Args:
-        files: The images, of which the first ones count.
+        files: The images, of which the first ones are used.
     """
     from robust_dist.data.decode import decode_rgb
     from robust_dist.data.fast_decode import fast_crop, resized
@@ -265,7 +265,7 @@ def _torchvision_box(data: bytes, key: int) -> Tensor:
 
 
 def consume(epoch: Epoch) -> tuple[int, Tensor]:
-    """Walk an epoch: how many images it gave, and its first batch.
+    """Iterate over an epoch; returns its number of images and its first batch.
 
     Raises:
         ValueError: A batch is not uint8 [B, 3, 224, 224].
@@ -282,11 +282,11 @@ def consume(epoch: Epoch) -> tuple[int, Tensor]:
 
 
 def wait_share(epoch: Epoch, seconds: float) -> float:
-    """The share of its time that a consumer waits for batches, 0 to 1, from the second batch on.
+    """The share of its time in which a consumer waits for batches, 0 to 1, from the second batch on.
 
     Args:
         epoch: Gives the batches of an epoch.
-        seconds: What the consumer takes for a batch.
+        seconds: Time that the consumer spends on a batch.
     """
     batches = epoch()
     next(batches)
@@ -300,7 +300,7 @@ def wait_share(epoch: Epoch, seconds: float) -> float:
 
 
 def _look(epoch: Epoch) -> tuple[int, bool]:
-    """How many images an epoch gives, and whether the next one's first batch is another."""
+    """The number of images of an epoch, and whether the next epoch's first batch differs."""
     images, first = consume(epoch)
     return images, not torch.equal(first, next(epoch()))
 
@@ -328,7 +328,7 @@ def _rows(contenders: Mapping[str, Epoch], rounds: int, step_ms: float | None, b
 
 
 def _cpu_seconds() -> float:
-    """What this process and its workers have spent so far."""
+    """CPU seconds that this process and its workers have used so far."""
     process = psutil.Process()
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return sum(one.user + one.system for one in times)
@@ -383,17 +383,17 @@ def bench_data(
     size: str = "500x375",
     format: str = "jpeg",
 ) -> str:
-    """Times of our loader over each format and of the peers, in turn, on pictures that are made for it, on the CPU.
+    """Times of our loader over each format and of the peers, in turn, on generated pictures, on the CPU.
 
     Every contender reads, decodes, crops at random to 224 x 224 and stacks batches in as many workers, which live
-    through all rounds. What an epoch gives is looked at, not asserted: its number of images, and whether the next epoch
+    through all rounds. What an epoch gives is counted, not asserted: its number of images, and whether the next epoch
     is another one.
 
     Args:
-        images: How many, at least one a worker and a class; by the size where not given.
-        workers: Processes of each contender; the processor's cores where not given.
+        images: How many, at least one per worker and class; None: depends on the size.
+        workers: Processes of each contender; None: the processor's cores.
         rounds: Turns of every contender, at least 1.
-        size: Of the pictures, of `KINDS`.
+        size: The pictures' size, a key of `KINDS`.
         format: jpeg or png.
         step_ms: What the consumer takes for a batch, in ms, where data wait is measured; where not given, so long that
             the fastest contender is busy for 80 % of it.
@@ -402,7 +402,7 @@ def bench_data(
         A Markdown table; images per second are medians over the rounds.
 
     Raises:
-        ValueError: For a number out of range.
+        ValueError: A number out of range.
     """
     from robust_dist.data.fast_decode import decoder_name
 

@@ -1,4 +1,4 @@
-"""The image sets that `robust-dist bench data` makes for itself: pictures of usual sizes, in each format."""
+"""The image sets that `robust-dist bench data` makes: pictures of usual sizes, in each format."""
 
 import io
 import tarfile
@@ -18,16 +18,16 @@ ROW_GROUP = 100
 
 @dataclass(frozen=True)
 class Kind:
-    """What the pictures are like.
+    """The properties of the pictures.
 
     Attributes:
-        width: in pixels.
-        height: in pixels.
-        images: how many are made, where nobody says.
-        batch: of a contender.
-        scenes: from which they are cut.
-        sharpness: what is left of the highest frequency's amplitude: a picture that was made smaller is sharp, one with
-            a camera's own pixels is softened by lens and demosaicing, and has fewer bytes a pixel.
+        width: Pixels.
+        height: Pixels.
+        images: How many are made by default.
+        batch: Images in a contender's batch.
+        scenes: Number of scenes from which they are cut.
+        sharpness: The share left of the highest frequency's amplitude: a downscaled picture is sharp, one with
+            a camera's own pixels is softened by lens and demosaicing, and has fewer bytes per pixel.
     """
 
     width: int
@@ -51,11 +51,11 @@ class Files:
     """The same images in each format.
 
     Attributes:
-        folder: of class folders.
-        parquet: a folder of parquet files; None where they were not wanted.
-        shards: paths of tar shards; none where they were not wanted.
-        images: how many there are.
-        mean_bytes: of an encoded image.
+        folder: Holds a folder for each class.
+        parquet: A folder of parquet files; None if they were not wanted.
+        shards: Paths of tar shards; empty if they were not wanted.
+        images: Number of images.
+        mean_bytes: Mean bytes of an encoded image.
     """
 
     folder: Path
@@ -67,13 +67,13 @@ class Files:
 
 
 def write_files(root: Path, images: int, shards: int, kind: Kind = USUAL, format: str = "jpeg") -> Files:
-    """The same pictures as an image folder, and of JPEGs of the usual size as parquet files and as tar shards, too.
+    """The same pictures as an image folder and, for JPEGs of the usual size, as parquet files and tar shards.
 
     Args:
         root: The folder to write below.
         images: How many.
-        shards: Tar files.
-        kind: What the pictures are like.
+        shards: Number of tar files.
+        kind: The properties of the pictures.
         format: jpeg or png.
     """
     encoded = list(islice(pictures(kind=kind, format=format), images))
@@ -89,7 +89,7 @@ def write_files(root: Path, images: int, shards: int, kind: Kind = USUAL, format
 
 
 def pictures(seed: int = 0, kind: Kind = USUAL, format: str = "jpeg") -> Iterator[bytes]:
-    """Encoded images without end: noise with a photograph's spectrum, so that a decoder has a photograph's work."""
+    """An endless sequence of encoded images: noise with a photograph's spectrum, so decoding is as much work."""
     image = require("PIL.Image", extra="data", purpose="the data benchmark")
     rng = np.random.default_rng(seed)
     scenes = [_scene(rng, kind) for _ in range(kind.scenes)]

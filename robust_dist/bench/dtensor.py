@@ -1,4 +1,4 @@
-"""The optimizer step on DTensor parameters beside the same step on their local tensors: `robust-dist bench dtensor`."""
+"""The optimizer step on DTensors compared with the same step on their local tensors: `robust-dist bench dtensor`."""
 
 import statistics
 import tempfile
@@ -31,10 +31,10 @@ class Row:
     """One optimizer on DTensor parameters and on plain ones of the same local shapes.
 
     Attributes:
-        optimizer: Name of the contender.
+        optimizer: The contender's name.
         dtensor: Seconds per step on DTensors.
         plain: Seconds per step on plain tensors.
-        ratio: Median over the rounds of the one over the other, of the slowest rank.
+        ratio: Median over the rounds of `dtensor` divided by `plain`, on the slowest rank.
     """
 
     optimizer: str
@@ -52,7 +52,7 @@ def _makers() -> dict[str, Maker]:
 
 
 def _sharded(tensors: int) -> list[Tensor]:
-    """`tensors` parameters of a model under fully_shard, with the gradients of a backward pass."""
+    """The parameters (`tensors` of them) of a model under fully_shard, with the gradients of a backward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -64,7 +64,7 @@ def _sharded(tensors: int) -> list[Tensor]:
 
 
 def _plain(sharded: list[Tensor]) -> list[Tensor]:
-    """Their local tensors, as parameters of their own."""
+    """Their local tensors as separate parameters."""
     params: list[Tensor] = []
     for whole in sharded:
         assert whole.grad is not None
@@ -107,10 +107,10 @@ def measure(*, tensors: int = TENSORS, rounds: int = 15, repeats: int = 4) -> li
     Args:
         tensors: Number of parameters, an even one.
         rounds: Measurements of each contender.
-        repeats: Steps of one measurement.
+        repeats: Steps in one measurement.
 
     Returns:
-        A row for each optimizer, with this rank's times and the ratio of the rank where it is largest.
+        A row for each optimizer, with this rank's times and the largest ratio of any rank.
 
     Raises:
         ValueError: The process group has another number of ranks.
@@ -159,14 +159,14 @@ def _table(rows: Sequence[Row], rounds: int, tensors: int) -> str:
 
 
 def bench_dtensor(*, rounds: int = 25, tensors: int = TENSORS) -> str:
-    """The times of `measure` on two gloo ranks of this machine, as a Markdown table.
+    """The times of `measure` on two gloo ranks on this machine, as a Markdown table.
 
     Args:
         rounds: Measurements of each contender.
         tensors: Number of parameters, an even one.
 
     Raises:
-        ValueError: rounds below 1, or tensors no even number above 0.
+        ValueError: rounds below 1, or tensors not an even number above 0.
     """
     whole_number("rounds", rounds, 1)
     if tensors < 2 or tensors % 2:

@@ -1,6 +1,6 @@
 """The host's cost of a steady optimizer step, without launches: `robust-dist bench host`.
 
-The file runs by itself, too, so that an older version of the package can be timed by it beside this one.
+The file also runs by itself, so that it can time an older version of the package beside this one.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def _parameters(count: int, size: int = 8) -> list[torch.Tensor]:
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 9) -> float:
-    """Microseconds of this thread's own time a call, in the fastest round."""
+    """Microseconds of this thread's own time per call, in the fastest round."""
     found = []
     for _ in range(rounds):
         start = time.thread_time()
@@ -44,7 +44,7 @@ def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 
 
 
 def _stepping(count: int, size: int = 8, **settings: float) -> Callable[[], object]:
-    """A step with a rate that moves, made past the unrectified ones."""
+    """A step with a changing rate, after the unrectified ones."""
     optimizer = RAdaBeliefW(_parameters(count, size), **settings)
 
     def step() -> None:
@@ -66,7 +66,7 @@ def _gathering() -> Callable[[], object]:
 
 
 def _leave_out_launches() -> None:
-    """Let the Triton backend take CPU tensors and launch nothing; for the rest of this process."""
+    """Make the Triton backend take CPU tensors and launch nothing, for the rest of this process."""
     fused_triton.DEVICE_TYPES = frozenset({"cpu"})
     fused_triton.why_not = lambda device: None
     fused_triton._advance = fused_triton._step = lambda *arguments: None  # type: ignore[assignment]
@@ -75,7 +75,7 @@ def _leave_out_launches() -> None:
 
 
 def measure() -> dict[str, float]:
-    """Microseconds of this process's host a step; the process is good for nothing else afterwards."""
+    """Microseconds of host time per step; the process cannot be used for anything else afterwards."""
     torch.set_num_threads(1)
     found = {GATHERING: _microseconds(_gathering()), IN_C: _microseconds(_stepping(TENSORS_IN_C))}
     if "rate_guard" in inspect.signature(RAdaBeliefW).parameters:  # from version 0.9 on
@@ -87,7 +87,7 @@ def measure() -> dict[str, float]:
 
 
 def _measured_by(root: Path) -> dict[str, float]:
-    """`measure` by the package in a folder, in a process of its own."""
+    """`measure` with the package in a folder, in a separate process."""
     code = Path(__file__).read_text(encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=False)
@@ -121,7 +121,7 @@ def bench_host(*, rounds: int = 3, beside: str | None = None) -> str:
 
 
 def _table(best: dict[str, dict[str, float]]) -> str:
-    from robust_dist.measure.table import table  # not in every version that this file is run by
+    from robust_dist.measure.table import table  # not in every version that this file may time
 
     ours, other = best["this version"], best.get("beside")
     rows = [

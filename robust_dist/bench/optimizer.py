@@ -1,4 +1,4 @@
-"""The optimizer step's time beside the peers and the memory's speed: `robust-dist bench optimizer`."""
+"""The optimizer step's time compared with the peers and the memory's speed: `robust-dist bench optimizer`."""
 
 import contextlib
 import gc
@@ -40,17 +40,17 @@ ADAMW_FUSED = "torch AdamW fused"
 BYTES_PER_PARAMETER = 28  # float32: read p, g, m, v and write p, m, v
 TRIAD = "a += 0.5 b (the memory's speed)"
 COPY = "b = a (the memory's speed)"
-# Of each of the limit's two arrays: far beyond any cache; a large set's bytes are moved in several passes.
+# Bytes of each of the limit's two arrays: far beyond any cache; a large set's bytes are moved in several passes.
 LIMIT_ELEMENTS = 50_000_000
 STATE_BYTES = 8  # a parameter, float32
 SHARE_OF_MEMORY = 0.8
-WARMUP = 4  # with the two further calls before the first round, past the unrectified steps
+WARMUP = 4  # with the two calls before the first round, beyond the unrectified steps
 
 Maker = Callable[[list[Tensor]], Optimizer]
 
 
 def _named(module: str, name: str, **settings: Any) -> Maker:
-    """An optimizer of another package, which may talk while it is imported, built or made."""
+    """An optimizer of another package, which may print while it is imported, built or made."""
 
     def make(params: list[Tensor]) -> Optimizer:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -74,7 +74,7 @@ def _deepspeed(name: str, **settings: Any) -> Maker:
 
 
 def makers(device: torch.device) -> dict[str, Maker]:
-    """Contenders by name: functions that make an optimizer of parameters on the device, or raise where they cannot."""
+    """Contenders by name: functions that make an optimizer of parameters on the device, or raise if they cannot."""
     on_gpu = device.type == "cuda"
     on_host = {"DeepSpeedCPUAdam": _deepspeed("DeepSpeedCPUAdam", adamw_mode=True)}
     deepspeed = {"DeepSpeed FusedAdam": _deepspeed("FusedAdam", adam_w_mode=True)} if on_gpu else on_host
@@ -105,10 +105,10 @@ class Row:
         elements: Number of parameters in it.
         optimizer: Name of the contender.
         timing: Seconds per step.
-        to_adamw_fused: Its median over that of torch's AdamW fused.
+        to_adamw_fused: Its median divided by that of torch's fused AdamW.
         bandwidth: Bytes per second, if it moved `BYTES_PER_PARAMETER`.
-        of_limit: The median of the limit, which moves as many bytes, over its own.
-        extra: Peak bytes that a step allocates and frees, per parameter; None where it cannot be measured.
+        of_limit: The median of the limit, which moves as many bytes, divided by its own.
+        extra: Peak bytes that a step allocates and frees, per parameter; None if it cannot be measured.
     """
 
     parameters: str
@@ -127,7 +127,7 @@ def _limit(elements: int, device: torch.device) -> tuple[str, Callable[[], objec
     on_gpu = device.type == "cuda"
     size = elements * BYTES_PER_PARAMETER // (8 if on_gpu else 12)
     parts = -(-size // LIMIT_ELEMENTS)
-    # in place as an optimizer is: a third array's lines would be read before they are written
+    # in place, like an optimizer: a third array's cache lines would be read before they are written
     a, b = torch.zeros(size // parts, device=device), torch.ones(size // parts, device=device)
 
     def move() -> None:
@@ -146,7 +146,7 @@ def _groups(names: Sequence[str], elements: int, device: torch.device) -> list[l
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if free is None:
         return [list(names)]
-    # Beside the states: two float32 temporaries of foreach, and the limit's arrays.
+    # Besides the states: two float32 temporaries of foreach, and the limit's arrays.
     room = free * SHARE_OF_MEMORY - 8 * (elements + LIMIT_ELEMENTS)
     size = max(1, int(room // (STATE_BYTES * elements)) - 1)
     cuts = [others[i : i + size] for i in range(0, len(others), size)]
@@ -197,14 +197,14 @@ def _group_rows(
 def run(
     *, sets: Sequence[str] = tuple(SETS), rounds: int = 7, threads: int | None = None, device: str | None = None
 ) -> Result[Row]:
-    """Times of a step of every optimizer that is installed, all in turn in every round.
+    """Times of a step of every installed optimizer, all in turn in every round.
 
-    Where the memory does not hold the states of all, they are timed in groups, each beside the limit and torch's AdamW
+    If the memory does not hold the states of all, they are timed in groups, each beside the limit and torch's AdamW
     fused, to which its ratios are.
 
     Args:
-        sets: Names among `SETS`.
-        rounds: Measurements of each.
+        sets: Keys of `SETS`.
+        rounds: Measurements of each optimizer.
         threads: Threads on the CPU; None leaves torch's.
         device: A torch device; None takes the GPU if there is one.
 
@@ -246,7 +246,7 @@ def report(result: Result[Row]) -> str:
 
 
 def _panels(result: Result[Row]) -> Iterator[Panel]:
-    """Every row's bytes per second, a panel for each set."""
+    """Each row's bytes per second, a panel for each set."""
     for name in dict.fromkeys(row.parameters for row in result.rows):
         rows = [row for row in result.rows if row.parameters == name]
         bars = [_bar(row) for row in rows if row.optimizer not in (TRIAD, COPY)]

@@ -26,7 +26,7 @@ SETS: dict[str, Callable[[], list[Shape]]] = {
 
 
 def parameters(shapes: Sequence[Shape], device: torch.device) -> list[Tensor]:
-    """Parameters with gradients, float32, both of normal noise, the same at each call.
+    """float32 parameters with gradients, both of normal noise, the same at each call.
 
     Args:
         shapes: One for each parameter.

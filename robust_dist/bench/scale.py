@@ -1,4 +1,4 @@
-"""The memory and traffic of one rank of thousands: `robust-dist bench scale`, with torch's fake process group."""
+"""Memory and traffic of one rank among thousands: `robust-dist bench scale`, with torch's fake process group."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from robust_dist.schedule import RobustSchedule
 
 BYTES_PER_PARAMETER = 12  # float32: the parameter and the optimizer's two moments
 HSDP_SHARDS = 8
-# Names of variants, the simplest first, and whether their shards stay in a group of 8 ranks.
+# Names of variants, simplest first, and whether their shards stay in a group of 8 ranks.
 LAYOUTS = {kind.name: kind.in_nodes for kind in sorted(VARIANTS, key=lambda kind: kind.in_nodes) if kind.reshard}
 _HEAD = ["parameters", "layout", "ranks", "largest parameter's shard, first / last rank", "empty shards", "MiB"]
 _HEAD += ["MiB if shared equally", "state placed otherwise", "collectives: a step", "the switch, a run"]
@@ -63,10 +63,10 @@ class Held:
     """One rank's memory after an optimizer step, and the step's traffic.
 
     Attributes:
-        shapes: The rank's shard of each parameter.
-        bytes: Of the shards, FSDP2's padding included, and of the optimizer's state, `step` included.
-        misplaced: Moments whose mesh or placements are not their parameter's.
-        collectives: Of one `RAdaBeliefW.step()`.
+        shapes: Shapes of the rank's shards, one for each parameter.
+        bytes: Bytes of the shards with FSDP2's padding, and of the optimizer's state with `step`.
+        misplaced: Moments whose mesh or placements differ from their parameter's.
+        collectives: Collectives of one `RAdaBeliefW.step()`.
     """
 
     shapes: list[Shape]
@@ -82,7 +82,7 @@ class Held:
 
 @contextmanager
 def fake_rank(world_size: int, rank: int) -> Iterator[None]:
-    """This process as one of many ranks whose collectives return at once.
+    """Make this process one of many ranks whose collectives return at once.
 
     Args:
         world_size: Number of ranks.
@@ -128,7 +128,7 @@ def build_mesh(layout: str, world_size: int) -> Any:
 def sharded(shapes: Sequence[Shape], mesh: Any) -> list[nn.Parameter]:
     """This rank's parameters and gradients under `fully_shard`, which shards one parameter of each shape.
 
-    The others are its likeness, padding included: at 16,384 ranks `fully_shard` needs 30 ms for each.
+    The others copy it, padding included: at 16,384 ranks `fully_shard` needs 30 ms for each.
 
     Args:
         shapes: One for each parameter, float32.
@@ -177,7 +177,7 @@ def step_once(params: Sequence[nn.Parameter]) -> Held:
     tensors = [*params, *(value for state in states for value in state.values())]
     return Held(
         shapes=[tuple(_local(param).shape) for param in params],
-        # The steps of many parameters lie in one storage.
+        # The steps of many parameters share one storage.
         bytes=storage_bytes(tensors),
         misplaced=sum(
             _layout(state[name]) != _layout(param)
@@ -193,7 +193,7 @@ def _layout(tensor: Any) -> tuple[Any, ...]:
 
 
 def switch_collectives(mesh: Any) -> list[str]:
-    """The collectives of a whole run of RAdaBeliefW and RobustSchedule, the switch on its way included."""
+    """The collectives in a whole run of RAdaBeliefW and RobustSchedule, including the switch."""
     optimizer = RAdaBeliefW(sharded([(64, 4), (64,)], mesh))
     schedule = RobustSchedule(optimizer, _SWITCH_RUN)
     with Collectives() as counter:
@@ -213,8 +213,8 @@ class Case:
         name: Of the set of parameters.
         layout: Among `LAYOUTS`: FSDP2 or HSDP.
         world_size: Number of ranks.
-        first: What rank 0 holds.
-        last: What the last rank holds.
+        first: Rank 0's memory.
+        last: The last rank's memory.
         switch: Collectives of the switch in a whole run.
         mesh_seconds: Time to build the mesh.
     """
@@ -229,7 +229,7 @@ class Case:
 
     @property
     def ideal_bytes(self) -> float:
-        """12 bytes a parameter, in equal shares."""
+        """12 bytes per parameter, in equal shares."""
         elements = sum(torch.Size(shape).numel() for shape in SETS[self.name]())
         return BYTES_PER_PARAMETER * elements / (HSDP_SHARDS if LAYOUTS[self.layout] else self.world_size)
 
@@ -243,7 +243,7 @@ def measure(layout: str, world_size: int, names: Sequence[str] | None = None) ->
         names: Which sets; None is all of `SETS`.
 
     Raises:
-        ValueError: A layout or a world size that there is not.
+        ValueError: An unknown layout, or an impossible world size.
         RuntimeError: This process is in a process group already.
     """
     names = tuple(SETS) if names is None else names
@@ -263,7 +263,7 @@ def measure(layout: str, world_size: int, names: Sequence[str] | None = None) ->
 
 
 def bench_scale(world_sizes: Sequence[int] = (8, 64, 1024, 16384)) -> str:
-    """A rank's memory and traffic at these numbers of ranks, as a Markdown table.
+    """A rank's memory and traffic at the given numbers of ranks, as a Markdown table.
 
     Every number comes from a real `RAdaBeliefW.step()` on `fully_shard`'s DTensors, in the first and in the last rank
     of a fake process group; nothing is sent, and no other rank is needed.

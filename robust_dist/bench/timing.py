@@ -15,7 +15,7 @@ import torch
 from robust_dist.surroundings import processor
 from robust_dist.validate import whole_number
 
-_BURST = 8  # calls, few enough for a GPU's queue to take them all
+_BURST = 8  # calls, few enough for a GPU's queue to hold them all
 
 Call = Callable[[], object]
 RowT = TypeVar("RowT")
@@ -29,8 +29,8 @@ class Timing:
         median: Median over the rounds, in seconds; on a GPU between two events on its stream.
         low: Fastest round, in seconds.
         high: Slowest round, in seconds.
-        cpu: Median of what all threads of the process spent in it, in CPU seconds; None where not measured.
-        host: On a GPU, the median of the seconds until a call returns while the queue is empty; else None.
+        cpu: Median of the CPU seconds of all threads of the process; None if not measured.
+        host: On a GPU, the median of the seconds until a call returns while the queue is empty; otherwise None.
     """
 
     median: float
@@ -40,7 +40,7 @@ class Timing:
     host: float | None = None
 
     def rates(self, amount: float) -> tuple[float, float, float]:
-        """What `amount` a call is a second: in the median, the slowest and the fastest round."""
+        """`amount` per call as a rate per second: in the median, the slowest and the fastest round."""
         return amount / self.median, amount / self.high, amount / self.low
 
 
@@ -56,9 +56,9 @@ class Result(Generic[RowT]):
     """The result of a benchmark.
 
     Attributes:
-        rows: Of the contenders that were timed.
-        left_out: For each contender that is not there, why.
-        about: The machine and the settings, a line.
+        rows: The timed contenders.
+        left_out: For each missing contender, the reason.
+        about: The machine and the settings, in one line.
     """
 
     rows: list[RowT]
@@ -70,7 +70,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name; None takes the GPU if there is one.
 
     Raises:
-        ValueError: No such device, or none of CUDA's here.
+        ValueError: No such device, or no CUDA device here.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -83,7 +83,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def thread_count(number: int | None) -> Iterator[None]:
-    """Set the threads of torch, and of libraries that load an OpenMP of their own meanwhile; None leaves them.
+    """Set the threads of torch, and of libraries that load their own OpenMP in the block; None leaves them.
 
     Raises:
         ValueError: A number below 1.
@@ -104,7 +104,7 @@ def thread_count(number: int | None) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The reason why a contender is missing, in a line."""
+    """The reason why a contender is missing, in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed"
     if isinstance(error, ImportError):
@@ -135,7 +135,7 @@ def interleaved(
         min_seconds: A measurement repeats a call until it lasts about this long.
         warmup: Calls of each before the first round, besides one that says how often to repeat.
         device: Where the calls work; None is the GPU if there is one, timed by the host's clock.
-        failures: Takes the names of contenders that raise, and why; None lets the exception through.
+        failures: Receives the names of contenders that raise, and why; None lets the exception through.
 
     Returns:
         Name to its timing, in seconds per call, of those that did not fail.
@@ -222,7 +222,7 @@ class Bar:
     """One contender.
 
     Attributes:
-        name: Beside the bar.
+        name: Text beside the bar.
         value: Its length.
         low: Start of its spread.
         high: End of its spread.
@@ -238,10 +238,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars on one scale of their own.
+    """Bars that share a scale.
 
     Attributes:
-        title: Above the bars.
+        title: Text above the bars.
         bars: From top to bottom.
         limit: Where a line marks what is possible; None for no line.
         log: Whether the scale is logarithmic.
@@ -257,12 +257,12 @@ def write(out: str | Path, name: str, text: str, panels: Sequence[Panel], *, lab
     """Write a table to `out/name.md` and its picture, the panels one above the other, to `out/name.png`.
 
     Args:
-        out: The folder, made where it is missing.
-        name: Of both files.
+        out: The folder, made if missing.
+        name: Name of both files.
         text: Markdown.
         panels: At least one.
-        label: Of the bars' values, with their unit.
-        note: Above all panels: what was measured, and where.
+        label: Label of the bars' values, with their unit.
+        note: Text above all panels: what was measured, and where.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -283,7 +283,7 @@ def write(out: str | Path, name: str, text: str, panels: Sequence[Panel], *, lab
 def _draw(axes: Any, panel: Panel) -> None:
     places = range(len(panel.bars))
     values = [bar.value for bar in panel.bars]
-    # Rounding may turn a spread of nothing below 0, which matplotlib refuses.
+    # Rounding may turn an empty spread negative, which matplotlib refuses.
     below = [max(0.0, bar.value - bar.low) for bar in panel.bars]
     above = [max(0.0, bar.high - bar.value) for bar in panel.bars]
     colours = ["tab:blue" if bar.ours else "tab:gray" for bar in panel.bars]

@@ -1,4 +1,4 @@
-"""Images a second of whole training steps, and what augmentation costs of them: `robust-dist bench train`."""
+"""Images per second of whole training steps, and augmentation's share of them: `robust-dist bench train`."""
 
 import gc
 import tempfile
@@ -44,7 +44,7 @@ class Settings:
     """The settings that all contenders share.
 
     Attributes:
-        batch: Images a step, of 32 x 32 pixels.
+        batch: Images per step, of 32 x 32 pixels.
         precision: Autocast, "no" or "bf16".
         device: Where they train.
     """
@@ -56,16 +56,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One model with one way of augmenting.
+    """One model with one kind of augmentation.
 
     Attributes:
         model: Its name.
         batch: Images a step.
         augmentation: "none" (images are normalised only), or the backend.
         timing: Seconds per step of augmentation, forward and backward pass, and update.
-        alone: Seconds that the augmentation takes by itself.
-        share: The median of the one over that of the other; None of a captured step, where the same work takes less.
-        to_none: Images per second over those without augmentation.
+        alone: Seconds that the augmentation alone takes.
+        share: The median of `alone` divided by that of `timing`; None for a captured step, where it takes less.
+        to_none: Images per second divided by those without augmentation.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Row:
 
 
 def _recipes(model: str, settings: Settings, compiled: bool, cuda_graph: bool) -> dict[str, tuple[Recipe, str | None]]:
-    """Name to a recipe and the backend that augments; None for the recipe's own choice."""
+    """Maps a name to a recipe and the backend that augments; None for the recipe's own choice."""
     plain = Recipe(
         data=DataConfig(name="cifar10"),
         model=ModelConfig(name=model),
@@ -163,11 +163,11 @@ def run(
         threads: Threads on the CPU; None leaves torch's.
         device: A torch device; None takes the GPU if there is one.
         precision: Autocast, "no" or "bf16"; None is "bf16" on a GPU and "no" on a CPU.
-        compiled: Also with the augmentation through `torch.compile`.
-        cuda_graph: Also with the whole step captured in a CUDA graph, on a GPU.
+        compiled: Also time the augmentation through `torch.compile`.
+        cuda_graph: Also time the whole step captured in a CUDA graph, on a GPU.
 
     Raises:
-        ValueError: For a batch, rounds, threads, precision or device out of range, or a model that cannot be trained.
+        ValueError: A batch, rounds, threads, precision or device out of range, or a model that cannot be trained.
     """
     _check(batch, rounds, precision, models)
     where = pick_device(device)

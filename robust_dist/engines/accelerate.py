@@ -284,13 +284,15 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
 
 
 def _fit_rate(accelerator: Any, base: Any) -> None:
-    """Refuse what the engine cannot do of averaging and rate_guard, and tell the optimizer who holds its shards."""
+    """Tell the optimizer who holds its shards, for averaging and rate_guard, or refuse where nobody can."""
     engine = accelerator.distributed_type.value
     if engine == "DEEPSPEED":
-        from robust_dist.engines.deepspeed.config import check_options
-
-        for group in base.param_groups:
-            check_options(group)
+        used = [name for name in ("averages_weights", "measures_rate") if getattr(base, name, False)]
+        if used and not getattr(base, "engine_keeps_weights", True):
+            raise EngineError(
+                "under DeepSpeed RAdaBeliefW's averaging and rate_guard need robust_dist.register() (or import "
+                "robust_dist.autoregister) on every rank before accelerator.prepare"
+            )
     elif engine == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1 and getattr(base, "measures_rate", False):
         model = accelerator._models[0]
         shards = 1 if model.sharding_strategy.name == "NO_SHARD" else model.process_group.size()

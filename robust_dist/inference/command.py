@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from robust_dist.data.errors import BadImage
     from robust_dist.inference.predict import Prediction
 
-# Exit status where something was named that could not be used, and the rest was done.
+# Exit status if some of what was named could not be used, and the rest was done.
 _IN_PART = 1
 
 
@@ -97,7 +97,7 @@ def _add_export(commands: Any) -> None:
 
 
 def split_data_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of `evaluate`, and its `--data.KEY VALUE` apart, which the parser would take for PATH."""
+    """The options of `evaluate`, with `--data.KEY VALUE` set apart, which the parser would take for PATH."""
     others: list[str] = []
     data: list[str] = []
     rest = iter(words)

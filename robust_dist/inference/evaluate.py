@@ -1,4 +1,4 @@
-"""The evaluation of a trained model: accuracy, loss, calibration and confusion on the run's own images or others."""
+"""Evaluation of a trained model: accuracy, loss, calibration and confusion, on the run's own images or others."""
 
 import json
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Images:
 
     Attributes:
         images: The set.
-        preprocess: From its images to the model's input.
-        logged: The accuracy that the run logged on the same images; None of others.
+        preprocess: Turns its images into the model's input.
+        logged: The accuracy that the run logged on the same images; None for others.
     """
 
     images: LabelledSet
@@ -49,7 +49,7 @@ class Evaluation:
 
     Attributes:
         data: The set's name.
-        images: The number that counted.
+        images: Number of images that counted.
         accuracy: Share of images whose class has the largest logit.
         top5: Share of images whose class is among the five largest logits; None below six classes.
         loss: Mean cross-entropy.
@@ -71,17 +71,17 @@ class Evaluation:
 
     @property
     def counted(self) -> str:
-        """How many images, in words."""
+        """The number of images, in words."""
         return f"{self.images:,} image{'' if self.images == 1 else 's'}"
 
 
 def own_images(trained: Trained, words: Sequence[str], device: torch.device) -> Images:
-    """The images on which the run was evaluated, or those that changed data keys name.
+    """The images on which the run was evaluated, or those that changed data keys select.
 
     Args:
         trained: The model.
         words: `--data.KEY VALUE` words that change the recipe.
-        device: Where the images are given out.
+        device: Where the images are delivered.
 
     Raises:
         ValueError: The files are missing, torn, of other classes or channels; or, without `words`, other images than
@@ -130,13 +130,13 @@ def _check_fits(trained: Trained, found: LabelledSet) -> None:
 
 
 def evaluate(trained: Trained, on: Images, device: torch.device) -> Evaluation:
-    """Evaluate in the run's precision and in its batches, so that its own figures come out again."""
+    """Evaluate in the run's precision and in its batches, so that its own figures are reproduced."""
     forward, preprocess = trained.evaluating(device), on.preprocess.to(device)
     classes = len(trained.classes)
     totals = no_totals(classes, device)
     seen: list[Tensor] = []
     size = trained.settings.data.eval_batch_size
-    # Each rank of the run took a share; the bits of a sample's logits may depend on its batch.
+    # Each rank of the run had a share; the bits of a sample's logits may depend on its batch.
     for start, stop in even_cuts(len(on.images), trained.record.checkpoint.num_processes):
         for batch in on.images.eval_batches(start, stop, size):
             logits = forward(preprocess.normalize(batch.images))
@@ -184,7 +184,7 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 def class_rows(trained: Trained, found: Evaluation) -> list[dict[str, Any]]:
-    """For each class its images, how many were right, and the accuracy (None without images)."""
+    """For each class the number of images, how many were right, and the accuracy (None without images)."""
     counts = [(sum(row), row[number]) for number, row in enumerate(found.confusion)]
     return [
         {"class": name, "images": images, "correct": correct, "accuracy": correct / images if images else None}
@@ -212,7 +212,7 @@ def as_json(trained: Trained, found: Evaluation) -> dict[str, Any]:
 
 
 def as_text(trained: Trained, found: Evaluation, most: int | None = None) -> str:
-    """The evaluation for a person; with `most`, only that many classes, those of lowest accuracy."""
+    """The evaluation as text; with `most`, only that many classes, those with the lowest accuracy."""
     logged = "" if found.logged is None else f"   (logged: {found.logged:.2%}{_said(found)})"
     lines = [
         f"{trained.path}, step {trained.record.checkpoint.step}, on {found.counted} of {found.data}",
@@ -238,14 +238,14 @@ def _said(found: Evaluation) -> str:
 
 
 def write(trained: Trained, found: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json`, `evaluation.txt` and `confusion.png` into a folder that is there."""
+    """Write `evaluation.json`, `evaluation.txt` and `confusion.png` into an existing folder."""
     (folder / "evaluation.json").write_text(json.dumps(as_json(trained, found), indent=1) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(as_text(trained, found) + "\n", encoding="utf-8")
     plot_confusion(trained.classes, found, folder / "confusion.png")
 
 
 def plot_confusion(classes: Sequence[str], found: Evaluation, path: Path) -> None:
-    """Draw the share of each class's images (a row) that each class was predicted for (a column) into a PNG."""
+    """Draw the share of each class's images (row) that was predicted as each class (column) into a PNG."""
     from matplotlib.figure import Figure
 
     counts = torch.tensor(found.confusion, dtype=torch.float64)

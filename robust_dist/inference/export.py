@@ -31,7 +31,7 @@ def check_new(path: Path, remedy: str = "choose another path") -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written.
+    """A folder to write into, which gets its name once everything is written.
 
     Raises:
         FileExistsError: The path already exists.
@@ -48,7 +48,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",)) -> list[str]:
-    """Write a model into a new folder: `model.safetensors`, `model.json`, and what else `formats` (of `FORMATS`) names.
+    """Write a model into a new folder: `model.safetensors`, `model.json`, and the other `formats` (from `FORMATS`).
 
     Returns:
         Names of the files.
@@ -75,14 +75,14 @@ def export(trained: Trained, out: Path, formats: Sequence[str] = ("safetensors",
 def export_weights(checkpoint: Path, out: Path) -> list[str]:
     """Write the weights of a checkpoint of any engine and training loop into a new folder, as `model.safetensors`.
 
-    Names are the model's own, dtypes those of the checkpoint; a parameter with several names is written under each.
-    `safetensors.torch.load_model(model, FILE)` takes it.
+    Names are the model's own, dtypes the checkpoint's; a parameter with several names is written under each.
+    `safetensors.torch.load_model(model, FILE)` loads it.
 
     Returns:
         Names of the files.
 
     Raises:
-        CheckpointError: It is no checkpoint, or torn.
+        CheckpointError: It is not a checkpoint, or it is torn.
         FileExistsError: `out` already exists.
     """
     check_new(out)
@@ -105,7 +105,7 @@ def _onnx(trained: Trained, folder: Path) -> None:
 
 
 def _exported(trained: Trained) -> torch.export.ExportedProgram:
-    """The forward pass for any number of images from 1 on."""
+    """The forward pass for any number of images, at least 1."""
     pixels = trained.preprocess.pixels
     # A batch of one would be taken for a constant.
     example = torch.zeros(2, len(pixels.mean), pixels.size, pixels.size)

@@ -21,18 +21,18 @@ from robust_dist.inference.trained import Trained
 from robust_dist.validate import whole_number
 
 FORMATS = ("table", "jsonl", "csv")
-# Fewer images are decoded sooner than a worker starts.
+# Fewer images are decoded before a worker has started.
 _WORTH_A_WORKER = 256
 _ON_A_SHEET, _COLUMNS = 60, 6
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image.
+    """The most likely classes of an image.
 
     Attributes:
         path: The file.
-        top: Names and probabilities, the likeliest first.
+        top: Names and probabilities, most likely first.
         levels: The image as the model saw it before normalisation, uint8 [3, H, W] on the CPU.
     """
 
@@ -93,7 +93,7 @@ def _below(folder: Path) -> list[Path]:
 def predict(
     trained: Trained, files: Sequence[Path], *, device: torch.device, top_k: int = 1, batch_size: int = 64
 ) -> Iterator[Prediction | BadImage]:
-    """The `top_k` likeliest classes of each file, in their order; or what is wrong with a file that is no image.
+    """The `top_k` most likely classes of each file, in order; or what is wrong with a file that is not an image.
 
     Raises:
         ValueError: top_k or batch_size is below 1.
@@ -111,7 +111,7 @@ def predict(
         chances = forward(preprocess.normalize(batch.images)).softmax(1)
         best, classes = (values.tolist() for values in chances.topk(count, 1))
         good = [True] * len(best) if batch.good is None else batch.good.tolist()
-        # Those of batches that are read ahead, too.
+        # Also those of batches that were read ahead.
         bad |= {image.where: image for image in images.take_bad()}
         levels = batch.images.cpu()
         for row, path in enumerate(files[start : start + len(best)]):
@@ -124,7 +124,7 @@ def predict(
 
 
 def lines(found: Iterator[Prediction], style: str, top_k: int) -> Iterator[str]:
-    """Predictions as text of a style of `FORMATS`, a line at a time; `top_k` is for the heading of a CSV."""
+    """Predictions as text in one of `FORMATS`, a line at a time; `top_k` is for the heading of a CSV."""
     if style == "csv":
         yield _csv(["path", *(f"{what}_{place}" for place in range(1, top_k + 1) for what in ("class", "probability"))])
     for prediction in found:

@@ -1,4 +1,4 @@
-"""`robust-dist runs`: the runs below a folder, what became of them, and in what they differ."""
+"""`robust-dist runs`: the runs below a folder, their outcomes, and their differences."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from robust_dist.train.metrics import EarlyStoppingConfig, best_row, early_stop,
 from robust_dist.train.recipe import Recipe
 
 _STOPS = "early_stopping"
-# Letters of a legend's line, in one column and in two.
+# Characters in a line of the legend, in one column and in two.
 _LINE, _HALF_LINE = 120, 55
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder shows it.
+    """A run, read from its folder.
 
     Attributes:
         name: Its path below the folder that was named.
@@ -95,7 +95,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def table(runs: Sequence[Run]) -> str:
     """A line for each run, under a heading."""
-    # The column of epochs done has the recipe's, too.
+    # The column of finished epochs also has the recipe's number.
     keys = [key for key in differing(runs) if key != "epochs"]
     rows = [["run", "state", "epochs", "best", "last", "top-5", "images/s", *keys]]
     for run in runs:
@@ -119,7 +119,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _value(run: Run, key: str) -> str:
-    """A setting as a recipe writes it."""
+    """A setting as written in a recipe."""
     value = run.recipe.get(key, "-")
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -130,9 +130,9 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 def figure_of(runs: Sequence[Run]) -> Any:
-    """Matplotlib's figure of the runs' accuracies over the epochs, each one's best epoch with a star.
+    """A matplotlib figure of the runs' accuracies over the epochs, with a star at each run's best epoch.
 
-    The legend has every setting in which the runs differ, in as many lines as that takes.
+    The legend has every setting in which the runs differ, on as many lines as needed.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -45,7 +45,7 @@ from robust_dist.train.weights import (
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Own = nn.Module | Callable[[int], nn.Module]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Sections that a model in use does without; a package that they name need not be installed.
+# Sections that a trained model does not need; packages that they name need not be installed.
 _FOR_TRAINING = ("optimizer", "schedule", "tracking", "checkpoint")
 
 
@@ -55,12 +55,12 @@ class Pixels:
 
     Attributes:
         size: Height and width of the input, pixels.
-        resize: What the shorter side becomes before the central crop; None takes an image of `size` as it is, and makes
+        resize: The shorter side before the central crop; None takes an image of `size` as it is, and makes
             the shorter side of any other `size`.
-        mean: Of each channel, on the scale 0 to 1.
-        std: Of each channel.
-        upright: Whether images are turned by their EXIF orientation.
-        channels_last: Whether batches are torch.channels_last.
+        mean: Each channel's mean, on the scale 0 to 1.
+        std: Each channel's standard deviation.
+        upright: Whether images are rotated by their EXIF orientation.
+        channels_last: Whether batches are in torch.channels_last.
     """
 
     size: int
@@ -72,7 +72,7 @@ class Pixels:
 
 
 def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
-    """The preprocessing of a recipe's evaluation."""
+    """The preprocessing used in a recipe's evaluation."""
     image = preprocessing_of(data, evaluation=True)
     resize = data.eval_sides[1] if data.streamed else None
     upright = data.source is not None and turns_upright(str(data.exif), auto=data.name == "hub")
@@ -80,12 +80,12 @@ def pixels_of(data: DataConfig, channels_last: bool) -> Pixels:
 
 
 def is_own(data: DataConfig) -> bool:
-    """Whether a run's images were the user's own, so that `data.json` describes them; nothing is imported."""
+    """Whether a run's images were the user's own, and so described by `data.json`; imports nothing."""
     return is_name(data.name) or (data.name not in DATASETS and data.source is None)
 
 
 def pixels_noted(record: dict[str, Any], data: DataConfig, channels_last: bool) -> Pixels:
-    """The preprocessing of a run's evaluation by its `data.json`."""
+    """The preprocessing used in a run's evaluation, from its `data.json`."""
     noted: _Noted = typed(record.get("preprocessing"), _Noted, "data.json: preprocessing")
     upright = turns_upright(str(data.exif), auto=False)
     return Pixels(noted.eval_size, noted.eval_resize, noted.mean, noted.std, upright, channels_last)
@@ -132,7 +132,7 @@ class Preprocess:
         return self.normalize(self.levels(image)[None])[0]
 
     def levels(self, image: ImageLike) -> Tensor:
-        """The image before it is normalised, uint8 [3, size, size]."""
+        """The image before normalisation, uint8 [3, size, size]."""
         if isinstance(image, Tensor):
             return self._cropped(_of_tensor(image, len(self.pixels.mean)))
         if isinstance(image, Image.Image):
@@ -148,7 +148,7 @@ class Preprocess:
         return self.augment.normalize(images)
 
     def to(self, device: torch.device) -> "Preprocess":
-        """The same for images on another device."""
+        """The same preprocessing for images on another device."""
         self.augment.to(device)
         return self
 
@@ -178,8 +178,8 @@ class Origin:
     Attributes:
         step: Optimizer steps done.
         eval_accuracy: Logged by the run at this step; None within an epoch.
-        engine: The kind of engine that trained.
-        num_processes: Its ranks.
+        engine: The kind of the engine that trained it.
+        num_processes: Number of ranks.
     """
 
     step: int
@@ -195,10 +195,10 @@ class Record:
     Attributes:
         robust_dist: The version that wrote it.
         classes: Names of the classes, by number.
-        preprocessing: From an image to the input.
+        preprocessing: Turns an image into the input.
         checkpoint: The origin of the weights.
         recipe: The run's recipe, without secrets and trackers.
-        data: The run's `data.json`: the images that it was trained and evaluated on.
+        data: The run's `data.json`: the images for training and evaluation.
     """
 
     robust_dist: str
@@ -211,13 +211,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with what its use needs.
+    """A model with all that is needed to use it.
 
     Attributes:
-        path: The folder that it was read from.
+        path: The folder from which it was read.
         model: In eval mode, on the CPU, in float32.
-        preprocess: From an image to its input.
-        settings: The recipe, with defaults for the sections on training.
+        preprocess: Turns an image into its input.
+        settings: The recipe, with defaults in the sections on training.
         record: Its `model.json`.
     """
 
@@ -238,7 +238,7 @@ class Trained:
 
 
 class Evaluating:
-    """The forward pass on a device as the run's engine evaluates it: autocast, weights of a lower dtype, or neither."""
+    """The forward pass on a device as under the run's engine: autocast, weights of a lower dtype, or neither."""
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
         engine, self.device = engine_named(trained.record.checkpoint.engine), device
@@ -282,10 +282,10 @@ def read(
 
     Args:
         path: The folder.
-        checkpoint: Of a run: "last", "best" (of the checkpoints that are there, by logged accuracy), or a step.
-        model: Of a run whose model was given to `fit`: the module, or the function of the number of classes. A module
+        checkpoint: For a run: "last", "best" (of the existing checkpoints, by logged accuracy), or a step.
+        model: For a run whose model was given to `fit`: the module, or the function of the number of classes. A module
             is filled with the weights and put into eval mode.
-        kind: The recipe's class, for a run of a class of your own.
+        kind: The recipe's class, for a run with a recipe class of your own.
 
     Raises:
         ValueError: There is no run and no export; no checkpoint, or a torn one; weights that are not the model's; or
@@ -302,7 +302,7 @@ def read(
 
 
 def is_bare_checkpoint(path: str | Path) -> bool:
-    """Whether a folder is a checkpoint that belongs to no run of ours."""
+    """Whether a folder is a checkpoint that does not belong to a run of ours."""
     folder = Path(path).expanduser()
     known = (folder / RECORD).is_file() or run_of(folder) is not None
     return folder.is_dir() and not known and bool(kinds_in(folder))
@@ -325,7 +325,7 @@ def _read_run(folder: Path, checkpoint: str | int, own: Own | None, kind: type[R
     _fill(model, evaluated_weights(place, recipe, model.state_dict()), place, settings.model.name)
     ranks = int(manifest.metadata.get("num_processes", 1))
     origin = Origin(manifest.step, manifest.metadata.get(ACCURACY), engine, ranks)
-    # An export is handed on; a tracker's options name accounts and hosts.
+    # An export is passed on to others; a tracker's options name accounts and hosts.
     shown = {key: value for key, value in recipe.items() if key != "tracking"}
     record = Record(_version(), list(classes), pixels, origin, shown, data)
     return Trained(folder, model, Preprocess(classes, pixels), settings, record)
@@ -347,7 +347,7 @@ def _read_export(folder: Path, own: Own | None, kind: type[Recipe]) -> Trained:
 
 
 def settings_of(document: Document, kind: type[Recipe], words: Sequence[str] = ()) -> Recipe:
-    """The recipe of a document, without what only training needs.
+    """The recipe in a document, without what only training needs.
 
     Args:
         document: A recipe.
@@ -367,7 +367,7 @@ def settings_of(document: Document, kind: type[Recipe], words: Sequence[str] = (
 
 
 def build(settings: Recipe, num_classes: int, channels: int, engine: str, own: Own | None = None) -> nn.Module:
-    """The recipe's model, or the user's own, in eval mode; torch's generator is left as it was.
+    """The recipe's model, or the user's own, in eval mode; torch's generator is left unchanged.
 
     Raises:
         ValueError: The recipe does not name the model, and none is given.

@@ -22,7 +22,7 @@ from robust_dist.measure.memory import storage_key
 _IDLE = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
 )
-# Their results, or the results' shapes, are values that the host must have.
+# The host must know the values of their results, or their shapes.
 _READING = frozenset(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"))
 _INDEXING = frozenset(("aten::index", "aten::index_put_", "aten::index_put"))
 _COPYING = frozenset(("aten::_to_copy", "aten::copy_"))
@@ -56,11 +56,11 @@ class Watch(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Operation:
-    """One ATen operation that is no view.
+    """One ATen operation that is not a view.
 
     Attributes:
         flops: Floating-point operations, of matrix products and convolutions only.
-        bytes: Of the tensors that it reads and writes; an expanded tensor has those of its storage.
+        bytes: In the tensors that it reads and writes; an expanded tensor counts as its storage.
     """
 
     flops: float
@@ -68,14 +68,14 @@ class Operation:
 
 
 class Operations(Watch):
-    """The ATen operations that are no views.
+    """The ATen operations that are not views.
 
     Args:
-        device: Where waits of the host are counted; None counts none.
+        device: The host's waits for it are counted; None counts none.
 
     Attributes:
         found: In order.
-        waits: Calls for which the host waits for a value of a tensor on `device`, as `.item()` does.
+        waits: Calls in which the host waits for a value of a tensor on `device`, as `.item()` does.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -144,7 +144,7 @@ class LiveBytes(Watch):
 
     Attributes:
         live: Bytes of the storages that are alive now.
-        peak: The most that `live` has been since `restart`.
+        peak: The highest `live` since `restart`.
     """
 
     def __init__(self) -> None:
@@ -153,11 +153,11 @@ class LiveBytes(Watch):
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave these tensors' storages out, now and later."""
+        """Ignore these tensors' storages from now on."""
         self._known |= {storage_key(tensor): tensor.untyped_storage() for tensor in tensors}
 
     def restart(self) -> None:
-        """Begin a new peak at what is alive now."""
+        """Restart the peak from what is alive now."""
         self.peak = self.live
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -180,10 +180,10 @@ class LiveBytes(Watch):
 
 @dataclass(frozen=True)
 class Counts:
-    """A call's work; means where calls differ.
+    """A call's work; means if calls differ.
 
     Attributes:
-        operations: ATen operations that are no views; on a GPU, kernels, copies and fills.
+        operations: ATen operations that are not views; on a GPU, kernels, copies and fills.
         bytes: Of the inputs and outputs of these operations.
         waits: Times that the host waited for a value of a tensor on the device, as `.item()` does.
     """
@@ -194,12 +194,12 @@ class Counts:
 
 
 def count(call: Callable[[], object], device: torch.device, calls: int = 4) -> Counts:
-    """Count some calls; call it once before, so that what it keeps is made.
+    """Count the work of some calls; call it once before, so that its caches are filled.
 
     Args:
         call: The work; calls may differ by their random draws.
-        device: Its device. On a GPU the kernels of further calls are counted by torch's profiler.
-        calls: Their number.
+        device: Where it works. On a GPU torch's profiler counts the kernels of further calls.
+        calls: Number of calls.
     """
 
     def several() -> None:
@@ -233,7 +233,7 @@ def training_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
         image_shape: [C, H, W].
 
     Raises:
-        Exception: Any that a model raises on the meta device.
+        Exception: Any that the model raises on the meta device.
     """
     weights = {
         name: weight.detach().to("meta").requires_grad_(weight.requires_grad)
@@ -245,7 +245,7 @@ def training_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
     # In evaluation mode one image is enough for batch normalisation; the products are the same.
     model.eval()
     try:
-        # On the meta device attention is made of plain matrix products, which all have a formula.
+        # On the meta device attention consists of plain matrix products, which all have a formula.
         with FlopCounterMode(display=False) as counter:
             functional_call(model, weights | buffers, (images,)).sum().backward()
     finally:

@@ -1,7 +1,7 @@
-"""GPUs: peak rates by the name that the device has, and memory and links by the short name that a plan is asked with.
+"""GPUs: peak rates by the device's full name, and memory and links by the short name that a plan takes.
 
-Peaks are dense matrix TFLOP/s of the makers' data sheets; a figure that is printed with 2:4 sparsity is halved here. A
-device that is not listed has no figure rather than a guess: `tracking.peak_tflops` gives one. Sources:
+Peaks are dense matrix TFLOP/s from the makers' data sheets; a figure printed with 2:4 sparsity is halved here. A
+device that is not listed has no figure, rather than a guess: `tracking.peak_tflops` sets one. Sources:
 
 - NVIDIA data sheets of H100, H200, GH200, A100, A800, H800, H20, A30, A40, A10, L4, L40, L40S, V100, T4, HGX B200 and
   GB200 NVL72; the Ada, Ampere GA102 and Blackwell RTX white papers for GeForce (half precision with float32 sums).
@@ -14,8 +14,8 @@ from difflib import get_close_matches
 
 import torch
 
-# Between nodes most clusters of a GPU's time have one network card a GPU: ConnectX-7 (400 Gbit/s) beside H100, H200 and
-# B200 (NVIDIA DGX H100/B200 User Guides), ConnectX-6 (200) beside A100 (DGX A100 User Guide), 100 Gbit/s elsewhere.
+# Between nodes most clusters of a GPU's time have one network card per GPU: ConnectX-7 (400 Gbit/s) for H100, H200 and
+# B200 (NVIDIA DGX H100/B200 User Guides), ConnectX-6 (200) for A100 (DGX A100 User Guide), 100 Gbit/s elsewhere.
 _NDR, _HDR, _EDR = 400.0, 200.0, 100.0
 _PCIE5, _PCIE4, _PCIE3 = 512.0, 256.0, 128.0  # Gbit/s of 16 lanes, one direction
 
@@ -28,7 +28,7 @@ class Peak:
         half: float16 with float32 sums.
         tf32: float32 tensors multiplied as TF32.
         single: float32 without TF32.
-        bfloat16: Whether bfloat16 is as fast as float16; else the device has none.
+        bfloat16: Whether bfloat16 is as fast as float16; if not, the device lacks it.
     """
 
     half: float
@@ -37,7 +37,7 @@ class Peak:
     bfloat16: bool = True
 
 
-# The first pattern that is found in the device's name counts, so the narrower stand first.
+# The first pattern that matches the device's name counts, so narrower ones come first.
 _PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"\bGB[23]00\b", Peak(2500, 1250, 80)),
     (r"\bB200\b", Peak(2250, 1125, 75)),
@@ -110,7 +110,7 @@ class Gpu:
         memory_gib: Memory, GiB.
         memory_gbytes: Rate of its memory, GB/s.
         intra_gbps: Link to the node's other GPUs, Gbit/s in one direction.
-        inter_gbps: Network card a GPU, Gbit/s in one direction.
+        inter_gbps: Network card per GPU, Gbit/s in one direction.
         host_gbps: Link to the host's memory, Gbit/s in one direction.
         source: Where the figures are published.
     """
@@ -152,7 +152,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in small or capital letters.
+    """The GPU of that name, in lower or upper case.
 
     Raises:
         ValueError: It is not in the table; lists the names.

@@ -13,21 +13,21 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that the tensors of one storage share while it lives; for fake tensors, too, which have no address."""
+    """A number shared by the tensors of one storage while it lives; also for fake tensors, which have no address."""
     return tensor.untyped_storage()._cdata
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages under these tensors, each storage once; a DTensor counts with its local part."""
+    """Bytes of the storages under these tensors, each storage once; a DTensor counts as its local part."""
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor is not None]
     return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in local}.values())
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest so far: allocated by torch on a GPU, else resident of this process. Waits for nothing."""
+    """The peak so far, bytes: allocated by torch on a GPU, else resident in this process. Does not synchronise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Unlike getrusage's figure, the kernel's begins anew in a process that was started by a larger one.
+    # Unlike getrusage's figure, the kernel's starts afresh in a process that a larger one started.
     peak = resident(peak=True)
     if peak is not None:
         return peak
@@ -37,7 +37,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this machine and this process's control group still have."""
+    """Bytes of memory that this machine and this process's control group have left."""
     import psutil
 
     available, allowed = int(psutil.virtual_memory().available), _from_cgroup()
@@ -45,7 +45,7 @@ def free_memory() -> int:
 
 
 def _from_cgroup() -> int | None:
-    """Bytes that a container (cgroup v2, then v1) may still take."""
+    """Bytes that a container (cgroup v2, then v1) may still use."""
     root = Path("/sys/fs/cgroup")
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -75,7 +75,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def resident(*, peak: bool = False) -> int | None:
-    """Bytes of this process that are in memory, or with `peak` the most since `restart_peak`; None beside Linux."""
+    """Resident bytes of this process, or with `peak` the most since `restart_peak`; None outside Linux."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:" if peak else "VmRSS:"):
@@ -84,7 +84,7 @@ def resident(*, peak: bool = False) -> int | None:
 
 
 def restart_peak() -> bool:
-    """Begin the process's peak anew at what is in memory now; False where the kernel does not let it."""
+    """Restart the process's peak from what is in memory now; False if the kernel does not allow it."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5", encoding="ascii")
         return True
@@ -92,7 +92,7 @@ def restart_peak() -> bool:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that a call takes while it runs and gives back, in bytes; None where it cannot be measured.
+    """The most memory that a call takes while it runs and then frees, in bytes; None if it cannot be measured.
 
     On a GPU it is the allocator's peak. On the CPU it is the process's, off by up to some 100 KiB (Linux).
     """
@@ -104,7 +104,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
     with contextlib.suppress(AttributeError, OSError):
-        # Else what an earlier call freed would be there already.
+        # Otherwise memory that an earlier call freed would be there already.
         ctypes.CDLL(None).malloc_trim(0)
     if not restart_peak():
         return None

@@ -5,8 +5,6 @@ from torch.nn.functional import pad, relu
 
 from robust_dist.validate import whole_number
 
-WIDTHS = (16, 32, 64)
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (option A).
@@ -46,21 +44,25 @@ class CifarResNet(nn.Module):
         num_classes: Outputs.
         in_channels: Channels of the images.
         stem_stride: Stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
+        width: Channels of the first stage; the next ones have two and four times as many.
 
     Raises:
-        TypeError: stem_stride is no whole number.
-        ValueError: stem_stride is below 1.
+        TypeError: stem_stride or width is no whole number.
+        ValueError: stem_stride or width is below 1.
     """
 
-    def __init__(self, num_blocks: int, num_classes: int, in_channels: int = 3, *, stem_stride: int = 1) -> None:
+    def __init__(
+        self, num_blocks: int, num_classes: int, in_channels: int = 3, *, stem_stride: int = 1, width: int = 16
+    ) -> None:
         super().__init__()
         whole_number("stem_stride", stem_stride, 1)
-        self.conv1 = _conv3x3(in_channels, WIDTHS[0], stem_stride)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], num_blocks, stride=1)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], num_blocks, stride=2)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], num_blocks, stride=2)
-        self.fc = nn.Linear(WIDTHS[2], num_classes)
+        whole_number("width", width, 1)
+        self.conv1 = _conv3x3(in_channels, width, stem_stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, num_blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, num_blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, num_blocks, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_conv(module)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robust_dist import own_code
 from robust_dist.extras import require
 from robust_dist.models.cifar_resnet import CifarResNet, init_conv
+from robust_dist.models.mlp import MLP
 from robust_dist.validate import whole_number
 
 Builder = Callable[..., nn.Module]
@@ -106,6 +107,7 @@ MODELS: dict[str, ModelInfo] = {
     "resnet44": _cifar(44, 658_586),
     "resnet56": _cifar(56, 853_018),
     "resnet110": _cifar(110, 1_727_962),
+    "mlp": ModelInfo("two hidden layers of 256 units for 32x32 images, without normalisation", 855_050, MLP),
     "resnet18_cifar": _stem("resnet18", 11_173_962),
     "resnet34_cifar": _stem("resnet34", 21_282_122),
 }
@@ -124,7 +126,8 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
             function of the user's own (`own_model`).
         num_classes: Outputs.
         in_channels: Channels of the images.
-        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets take stem_stride.
+        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
+            take stem_stride and width, mlp takes side and width.
 
     Returns:
         A module from [B, in_channels, H, W] to logits [B, num_classes].

@@ -303,14 +303,29 @@ class RAdaBeliefW(Optimizer):
             self._rate.observe(loss)
 
     @torch.no_grad()
-    def observe_gradients(self, scale: float = 1.0) -> None:
+    def observe_gradients(self, scale: float = 1.0, gradients: Iterable[Tensor] | None = None) -> None:
         """Give `rate_guard` the gradients before they are clipped; nothing without it.
 
         Args:
             scale: What they are still multiplied by.
+            gradients: Those of all param groups, where an engine keeps them elsewhere than in the parameters' `grad`.
         """
-        if self.measures_rate:
+        if not self.measures_rate:
+            return
+        if gradients is None:
             self._rate.observe_gradients(self.param_groups, 1.0 / scale)
+        else:
+            self._rate.add_gradients(((grad, grad) for grad in gradients), 1.0 / scale)
+
+    def forget_observed(self) -> None:
+        """Take back what was observed for a step that is not made after all; nothing without `rate_guard`."""
+        if self.measures_rate:
+            self._rate.forget()
+
+    def restore_measured(self) -> None:
+        """Take up what the param groups hold of `rate_guard`, where it came there other than by `load_state_dict`."""
+        if self.measures_rate:
+            self._rate.restore(self.param_groups)
 
     def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
         """Say which ranks train together, for `rate_guard`.
@@ -322,6 +337,22 @@ class RAdaBeliefW(Optimizer):
         """
         self._rate.ranks = Ranks(process_group, copies)
 
+    def keep_weights_in(
+        self, masters: Callable[[], Iterable[tuple[dict[str, Any], Tensor]]], publish: Callable[[], None]
+    ) -> None:
+        """Say where an engine keeps the weights that `train()` and `eval()` change.
+
+        Args:
+            masters: Gives every param group with a parameter of it, for each that may have state.
+            publish: Brings what they hold into the model; called after a change, on every rank.
+        """
+        self._kept = masters, publish
+
+    @property
+    def engine_keeps_weights(self) -> bool:
+        """Whether an engine has called `keep_weights_in`."""
+        return "_kept" in self.__dict__
+
     def train(self) -> None:
         """Have the parameters hold the weights that are trained; nothing where they do, or without averaging."""
         self._hold(trained=True)
@@ -332,20 +363,36 @@ class RAdaBeliefW(Optimizer):
 
     @torch.no_grad()
     def _hold(self, *, trained: bool) -> None:
+        turning = [
+            group
+            for group in self.param_groups
+            if option(group, "averaging") is not None and group[TRAINS] is not trained
+        ]
+        if not turning:
+            return
         turn = trained_of if trained else average_of
-        for group in self.param_groups:
-            if option(group, "averaging") is None or group[TRAINS] is trained:
-                continue
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                if Z not in state:
-                    continue
-                param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
-                held = master[0] if master else param.to(z.dtype)
-                turn(held, z, group["betas"][0])
-                if held is not param:
-                    param.copy_(held)
+        masters, publish = self.__dict__.get("_kept", (self.parameters_by_group, None))
+        for group, param in masters():
+            if any(group is one for one in turning):
+                self._turn(group, param, turn)
+        for group in turning:
             group[TRAINS] = trained
+        if publish is not None:
+            publish()
+
+    def parameters_by_group(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Every param group with each of its parameters."""
+        return ((group, param) for group in self.param_groups for param in group["params"])
+
+    def _turn(self, group: dict[str, Any], param: Any, turn: Callable[[Tensor, Tensor, float], None]) -> None:
+        state = self.state.get(param, {})
+        if Z not in state:
+            return
+        param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
+        held = master[0] if master else param.to(z.dtype)
+        turn(held, z, group["betas"][0])
+        if held is not param:
+            param.copy_(held)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:

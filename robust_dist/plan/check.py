@@ -1,4 +1,4 @@
-"""`robust-dist plan --check`: the plan beside what gloo ranks on this machine hold, walked and seen by the kernel."""
+"""`robust-dist plan --check`: the plan compared with gloo ranks on this machine, by storages and the kernel's count."""
 
 import ctypes
 import gc
@@ -30,16 +30,16 @@ from robust_dist.train.step import summed_loss
 TOLERANCE = 0.15
 # A process's pages count once they are written, so ZeRO's buckets must be small enough to be filled.
 _BUCKET = 1_000_000
-# Of glibc's mallopt: with a fixed threshold every large tensor is mapped for itself, and its pages go when it goes.
+# For glibc's mallopt: with a fixed threshold every large tensor has its own mapping, whose pages are freed with it.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _THRESHOLD = -1, -3, 1 << 16
-# What is lazy is there after a step; but DDP makes its buckets again in the second, and ZeRO-3 learns an order in one.
+# Lazy state exists after one step; but DDP rebuilds its buckets in the second, and ZeRO-3 records an order in one.
 _STEPS = 3
 _TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant on one rank, bytes: the first four of storages walked, the others as the kernel counts the process.
+    """One variant on one rank, bytes: the first four by walking storages, the others as the kernel counts the process.
 
     Attributes:
         parameters: Between steps.
@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Compared:
-    """One variant: the plan for rank 0 and what rank 0 was seen to hold."""
+    """One variant: the plan for rank 0, and what was measured there."""
 
     variant: Variant
     predicted: Memory
@@ -70,7 +70,7 @@ class Compared:
 
     @property
     def exact(self) -> bool:
-        """Whether parameters, masters, gradients and state are the predicted ones to the byte."""
+        """Whether parameters, masters, gradients and state are as predicted, to the byte."""
         names = ("parameters", "masters", "gradients", "state")
         return all(getattr(self.predicted.held, name) == getattr(self.measured, name) for name in names)
 
@@ -156,14 +156,14 @@ def measure_here(chosen: Sequence[Variant], question: Question, batch: int) -> l
     """
     libc = ctypes.CDLL(None)
     if not restart_peak() or not hasattr(libc, "mallopt"):
-        raise RuntimeError("memory is measured by Linux's /proc and glibc's mallopt, which are not here")
+        raise RuntimeError("measuring memory needs Linux's /proc and glibc's mallopt, which this system lacks")
     libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
     libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
     small = replace(question, model="resnet8", image_size=32, options={})
     for variant in chosen:
         # Imports and pools of the engine must not count.
         _train(variant, small, batch, steps=1)
-    # Nor what the kernels keep for later.
+    # Neither must what the kernels keep for later.
     _model(question)(_images(question, batch)).sum().backward()
     return [_train(variant, question, batch, steps=_STEPS) for variant in chosen]
 

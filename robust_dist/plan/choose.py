@@ -1,4 +1,4 @@
-"""Every engine's variants at their best micro batch: memory, traffic, seconds; and the one to take."""
+"""Every engine's variants at their best micro batch: memory, traffic, seconds; and the one to choose."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from robust_dist.plan.question import Question
 
 # CUDA's context, the libraries' workspaces and NCCL's channels: an allowance, not measured here.
 ALLOWANCE = int(1.5 * GIB)
-# Assumptions, all of them: what a link carries of its rate, and what a collective costs at least.
+# All of these are assumptions: the share of its rate that a link carries, and the least cost of a collective.
 LINK_SHARE = 0.8
 START, HOP = 20e-6, 5e-6  # seconds, the second for each doubling of the ranks
-# RAdaBeliefW in the host's memory: bytes it moves an element, and the host's bytes a second for one GPU's rank.
+# RAdaBeliefW in the host's memory: bytes moved per element, and the host's bytes per second for one GPU's rank.
 HOST_BYTES, HOST_RATE = 28, 20e9
-# Estimates that lie closer than this do not make an engine the faster one.
+# Estimates that differ by less than this count as equal.
 TIE = 0.02
 
 
@@ -28,12 +28,12 @@ class Memory:
 
     Attributes:
         held: Parameters, masters, gradients and state.
-        buffers: Of the model (BatchNorm's statistics).
+        buffers: The model's buffers (BatchNorm's statistics).
         activations: The most that forward and backward pass need for a micro batch.
         in_flight: Gathered parameters and buckets at that moment.
-        gradients_then: Gradients at that moment.
+        gradients_then: Gradients at the same moment.
         step: Gradients and temporaries of the optimizer's step.
-        allowance: For what is not the model's.
+        allowance: An allowance for what is not the model's.
         host: Bytes of the host's memory, for this rank.
     """
 
@@ -78,11 +78,11 @@ def memory(
     Args:
         variant: The engine's variant.
         shapes: Of the model.
-        profile: Of the model in the variant's dtypes.
+        profile: The model's profile in the variant's dtypes.
         question: The job.
-        micro_batch: Images at a time.
-        rank: Its number; None: the rank that holds most.
-        on_cpu: Without CUDA, and with an optimizer that works in pieces.
+        micro_batch: Number of images at a time.
+        rank: The rank's number; None: the rank that holds most.
+        on_cpu: No CUDA, and an optimizer that works in pieces.
     """
     own = variant.held(shapes, question, variant.worst_rank(shapes, question) if rank is None else rank)
     accumulates = question.accumulation(micro_batch) > 1
@@ -102,7 +102,7 @@ def memory(
 
 
 def step_temporaries(elements: int, *, on_cpu: bool = False) -> int:
-    """Bytes that RAdaBeliefW's foreach step needs beside gradients: two float32 lists, on a CPU of one piece."""
+    """Bytes that RAdaBeliefW's foreach step needs besides gradients: two float32 lists; on a CPU, of one piece."""
     return MOMENTS * (min(elements, CPU_BLOCK) if on_cpu else elements)
 
 
@@ -112,7 +112,7 @@ class Clock:
 
     Attributes:
         compute: Forward and backward pass.
-        communication: Of all collectives.
+        communication: All collectives.
         offload: Transfers to the host and the step there.
         step: The whole step; what overlaps counts once.
     """
@@ -124,7 +124,7 @@ class Clock:
 
     @property
     def efficiency(self) -> float:
-        """Share of the step that is arithmetic."""
+        """The share of the step that is arithmetic."""
         return self.compute / self.step
 
 
@@ -134,7 +134,7 @@ def clock(variant: Variant, question: Question, flops: float, sent: Sequence[Col
     Args:
         variant: The engine's variant.
         question: The job.
-        flops: Of a rank's share of the batch, forward and backward.
+        flops: For a rank's share of the batch, forward and backward.
         sent: The collectives of the step.
         own: What the rank holds, for offload.
     """
@@ -156,7 +156,7 @@ def _seconds(collective: Collective, question: Question) -> float:
 def _offload(own: Held, question: Question) -> float:
     if not own.on_host:
         return 0.0
-    # Parameters come and gradients go once a step, at least.
+    # Parameters come and gradients go at least once a step.
     moved = 2 * own.gradients / (LINK_SHARE * 1e9 / 8 * question.hardware.host_gbps)
     return moved + HOST_BYTES * own.elements / HOST_RATE
 
@@ -169,8 +169,8 @@ class Estimate:
         variant: The engine's way of launching.
         micro_batch: Images at a time and GPU.
         accumulation: Micro batches a step.
-        memory: Of the rank that holds most.
-        traffic: Of an optimizer step.
+        memory: On the rank that holds most.
+        traffic: In an optimizer step.
         clock: Estimated seconds.
         fits: Whether the peak leaves the margin free.
     """
@@ -191,10 +191,10 @@ class Plan:
     Attributes:
         question: The question.
         shapes: Of the model.
-        flops_per_image: Forward and backward pass.
-        estimates: Of the variants that can be used on these machines.
-        unfit: Why the others cannot, by name.
-        best: The proposal; None where nothing fits.
+        flops_per_image: In the forward and backward pass.
+        estimates: For the variants that can be used on these machines.
+        unfit: Reasons why the others cannot be used, by name.
+        best: The proposal; None if nothing fits.
     """
 
     question: Question
@@ -206,7 +206,7 @@ class Plan:
 
 
 def variants() -> list[Variant]:
-    """All engines' variants; of two that are equally fast the plan proposes the earlier one."""
+    """All engines' variants; of two equally fast ones the plan proposes the earlier."""
     return [variant for engine in engines() for variant in engine.variants]
 
 
@@ -227,7 +227,7 @@ def plan(question: Question) -> Plan:
 
 
 def estimate(variant: Variant, shapes: Shapes, profile: Profile, question: Question) -> Estimate:
-    """One variant at the largest micro batch that fits, or at the smallest where none does."""
+    """One variant at the largest micro batch that fits, or at the smallest if none does."""
     room = (1 - question.margin) * question.memory_bytes
     sizes = [question.micro_batch] if question.micro_batch else micro_batches(question.rank_batch)
     for size in sizes:
@@ -241,9 +241,9 @@ def estimate(variant: Variant, shapes: Shapes, profile: Profile, question: Quest
 
 
 def traffic(variant: Variant, shapes: Shapes, question: Question, accumulation: int) -> list[Collective]:
-    """Every collective of an optimizer step, the training loop's own included.
+    """Every collective of an optimizer step, including the training loop's own.
 
-    Bytes are a ring's, which is what NCCL's bandwidth figures are made of (NVIDIA nccl-tests, doc/PERFORMANCE.md): of a
+    Bytes are those of a ring, as in NCCL's bandwidth figures (NVIDIA nccl-tests, doc/PERFORMANCE.md): of a
     payload of S bytes over n ranks an all-gather or a reduce-scatter sends S (n - 1) / n of each rank, an all-reduce
     twice that, a broadcast S.
     """
@@ -258,7 +258,7 @@ def traffic(variant: Variant, shapes: Shapes, question: Question, accumulation: 
 
 
 def micro_batches(rank_batch: int) -> list[int]:
-    """Sizes of a micro batch for 1, 2, 3, ... parts, largest first; none twice."""
+    """Sizes of a micro batch for 1, 2, 3, ... parts, largest first, without repeats."""
     return sorted({-(-rank_batch // parts) for parts in range(1, rank_batch + 1)}, reverse=True)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 from robust_dist.own_code import add_argument
 from robust_dist.plan.question import DTYPES, Question
 
-# What --check runs where nothing is said: large enough to be seen beside a process's own memory.
+# What --check runs by default: large enough to show beside a process's own memory.
 CHECK_MODEL, CHECK_SIZE, CHECK_BATCH = "resnet50", 96, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's words to its parser; those left out stay None, so that a recipe may give them."""
+    """Add the command's options to its parser; those left out stay None, so that a recipe may give them."""
     add = parser.add_argument
     add("--model", help="a model: resnet56, a torchvision name, timm/NAME, your own as MODULE:NAME")
     add("--config", help="a recipe, in YAML or by name, for model, batch, precision and image size")
@@ -39,7 +39,7 @@ _SETTINGS = [name for name in Question.__dataclass_fields__ if name not in ("opt
 
 
 def question_of(words: argparse.Namespace) -> Question:
-    """The question of the command line; what it leaves out comes from the recipe, then from the defaults.
+    """The question on the command line; what it omits comes from the recipe, then from the defaults.
 
     Raises:
         ValueError: Neither a model nor a recipe is given, or a value is out of its range.
@@ -74,7 +74,7 @@ def _from_recipe(path: str) -> dict[str, Any]:
 
 
 def run(words: argparse.Namespace) -> int:
-    """Print a plan; status 1 where nothing fits, or where a check is off by more than 15 %."""
+    """Print a plan; status 1 if nothing fits, or if a check is off by more than 15 %."""
     question = question_of(words)
     if words.check:
         return _check(question)

@@ -1,4 +1,4 @@
-"""A model without its memory: parameters, the units that FSDP2 gathers, and what a training pass needs beside them."""
+"""A model without its memory: parameters, the units that FSDP2 gathers, and what a training pass needs besides."""
 
 import importlib
 import math
@@ -19,7 +19,7 @@ from robust_dist.plan.question import Question
 from robust_dist.train.step import summed_loss
 
 Shape = tuple[int, ...]
-# BatchNorm refuses single values, so never 1; two sizes give what grows with the batch and what does not.
+# BatchNorm refuses single values, so never 1; two sizes tell what grows with the batch from what does not.
 _BATCHES = (2, 4)
 
 
@@ -38,11 +38,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered together.
+    """Parameters that FSDP2 gathers together.
 
     Attributes:
         name: The module's name; "" is the whole model.
-        parameters: Those of no inner unit.
+        parameters: Those that belong to no inner unit.
         stays: Whether they stay gathered from the forward to the backward pass.
     """
 
@@ -64,7 +64,7 @@ class Shapes:
         parameters: In the model's order.
         units: What FSDP2 gathers at a time, the rest of the model last.
         float_buffers: Elements of floating-point buffers (BatchNorm's statistics).
-        buffer_bytes: Of all buffers.
+        buffer_bytes: Bytes of all buffers.
     """
 
     parameters: tuple[Parameter, ...]
@@ -85,7 +85,7 @@ def build_on_meta(name: str, num_classes: int, *, in_channels: int = 3, **option
         ValueError: As `build_model`, or the model's constructor needs real numbers.
     """
     if TorchVersion(torch.__version__) < "2.7":
-        # Else an initialiser imports it, which fails on the meta device.
+        # Otherwise an initialiser imports it, which fails on the meta device.
         importlib.import_module("torch._dynamo")
     try:
         with torch.device("meta"):
@@ -186,7 +186,7 @@ def profile(
         in_channels: Channels.
         weights: dtype of parameters, floating-point buffers and images (which sharding engines cast).
         autocast: dtype of autocast; None: off.
-        options: Of the model's constructor.
+        options: Arguments of the model's constructor.
 
     Raises:
         ValueError: The model cannot be run at this size.

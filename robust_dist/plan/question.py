@@ -1,4 +1,4 @@
-"""The question to a plan: model, machines, batch, precision; checked before anything is computed."""
+"""The question that a plan answers: model, machines, batch, precision; checked before anything is computed."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Question:
-    """One training job, as `robust-dist plan` is asked for it.
+    """One training job, as given to `robust-dist plan`.
 
     Attributes:
         model: A name of `robust_dist.models.build_model`.
@@ -31,9 +31,9 @@ class Question:
         micro_batch: Images at a time and GPU; None: the most that fits.
         intra_gbps: Link in a node, Gbit/s a GPU and direction; None takes the table's.
         inter_gbps: Network between nodes, Gbit/s a GPU and direction; None takes the table's.
-        mfu: Share of the GPU's peak that the model's arithmetic is taken to reach.
-        margin: Share of the memory that is to stay free.
-        options: Of the model's constructor.
+        mfu: Share of the GPU's peak that the model's arithmetic is assumed to reach.
+        margin: Share of the memory to leave free.
+        options: Arguments of the model's constructor.
         recipe: The recipe's file, for the launch line.
     """
 
@@ -99,7 +99,7 @@ class Question:
 
     @property
     def rank_batch(self) -> int:
-        """Images of the rank that has most, per optimizer step."""
+        """Images per optimizer step on the rank that has most."""
         return -(-self.batch_size // self.world_size)
 
     @property
@@ -108,5 +108,5 @@ class Question:
         return (self.memory_gib or self.hardware.memory_gib) * GIB
 
     def accumulation(self, micro_batch: int) -> int:
-        """Parts into which a rank cuts its share, for micro batches of at most this size."""
+        """Number of parts into which a rank cuts its share, for micro batches of at most this size."""
         return -(-self.rank_batch // micro_batch)

@@ -151,7 +151,7 @@ def reason(plan: Plan) -> str:
 
 
 def others(plan: Plan) -> Iterator[tuple[str, str]]:
-    """For every other engine its name and why it was not taken."""
+    """Every other engine's name, and why it was not chosen."""
     for other in plan.estimates:
         if other is not plan.best:
             yield other.variant.name, _against(other, plan)
@@ -171,7 +171,7 @@ def _against(other: Estimate, plan: Plan) -> str:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """Changes that would make the job fit, each with the figure it rests on."""
+    """Changes that would make the job fit, each with the figure it is based on."""
     question = plan.question
     least = min(plan.estimates, key=lambda other: other.memory.peak)
     activations = least.memory.activations / GIB

@@ -14,7 +14,7 @@ from robust_dist.surroundings import usable_cores
 
 # After this, a training process that does not end by itself is ended.
 GRACE_SECONDS = 30.0
-# A fork keeps none of its server's threads, so that what is imported must not start any.
+# A fork keeps none of its server's threads, so imports must not start any.
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
@@ -48,7 +48,7 @@ class Launcher:
         passed = _Passed(log.fileno(), claim)
         process: BaseProcess = self._context.Process(target=_run, args=(list(words), dict(env), passed))
         try:
-            # What libraries read when they are loaded: in a fresh process, and in the server, which loads them for all.
+            # Libraries read these when they are loaded: in a fresh process, or in the server, which loads them for all.
             _set_environment({**env, **_NO_THREADS} if self._forks else env)
             process.start()
         finally:
@@ -101,7 +101,7 @@ def _run(words: list[str], env: Mapping[str, str], passed: list[int]) -> None:
     try:
         main(words)
     finally:
-        # multiprocessing leaves out what others have registered for the end, such as trackers.
+        # multiprocessing skips exit handlers that others registered, such as trackers'.
         atexit._run_exitfuncs()
 
 

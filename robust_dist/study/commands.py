@@ -65,7 +65,7 @@ def _run(words: argparse.Namespace) -> int:
         print(estimate(study, recipes, words.gpu))
         return 0
     folder = StudyFolder(words.dir or Path("runs", "studies", study.name))
-    # Before the folder is made this study's, which a report that does not fit may show to be the wrong one.
+    # Before the folder becomes this study's: a report that does not fit may show that it is the wrong one.
     found = read_report(study, words.report) if words.report else {}
     folder.claim(study)
     if words.report:
@@ -74,7 +74,7 @@ def _run(words: argparse.Namespace) -> int:
     try:
         Workers(folder, study, recipes, words.workers).work()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", flush=True)
+        print("stopped; run the same command to continue", flush=True)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -115,7 +115,7 @@ def _report(words: argparse.Namespace) -> int:
 
 
 def _opened(path: str | None, stack: contextlib.ExitStack) -> "StudyFolder | None":
-    """A study's folder; of a `report.json` one with its runs, for as long as the stack."""
+    """A study's folder; for a `report.json`, a temporary one with its runs, removed when the stack closes."""
     from robust_dist.study.folder import StudyFolder, folder_of_report
 
     if path is None:

@@ -1,12 +1,12 @@
 """Figures of robustness: how high a grid of hyperparameters lies, and how little it moves. Pure functions.
 
 A grid is an array [..., cells] of one figure a cell (higher is better, in percentage points), and a figure of
-robustness takes the last dimension away. Sources: the paper's pair of mean and variance; learning-rate sensitivity
+robustness reduces the last dimension. Sources: the paper's pair of mean and variance; learning-rate sensitivity
 after Wortsman et al. 2023 (arXiv 2309.14322); the expected best of k trials after Sivaprasad et al. 2020 (arXiv
 1910.11758).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -109,8 +109,8 @@ def bootstrap(grid: Array, figure: Statistic, *, level: float = 0.95, seed: int 
     Args:
         grid: Figures [cells, seeds], complete.
         figure: One of `figures_of`.
-        level: Its probability.
-        seed: Of the draws.
+        level: The interval's coverage.
+        seed: Seeds the draws.
 
     Returns:
         The interval, or None with fewer than 2 seeds.
@@ -155,19 +155,19 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
 
     A pair is one cell with one seed, trained by both. If the two are exchangeable, the sign of each difference is
     random. All 2^n flips are counted for n <= 16 pairs; else 10,000 are drawn, and p is (1 + as extreme) / (1 + drawn).
-    The pairs of a cell share what is peculiar to it, so the test is about these cells, not about learning rates in
+    The pairs of a cell share its peculiarities, so the test is about these cells, not about learning rates in
     general.
 
     Args:
         first: Figures [n] of one contender.
         second: Figures [n] of the other, of the same cells and seeds.
-        seed: Of the drawn flips.
+        seed: Seeds the drawn flips.
 
     Raises:
         ValueError: There is no pair, or the lengths differ.
     """
     if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"a paired test needs pairs, and was given {len(first)} and {len(second)} figures")
+        raise ValueError(f"a paired test needs pairs, but got {len(first)} and {len(second)} figures")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n, observed = len(differences), abs(float(np.mean(differences)))
     exact = 2**n <= _EXACT
@@ -179,3 +179,12 @@ def paired_test(first: Array, second: Array, *, seed: int = 0) -> PairedTest:
     extreme = int(np.sum(np.abs(signs @ differences) / n >= observed - 1e-9))
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + len(signs))
     return PairedTest(n, float(np.mean(differences)), p, exact)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the given order: each stands for the whole family of tests (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

@@ -94,7 +94,7 @@ class StudyFolder:
 
     def ended(self) -> set[str]:
         """Names of the runs that have a result, or failed at their last start."""
-        # Listing a folder asks a file server anew, looking for one file may not.
+        # Listing a folder asks a file server again; looking for one file may not.
         return {path.stem for kind in ("results", "failed") for path in (self.path / kind).glob("*.json")}
 
     def forget_failures(self, study: Study) -> None:
@@ -136,7 +136,7 @@ def differences(ours: Study, theirs: Study, where: str = "the folder", *, common
         if common and mine and others:
             shared = [label for label in mine if label in others]
             mine, others = ({label: found[label] for label in shared} for found in (mine, others))
-        # Not the dicts themselves, whose equality asks for no order.
+        # Not the dicts themselves: their equality ignores order.
         if _listed(mine) != _listed(others):
             lines.append(f"axes.{name}: {_listed(mine)} here, {_listed(others)} in {where}")
     if [axis.name for axis in ours.axes] != [axis.name for axis in theirs.axes] and not lines:
@@ -153,7 +153,7 @@ def _places(axis: Axis) -> dict[str, str]:
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with numbers as numbers: earlier versions kept 1e-3 as a file spelt it."""
+    """Settings with numbers as numbers: earlier versions kept 1e-3 as spelt in the file."""
     found = dict(settings)
     for key, value in settings.items():
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -186,7 +186,7 @@ def adopt(folder: StudyFolder, study: Study, found: dict[str, Result]) -> int:
 
 
 def read_report(study: Study, path: str | Path) -> dict[str, Result]:
-    """The finished runs of a `report.json` that a study has as well, by the run's name.
+    """The finished runs of a `report.json` that this study also has, by the run's name.
 
     The report's study may have other seeds, or other places on an axis.
 
@@ -237,7 +237,7 @@ def _read_runs(path: str | Path) -> tuple[Study, dict[tuple[tuple[str, ...], int
 
 @dataclass
 class _Report:
-    """The part of a `report.json` that is read."""
+    """The part of a `report.json` that is read back."""
 
     study: dict[str, Any]
     runs: list[dict[str, Any]]

@@ -70,13 +70,16 @@ class Study:
 
     Attributes:
         name: Its name.
-        description: Its question, in a line.
+        description: Its question, in one line.
         base: `recipe_dict` of the recipe that the cells change.
         axes: The grid's directions.
         seeds: Every cell is trained once with each.
-        compare: The axis whose places are contenders: figures of robustness are over the others. None: one grid.
+        compare: The axis whose places are contenders; figures of robustness are over the other axes. None: one grid.
         reference: The contender that the others are tested against.
         paper: The paper's figure by a cell's labels: a percentage, or "diverged".
+        tasks: The axis whose places are tasks, on each of which the contenders are judged anew. None: one task.
+        defaults: Each contender's default on the axis of rates, the one that is neither `compare` nor `tasks`. Empty:
+            there is no such axis, or no default.
     """
 
     name: str
@@ -87,14 +90,16 @@ class Study:
     compare: str | None = None
     reference: str | None = None
     paper: dict[tuple[str, ...], float | str] = field(default_factory=dict)
+    tasks: str | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """Every cell; the last axis moves first."""
+        """Every cell; the last axis varies fastest."""
         places = [zip(axis.labels, axis.settings, strict=True) for axis in self.axes]
         return [_cell(combination) for combination in product(*places)]
 
     def runs(self) -> Iterator[Run]:
-        """Every run: the whole grid with the first seed, then with the next."""
+        """Every run: the whole grid with the first seed, then with the next, and so on."""
         cells = self.cells()
         for seed in self.seeds:
             for cell in cells:
@@ -130,6 +135,8 @@ def study_dict(study: Study) -> dict[str, Any]:
         "compare": study.compare,
         "reference": study.reference,
         "paper": [[*labels, figure] for labels, figure in study.paper.items()],
+        "tasks": study.tasks,
+        "defaults": study.defaults,
     }
 
 
@@ -145,21 +152,26 @@ class _Noted:
     compare: str | None
     reference: str | None
     paper: list[list[Any]]
+    tasks: str | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
 
 
 def study_from_dict(data: Any, where: str = "study") -> Study:
-    """The study that `study_dict` wrote.
+    """Read the study that `study_dict` wrote.
 
     Raises:
-        DocumentError: It is not one; the message begins with `where`.
+        DocumentError: It is not a study; the message begins with `where`.
     """
     noted: _Noted = typed(data, _Noted, where)
     if any(len(axis.labels) != len(axis.settings) for axis in noted.axes):
         raise DocumentError(f"{where}: axes: labels and settings are not equally many")
     if not all(0 < len(row) == len(noted.axes) + 1 for row in noted.paper):
         raise DocumentError(f"{where}: paper: each row must have a label of every axis, and a figure")
-    if noted.compare is not None and noted.compare not in [axis.name for axis in noted.axes]:
-        raise DocumentError(f"{where}: compare={noted.compare!r} is no axis")
     paper = {tuple(map(str, row[:-1])): row[-1] for row in noted.paper}
-    rest = {key: getattr(noted, key) for key in ("name", "description", "base", "compare", "reference")}
+    for axis in (noted.compare, noted.tasks):
+        if axis is not None and axis not in [known.name for known in noted.axes]:
+            raise DocumentError(f"{where}: {axis!r} is no axis")
+    rest = {
+        key: getattr(noted, key) for key in ("name", "description", "base", "compare", "reference", "tasks", "defaults")
+    }
     return Study(axes=tuple(noted.axes), seeds=tuple(noted.seeds), paper=paper, **rest)

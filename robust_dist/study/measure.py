@@ -24,11 +24,11 @@ from robust_dist.train.recipe import Recipe, flatten, recipe_dict
 from robust_dist.train.sources import open_sets, preprocessing_of
 from robust_dist.train.step import summed_loss
 
-# Sizes of the sets that may have to be fetched first.
+# Sizes of the sets that may have to be downloaded first.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "fashion_mnist": (60_000, 10_000)}
 _SECONDS = 8.0
 _STEPS = 20
-# Assumptions, all of them: shares of the peak rates that an operation reaches, and what the host needs to start one.
+# All of these are assumptions: shares of the peak rates that an operation reaches, and the host's time to start one.
 ARITHMETIC_SHARE, MEMORY_SHARE, START_SECONDS = 0.35, 0.8, 10e-6
 OPTIMIZER_BYTES = 28  # a parameter
 
@@ -58,10 +58,10 @@ class Facts:
 
 
 def facts(data: DataConfig) -> Facts:
-    """The sizes of the data; nothing is fetched.
+    """The sizes of the data; nothing is downloaded.
 
     Raises:
-        ValueError: The data is not here, and its size is not known.
+        ValueError: The data is not on this machine, and its size is not known.
     """
     key = str(data)
     if key not in _known:
@@ -88,7 +88,7 @@ def steps_of(recipe: Recipe) -> int:
 
 
 def costs(study: Study, recipes: dict[str, Recipe]) -> dict[str, Cost]:
-    """Every cell's cost by its name; recipes that differ in nothing costly are measured once."""
+    """Every cell's cost by its name; recipes that differ only in settings without cost are measured once."""
     measured: dict[str, tuple[float, float]] = {}
     found = {}
     for cell in study.cells():
@@ -153,9 +153,9 @@ def operations(model: nn.Module, images: Tensor, precision: str) -> tuple[list[O
     """The operations of a forward pass, and of a forward and backward pass, of a model on fake tensors.
 
     Args:
-        model: Of fake tensors.
-        images: Fake, [B, C, H, W].
-        precision: "no", "bf16" or "fp16"; both of the last are counted as bfloat16.
+        model: Its tensors are fake.
+        images: Fake tensor, [B, C, H, W].
+        precision: "no", "bf16" or "fp16"; the last two are both counted as bfloat16.
     """
     count = Operations()
     with count:
@@ -180,8 +180,11 @@ def run_hours(recipe: Recipe, gpu: Gpu) -> float:
     side = preprocessing_of(recipe.data, evaluation=False).size
     # Fake tensors are built in one layout; another one moves as many bytes.
     plain = replace(recipe, model=replace(recipe.model, channels_last=False))
-    with FakeTensorMode():
+    # Some constructors read a value, which a fake tensor has not.
+    with torch.device("meta"):
         model = build_classifier(plain, known.classes, known.channels)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         images = torch.empty(recipe.batch_size, known.channels, side, side)
         forward, both = operations(model, images, precision)
     update = OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters()) / (1e9 * MEMORY_SHARE * gpu.memory_gbytes)
@@ -219,7 +222,7 @@ def estimate(study: Study, recipes: dict[str, Recipe], gpu: str = "h100") -> str
     Args:
         study: The study.
         recipes: Every cell's recipe by the cell's name.
-        gpu: The GPU whose hours are estimated where there is none to measure on.
+        gpu: The GPU whose hours are estimated if there is none to measure on.
 
     Raises:
         ValueError: The table has no such GPU.

@@ -23,16 +23,16 @@ class Result:
     """A finished run.
 
     Attributes:
-        accuracy: Of the last epoch, a share of the evaluation images; None where training stopped before its end.
+        accuracy: In the last epoch, a share of the evaluation images; None if training stopped before its end.
         diverged: Why the run counts as diverged, or None.
         chance: Accuracy of guessing; None where the number of classes is not known.
-        epochs: Epochs recorded.
-        steps: Optimizer steps of them.
-        train_loss: Of the last epoch; None where there is none.
-        eval_samples: Evaluation images.
+        epochs: Number of recorded epochs.
+        steps: Optimizer steps in those epochs.
+        train_loss: In the last epoch; None if there is none.
+        eval_samples: Number of evaluation images.
         images_per_second: Mean over the epochs, in training.
         recipe: `recipe_dict` of the run.
-        environment: What the run's last start noted: revision, versions, device, threads.
+        environment: Recorded by the run's last start: revision, versions, device, threads.
     """
 
     accuracy: float | None
@@ -76,7 +76,7 @@ def judge(run_dir: Path, recipe: Recipe, status: int, log: Path) -> Result | Fai
     why = (
         f"the last losses, {seen:.3f} in training and {held_out:.3f} in evaluation, are above guessing's {guessing:.3f}"
     )
-    # Written so that a loss that is no number counts.
+    # Written so that a NaN loss counts.
     learned = seen <= guessing or held_out <= guessing
     return _result(run_dir, recipe, rows, last["eval_accuracy"], None if learned else why)
 
@@ -116,7 +116,7 @@ def _result(
         train_loss=last.get("train_loss"),
         eval_samples=last.get("eval_samples", 0),
         images_per_second=sum(speeds) / len(speeds) if speeds else 0.0,
-        # The folder is where the study lies, which is nothing of the result.
+        # The folder says where the study lies, which is no part of the result.
         recipe={key: value for key, value in hidden(recipe_dict(recipe)).items() if key != "run_dir"},
         environment=_environment(run_dir),
     )
@@ -126,7 +126,7 @@ def _environment(run_dir: Path) -> dict[str, Any]:
     try:
         starts = RunFolder(run_dir).starts()
     except DocumentError:
-        # A result counts, whatever became of the note beside it.
+        # A result counts even if the note beside it is missing or damaged.
         starts = []
     noted = {key: value for key, value in (starts[-1] if starts else {}).items() if key not in ("command", "time")}
     return noted | {"processor": processor()}

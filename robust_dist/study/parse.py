@@ -15,11 +15,11 @@ from robust_dist.train.optimizers import check_fits
 from robust_dist.train.parse import Settings, fitted
 from robust_dist.train.recipe import Recipe, recipe_dict
 
-_KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper")
+_KEYS = ("description", "base", "set", "budget", "seeds", "axes", "compare", "reference", "paper", "tasks", "defaults")
 _MOST_CELLS = 10_000
-# Of a file's name, with the seed and what is put beside it.
+# Characters of a file's name, with the seed and the suffix added to it.
 _MOST_LETTERS = 200
-# A run of a study shows itself in the study's own lines, its last checkpoint is enough to go on, and all train equally
+# The study's own lines show its runs, the last checkpoint is enough to resume, and all runs train equally
 # long.
 _QUIET = {"tracking.progress": False, "tracking.trackers": [], "checkpoint.keep": 1, "early_stopping.patience": None}
 # A study sets these itself.
@@ -62,6 +62,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Recipe]]:
         axes=axes,
         seeds=_seeds(data["seeds"], path),
         **_comparison(data, axes, path),
+        **_judged(data, axes, path),
         paper=_paper(data.get("paper"), axes, path),
     )
     return study, _recipes(study.cells(), base, shared, path)
@@ -150,6 +151,35 @@ def _comparison(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> 
     return {"compare": compare, "reference": reference}
 
 
+def _judged(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, Any]:
+    """The axis of tasks, and the contenders' defaults on the axis of rates."""
+    tasks, defaults, compare = data.get("tasks"), data.get("defaults"), data.get("compare")
+    given = [key for key in ("tasks", "defaults") if data.get(key) is not None]
+    if given and compare is None:
+        raise StudyError(f"{path}: {given[0]} needs compare, the axis of what is judged")
+    others = [axis for axis in axes if axis.name != compare]
+    if tasks is not None and (not isinstance(tasks, str) or tasks not in [axis.name for axis in others]):
+        names = ", ".join(axis.name for axis in others) or "none"
+        raise StudyError(f"{path}: tasks={tasks!r} must be an axis beside compare; there are {names}")
+    rates = [axis for axis in others if axis.name != tasks]
+    if defaults is None:
+        if tasks is not None and rates:
+            raise StudyError(f"{path}: tasks needs defaults, each contender's place on the axis {rates[0].name!r}")
+        return {"tasks": tasks, "defaults": {}}
+    found = {label_of(key): label_of(value) for key, value in _mapping(defaults, f"{path}: defaults").items()}
+    if len(rates) != 1:
+        raise StudyError(f"{path}: defaults needs one axis beside compare and tasks; there are {len(rates)}")
+    (contenders,) = (axis.labels for axis in axes if axis.name == compare)
+    if set(found) != set(contenders):
+        raise StudyError(f"{path}: defaults must have a place of {rates[0].name!r} for each of {', '.join(contenders)}")
+    wrong = [f"{key}: {value}" for key, value in found.items() if value not in rates[0].labels]
+    if wrong:
+        raise StudyError(
+            f"{path}: defaults: {', '.join(wrong)} is no place of {rates[0].name!r} ({', '.join(rates[0].labels)})"
+        )
+    return {"tasks": tasks, "defaults": found}
+
+
 def _paper(data: Any, axes: tuple[Axis, ...], path: Path) -> dict[tuple[str, ...], float | str]:
     """The paper's figures: mappings as deep as there are axes, or deeper by none."""
     found: dict[tuple[str, ...], float | str] = {}
@@ -233,12 +263,12 @@ def check_key(key: Any, where: str, *, moves_weights: bool) -> str:
     """`key` as a recipe key.
 
     Args:
-        key: What the file has.
+        key: The key in the file.
         where: The place in the file, for the message.
         moves_weights: Refuse settings that change no result.
 
     Raises:
-        StudyError: It is not one, or one that a study sets itself.
+        StudyError: It is no recipe key, or one that a study sets itself.
     """
     known = keys_of(Recipe)
     if not isinstance(key, str) or key in known.sections or not known.is_known(key):
@@ -257,7 +287,7 @@ def _why_not(key: str) -> str:
 
 
 def label_of(value: Any) -> str:
-    """A value's name in tables and file names: numbers in %g, however the file writes them."""
+    """A value's name in tables and file names: numbers as %g, regardless of their spelling in the file."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     try:

@@ -16,7 +16,7 @@ _LR = "optimizer.lr"
 
 
 def _means(points: Array) -> Array:
-    """Means over the seeds that are there [cells]; NaN where there is none."""
+    """Means over the finished seeds [cells]; NaN for a cell without any."""
     counts = np.sum(~np.isnan(points), axis=1)
     sums = np.nansum(points, axis=1)
     return np.divide(sums, counts, out=np.full(len(points), np.nan), where=counts > 0)
@@ -30,7 +30,7 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 
 
 def _growing(labels: Sequence[str]) -> list[int]:
-    """The places of an axis by their numbers; in the study's order where some are not numbers."""
+    """The places of an axis in numerical order; in the study's order if some are not numbers."""
     places = list(range(len(labels)))
     return sorted(places, key=lambda place: float(labels[place])) if _are_numbers(labels) else places
 
@@ -48,7 +48,7 @@ def _note(figure: Any, notes: Sequence[str]) -> None:
 def heat_map(summary: Summary) -> Figure:
     """Every cell's mean accuracy: rows are all axes but the last, columns the last.
 
-    Numbers grow to the right and upwards, in any order of the study; missing cells stay white.
+    Numbers grow to the right and upwards, whatever the study's order; missing cells stay white.
     """
     study, cells = summary.study, summary.study.cells()
     columns = study.axes[-1].labels
@@ -99,7 +99,7 @@ def _all_diverged(summary: Summary, place: int) -> bool:
 def learning_rates(summary: Summary) -> Figure | None:
     """Mean ± standard deviation over the learning rate, a line for each place of the other axes.
 
-    A cell whose runs all diverged is a cross at the bottom. Lines are set apart sideways, so that their bars are seen.
+    A cell whose runs all diverged is a cross at the bottom. Lines are shifted sideways, so that their bars are visible.
 
     Returns:
         None where no axis of the study is the learning rate.
@@ -114,7 +114,7 @@ def learning_rates(summary: Summary) -> Figure | None:
     many, several = len(lines) > 4, len(study.seeds) > 1
     figure: Any = Figure(figsize=(10 if many else 8, 5.5), layout="constrained")
     axes = figure.subplots()
-    # In decades; bars alone hide each other.
+    # In decades; bars at the same place would hide each other.
     apart = [10 ** (several * 0.015 * (number - (len(lines) - 1) / 2)) for number in range(len(lines))]
     for number, (label, cells) in enumerate(lines.items()):
         _draw_line(axes, label, number, apart[number] * np.array(values), summary, cells)

@@ -1,4 +1,4 @@
-"""Imported by the fork server of a study's training processes, so that they need not: seconds of every run.
+"""Imported by the fork server of a study's training processes, which saves seconds in every run.
 
 Nothing here may start a thread, which a fork would lose with its locks held.
 """

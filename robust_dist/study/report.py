@@ -19,6 +19,9 @@ from robust_dist.study.summary import (
     Summary,
     against_reference,
     against_study,
+    at_defaults,
+    default_against_reference,
+    in_units,
     paper_robustness,
     robustness,
     summarize,
@@ -62,7 +65,7 @@ def write_report(
 
 
 def _seen(summary: Summary) -> str:
-    """Revision, machine and length of the runs: one sentence, however many there were of each."""
+    """Revision, machine and length of the runs in one sentence, however many different ones there are."""
     results = list(summary.results.values())
     if not results:
         return ""
@@ -97,6 +100,10 @@ def _as_json(summary: Summary, tests: list[Comparison], diverged_as: float | Non
             contender: {"cells": count, **{name: vars(figure) for name, figure in figures.items()}}
             for contender, (count, figures) in robustness(summary).items()
         },
+        "at_defaults": {
+            name: {"accuracy": _plain(one.points), "regret": _plain(one.regret)}
+            for name, one in at_defaults(summary).items()
+        },
         "paired_tests": [{"first": test.first, "second": test.second, **vars(test.test)} for test in tests],
     }
 
@@ -107,6 +114,7 @@ def markdown(summary: Summary, comparisons: Sequence[Comparison], *, diverged_as
     counted = "guessing (1/classes)" if diverged_as is None else f"{diverged_as:.2%}"
     parts = [f"# {study.name}", study.description, _state(summary), seen]
     parts += ["## Accuracy", accuracy_table(summary), _NOTE.format(counted=counted)]
+    parts += _defaults_part(summary)
     parts += _robustness_part(summary, diverged_as)
     tests = [*against_reference(summary), *comparisons]
     parts += ["## Paired tests", _tests_table(tests), _TESTS] if tests else []
@@ -181,6 +189,57 @@ def _robustness_part(summary: Summary, diverged_as: float | None) -> list[str]:
                 [f"{contender} (paper)", *(_figure_text(name, _bare(paper[contender].get(name))) for name in names)]
             )
     return ["## Robustness over the grid", table(["", *names], rows)]
+
+
+_DEFAULTS = (
+    "Regret: points below the best cell of the same task, of any contender at any setting, means over seeds. p of the "
+    "sign-flip test of the first one, two-sided, by Holm over the table's tests; a pair is {unit}."
+)
+
+
+def _defaults_part(summary: Summary) -> list[str]:
+    """Each contender at its one setting, its regret, the tests; and the grid in units of the defaults."""
+    study, found = summary.study, at_defaults(summary)
+    if not found:
+        return []
+    tasks = next((axis.labels for axis in study.axes if axis.name == study.tasks), ())
+    tests = {test.second: test.test for test in default_against_reference(summary)}
+    rows = []
+    for name, one in sorted(found.items(), key=lambda item: _key(item[1].regret)):
+        at = f"{name} ({study.defaults[name]})" if study.defaults else name
+        spread = [_number(value) for value in one.regret] if len(tasks) > 1 else []
+        p = [f"{tests[name].difference:+.2f}", f"{tests[name].p:.3g}"] if name in tests else ["", ""]
+        rows.append([at, _number(one.points), _number(one.regret), _number(one.regret, np.nanmax), *spread, *p])
+    head = ["contender", "mean accuracy", "mean regret", "largest", *(tasks if len(tasks) > 1 else ())]
+    head += [f"{study.reference} - it", "p"]
+    unit = "a task, its mean over seeds" if study.tasks else "a seed"
+    parts = ["## At one setting each", table(head, rows), _DEFAULTS.format(unit=unit)]
+    units = in_units(summary)
+    if units:
+        multiples = sorted({multiple for grid in units.values() for multiple in grid})
+        common = [multiple for multiple in multiples if all(multiple in grid for grid in units.values())]
+        lines = []
+        for name, grid in units.items():
+            shared = np.array([grid[multiple] for multiple in common])
+            cells = [_number(np.array(grid.get(multiple, np.nan))) for multiple in multiples]
+            lines.append([name, *cells, _number(shared), _number(shared, np.nanmin)])
+        head = ["times the default", *(f"{multiple:g}" for multiple in multiples), "mean", "lowest"]
+        note = f"Mean and lowest are over {', '.join(f'{multiple:g}' for multiple in common)} times the default."
+        parts += ["## In units of each default", table(head, lines), note]
+    return parts
+
+
+def _plain(values: Any) -> Any:
+    """Nested lists with None for what is missing, as JSON has no NaN."""
+    return [_plain(row) for row in values] if np.ndim(values) else (None if np.isnan(values) else float(values))
+
+
+def _number(values: Any, of: Any = np.nanmean) -> str:
+    return "-" if np.isnan(values).all() else f"{of(values):.2f}"
+
+
+def _key(regret: Any) -> float:
+    return float("inf") if np.isnan(regret).all() else float(np.nanmean(regret))
 
 
 def _counted(summary: Summary, diverged_as: float | None) -> float:

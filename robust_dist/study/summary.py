@@ -1,11 +1,11 @@
 """The results of a study as numbers: accuracy in percent by cell and seed, contenders, comparisons."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from robust_dist.study.figures import Array, PairedTest, bootstrap, figures_of, paired_test
+from robust_dist.study.figures import Array, PairedTest, bootstrap, figures_of, holm, paired_test
 from robust_dist.study.folder import StudyFolder
 from robust_dist.study.grid import Cell, Run, Study, StudyError
 from robust_dist.study.outcome import Failure, Result
@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired test, with what was compared."""
+    """A paired test and the names of what it compared."""
 
     first: str
     second: str
@@ -107,7 +107,7 @@ def _figures(grid: Array) -> dict[str, Figure]:
 
 
 def paper_robustness(study: Study, diverged_as: float) -> dict[str, dict[str, float]]:
-    """The same figures of the paper's table, where it has every cell; its "diverged" counts as that many percent."""
+    """The same figures for the paper's table, if it has every cell; its "diverged" counts as the given percentage."""
     cells, found = study.cells(), {}
     for contender, places in study.contenders().items():
         figures = [study.paper.get(cells[place].labels) for place in places]
@@ -128,6 +128,88 @@ def against_reference(summary: Summary) -> list[Comparison]:
     ours = summary.points[groups[study.reference]]
     others = [name for name in groups if name != study.reference]
     return _comparisons(study.reference, ours, [(name, summary.points[groups[name]]) for name in others])
+
+
+@dataclass(frozen=True)
+class AtDefault:
+    """How a contender does at its one setting.
+
+    Attributes:
+        points: Accuracy in percent [tasks, seeds].
+        regret: On each task [tasks], the best cell's mean over seeds (of any contender, at any rate) less its own.
+    """
+
+    points: Array
+    regret: Array
+
+
+def at_defaults(summary: Summary) -> dict[str, AtDefault]:
+    """Each contender at its default on every task; empty where the study names neither tasks nor defaults."""
+    study = summary.study
+    if not study.tasks and not study.defaults:
+        return {}
+    grids = {name: _by_task(summary, name) for name in study.contenders()}
+    best = np.max(
+        [_mean(grid).max(axis=1, initial=-np.inf, where=~np.isnan(_mean(grid))) for grid in grids.values()], 0
+    )
+    found = {}
+    for name, grid in grids.items():
+        own = grid[:, _rates(study).index(study.defaults[name]) if study.defaults else 0]
+        found[name] = AtDefault(own, best - _mean(own))
+    return found
+
+
+def in_units(summary: Summary) -> dict[str, dict[float, float]]:
+    """Mean accuracy over tasks and seeds by the multiple of the contender's default rate; empty without numbers."""
+    study = summary.study
+    try:
+        rates = [float(label) for label in _rates(study)] if study.defaults else []
+        units = {name: float(label) for name, label in study.defaults.items()}
+    except ValueError:
+        return {}
+    if not rates or min(rates) <= 0:
+        return {}
+    found = {}
+    for name in study.contenders():
+        means = _mean(_by_task(summary, name).swapaxes(0, 1).reshape(len(rates), -1))
+        found[name] = {float(f"{rate / units[name]:.1g}"): float(mean) for rate, mean in zip(rates, means, strict=True)}
+    return found
+
+
+def default_against_reference(summary: Summary) -> list[Comparison]:
+    """The reference at its default against the others at theirs, p by Holm; a pair is a task, else a seed."""
+    found, study = at_defaults(summary), summary.study
+    if not found or study.reference is None:
+        return []
+    units = {name: _mean(one.points) if study.tasks else one.points[0] for name, one in found.items()}
+    ours = units.pop(study.reference)
+    tests = _comparisons(study.reference, ours, list(units.items()))
+    adjusted = holm([test.test.p for test in tests])
+    return [replace(test, test=replace(test.test, p=p)) for test, p in zip(tests, adjusted, strict=True)]
+
+
+def _rates(study: Study) -> tuple[str, ...]:
+    """The places of the axis of rates; one without a name where there is none."""
+    return next((axis.labels for axis in study.axes if axis.name not in (study.compare, study.tasks)), ("",))
+
+
+def _by_task(summary: Summary, contender: str) -> Array:
+    """A contender's points [tasks, rates, seeds]."""
+    study = summary.study
+    shape = [len(axis.labels) for axis in study.axes if axis.name != study.compare]
+    points = np.array([summary.points[place] for place in study.contenders()[contender]])
+    grid = points.reshape(*shape, -1)
+    if study.tasks is None:
+        return grid[None]
+    others = [axis.name for axis in study.axes if axis.name != study.compare]
+    return grid[:, None] if len(others) == 1 else np.moveaxis(grid, others.index(study.tasks), 0)
+
+
+def _mean(points: Array) -> Array:
+    """The mean over the last dimension of what is there; NaN where nothing is."""
+    there = ~np.isnan(points)
+    count = there.sum(axis=-1)
+    return np.where(count > 0, np.nansum(points, axis=-1) / np.maximum(count, 1), np.nan)
 
 
 def against_study(summary: Summary, other: Summary) -> list[Comparison]:

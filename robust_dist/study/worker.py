@@ -24,7 +24,7 @@ from robust_dist.train.keys import keys_of
 from robust_dist.train.recipe import Recipe, recipe_dict
 
 POLL_SECONDS = 0.5
-# How often a worker without a run looks whether another's has died: it costs a file or two a run.
+# How often an idle worker checks whether another worker has died: it reads a file or two for each run.
 LOOK_SECONDS = 2.0
 
 
@@ -61,7 +61,7 @@ class Workers:
         self._told_to_wait = False
 
     def work(self) -> None:
-        """Train until no run is left, here or with other workers; whatever ends this ends the training processes."""
+        """Train until no run is left, here or with other workers; if stopped, end the training processes, too."""
         try:
             while True:
                 self._reap()
@@ -100,7 +100,7 @@ class Workers:
                 continue
             if time.monotonic() < self._look_at:
                 return
-            # Whatever was taken and started must be known to what ends it.
+            # All that is claimed and started must be recorded, so that it can be ended.
             with _interrupted_later():
                 taken = self._take()
                 if taken is not None:
@@ -110,18 +110,18 @@ class Workers:
                 return
 
     def _take(self) -> tuple[Run, RunClaim] | None:
-        """The next run that nobody has: one that was not started yet, or one whose worker died."""
+        """The next run that nobody has: one that was never started, or one whose worker died."""
         mine = {training.run.name for training in self.slots.values()}
         for run in self._left():
             if run.name in mine:
                 continue
             path = self.folder.make("claims", run)
-            # A worker that ends in good order empties its claim.
+            # A worker that ends normally empties its claim.
             is_abandoned = path.exists() and path.stat().st_size > 0
             claim = RunClaim.take(path)
             if claim is None:
                 continue
-            # Its worker may have ended it between the look and the claim.
+            # Its worker may have finished it between the check and the claim.
             if run.name not in self.folder.ended():
                 if is_abandoned:
                     self._say(run, "its worker died; going on with it")
@@ -162,7 +162,7 @@ class Workers:
                 training.claim.beat()
 
     def _stop(self) -> None:
-        """End what still trains and give its runs back."""
+        """End the processes that still train and release their runs."""
         for training in self.slots.values():
             training.process.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
@@ -199,7 +199,7 @@ def _interrupted_later() -> Iterator[None]:
 
 
 def _secret_words(recipe: dict[str, Any]) -> list[str]:
-    """Secret settings, which no file has, as words for the started process."""
+    """Secret settings, which are in no file, as words for the started process."""
     keys, words = keys_of(Recipe), []
     for name in (*keys.mappings, *keys.values):
         section, _, key = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The optimizers that the paper compares its own with, as its equations write them, and Mechanic."""
+"""The optimizers that the paper compares its own with, as its equations write them, Mechanic and ScheduleFree+."""
 
 import math
 from collections import defaultdict
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -215,3 +216,139 @@ class Mechanic(RAdaBeliefW):
         for one in self.param_groups:
             one.update({f"mechanic_{name}": values for name, values in found.items()})
         return sum(found["s"])
+
+
+class ScheduleFreePlus(_Foreach):
+    r"""ScheduleFree+ (Defazio 2026, arXiv 2605.19095): Schedule-Free AdamW with Polyak steps in the L1 norm.
+
+    With y the trained weights, z the fast ones, x the average, gamma the schedule's factor, F the observed loss, and
+    sums over all parameters::
+
+        e <- b_p e + (1 - b_p) sqrt(pi/2) sum|g|,   alpha = gamma max(0, F + b <g, z - x>) / (e / (1 - b_p^t))
+        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
+        z <- z - alpha^2 lambda y - alpha (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        w = (max alpha)^2,   c = w / sum w,   x <- (1 - c) x + c z,   y <- b x + (1 - b) z
+
+    The paper also anneals b and weighs w by t^r in long runs; those parts are left out. The weights hold y; `eval()`
+    makes them x, and `train()` y again. F is the loss less the entropy of its targets where the loop gives that.
+
+    Args:
+        params: Parameters or param groups.
+        lr: gamma, after the schedule; 1 is the paper's.
+        betas: (b1, b2).
+        eps: Added to the root.
+        weight_decay: lambda, in the paper's unit: 20 to 50 where AdamW has 0.1.
+        average: b.
+        polyak_beta: b_p.
+    """
+
+    NAMES = ("exp_avg", "exp_avg_sq")
+    measures_rate = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        average: float = 0.9,
+        polyak_beta: float = 0.0,
+    ) -> None:
+        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "average": average}
+        kept = {"polyak_beta": polyak_beta, "l1": 0.0, "largest": 0.0, "sum": 0.0, "rate": 0.0, "trains": True}
+        super().__init__(params, settings | kept)
+        self._losses: list[Tensor] = []
+
+    @property
+    def measured_rate(self) -> float:
+        """The rate alpha of the last step of the first group."""
+        return float(self.param_groups[0]["rate"])
+
+    def observe(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss, 0-d, to those of the next step, of which the mean counts."""
+        self._losses.append(loss.detach().double())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; the loss was observed, or is the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self._losses = [torch.as_tensor(loss).double()]
+        if not self._losses:
+            raise RuntimeError("ScheduleFreePlus needs the loss of every step: call observe(loss) before step()")
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in params:
+            if "z" not in self.state[p]:
+                # _Foreach makes the rest where a parameter has no state.
+                self.state[p] = {"step": torch.tensor(0.0), "z": p.clone()}
+                self.state[p] |= {name: torch.zeros_like(p) for name in self.NAMES}
+        self._polyak = self._polyak_step(params)
+        super().step()
+        return loss
+
+    def _polyak_step(self, params: list[Tensor]) -> float:
+        """max(0, F + b <g, z - x>) / e."""
+        group = self.param_groups[0]
+        value = torch.stack(self._losses).mean()
+        self._losses = []
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            return 0.0
+        # z - x = (z - y) / b
+        correction = _dot(grads, [self.state[p]["z"] - p for p in params])
+        beta = group["polyak_beta"]
+        l1 = float(torch.stack([grad.abs().sum(dtype=torch.float64) for grad in grads]).sum()) * math.sqrt(math.pi / 2)
+        for one in self.param_groups:
+            one["l1"] = beta * one["l1"] + (1 - beta) * l1
+        step = 1 + int(self.state[params[0]]["step"])
+        mean = group["l1"] / one_minus_power(beta, step)
+        return max(0.0, float(value) + correction) / mean if mean else 0.0
+
+    def _update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Any], *moments: Any) -> None:
+        exp_avgs, exp_avg_sqs = moments
+        zs = [self.state[p]["z"] for p in params]
+        (beta1, beta2), b = group["betas"], group["average"]
+        rate = group["rate"] = float(group["lr"]) * self._polyak
+        group["largest"] = max(group["largest"], rate)
+        weight = group["largest"] ** 2
+        group["sum"] += weight
+        share = weight / group["sum"] if group["sum"] else 0.0
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+        roots = torch._foreach_div(exp_avg_sqs, one_minus_power(beta2, step))
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        averages = torch._foreach_sub(params, torch._foreach_mul(zs, 1 - b))
+        torch._foreach_div_(averages, b)
+        if group["weight_decay"]:
+            torch._foreach_add_(zs, params, alpha=-(rate**2) * group["weight_decay"])
+        torch._foreach_addcdiv_(zs, exp_avgs, roots, value=-rate / one_minus_power(beta1, step))
+        torch._foreach_lerp_(averages, zs, share)
+        torch._foreach_copy_(params, averages)
+        torch._foreach_lerp_(params, zs, 1 - b)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Have the parameters hold y; nothing where they do."""
+        self._turn(True)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Have the parameters hold x; nothing where they do."""
+        self._turn(False)
+
+    def _turn(self, trains: bool) -> None:
+        for group in self.param_groups:
+            if group["trains"] is trains:
+                continue
+            group["trains"] = trains
+            for p in (p for p in group["params"] if "z" in self.state[p]):
+                p.lerp_(self.state[p]["z"], 1 - group["average"] if trains else 1 - 1 / group["average"])

@@ -9,6 +9,7 @@
 | nadamw | torch.optim.NAdam | decoupled |
 | schedulefree_adamw | schedulefree.AdamWScheduleFree (Defazio et al. 2024), with schedule.name: constant | decoupled |
 | schedulefree_radam | schedulefree.RAdamScheduleFree, without warm-up, with schedule.name: constant | decoupled |
+| schedulefree_plus | ScheduleFree+ (Defazio 2026), which measures its rate; lr multiplies it, 1 is usual | squared |
 | prodigy | prodigyopt.Prodigy (Mishchenko and Defazio 2023); lr multiplies its own estimate, 1 is usual | decoupled |
 | mechanic | Mechanic (Cutkosky, Defazio and Mehta 2023), which learns the scale of RAdaBeliefW's moves | decoupled |
 
@@ -30,7 +31,7 @@ from robust_dist import own_code
 from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
-from robust_dist.train.baselines import NAG, Mechanic, PaperAdam
+from robust_dist.train.baselines import NAG, Mechanic, PaperAdam, ScheduleFreePlus
 from robust_dist.train.keys import COSTLY, NAMES_CODE, require, require_number
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class OptimizerConfig:
 
     Attributes:
         name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's); mechanic;
-            schedulefree_adamw, schedulefree_radam and prodigy (of the extra "study"); one that an installed package
-            adds; or your own, as MODULE:NAME. robust_dist/train/optimizers.py says what each is.
+            schedulefree_plus; schedulefree_adamw, schedulefree_radam and prodigy (of the extra "study"); one that an
+            installed package adds; or your own, as MODULE:NAME. robust_dist/train/optimizers.py says what each is.
         lr: Learning rate before the schedule. auto, of RAdaBeliefW: the run measures its rate from its loss and its
             gradients, and averages its weights; with schedule.name: constant. (Numbers go with both, too: options:
             {averaging: schedule_free, rate_guard: 2} trusts lr within a factor of 2.)
@@ -135,6 +136,11 @@ def _radabeliefw_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> d
 def adam_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
     """The recipe's settings under torch's names for AdamW's."""
     return {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def _plus_arguments(config: OptimizerConfig, betas: tuple[float, float]) -> dict[str, Any]:
+    """The rate alone: its betas are other ones, which go as options, and the groups have their weight decay."""
+    return {"lr": config.lr}
 
 
 def _momentum_arguments(config: OptimizerConfig, betas: tuple[float, float]) -> dict[str, Any]:
@@ -227,7 +233,9 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
     Raises:
         ValueError: "auto", in a run of no more than beta2_steps steps.
     """
-    beta2 = config.beta2 or ("auto" if config.lr == "auto" and config.beta2 is None else config.betas[1])
+    beta2 = config.beta2
+    if beta2 is None:
+        beta2 = "auto" if config.lr == "auto" else config.betas[1]
     if beta2 != "auto":
         return beta2
     if total_steps <= config.beta2_steps:
@@ -304,6 +312,16 @@ def _of_schedule_free(recipe: "Recipe") -> str | None:
     return None
 
 
+def _of_schedule_free_plus(recipe: "Recipe") -> str | None:
+    wrong = [_of_schedule_free(recipe), _of_one_rate(recipe)]
+    if recipe.optimizer.clip_norm is not None:
+        wrong.append(
+            f"optimizer.clip_norm={recipe.optimizer.clip_norm} with name='schedulefree_plus', which measures the "
+            "gradient as it is: set null"
+        )
+    return "; ".join(filter(None, wrong)) or None
+
+
 def _schedule_free(kind: str, groups: Any, **arguments: Any) -> Optimizer:
     package = require_package("schedulefree", extra="study", purpose=f"schedulefree.{kind}")
     optimizer: Optimizer = getattr(package, kind)(groups, **arguments)
@@ -336,5 +354,12 @@ OPTIMIZERS = {
         for name, kind in (("schedulefree_adamw", "AdamWScheduleFree"), ("schedulefree_radam", "RAdamScheduleFree"))
     },
     "mechanic": OptimizerChoice(make=Mechanic, needs_whole_parameters=True, is_rectified=True, problem=_of_one_rate),
+    "schedulefree_plus": OptimizerChoice(
+        make=ScheduleFreePlus,
+        arguments=_plus_arguments,
+        needs_whole_parameters=True,
+        averages_weights=True,
+        problem=_of_schedule_free_plus,
+    ),
     "prodigy": OptimizerChoice(make=_prodigy, needs_whole_parameters=True, problem=_of_one_rate),
 }

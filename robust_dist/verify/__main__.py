@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(words: argparse.Namespace) -> int:
-    """Verify this machine, or this job's; returns the exit status."""
+    """Verify this machine, or this job's machines; returns the exit status."""
     from robust_dist.verify.conductor import find_ranks, verify
     from robust_dist.verify.parts import PARTS
 
@@ -41,7 +41,7 @@ def run(words: argparse.Namespace) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command, or one part's process of it."""
+    """Run the command, or a process of one of its parts."""
     parser = argparse.ArgumentParser(prog="python -m robust_dist.verify", description=__doc__)
     add_arguments(parser)
     for name in ("--part", "--phase", "--local-rank", "--claims", "--work"):

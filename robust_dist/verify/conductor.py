@@ -1,6 +1,6 @@
-"""Runs the parts one after the other, each in processes of its own, and reports what they found.
+"""Runs the parts one after another, each in its own processes, and reports what they found.
 
-A part that dies or hangs stops no other.
+A part that dies or hangs does not stop the others.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ class Ranks:
 
     Attributes:
         rank: This process; it starts the part's process of that rank.
-        world_size: How many ranks there are.
+        world_size: Number of ranks.
         here: The ranks whose processes this one starts: its own, or all where no launcher started the others.
-        store: Seen by all of them.
+        store: Shared by all of them.
         env: What their processes need to find each other.
     """
 
@@ -62,9 +62,9 @@ class Outcome:
     Attributes:
         part: Its name.
         state: "done", "failed", "hung", or "not run".
-        seconds: That it took.
-        claims: As they were made; of a claim that the ranks share, each rank's, with "rank" in it.
-        log: The end of what its processes printed, where it failed.
+        seconds: Its duration.
+        claims: In the order in which they were made; for a claim that the ranks share, each rank's, with a key "rank".
+        log: The end of its processes' output, if it failed.
     """
 
     part: str
@@ -80,17 +80,17 @@ class Outcome:
 
     @property
     def summary(self) -> str:
-        """Its state, and how many claims have which verdict."""
+        """Its state, and the number of claims with each verdict."""
         counts = Counter(claim["verdict"] for claim in self.claims)
         found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         return found if self.state == "done" and found else ", ".join(filter(None, (self.state, found)))
 
 
 def find_ranks(asked: int | None) -> Ranks:
-    """The launcher's ranks; without one as many as asked for, all on this machine.
+    """The launcher's ranks; without a launcher as many as asked for, all on this machine.
 
     Args:
-        asked: How many; None takes one a GPU, or 2 on a machine without.
+        asked: Number of ranks; None takes one per GPU, or 2 on a machine without GPUs.
 
     Raises:
         ValueError: Another number than the launcher started.
@@ -116,13 +116,13 @@ def verify(minutes: float, out: Path | None, ranks: Ranks, names: Sequence[str] 
     """Run the parts within the time, and write the report after each.
 
     Args:
-        minutes: For all; parts that are left when it is over are not run.
+        minutes: For all parts; those left when the time is over are not run.
         out: The report's folder, new or empty; None makes one below runs/verify.
         ranks: From `find_ranks`.
-        names: Parts to run; all where empty.
+        names: Parts to run; all if empty.
 
     Returns:
-        0, or 1 where anything is wrong; the same on every rank. And the report's folder.
+        0, or 1 if anything is wrong, the same on every rank; and the report's folder.
 
     Raises:
         ValueError: The folder holds something.
@@ -140,7 +140,7 @@ def verify(minutes: float, out: Path | None, ranks: Ranks, names: Sequence[str] 
         if names and part.name not in names:
             continue
         left = end - time.monotonic()
-        # Rank 0's clock decides, or a rank could start what another leaves out.
+        # Rank 0's clock decides; otherwise a rank could start a part that another skips.
         runs = _said(store, ranks, f"run/{part.name}", left > 5)
         outcome = Outcome(part.name, "not run")
         if runs:
@@ -156,7 +156,7 @@ def verify(minutes: float, out: Path | None, ranks: Ranks, names: Sequence[str] 
 
 
 def _agreed_folder(store: "Store", ranks: Ranks, out: Path | None) -> Path:
-    """Rank 0's folder, made by it."""
+    """Rank 0's folder, which it makes."""
     problem = folder = ""
     if ranks.rank == 0:
         folder = str((out or Path("runs", "verify", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute())
@@ -213,7 +213,7 @@ def _run(part: Part, ranks: Ranks, folder: Path, seconds: float) -> list[dict[st
 def _phase(
     part: Part, phase: str, ranks: Ranks, here: Sequence[int], own: Path, shared: Path, end: float
 ) -> dict[int, str]:
-    """Start a process a rank, wait for all of them, and return their states."""
+    """Start a process per rank, wait for all of them, and return their states."""
     started = {}
     for rank in here:
         env = _environment(part, ranks, rank)
@@ -239,7 +239,7 @@ def _local(ranks: Ranks, rank: int) -> str:
 
 
 def _environment(part: Part, ranks: Ranks, rank: int) -> dict[str, str]:
-    """The environment of a rank's process of a part; a process that runs alone gets no rank."""
+    """The environment of a rank's process in a part; a process that runs alone gets no rank."""
     env = dict(os.environ)
     if part.ranks == "all":
         return env | ranks.env | {"RANK": str(rank), "LOCAL_RANK": _local(ranks, rank)}
@@ -258,7 +258,7 @@ def _state(process: "subprocess.Popen[bytes]", wanted: int, end: float) -> str:
 
 @contextlib.contextmanager
 def _ended_with_this(processes: Iterable["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Kill what is left of processes, and of what they started, however this ends."""
+    """Kill the remaining processes and their children, however the block ends."""
     try:
         yield
     finally:
@@ -269,7 +269,7 @@ def _ended_with_this(processes: Iterable["subprocess.Popen[bytes]"]) -> Iterator
 
 
 def _claims(path: Path) -> list[dict[str, Any]]:
-    """The claims of a file; a line that a dying part did not end is left out."""
+    """The claims in a file, without a line that a dying part left incomplete."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -299,7 +299,7 @@ def _of_all(store: "Store", ranks: Ranks, part: Part, mine: list[dict[str, Any]]
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], about: dict[str, Any]) -> None:
-    """Write report.md and report.json anew, each whole or not at all; `about` says what was run, and where."""
+    """Rewrite report.md and report.json atomically; `about` says what was run, and where."""
     data = {**about, "parts": [{**asdict(outcome), "wrong": outcome.is_wrong} for outcome in outcomes]}
     _replace(folder / "report.json", json.dumps(data, indent=1) + "\n")
     _replace(folder / "report.md", _markdown(outcomes, about))
@@ -330,7 +330,7 @@ def _markdown(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
 
 
 def _merged(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: ranks that say the same share one, others are named."""
+    """Rows of a table: ranks with the same claim share a row, others are named."""
     rows: dict[tuple[str, str, str, str], list[int]] = {}
     for claim in claims:
         key = (claim["what"], claim["expected"], claim["measured"], claim["verdict"])

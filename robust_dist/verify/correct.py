@@ -1,4 +1,4 @@
-"""Checks of each rank by itself: backends against float64, pixels and draws against the CPU's."""
+"""Checks that each rank makes alone: backends against float64, pixels and draws against the CPU's."""
 
 import platform
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ from robust_dist.verify.parts import Claims, Scene
 STEPS = 8
 SHAPES = ((64, 33), (7,), (3, 5, 5), (4099,))
 SCALES = (1.0, 1e-2, 1e-5, 0.1)
-# Of the largest parameter; a float32 update rounds a few times in each of eight steps.
+# Relative to the largest parameter; a float32 update rounds a few times in each of eight steps.
 TOLERANCE = 3e-6
 CPU = torch.device("cpu")
 
 
 def machine(scene: Scene) -> None:
-    """Versions, the device, and which backends there are."""
+    """Versions, the device, and the backends that are available."""
     import robust_dist
 
     claims = scene.claims
@@ -46,14 +46,14 @@ def made(**options: Any) -> tuple[list[Tensor], RAdaBeliefW]:
 
 
 def gradients() -> Iterator[list[Tensor]]:
-    """Eight steps of gradients, some so small that eps decides."""
+    """Gradients of eight steps, some so small that eps dominates."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         yield [torch.randn(shape, generator=generator) * scale for shape, scale in zip(SHAPES, SCALES, strict=True)]
 
 
 def expected_parameters() -> list[Tensor]:
-    """The parameters after all steps by the readable reference, in float64."""
+    """The parameters after all steps of the readable reference, in float64."""
     params = [param.detach().double() for param in made(device=CPU)[0]]
     moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in params]
     for step, grads in enumerate(gradients(), 1):
@@ -66,7 +66,7 @@ def expected_parameters() -> list[Tensor]:
 
 
 def stepped(device: torch.device, **options: Any) -> list[Tensor]:
-    """The parameters after all steps by a backend, on the CPU."""
+    """The parameters after all steps of a backend, on the CPU."""
     params, optimizer = made(device=device, **options)
     for grads in gradients():
         for param, grad in zip(params, grads, strict=True):
@@ -83,7 +83,7 @@ BACKENDS: Mapping[str, dict[str, Any]] = {
 
 
 def optimizer(scene: Scene) -> None:
-    """Every backend of the optimizer against the float64 reference, and against each other."""
+    """Every backend of the optimizer against the float64 reference, and backends against each other."""
     wanted, found = expected_parameters(), {}
     for device in dict.fromkeys((CPU, scene.device)):
         for name, options in BACKENDS.items():
@@ -106,7 +106,7 @@ def optimizer(scene: Scene) -> None:
 
 
 def _default_is_fused(scene: Scene) -> None:
-    """The default backend steps as the fused one does, so that nothing falls back unseen."""
+    """The default backend gives the fused one's bits, so no fallback goes unnoticed."""
     try:
         fused = stepped(scene.device, fused=True)
     except ValueError:
@@ -127,7 +127,7 @@ PIPELINES: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
 
 
 def augmentation(scene: Scene) -> None:
-    """Pixels of every operation and of the whole pipeline, and draws, against the CPU's in plain torch."""
+    """Pixels of every operation and of the whole pipeline, and draws, compared with plain torch on the CPU."""
     fast = backends.choose("auto", scene.device)
     if fast == "torch":
         scene.claims.skip("pixels of the fast backend", f"there is none on {scene.device.type}")
@@ -142,7 +142,7 @@ def _operations(scene: Scene, fast: str) -> None:
     plain, ours = TrivialAugment(backend="torch"), TrivialAugment(backend=fast)
     bins = plain.num_bins
     images = torch.randint(0, 256, (2 * bins, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    # Equalize and AutoContrast do nothing to a full range.
+    # Equalize and AutoContrast leave a full range as it is.
     images[::3] //= 3
     for number, name in enumerate(TrivialAugment.OPS):
         op = torch.full((2 * bins,), number)

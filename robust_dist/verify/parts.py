@@ -1,4 +1,4 @@
-"""The parts of a verification, in order of value, the process that each runs in, and the claims it leaves."""
+"""The parts of a verification, most valuable first, the process that each runs in, and the claims that it makes."""
 
 import json
 import os
@@ -22,10 +22,10 @@ class Claim:
     """One line of the report.
 
     Attributes:
-        what: The claim, in words.
-        expected: What must be measured; empty where a figure is only reported.
+        what: The claim in words.
+        expected: The required measurement; empty if a figure is only reported.
         measured: What was measured.
-        verdict: "right" or "wrong"; of speed "slow", or "measured" where nothing is expected; or "not checked", with
+        verdict: "right" or "wrong"; for speed, "slow", or "measured" if nothing is expected; or "not checked", with
             the reason in `measured`.
     """
 
@@ -36,10 +36,10 @@ class Claim:
 
 
 class Claims:
-    """Claims of a part, each kept in a file as it comes, so that a part that dies leaves what it found.
+    """Claims of a part, each written to a file at once, so that a part that dies leaves what it found.
 
     Args:
-        path: The file, a JSON object a line.
+        path: The file, one JSON object per line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,20 +54,20 @@ class Claims:
             os.fsync(file.fileno())
 
     def check(self, what: str, expected: object, measured: object, right: bool) -> None:
-        """Keep a claim that is right or wrong."""
+        """Record a claim that is right or wrong."""
         self.add(what, expected, measured, "right" if right else "wrong")
 
     def equal(self, what: str, expected: object, measured: object) -> None:
-        """Keep a claim that is right where both are equal."""
+        """Record a claim that is right if both are equal."""
         self.check(what, expected, measured, expected == measured)
 
     def skip(self, what: str, reason: str) -> None:
-        """Keep what could not be checked, and why."""
+        """Record what could not be checked, and why."""
         self.add(what, "", reason, "not checked")
 
     @contextmanager
     def needing(self, what: str, *packages: str) -> Iterator[None]:
-        """Skip the block, `what` in the report, where one of `packages` turns out to be missing."""
+        """Skip the block, called `what` in the report, if one of `packages` is missing."""
         try:
             yield
         except ModuleNotFoundError as error:
@@ -84,9 +84,9 @@ class Part:
     Attributes:
         name: Of the part.
         where: module:function, called with a `Scene`.
-        seconds: After which it counts as hanging.
+        seconds: Time after which it counts as hanging.
         ranks: "all" have a process group; "each" runs alone on every rank; "first" on rank 0 only.
-        phases: Processes that it takes, one after the other, each told its phase; the last one checks.
+        phases: Its processes, which run one after another, each told its phase; the last one checks.
         killed: Phases that end themselves by SIGKILL.
     """
 
@@ -124,12 +124,12 @@ class Scene:
     """The surroundings of a part's process.
 
     Attributes:
-        claims: Where its claims go.
-        device: Of this rank.
+        claims: Receives its claims.
+        device: This rank's device.
         rank: This process among those of the part.
-        world_size: How many there are.
-        phase: Which of the part's processes this is.
-        folder: Shared by the phases, and by all ranks.
+        world_size: Number of these processes.
+        phase: This process's phase.
+        folder: Shared by the phases and by all ranks.
     """
 
     claims: Claims
@@ -158,7 +158,7 @@ def run_part(name: str, phase: str, local_rank: int, claims: Path, folder: Path)
     rank, world_size = 0, 1
     if part.ranks == "all":
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=part.seconds)))
-        # The launcher's store outlives the group of every part: each has names of its own there.
+        # The launcher's store outlives the group of every part, so each part has its own names there.
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             store=dist.PrefixStore(f"verify/{name}/{phase}", store),  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The speed of the optimizer, the augmentation and a training step, beside their limits, in one run."""
+"""The speed of the optimizer, the augmentation and a training step, compared with their limits, in one run."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ ROUNDS = 7
 def optimizer(scene: Scene) -> None:
     """RAdaBeliefW beside torch's fused AdamW and beside a copy of as many bytes, and its host time."""
     count = 100_000_000 if scene.device.type == "cuda" else 2_000_000
-    # Reads parameter, gradient and two moments, writes three of them; AdamW the same.
+    # Reads parameter, gradient and two moments, writes three of them; so does AdamW.
     moved = 28 * count
     target, source = (torch.empty(moved // 2, dtype=torch.uint8, device=scene.device) for _ in range(2))
     ours, theirs = (_flat(scene.device, count, kind) for kind in ("ours", "torch"))
@@ -47,7 +47,7 @@ def _flat(device: torch.device, count: int, kind: str) -> Callable[[], Any]:
 
 
 def _many(device: torch.device) -> Callable[[], Any]:
-    """A step over as many tensors as ResNet-50 has, with a rate that moves."""
+    """A step over as many tensors as ResNet-50 has, with a changing rate."""
     params = [torch.randn(64, device=device, requires_grad=True) for _ in range(161)]
     for param in params:
         param.grad = torch.randn(64, device=device)
@@ -62,7 +62,7 @@ def _many(device: torch.device) -> Callable[[], Any]:
 
 
 def _synchronisations(scene: Scene, call: Callable[[], Any]) -> None:
-    """That a steady call never waits for the device, as torch itself tells."""
+    """Check that a steady call never waits for the device, as reported by torch itself."""
     what = "host synchronisations in a steady optimizer step"
     if scene.device.type != "cuda":
         scene.claims.skip(what, "a CPU has none")
@@ -79,7 +79,7 @@ def _synchronisations(scene: Scene, call: Callable[[], Any]) -> None:
 
 
 def augmentation(scene: Scene) -> None:
-    """The whole pipeline beside a bare copy that normalises, and what it compiles after its first calls."""
+    """The whole pipeline compared with a bare copy that normalises, and what it compiles after its first calls."""
     gpu = scene.device.type == "cuda"
     for count, side in ((512, 32), (256, 224)) if gpu else ((128, 32),):
         images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=scene.device)
@@ -126,13 +126,13 @@ def _speed(scene: Scene, what: str, found: float, limit: float | None, *, least:
 
 
 def timed(device: torch.device, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which every call has its turn."""
+    """Median seconds of each call, over rounds in which every call takes its turn."""
     found = interleaved(calls, rounds=ROUNDS, warmup=3, device=device)
     return {name: timing.median for name, timing in found.items()}
 
 
 def _until_return(device: torch.device, call: Callable[[], Any]) -> float:
-    """Median seconds until a call returns while the device has nothing to do."""
+    """Median seconds until a call returns while the device is idle."""
     found = []
     for _ in range(50):
         _wait(device)

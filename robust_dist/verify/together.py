@@ -1,4 +1,4 @@
-"""Checks of the ranks together: they are alike, switch at one step, and train and resume under each engine."""
+"""Checks of the ranks together: they are alike, switch at the same step, and train and resume under each engine."""
 
 import hashlib
 import os
@@ -20,12 +20,12 @@ from robust_dist.verify.correct import stepped
 from robust_dist.verify.parts import Scene
 
 TOTAL, SAVED, BATCH = 8, 4, 16
-# Sums of other orders round otherwise; the engines' own tests compare more closely.
+# Sums in another order round differently; the engines' own tests compare more closely.
 TOLERANCE = 1e-4
 
 
 def ranks(scene: Scene) -> None:
-    """Versions, backends, bits and the step of the switch, by share and by vote, are the same on every rank."""
+    """Check that every rank has the same versions, backends, bits and step of the switch, by share and by vote."""
     mine = {
         "torch": torch.__version__,
         "robust_dist": robust_dist.__version__,
@@ -36,7 +36,7 @@ def ranks(scene: Scene) -> None:
         _alike(scene, f"{what} on every rank", value)
     switched = _switch_step(lambda optimizer: RobustSchedule(optimizer, 12))
     _alike(scene, "step of the switch on every rank, by share", switched, 9)
-    # One rank's wish is every rank's switch.
+    # One rank's wish switches every rank.
     wishes = scene.rank == scene.world_size - 1
     switched = _switch_step(lambda optimizer: WeightDecaySwitch(optimizer, 12, should_switch=lambda: wishes))
     _alike(scene, "step of the switch on every rank, by one rank's vote", switched)
@@ -70,7 +70,7 @@ def _digest(params: list[Tensor]) -> str:
 
 
 def model(seed: int) -> nn.Module:
-    """A small classifier without statistics of a batch, on the CPU."""
+    """A small classifier without batch statistics, on the CPU."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 5))
 
@@ -96,7 +96,7 @@ def by_one_process() -> list[Tensor]:
 
 
 def _alone() -> Any:
-    """A process group of this rank alone, so that the schedule compares nothing with other ranks."""
+    """A process group of this rank alone, so that the schedule compares nothing with others."""
     groups = [dist.new_group([rank], backend="gloo") for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 

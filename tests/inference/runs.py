@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tests.train.under_engines import train_under
+from tests.versions import TORCH_2_7
 
 CLASSES = ("ant", "bee", "cat", "dog")
 VIT = ["--model.name", "timm/test_vit", "--model.options", "{img_size: 16, patch_size: 8}"]
@@ -20,15 +21,17 @@ EARLY = ["--epochs", "5", "--early_stopping.patience", "1", "--early_stopping.mi
 SOURCES = ("--init_from", "--model.weights")
 # Rates of 1e-12 and, for the head, 0.01.
 HEAD_ALONE = ["--optimizer.lr", "1e-12", "--optimizer.head_lr_mult", "1e10", "--optimizer.beta2", "0.9"]
+# torch 2.6 runs FSDP2 on GPUs alone.
+FSDP2 = "fsdp2" if TORCH_2_7 else "fsdp1"
 # Name: engine, and what it adds to tests.train.under_engines.WORDS. ZeRO last: DeepSpeed changes functions of torch.
 RUNS = {
     "ddp": ("ddp", LOW),
     "average": ("ddp", [*FILES, "--ema_decay", "0.6"]),
     "schedule-free": ("ddp", [*FILES, *SCHEDULE_FREE]),
-    "fsdp2": ("fsdp2", []),
-    "fsdp2 bf16": ("fsdp2", [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
+    "fsdp2": (FSDP2, []),
+    "fsdp2 bf16": (FSDP2, [*FILES, *VIT, *LOW, "--optimizer.name", "radam"]),
     "average again": ("ddp", [*FILES, "--ema_decay", "0.6", "--optimizer.lr", "0", "--init_from", "average"]),
-    "fsdp2 again": ("fsdp2", [*FILES, *VIT, "--optimizer.lr", "0", "--init_from", "fsdp2 bf16"]),
+    "fsdp2 again": (FSDP2, [*FILES, *VIT, "--optimizer.lr", "0", "--init_from", "fsdp2 bf16"]),
     "zero2": ("zero2", []),
     "zero2 bf16": ("zero2", [*FILES, *VIT, *LOW, "--optimizer.name", "adamw", *EARLY]),
     "zero3": ("zero3", [*FILES, *VIT, "--optimizer.name", "nag", *EARLY]),

@@ -96,6 +96,14 @@ def test_a_stem_of_stride_2_halves_the_maps_and_keeps_the_parameters():
     assert num_parameters(model) == num_parameters(build_model("resnet8", 10, in_channels=1))
 
 
+def test_a_width_is_that_of_the_first_stage_and_an_mlp_names_the_size_it_takes():
+    wide = build_model("resnet8", 10, width=32)
+    assert [wide.layer1[0].conv2.out_channels, wide.layer3[0].conv2.out_channels] == [32, 128]
+    assert build_model("mlp", 7, in_channels=1, side=8, width=5)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    with pytest.raises(ValueError, match=r"mlp takes images of side=32, got \(2, 3, 28, 28\)"):
+        build_model("mlp", 7)(torch.zeros(2, 3, 28, 28))
+
+
 @pytest.mark.parametrize("stride", [0, -1, 1.5, True])
 def test_a_bad_stem_stride_is_named(stride):
     with pytest.raises((TypeError, ValueError), match=r"stem_stride.* must be a whole number in range"):

@@ -8,10 +8,19 @@ import pytest
 from robust_dist.cli import main
 from robust_dist.study import plots
 from robust_dist.study.child import slot_environment
+from robust_dist.study.figures import holm
 from robust_dist.study.grid import StudyError
 from robust_dist.study.outcome import Failure, Result, judge
+from robust_dist.study.parse import load_study
 from robust_dist.study.report import write_report
-from robust_dist.study.summary import against_reference, robustness, summarize
+from robust_dist.study.summary import (
+    against_reference,
+    at_defaults,
+    default_against_reference,
+    in_units,
+    robustness,
+    summarize,
+)
 from robust_dist.train.curves import line_style
 from robust_dist.train.main import DIVERGED
 from robust_dist.train.recipe import Recipe
@@ -259,3 +268,108 @@ def test_spread_is_over_seeds_and_the_points_are_percent(folder):
     points = summarize(folder).points
     assert points.shape == (6, 2)
     assert np.allclose(points[1], [95.0, 95.5])
+
+
+TRAVEL = {
+    "base": "quickstart",
+    "axes": {
+        "data.block": [4, 8],
+        "method": {"A": {"optimizer.name": "adamw"}, "B": {}, "C": {"optimizer.beta2": "auto"}},
+        "optimizer.lr": [0.1, 0.01, 0.001],
+    },
+    "seeds": [0, 1],
+    "compare": "method",
+    "reference": "B",
+    "tasks": "data.block",
+}
+# By task and method at 0.1, 0.01, 0.001; seed 1 has a point more.
+TASKS = {
+    ("4", "A"): (0.50, 0.80, 0.70),
+    ("4", "B"): (0.75, 0.78, 0.60),
+    ("4", "C"): (0.60, 0.60, 0.60),
+    ("8", "A"): (0.40, 0.60, 0.65),
+    ("8", "B"): (0.70, 0.72, 0.50),
+    ("8", "C"): (0.55, 0.50, 0.50),
+}
+DEFAULTS = {"A": 0.01, "B": 0.1, "C": 0.01}
+
+
+def of_task(run):
+    task, method, rate = run.cell.labels
+    return TASKS[task, method][["0.1", "0.01", "0.001"].index(rate)] + 0.01 * run.seed
+
+
+def test_contenders_are_judged_at_their_defaults_on_every_task_and_in_units_of_them(tmp_path):
+    config = write(tmp_path / "travel.yaml", **TRAVEL, defaults=DEFAULTS)
+    folder = with_results(tmp_path / "study", config, of_task)
+    summary = summarize(folder)
+    found = at_defaults(summary)
+    # The best cells are A at 0.01 (80.5) and B at 0.01 (72.5).
+    assert found["A"].regret == pytest.approx([0, 12])
+    assert found["B"].regret == pytest.approx([5, 2])
+    assert found["C"].regret == pytest.approx([20, 22])
+    assert found["B"].points == pytest.approx(np.array([[75, 76], [70, 71]]))
+    # Two tasks: of the four flips none is more extreme than C's, and two are not less extreme than A's.
+    tests = {test.second: test.test for test in default_against_reference(summary)}
+    assert tests["A"].difference == pytest.approx(2.5)
+    assert tests["A"].pairs == 2
+    assert tests["C"].difference == pytest.approx(17.5)
+    assert (tests["A"].p, tests["C"].p) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert in_units(summary)["B"] == pytest.approx({1.0: 73.0, 0.1: 75.5, 0.01: 55.5})
+    assert in_units(summary)["A"] == pytest.approx({10.0: 45.5, 1.0: 70.5, 0.1: 68.0})
+    text = write_report(folder, folder.path / "report")
+    assert "| contender | mean accuracy | mean regret | largest | 4 | 8 | B - it | p |" in text
+    assert "| B (0.1) | 73.00 | 3.50 | 5.00 | 5.00 | 2.00 |  |  |" in text
+    assert "| times the default | 0.01 | 0.1 | 1 | 10 | mean | lowest |" in text
+    assert "| B | 55.50 | 75.50 | 73.00 | - | 74.25 | 73.00 |" in text
+    again = json.loads((folder.path / "report" / "report.json").read_text())
+    assert again["at_defaults"]["B"]["regret"] == pytest.approx([5, 2])
+    assert main(["study", "report", str(folder.path / "report" / "report.json"), "--out", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "report.md").read_text() == text
+
+
+def test_a_study_without_tasks_is_judged_by_seeds_and_one_without_rates_needs_no_default(tmp_path):
+    axes = {"method": TRAVEL["axes"]["method"], "optimizer.lr": [0.1, 0.01, 0.001]}
+    keys = TRAVEL | {"axes": axes, "tasks": None}
+    config = write(tmp_path / "flat.yaml", **keys, defaults=DEFAULTS)
+    flat = with_results(tmp_path / "flat", config, lambda run: TASKS["4", run.cell.labels[0]][1] + 0.01 * run.seed)
+    assert [test.test.pairs for test in default_against_reference(summarize(flat))] == [2, 2]
+    assert at_defaults(summarize(flat))["C"].regret == pytest.approx([20])
+    axes = {key: TRAVEL["axes"][key] for key in ("data.block", "method")}
+    config = write(tmp_path / "one.yaml", **(TRAVEL | {"axes": axes}))
+
+    def some(run):
+        return None if run.cell.labels == ("8", "C") else TASKS[run.cell.labels][0]
+
+    one = with_results(tmp_path / "one", config, some)
+    found = at_defaults(summarize(one))
+    assert found["A"].regret == pytest.approx([25, 30])
+    assert found["C"].regret == pytest.approx([15, np.nan], nan_ok=True)
+    assert in_units(summarize(one)) == {}
+    assert "| B | 72.50 | 0.00 | 0.00 | 0.00 | 0.00 |" in write_report(one, one.path / "report")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tasks": "model"}, "tasks='model' must be an axis beside compare; there are data.block, optimizer.lr"),
+        ({"tasks": "method"}, "must be an axis beside compare"),
+        ({}, "tasks needs defaults, each contender's place on the axis 'optimizer.lr'"),
+        ({"defaults": {"A": 0.01, "B": 0.1}}, "for each of A, B, C"),
+        ({"defaults": DEFAULTS | {"C": 0.02}}, "C: 0.02 is no place of 'optimizer.lr' (0.1, 0.01, 0.001)"),
+        ({"defaults": DEFAULTS, "tasks": None}, "one axis beside compare and tasks; there are 2"),
+        ({"compare": None, "reference": None}, "tasks needs compare"),
+    ],
+)
+def test_tasks_and_defaults_that_cannot_be_are_named(tmp_path, keys, message):
+    config = write(tmp_path / "bad.yaml", **(TRAVEL | keys))
+    with pytest.raises(StudyError) as error:
+        load_study(config)
+    assert message in str(error.value)
+
+
+def test_holm_s_correction_is_for_the_whole_family():
+    # Holm 1979: 3 x 0.01; 2 x 0.03; then 0.04, but no less than the one before.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []

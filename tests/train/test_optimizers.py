@@ -10,7 +10,7 @@ from torch import nn
 
 from robust_dist.engines.accelerate import EngineError, check
 from robust_dist.optim.reference import rectification, reference_step
-from robust_dist.train.baselines import NAG, PaperAdam
+from robust_dist.train.baselines import NAG, PaperAdam, ScheduleFreePlus
 from robust_dist.train.build import build_optimizer, build_schedule
 from robust_dist.train.optimizers import check_fits, make_optimizer, second_beta
 from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig, parse_recipe
@@ -18,7 +18,8 @@ from robust_dist.train.step import summed_entropy, summed_loss
 
 STEPS, B1, B2, EPS, DECAY = 30, 0.9, 0.99, 1e-8, 0.02
 NAMES = ["RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"]
-NAMES += ["schedulefree_radam", "mechanic"]
+NAMES += ["schedulefree_radam", "schedulefree_plus", "mechanic"]
+OF_RATE_ONE = ("prodigy", "mechanic", "schedulefree_plus")
 
 
 def rate(step):
@@ -124,13 +125,54 @@ def test_nag_at_a_constant_rate_is_torch_s_at_a_tenth_of_it():
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
 
 
+def test_schedule_free_plus_is_its_equations():
+    def loss_of(theta):
+        return ((theta - 1.5) ** 4).sum()
+
+    def slope(theta):
+        return 4 * (theta - 1.5) ** 3
+
+    beta, decay, polyak = 0.9, 0.5, 0.3
+    x, y, z = start(), start(), start()
+    m, v, e, largest, total = torch.zeros_like(x), torch.zeros_like(x), 0.0, 0.0, 0.0
+    param = nn.Parameter(start())
+    optimizer = ScheduleFreePlus([param], betas=(B1, B2), eps=EPS, weight_decay=decay, polyak_beta=polyak)
+    for t in range(1, STEPS + 1):
+        gamma = min(t / 5, 1.0)
+        g = slope(y)
+        e = polyak * e + (1 - polyak) * math.sqrt(math.pi / 2) * float(g.abs().sum())
+        value = float(loss_of(y)) + beta * float(g @ (z - x))
+        alpha = gamma * max(0.0, value) / (e / (1 - polyak**t))
+        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g**2
+        z = z - alpha**2 * decay * y - alpha * (m / (1 - B1**t)) / ((v / (1 - B2**t)).sqrt() + EPS)
+        largest = max(largest, alpha)
+        total += largest**2
+        x = x + (z - x) * largest**2 / total
+        y = beta * x + (1 - beta) * z
+        optimizer.param_groups[0]["lr"] = gamma
+        param.grad = slope(param.detach())
+        # Micro-batches: their mean counts.
+        for part in (0.5, 1.5):
+            optimizer.observe(part * loss_of(param))
+        optimizer.step()
+        assert optimizer.measured_rate == pytest.approx(alpha, rel=1e-9)
+        assert torch.allclose(param.detach(), y, rtol=0, atol=1e-9)
+    optimizer.eval()
+    optimizer.eval()
+    assert torch.allclose(param.detach(), x, rtol=0, atol=1e-9)
+    optimizer.train()
+    assert torch.allclose(param.detach(), y, rtol=0, atol=1e-9)
+    with pytest.raises(RuntimeError, match=r"observe\(loss\)"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_state(name):
     def run(stop, state=None):
         torch.manual_seed(0)
         model = nn.Linear(6, 3)
         recipe = Recipe(
-            optimizer=OptimizerConfig(name=name, lr=1.0 if name in ("prodigy", "mechanic") else 0.05, weight_decay=0.0),
+            optimizer=OptimizerConfig(name=name, lr=1.0 if name in OF_RATE_ONE else 0.05, weight_decay=0.0),
             schedule=ScheduleConfig(name="constant" if name.startswith("schedulefree") else "cosine"),
         )
         optimizer = build_optimizer(recipe, model, 40)
@@ -149,6 +191,8 @@ def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_st
             loss = nn.functional.cross_entropy(model(images), images[:, :3].argmax(1))
             optimizer.zero_grad()
             loss.backward()
+            if getattr(optimizer, "measures_rate", False):
+                optimizer.observe(loss)
             optimizer.step()
             schedule.step()
         weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -177,6 +221,7 @@ def test_beta2_auto_follows_the_number_of_steps_and_ends_at_the_paper_s(total_st
 
 def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the_paper_s():
     assert second_beta(OptimizerConfig(beta2=0.95), 100) == 0.95
+    assert second_beta(OptimizerConfig(beta2=0.0), 100) == 0.0
     assert second_beta(OptimizerConfig(beta2="auto", beta2_steps=20), 1000) == 0.98
     assert second_beta(OptimizerConfig(), 100) == 0.999
 
@@ -190,6 +235,13 @@ def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the
         (Recipe(optimizer=OptimizerConfig(name="prodigy", options={"lr_of": 3})), "optimizer.options"),
         (Recipe(optimizer=OptimizerConfig(beta2="auto"), epochs=1), "optimizer.beta2='auto'"),
         (Recipe(optimizer=OptimizerConfig(name="schedulefree_radam")), "schedule.name='cosine'"),
+        (
+            Recipe(
+                optimizer=OptimizerConfig(name="schedulefree_plus", clip_norm=1.0),
+                schedule=ScheduleConfig(name="constant"),
+            ),
+            "optimizer.clip_norm=1.0",
+        ),
         (Recipe(optimizer=OptimizerConfig(lr="auto")), "schedule.name='cosine' with optimizer.lr='auto'"),
         (
             Recipe(optimizer=OptimizerConfig(options={"averaging": "schedule_free"})),
