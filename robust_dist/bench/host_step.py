@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 
     return min(found) * 1e6
 
 
-def _stepping(count: int, size: int = 8, **settings: float) -> Callable[[], object]:
+def _stepping(count: int, size: int = 8, **settings: Any) -> Callable[[], object]:
     """A step with a changing rate, after the unrectified ones."""
     optimizer = RAdaBeliefW(_parameters(count, size), **settings)
 

@@ -103,6 +103,7 @@ def under_engines():
             nn.functional.cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
             with pytest.raises(RuntimeError, match=r"flat shard of FSDP1.*measure_over"):
                 optimizer.observe_gradients()
+            optimizer.zero_grad()
             optimizer = RAdaBeliefW(model.parameters(), **SETTINGS)
             optimizer.measure_over(copies=copies)
         found[name] = rates(model, optimizer, rank, world)
