@@ -183,7 +183,7 @@ def use_averaged_weights(
     base: Any = base_optimizer(optimizer)
     if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
-    # Accelerate's wrapper passes it on under DeepSpeed from some release on only.
+    # Accelerate's wrapper of another wrapper passes it on from some release on only.
     base.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
     with torch.no_grad():
