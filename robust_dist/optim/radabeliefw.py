@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
-from robust_dist.optim.groups import check_sharded
+from robust_dist.optim.groups import check_sharded, gather_anew
 from robust_dist.optim.rate import Measured, Ranks
 from robust_dist.optim.record import Found, Records
 from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
@@ -288,34 +288,46 @@ class RAdaBeliefW(Optimizer):
         guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
         return None if guarded is None else self._rate.rate_of(guarded)
 
-    def observe(self, loss: float | Tensor) -> None:
+    def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Give `rate_guard` the loss of the step that comes; nothing without it.
 
         Args:
             loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
                 entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
                 and of all ranks.
+            automatic: For engines: the loss whose gradient is added, divided by the micro-batches. Of several calls
+                the sum counts, and none where the program itself calls `observe` for this step.
 
         Raises:
             ValueError: It has more than one element.
         """
         if self.measures_rate:
-            self._rate.observe(loss)
+            self._rate.observe(loss, automatic=automatic)
 
     @torch.no_grad()
-    def observe_gradients(self, scale: float = 1.0, gradients: Iterable[Tensor] | None = None) -> None:
+    def observe_gradients(
+        self, scale: float = 1.0, gradients: Iterable[Tensor] | None = None, *, automatic: bool = False
+    ) -> None:
         """Give `rate_guard` the gradients before they are clipped; nothing without it.
 
         Args:
             scale: What they are still multiplied by.
             gradients: Those of all param groups, where an engine keeps them elsewhere than in the parameters' `grad`.
+            automatic: For engines: only the first such call before a step counts, and none where the program itself
+                observes them.
         """
         if not self.measures_rate:
             return
         if gradients is None:
-            self._rate.observe_gradients(self.param_groups, 1.0 / scale)
+            self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
         else:
             self._rate.add_gradients(((grad, grad) for grad in gradients), 1.0 / scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what an engine observed of these gradients is forgotten."""
+        super().zero_grad(set_to_none)
+        if "_measured" in self.__dict__:
+            self._measured.forget_automatic()
 
     def forget_observed(self) -> None:
         """Take back what was observed for a step that is not made after all; nothing without `rate_guard`."""
@@ -379,6 +391,8 @@ class RAdaBeliefW(Optimizer):
             group[TRAINS] = trained
         if publish is not None:
             publish()
+        else:
+            gather_anew([param for group in turning for param in group["params"]])
 
     def parameters_by_group(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Every param group with each of its parameters."""

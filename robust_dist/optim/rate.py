@@ -113,24 +113,44 @@ class Measured:
         self._loss: float | Tensor | None = None
         self._parts = 0
         self._gradient: float | Tensor | None = None
+        self._automatic_loss = self._automatic_gradient = False
 
-    def observe(self, loss: float | Tensor) -> None:
-        """Add a micro-batch's loss to those of the next step, of which the mean counts."""
+    def forget_automatic(self) -> None:
+        """Forget what an engine observed for a step that is not done."""
+        if self._automatic_loss:
+            self._loss, self._parts, self._automatic_loss = None, 0, False
+        if self._automatic_gradient:
+            self._gradient, self._automatic_gradient = None, False
+
+    def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
+        """Add a micro-batch's loss to those of the next step, of which the mean counts; of automatic ones the sum."""
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}")
+        if automatic and self._loss is not None and not self._automatic_loss:
+            return
+        if not automatic and self._automatic_loss:
+            self._loss, self._parts = None, 0
+        self._automatic_loss = automatic
         if not isinstance(loss, Tensor) or loss.is_cpu:
             value: float | Tensor = float(loss.item() if isinstance(loss, Tensor) else loss)
         else:  # a copy, as the loss may be divided in place
             value = loss.detach().reshape(()).to(_wide(loss.device), copy=True)
         self._loss = value if self._loss is None else self._loss + value
-        self._parts += 1
+        self._parts = 1 if automatic else self._parts + 1
 
     def rate_of(self, group: Mapping[str, Any]) -> float:
         """The group's rate in the last step."""
         return float(_limited(group, self._ratio))
 
-    def observe_gradients(self, groups: Iterable[Mapping[str, Any]], factor: float = 1.0) -> None:
+    def observe_gradients(
+        self, groups: Iterable[Mapping[str, Any]], factor: float = 1.0, *, automatic: bool = False
+    ) -> None:
         """Measure the gradients as they are now, times a factor; they may be clipped afterwards."""
+        if automatic and self._gradient is not None:
+            return
+        if self._automatic_gradient:
+            self._gradient = None
+        self._automatic_gradient = automatic
         self.add_gradients(_with_gradient(groups), factor)
 
     @torch.no_grad()

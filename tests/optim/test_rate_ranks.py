@@ -38,6 +38,8 @@ def averaged_outputs(model, optimizer):
 def rates(model, optimizer, rank=0, world=1, *, engine=None, parts=1, clip=None):
     """The rate of each step, and the average's outputs; every rank sees its part of each micro-batch.
 
+    Where the optimizer is called, the average is evaluated in mid-run, too.
+
     Args:
         model: Trained, in its own dtype.
         optimizer: RAdaBeliefW.
@@ -48,7 +50,9 @@ def rates(model, optimizer, rank=0, world=1, *, engine=None, parts=1, clip=None)
         clip: Largest norm of the gradient.
     """
     found = []
-    for x, y in batches():
+    for step, (x, y) in enumerate(batches()):
+        if step == 5 and engine is None:
+            averaged_outputs(model, optimizer)
         for index in range(parts):
             mine, labels = x[index::parts][rank::world], y[index::parts][rank::world]
             logits = model(mine.to(next(model.parameters()).dtype))
@@ -73,39 +77,47 @@ def under_engines():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
+    from robust_dist.engines.fsdp import check
+
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def ddp():
-        return nn.parallel.DistributedDataParallel(net()), None
+        return nn.parallel.DistributedDataParallel(net())
 
-    def fsdp1(*, orig, strategy=ShardingStrategy.FULL_SHARD):
-        model = FullyShardedDataParallel(
-            net(), use_orig_params=orig, device_id=torch.device("cpu"), sharding_strategy=strategy
+    def fsdp1(*, orig, strategy=ShardingStrategy.FULL_SHARD, group=None):
+        settings = {"sharding_strategy": strategy, "process_group": group}
+        return FullyShardedDataParallel(net(), use_orig_params=orig, device_id=torch.device("cpu"), **settings)
+
+    def hsdp1():
+        shards, replicas = (
+            [dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 2), (1, 3)))
         )
-        return model, world if strategy is ShardingStrategy.NO_SHARD else 1
+        return fsdp1(orig=True, strategy=ShardingStrategy.HYBRID_SHARD, group=(shards[rank // 2], replicas[rank % 2]))
 
     def fsdp2(mesh=None):
         model = net()
         fully_shard(model[0], mesh=mesh or init_device_mesh("cpu", (world,)))
         fully_shard(model, mesh=mesh or init_device_mesh("cpu", (world,)))
-        return model, None
+        return model
 
     makers = {"ddp": ddp, "fsdp2": fsdp2}
     makers["fsdp1"] = lambda: fsdp1(orig=True)
     makers["fsdp1 flat"] = lambda: fsdp1(orig=False)
+    makers["fsdp1, grad op"] = lambda: fsdp1(orig=True, strategy=ShardingStrategy.SHARD_GRAD_OP)
     if world == 4:
         makers["hsdp"] = lambda: fsdp2(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        makers["hsdp1"] = hsdp1
     found = {}
     for name, make in makers.items():
-        model, copies = make()
+        model = make()
         optimizer = RAdaBeliefW(model.parameters(), **SETTINGS)
-        if copies is not None:
+        if name == "fsdp1":
             nn.functional.cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
             with pytest.raises(RuntimeError, match=r"flat shard of FSDP1.*measure_over"):
                 optimizer.observe_gradients()
             optimizer.zero_grad()
             optimizer = RAdaBeliefW(model.parameters(), **SETTINGS)
-            optimizer.measure_over(copies=copies)
+        check(model, optimizer)
         found[name] = rates(model, optimizer, rank, world)
     return found
 
@@ -138,7 +150,6 @@ def gone_on(folder):
     from torch.distributed.fsdp import fully_shard
 
     from robust_dist.engines.fsdp.state import set_state, state_of
-    from robust_dist.optim.groups import reshard
 
     def started():
         model = net()
@@ -156,7 +167,6 @@ def gone_on(folder):
     found = []
     for of, by in ((model, optimizer), (other, theirs)):
         assert by.param_groups[0]["train_mode"] is False
-        reshard(of)  # the evaluation has left the root's whole weights in place
         by.train()
         again, _ = rates(of, by, dist.get_rank(), dist.get_world_size())
         found.append((again, [p.to_local().tolist() for p in by.param_groups[0]["params"]]))
@@ -166,6 +176,45 @@ def gone_on(folder):
 def test_a_measured_rate_goes_on_bit_for_bit_under_fsdp2(tmp_path):
     for whole, resumed in run_ranks(gone_on, 2, str(tmp_path)):
         assert whole == resumed
+
+
+def wider():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)
+    return nn.Sequential(*layers).double()
+
+
+def under_tensor_parallelism():
+    """FSDP2 over pairs of ranks that share each layer, and then a replicated parameter whose gradient is partial."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = wider()
+    plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, mesh["tp"], plan)
+    fully_shard(model[0], mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    found = rates(model, RAdaBeliefW(model.parameters(), **SETTINGS), mesh["dp"].get_local_rank(), 2)
+
+    param = nn.Parameter(distribute_tensor(torch.ones(5), mesh["tp"], [Replicate()]))
+    optimizer = RAdaBeliefW([param], rate_guard=1.0)
+    param.grad = DTensor.from_local(torch.arange(5.0) - 2 * mesh["tp"].get_local_rank(), mesh["tp"], [Partial()])
+    optimizer.observe(1.0)
+    optimizer.step()
+    return found, optimizer.state_dict()["param_groups"][0]["rate_mean_gradient"]
+
+
+def test_each_element_counts_once_under_fsdp2_with_tensor_parallelism():
+    model = wider()
+    expected, outputs = rates(model, RAdaBeliefW(model.parameters(), **SETTINGS))
+    for (found, theirs), partial in run_ranks(under_tensor_parallelism, 4):
+        assert found == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(theirs, outputs, rtol=1e-6, atol=1e-8)
+        # |2 g - 2| of 0 to 4 is 2 + 0 + 2 + 4 + 6
+        assert partial == pytest.approx(0.1 * 14, rel=1e-12)
 
 
 CPU = {"device": "cpu"}
