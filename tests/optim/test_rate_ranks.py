@@ -1,10 +1,13 @@
 """A measured rate and averaged weights are those of one process under every engine, on 2, 3 and 4 gloo ranks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from robust_dist.checkpoint import convert
 from robust_dist.engines.deepspeed.check_checkpoint import CheckpointMismatchError
 from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
@@ -316,18 +319,25 @@ def turns(engine, optimizer):
 
 
 def goes_on(kind, folder, engine, optimizer):
-    """A run that is saved while it is evaluated, and one that goes on from there: the same bits."""
+    """A run that is saved while it is evaluated, and those that go on from there, also converted: the same bits."""
+    stage = engine.zero_optimization_stage()
     optimizer.eval()
     engine.save_checkpoint(f"{folder}/{kind}", tag="evaluated")
-    other, theirs = deepspeed_engine(kind)
-    other.load_checkpoint(f"{folder}/{kind}", tag="evaluated")
+    runs = [(engine, optimizer), deepspeed_engine(kind)]
+    runs[1][0].load_checkpoint(f"{folder}/{kind}", tag="evaluated")
+    if stage > 0:
+        if dist.get_rank() == 0:
+            convert(Path(f"{folder}/{kind}"), Path(f"{folder}/{kind} converted"), f"zero{stage}", dist.get_world_size())
+        dist.barrier()
+        runs.append(deepspeed_engine(kind))
+        runs[2][0].load_checkpoint(f"{folder}/{kind} converted", tag="pytorch_model")
     found = []
-    for of, by in ((engine, optimizer), (other, theirs)):
+    for of, by in runs:
         assert by.param_groups[0]["train_mode"] is False
         by.train()
         again, outputs = zero_rates(of, by)
         found.append((again, outputs.tolist(), {name: p.tolist() for name, p in ds.whole(of).items()}))
-    assert found[0] == found[1], kind
+    assert all(one == found[0] for one in found), kind
 
 
 def skips(kind):

@@ -81,7 +81,10 @@ def cut_back(folder):
 def close(mine, theirs):
     assert len(mine) == len(theirs) == 1
     assert mine[0].keys() == theirs[0].keys()
-    assert all(mine[0][key] == pytest.approx(value, rel=2e-4) for key, value in theirs[0].items()), (mine, theirs)
+    for key, value in theirs[0].items():
+        # The accuracy is chance's, where rounding decides between classes: one image of a class's 36.
+        slack = 0.03 if "accuracy" in key else 0.0
+        assert mine[0][key] == pytest.approx(value, rel=2e-4, abs=slack), (key, mine, theirs)
 
 
 def assert_room(run, needs):
@@ -111,9 +114,7 @@ def measures(name, folder):
     assert whole, out
     assert_room(run, needs)
     assert whole[0]["lr"] not in (0.0, 0.05)
-    # The accuracy is chance's, where ties of rounding decide.
-    for key in ("train_loss", "eval_loss", "lr"):
-        assert whole[0][key] == pytest.approx(rows(f"{folder}/ddp-auto")[0][key], rel=2e-4), (whole, key)
+    close(whole, rows(f"{folder}/ddp-auto"))
     on_first_rank(lambda: cut_back(run))
     out = train_under(name, run, *AUTO)
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out

@@ -147,6 +147,8 @@ def _against(engine: Any, name: str) -> str | None:
     for offload in (engine.zero_offload_optimizer(), engine.zero_offload_param()):
         if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
             return "offload to NVMe"
+    if engine.zero_elastic_checkpoint():
+        return "elastic_checkpoint, which leaves out what the param groups hold"
     if engine.zero_hpz_partition_size() > 1:
         return f"zero_hpz_partition_size={engine.zero_hpz_partition_size()}"
     scaler = getattr(wrapper, "torch_autocast_gradscaler", None) or getattr(
