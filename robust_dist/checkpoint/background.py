@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,23 @@ class Sizes:
 
 
 def checkpoint_bytes(
-    engine: Engine, model: nn.Module, *, rank: int, world_size: int, whole: bool = False, averaged: bool = False
+    engine: Engine,
+    model: nn.Module,
+    *,
+    rank: int,
+    world_size: int,
+    whole: bool = False,
+    averaged: bool = False,
+    fast_weights: bool = False,
 ) -> int:
     """An upper estimate of the bytes that this rank writes into one checkpoint.
 
     The model is the prepared one without its outermost wrapper; `whole` is `Engine.saves_whole`; `averaged`: an
-    exponential moving average of the weights is saved, too.
+    exponential moving average of the weights is saved, too; `fast_weights`: RAdaBeliefW's averaging keeps them.
     """
     sizes = Sizes.of(model)
+    if fast_weights:
+        sizes = replace(sizes, moments=sizes.moments + 4)
     average = sizes.elements * sizes.bytes_each + sizes.buffers if averaged and rank == 0 else 0
     saved = engine.saved_bytes(sizes, rank, world_size, whole=whole) + sizes.buffers + average
     return int(saved * 1.1) + _SMALL

@@ -24,7 +24,7 @@ from robust_dist.checkpoint.zero_files import (
     tag_folder,
     undo_round_robin,
 )
-from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP
+from robust_dist.optim.state import EXP_AVG, EXP_AVG_SQ, MOMENTS, STEP, Z
 
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
@@ -229,9 +229,10 @@ def _assemble(
             if bool(state) != bool(states[0]) or state.get(STEP) != states[0].get(STEP):
                 raise CheckpointError(f"{shard.path}: not at the step of {shards[0].path.name}: another save")
         if states[0]:
-            moments = {key: _join([state[key] for state in states], shards, number, group) for key in MOMENTS}
+            keys = [*MOMENTS, Z] if any(Z in state for state in states) else MOMENTS
+            moments = {key: _join([state[key] for state in states], shards, number, group) for key in keys}
             step = torch.as_tensor(states[0][STEP], dtype=torch.float32).reshape(())
-            optimizer |= {name: {STEP: step.clone()} | {k: moments[k][name] for k in MOMENTS} for name in group}
+            optimizer |= {name: {STEP: step.clone()} | {k: moments[k][name] for k in keys} for name in group}
     return masters, optimizer
 
 

@@ -23,7 +23,7 @@ from robust_dist.checkpoint.zero_files import (
     sub_groups,
 )
 from robust_dist.extras import require
-from robust_dist.optim.state import MOMENTS, STEP
+from robust_dist.optim.state import MOMENTS, STEP, Z
 
 # The DeepSpeed version whose format this is; DeepSpeed refuses a file without a version.
 _FORMAT = "0.19.8"
@@ -102,7 +102,8 @@ class _Writer:
     def _check_states(self) -> None:
         for name in self.owned:
             held = self.state.optimizer.get(name)
-            if held is not None and any(held[key].shape != self.model[name].shape for key in MOMENTS):
+            shape = self.model[name].shape
+            if held is not None and any(held[key].shape != shape for key in (*MOMENTS, Z) if key in held):
                 raise CheckpointError(f"parameter {name!r}: its state does not have its shape in the model")
         for group in self.groups if self.stage > 0 else []:
             steps = {name: self._step(name) for name in group["params"]}
@@ -174,6 +175,8 @@ class _Writer:
         wanted = {"fp32": [self._master(name) for name in names]}
         for key in MOMENTS:
             wanted[key] = [self._moment(name, key) for name in names]
+        if any(Z in self.state.optimizer.get(name, {}) for name in names):
+            wanted[Z] = [self._fast(name) for name in names]
         step = torch.tensor(self._step(names[0]) or 0.0, dtype=torch.float32)
         cuts = {key: cut_group(tensors, self.world_size, self.stage) for key, tensors in wanted.items()}
         return [{STEP: step.clone()} | {k: parts[rank] for k, parts in cuts.items()} for rank in range(self.world_size)]
@@ -185,6 +188,10 @@ class _Writer:
         # A load drops the state that an engine makes at its start, and parts of the engine need some.
         held = self.state.optimizer.get(name)
         return torch.zeros_like(self._master(name)) if held is None else held[key].to(torch.float32)
+
+    def _fast(self, name: str) -> Tensor:
+        # Averaging's fast weights begin as the trained ones.
+        return self.state.optimizer.get(name, {}).get(Z, self._master(name)).to(torch.float32)
 
     def _shard(self, parts: list[dict[str, Tensor]]) -> dict[str, Any]:
         """One rank's optimizer state."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from robust_dist.engines.engine import EngineError
+from robust_dist.engines.rate import feed, tell_copies
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
@@ -109,7 +110,9 @@ def check(
 ) -> None:
     """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
 
-    Under FSDP1 it also tells an optimizer with a `rate_guard` which ranks hold the same shards.
+    From then on an optimizer with a `rate_guard` gets what it needs: `accelerator.backward` observes the loss and
+    `accelerator.clip_grad_norm_` the gradients, unless the program does so itself; under FSDP1 it learns who holds the
+    same shards.
 
     Args:
         accelerator: The `Accelerator`.
@@ -127,7 +130,7 @@ def check(
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
-    _fit_rate(accelerator, base_optimizer(optimizer))
+    fit_rate(accelerator, base_optimizer(optimizer))
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
@@ -283,18 +286,18 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
         )
 
 
-def _fit_rate(accelerator: Any, base: Any) -> None:
-    """Refuse what the engine cannot do of averaging and rate_guard, and tell the optimizer who holds its shards."""
-    engine = accelerator.distributed_type.value
-    if engine == "DEEPSPEED":
-        from robust_dist.engines.deepspeed.config import check_options
-
-        for group in base.param_groups:
-            check_options(group)
-    elif engine == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1 and getattr(base, "measures_rate", False):
-        model = accelerator._models[0]
-        shards = 1 if model.sharding_strategy.name == "NO_SHARD" else model.process_group.size()
-        base.measure_over(copies=accelerator.num_processes // shards)
+def fit_rate(accelerator: Any, base: Any) -> None:
+    """Give averaging and rate_guard what they need of the engine, or refuse where nobody can."""
+    used = [name for name in ("averages_weights", "measures_rate") if getattr(base, name, False)]
+    if used and accelerator.distributed_type.value == "DEEPSPEED" and not getattr(base, "engine_keeps_weights", True):
+        raise EngineError(
+            "under DeepSpeed RAdaBeliefW's averaging and rate_guard need robust_dist.register() (or import "
+            "robust_dist.autoregister) on every rank before accelerator.prepare"
+        )
+    if "measures_rate" in used:
+        feed(accelerator)
+        for model in accelerator._models:
+            tell_copies(model, base)
 
 
 def _base_or_error(optimizer: Any) -> Optimizer:

@@ -61,6 +61,7 @@ class Engine:
         trains_any_memory_format: Weights need not be contiguous.
         casts_weights: Under mixed precision a forward pass uses weights of the lower dtype.
         autocasts: Under mixed precision a forward pass runs under torch.autocast.
+        steps_in_backward: `accelerator.backward` also clips the gradients and steps.
         broadcasts_buffers: Before a forward pass every rank gets the first one's buffers.
         names_parameters: The optimizer's files name its parameters; otherwise a note of the names is written beside.
         loads_on_any_ranks: A checkpoint loads at another number of ranks without a conversion.
@@ -77,6 +78,7 @@ class Engine:
     trains_any_memory_format: bool = True
     casts_weights: bool = False
     autocasts: bool = True
+    steps_in_backward: bool = False
     broadcasts_buffers: bool = False
     names_parameters: bool = True
     loads_on_any_ranks: bool = True

@@ -19,6 +19,9 @@ def register() -> None:
     writes an `lr_scale` into the groups, which only timm's schedulers apply; here each group's `lr` is scaled when the
     optimizer is made, and `lr_scale` is taken out, so that any scheduler, or none, has the layers' rates. (timm's
     schedulers then do not scale their `lr_min` and `warmup_lr_init`.) timm's `weight_decay` is 0 unless given.
+
+    With `rate_guard` call `optimizer.observe(loss)` before each step; with 1, which takes no `lr`, `layer_decay` is a
+    ValueError.
     """
     # timm's annotation asks for a class, where its registry takes anything that it can call.
     make: Any = _scaled
@@ -30,5 +33,10 @@ def _scaled(params: Any, **settings: Any) -> RAdaBeliefW:
     optimizer = RAdaBeliefW(params, **settings)
     for group in optimizer.param_groups:
         if "lr_scale" in group:
+            if group["lr_scale"] != 1.0 and group.get("rate_guard") == 1.0:
+                raise ValueError(
+                    "layer_decay gives layers learning rates of their own, and rate_guard=1 takes none; set rate_guard "
+                    "above 1, within which the rates count, or leave layer_decay out"
+                )
             group["lr"] = group["lr"] * group.pop("lr_scale")
     return optimizer

@@ -1,21 +1,32 @@
-"""Transformers: the weight-decay switch as a callback of its Trainer."""
+"""Transformers: a callback of its Trainer that switches the weight decay and serves averaging and a measured rate."""
 
 import contextlib
+import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from robust_dist.checkpoint import CheckpointError, note_parameters
-from robust_dist.engines.accelerate import EngineError, replaced_by_offload
+from robust_dist.engines.accelerate import EngineError, fit_rate, replaced_by_offload
+from robust_dist.engines.engine import BATCH_NORMS
+from robust_dist.engines.rate import feed
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
 from robust_dist.validate import real_number
 
 __all__ = ["RobustTrainerCallback"]
+
+
+# Frames between Trainer's loop and its callbacks.
+_MAX_FRAMES = 10
 
 
 class RobustTrainerCallback(TrainerCallback, ExportableState):
@@ -29,6 +40,13 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     A run that resumes takes its step from `state.global_step` and the base decays from the checkpoint's callback state,
     whatever the param groups in the checkpoint hold. Each save under DDP or on one process gets a `parameters.json`,
     with which `robust-dist convert` takes it to another engine.
+
+    An optimizer with a `rate_guard` gets the loss of every step, less the entropy of `label_smoothing_factor`, and the
+    gradients before they are clipped. A loss that the model or `compute_loss_func` smooths by itself is taken as it is;
+    a `compute_loss` of your own may call `self.optimizer.optimizer.observe(loss - entropy)`, which then counts alone.
+
+    With `averaging` Trainer evaluates the average, and checkpoints, the best model and the model at the end are the
+    average, too; training goes on with the trained weights. `lr_scheduler_type` must be "constant".
 
     Args:
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.
@@ -64,7 +82,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
 
         Raises:
             EngineError: Another optimizer trains than RAdaBeliefW, and `any_optimizer` is not set.
-            ValueError: The number of steps is unknown, no param group has a weight decay, or another switch sets it.
+            ValueError: The number of steps is unknown, no param group has a weight decay, or another switch sets it; or
+                Trainer's schedule lowers the rate of an optimizer with `averaging`.
         """
         if state.max_steps < 1:
             raise ValueError(
@@ -77,6 +96,9 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(state)
         _warn_without_decay(self.switch)
+        _serve_rate(base)
+        schedule, model = kwargs.get("lr_scheduler"), kwargs.get("model")
+        _check_averaging(args, base, state.max_steps, schedule=schedule, model=model)
         # Trainer's save fails on a callback that the checkpoint it resumed from did not have.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
@@ -96,6 +118,26 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         """
         assert self.switch is not None
         self.switch.step()
+        # Trainer's own callback, which comes before, has decided by now.
+        if control.should_save or control.should_evaluate:
+            self._hold_average()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the average where the epoch's end is saved or evaluated, or is the end of the training."""
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if ends or control.should_save or control.should_evaluate:
+            self._hold_average()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the average in the model; the best checkpoint's weights, which Trainer has loaded, are one already."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            self._hold_average()
+
+    def _hold_average(self) -> None:
+        """Have the parameters hold their average; Trainer turns it back before it trains."""
+        assert self.switch is not None
+        if getattr(self.switch.optimizer, "averages_weights", False):
+            self.switch.optimizer.eval()  # type: ignore[attr-defined]
 
     def _check(self, base: Optimizer) -> None:
         name = type(base).__name__
@@ -129,6 +171,82 @@ def _warn_without_decay(switch: WeightDecaySwitch) -> None:
         warnings.warn(
             "weight_decay is 0 in every param group, so that there is nothing to switch off: Trainer puts "
             "TrainingArguments(weight_decay=...), which is 0 unless given, in the place of the optimizer's own",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _training_loop() -> Trainer | None:
+    """The Trainer whose loop makes the current call, which it does not hand to its callbacks."""
+    frame = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            return frame.f_locals["self"]
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _serve_rate(base: Any) -> None:
+    """Give an optimizer with a `rate_guard` what it needs of Trainer and of its engine."""
+    trainer: Any = _training_loop() if getattr(base, "measures_rate", False) else None
+    if trainer is None:
+        return
+    fit_rate(trainer.accelerator, base)
+    smoother = trainer.label_smoother
+    if smoother is not None and not isinstance(smoother, _Smoother):
+        trainer.label_smoother = smoother = _Smoother(smoother)
+    feed(trainer.accelerator).divergence = None if smoother is None else smoother.divergence
+
+
+class _Smoother:
+    """Trainer's label smoother, which notes the share of its last loss that is no entropy of the smoothed labels.
+
+    A share, as Trainer divides and multiplies the loss before it hands it on.
+    """
+
+    def __init__(self, smoother: Any) -> None:
+        self.smoother = smoother
+        self._share: Tensor | None = None
+
+    def __call__(self, model_output: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any) -> Tensor:
+        loss: Tensor = self.smoother(model_output, labels, shift_labels=shift_labels, **kwargs)
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        counted = (labels[..., 1:] if shift_labels else labels) != self.smoother.ignore_index
+        of = kwargs.get("num_items_in_batch")
+        parts = 1.0 if of is None else counted.sum() / of
+        self._share = 1 - parts * _entropy(self.smoother.epsilon, logits.shape[-1]) / loss.detach()
+        return loss
+
+    def divergence(self, loss: Tensor) -> Tensor:
+        """The last loss, however it has been scaled, less the entropy."""
+        return loss if self._share is None else loss * self._share
+
+
+def _entropy(smoothing: float, num_classes: int) -> float:
+    """The entropy of a label of which a share is spread over all classes."""
+    rest = smoothing / num_classes
+    own = 1 - smoothing + rest
+    return -sum(p * math.log(p) for p in [own] + [rest] * (num_classes - 1) if p > 0)
+
+
+def _check_averaging(args: Any, base: Any, max_steps: int, *, schedule: Any, model: torch.nn.Module | None) -> None:
+    if not getattr(base, "averages_weights", False):
+        return
+    for factor in getattr(schedule, "lr_lambdas", ()):
+        factors = [factor(max_steps * eighth // 8) for eighth in range(9)]
+        if factors[-1] < max(factors):
+            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            raise ValueError(
+                f"lr_scheduler_type={kind!r} lowers the learning rate, in place of which averaging='schedule_free' "
+                "averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
+            )
+    if model is not None and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        warnings.warn(
+            "averaging: Trainer evaluates and saves the average of the weights, but the model's batch normalisation "
+            "keeps the statistics of those that are trained; after the training run the model in training mode over "
+            "some batches without a step, then save it again",
             UserWarning,
             stacklevel=2,
         )

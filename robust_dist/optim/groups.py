@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from robust_dist.optim.settings import check_not_negative
+from robust_dist.optim.state import is_dtensor
 
 # class of a wrapper, by its package's name -> the children under which it holds the module
 _WRAPPERS = {
@@ -77,10 +78,32 @@ def reshard(model: nn.Module) -> None:
     until the next backward. torch's own state dicts begin with this, too, and training goes on as if it had not been.
     """
     for module in model.modules():
-        # Not FSDPModule.reshard(): a module without one of its own is in the group of a parent, out of sight here.
-        for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
-            if "_fully_shard" in (getattr(hook, "__module__", None) or ""):
-                hook(module, "", False)
+        _reshard(module)
+
+
+def _reshard(module: nn.Module) -> None:
+    # Not FSDPModule.reshard(): a module without one of its own is in the group of a parent, out of sight here.
+    for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
+        if "_fully_shard" in (getattr(hook, "__module__", None) or ""):
+            hook(module, "", False)
+
+
+def gather_anew(params: Sequence[Tensor]) -> None:
+    """Have FSDP's modules gather their weights anew at the next forward pass; nothing is sent between ranks.
+
+    After a forward pass without a backward, as in an evaluation, the root keeps the whole weights, and the next forward
+    pass would use them instead of parameters that have been changed in between.
+
+    Args:
+        params: Those that were changed; nothing is done where none is a shard.
+    """
+    if not any(is_dtensor(param) or getattr(param, "_fsdp_flattened", False) for param in params):
+        return
+    for module in [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]:
+        _reshard(module)
+        handle: Any = getattr(module, "_handle", None)
+        if getattr(handle, "uses_sharded_strategy", False) and not handle.needs_unshard():
+            handle.reshard(True)
 
 
 def check_sharded(params: Iterable[Tensor]) -> None:

@@ -11,9 +11,9 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
-from robust_dist.optim.groups import check_sharded
+from robust_dist.optim.groups import check_sharded, gather_anew
 from robust_dist.optim.rate import Measured, Ranks
-from robust_dist.optim.record import Records
+from robust_dist.optim.record import Found, Records
 from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
@@ -288,29 +288,56 @@ class RAdaBeliefW(Optimizer):
         guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
         return None if guarded is None else self._rate.rate_of(guarded)
 
-    def observe(self, loss: float | Tensor) -> None:
+    def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Give `rate_guard` the loss of the step that comes; nothing without it.
 
         Args:
             loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
                 entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
                 and of all ranks.
+            automatic: For engines: the loss whose gradient is added, divided by the micro-batches. Of several calls
+                the sum counts, and none where the program itself calls `observe` for this step.
 
         Raises:
             ValueError: It has more than one element.
         """
         if self.measures_rate:
-            self._rate.observe(loss)
+            self._rate.observe(loss, automatic=automatic)
 
     @torch.no_grad()
-    def observe_gradients(self, scale: float = 1.0) -> None:
+    def observe_gradients(
+        self, scale: float = 1.0, gradients: Iterable[Tensor] | None = None, *, automatic: bool = False
+    ) -> None:
         """Give `rate_guard` the gradients before they are clipped; nothing without it.
 
         Args:
             scale: What they are still multiplied by.
+            gradients: Those of all param groups, where an engine keeps them elsewhere than in the parameters' `grad`.
+            automatic: For engines: only the first such call before a step counts, and none where the program itself
+                observes them.
         """
+        if not self.measures_rate:
+            return
+        if gradients is None:
+            self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
+        else:
+            self._rate.add_gradients(((grad, grad) for grad in gradients), 1.0 / scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what an engine observed of these gradients is forgotten."""
+        super().zero_grad(set_to_none)
+        if "_measured" in self.__dict__:
+            self._measured.forget_automatic()
+
+    def forget_observed(self) -> None:
+        """Take back what was observed for a step that is not made after all; nothing without `rate_guard`."""
         if self.measures_rate:
-            self._rate.observe_gradients(self.param_groups, 1.0 / scale)
+            self._rate.forget()
+
+    def restore_measured(self) -> None:
+        """Take up what the param groups hold of `rate_guard`, where it came there other than by `load_state_dict`."""
+        if self.measures_rate:
+            self._rate.restore(self.param_groups)
 
     def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
         """Say which ranks train together, for `rate_guard`.
@@ -322,6 +349,22 @@ class RAdaBeliefW(Optimizer):
         """
         self._rate.ranks = Ranks(process_group, copies)
 
+    def keep_weights_in(
+        self, masters: Callable[[], Iterable[tuple[dict[str, Any], Tensor]]], publish: Callable[[], None]
+    ) -> None:
+        """Say where an engine keeps the weights that `train()` and `eval()` change.
+
+        Args:
+            masters: Gives every param group with a parameter of it, for each that may have state.
+            publish: Brings what they hold into the model; called after a change, on every rank.
+        """
+        self._kept = masters, publish
+
+    @property
+    def engine_keeps_weights(self) -> bool:
+        """Whether an engine has called `keep_weights_in`."""
+        return "_kept" in self.__dict__
+
     def train(self) -> None:
         """Have the parameters hold the weights that are trained; nothing where they do, or without averaging."""
         self._hold(trained=True)
@@ -332,20 +375,38 @@ class RAdaBeliefW(Optimizer):
 
     @torch.no_grad()
     def _hold(self, *, trained: bool) -> None:
+        turning = [
+            group
+            for group in self.param_groups
+            if option(group, "averaging") is not None and group[TRAINS] is not trained
+        ]
+        if not turning:
+            return
         turn = trained_of if trained else average_of
-        for group in self.param_groups:
-            if option(group, "averaging") is None or group[TRAINS] is trained:
-                continue
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                if Z not in state:
-                    continue
-                param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
-                held = master[0] if master else param.to(z.dtype)
-                turn(held, z, group["betas"][0])
-                if held is not param:
-                    param.copy_(held)
+        masters, publish = self.__dict__.get("_kept", (self.parameters_by_group, None))
+        for group, param in masters():
+            if any(group is one for one in turning):
+                self._turn(group, param, turn)
+        for group in turning:
             group[TRAINS] = trained
+        if publish is not None:
+            publish()
+        else:
+            gather_anew([param for group in turning for param in group["params"]])
+
+    def parameters_by_group(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Every param group with each of its parameters."""
+        return ((group, param) for group in self.param_groups for param in group["params"])
+
+    def _turn(self, group: dict[str, Any], param: Any, turn: Callable[[Tensor, Tensor, float], None]) -> None:
+        state = self.state.get(param, {})
+        if Z not in state:
+            return
+        param, z, *master = map(local, (param, state[Z], *([state[MASTER]] if MASTER in state else [])))
+        held = master[0] if master else param.to(z.dtype)
+        turn(held, z, group["betas"][0])
+        if held is not param:
+            param.copy_(held)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -370,13 +431,13 @@ class RAdaBeliefW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rates = self._rates()
-        if not self._step_again(rates):
+        found = self._recorded()
+        rates = self._rates(found)
+        if found is None or not self._step_again(found, rates):
             self._step_anew(rates)
         return loss
 
-    @torch.no_grad()
-    def _rates(self) -> dict[int, float | Tensor]:
+    def _rates(self, found: Found | None) -> dict[int, float | Tensor]:
         """The measured rates of the groups that measure, by their ids."""
         # Engines make state by a step whose rate is 0.
         if any(group.get(TRAINS) is False and float(group["lr"]) != 0.0 for group in self.param_groups):
@@ -385,15 +446,19 @@ class RAdaBeliefW(Optimizer):
             return {}
         if torch.compiler.is_compiling():
             raise RuntimeError("rate_guard cannot be compiled; compile the model, and call step() outside")
-        return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None))
+        return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None), found)
 
-    def _step_again(self, rates: dict[int, float | Tensor]) -> bool:
-        """Step as a record of an earlier step says, where one holds (record.py)."""
+    def _recorded(self) -> Found | None:
+        """A record of an earlier step that says how this one is made, where one holds (record.py)."""
         records: Records | None = self.__dict__.get("_records")
         if records is None or torch.compiler.is_compiling() or _is_capturing():
-            return False
+            return None
+        return records.find(self)
+
+    def _step_again(self, found: Found, rates: dict[int, float | Tensor]) -> bool:
         hypers = [_hyper(group, rates) for group in self.param_groups]
-        return records.step(self, hypers, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return bool(self.__dict__["_records"].step(found, hypers, grad_scale, found_inf))
 
     def _step_anew(self, rates: dict[int, float | Tensor]) -> None:
         for group in self.param_groups:

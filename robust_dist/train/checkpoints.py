@@ -26,6 +26,7 @@ from robust_dist.documents import DocumentError, typed
 from robust_dist.engines.engine import BATCH_NORMS, UNNOTED, engine_of
 from robust_dist.private import hidden
 from robust_dist.ranks.talk import on_rank_0, raise_together, rank, world_size
+from robust_dist.schedule import base_optimizer
 from robust_dist.train.build import largest_part
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.recipe import OptimizerConfig, Recipe, conflicts, recipe_dict
@@ -121,6 +122,7 @@ class RunCheckpoints:
             world_size=world_size(),
             whole=self.engine.saves_whole(self.accelerator),
             averaged=self.recipe.ema_decay is not None,
+            fast_weights=getattr(base_optimizer(self.optimizer), "averages_weights", False),
         )
         return Saver(self.store, self.recipe.checkpoint, need=need, timeout=self.recipe.timeout_seconds)
 

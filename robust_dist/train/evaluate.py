@@ -180,10 +180,11 @@ def use_averaged_weights(
     Batch normalisation's statistics are collected anew, from the first training batches of the epoch, each brought to
     the model's input by `prepare`; those that are there belong to the weights that were trained.
     """
-    base = base_optimizer(optimizer)
+    base: Any = base_optimizer(optimizer)
     if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
-    optimizer.eval()
+    # Accelerate's wrapper of another wrapper passes it on from some release on only.
+    base.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
     with torch.no_grad():
         for parts in islice(batches, STATISTICS_STEPS):

@@ -69,9 +69,12 @@ class TrainStep:
     ) -> None:
         self.recipe, self.accelerator, self.pipeline = recipe, accelerator, pipeline
         self.model, self.optimizer, self.schedule, self.loss_sum = model, optimizer, schedule, loss_sum
-        self.input_dtype = engine_of(accelerator).input_dtype(accelerator.unwrap_model(model))
+        engine = engine_of(accelerator)
+        self.input_dtype = engine.input_dtype(accelerator.unwrap_model(model))
         self._base: Any = base_optimizer(optimizer)
         self._measures_rate = getattr(self._base, "measures_rate", False)
+        # Where backward steps, the engine gives the optimizer its gradients.
+        self._shows_gradients = self._measures_rate and not engine.steps_in_backward
         self._static: StaticStep | None = None
         if recipe.cuda_graph:
             self._static = StaticStep(self._learn, optimizer, accelerator.device, full_size)
@@ -108,7 +111,7 @@ class TrainStep:
         self.accelerator.backward(loss * (parts_in_all / batch.global_size))
         self.loss_sum += loss.detach().double()
         if self.accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
-            if self._measures_rate:
+            if self._shows_gradients:
                 scaler = self.accelerator.scaler
                 self._base.observe_gradients(scale=1.0 if scaler is None else scaler.get_scale())
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)

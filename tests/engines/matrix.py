@@ -46,6 +46,7 @@ COLUMNS = (
     "resume",
     "other world size",
     "switch",
+    "measured rate",
     "groups",
     "after an evaluation",
     "a parameter without a gradient",

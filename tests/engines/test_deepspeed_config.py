@@ -288,14 +288,22 @@ for _ in range(2):
     register()
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 for method in (
     DeepSpeedEngine._do_sanity_check,
     DeepSpeedEngine.load_checkpoint,
+    DeepSpeedEngine._configure_optimizer,
+    DeepSpeedEngine.clip_fp32_gradients,
+    BF16_Optimizer.step,
+    DeepSpeedZeroOptimizer.step,
+    FP16_UnfusedOptimizer.step,
+    DeepSpeedZeroOptimizer_Stage3.step,
     FP16_UnfusedOptimizer.initialize_optimizer_states,
     DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3,
 ):
-    print("wrapped", method.patched_by_robust_dist, hasattr(method.__wrapped__, "__wrapped__"))
+    print("wrapped", method.patched_by_robust_dist, getattr(method.__wrapped__, "patched_by_robust_dist", False))
 """
     words = " ".join(printed(code))
-    assert words.count("wrapped True False") == 4, words
+    assert words.count("wrapped True False") == 10, words

@@ -102,6 +102,34 @@ def test_timms_filter_and_its_other_settings_arrive():
         by_name(build_model(), bets=(0.9, 0.9))
 
 
+def test_timms_name_takes_averaging_and_a_measured_rate():
+    settings = {"rate_guard": 1.0, "averaging": "schedule_free", "betas": (0.9, 0.9)}
+    model, twin = build_model(), build_model()
+    found = []
+    for one, optimizer in (
+        (model, by_name(model, lr=LR, weight_decay=0.1, **settings)),
+        (twin, RAdaBeliefW(groups_of(twin), lr=LR, **settings)),
+    ):
+        for step in range(TOTAL):
+            images, labels = batch(step)
+            loss = nn.functional.cross_entropy(one(images), labels)
+            loss.backward()
+            optimizer.observe(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.eval()
+        found.append([optimizer.measured_rate, *(p.detach() for p in one.parameters())])
+    assert found[0][0] == found[1][0] > 0.0
+    assert all(map(torch.equal, found[0][1:], found[1][1:]))
+
+
+def test_timms_layer_decay_has_no_part_where_the_rate_is_measured_alone():
+    with pytest.raises(ValueError, match=r"layer_decay .* rate_guard=1 takes none; set rate_guard above 1"):
+        by_name(layered(), lr=LR, layer_decay=0.5, rate_guard=1.0)
+    rates = {group["lr"] for group in by_name(layered(), lr=LR, layer_decay=0.5, rate_guard=2.0).param_groups}
+    assert rates == {LR, LR / 2}
+
+
 class Layered(nn.Sequential):
     def group_matcher(self, coarse=False):
         return {"stem": r"^0", "blocks": r"^(\d+)"}

@@ -41,7 +41,8 @@ class Classifier(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.body(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
 
 
 def forget_accelerate():
@@ -105,7 +106,7 @@ def make_trainer(folder, callback, accumulation=1, schedule="cosine", optimizer=
         source = {"optimizers": optimizer(model)}
     notes = Notes()
     callbacks = [notes] if callback is None else [callback, notes]
-    trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=callbacks, **source)
+    trainer = InOrder(model, arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks, **source)
     trainer.remove_callback(PrinterCallback)
     return trainer, notes
 

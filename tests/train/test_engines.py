@@ -30,6 +30,9 @@ pytest.importorskip("deepspeed")
 ON_TWO = ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
 HANDED_ON = [("fsdp2", "zero3"), ("zero3", "fsdp1"), ("fsdp1", "zero1"), ("zero1", "ddp")]
 STOPPED = ["fsdp2", "zero2"]
+# optimizer.lr=auto: a measured rate and averaged weights.
+MEASURED = ["ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
+AUTO = ("--optimizer.lr", "auto", "--schedule.name", "constant")
 REFUSING = ["ddp", "zero2", "zero3"]
 STEP, TOTAL = 10, 12
 
@@ -78,21 +81,44 @@ def cut_back(folder):
 def close(mine, theirs):
     assert len(mine) == len(theirs) == 1
     assert mine[0].keys() == theirs[0].keys()
-    assert all(mine[0][key] == pytest.approx(value, rel=2e-4) for key, value in theirs[0].items()), (mine, theirs)
+    for key, value in theirs[0].items():
+        # The accuracy is chance's, where rounding decides between classes: one image of a class's 36.
+        slack = 0.03 if "accuracy" in key else 0.0
+        assert mine[0][key] == pytest.approx(value, rel=2e-4, abs=slack), (key, mine, theirs)
+
+
+def assert_room(run, needs):
+    """What was set aside holds a checkpoint, and beside what each rank gets for small files it is not far too much."""
+    files = (path for path in Path(f"{run}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    assert size <= sum(needs), needs
+    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
 
 
 def trains(name, folder):
     with expecting() as needs:
         out = train_under(name, f"{folder}/{name}")
-    files = (path for path in Path(f"{folder}/{name}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    # What was set aside holds it, and beside what each rank gets for small files it is not far too much.
-    assert size <= sum(needs), needs
-    assert sum(needs) - len(needs) * 2**20 <= 1.6 * size, (needs, size)
+    assert_room(f"{folder}/{name}", needs)
     assert checkpoints(f"{folder}/{name}") == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"], out
     assert rows(f"{folder}/{name}")[0]["weight_decay"] == 0.0
     assert dist.get_rank() or "checkpoints: 3 in the background" in out, out
     close(rows(f"{folder}/{name}"), rows(f"{folder}/ddp"))
+
+
+def measures(name, folder):
+    """With a measured rate and averaged weights: the figures of DDP, and it goes on bit for bit."""
+    run = f"{folder}/{name}-auto"
+    with expecting() as needs:
+        out = train_under(name, run, *AUTO)
+    whole = rows(run)
+    assert whole, out
+    assert_room(run, needs)
+    assert whole[0]["lr"] not in (0.0, 0.05)
+    close(whole, rows(f"{folder}/ddp-auto"))
+    on_first_rank(lambda: cut_back(run))
+    out = train_under(name, run, *AUTO)
+    assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
+    assert rows(run) == whole
 
 
 def goes_on(name, folder, config=None):
@@ -265,6 +291,7 @@ def run_possible(scenarios):
 def everything_on_two(folder):
     scenarios = {f"trains {name}": lambda name=name: trains(name, folder) for name in ON_TWO}
     scenarios |= {f"goes on {name}": lambda name=name: goes_on(name, folder) for name in ON_TWO}
+    scenarios |= {f"measures {name}": lambda name=name: measures(name, folder) for name in MEASURED}
     scenarios |= {f"stops {name}": lambda name=name: stops(name, folder) for name in STOPPED}
     if can_mount():
         scenarios |= {f"full disk {name}": lambda name=name: full_disk(name, folder) for name in STOPPED}
@@ -316,6 +343,11 @@ def test_a_recipe_trains_under_every_config_as_under_ddp(two, name):
 @pytest.mark.parametrize("name", possible(ON_TWO))
 def test_a_run_goes_on_from_an_earlier_checkpoint_bit_for_bit_under_every_config(two, name):
     assert_passed(two, f"goes on {name}")
+
+
+@pytest.mark.parametrize("name", possible(MEASURED))
+def test_a_measured_rate_and_averaged_weights_train_as_under_ddp_and_go_on_bit_for_bit(two, name):
+    assert_passed(two, f"measures {name}")
 
 
 @pytest.mark.parametrize("name", possible(STOPPED))

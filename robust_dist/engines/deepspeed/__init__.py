@@ -20,7 +20,7 @@ def register() -> None:
     they did for other optimizers: its engine begins with `check_config`'s checks of what it takes by name from its
     JSON; it loads what `check_checkpoint` has passed; ZeRO-0's wrapper for bfloat16 and float16 leaves no trace of the
     step that it makes at its start; a universal checkpoint gives each param group its own settings and each parameter
-    its own step count.
+    its own step count; `rate_guard` and `averaging` are given the gradients and weights that the wrappers hide.
 
     Call this on every rank before `deepspeed.initialize` or `Accelerator.prepare`. It may be called again, and before
     or after `import deepspeed`, which it does not import.
@@ -32,7 +32,9 @@ def register() -> None:
             "deepspeed.runtime.zero.utils": patches.pass_gate,
             "deepspeed.runtime.engine": patches.patch_engine,
             "deepspeed.runtime.fp16.fused_optimizer": patches.patch_dry_step,
-            "deepspeed.runtime.fp16.unfused_optimizer": patches.patch_dry_step,
-            "deepspeed.runtime.zero.stage3": patches.patch_universal_load,
+            "deepspeed.runtime.fp16.unfused_optimizer": patches.patch_unfused,
+            "deepspeed.runtime.bf16_optimizer": patches.patch_step,
+            "deepspeed.runtime.zero.stage_1_and_2": patches.patch_step,
+            "deepspeed.runtime.zero.stage3": patches.patch_stage3,
         }
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.settings import option
 from robust_dist.ranks.talk import raise_problems, rank
 from robust_dist.schedule.hooks import base_optimizer
 
@@ -96,7 +97,14 @@ def _findings(engine: Any, folder: Path, tag: str | None) -> Iterator[str]:
         yield from _lacking(engine, path / "zero")
     elif not universal:
         yield from _of_another_model(engine, model, stage, path)
-    yield from _of_another_optimizer(engine, _groups(engine, model, path, universal, stage), path)
+    groups = _groups(engine, model, path, universal, stage)
+    yield from _of_another_optimizer(engine, groups, path)
+    if universal and any(option(group, "averaging") is not None for group in groups):
+        yield (
+            f"{path} is universal, and DeepSpeed's universal form has no place for averaging's fast weights z: "
+            f"robust-dist convert SRC DST --to zero{stage} --world-size N, with SRC the checkpoint that it was made "
+            'from, writes one that loads on N ranks without "load_universal"'
+        )
 
 
 def _folder_of(folder: Path, tag: str | None, universal: bool) -> Path:

@@ -169,23 +169,6 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
         _say_threads()
 
 
-def check_options(settings: Mapping[str, Any]) -> None:
-    """Refuse RAdaBeliefW's options that need what DeepSpeed hides: the gradients of all groups, and the weights.
-
-    Args:
-        settings: Of a param group, or the parameters in a JSON.
-
-    Raises:
-        ValueError: Names the option and what would be right.
-    """
-    for name in ("averaging", "rate_guard"):
-        if settings.get(name) is not None:
-            raise ValueError(
-                f"rank {rank()}: RAdaBeliefW's {name}={settings[name]!r} does not run under DeepSpeed: leave it out "
-                "(in a recipe, give optimizer.lr as a number), or use DDP, FSDP or one process"
-            )
-
-
 def check_engine_config(engine: Any) -> None:
     """Check what a starting engine takes by name from its JSON, and normalize the parameters.
 
@@ -199,11 +182,6 @@ def check_engine_config(engine: Any) -> None:
     if not isinstance(written, dict):
         return
     used = _used_sections(engine, config)
-    for group in getattr(engine.client_optimizer, "param_groups", ()):
-        if isinstance(engine.client_optimizer, RAdaBeliefW):
-            check_options(group)
-    if "optimizer" in used and _type_of(written, "optimizer") == OURS["optimizer"]:
-        check_options(getattr(config, "optimizer_params", None) or {})
     found = list(_of_sections(written, used, auto=False))
     if isinstance(engine.client_optimizer, RAdaBeliefW):
         found += _of_other_steps(written)

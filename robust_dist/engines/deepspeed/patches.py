@@ -18,6 +18,13 @@ from torch.optim import Optimizer
 
 from robust_dist.engines.deepspeed.check_checkpoint import LATEST, can_check, check_checkpoint
 from robust_dist.engines.deepspeed.config import check_engine_config
+from robust_dist.engines.deepspeed.hidden import (
+    WRAPPERS,
+    check_options,
+    with_measured_gradients,
+    with_unclipped_gradients,
+    with_what_is_hidden,
+)
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.dry_step import dry_step
 from robust_dist.optim.state import own_steps
@@ -41,16 +48,34 @@ def patch_dry_step(module: ModuleType) -> None:
     _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
 
 
-def patch_universal_load(module: ModuleType) -> None:
-    """Give groups their own settings and steps after ZeRO-3's universal load, which gives all the first group's."""
+def patch_unfused(module: ModuleType) -> None:
+    """`patch_dry_step` and `patch_step`."""
+    patch_dry_step(module)
+    patch_step(module)
+
+
+def patch_stage3(module: ModuleType) -> None:
+    """`patch_step`, and groups have their own settings and steps after a universal load, which gives the first's."""
+    patch_step(module)
     _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
 
 
+def patch_step(module: ModuleType) -> None:
+    """Give `rate_guard` the gradients of all groups, which the wrappers clip and step one by one."""
+    for name in WRAPPERS:
+        _wrap(getattr(module, name, None), "step", with_measured_gradients)
+
+
 def patch_engine(module: ModuleType) -> None:
-    """Check JSON and checkpoint before an engine uses them: DeepSpeed accepts wrong ones, or fails on some ranks."""
+    """Check JSON and checkpoint before an engine uses them, and show the optimizer what the engine hides from it.
+
+    DeepSpeed accepts wrong ones, or fails on some ranks.
+    """
     # Not where zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "_configure_optimizer", with_what_is_hidden)
+    _wrap(getattr(module, "DeepSpeedEngine", None), "clip_fp32_gradients", with_unclipped_gradients)
 
 
 def _wrap(cls: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -76,9 +101,15 @@ def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        if _goes_on(given.arguments) and can_check(self):
+        goes_on = _goes_on(given.arguments)
+        if goes_on and can_check(self):
             check_checkpoint(self, given.arguments["load_dir"], given.arguments["tag"])
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if goes_on and isinstance(base := getattr(self, "basic_optimizer", None), RAdaBeliefW):
+            # A file brings its options; and a universal load writes the groups alone.
+            check_options(self)
+            base.restore_measured()
+        return result
 
     return load_checkpoint
 

@@ -16,6 +16,7 @@ from robust_dist.checkpoint.dcp import load_into, read_metadata, save_into
 from robust_dist.checkpoint.store import CheckpointError
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.engines.fsdp.state import names_with_state, only_saved, only_stepped, set_state, state_of
+from robust_dist.engines.rate import tell_copies
 from robust_dist.optim.groups import clean_name, reshard
 from robust_dist.optim.state import STEP
 from robust_dist.ranks.talk import agree, gather, on_rank_0, raise_problems, rank, taking_part, world_size
@@ -33,16 +34,18 @@ def check(model: nn.Module, optimizer: Any) -> None:
     Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
     FSDP1's flat parameters replace those that an optimizer was made with, and such an optimizer steps without an error
     and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation FSDP2's parameters are
-    sharded again.
+    sharded again. Under FSDP1 an optimizer with a `rate_guard` learns how many ranks hold the same shards.
 
     Args:
         model: The model as it is trained.
         optimizer: The optimizer, or an engine's wrapper of it.
 
     Raises:
-        EngineError: A stale optimizer, a parameter in no group, or several groups over flat parameters.
+        EngineError: A stale optimizer, a parameter in no group, or several groups over flat parameters; or a
+            `rate_guard` over parts that FSDP1 shards in different ways.
     """
     raise_problems(EngineError, _problem(model, base_optimizer(optimizer)))
+    tell_copies(model, base_optimizer(optimizer))
 
 
 def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:

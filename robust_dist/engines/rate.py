@@ -1,0 +1,80 @@
+"""What `rate_guard` asks of an engine: the loss, the gradients before they are clipped, who holds which shard."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from robust_dist.engines.engine import EngineError
+from robust_dist.ranks.talk import world_size
+from robust_dist.schedule import base_optimizer
+
+
+class Feed:
+    """Observes what an `Accelerator` is given to do, for its optimizer's `rate_guard`.
+
+    `backward(loss)` observes the loss, divided by the micro-batches, whose gradient it adds. `unscale_gradients`, with
+    which Accelerate's clipping begins, observes the gradients. Neither counts where the program calls `observe` or
+    `observe_gradients` itself. Where several optimizers are prepared a loss does not tell whose it is, and nothing is
+    observed.
+
+    Args:
+        accelerator: The `Accelerator`; its two methods are replaced for it alone.
+
+    Attributes:
+        divergence: Takes the entropy of the targets off a loss that was just computed; None where it has none.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.divergence: Callable[[Tensor], Tensor] | None = None
+        self._backward, self._unscale = accelerator.backward, accelerator.unscale_gradients
+        accelerator.backward, accelerator.unscale_gradients = self.backward, self.unscale_gradients
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Accelerate's, after a look at the loss."""
+        optimizer = self._measuring()
+        if optimizer is not None and loss.numel() == 1:
+            known = loss.detach() if self.divergence is None else self.divergence(loss.detach())
+            # The Trainer's word, under an engine that would divide, for a loss that has been divided.
+            divided = kwargs.get("scale_wrt_gas") is False
+            optimizer.observe(known / (1 if divided else self.accelerator.gradient_accumulation_steps), automatic=True)
+        self._backward(loss, **kwargs)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Accelerate's, and a look at the gradients."""
+        self._unscale(optimizer)
+        measuring = self._measuring()
+        if measuring is not None and self.accelerator.sync_gradients:
+            measuring.observe_gradients(automatic=True)
+
+    def _measuring(self) -> Any:
+        """The only optimizer, where it has a `rate_guard`."""
+        prepared = {id(base): base for base in map(base_optimizer, self.accelerator._optimizers)}
+        only = next(iter(prepared.values())) if len(prepared) == 1 else None
+        return only if getattr(only, "measures_rate", False) else None
+
+
+def feed(accelerator: Any) -> Feed:
+    """The accelerator's Feed, made where there is none."""
+    made = getattr(accelerator.backward, "__self__", None)
+    return made if isinstance(made, Feed) else Feed(accelerator)
+
+
+def tell_copies(model: nn.Module, optimizer: Any) -> None:
+    """Tell an optimizer with a `rate_guard` how many ranks hold each of FSDP1's shards; nothing under other engines.
+
+    Raises:
+        EngineError: FSDP1 wraps parts of the model in different ways.
+    """
+    if not getattr(optimizer, "measures_rate", False):
+        return
+    wrapped: list[Any] = [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
+    found = {1 if m.sharding_strategy.name == "NO_SHARD" else m.process_group.size() for m in wrapped}
+    if len(found) > 1:
+        raise EngineError(
+            f"rate_guard needs one sharding for the whole model, and FSDP1 shards parts of it over {sorted(found)} "
+            "ranks; give all FullyShardedDataParallel modules one sharding_strategy and process_group"
+        )
+    for shards in found:
+        optimizer.measure_over(copies=world_size() // shards)
