@@ -1,4 +1,4 @@
-"""A disk that is soon full: a small tmpfs."""
+"""A disk that is soon full: a small tmpfs, or a limit of this process."""
 
 import contextlib
 import os
@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 
 def _mount(place: Path, options: str) -> bool:
@@ -24,6 +26,18 @@ def can_mount() -> bool:
         if mounted:
             subprocess.run(["umount", place], check=True)
     return mounted
+
+
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """No file that this process writes may become longer; the write fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 The file also runs by itself, so that it can time an older version of the package beside this one.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,20 +11,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from robust_dist.optim import RAdaBeliefW, fused_triton, state
 
 TENSORS, TENSORS_IN_C = 161, 62  # of ResNet-50 and ResNet-18
+LARGE_ELEMENTS = 1 << 24  # of a tensor whose step waits for the memory
 GATHERING, STEP, IN_C = "torch's foreach gathering", "GPU step, launches left out", "CPU step in C"
+GUARDED, LARGE, LARGE_GUARDED = f"{IN_C}, rate_guard=1", f"{IN_C}, large", f"{IN_C}, large, rate_guard=1"
+COUNTS = {GATHERING: TENSORS, STEP: TENSORS, IN_C: TENSORS_IN_C, GUARDED: TENSORS_IN_C, LARGE: 1, LARGE_GUARDED: 1}
+GUARDS = ((GUARDED, IN_C), (LARGE_GUARDED, LARGE))
 
 
-def _parameters(count: int) -> list[torch.Tensor]:
-    """Parameters so small that their arithmetic costs nothing."""
-    params = [torch.zeros(8).requires_grad_() for _ in range(count)]
+def _parameters(count: int, size: int = 8) -> list[torch.Tensor]:
+    """Parameters, by default so small that their arithmetic costs nothing."""
+    params = [torch.zeros(size).requires_grad_() for _ in range(count)]
     for param in params:
-        param.grad = torch.zeros(8)
+        param.grad = torch.full((size,), 1e-3)  # without any, a measured rate is 0, and nothing is moved
     return params
 
 
@@ -38,12 +44,14 @@ def _microseconds(call: Callable[[], object], repeats: int = 200, rounds: int = 
     return min(found) * 1e6
 
 
-def _stepping(count: int) -> Callable[[], object]:
+def _stepping(count: int, size: int = 8, **settings: Any) -> Callable[[], object]:
     """A step with a changing rate, after the unrectified ones."""
-    optimizer = RAdaBeliefW(_parameters(count))
+    optimizer = RAdaBeliefW(_parameters(count, size), **settings)
 
     def step() -> None:
         optimizer.param_groups[0]["lr"] *= 0.9999
+        if settings:
+            optimizer.observe(1.0)
         optimizer.step()
 
     for _ in range(6):
@@ -71,6 +79,10 @@ def measure() -> dict[str, float]:
     """Microseconds of host time per step; the process cannot be used for anything else afterwards."""
     torch.set_num_threads(1)
     found = {GATHERING: _microseconds(_gathering()), IN_C: _microseconds(_stepping(TENSORS_IN_C))}
+    if "rate_guard" in inspect.signature(RAdaBeliefW).parameters:  # from version 0.9 on
+        found[GUARDED] = _microseconds(_stepping(TENSORS_IN_C, rate_guard=1.0))
+        found[LARGE] = _microseconds(_stepping(1, LARGE_ELEMENTS), repeats=1)
+        found[LARGE_GUARDED] = _microseconds(_stepping(1, LARGE_ELEMENTS, rate_guard=1.0), repeats=1)
     _leave_out_launches()
     return {**found, STEP: _microseconds(_stepping(TENSORS))}
 
@@ -113,10 +125,13 @@ def _table(best: dict[str, dict[str, float]]) -> str:
     from robust_dist.measure.table import table  # not in every version that this file may time
 
     ours, other = best["this version"], best.get("beside")
-    counts = {GATHERING: TENSORS, STEP: TENSORS, IN_C: TENSORS_IN_C}
-    rows = [[what, str(count), *(f"{found[what]:.1f}" for found in best.values())] for what, count in counts.items()]
+    rows = [
+        [what, str(count), *(f"{found[what]:.1f}" if what in found else "-" for found in best.values())]
+        for what, count in COUNTS.items()
+    ]
     lines = [table(["microseconds of the host", "tensors", *best], rows), ""]
     lines += [f"{STEP}: {ours[STEP] / ours[GATHERING]:.2f} times {GATHERING}"]
+    lines += [f"{one}: {ours[one] / ours[plain]:.2f} times {plain}" for one, plain in GUARDS if one in ours]
     if other is not None:
         ratios = ", ".join(f"{what} {ours[what] / other[what]:.2f}" for what in (STEP, IN_C))
         lines.append(f"this version's time over that of the one beside it: {ratios}")

@@ -75,8 +75,12 @@ def _set_random_state(path: Path) -> None:
 
     if not path.exists():
         return
+    # NumPy 1 and 2 call it by two names, and Accelerate allows neither the other's nor the dtype of NumPy 1.24.
+    rebuild = np.zeros(0).__reduce__()[0]
+    allowed = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
-        states = load(path)
+        with torch.serialization.safe_globals([*allowed, type(np.dtype(np.uint32))]):
+            states = load(path)
         random.setstate(states["random_state"])
         np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
         torch.set_rng_state(states["torch_manual_seed"])

@@ -109,7 +109,8 @@ def _exported(trained: Trained) -> torch.export.ExportedProgram:
     pixels = trained.preprocess.pixels
     # A batch of one would be taken for a constant.
     example = torch.zeros(2, len(pixels.mean), pixels.size, pixels.size)
-    batch = torch.export.Dim("batch", min=1)
+    # torch 2.6 refuses a dimension without a bound.
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
     return torch.export.export(trained.model, (example,), dynamic_shapes=({0: batch},))
 
 

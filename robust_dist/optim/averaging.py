@@ -30,7 +30,8 @@ def _table(beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _table_on(device: torch.device, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
+def weights_on(device: torch.device, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """w_t and their sums for t = 1, 2, ..., float64 on a device, where they stay; t past the end adds 1 each."""
     weights, sums = _table(beta2, threshold)
     return weights.to(device), sums.to(device)
 
@@ -45,7 +46,7 @@ def share(step: float, beta2: float, threshold: float) -> float:
 
 def device_share(step: Tensor, beta2: float, threshold: float) -> Tensor:
     """c_t for steps on a device, of their shape and floating dtype, without reading a value."""
-    weights, sums = _table_on(step.device, beta2, threshold)
+    weights, sums = weights_on(step.device, beta2, threshold)
     last = step.clamp(max=len(sums)).long() - 1
     total = sums.to(step.dtype)[last] + step - (last + 1)
     return torch.where(total > 0, weights.to(step.dtype)[last] / total, 0.0)

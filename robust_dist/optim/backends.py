@@ -47,6 +47,9 @@ class Prepared(Protocol):
             False, and nothing is done, where the step must be prepared anew.
         """
 
+    def sum_abs(self, grads: list[Tensor]) -> float | Tensor | None:
+        """The sum of the absolute values of these gradients, in double precision; None where there is no fast way."""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -128,7 +131,15 @@ def _fused_triton_why_not(group: Mapping[str, Any]) -> str | None:
     return _foreach_why_not(group) or fused_triton.why_not(params[0].device)
 
 
-TRITON = Backend("fused_triton", FUSED, _fused_triton_why_not, foreach, fused_triton.step_groups, fused_triton.prepare)
+TRITON = Backend(
+    "fused_triton",
+    FUSED,
+    _fused_triton_why_not,
+    foreach,
+    fused_triton.step_groups,
+    fused_triton.prepare,
+    averages=True,
+)
 IN_C = Backend("fused_cpu", FUSED, _fused_cpu_why_not, fused_cpu.fused_cpu, prepare=fused_cpu.prepare, averages=True)
 IN_FOREACH = Backend("foreach", FOREACH, _foreach_why_not, foreach, averages=True)
 ONE_BY_ONE = Backend("single", SINGLE, lambda group: None, single, averages=True)

@@ -10,6 +10,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from itertools import compress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KEEP, _UNRECTIFIED, _RECTIFIED = range(3)
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_dtype = attrgetter("dtype")
 _KIND_NAMES = ("param_kind", "grad_kind", "exp_avg_kind")
 
 
@@ -107,9 +109,15 @@ def _load() -> Any:
     return extras.load_library(Path(__file__).parent, _declare)
 
 
+@functools.cache
+def _widest() -> int:
+    found: int = library().robust_dist_widest()
+    return found
+
+
 def instruction_set() -> str:
     """The widest instruction set that this processor has and the library uses."""
-    return INSTRUCTION_SETS[library().robust_dist_widest()]
+    return INSTRUCTION_SETS[_widest()]
 
 
 def is_flat(*row: Tensor) -> bool:
@@ -119,11 +127,15 @@ def is_flat(*row: Tensor) -> bool:
     return all(t.is_contiguous() for t in row) or can_flatten(row)
 
 
+def _are_contiguous(column: Sequence[Tensor]) -> bool:
+    """`is_flat` of each of the usual column, but for lazy signs: a fifth of the price of asking one by one."""
+    return PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))
+
+
 def _all_contiguous(batch: TensorLists) -> bool:
-    """`is_flat` of the usual batch, a column at a time: a fifth of the price of asking row by row."""
-    for column in batch.columns:
-        if not (PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))):
-            return False
+    """`is_flat` of the usual batch, a column at a time."""
+    if not all(map(_are_contiguous, batch.columns)):
+        return False
     return not (any(map(Tensor.is_neg, batch.grads)) or any(map(Tensor.is_neg, batch.params)))
 
 
@@ -196,17 +208,29 @@ def _table(
 
 def sum_abs(tensors: Sequence[Tensor]) -> float:
     """The sum of the absolute values of tensors on the CPU, in double precision; the same at each number of threads."""
-    native = library()
-    in_c = [native is not None and t.dtype in _KINDS and is_flat(t) for t in tensors]
-    total = sum(t.abs().sum(dtype=torch.float64).item() for t, taken in zip(tensors, in_c, strict=True) if not taken)
-    by_kind: dict[int, list[Tensor]] = {}
-    for tensor in compress(tensors, in_c):
-        by_kind.setdefault(_KINDS[tensor.dtype], []).append(tensor)
-    for kind, same in by_kind.items():
-        where, numels = addresses(same), array("q", map(Tensor.numel, same))
-        pointers = (values.buffer_info()[0] for values in (where, numels))
-        total += native.robust_dist_sum_abs(*pointers, len(same), kind, threads(), native.robust_dist_widest())
+    dtypes = dict.fromkeys(map(_dtype, tensors))
+    if len(dtypes) == 1:
+        return _sum_abs_of(next(iter(dtypes)), list(tensors))
+    return sum(_sum_abs_of(dtype, [t for t in tensors if t.dtype == dtype]) for dtype in dtypes)
+
+
+def _sum_abs_of(dtype: torch.dtype, tensors: list[Tensor]) -> float:
+    in_c, rest = tensors, list[Tensor]()
+    if library() is None or dtype not in _KINDS:
+        in_c, rest = [], tensors
+    elif not _are_contiguous(tensors) or any(map(Tensor.is_neg, tensors)):
+        taken = list(map(is_flat, tensors))
+        in_c, rest = list(compress(tensors, taken)), [t for t, flat in zip(tensors, taken, strict=True) if not flat]
+    total = sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in rest)
+    if in_c:
+        where, numels = addresses(in_c), array("q", list(map(Tensor.numel, in_c)))
+        total += _call_sum_abs(where.buffer_info()[0], numels.buffer_info()[0], len(in_c), _KINDS[dtype])
     return total
+
+
+def _call_sum_abs(where: int, numels: int, count: int, kind: int) -> float:
+    found: float = library().robust_dist_sum_abs(where, numels, count, kind, threads(), _widest())
+    return found
 
 
 class _Part:
@@ -217,13 +241,18 @@ class _Part:
         self.table, self.arrays = _table(batch, kinds, [0] * len(batch.origins) if batch.origins else None)
         batch.grads = []  # they come anew at each step, and are not kept alive until then
 
-    def step(self, grads: list[Tensor], h: Hyper, count: float) -> None:
+    def point_to(self, grads: list[Tensor]) -> None:
         self.arrays["grads"][:] = addresses(grads[self.rows])
+
+    def sum_abs(self) -> float:
+        """Of the gradients that it points to."""
+        return _call_sum_abs(self.table.grads, self.table.numels, self.table.count, self.table.grad_kind)
+
+    def step(self, h: Hyper, count: float) -> None:
         if self.batch.origins:
             self.arrays["keys"][:] = array("q", host_keys(self.batch.origins, count, h))
-        native = library()
         scalars = _scalars(self.batch, h, count)
-        native.robust_dist_step(ctypes.byref(self.table), ctypes.byref(scalars), native.robust_dist_widest())
+        library().robust_dist_step(ctypes.byref(self.table), ctypes.byref(scalars), _widest())
         increment_version(self.batch.params)
 
 
@@ -232,6 +261,18 @@ class _Prepared:
 
     def __init__(self, parts: list[_Part | None]) -> None:
         self.parts = parts
+        self._pointed_to: list[Tensor] | None = None
+
+    def _point_to(self, grads: list[Tensor]) -> None:
+        if self._pointed_to is not grads:
+            for part in filter(None, self.parts):
+                part.point_to(grads)
+        self._pointed_to = grads
+
+    def sum_abs(self, grads: list[Tensor]) -> float:
+        """The sum of their absolute values; see backends.py."""
+        self._point_to(grads)
+        return sum(part.sum_abs() for part in filter(None, self.parts))
 
     def run(
         self,
@@ -243,10 +284,12 @@ class _Prepared:
     ) -> bool:
         """Step a batch; see backends.py."""
         scale = inverse(grad_scale)
+        self._point_to(grads)
+        self._pointed_to = None  # they are not kept alive
         for part, h, count in zip(self.parts, hypers, counts, strict=True):
             if part is not None:
                 part.batch.inverse_scale = scale
-                part.step(grads, h, count)
+                part.step(h, count)
         return True
 
 

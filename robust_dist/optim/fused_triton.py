@@ -19,6 +19,7 @@ from robust_dist.optim.addresses import addresses
 from robust_dist.optim.foreach import foreach
 from robust_dist.optim.fused_triton_plan import Kinds, Plan, Rows, plan
 from robust_dist.optim.fused_triton_table import (
+    COLUMNS,
     LR,
     RATE_GROUPS,
     RATE_MASK,
@@ -117,13 +118,14 @@ def _advance(
         FOUND_INF=found_inf is not None,
         GRAD_SCALE=grad_scale is not None,
         RATES=rates is not None,
+        AVERAGES=table.shape[0] > COLUMNS,
         ROWS=ROWS,
         **_OPTIONS,
     )
 
 
 def _step(table: Tensor, grads: Tensor, chunks: Tensor, kinds: Kinds) -> None:
-    *types, has_master, stochastic = kinds
+    *types, has_master, stochastic, averages = kinds
     language = kernels().tl
     kernels().step[(chunks.shape[0],)](
         table,
@@ -133,6 +135,7 @@ def _step(table: Tensor, grads: Tensor, chunks: Tensor, kinds: Kinds) -> None:
         *(getattr(language, name) for name in types),
         has_master,
         stochastic,
+        averages,
         BLOCK,
         **_OPTIONS,
     )
@@ -241,6 +244,9 @@ class _Prepared:
             _launch(self.plan, grads, [hypers[place] for place in self.groups], scale, skip, self.settings)
         increment_version(self.params)
         return True
+
+    def sum_abs(self, grads: list[Tensor]) -> None:
+        """No way of its own; see backends.py."""
 
 
 def prepare(memory: dict[torch.device, FusedTriton], groups: Sequence[tuple[TensorLists, Hyper]]) -> _Prepared | None:

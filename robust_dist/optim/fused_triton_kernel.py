@@ -23,11 +23,14 @@ EXACT_BITS = tl.constexpr(counting.EXACT_BITS)
 PARAM, EXP_AVG, EXP_AVG_SQ, MASTER, STEP, NUMEL, GROUP, PLACE, FIRST_INDEX, LENGTH = map(tl.constexpr, range(10))
 # ... then integers and float64 scalars from `advance`.
 KIND, KEY, RATE, BETA2, SHARE, ADDED_EPS, SCALE, DECAY, STEP_SIZE, INNER, OUTER = map(tl.constexpr, range(10, 21))
+# Of averaging (averaging.py), in a table where a group averages: an address, then scalars from `advance`.
+Z, FADE, MIX, PUSH = map(tl.constexpr, range(21, 25))
 KEEP, UNRECTIFIED, RECTIFIED, SKIP = map(tl.constexpr, range(4))
 
-# The settings' columns, of which RUN alone is an integer.
+# The settings' columns; RUN and the averages' two addresses and their length are integers.
 LR, DECAY_RATE, BETA1, LOG_BETA1, GROUP_BETA2, LOG_BETA2, GROUP_EPS = map(tl.constexpr, range(7))
 EPS_INSIDE, EPS_OUTSIDE, EPS_UNCORRECTED, THRESHOLD, LONGEST, GAIN, SIGN, RUN = map(tl.constexpr, range(7, 15))
+BY_RATE, WEIGHTS, SUMS, KNOWN = map(tl.constexpr, range(15, 19))
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -78,6 +81,23 @@ def _setting(settings, group, column, inside):
 
 
 @triton.jit
+def _whole(settings, group, column, inside):
+    return tl.load(settings + group * SETTINGS + column, mask=inside, other=0)
+
+
+@triton.jit
+def _share(settings, group, turns, inside):
+    """c_t of averaging.py for t = `turns`, and whether the group averages; 0 where it does not."""
+    weights, sums = _whole(settings, group, WEIGHTS, inside), _whole(settings, group, SUMS, inside)
+    averages = weights != 0
+    last = tl.minimum(turns, tl.where(averages, _whole(settings, group, KNOWN, inside), 1)) - 1
+    weight = tl.load(weights.to(tl.pointer_type(tl.float64)) + last, mask=averages, other=0.0)
+    known = tl.load(sums.to(tl.pointer_type(tl.float64)) + last, mask=averages, other=0.0)
+    total = known + (turns - (last + 1)).to(tl.float64)
+    return tl.where(averages & (total > 0.0), weight / tl.where(total > 0.0, total, 1.0), 0.0), averages
+
+
+@triton.jit
 def _put(table, count, row, column, value, inside):
     tl.store(table + count * column + row, value.to(tl.float64).to(tl.int64, bitcast=True), mask=inside)
 
@@ -108,6 +128,7 @@ def advance(
     FOUND_INF: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
     RATES: tl.constexpr,
+    AVERAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Count the steps of `ROWS` tensors a program, and write their scalars into the table.
@@ -129,6 +150,7 @@ def advance(
         FOUND_INF: Whether there is a found_inf.
         GRAD_SCALE: Whether there is a grad_scale.
         RATES: Whether rates and decays are those arguments; else they are in the settings.
+        AVERAGES: Whether a group averages, and the table has the columns for it.
         ROWS: Tensors a program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -159,6 +181,9 @@ def advance(
     rate = tl.where(inside, -_setting(settings, group, LOG_BETA2, inside), 1.0)
     time = tl.where(inside, turns, 1).to(tl.float64)
     bias1 = _one_minus_exp(tl.where(inside, -time * _setting(settings, group, LOG_BETA1, inside), 1.0))
+    if AVERAGES:
+        mix, averages = _share(settings, group, turns, inside)
+        bias1 = tl.where(averages, 1.0, bias1)
     bias2 = _one_minus_exp(time * rate)
     root = tl.sqrt(bias2)
     gamma, rectified = _gamma(
@@ -170,6 +195,7 @@ def advance(
     )
     outer = _setting(settings, group, EPS_OUTSIDE, inside) * root + _setting(settings, group, EPS_UNCORRECTED, inside)
     kind = tl.where(rectified, RECTIFIED, UNRECTIFIED)
+    fade = tl.where(_setting(settings, group, BY_RATE, inside) != 0.0, lr * weight_decay, weight_decay)
     kind = tl.where(steps, tl.where(lr == 0.0, KEEP, kind), SKIP)
     tl.store(table + count * KIND + row, kind.to(tl.int64), mask=inside)
     _put(table, count, row, RATE, 1.0 - beta1, inside)
@@ -177,10 +203,14 @@ def advance(
     _put(table, count, row, SHARE, (1.0 - beta2) * beta1 * beta1, inside)
     _put(table, count, row, ADDED_EPS, _setting(settings, group, GROUP_EPS, inside), inside)
     _put(table, count, row, SCALE, scale, inside)
-    _put(table, count, row, DECAY, 1.0 - lr * weight_decay, inside)
+    _put(table, count, row, DECAY, 1.0 - fade, inside)
     _put(table, count, row, STEP_SIZE, lr * (tl.where(rectified, gamma * root, 1.0) / bias1), inside)
     _put(table, count, row, INNER, _setting(settings, group, EPS_INSIDE, inside) * bias2, inside)
     _put(table, count, row, OUTER, outer, inside)
+    if AVERAGES:
+        _put(table, count, row, FADE, fade, inside)
+        _put(table, count, row, MIX, mix, inside)
+        _put(table, count, row, PUSH, beta1 * (1.0 - mix) - 1.0, inside)
 
     run = tl.load(settings + group * SETTINGS + RUN, mask=inside, other=0).to(tl.uint64, bitcast=True)
     turn = _mix(run + turns.to(tl.uint64, bitcast=True) * GOLDEN)
@@ -264,6 +294,7 @@ def step(
     TYPE: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    AVERAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Step the elements of one chunk a program.
@@ -279,6 +310,7 @@ def step(
         TYPE: Of the second moments, the masters and the arithmetic.
         HAS_MASTER: Whether the step works on masters.
         STOCHASTIC: Whether what is kept in bfloat16 without a master is rounded by chance.
+        AVERAGES: Whether the fast weights of averaging.py, of `TYPE`, are stepped, too.
         BLOCK: Elements that are in registers at a time; a chunk's length is a multiple of it.
     """
     row = tl.load(chunks + 2 * tl.program_id(0))
@@ -295,7 +327,14 @@ def step(
     master = _integer(table, count, row, MASTER)
     # Whole blocks of aligned tensors go without masks, in accesses of 16 bytes. DDP's buckets and FSDP's shards put
     # gradients alone at odd addresses: their loads alone are narrow then.
-    whole = tl.where(((param | exp_avg | exp_avg_sq | master) & 15) == 0, size // BLOCK, 0)
+    places = param | exp_avg | exp_avg_sq | master
+    if AVERAGES:
+        z = _integer(table, count, row, Z)
+        places = places | z
+        fade = _scalar(table, count, row, FADE, TYPE)
+        mix = _scalar(table, count, row, MIX, TYPE)
+        push = _scalar(table, count, row, PUSH, TYPE)
+    whole = tl.where((places & 15) == 0, size // BLOCK, 0)
     odd = (grad & 15) != 0
     blocks = (size + (BLOCK - 1)) // BLOCK
 
@@ -318,6 +357,8 @@ def step(
         exp_avgs = _array(exp_avg, first, EXP_AVG_TYPE, MASKED)
         exp_avg_sqs = _array(exp_avg_sq, first, TYPE, MASKED)
         masters = _array(master, first, TYPE, MASKED)
+        if AVERAGES:
+            zs = _array(z, first, TYPE, MASKED)
         for block in range(whole if MASKED else 0, blocks if MASKED else whole):
             place = block * BLOCK + tl.arange(0, BLOCK)
             mask = place < size if MASKED else None
@@ -333,8 +374,16 @@ def step(
             belief = g * scale - m
             m = m + rate * belief  # eq. 6
             v = beta2 * v + share * belief * belief + added_eps  # eq. 16
-            update = tl.where(kind == RECTIFIED, _divided(m, v, inner, outer), m)
-            p = p * decay - step_size * update  # eq. 19 or 20
+            if AVERAGES:
+                gradient = g * scale
+                update = tl.where(kind == RECTIFIED, _divided(gradient, v, inner, outer), gradient)
+                move = step_size * update + fade * p
+                fast = _load(zs, place, mask, TYPE)
+                p = p + mix * (fast - p) + push * move
+                _store(zs, place, fast - move, moves, place.to(tl.uint32), False)
+            else:
+                update = tl.where(kind == RECTIFIED, _divided(m, v, inner, outer), m)
+                p = p * decay - step_size * update  # eq. 19 or 20
             noise = _noise(key, (index + place).to(tl.uint64)) if STOCHASTIC else place.to(tl.uint32)
             _store(exp_avgs, place, m, mask, noise >> 16, STOCHASTIC)
             _store(exp_avg_sqs, place, v, mask, noise, False)

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robust_dist.optim.fused_triton_table import COLUMNS, HOST_COLUMNS, chunk_length, chunk_table, upload
+from robust_dist.optim.fused_triton_table import (
+    AVERAGING_COLUMNS,
+    COLUMNS,
+    HOST_COLUMNS,
+    Z,
+    chunk_length,
+    chunk_table,
+    upload,
+)
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
 from robust_dist.optim.tensors import TensorLists, can_flatten
@@ -21,8 +29,9 @@ _TYPES = {
     torch.complex64: "float32",
     torch.complex128: "float64",
 }
-# Types of PARAM, GRAD, EXP_AVG and the arithmetic; whether there is a master; whether it rounds by chance.
-Kinds = tuple[str, str, str, str, bool, bool]
+# Types of PARAM, GRAD, EXP_AVG and the arithmetic; whether there is a master; whether it rounds by chance; whether it
+# averages.
+Kinds = tuple[str, str, str, str, bool, bool, bool]
 
 
 @dataclass
@@ -30,7 +39,7 @@ class Rows:
     """The local tensors of several groups that have gradients, on one device.
 
     Attributes:
-        tensors: All groups' tensors; a parameter without a master stands in its place.
+        tensors: All groups' tensors; a parameter without a master, or fast weights, stands in their place.
         members: Of each tensor, the index of its group.
         hypers: The groups' settings.
     """
@@ -47,6 +56,7 @@ class Rows:
         all_.exp_avgs += found.exp_avgs
         all_.exp_avg_sqs += found.exp_avg_sqs
         all_.masters += found.masters or found.params
+        all_.zs += found.zs or found.params
         all_.steps += found.steps
         all_.origins += found.origins or [(0, 0)] * len(found.params)
         self.members += [len(self.hypers)] * len(found.params)
@@ -63,6 +73,7 @@ class Rows:
         found = self.tensors.like([[column[index] for index in chosen] for column in self.tensors.columns])
         found.steps = [self.tensors.steps[index] for index in chosen]
         found.origins = origins if self.hypers[group].stochastic_rounding else []
+        found.zs = found.zs if self.hypers[group].averaging else []
         return found
 
     def numel(self, index: int) -> int:
@@ -73,6 +84,11 @@ class Rows:
     def chunk_length(self) -> int:
         """Elements that a program of the kernel `step` steps of these tensors."""
         return chunk_length(sum(map(self.numel, range(len(self.members)))))
+
+    @property
+    def averages(self) -> bool:
+        """Whether a group averages."""
+        return any(h.averaging for h in self.hypers)
 
     @property
     def _pointed(self) -> tuple[list[Tensor], ...]:
@@ -100,7 +116,8 @@ class Rows:
             tuple(map(Tensor.numel, t.params)),
             tuple(self.members),
             tuple(t.origins),
-            tuple(h.stochastic_rounding for h in self.hypers),
+            tuple(map(Tensor.data_ptr, t.zs)) if self.averages else (),
+            tuple((h.stochastic_rounding, h.averaging) for h in self.hypers),
             self._gradients_key(),
         )
 
@@ -132,7 +149,7 @@ class Plan:
     """The way in which rows are stepped.
 
     Attributes:
-        table: int64 [COLUMNS, rows].
+        table: int64 [COLUMNS, rows]; [AVERAGING_COLUMNS, rows] where a group averages.
         launches: One for each combination of dtypes.
         rest: Rows that only foreach can take.
         sent: For "grads" and "settings", the words that were sent last, and where they lie.
@@ -152,7 +169,7 @@ class Plan:
 def _kinds(rows: Rows, index: int) -> Kinds | None:
     """The types that the kernel is compiled for; None where it cannot take the row."""
     row = rows.row(index)
-    param, grad, exp_avg, exp_avg_sq, master = row
+    param, grad, exp_avg, exp_avg_sq, master, z = row
     lies_flat = all(t.is_contiguous() for t in row) or can_flatten(row)
     if not (PLAIN.issuperset(map(type, row)) and lies_flat and len({t.device for t in row}) == 1):
         return None
@@ -163,10 +180,12 @@ def _kinds(rows: Rows, index: int) -> Kinds | None:
     has_master = master is not param
     if exp_avg_sq.element_size() < 4 or (has_master and master.dtype != exp_avg_sq.dtype):
         return None
-    stochastic = rows.hypers[rows.members[index]].stochastic_rounding
+    h = rows.hypers[rows.members[index]]
+    if h.averaging and z.dtype != exp_avg_sq.dtype:
+        return None
     kept_low = exp_avg.dtype == torch.bfloat16 or (param.dtype == torch.bfloat16 and not has_master)
     types = [_TYPES[t.dtype] for t in (param, grad, exp_avg, exp_avg_sq)]
-    return types[0], types[1], types[2], types[3], has_master, stochastic and kept_low
+    return types[0], types[1], types[2], types[3], has_master, h.stochastic_rounding and kept_low, h.averaging
 
 
 def plan(rows: Rows) -> Plan:
@@ -182,8 +201,11 @@ def plan(rows: Rows) -> Plan:
             rest.append(index)
         elif params[index].numel():
             found[kinds].append(index)
-    table = torch.empty((COLUMNS, len(params)), dtype=torch.int64, device=device)
+    size = AVERAGING_COLUMNS if rows.averages else COLUMNS
+    table = torch.empty((size, len(params)), dtype=torch.int64, device=device)
     table[:HOST_COLUMNS] = upload([word for column in columns for word in column], device).view(HOST_COLUMNS, -1)
+    if rows.averages:
+        table[Z] = upload(list(map(Tensor.data_ptr, rows.tensors.zs)), device)
     launches = [Launch(kinds, _chunks(rows, members, device)) for kinds, members in found.items()]
     return Plan(table, launches, rest)
 

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from robust_dist.optim.averaging import weights_on
 from robust_dist.optim.reference import PAPER_THRESHOLD, rho_inf
 from robust_dist.optim.settings import INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED, Hyper
 from robust_dist.splitmix import GOLDEN, mix_int, signed
@@ -22,9 +23,11 @@ PROGRAMS = 4096  # some for every processor of any GPU; where there are more, ea
 # Columns of the table: first what the host writes, then what `advance` adds; fused_triton_kernel.py names them.
 HOST_COLUMNS = 10
 COLUMNS = 21
+# With averaging there are more: the addresses of the fast weights, which the host writes, and three scalars.
+Z, AVERAGING_COLUMNS = 21, 25
 # Columns of the settings; lr and weight_decay are the first two.
 LR, WEIGHT_DECAY = 0, 1
-SETTINGS = 15
+SETTINGS = 19
 # Groups whose rate and decay are arguments of a launch, so that a schedule uploads nothing.
 RATE_GROUPS = 4
 # Over their bits, so that 32 bits never hold them: Triton compiles anew where an argument's width changes.
@@ -138,4 +141,11 @@ def settings_words(h: Hyper, device: torch.device, *, with_rates: bool = True) -
         *_rectification(h),
         -1.0 if h.maximize else 1.0,
     )
-    return [*words_of(numbers), signed(mix_int(h.seed + GOLDEN))]
+    averages = average_words(h, device) if h.averaging else [0, 0, 0]
+    return [*words_of(numbers), signed(mix_int(h.seed + GOLDEN)), *words_of([float(h.decay_by_rate)]), *averages]
+
+
+def average_words(h: Hyper, device: torch.device) -> list[int]:
+    """Where the averages' weights and their sums lie on the device, and how many are known."""
+    weights, sums = weights_on(device, h.beta2, h.rectify_threshold)
+    return [weights.data_ptr(), sums.data_ptr(), len(sums)]

@@ -13,7 +13,7 @@ from robust_dist.optim.backends import Backend, Groups, check_fused, choose, cou
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.groups import check_sharded, gather_anew
 from robust_dist.optim.rate import Measured, Ranks
-from robust_dist.optim.record import Records
+from robust_dist.optim.record import Found, Records
 from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
@@ -431,13 +431,13 @@ class RAdaBeliefW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rates = self._rates()
-        if not self._step_again(rates):
+        found = self._recorded()
+        rates = self._rates(found)
+        if found is None or not self._step_again(found, rates):
             self._step_anew(rates)
         return loss
 
-    @torch.no_grad()
-    def _rates(self) -> dict[int, float | Tensor]:
+    def _rates(self, found: Found | None) -> dict[int, float | Tensor]:
         """The measured rates of the groups that measure, by their ids."""
         # Engines make state by a step whose rate is 0.
         if any(group.get(TRAINS) is False and float(group["lr"]) != 0.0 for group in self.param_groups):
@@ -446,15 +446,19 @@ class RAdaBeliefW(Optimizer):
             return {}
         if torch.compiler.is_compiling():
             raise RuntimeError("rate_guard cannot be compiled; compile the model, and call step() outside")
-        return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None))
+        return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None), found)
 
-    def _step_again(self, rates: dict[int, float | Tensor]) -> bool:
-        """Step as a record of an earlier step says, where one holds (record.py)."""
+    def _recorded(self) -> Found | None:
+        """A record of an earlier step that says how this one is made, where one holds (record.py)."""
         records: Records | None = self.__dict__.get("_records")
         if records is None or torch.compiler.is_compiling() or _is_capturing():
-            return False
+            return None
+        return records.find(self)
+
+    def _step_again(self, found: Found, rates: dict[int, float | Tensor]) -> bool:
         hypers = [_hyper(group, rates) for group in self.param_groups]
-        return records.step(self, hypers, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return bool(self.__dict__["_records"].step(found, hypers, grad_scale, found_inf))
 
     def _step_anew(self, rates: dict[int, float | Tensor]) -> None:
         for group in self.param_groups:

@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robust_dist.optim import fused_cpu
+from robust_dist.optim.record import Found
 from robust_dist.optim.settings import MEASURED, option
-from robust_dist.optim.state import is_dtensor, local_slot
+from robust_dist.optim.state import all_plain, is_dtensor, local_slot
 
+_device = attrgetter("device")
 MEMORY = 0.9
 BOUND = 2.0
 
@@ -51,6 +54,8 @@ class Ranks:
 
     def holders(self, param: Any, world_size: int) -> int:
         """How many ranks hold each element of a parameter."""
+        if world_size == 1:
+            return 1
         if is_dtensor(param):
             sizes = zip(param.device_mesh.shape, param.placements, strict=True)
             return world_size // math.prod(size for size, placement in sizes if not placement.is_replicate())
@@ -63,6 +68,14 @@ class Ranks:
                 "of replicas, after wrapping"
             )
         return world_size
+
+    def holders_of_all(self, params: Sequence[Any]) -> int | None:
+        """How many ranks hold each element of these parameters; None where that differs among them."""
+        world_size = self.world_size
+        if world_size == 1:  # the usual case, of hundreds at once
+            return 1
+        found = {self.holders(param, world_size) for param in params}
+        return found.pop() if len(found) == 1 else None
 
 
 class Measured:
@@ -79,24 +92,27 @@ class Measured:
     def restore(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Take up what the groups hold, and forget what was observed since."""
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
-        self._saved = [float(guarded[0][name]) for name in MEASURED] if guarded else [0.0] * len(MEASURED)
-        self._values: Tensor | None = None  # float64 [3] on the gradients' device
+        self._on_host = [float(guarded[0][name]) for name in MEASURED] if guarded else [0.0] * len(MEASURED)
+        self._on_device: Tensor | None = None  # the same, float64 [3], where the gradients' device measures
         self._ratio: float | Tensor = 0.0  # L / A of the step that is being done
-        self._stepped: set[int] = set()  # parameters that it has stepped: engines step group by group
+        self._stepped: list[Sequence[Any]] = []  # parameters that it has stepped: engines step group by group
         self.forget()
 
     def save(self, groups: Iterable[Any]) -> None:
         """Write what was measured into the groups, for their state dict; waits for the device."""
-        values = self._saved if self._values is None else self._values.tolist()
+        values = self._values()
         for group in groups:
             if option(group, "rate_guard") is not None:
                 group.update(zip(MEASURED, values, strict=True))
 
+    def _values(self) -> list[float]:
+        return list(self._on_host) if self._on_device is None else self._on_device.tolist()
+
     def forget(self) -> None:
         """Forget what was observed for the next step."""
-        self._loss: Tensor | None = None
+        self._loss: float | Tensor | None = None
         self._parts = 0
-        self._gradient: Tensor | None = None
+        self._gradient: float | Tensor | None = None
         self._automatic_loss = self._automatic_gradient = False
 
     def forget_automatic(self) -> None:
@@ -108,15 +124,17 @@ class Measured:
 
     def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Add a micro-batch's loss to those of the next step, of which the mean counts; of automatic ones the sum."""
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}")
         if automatic and self._loss is not None and not self._automatic_loss:
             return
         if not automatic and self._automatic_loss:
             self._loss, self._parts = None, 0
         self._automatic_loss = automatic
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
-        if value.numel() != 1:
-            raise ValueError(f"observe() takes a loss of 1 element, got shape {tuple(value.shape)}")
-        value = value.reshape(()).to(_wide(value.device))
+        if not isinstance(loss, Tensor) or loss.is_cpu:
+            value: float | Tensor = float(loss.item() if isinstance(loss, Tensor) else loss)
+        else:  # a copy, as the loss may be divided in place
+            value = loss.detach().reshape(()).to(_wide(loss.device), copy=True)
         self._loss = value if self._loss is None else self._loss + value
         self._parts = 1 if automatic else self._parts + 1
 
@@ -133,9 +151,9 @@ class Measured:
         if self._automatic_gradient:
             self._gradient = None
         self._automatic_gradient = automatic
-        grads = [(param, grad) for group in groups for param in group["params"] if (grad := param.grad) is not None]
-        self.add_gradients(grads, factor)
+        self.add_gradients(_with_gradient(groups), factor)
 
+    @torch.no_grad()
     def add_gradients(self, grads: Iterable[tuple[Any, Any]], factor: float | Tensor = 1.0) -> None:
         """Add to the sum of the next step.
 
@@ -143,98 +161,124 @@ class Measured:
             grads: Parameters, each with its gradient.
             factor: What the sum is multiplied by, where gradients are scaled.
         """
-        total = _local_sum(grads, self.ranks) * factor
-        self._gradient = total if self._gradient is None else self._gradient + total.to(self._gradient.device)
+        total = _local_sum(list(grads), self.ranks) * factor
+        self._gradient = total if self._gradient is None else _sum_on_device([self._gradient, total])
 
     def rates(
-        self, groups: Sequence[Mapping[str, Any]], inverse_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        inverse_scale: Tensor | None,
+        found_inf: Tensor | None,
+        found: Found | None = None,
     ) -> dict[int, float | Tensor]:
         """The rate of each guarded group, by its id; empty where none is measured, or where a step is dry.
+
+        Args:
+            groups: The groups that are stepped.
+            inverse_scale: What unscales the gradients, or None.
+            found_inf: Not 0 where nothing may change, or None.
+            found: The record that holds for this step, which knows the gradients; None where there is none.
 
         Raises:
             RuntimeError: No loss was observed for this step.
         """
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
-        params = {id(param) for group in groups for param in group["params"] if param.grad is not None}
+        params = [param for param, _ in _with_gradient(groups)] if found is None else found.params
         if self._loss is None and (not params or _is_dry(guarded)):
             return {}
-        device = next((p.device for group in groups for p in group["params"] if p.grad is not None), None)
         if self._loss is not None:
-            self._measure(groups, device, inverse_scale, found_inf)
-            self._stepped = set()
-        elif self._stepped & params or not self._stepped:
+            if self._gradient is None:
+                self._add_all(groups, inverse_scale, found)
+            self._measure(params[0].device if params else None, found_inf)
+            self._stepped = [params]
+        elif not self._stepped or not set(map(id, params)).isdisjoint(id(p) for some in self._stepped for p in some):
             raise RuntimeError(
                 f"rate_guard={guarded[0]['rate_guard']!r} needs the loss of every step: call optimizer.observe(loss) "
                 "before backward(), with the mean loss of the micro-batch, less the entropy of its targets"
             )
-        self._stepped |= params
+        else:
+            self._stepped.append(params)
         return {id(group): _limited(group, self._ratio) for group in guarded}
 
-    def _measure(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        device: torch.device | None,
-        inverse_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _add_all(self, groups: Iterable[Mapping[str, Any]], inverse_scale: Tensor | None, found: Found | None) -> None:
+        """Add the gradients as they are, by the record where it can: it has checked them already."""
+        holders = None if found is None else self.ranks.holders_of_all(found.params)
+        total = None if found is None or holders is None else found.sum_abs()
+        if total is None or holders is None:
+            self.observe_gradients(groups)
+        else:
+            self._gradient = total / holders
+        if inverse_scale is not None and isinstance(self._gradient, Tensor):
+            self._gradient = self._gradient * inverse_scale.to(self._gradient.device)
+        elif inverse_scale is not None and self._gradient is not None:
+            self._gradient *= float(inverse_scale)
+
+    def _measure(self, device: torch.device | None, found_inf: Tensor | None) -> None:
         """Take this step's loss and gradients into the means."""
         assert self._loss is not None
-        if self._gradient is None:
-            self.observe_gradients(groups)
-            if inverse_scale is not None and self._gradient is not None:
-                self._gradient = self._gradient * inverse_scale.to(self._gradient.device)
         loss = self._loss / self._parts
-        gradient = loss.new_zeros(()) if self._gradient is None else self._gradient
+        gradient = 0.0 if self._gradient is None else self._gradient
         self.forget()
-        home = loss.device if device is None else device
-        gradient, loss = self._over_ranks(gradient, loss)
-        if home.type == "cpu":
-            if found_inf is None or float(found_inf) == 0.0:
-                self._advance_on_host(float(gradient), float(loss))
-            return
-        self._advance_on_device(gradient.to(home), loss.to(home), found_inf)
+        if device is None:  # where nothing is stepped, as on a rank whose shard is empty
+            device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
+        gradient, loss = self._over_ranks(gradient, loss, device)
+        if device.type != "cpu":
+            self._advance_on_device(_as_double(gradient, device), _as_double(loss, device), found_inf)
+        elif found_inf is None or float(found_inf) == 0.0:
+            self._advance_on_host(float(gradient), float(loss))
 
-    def _over_ranks(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_ranks(
+        self, gradient: float | Tensor, loss: float | Tensor, device: torch.device
+    ) -> tuple[float | Tensor, float | Tensor]:
         """The sum of the gradients' shares and the mean loss, in one all-reduce of two numbers."""
         world_size = self.ranks.world_size
         if world_size == 1:
             return gradient, loss
-        # Where the loss is: a backend for GPUs takes no tensor of the host, where an offloaded optimizer's are.
-        both = torch.stack([gradient.to(loss.device, loss.dtype), loss / world_size])
+        # On a GPU if one has either: its backend takes no tensor of the host, where an offloaded optimizer's are.
+        home = loss.device if isinstance(loss, Tensor) else device
+        both = torch.stack([_as_double(gradient, home), _as_double(loss / world_size, home)])
         dist.all_reduce(both, group=self.ranks.group)
         return both[0], both[1]
 
     def _advance_on_host(self, gradient: float, loss: float) -> None:
-        if self._values is None:
-            self._values = torch.tensor(self._saved, dtype=torch.float64)
-        mean_gradient, mean_loss, smallest = self._values.tolist()
+        mean_gradient, mean_loss, smallest = self._values()
         mean_gradient = MEMORY * mean_gradient + (1 - MEMORY) * gradient
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * loss
         ratio = max(mean_loss, 0.0) / mean_gradient if mean_gradient else 0.0
         smallest = min(smallest or ratio, ratio)
-        self._values = torch.tensor([mean_gradient, mean_loss, smallest], dtype=torch.float64)
+        self._on_host, self._on_device = [mean_gradient, mean_loss, smallest], None
         self._ratio = min(ratio, BOUND * smallest)
 
+    @torch.no_grad()
     def _advance_on_device(self, gradient: Tensor, loss: Tensor, found_inf: Tensor | None) -> None:
         """The same without reading a value, in memory that a CUDA graph finds again."""
-        dtype = _wide(gradient.device)
-        if self._values is None or self._values.device != gradient.device:
-            saved = self._saved if self._values is None else self._values.tolist()
-            self._values = torch.tensor(saved, dtype=dtype).to(gradient.device)
-        mean_gradient, mean_loss, smallest = self._values.unbind()
+        if self._on_device is None or self._on_device.device != gradient.device:
+            self._on_device = torch.tensor(self._values(), dtype=gradient.dtype).to(gradient.device)
+        mean_gradient, mean_loss, smallest = self._on_device.unbind()
         mean_gradient = MEMORY * mean_gradient + (1 - MEMORY) * gradient
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * loss
         ratio = torch.where(mean_gradient == 0, 0.0, mean_loss.clamp(min=0) / mean_gradient)
         smallest = torch.where(smallest == 0, ratio, torch.minimum(smallest, ratio))
         new = torch.stack([mean_gradient, mean_loss, smallest])
         if found_inf is not None:
-            new = torch.where(found_inf.reshape(()).to(new.device) == 0, new, self._values)
-        self._values.copy_(new)
+            new = torch.where(found_inf.reshape(()).to(new.device) == 0, new, self._on_device)
+        self._on_device.copy_(new)
         self._ratio = torch.minimum(ratio, BOUND * smallest)
 
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _as_double(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor on a device; one of the host is written there without waiting."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, _wide(device))
+    return torch.full((), value, dtype=_wide(device), device=device)
+
+
+def _with_gradient(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(param, grad) for group in groups for param in group["params"] if (grad := param.grad) is not None]
 
 
 def _is_dry(groups: Iterable[Mapping[str, Any]]) -> bool:
@@ -247,31 +291,48 @@ def _limited(group: Mapping[str, Any], ratio: float | Tensor) -> float | Tensor:
     if not isinstance(measured, Tensor):
         lr = float(lr)
         return min(max(lr, measured / guard), guard * measured) if lr else 0.0
-    lr = torch.as_tensor(lr, dtype=measured.dtype).to(measured.device).reshape(())
+    if not isinstance(lr, Tensor):  # compared as a number: a copy to the device would wait for it
+        return torch.minimum((measured / guard).clamp(min=lr), guard * measured) if lr else 0.0
+    lr = lr.to(measured.device, measured.dtype).reshape(())
     return torch.where(lr == 0, lr, torch.minimum(torch.maximum(lr, measured / guard), guard * measured))
 
 
-def _local_sum(grads: Iterable[tuple[Any, Any]], ranks: Ranks) -> Tensor:
-    """This rank's share of sum|g|, 0-d and of double precision: over all ranks every element counts once."""
+def _local_sum(grads: Sequence[tuple[Any, Any]], ranks: Ranks) -> float | Tensor:
+    """This rank's share of sum|g|, in double precision: over all ranks every element counts once."""
+    tensors = [grad for _, grad in grads]
+    if not all_plain(tensors) or any(map(Tensor.is_complex, tensors)):
+        tensors = [_real(param, grad) for param, grad in grads]
+    params = [param for param, _ in grads]
+    holders, devices = ranks.holders_of_all(params), set(map(_device, tensors))
+    if holders is not None and len(devices) == 1:
+        return _sum_abs(tensors) / holders
     found: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
-    world_size = ranks.world_size
-    for param, given in grads:
-        holders = 1 if world_size == 1 else ranks.holders(param, world_size)
-        grad = local_slot(param, given)[1] if is_dtensor(param) else given
-        if grad.numel():
-            found[grad.device, holders].append(torch.view_as_real(grad) if grad.is_complex() else grad)
-    totals = [_sum_abs(tensors) / holders for (_, holders), tensors in found.items()]
-    device = next(iter(found))[0] if found else torch.device("cpu")
-    return torch.stack([total.to(device) for total in totals]).sum() if totals else torch.zeros((), dtype=torch.float64)
+    for tensor, param in zip(tensors, params, strict=True):
+        found[tensor.device, ranks.holders(param, ranks.world_size)].append(tensor)
+    return _sum_on_device([_sum_abs(some) / count for (_, count), some in found.items()])
 
 
-def _sum_abs(tensors: list[Tensor]) -> Tensor:
-    """The sum of the absolute values of tensors of one device, 0-d and of double precision.
+def _real(param: Any, grad: Any) -> Tensor:
+    """This rank's part of a gradient, in real numbers."""
+    grad = local_slot(param, grad)[1] if is_dtensor(param) else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def _sum_on_device(values: Sequence[float | Tensor]) -> float | Tensor:
+    """Their sum, on the device of the first that lies on one."""
+    on_device = [value for value in values if isinstance(value, Tensor)]
+    total = sum((value for value in values if not isinstance(value, Tensor)), start=0.0)
+    return sum((value.to(on_device[0].device) for value in on_device), start=total)
+
+
+def _sum_abs(tensors: list[Tensor]) -> float | Tensor:
+    """The sum of the absolute values of tensors of one device, in double precision; a tensor where it lies on a GPU.
 
     torch's norm on the CPU adds float32 one by one, and is wrong by 2 % at 16 million elements.
     """
     if tensors[0].device.type == "cpu":
-        return torch.tensor(fused_cpu.sum_abs(tensors), dtype=torch.float64)
+        return fused_cpu.sum_abs(tensors)
+    tensors = [tensor for tensor in tensors if tensor.numel()] or tensors[:1]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = torch._foreach_norm(tensors, 1, dtype=dtype)
     return torch.stack(norms).to(_wide(tensors[0].device)).sum()

@@ -10,6 +10,7 @@ gradients, and no tensor that the optimizer has forgotten for longer than to the
 
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -167,6 +168,28 @@ class Record:
         return True
 
 
+@dataclass(frozen=True)
+class Found:
+    """A record that holds for the step that comes, with its gradients.
+
+    Attributes:
+        record: The record.
+        grads: The local gradients.
+    """
+
+    record: Record
+    grads: list[Tensor]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters with a gradient."""
+        return self.record.params
+
+    def sum_abs(self) -> float | Tensor | None:
+        """The sum of the absolute values of the local gradients; None where there is no fast way."""
+        return self.record.prepared.sum_abs(self.grads)
+
+
 class Records:
     """The records of an optimizer: ZeRO-3 steps one part after the other, and which have gradients may change."""
 
@@ -175,15 +198,20 @@ class Records:
         self._kept: dict[Hashable, Record] = {}
         self._tries: dict[Hashable, int] = {}
 
-    def step(self, optimizer: Any, hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Step by a record that holds; False, and nothing done, where there is none."""
+    def find(self, optimizer: Any) -> Found | None:
+        """A record that holds; None where there is none."""
         if not self._kept:
-            return False
+            return None
         record, grads = self._last, None if self._last is None else self._last.grads(optimizer)
         if grads is None:
             record = self._kept.get(_key(optimizer))
             grads = None if record is None or record is self._last else record.grads(optimizer)
-        if record is None or grads is None or not record.step(grads, hypers, grad_scale, found_inf):
+        return None if record is None or grads is None else Found(record, grads)
+
+    def step(self, found: Found, hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step by a record; False, and nothing done, where that is not possible."""
+        record = found.record
+        if not record.step(found.grads, hypers, grad_scale, found_inf):
             return False
         self._last, record.held_once = record, True
         return True

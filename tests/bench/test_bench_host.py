@@ -3,7 +3,7 @@
 import pytest
 
 from robust_dist.bench import host_step
-from robust_dist.bench.host_step import GATHERING, IN_C, STEP, bench_host
+from robust_dist.bench.host_step import COUNTS, GATHERING, GUARDED, IN_C, LARGE, LARGE_GUARDED, STEP, bench_host
 from robust_dist.cli import main
 
 
@@ -19,9 +19,18 @@ def test_both_versions_have_a_column_and_the_ratios_are_theirs(monkeypatch, tmp_
     assert text.endswith(f"{STEP} 0.20, {IN_C} 0.25")
 
 
+def test_what_a_measured_rate_costs_stands_as_a_ratio(monkeypatch):
+    found = {GATHERING: 40.0, STEP: 60.0, IN_C: 50.0, GUARDED: 60.0, LARGE: 1000.0, LARGE_GUARDED: 1150.0}
+    monkeypatch.setattr(host_step, "_measured_by", lambda root: found)
+    text = bench_host(rounds=1)
+    assert f"| {LARGE_GUARDED} | 1 | 1150.0 |" in text
+    assert f"{GUARDED}: 1.20 times {IN_C}" in text
+    assert f"{LARGE_GUARDED}: 1.15 times {LARGE}" in text
+
+
 def test_a_version_is_measured_in_a_process_of_its_own():
     found = host_step._measured_by(host_step.Path(host_step.__file__).parents[2])
-    assert set(found) == {GATHERING, STEP, IN_C}
+    assert set(found) == set(COUNTS)
     assert min(found.values()) > 0
 
 

@@ -24,11 +24,22 @@ def _breaking(params):
     return found
 
 
+@pytest.fixture
+def contend(monkeypatch):
+    """Decides which contenders there are: those of these names, and others by name and maker."""
+
+    def only(*names, **others):
+        some = {name: makers(CPU)[name] for name in names}
+        monkeypatch.setattr(optimizer, "makers", lambda device: others | some)
+
+    return only
+
+
 @pytest.fixture(autouse=True)
-def _few_and_small(monkeypatch):
+def _few_and_small(monkeypatch, contend):
     monkeypatch.setitem(SETS, "tiny", lambda: [(3, 2), (4,), ()])
     # DeepSpeed's would be compiled.
-    monkeypatch.setattr(optimizer, "makers", lambda device: {name: makers(device)[name] for name in SOME})
+    contend(*SOME)
 
 
 def test_the_sets_have_the_sizes_of_the_models_they_are_named_after():
@@ -67,14 +78,8 @@ def test_peers_that_are_installed_can_step(name, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_peer_that_is_absent_cannot_be_built_or_fails_becomes_a_line(monkeypatch):
-    peers = {
-        "absent": lambda params: __import__("no_such_package"),
-        "unbuilt": _broken,
-        "breaking": _breaking,
-        **{name: makers(CPU)[name] for name in SOME},
-    }
-    monkeypatch.setattr(optimizer, "makers", lambda device: peers)
+def test_a_peer_that_is_absent_cannot_be_built_or_fails_becomes_a_line(contend):
+    contend(*SOME, absent=lambda params: __import__("no_such_package"), unbuilt=_broken, breaking=_breaking)
     text = bench_optimizer(sets=["tiny"], rounds=1, threads=1)
     assert "- left out: absent: no_such_package is not installed" in text
     assert "- left out: unbuilt: RuntimeError: nvcc was not found" in text
@@ -120,8 +125,7 @@ def test_wrong_arguments_are_errors_that_name_them(kwargs, message):
 
 
 @pytest.mark.slow
-def test_deepspeeds_step_is_built_and_timed(monkeypatch):
+def test_deepspeeds_step_is_built_and_timed(contend):
     pytest.importorskip("deepspeed")
-    names = (*SOME, "DeepSpeedCPUAdam")
-    monkeypatch.setattr(optimizer, "makers", lambda device: {name: makers(device)[name] for name in names})
-    assert names[-1] in [row.optimizer for row in run(sets=["tiny"], rounds=1, threads=1, device="cpu").rows]
+    contend(*SOME, "DeepSpeedCPUAdam")
+    assert "DeepSpeedCPUAdam" in [row.optimizer for row in run(sets=["tiny"], rounds=1, threads=1, device="cpu").rows]

@@ -10,7 +10,7 @@ from PIL import Image
 from robust_dist.data import HostSet, ImageSet, load_dataset
 from robust_dist.data.errors import DataError
 from robust_dist.data.folder import open_image_folder
-from robust_dist.data.in_memory import load_into_memory
+from robust_dist.data.in_memory import AT_ONCE, load_into_memory
 from robust_dist.train.data_config import DataConfig
 from robust_dist.train.recipe import load_recipe
 from robust_dist.train.sources import open_sets
@@ -37,11 +37,15 @@ def loaded(folder, size=24, **words):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_image_lies_in_memory_as_it_is_stored_and_in_the_source_s_order(folder, workers, monkeypatch):
-    monkeypatch.setattr("robust_dist.data.in_memory.AT_ONCE", 1)
-    source, found = open_image_folder(folder), loaded(folder, workers=workers)
-    assert (found.images.shape, found.labels.tolist()) == ((7, 3, 24, 24), [source.read(i)[1] for i in range(7)])
-    for index in range(7):
+def test_every_image_lies_in_memory_as_it_is_stored_and_in_the_source_s_order(tmp_path, workers):
+    count, folder = AT_ONCE + 90, tmp_path / "set"  # more than one request for the workers
+    for index in range(count):
+        path = folder / "abc"[index % 3] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(index % 100, index % 3, 8, 8), "PNG"))
+    source, found = open_image_folder(folder), loaded(folder, 8, workers=workers)
+    assert (found.images.shape, found.labels.tolist()) == ((count, 3, 8, 8), [source.read(i)[1] for i in range(count)])
+    for index in range(count):
         image = Image.open(io.BytesIO(source.read(index)[0]))
         assert found.images[index].permute(1, 2, 0).flatten().tolist() == list(image.tobytes())
     assert (found.classes, found.fingerprint()) == (source.classes, source.fingerprint())

@@ -13,6 +13,7 @@ import pyarrow as pa
 from robust_dist.data import spool as spool_module
 from robust_dist.data.errors import DataError
 from robust_dist.data.spool import Spool
+from tests.small_disk import no_file_above
 
 
 def table(number, size=1_000):
@@ -86,12 +87,10 @@ def test_a_torn_file_is_fetched_again(tmp_path):
     assert spool.table("a", refuse).equals(table(2))
 
 
-def test_a_full_disk_costs_the_file_and_not_the_table(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(spool_module.os, "replace", full)
-    assert Spool(tmp_path).table("a", lambda: table(1)).equals(table(1))
+def test_a_disk_without_room_costs_the_file_and_not_the_table(tmp_path):
+    with no_file_above(500):
+        found = Spool(tmp_path).table("a", lambda: table(1))
+    assert found.equals(table(1))
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("lock")] == []
 
 

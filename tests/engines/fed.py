@@ -12,6 +12,7 @@ from robust_dist.engines.accelerate import check
 from robust_dist.engines.rate import feed
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import base_optimizer
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.engines.toys import batch, build_model
 from tests.engines.trainer_ranks import forget_accelerate
 
@@ -242,4 +243,26 @@ def under_fsdp():
         model, optimizer = accelerator.prepare(model, RAdaBeliefW(model.parameters(), **SETTINGS))
         check(accelerator, optimizer)
         found[f"fsdp{version}"] = run(accelerator, model, optimizer), outputs_of(model, optimizer)
+    return found
+
+
+def under_zero():
+    """The same loop under Accelerate's DeepSpeed, which steps and clips inside `backward`."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    get_ready()
+    import robust_dist.autoregister  # noqa: F401
+
+    found = {}
+    for stage in (1, 3):
+        forget_accelerate()
+        plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=2, gradient_clipping=CLIP)
+        kwargs = [InitProcessGroupKwargs(backend="gloo")]
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=kwargs)
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 3
+        model = build_model()
+        model, optimizer = accelerator.prepare(model, RAdaBeliefW(model.parameters(), **SETTINGS))
+        check(accelerator, optimizer)
+        found[f"ZeRO {stage}"] = run(accelerator, model, optimizer), outputs_of(model, optimizer)
     return found

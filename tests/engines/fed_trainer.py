@@ -11,8 +11,18 @@ from torch import nn
 from robust_dist.engines.transformers import RobustTrainerCallback
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
+from tests.engines.deepspeed_on_cpu import get_ready
 from tests.engines.toys import LR, batch, groups_of
-from tests.engines.trainer_ranks import TOTAL, Classifier, Rows, forget_accelerate, fsdp, full_parameters, make_trainer
+from tests.engines.trainer_ranks import (
+    TOTAL,
+    Classifier,
+    Rows,
+    deepspeed,
+    forget_accelerate,
+    fsdp,
+    full_parameters,
+    make_trainer,
+)
 
 SETTINGS = {"betas": (0.9, 0.9), "rate_guard": 1.0, "averaging": "schedule_free"}
 CLIP, EVERY, SMOOTHING = 0.05, 3, 0.2
@@ -59,7 +69,7 @@ def weights_of(model):
     return [parameter.detach().clone() for _, parameter in sorted(model.named_parameters())]
 
 
-def started(folder, *callbacks, **more):
+def started(folder, engine=dict, **more):
     from transformers import TrainerCallback
 
     class Rates(TrainerCallback):
@@ -70,21 +80,20 @@ def started(folder, *callbacks, **more):
             self.found.append(base_optimizer(optimizer).measured_rate)
 
     forget_accelerate()
-    settings = {"schedule": "constant", "max_grad_norm": CLIP, "save_steps": EVERY, "cls": Measuring} | more
+    settings = {"schedule": "constant", "max_grad_norm": CLIP, "save_steps": EVERY, "cls": Measuring} | more | engine()
     trainer, _ = make_trainer(folder, RobustTrainerCallback(), **settings)
     rates = Rates()
-    for callback in (rates, *callbacks):
-        trainer.add_callback(callback)
+    trainer.add_callback(rates)
     return trainer, rates.found
 
 
-def trained(folder, **more):
+def trained(folder, engine=dict, **more):
     """The rates, evaluations and last weights of a run, which are its resume's, too."""
-    trainer, rates = started(folder, eval_strategy="steps", eval_steps=EVERY, **more)
+    trainer, rates = started(folder, engine, eval_strategy="steps", eval_steps=EVERY, **more)
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     end = full_parameters(trainer)
-    again, their_rates = started(folder, eval_strategy="steps", eval_steps=EVERY, **more)
+    again, their_rates = started(folder, engine, eval_strategy="steps", eval_steps=EVERY, **more)
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-{EVERY}")
     assert their_rates == rates[EVERY:]
     assert all(map(torch.equal, full_parameters(again), end))
@@ -121,4 +130,12 @@ def under_fsdp2(folder):
     from tests.engines.fsdp_on_cpu import pretend_fsdp_runs_on_cpus
 
     pretend_fsdp_runs_on_cpus()
-    return trained(folder, **fsdp(2))
+    return trained(folder, lambda: fsdp(2))
+
+
+def under_zero(folder):
+    get_ready()
+    import robust_dist.autoregister  # noqa: F401
+
+    found = {stage: trained(f"{folder}/{stage}", lambda stage=stage: deepspeed(stage)) for stage in (2, 3)}
+    return found | {"accumulated": trained(f"{folder}/accumulated", lambda: deepspeed(2), accumulation=2)}

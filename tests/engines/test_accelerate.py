@@ -328,7 +328,7 @@ model = torch.nn.Linear(2, 2)
 model, optimizer = accelerator.prepare(model, RAdaBeliefW(model.parameters()))
 try:
     check(accelerator, optimizer, num_processes=json.loads(sys.argv[2]))
-    text = "nothing wrong"
+    text = f"nothing wrong in {accelerator.num_processes}"
 except RuntimeError as error:
     text = str(error)
 with open(sys.argv[1], "a") as file:
@@ -380,4 +380,6 @@ def launched(tmp_path_factory):
     ],
 )
 def test_a_set_up_that_silently_runs_otherwise_is_an_error(launched, name, said):
+    if name == "torchrun" and "nothing wrong in 2" in launched[name]:
+        pytest.skip("this Accelerate (1.7 does so) joins CPU ranks by itself")
     assert said in launched[name], json.dumps(launched[name][-2000:])

@@ -222,13 +222,17 @@ def test_an_offload_that_would_step_with_another_optimizer_is_an_error():
 @pytest.mark.parametrize(("cores", "level"), [(1, "INFO"), (16, "WARNING")])
 def test_an_offload_says_how_many_threads_step(monkeypatch, caplog, cores, level):
     monkeypatch.setattr(config, "usable_cores", lambda: cores)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     caplog.set_level("INFO", logger=config.__name__)
     check_config(GIVEN)
     assert caplog.records == []
-    check_config(GIVEN | {"zero_optimization": OFFLOAD})
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check_config(GIVEN | {"zero_optimization": OFFLOAD})
+    finally:
+        torch.set_num_threads(before)
     (record,) = caplog.records
     assert record.levelname == level
     assert f"with 1 threads, this host has {cores} cores" in record.getMessage()

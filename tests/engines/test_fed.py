@@ -33,3 +33,10 @@ def test_an_ordinary_loop_under_accelerates_fsdp_measures_it_too():
     for found in run_ranks(fed.under_fsdp, 2):
         for name, one in found.items():
             assert_reference(one, wanted, name, rel=1e-4 if name == "fsdp1" else 1e-6)
+
+
+def test_an_ordinary_loop_under_accelerates_deepspeed_measures_it_too():
+    wanted = fed.reference()
+    for found in run_ranks(fed.under_zero, 2):
+        for name, one in found.items():
+            assert_reference(one, wanted, name, rel=1e-4)

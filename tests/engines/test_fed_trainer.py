@@ -45,6 +45,13 @@ def test_trainer_does_so_under_fsdp2(tmp_path):
         assert_reference(found, fed_trainer.reference())
 
 
+def test_trainer_does_so_under_zero_2_and_3(tmp_path):
+    wanted = fed_trainer.reference()
+    for found in run_ranks(fed_trainer.under_zero, 2, str(tmp_path), timeout=300.0):
+        for one in found.values():
+            assert_reference(one, wanted)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     yield

@@ -63,4 +63,6 @@ def at_step_6(params, **options):
     for param in params:
         ones = torch.ones_like(param, dtype=torch.promote_types(param.dtype, torch.float32), requires_grad=False)
         optimizer.state[param].update(step=torch.tensor(6.0), exp_avg=ones * 0.03, exp_avg_sq=ones * 0.01)
+        if optimizer.averages_weights:
+            optimizer.state[param]["z"] = param.detach().to(ones.dtype) * 1.25 - 0.1
     return optimizer

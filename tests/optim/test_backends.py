@@ -1,9 +1,12 @@
 """Every backend against the readable equations in float64."""
 
+import math
+
 import pytest
 import torch
 
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.foreach import CPU_BLOCK
 from tests.optim.helpers import BACKENDS, backends, bits, gradients, reference, start, step, train
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4, 5), (0,), (3, 0)]
@@ -70,15 +73,21 @@ def test_non_contiguous_parameters_equal_the_reference(backend):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_cutting_into_cache_blocks_changes_nothing(memory_format, monkeypatch):
-    for name in ("CPU_BLOCK", "THREADED_CPU_BLOCK"):
-        monkeypatch.setattr(f"robust_dist.optim.foreach.{name}", 50)
-    shapes = [(3,), (8, 4, 3, 3), (7,), (61,), (100,), (0,), ()]
+def test_cutting_into_cache_blocks_changes_nothing(memory_format):
+    # Less than a block, more than one, one to the element, and several tensors in one.
+    shapes = [(3,), (8, 4, 96, 96), (7,), (CPU_BLOCK + 1,), (CPU_BLOCK,), (0,), ()]
+    assert math.prod(shapes[1]) > CPU_BLOCK
     params = [start(s) for s in shapes]
     params[1] = params[1].to(memory_format=memory_format)
     params = [p.requires_grad_() for p in params]
-    grads = [gradients(s, 12, seed=i) for i, s in enumerate(shapes)]
-    train(params, list(zip(*grads, strict=True)), foreach=True)
+    grads = [gradients(s, 7, seed=i) for i, s in enumerate(shapes)]
+    threads = torch.get_num_threads()
+    # One thread takes the smaller blocks.
+    torch.set_num_threads(1)
+    try:
+        train(params, list(zip(*grads, strict=True)), foreach=True)
+    finally:
+        torch.set_num_threads(threads)
     for param, shape, own in zip(params, shapes, grads, strict=True):
         torch.testing.assert_close(param.detach(), reference(start(shape), own)[0], rtol=1e-12, atol=1e-13)
 

@@ -403,9 +403,11 @@ def test_a_step_takes_the_cores_of_its_rank_and_not_all_of_the_host_s(
     if ranks is not None:
         monkeypatch.setenv(name, ranks)
     monkeypatch.setattr(fused_cpu, "usable_cores", lambda: cores)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(of_torch)
     fused_cpu._share.cache_clear()
     try:
         assert fused_cpu.threads() == expected
     finally:
+        torch.set_num_threads(before)
         fused_cpu._share.cache_clear()

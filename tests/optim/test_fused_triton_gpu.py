@@ -39,9 +39,11 @@ def test_the_backend_is_taken_unless_it_is_declined(cuda, launches):
         assert device_type == ("cuda" if taken else "cpu")
 
 
-def test_no_step_synchronises(cuda):
+@pytest.mark.parametrize("options", [{}, {"averaging": "schedule_free", "rate_guard": 2.0}], ids=str)
+def test_no_step_synchronises(cuda, options):
     params = with_gradients(cuda)
-    optimizer = RAdaBeliefW(params, lr=0.1)
+    optimizer, loss = RAdaBeliefW(params, lr=0.1, **options), torch.ones((), device=cuda)
+    optimizer.observe(loss)
     optimizer.step()
     torch.cuda.synchronize()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=cuda), torch.tensor(0.0, device=cuda)
@@ -50,6 +52,7 @@ def test_no_step_synchronises(cuda):
         for t in range(4):
             optimizer.param_groups[0].update(lr=0.1 / (t + 2), weight_decay=0.01 * t)
             params[t % 2].grad = None if t == 2 else torch.ones_like(params[t % 2])
+            optimizer.observe(loss)
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ import torch
 from robust_dist import sample_keys
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.counting import advanced, count_of, counts_of, increments, value_of
+from robust_dist.optim.foreach import CPU_BLOCK, THREADED_CPU_BLOCK
 from robust_dist.optim.reference import reference_step
 from robust_dist.optim.rounding import HIGH, LOW, indices, random_bits, round_stochastically, tensor_keys
 from robust_dist.optim.settings import DEFAULTS
@@ -213,11 +214,11 @@ def test_a_first_moment_stops_short_of_a_constant_gradient_to_the_nearest_and_re
 
 
 @pytest.mark.parametrize("backend", [name for name in ("fused", "foreach") if name in BACKENDS])
-def test_threads_chunks_and_blocks_change_no_bit(backend, monkeypatch):
-    shapes, ends, threads = [(70_001,), (3,), (40_000,)], [], torch.get_num_threads()
-    for number, block in ((1, 1 << 18), (2, 1000)):
-        for name in ("CPU_BLOCK", "THREADED_CPU_BLOCK"):
-            monkeypatch.setattr(f"robust_dist.optim.foreach.{name}", block)
+def test_threads_chunks_and_blocks_change_no_bit(backend):
+    # One thread cuts the first into two blocks, several threads leave it whole.
+    shapes, ends, threads = [(CPU_BLOCK + 70_001,), (3,), (40_000,)], [], torch.get_num_threads()
+    assert shapes[0][0] < THREADED_CPU_BLOCK
+    for number in (1, 2):
         torch.set_num_threads(number)
         try:
             params = [start(s, dtype=BF16, seed=i).requires_grad_() for i, s in enumerate(shapes)]

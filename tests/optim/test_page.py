@@ -18,9 +18,11 @@ def added(tmp_path, monkeypatch):
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "float64_backend.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(backends, "BACKENDS", list(backends.BACKENDS))
     monkeypatch.delitem(__import__("sys").modules, "float64_backend", raising=False)
+    before = list(backends.BACKENDS)
     __import__("float64_backend")
+    yield
+    backends.BACKENDS[:] = before
 
 
 @pytest.mark.usefixtures("added")

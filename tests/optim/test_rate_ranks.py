@@ -9,6 +9,7 @@ from torch import nn
 
 from robust_dist.checkpoint import convert
 from robust_dist.engines.deepspeed.check_checkpoint import CheckpointMismatchError
+from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
 from tests.engines import deepspeed_course as ds
 from tests.engines.deepspeed_on_cpu import get_ready
@@ -123,6 +124,30 @@ def under_engines():
         check(model, optimizer)
         found[name] = rates(model, optimizer, rank, world)
     return found
+
+
+def sharded_in_two_ways():
+    """Parts of a model that FSDP1 shards over different ranks."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    from robust_dist.engines.fsdp import check
+
+    def wrapped(module, strategy):
+        return FullyShardedDataParallel(
+            module, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=strategy
+        )
+
+    model = net()
+    model[0] = wrapped(model[0], ShardingStrategy.NO_SHARD)
+    model = wrapped(model, ShardingStrategy.FULL_SHARD)
+    with pytest.raises(EngineError, match=r"FSDP1 shards parts of it over \[1, 2\] ranks; give all .* one sharding"):
+        check(model, RAdaBeliefW(model.parameters(), **SETTINGS))
+    check(model, RAdaBeliefW(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_fsdp1_shards_in_two_ways_is_an_error_where_a_rate_is_measured():
+    run_ranks(sharded_in_two_ways, 2)
 
 
 def worlds(kinds_by_world):

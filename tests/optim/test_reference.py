@@ -45,9 +45,9 @@ def _grads(steps, scale, seed=0):
     return [draw.gauss(0.3, 1.0) * scale for _ in range(steps)]
 
 
-def _run_reference(theta, grads, **kwargs):
-    p, m, v = torch.tensor(theta, dtype=torch.float64), *torch.zeros(2, dtype=torch.float64)
-    for t, g in enumerate(grads, 1):
+def _run_reference(theta, grads, moments=(0.0, 0.0), first=1, **kwargs):
+    p, m, v = torch.tensor([theta, *moments], dtype=torch.float64)
+    for t, g in enumerate(grads, first):
         p, m, v = reference_step(p, torch.tensor(g, dtype=torch.float64), m, v, t, **kwargs)
     return p.item(), m.item(), v.item()
 
@@ -69,8 +69,8 @@ def test_the_accumulated_eps_is_one_inner_eps_of_1001e_8():
 
 def test_where_beliefs_are_certain_it_is_momentum_sgd_with_lr_over_3e_3():
     grads, lr = [1e-6] * 20000, 1e-2
-    before = _run_reference(0.0, grads[:-1], lr=lr, weight_decay=0.0)[0]
-    after = _run_reference(0.0, grads, lr=lr, weight_decay=0.0)[0]
+    before, *moments = _run_reference(0.0, grads[:-1], lr=lr, weight_decay=0.0)
+    after, *_ = _run_reference(before, grads[-1:], moments, len(grads), lr=lr, weight_decay=0.0)
     assert (before - after) / (lr / math.sqrt(1e-5) * 1e-6) == pytest.approx(1.0, rel=1e-3)
 
 

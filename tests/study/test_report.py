@@ -250,9 +250,8 @@ def test_workers_go_round_the_gpus_or_share_the_threads():
     assert slot_environment(0, 2, [], {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
 
 
-def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("robust_dist.study.measure._STEPS", 2)
-    small = {"batch_size": 32, "data.drop_last": True}
+def test_a_dry_run_counts_runs_and_steps_and_measures_a_step(tmp_path, capsys):
+    small = {"model.name": "resnet8", "batch_size": 32, "data.drop_last": True}
     path = write(
         tmp_path / "grid.yaml", axes={"optimizer.lr": [0.1, 0.01]}, seeds=[0, 1, 2], budget={"epochs": 7}, set=small
     )

@@ -8,12 +8,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from robust_dist.train import main
+from robust_dist.train import fit
 from robust_dist.train.metrics import EarlyStoppingConfig, early_stop, without_measured
 from robust_dist.train.recipe import ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, TrackingConfig
-from robust_dist.train.sources import load_sets
 from tests.study.studies import write
-from tests.train.test_seeing import few_images
+from tests.train.few import few_digits
 
 
 def rows(*values, metric="eval_accuracy"):
@@ -68,11 +67,9 @@ RECIPE = Recipe(
 STOPPING = EarlyStoppingConfig(patience=2, min_delta=1)
 
 
-def run(folder, **settings):
+def run(folder, sets=None, **settings):
     AcceleratorState._reset_state(True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "load_sets", few_images)
-        return main.train(replace(RECIPE, run_dir=str(folder), **settings))
+    return fit(replace(RECIPE, run_dir=str(folder), **settings), **(sets or few_digits(192, 32))).rows
 
 
 def test_a_run_that_stopped_early_ends_at_once_when_started_again_and_without_the_key_goes_on_bit_for_bit(
@@ -99,16 +96,10 @@ def test_a_run_that_stopped_early_ends_at_once_when_started_again_and_without_th
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_a_metric_that_the_data_cannot_have_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    def two_classes(recipe, accelerator):
-        return tuple(
-            type(one)(one.images[:64], one.labels[:64] % 2, one.classes[:2], one.name)
-            for one in load_sets(recipe, accelerator)
-        )
-
-    monkeypatch.setattr("tests.train.test_early_stopping.few_images", two_classes)
+def test_a_metric_that_the_data_cannot_have_is_refused_before_the_first_step(tmp_path):
+    two_classes = {name: (one.images, one.labels % 2) for name, one in few_digits(64, 64).items()}
     with pytest.raises(ValueError, match=r"early_stopping.metric='eval_top5_accuracy'.*for 2 classes"):
-        run(tmp_path, early_stopping=EarlyStoppingConfig(patience=1, metric="eval_top5_accuracy"))
+        run(tmp_path, two_classes, early_stopping=EarlyStoppingConfig(patience=1, metric="eval_top5_accuracy"))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

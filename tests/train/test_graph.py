@@ -16,12 +16,12 @@ from robust_dist.data import DeviceLoader, HostSet, ImageSet
 from robust_dist.data.batches import Cut
 from robust_dist.engines.accelerate import EngineError
 from robust_dist.schedule import group_values
-from robust_dist.train import build, main
+from robust_dist.train import build, fit
 from robust_dist.train.graph import WARM_UP_STEPS, DeviceRates, StaticStep, check_graph
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, Recipe, TrackingConfig
-from robust_dist.train.sources import load_sets
 from tests.data import pretended
+from tests.train.few import few_digits
 from tests.train.tape import Tape
 from tests.versions import needs_torch_2_7
 
@@ -231,14 +231,6 @@ def test_one_process_on_a_gpu_may_capture_in_float32_and_bfloat16():
         check_graph(Fake(), Recipe(cuda_graph=True, precision=PrecisionConfig(mixed=mixed)))
 
 
-def few_images(recipe, accelerator):
-    sets = load_sets(recipe, accelerator)
-    return tuple(
-        ImageSet(one.images[:count], one.labels[:count], one.classes, one.name)
-        for one, count in zip(sets, (72, 16), strict=True)
-    )
-
-
 def run(folder, **changes):
     AcceleratorState._reset_state(True)
     settings = {
@@ -251,13 +243,12 @@ def run(folder, **changes):
         "ema_decay": 0.9,
         "run_dir": str(folder),
     }
-    return [without_measured(row) for row in main.train(Recipe(**settings | changes))]
+    return [without_measured(row) for row in fit(Recipe(**settings | changes), **few_digits(72, 16)).rows]
 
 
 def test_a_run_by_static_steps_has_the_rows_of_the_ordinary_run_and_says_where_its_data_lie(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(main, "load_sets", few_images)
     plain = run(tmp_path / "plain")
     assert "of data on cpu: digits (train), 216.6 KiB in 72 images; digits (test)," in capsys.readouterr().out
     noted = json.loads((tmp_path / "plain" / "environment.json").read_text())["starts"][0]["data"]
@@ -269,8 +260,9 @@ def test_a_run_by_static_steps_has_the_rows_of_the_ordinary_run_and_says_where_i
 
 
 @pytest.fixture
-def deterministic(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+def deterministic():
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
 
 
 @pytest.mark.gpu

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from robust_dist.models import build_model
-from robust_dist.train import loop, main
+from robust_dist.train import loop
 from robust_dist.train.build import images_dtype
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import PrecisionConfig
-from tests.train.test_options import few_images, run
+from tests.train.test_options import run_few
 
 
 class Scaled(nn.Module):
@@ -69,12 +69,11 @@ def test_a_model_of_bfloat16_images_gives_the_bits_of_one_that_casts_them_later(
 
 
 def test_a_run_under_bf16_has_the_losses_of_one_whose_images_are_cast_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "load_sets", few_images)
     half, given = {"batch_size": 32, "precision": PrecisionConfig(mixed="bf16")}, []
     build = loop.build_augment
     monkeypatch.setattr(loop, "build_augment", lambda *a, **k: given.append(k.get("dtype")) or build(*a, **k))
-    rows = run(tmp_path / "written", **half)
+    rows = run_few(tmp_path / "written", **half)
     monkeypatch.setattr(loop, "images_dtype", lambda *_: torch.float32)
-    later = run(tmp_path / "cast", **half)
+    later = run_few(tmp_path / "cast", **half)
     assert given == [None, torch.bfloat16, None, torch.float32]
     assert list(map(without_measured, rows)) == list(map(without_measured, later))

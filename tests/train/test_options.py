@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from robust_dist.train import main
+from robust_dist.train import fit
 from robust_dist.train.main import train
 from robust_dist.train.metrics import without_measured
 from robust_dist.train.recipe import (
@@ -20,13 +20,10 @@ from robust_dist.train.recipe import (
     ScheduleConfig,
     TrackingConfig,
 )
-from robust_dist.train.sources import load_sets
+from tests.train.few import few_digits
 
 
-def run(folder, **changes):
-    """The rows of one epoch of 12 steps, in this process."""
-    # Accelerate keeps the precision of the process's first run.
-    AcceleratorState._reset_state(True)
+def recipe(folder, **changes):
     settings = {
         "data": DataConfig(name="digits"),
         "model": ModelConfig("resnet8", {"stem_stride": 2}),
@@ -36,7 +33,20 @@ def run(folder, **changes):
         "batch_size": 128,
         "run_dir": str(folder),
     }
-    return train(Recipe(**settings | changes))
+    return Recipe(**settings | changes)
+
+
+def run(folder, **changes):
+    """The rows of one epoch of 12 steps, in this process."""
+    # Accelerate keeps the precision of the process's first run.
+    AcceleratorState._reset_state(True)
+    return train(recipe(folder, **changes))
+
+
+def run_few(folder, **changes):
+    """On a few images: a processor without bfloat16 arithmetic takes twelve times as long over each."""
+    AcceleratorState._reset_state(True)
+    return fit(recipe(folder, **changes), **few_digits(64, 32)).rows
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +77,15 @@ def test_checkpoints_are_written_when_the_recipe_says(tmp_path):
     assert steps == [10, 20, 24, 30, 36]
 
 
-def few_images(recipe, accelerator):
-    """The digits, but only some: a processor without bfloat16 arithmetic takes twelve times as long over each."""
-    train_set, test_set = load_sets(recipe, accelerator)
-    return tuple(
-        type(one)(one.images[:count], one.labels[:count], one.classes, one.name)
-        for one, count in ((train_set, 64), (test_set, 32))
-    )
-
-
-def test_bfloat16_trains_close_to_float32_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "load_sets", few_images)
+def test_bfloat16_trains_close_to_float32_and_goes_on_bit_for_bit(tmp_path):
     settings = {"batch_size": 32, "epochs": 2, "checkpoint": CheckpointConfig(every_steps=1, keep=9)}
-    single = run(tmp_path / "float32", **settings)
+    single = run_few(tmp_path / "float32", **settings)
     half = {**settings, "precision": PrecisionConfig(mixed="bf16")}
-    rows = run(tmp_path / "bf16", **half)
+    rows = run_few(tmp_path / "bf16", **half)
     assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in single], rel=0.02)
     assert [row["train_loss"] for row in rows] != [row["train_loss"] for row in single]
     shutil.rmtree(tmp_path / "bf16" / "checkpoints" / "step-00000004")
-    again = run(tmp_path / "bf16", **half)
+    again = run_few(tmp_path / "bf16", **half)
     AcceleratorState._reset_state(True)
     assert list(map(without_measured, again)) == list(map(without_measured, rows))
     assert json.loads((tmp_path / "bf16" / "metrics.jsonl").read_text().splitlines()[-1]) == again[-1]

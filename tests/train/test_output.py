@@ -1,5 +1,6 @@
 """Output that ends before the run does."""
 
+import contextlib
 import os
 import sys
 
@@ -24,9 +25,9 @@ def gone_reader():
 
 @pytest.mark.parametrize(("made", "reason"), [(full_disk, "No space left"), (gone_reader, "Broken pipe")])
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_output_that_fails_ends_alone_and_is_noted_once(made, reason, name, tmp_path, monkeypatch):
-    with made() as stream:
-        monkeypatch.setattr(sys, name, stream)
+def test_output_that_fails_ends_alone_and_is_noted_once(made, reason, name, tmp_path):
+    redirected = contextlib.redirect_stdout if name == "stdout" else contextlib.redirect_stderr
+    with made() as stream, redirected(stream):
         with LastingOutput(Rank(0, 1, "host")) as output:
             print("before the folder is there", file=getattr(sys, name), flush=True)
             output.claimed(tmp_path)

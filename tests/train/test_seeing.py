@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from robust_dist.train import main
+from robust_dist.train import fit, main
 from robust_dist.train.curves import decay_corners, plot_curves
 from robust_dist.train.display import Display, Figures, Meter, window
 from robust_dist.train.metrics import MEASURED, best_row, without_measured
@@ -22,15 +22,7 @@ from robust_dist.train.recipe import (
     TrackingConfig,
     parse_recipe,
 )
-from robust_dist.train.sources import load_sets
-
-
-def few_images(recipe, accelerator):
-    """Enough for 12 steps an epoch."""
-    return tuple(
-        type(one)(one.images[:count], one.labels[:count], one.classes, one.name)
-        for one, count in zip(load_sets(recipe, accelerator), (192, 32), strict=True)
-    )
+from tests.train.few import few_digits
 
 
 def run(folder, *, profile=False, epochs=1, **tracking):
@@ -46,9 +38,7 @@ def run(folder, *, profile=False, epochs=1, **tracking):
         run_dir=str(folder),
         profile=profile,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "load_sets", few_images)
-        return main.train(recipe)
+    return fit(recipe, **few_digits(192, 32)).rows
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@
 #define MOST 262144
 #define PER_THREAD 8
 #define PIECE 256
+#define SUMMED 131072 /* elements whose absolute values are summed at a time */
 
 enum { F32, F64, BF16, F16 };
 enum { KEEP, UNRECTIFIED, RECTIFIED };
@@ -258,21 +259,25 @@ double robust_dist_sum_abs(void *const *from, const int64_t *numels, int64_t cou
 {
     static const int64_t sizes[] = {4, 8, 2, 2};
     const summer sum = choose_sum(isa);
-    const int alone = getpid() != loaded_by || threads < 2;
-    double found = 0;
-    for (int64_t i = 0; i < count; i++) {
-        /* Chunks by the thousand, so that their sums lie on the stack. */
-        double sums[1024];
-        for (int64_t start = 0; start < numels[i]; start += 1024 * (int64_t)LEAST) {
-            const int64_t all = chunks_of(numels[i] - start, LEAST), chunks = all < 1024 ? all : 1024;
-#pragma omp parallel for num_threads(threads) if (!alone && chunks > 1)
-            for (int64_t chunk = 0; chunk < chunks; chunk++) {
-                const int64_t first = start + chunk * LEAST, rest = numels[i] - first;
-                sums[chunk] = sum((const char *)from[i] + first * sizes[kind], kind, rest < LEAST ? rest : LEAST);
+    const int alone = getpid() != loaded_by || threads < 2 || total(numels, count) <= SUMMED;
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < count; i++)
+        chunks += chunks_of(numels[i], SUMMED);
+    double sums[1024], found = 0; /* chunks by the thousand, so that their sums lie on the stack */
+    for (int64_t start = 0; start < chunks; start += 1024) {
+        const int64_t end = chunks - start < 1024 ? chunks : start + 1024;
+#pragma omp parallel num_threads(threads) if (!alone)
+        {
+            cursor at = {0, 0};
+#pragma omp for schedule(static)
+            for (int64_t chunk = start; chunk < end; chunk++) {
+                int64_t first;
+                const int64_t n = find(numels, SUMMED, chunk, &at, &first);
+                sums[chunk - start] = sum((const char *)from[at.tensor] + first * sizes[kind], kind, n);
             }
-            for (int64_t chunk = 0; chunk < chunks; chunk++)
-                found += sums[chunk];
         }
+        for (int64_t chunk = start; chunk < end; chunk++)
+            found += sums[chunk - start];
     }
     return found;
 }
