@@ -76,8 +76,8 @@ def _set_random_state(path: Path) -> None:
     if not path.exists():
         return
     # NumPy 1 and 2 call it by two names, and Accelerate allows neither the other's nor the dtype of NumPy 1.24.
-    rebuild = np.zeros(0).__reduce__()[0]
-    allowed = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    rebuild: Any = np.zeros(0).__reduce__()[0]
+    allowed: list[Any] = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([*allowed, type(np.dtype(np.uint32))]):
             states = load(path)

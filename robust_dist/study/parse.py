@@ -135,7 +135,7 @@ def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _comparison(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, str | None]:
+def _comparison(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict[str, Any]:
     compare, reference = data.get("compare"), data.get("reference")
     named = {axis.name: axis for axis in axes}
     if compare is None:
