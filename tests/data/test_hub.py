@@ -187,6 +187,8 @@ def test_a_part_that_lacks_classes_is_opened_with_their_number(tmp_path, load, s
     ],
 )
 def test_files_whose_types_differ_in_width_alone_are_one_set(tmp_path, load, streaming, first, second, labels):
+    if first == pa.string_view() and int(pa.__version__.split(".")[0]) < 17:
+        pytest.skip("pyarrow 16 writes no views")
     images = {pa.string_view(): pa.binary_view()}.get(first, pa.large_binary())
     tables = [
         {"image": pa.array([b"x", b"y"], of), "label": pa.array(labels, pa.string()).cast(kind)}
