@@ -114,13 +114,14 @@ class Measured:
         self._parts = 0
         self._gradient: float | Tensor | None = None
         self._automatic_loss = self._automatic_gradient = False
+        self._too_early = False  # gradients were observed where there were none
 
     def forget_automatic(self) -> None:
         """Forget what an engine observed for a step that is not done."""
         if self._automatic_loss:
             self._loss, self._parts, self._automatic_loss = None, 0, False
         if self._automatic_gradient:
-            self._gradient, self._automatic_gradient = None, False
+            self._gradient, self._automatic_gradient, self._too_early = None, False, False
 
     def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Add a micro-batch's loss to those of the next step, of which the mean counts; of automatic ones the sum."""
@@ -151,7 +152,9 @@ class Measured:
         if self._automatic_gradient:
             self._gradient = None
         self._automatic_gradient = automatic
-        self.add_gradients(_with_gradient(groups), factor)
+        grads = _with_gradient(groups)
+        self._too_early = not grads  # on a rank whose shard is empty, too: a step there has none either
+        self.add_gradients(grads, factor)
 
     @torch.no_grad()
     def add_gradients(self, grads: Iterable[tuple[Any, Any]], factor: float | Tensor = 1.0) -> None:
@@ -180,12 +183,18 @@ class Measured:
             found: The record that holds for this step, which knows the gradients; None where there is none.
 
         Raises:
-            RuntimeError: No loss was observed for this step.
+            RuntimeError: No loss was observed for this step, or its gradients before there were any.
         """
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
         params = [param for param, _ in _with_gradient(groups)] if found is None else found.params
         if self._loss is None and (not params or _is_dry(guarded)):
             return {}
+        if self._too_early and params:
+            self.forget()
+            raise RuntimeError(
+                f"rate_guard={guarded[0]['rate_guard']!r}: observe_gradients() was called when no parameter had a "
+                "gradient; call it after backward(), before the gradients are clipped"
+            )
         if self._loss is not None:
             if self._gradient is None:
                 self._add_all(groups, inverse_scale, found)
@@ -290,6 +299,8 @@ def _limited(group: Mapping[str, Any], ratio: float | Tensor) -> float | Tensor:
     lr, guard, measured = group["lr"], group["rate_guard"], option(group, "rate_constant") * ratio
     if not isinstance(measured, Tensor):
         lr = float(lr)
+        if math.isnan(measured):  # min and max would take lr, and hide a loss that is not a number
+            return measured if lr else 0.0
         return min(max(lr, measured / guard), guard * measured) if lr else 0.0
     if not isinstance(lr, Tensor):  # compared as a number: a copy to the device would wait for it
         return torch.minimum((measured / guard).clamp(min=lr), guard * measured) if lr else 0.0

@@ -19,7 +19,7 @@ a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoi
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -275,26 +275,39 @@ def _of_adam(recipe: "Recipe") -> str | None:
 
 
 def _of_radabeliefw(recipe: "Recipe") -> str | None:
-    config, schedule = recipe.optimizer, recipe.schedule
-    if not averages_weights({"name": config.name, "lr": config.lr, "options": config.options}):
-        return None
-    what = "lr='auto'" if config.lr == "auto" else f"options.averaging={config.options['averaging']!r}"
-    wrong = []
-    if schedule.name != "constant":
+    config = recipe.optimizer
+    wrong: list[str] = []
+    guard = config.options.get("rate_guard", 1.0 if config.lr == "auto" else None)
+    averages = averages_weights({"name": config.name, "lr": config.lr, "options": config.options})
+    if averages:
+        what = "lr='auto'" if config.lr == "auto" else f"options.averaging={config.options['averaging']!r}"
+        wrong += _of_averaging(recipe, f"optimizer.{what}")
+    if config.lr == "auto" and guard != 1:
         wrong.append(
-            f"schedule.name={schedule.name!r} with optimizer.{what}, which averages weights: set schedule.name=constant"
+            f"optimizer.options.rate_guard={guard!r} with optimizer.lr='auto': leave it out, or give lr as a number"
         )
-    if recipe.ema_decay is not None:
-        wrong.append(f"ema_decay={recipe.ema_decay} with optimizer.{what}, which averages weights by itself: set null")
-    if config.lr == "auto" and schedule.warmup_steps:
-        wrong.append(
-            f"schedule.warmup_steps={schedule.warmup_steps} with optimizer.lr='auto', which takes no rate: set 0"
-        )
-    if config.lr == "auto" and config.head_lr_mult != 1:
-        wrong.append(
-            f"optimizer.head_lr_mult={config.head_lr_mult} with optimizer.lr='auto', which takes no rate: set 1"
-        )
+    if config.lr == "auto" or guard == 1:
+        what = "lr='auto'" if config.lr == "auto" else f"options.rate_guard={guard!r}"
+        wrong += _of_no_rate(recipe, f"optimizer.{what}, which takes no rate", averages)
     return "; ".join(wrong) or None
+
+
+def _of_averaging(recipe: "Recipe", what: str) -> Iterator[str]:
+    if recipe.schedule.name != "constant":
+        yield f"schedule.name={recipe.schedule.name!r} with {what}, which averages weights: set schedule.name=constant"
+    if recipe.ema_decay is not None:
+        yield f"ema_decay={recipe.ema_decay} with {what}, which averages weights by itself: set null"
+
+
+def _of_no_rate(recipe: "Recipe", what: str, averages: bool) -> Iterator[str]:
+    """What would change a rate that has no part in the step; of averaged weights the schedule is named already."""
+    schedule = recipe.schedule
+    if schedule.name != "constant" and not averages:
+        yield f"schedule.name={schedule.name!r} with {what}: set schedule.name=constant"
+    if schedule.warmup_steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps} with {what}: set 0"
+    if recipe.optimizer.head_lr_mult != 1:
+        yield f"optimizer.head_lr_mult={recipe.optimizer.head_lr_mult} with {what}: set 1"
 
 
 def _of_one_rate(recipe: "Recipe") -> str | None:

@@ -1,6 +1,7 @@
 """The rate that a run measures: its equations on every backend, what it needs, what it leaves alone, and its bound."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_gradients_count_as_they_are_before_they_are_clipped():
     for (grad,) in grads:
         wanted = 0.9 * wanted + 0.1 * float(grad.double().abs().sum())
     assert group["rate_mean_gradient"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_gradients_observed_before_there_are_any_are_an_error_and_not_a_rate_of_0():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = RAdaBeliefW([param], rate_guard=1.0)
+    optimizer.observe(1.0)
+    optimizer.observe_gradients()
+    with pytest.raises(RuntimeError, match=r"rate_guard=1.0: observe_gradients\(\) .* call it after backward\(\)"):
+        step(optimizer, [param], [torch.ones(3)])
+    assert param.tolist() == [1.0, 1.0, 1.0]
+    optimizer.observe(1.0)
+    step(optimizer, [param], [torch.ones(3)])
+    assert param.tolist() != [1.0, 1.0, 1.0]
+
+
+def test_a_loss_that_is_not_a_number_does_not_leave_the_rate_to_lr():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = guarded([param], [[torch.ones(3)]] * 2, [1.0, float("nan")], rate_guard=1.0)
+    assert math.isnan(optimizer.measured_rate)
+    assert param.isnan().all()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

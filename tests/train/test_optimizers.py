@@ -258,6 +258,24 @@ def test_beta2_as_a_number_and_another_constant_are_taken_and_the_default_is_the
             "optimizer.head_lr_mult=2",
         ),
         (Recipe(optimizer=OptimizerConfig(lr="auto"), schedule=ScheduleConfig(name="constant"), ema_decay=0.9), "ema"),
+        (
+            Recipe(optimizer=OptimizerConfig(options={"rate_guard": 1})),
+            "schedule.name='cosine' with optimizer.options.rate_guard=1, which takes no rate: set schedule.name=const",
+        ),
+        (
+            Recipe(
+                optimizer=OptimizerConfig(options={"rate_guard": 1.0}, head_lr_mult=2),
+                schedule=ScheduleConfig(name="constant", warmup_steps=3),
+            ),
+            "schedule.warmup_steps=3 with optimizer.options.rate_guard=1.0.*optimizer.head_lr_mult=2",
+        ),
+        (
+            Recipe(
+                optimizer=OptimizerConfig(lr="auto", options={"rate_guard": 2}),
+                schedule=ScheduleConfig(name="constant"),
+            ),
+            "optimizer.options.rate_guard=2 with optimizer.lr='auto': leave it out, or give lr as a number",
+        ),
     ],
 )
 def test_a_setting_that_an_optimizer_cannot_have_is_named(recipe, named):
@@ -280,6 +298,10 @@ def test_lr_auto_measures_averages_and_takes_beta2_auto():
     assert (group["rate_guard"], group["averaging"], group["betas"]) == (1.0, "schedule_free", (0.9, 0.99))
     assert (group["weight_decay"], group["decay_by_rate"]) == (3 / 750, False)
     assert second_beta(OptimizerConfig(lr="auto", beta2=0.95), 750) == 0.95
+
+
+def test_a_rate_that_is_trusted_within_a_factor_goes_with_schedule_and_warm_up():
+    check_fits(Recipe(optimizer=OptimizerConfig(options={"rate_guard": 2}), schedule=ScheduleConfig(warmup_steps=3)))
 
 
 @pytest.mark.parametrize("setting", ["lr", "weight_decay"])
