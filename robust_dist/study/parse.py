@@ -171,7 +171,11 @@ def _judged(data: Mapping[str, Any], axes: tuple[Axis, ...], path: Path) -> dict
         raise StudyError(f"{path}: defaults needs one axis beside compare and tasks; there are {len(rates)}")
     (contenders,) = (axis.labels for axis in axes if axis.name == compare)
     if set(found) != set(contenders):
-        raise StudyError(f"{path}: defaults must have a place of {rates[0].name!r} for each of {', '.join(contenders)}")
+        strange = [name for name in found if name not in contenders]
+        unknown = f"; {', '.join(strange)} is no place of {compare!r}" if strange else ""
+        raise StudyError(
+            f"{path}: defaults must have a place of {rates[0].name!r} for each of {', '.join(contenders)}{unknown}"
+        )
     wrong = [f"{key}: {value}" for key, value in found.items() if value not in rates[0].labels]
     if wrong:
         raise StudyError(

@@ -120,6 +120,12 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
         found.append(f"{len(train):,} training images are of {classes:,} classes: is one image per class right?")
     if recipe.early_stopping.patience is not None:
         found += _early_stopping_doubts(recipe)
+    given = "init_from" if recipe.init_from is not None else "model.weights" if recipe.model.weights else None
+    if given is not None and recipe.optimizer.lr == "auto":
+        found.append(
+            f"optimizer.lr='auto' with {given}: small gradients of trained weights make the first rates large, which "
+            "can undo the training; give a number"
+        )
     needed = _steps_needed(recipe, total_steps)
     if total_steps < needed:
         epochs = -(-needed * recipe.epochs // total_steps)

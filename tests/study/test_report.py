@@ -355,6 +355,7 @@ def test_a_study_without_tasks_is_judged_by_seeds_and_one_without_rates_needs_no
         ({"tasks": "method"}, "must be an axis beside compare"),
         ({}, "tasks needs defaults, each contender's place on the axis 'optimizer.lr'"),
         ({"defaults": {"A": 0.01, "B": 0.1}}, "for each of A, B, C"),
+        ({"defaults": DEFAULTS | {"D": 0.1}}, "for each of A, B, C; D is no place of 'method'"),
         ({"defaults": DEFAULTS | {"C": 0.02}}, "C: 0.02 is no place of 'optimizer.lr' (0.1, 0.01, 0.001)"),
         ({"defaults": DEFAULTS, "tasks": None}, "one axis beside compare and tasks; there are 2"),
         ({"compare": None, "reference": None}, "tasks needs compare"),

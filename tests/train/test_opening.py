@@ -1,5 +1,6 @@
 """What a start says of the data and of the run, and what it finds odd."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from robust_dist.data.image_set import ImageSet
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.train.opening import oddities, optimizer_backend, part_lines
-from robust_dist.train.recipe import DataConfig, OptimizerConfig, Recipe
+from robust_dist.train.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe
 from robust_dist.train.sources import open_sets
 from tests.data.tiny_sets import write_image_folder
 
@@ -50,6 +51,14 @@ LONG = Recipe(optimizer=OptimizerConfig(name="adamw"))
 def test_what_is_odd_is_one_warning(count, classes, ranks, words):
     found = oddities(LONG, [images(count, classes)] * 2, 100, ranks)
     assert [words in one for one in found] == [True] * (words is not None)
+
+
+@pytest.mark.parametrize("given", [{"init_from": "runs/a"}, {"model": ModelConfig(weights="DEFAULT")}])
+def test_a_measured_rate_on_trained_weights_is_odd(given):
+    recipe = replace(LONG, optimizer=OptimizerConfig(lr="auto"), **given)
+    (warning,) = oddities(recipe, [images(100, 10)] * 2, 10_000, 1)
+    assert warning.startswith(f"optimizer.lr='auto' with {'init_from' if 'init_from' in given else 'model.weights'}:")
+    assert oddities(replace(recipe, optimizer=OptimizerConfig()), [images(100, 10)] * 2, 10_000, 1) == []
 
 
 def test_fewer_steps_than_the_rectification_takes_say_what_to_change():
