@@ -56,7 +56,7 @@ run = kernel.jit.run
 kernel.jit.run = lambda *a, **k: binds.append(1) or run(*a, **k)
 table, grads = torch.zeros(21, 9, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
 chunks = torch.zeros(5, 2, dtype=torch.int64)
-kinds = ("float32", "float32", "float32", "float32", False, False)
+kinds = ("float32", "float32", "float32", "float32", False, False, False)
 
 def step(grads, kinds=kinds):
     before = len(binds), len(loads)
@@ -70,7 +70,7 @@ odd = torch.zeros(10, dtype=torch.int64)[1:]
 assert step(odd) == (1, 1), "an odd place needs other code"
 assert step(odd) == (0, 0) == step(grads) == step(odd)
 assert any(one is odd for one in launches[-1])
-half = ("float16", "float16", "float32", "float32", False, False)
+half = ("float16", "float16", "float32", "float32", False, False, False)
 assert step(grads, half) == (1, 1)
 assert step(grads, half) == (0, 0) == step(grads)
 table = torch.zeros(21, 7, dtype=torch.int64)

@@ -14,13 +14,14 @@ LARGE = 2 << 20
 
 
 def _asked():
-    """The addresses, in large pages, for which such pages were asked, as the kernel has them."""
+    """The large pages, by number, that were asked for, as the kernel has them."""
     found, place = set(), range(0)
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            place = range(int(bounds[1], 16), int(bounds[2], 16), LARGE)
+            # Memory that was given back may have left a part of a page.
+            place = range(-(-int(bounds[1], 16) // LARGE), int(bounds[2], 16) // LARGE)
         elif line.startswith("VmFlags:") and "hg" in line.split():
-            found |= {address / LARGE for address in place}
+            found |= set(place)
     return found
 
 

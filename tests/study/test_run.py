@@ -127,7 +127,7 @@ def test_a_command_that_is_stopped_ends_its_training_and_gives_the_run_back(tmp_
     stopper.start()
     assert main(["study", "run", str(config), "--dir", str(folder)]) == 130
     stopper.join()
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "run the same command to continue" in capsys.readouterr().out
     # The training process holds the lock, too: it has ended.
     assert RunClaim.worker_of(claim) is None
     assert main(["study", "status", str(folder)]) == 0
