@@ -26,12 +26,16 @@ class _Foreach(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._begin(loss)
         for group in self.param_groups:
             for step, params in self._by_step(group["params"]).items():
                 grads = [p.grad for p in params]
                 moments = [[self.state[p][name] for p in params] for name in self.NAMES]
                 self._update(group, step, params, grads, *moments)
         return loss
+
+    def _begin(self, loss: float | None) -> None:
+        """What a subclass does before the parameters move; `loss` is the closure's value, if any."""
 
     def _by_step(self, params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
         """Parameters with gradients by the number of their step, which is counted here."""
@@ -270,13 +274,8 @@ class ScheduleFreePlus(_Foreach):
         """Add a micro-batch's loss, 0-d, to those of the next step, of which the mean counts."""
         self._losses.append(loss.detach().double())
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every parameter that has a gradient; the loss was observed, or is the closure's value."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _begin(self, loss: float | None) -> None:
+        if loss is not None:
             self._losses = [torch.as_tensor(loss).double()]
         if not self._losses:
             raise RuntimeError("ScheduleFreePlus needs the loss of every step: call observe(loss) before step()")
@@ -287,8 +286,6 @@ class ScheduleFreePlus(_Foreach):
                 self.state[p] = {"step": torch.tensor(0.0), "z": p.clone()}
                 self.state[p] |= {name: torch.zeros_like(p) for name in self.NAMES}
         self._polyak = self._polyak_step(params)
-        super().step()
-        return loss
 
     def _polyak_step(self, params: list[Tensor]) -> float:
         """max(0, F + b <g, z - x>) / e."""

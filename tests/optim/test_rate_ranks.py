@@ -391,6 +391,25 @@ def refusals():
         deepspeed_engine("ZeRO 1", torch_autocast={"enabled": True, "dtype": "float16"}, bf16={"enabled": False})
 
 
+def observes_once():
+    """In float32 ZeRO 0 leaves the gradients where the program can observe them too: they count once."""
+    found = []
+    for observes in (False, True):
+        engine, optimizer = deepspeed_engine("ZeRO 0")
+        x, y = next(iter(batches()))
+        for index in range(PARTS):
+            mine = slice(dist.get_rank() * PARTS + index, None, dist.get_world_size() * PARTS)
+            loss = nn.functional.cross_entropy(engine(x[mine].float()), y[mine])
+            optimizer.observe(loss)
+            engine.backward(loss)
+            if observes and index == PARTS - 1:
+                optimizer.observe_gradients()
+            engine.step()
+        found.append(optimizer.measured_rate)
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def under_zero(folder):
     from robust_dist.engines.deepspeed import register
 
@@ -409,6 +428,7 @@ def under_zero(folder):
                 skips(kind)
         for stage in (2, 3):
             universal(stage, folder)
+        observes_once()
         refusals()
     return found
 

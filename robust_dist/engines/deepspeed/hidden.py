@@ -189,7 +189,7 @@ def with_unclipped_gradients(original: Callable[..., Any]) -> Callable[..., Any]
 
     def clip(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.optimizer, RAdaBeliefW):
-            self.optimizer.observe_gradients()
+            self.optimizer.observe_gradients(automatic=True)
         return original(self, *args, **kwargs)
 
     return clip
