@@ -114,7 +114,7 @@ def test_a_backend_without_a_pass_for_a_stage_alone_leaves_it_to_torch_or_is_ref
     monkeypatch.setattr(backends, "_found", lambda name: whole)
     for make_stage in (TrivialAugment, lambda **s: CutMix(10, **s)):
         assert make_stage().backend_for("cpu") == "torch"
-        with pytest.raises(RuntimeError, match='backend="triton" does whole pipelines only'):
+        with pytest.raises(RuntimeError, match='backend="triton" supports only whole pipelines'):
             make_stage(backend="triton").backend_for("cpu")
     module = make(backend="triton")
     assert module.backend_for("cpu") == "triton"
@@ -129,5 +129,5 @@ def test_a_stage_of_another_type_is_left_to_torch():
     module.trivial = Own()
     assert module.backend_for("cpu") == "torch"
     module.backend = "native"
-    with pytest.raises(RuntimeError, match="knows no stage of type Own"):
+    with pytest.raises(RuntimeError, match="does not support a stage of type Own"):
         module.backend_for("cpu")

@@ -129,15 +129,15 @@ def of_class(name, *args, **settings):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"masks": torch.zeros(2, *SIZE)}, TypeError, "masks must hold class numbers.*float32: soft masks"),
+        ({"masks": torch.zeros(2, *SIZE)}, TypeError, "masks must be class numbers.*float32: soft masks"),
         ({"masks": torch.zeros(2, 3, *SIZE).long()}, ValueError, "under CutMix, got 3 a sample"),
         ({"masks": torch.zeros(2, 8, 8).long()}, ValueError, r"the images' size \(20, 26\), got \(8, 8\)"),
         ({"masks": torch.zeros(*SIZE).long()}, ValueError, r"shape \[B, H, W\]"),
-        ({"masks": torch.zeros(3, *SIZE).long()}, ValueError, "masks must belong to the samples of the keys, got 3"),
+        ({"masks": torch.zeros(3, *SIZE).long()}, ValueError, "masks must match the samples of the keys, got 3"),
         ({"masks": [[0]]}, TypeError, "masks must be torch.Tensor or tv_tensors.Mask, got list"),
         ({"masks": lambda: of_class("Video", torch.zeros(2, 3, 3, *SIZE))}, TypeError, "got Video"),
         ({"masks": lambda: of_class("Image", torch.zeros(2, 3, *SIZE))}, TypeError, "got Image"),
-        ({"fill": 256}, ValueError, r"fill of torch.uint8 masks must lie in \[0, 255\], got 256"),
+        ({"fill": 256}, ValueError, r"fill of torch.uint8 masks must be in \[0, 255\], got 256"),
         ({"fill": (0, 0, 0)}, TypeError, "fill of masks must be one whole number"),
         ({"keys": torch.zeros(2)}, TypeError, "keys must be torch.int64"),
         ({"augment": torch.nn.Identity()}, TypeError, "augment must be a RobustAugment or one of .*, got Identity"),
