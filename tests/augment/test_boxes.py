@@ -183,7 +183,7 @@ def key_points():
         (lambda: torch.zeros(1, 2, 5), {}, ValueError, r"boxes must have shape \[B, N, 4\]"),
         (lambda: torch.zeros(2, 2, 4), {}, ValueError, "boxes must match the samples of the keys, got 2"),
         (lambda: torch.zeros(1, 2, 4).bool(), {}, TypeError, "boxes must be floating-point or integers"),
-        (lambda: [wrapped(torch.zeros(1, 4))], {"size": (8, 8)}, ValueError, r"one canvas_size.*\(8, 8\), \(30, 40\)"),
+        (lambda: [wrapped(torch.zeros(1, 4))], {"size": (8, 8)}, ValueError, r"the canvas_size.*\(8, 8\), \(30, 40\)"),
     ],
 )
 def test_what_cannot_follow_is_refused_by_name(boxes, settings, error, words):

@@ -138,7 +138,7 @@ def of_class(name, *args, **settings):
         ({"masks": lambda: of_class("Video", torch.zeros(2, 3, 3, *SIZE))}, TypeError, "got Video"),
         ({"masks": lambda: of_class("Image", torch.zeros(2, 3, *SIZE))}, TypeError, "got Image"),
         ({"fill": 256}, ValueError, r"fill of torch.uint8 masks must be in \[0, 255\], got 256"),
-        ({"fill": (0, 0, 0)}, TypeError, "fill of masks must be one whole number"),
+        ({"fill": (0, 0, 0)}, TypeError, "fill of masks must be an integer"),
         ({"keys": torch.zeros(2)}, TypeError, "keys must be torch.int64"),
         ({"augment": torch.nn.Identity()}, TypeError, "augment must be a RobustAugment or one of .*, got Identity"),
     ],

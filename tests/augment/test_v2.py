@@ -186,7 +186,7 @@ def test_manual_seed_governs_and_calls_differ():
         (lambda: v2.TrivialAugmentWide(fill=float("nan")), ValueError, r"fill must be in \[0, 255\]"),
         (lambda: v2.TrivialAugmentWide(fill=(1, 2)), TypeError, r"one per channel \(1 or 3\), got \(1, 2\)"),
         (lambda: v2.TrivialAugmentWide(fill="black"), TypeError, "fill must be a number, or one per channel"),
-        (lambda: v2.TrivialAugmentWide(fill={tv_tensors.Mask: 0.5}), TypeError, "fill of masks must be one whole"),
+        (lambda: v2.TrivialAugmentWide(fill={tv_tensors.Mask: 0.5}), TypeError, "fill of masks must be an integer"),
         (lambda: v2.TrivialAugmentWide(interpolation="bicubic"), ValueError, "interpolation must be"),
         (lambda: v2.TrivialAugmentWide()({"label": 3}), TypeError, "exactly one image, batch or video, got 0"),
         (lambda: v2.TrivialAugmentWide()([tv_tensors.Image(noise())] * 2), TypeError, "exactly one image.*got 2"),
@@ -202,7 +202,7 @@ def test_manual_seed_governs_and_calls_differ():
         (
             lambda: v2.TrivialAugmentWide(fill=(1, 2, 3))(noise(), tv_tensors.Mask(torch.zeros(SIZE).long())),
             TypeError,
-            "fill of masks must be one whole number",
+            "fill of masks must be an integer",
         ),
         (
             lambda: v2.TrivialAugmentWide()(sample_with(tv_tensors.Image(noise(3)))),
@@ -278,7 +278,7 @@ MASK = {"images": name_tags(2, 3, *SIZE), "labels": torch.arange(2)}
     ("batch", "words"),
     [
         ((F.to_pil_image(noise()), torch.arange(2)), "does not support PIL images"),
-        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, *SIZE))}, "does not support .* floating masks"),
+        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, *SIZE))}, "does not support .* floating-point masks"),
         ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, 5, *SIZE).long())}, "under CutMix, got 5 a sample"),
         ({**MASK, "masks": tv_tensors.Mask(torch.zeros(3, *SIZE).long())}, "as images, 2, got 3"),
         (

@@ -116,7 +116,7 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_written(run):
     assert contents(run) == before
 
 
-NO_FSDP = "error: FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is NO: Accelerate has no FSDP on CPUs"
+NO_FSDP = "error: FSDP was requested (ACCELERATE_USE_FSDP=true), but the engine is NO: Accelerate does not support FSDP"
 MESH = "error: parallelism_config: dp_replicate_size=2 x dp_shard_size=2 is a mesh of 4 ranks, but 2 were launched"
 
 
