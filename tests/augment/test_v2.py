@@ -279,7 +279,7 @@ MASK = {"images": name_tags(2, 3, *SIZE), "labels": torch.arange(2)}
     [
         ((F.to_pil_image(noise()), torch.arange(2)), "does not support PIL images"),
         ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, *SIZE))}, "does not support .* floating-point masks"),
-        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, 5, *SIZE).long())}, "under CutMix, got 5 a sample"),
+        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, 5, *SIZE).long())}, "under CutMix, got 5 per sample"),
         ({**MASK, "masks": tv_tensors.Mask(torch.zeros(3, *SIZE).long())}, "as images, 2, got 3"),
         (
             {**MASK, "boxes": tv_tensors.BoundingBoxes([[1, 1, 2, 2]], format="XYXY", canvas_size=SIZE)},
