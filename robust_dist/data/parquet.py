@@ -278,7 +278,7 @@ def _opened(url: str) -> Any:
 
 
 def _leave_the_parents_loop() -> None:
-    """Let fsspec start a thread in a forked process: before 2025.5 it waits for the parent's, which is not there."""
+    """Let fsspec start a thread in a forked process: 2025.3.0 waits for the parent's, which is not there."""
     asyn = sys.modules.get("fsspec.asyn")
     if asyn is not None and asyn.iothread[0] is not None and not asyn.iothread[0].is_alive():
         asyn.loop[0] = asyn.iothread[0] = None
