@@ -1,6 +1,7 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,20 @@ from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.groups import check_sharded, gather_anew
-from robust_dist.optim.rate import Measured, Ranks
+from robust_dist.optim.rate import Measured, Ranks, check_one_rate
 from robust_dist.optim.record import Found, Records
-from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
+from robust_dist.optim.settings import (
+    DEFAULTS,
+    OPTIONS,
+    TRAINS,
+    Hyper,
+    check_constant,
+    check_group,
+    hyper,
+    make_plain,
+    option,
+    telling_of_switches,
+)
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
     EXP_AVG,
@@ -207,6 +219,7 @@ class RAdaBeliefW(Optimizer):
         defaults |= {name: value for name, value in options.items() if value != OPTIONS[name]}
         make_plain(defaults)
         super().__init__(params, defaults)
+        check_constant(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -253,6 +266,7 @@ class RAdaBeliefW(Optimizer):
         try:
             check_fused(self.param_groups[-1])
             check_sharded(self.param_groups[-1]["params"])
+            check_one_rate(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -268,9 +282,14 @@ class RAdaBeliefW(Optimizer):
         return " + ".join(dict.fromkeys(names)) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
+        """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast.
+
+        It brings its groups' settings, as with torch's optimizers. Where that changes `averaging` or `rate_guard` a
+        warning says so.
+        """
         self.__dict__.pop("_records", None)  # which would keep the old state alive to the next step
-        load_exactly(self, state_dict, super().load_state_dict)
+        with telling_of_switches(self):
+            load_exactly(self, state_dict, super().load_state_dict)
 
     @property
     def measures_rate(self) -> bool:
@@ -292,14 +311,15 @@ class RAdaBeliefW(Optimizer):
         """Give `rate_guard` the loss of the step that comes; nothing without it.
 
         Args:
-            loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
-                entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
-                and of all ranks.
+            loss: A number, or a real tensor of 1 element on any device, before it is divided or scaled: the mean over
+                a micro-batch, less the entropy of its targets (label smoothing, mixed labels). Of several calls before
+                a step the mean counts, and of all ranks. A DTensor is gathered: all its ranks must call this.
             automatic: For engines: the loss whose gradient is added, divided by the micro-batches. Of several calls
                 the sum counts, and none where the program itself calls `observe` for this step.
 
         Raises:
-            ValueError: It has more than one element.
+            TypeError: It is no real number.
+            ValueError: It has more than one element, or none.
         """
         if self.measures_rate:
             self._rate.observe(loss, automatic=automatic)
@@ -315,9 +335,14 @@ class RAdaBeliefW(Optimizer):
             gradients: Those of all param groups, where an engine keeps them elsewhere than in the parameters' `grad`.
             automatic: For engines: only the first such call before a step counts, and none where the program itself
                 observes them.
+
+        Raises:
+            ValueError: `scale` is no finite number above 0.
         """
         if not self.measures_rate:
             return
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale={scale!r} must be a finite number above 0")
         if gradients is None:
             self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
         else:

@@ -119,7 +119,16 @@ def averages_weights(section: Mapping[str, Any]) -> bool:
 
 
 def decay_of(config: OptimizerConfig, total_steps: int) -> float:
-    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step."""
+    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step.
+
+    Raises:
+        ValueError: "auto", in a run of fewer than 3 steps.
+    """
+    if config.weight_decay == "auto" and total_steps < AUTO_DECAY:
+        raise ValueError(
+            f"optimizer.weight_decay='auto' needs at least {AUTO_DECAY:g} steps, and this run makes {total_steps}; "
+            "train longer, or give weight_decay as a number"
+        )
     return AUTO_DECAY / total_steps if config.weight_decay == "auto" else config.weight_decay
 
 
