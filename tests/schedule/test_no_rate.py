@@ -112,9 +112,7 @@ def test_under_accelerate_torchs_schedulers_are_refused_by_name(name):
         warnings.filterwarnings("ignore", "To get the last learning rate", UserWarning)
         accelerator, made, schedule = prepared(IDLE[name])
         state = schedule.state_dict()
-        with pytest.raises(
-            ValueError, match=rf"a {name} sets .* rate_guard=1 takes none: leave it out"
-        ):
+        with pytest.raises(ValueError, match=rf"a {name} sets .* rate_guard=1 takes none: leave it out"):
             check(accelerator, made)
         assert str(schedule.state_dict()) == str(state)
         check(*prepared(IDLE[name], rate_guard=2.0)[:2])
