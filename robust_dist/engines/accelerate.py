@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from robust_dist.engines.engine import EngineError
-from robust_dist.engines.rate import feed, idle_schedule, tell_copies
+from robust_dist.engines.rate import feed, idle_schedule, measures, tell_copies
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
@@ -299,13 +299,13 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
 
 def fit_rate(accelerator: Any, base: Any) -> None:
     """Give averaging and rate_guard what they need of the engine, or refuse where nobody can."""
-    used = [name for name in ("averages_weights", "measures_rate") if getattr(base, name, False)]
+    used = measures(base) or getattr(base, "averages_weights", False)
     if used and accelerator.distributed_type.value == "DEEPSPEED" and not getattr(base, "engine_keeps_weights", True):
         raise EngineError(
             "under DeepSpeed RAdaBeliefW's averaging and rate_guard need robust_dist.register() (or import "
             "robust_dist.autoregister) on every rank before accelerator.prepare"
         )
-    if "measures_rate" in used:
+    if measures(base):
         feed(accelerator)
         for model in accelerator._models:
             tell_copies(model, base)

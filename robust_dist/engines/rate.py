@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.engines.engine import EngineError
+from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.rate import all_ignore_rate
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import base_optimizer
@@ -60,7 +61,12 @@ class Feed:
         """The only optimizer, where it has a `rate_guard`."""
         prepared = {id(base): base for base in map(base_optimizer, self.accelerator._optimizers)}
         only = next(iter(prepared.values())) if len(prepared) == 1 else None
-        return only if getattr(only, "measures_rate", False) else None
+        return only if measures(only) else None
+
+
+def measures(optimizer: Any) -> bool:
+    """Whether it is a RAdaBeliefW with a `rate_guard`; others are fed by the loop that knows them."""
+    return isinstance(optimizer, RAdaBeliefW) and optimizer.measures_rate
 
 
 def feed(accelerator: Any) -> Feed:
@@ -75,7 +81,7 @@ def tell_copies(model: nn.Module, optimizer: Any) -> None:
     Raises:
         EngineError: FSDP1 wraps parts of the model in different ways.
     """
-    if not getattr(optimizer, "measures_rate", False):
+    if not measures(optimizer):
         return
     wrapped: list[Any] = [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
     found = {1 if m.sharding_strategy.name == "NO_SHARD" else m.process_group.size() for m in wrapped}

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from robust_dist.checkpoint import CheckpointError, note_parameters
 from robust_dist.engines.accelerate import EngineError, fit_rate, replaced_by_offload
 from robust_dist.engines.engine import BATCH_NORMS
-from robust_dist.engines.rate import feed, idle_schedule
+from robust_dist.engines.rate import feed, idle_schedule, measures
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
@@ -193,7 +193,7 @@ def _training_loop() -> Trainer | None:
 
 def _serve_rate(base: Any) -> None:
     """Give an optimizer with a `rate_guard` what it needs of Trainer and of its engine."""
-    trainer: Any = _training_loop() if getattr(base, "measures_rate", False) else None
+    trainer: Any = _training_loop() if measures(base) else None
     if trainer is None:
         return
     fit_rate(trainer.accelerator, base)

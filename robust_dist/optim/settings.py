@@ -1,4 +1,4 @@
-"""The optimizer's settings: their names in a param group, their defaults, and what they may be."""
+"""The optimizer's settings: their names in a param group, their defaults and their ranges."""
 
 import math
 import warnings
@@ -34,8 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 
-# In a group only where they differ from these defaults: DCP loads a checkpoint only into groups of the very same keys,
-# and those of older releases have none of them. Read them with `option`.
+# In a group only if they differ from these defaults: DCP loads a checkpoint only into groups with exactly the same
+# keys, and checkpoints of older releases have none of these. Read them with `option`.
 OPTIONS: dict[str, Any] = {
     "master_weights": False,
     "exp_avg_dtype": None,
@@ -47,10 +47,10 @@ OPTIONS: dict[str, Any] = {
     "decay_by_rate": True,
 }
 SCHEDULE_FREE = "schedule_free"
-# Kept in a group of `averaging` or `rate_guard`: whether it holds the trained weights, and what rate.py has measured.
+# In groups with `averaging` or `rate_guard`: whether it holds the trained weights, and the measurements of rate.py.
 TRAINS = "train_mode"
 MEASURED = ("rate_mean_gradient", "rate_mean_loss", "rate_smallest")
-# The averages' weights are in a table of some 40 / (1 - beta2) steps (averaging.py).
+# averaging.py keeps a table of about 50 / (1 - beta2) entries.
 LARGEST_BETA2 = 0.9999
 
 
@@ -64,18 +64,18 @@ class Hyper:
     """The numbers of one param group that the arithmetic needs.
 
     Attributes:
-        lr: Learning rate after the schedule; a tensor is read where the step runs.
+        lr: Learning rate after the schedule; a tensor is read on the device that steps.
         weight_decay: Decoupled weight decay, multiplied by `lr`.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: The paper's eps.
-        rectify_threshold: Rectified where rho_t is greater than this.
+        rectify_threshold: The update is rectified if rho_t is greater than this.
         eps_placement: One of `EPS_PLACEMENTS`.
         accumulate_eps: Whether eps is added to the second moment at every step, as in eq. 16.
-        maximize: Whether the gradient's sign is turned.
-        stochastic_rounding: Whether what is stored in bfloat16 without a master is rounded as rounding.py says.
-        seed: Of its bits.
-        averaging: Whether the weights are averaged as averaging.py says.
+        maximize: Whether the gradient's sign is flipped.
+        stochastic_rounding: Whether bfloat16 values without a master are rounded stochastically (rounding.py).
+        seed: Seed of stochastic rounding.
+        averaging: Whether the weights are averaged (averaging.py).
         decay_by_rate: Whether `weight_decay` is multiplied by `lr`.
     """
 
@@ -100,7 +100,7 @@ class Hyper:
 
 
 def hyper(group: Mapping[str, Any], lr: float | Tensor | None = None) -> Hyper:
-    """The arithmetic's settings of a param group, with the rate that rate.py has measured where one is given."""
+    """The numbers of a param group that the arithmetic needs; `lr` replaces the group's own if it is given."""
     beta1, beta2 = group["betas"]
     return Hyper(
         lr=group["lr"] if lr is None else lr,
@@ -159,7 +159,7 @@ def _check_flags(group: Mapping[str, Any]) -> None:
 
 
 def _as_dtype(value: Any) -> Any:
-    """A dtype where its name is given; anything else as it is."""
+    """Convert a dtype's name to the dtype; return anything else unchanged."""
     if isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), value)
         return found if isinstance(found, torch.dtype) else value
@@ -172,14 +172,14 @@ def exp_avg_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _plain(value: Any) -> Any:
-    """A number as Python's own; bools, tensors and what is no number as they are."""
+    """Convert other numbers (NumPy's) to float; return Python numbers and anything else unchanged."""
     return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 
 def make_plain(group: MutableMapping[str, Any]) -> None:
-    """Rewrite settings that have passed `check_group` so that JSON and torch's full state dicts can take the group.
+    """Rewrite the settings of a checked group in types that JSON and torch's full state dicts accept.
 
-    Those refuse a torch.dtype and the numbers of NumPy, which a constructor's call or an older checkpoint may bring.
+    They reject torch.dtype and NumPy numbers, which may come from a caller or an older checkpoint.
     """
     if option(group, "averaging") is not None:
         group.setdefault(TRAINS, True)
@@ -249,10 +249,10 @@ def _check_backend(group: Mapping[str, Any]) -> None:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Check a param group's settings before anything is done with them.
+    """Check a param group's settings.
 
     Raises:
-        ValueError: A setting is out of its range, or two settings exclude each other.
+        ValueError: A setting is out of range, or two settings exclude each other.
         TypeError: A setting has the wrong type.
     """
     _check_number_or_tensor("lr", group["lr"])

@@ -6,15 +6,18 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from robust_dist.engines.accelerate import EngineError, check
 from robust_dist.optim.reference import rectification, reference_step
 from robust_dist.train.baselines import NAG, PaperAdam, ScheduleFreePlus
 from robust_dist.train.build import build_optimizer, build_schedule
+from robust_dist.train.fit import fit
 from robust_dist.train.optimizers import check_fits, make_optimizer, second_beta
-from robust_dist.train.recipe import OptimizerConfig, Recipe, ScheduleConfig, parse_recipe
+from robust_dist.train.recipe import ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, TrackingConfig, parse_recipe
 from robust_dist.train.step import summed_entropy, summed_loss
+from tests.train.few import few_digits
 
 STEPS, B1, B2, EPS, DECAY = 30, 0.9, 0.99, 1e-8, 0.02
 NAMES = ["RAdaBeliefW", "nag", "adam", "adamw", "radam", "adabelief", "nadamw", "schedulefree_adamw", "prodigy"]
@@ -208,6 +211,26 @@ def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_st
     _, half = run(20)
     _, resumed = run(40, half)
     assert all(torch.equal(whole[0][key], resumed[0][key]) for key in whole[0])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "lr auto"])
+def test_a_recipe_trains_with_each(name, tmp_path):
+    AcceleratorState._reset_state(True)
+    settings = {"name": "RAdaBeliefW", "lr": "auto"} if name == "lr auto" else {"name": name, "lr": 0.01}
+    if name in ("adam", "radam", "adabelief"):
+        settings["weight_decay"] = 0.0
+    averages = name == "lr auto" or name.startswith("schedulefree")
+    recipe = Recipe(
+        model=ModelConfig("mlp"),
+        optimizer=OptimizerConfig(**settings),
+        schedule=ScheduleConfig("constant" if averages else "cosine", weight_decay_off_at=1.0),
+        tracking=TrackingConfig(trackers=[], progress=False),
+        epochs=2,
+        batch_size=16,
+        run_dir=str(tmp_path),
+    )
+    rows = fit(recipe, **few_digits(64, 32)).rows
+    assert [math.isfinite(row["train_loss"]) for row in rows] == [True, True]
 
 
 @pytest.mark.parametrize(
