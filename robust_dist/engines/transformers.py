@@ -100,8 +100,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         _warn_without_decay(self.switch)
         _serve_rate(base)
         schedule, model = kwargs.get("lr_scheduler"), kwargs.get("model")
-        _check_rates_count(args, base, schedule)
         _check_averaging(args, base, state.max_steps, schedule=schedule, model=model)
+        _check_rates_count(args, base, schedule)
         # Trainer's save fails on a callback that the checkpoint it resumed from did not have.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
