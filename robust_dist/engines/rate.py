@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
@@ -117,6 +117,8 @@ def _schedulers(scheduler: Any) -> Iterator[LRScheduler]:
 
 def _changes(scheduler: Any) -> bool:
     """Whether a scheduler is known to set another rate than its base rates and 0."""
+    if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "base_lrs"):
+        return isinstance(scheduler, ReduceLROnPlateau)
     look, base = copy.copy(scheduler), list(map(float, scheduler.base_lrs))
     groups = [dict(group, lr=rate) for group, rate in zip(scheduler.optimizer.param_groups, base, strict=False)]
     # Asked for its next rates it neither counts nor writes where the run would see it.

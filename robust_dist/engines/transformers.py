@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -249,13 +250,14 @@ def _check_rates_count(args: Any, base: Any, schedule: Any) -> None:
 def _check_averaging(args: Any, base: Any, max_steps: int, *, schedule: Any, model: torch.nn.Module | None) -> None:
     if not getattr(base, "averages_weights", False):
         return
-    for factor in getattr(schedule, "lr_lambdas", ()):
-        factors = [factor(max_steps * eighth // 8) for eighth in range(9)]
-        if factors[-1] < max(factors):
-            raise ValueError(
-                f"lr_scheduler_type={_kind(args)!r} lowers the learning rate, in place of which "
-                "averaging='schedule_free' averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
-            )
+    curves = [
+        [factor(max_steps * eighth // 8) for eighth in range(9)] for factor in getattr(schedule, "lr_lambdas", ())
+    ]
+    if isinstance(schedule, ReduceLROnPlateau) or any(factors[-1] < max(factors) for factors in curves):
+        raise ValueError(
+            f"lr_scheduler_type={_kind(args)!r} lowers the learning rate, in place of which averaging='schedule_free' "
+            "averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
+        )
     if model is not None and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         warnings.warn(
             "averaging: Trainer evaluates and saves the average of the weights, but the model's batch normalisation "

@@ -237,7 +237,8 @@ def _check_has_effect(curve: Curve, groups: Sequence[dict[str, Any]]) -> None:
             "rate: give decay='constant' and no warm-up, which still switches the weight decay off; or set rate_guard "
             "above 1, within which the rate counts"
         )
-    if curve.falls and (averaging := next(filter(None, (option(group, "averaging") for group in groups)), None)):
+    averaging = next(filter(None, (option(group, "averaging") for group in groups)), None)
+    if averaging is not None and curve.falls:
         warnings.warn(
             f"decay={curve.decay!r} lowers the learning rate, in place of which averaging={averaging!r} averages the "
             "weights: give RobustSchedule decay='constant', which still switches the weight decay off",

@@ -59,17 +59,18 @@ def _fresh_accelerate():
     forget_accelerate()
 
 
-def trainer_with(folder, schedule):
+def trainer_with(folder, schedule, **more):
     forget_accelerate()
     return make_trainer(
-        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.Measuring, save_strategy="no"
+        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.Measuring, save_strategy="no", **more
     )[0]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "reduce_lr_on_plateau"])
 def test_a_schedule_that_lowers_the_rate_is_an_error_with_averaging(schedule, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 3} if schedule == "reduce_lr_on_plateau" else {}
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{schedule}' lowers the learning rate.*'constant'"):
-        trainer_with(tmp_path, schedule).train()
+        trainer_with(tmp_path, schedule, **more).train()
 
 
 class Guarded(RAdaBeliefW):

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import (
     LambdaLR,
     LinearLR,
     OneCycleLR,
+    ReduceLROnPlateau,
     SequentialLR,
 )
 
@@ -83,6 +84,7 @@ IDLE = {
     "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, 40),
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
     "LinearLR": lambda o: SequentialLR(o, [LinearLR(o, 0.5), RobustSchedule(o, 40, decay="constant")], [5]),
+    "ReduceLROnPlateau": lambda o: ReduceLROnPlateau(o),
     "OneCycleLR": lambda o: OneCycleLR(o, 0.1, 40, cycle_momentum=False),
     "ConstantLR": lambda o: ChainedScheduler([ConstantLR(o, 0.5)]),
 }

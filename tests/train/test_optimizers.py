@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from robust_dist.engines.accelerate import EngineError, check
+from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.reference import rectification, reference_step
 from robust_dist.train.baselines import NAG, PaperAdam, ScheduleFreePlus
 from robust_dist.train.build import build_optimizer, build_schedule
@@ -386,6 +387,13 @@ def test_a_share_of_each_step_needs_three_of_them():
     recipe = Recipe(optimizer=OptimizerConfig(weight_decay="auto"))
     with pytest.raises(ValueError, match=r"optimizer.weight_decay='auto' needs at least 3 steps, and this run makes 2"):
         build_optimizer(recipe, nn.Linear(2, 2), 2)
+
+
+def test_a_schedule_over_an_own_optimizer_that_takes_no_rate_is_named_as_the_recipe_has_it():
+    optimizer = RAdaBeliefW(nn.Linear(2, 2).parameters(), rate_guard=1.0)
+    with pytest.raises(ValueError, match=r"schedule.name='cosine' with schedule.warmup_steps=0: .*rate_guard=1, which"):
+        build_schedule(Recipe(), optimizer, 7)
+    build_schedule(Recipe(schedule=CONSTANT), optimizer, 7)
 
 
 def test_a_rate_that_is_trusted_within_a_factor_goes_with_schedule_and_warm_up():
