@@ -102,8 +102,8 @@ def idle_schedule(optimizer: Any, scheduler: Any) -> str | None:
     inner = getattr(scheduler, "scheduler", scheduler)
     if not all_ignore_rate(optimizer.param_groups):
         return None
-    found = (type(one).__name__ for one in _schedulers(inner) if one.optimizer is optimizer and _changes(one))
-    return next(found, None)
+    own = (one for one in _schedulers(inner) if base_optimizer(one.optimizer) is optimizer)
+    return next((type(one).__name__ for one in own if _changes(one)), None)
 
 
 def _schedulers(scheduler: Any) -> Iterator[LRScheduler]:
