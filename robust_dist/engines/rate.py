@@ -13,7 +13,7 @@ from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.rate import all_ignore_rate
 from robust_dist.ranks.talk import world_size
-from robust_dist.schedule import base_optimizer
+from robust_dist.schedule import RobustSchedule, base_optimizer
 
 # How many of a scheduler's steps are looked at.
 _LOOKS = 64
@@ -117,6 +117,8 @@ def _schedulers(scheduler: Any) -> Iterator[LRScheduler]:
 
 def _changes(scheduler: Any) -> bool:
     """Whether a scheduler is known to set another rate than its base rates and 0."""
+    if isinstance(scheduler, RobustSchedule):
+        return scheduler.curve.changes
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "base_lrs"):
         return isinstance(scheduler, ReduceLROnPlateau)
     look, base = copy.copy(scheduler), list(map(float, scheduler.base_lrs))
