@@ -208,6 +208,11 @@ def _check_rate(group: Mapping[str, Any]) -> None:
     constant = option(group, "rate_constant")
     if not (0.0 < _number("rate_constant", constant) < math.inf):
         raise ValueError(f"rate_constant must be a finite number above 0, got {constant!r}")
+    if not option(group, "decay_by_rate") and not float(group["weight_decay"]) < 1.0:
+        raise ValueError(
+            f"weight_decay={float(group['weight_decay']):g} with decay_by_rate=False, where it is the fraction of the "
+            "weights removed per step; give less than 1, for instance 3 / total_steps"
+        )
     if guard is not None and group["maximize"]:
         raise ValueError(f"rate_guard={guard!r} measures a loss that falls; it does not support maximize=True")
 

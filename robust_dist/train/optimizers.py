@@ -119,8 +119,8 @@ def averages_weights(section: Mapping[str, Any]) -> bool:
 
 
 def decay_of(config: OptimizerConfig, total_steps: int) -> float:
-    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step."""
-    return AUTO_DECAY / total_steps if config.weight_decay == "auto" else config.weight_decay
+    """The weight decay, or for "auto" 3 / total_steps (at most a half), which is then a share of each step."""
+    return min(AUTO_DECAY / total_steps, 0.5) if config.weight_decay == "auto" else config.weight_decay
 
 
 def _radabeliefw_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
