@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from robust_dist.engines.engine import EngineError
-from robust_dist.engines.rate import feed, measures, tell_copies
+from robust_dist.engines.rate import feed, idle_schedule, measures, tell_copies
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
@@ -125,14 +125,25 @@ def check(
     Raises:
         EngineError: The engine runs other processes, or another engine, or another optimizer than asked, or steps a
             SequentialLR once per process; the message says which line to change.
-        ValueError: As `check_schedule`.
+        ValueError: As `check_schedule`, or a scheduler was prepared for an optimizer that takes no learning rate.
     """
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
     fit_rate(accelerator, base_optimizer(optimizer))
+    _check_rates_count(base_optimizer(optimizer), [schedule, *getattr(accelerator, "_schedulers", ())])
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
+
+
+def _check_rates_count(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    idle = next(filter(None, (idle_schedule(optimizer, one) for one in schedulers)), None)
+    if idle is not None:
+        raise ValueError(
+            f"a {idle} sets the learning rate, and RAdaBeliefW's rate_guard=1 takes none: leave it out, or take "
+            "RobustSchedule(..., decay='constant'), which still switches the weight decay off; or set rate_guard above "
+            "1, within which the rate counts"
+        )
 
 
 def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_steps: int | None = None) -> None:

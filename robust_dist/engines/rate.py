@@ -1,14 +1,22 @@
-"""What `rate_guard` asks of an engine: the loss, the gradients before they are clipped, who holds which shard."""
+"""What `rate_guard` asks of an engine: the loss, unclipped gradients, who holds which shard, no schedule of rates."""
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from robust_dist.engines.engine import EngineError
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.rate import all_ignore_rate
 from robust_dist.ranks.talk import world_size
-from robust_dist.schedule import base_optimizer
+from robust_dist.schedule import RobustSchedule, base_optimizer
+
+# How many of a scheduler's steps are looked at.
+_LOOKS = 64
 
 
 class Feed:
@@ -84,3 +92,48 @@ def tell_copies(model: nn.Module, optimizer: Any) -> None:
         )
     for shards in found:
         optimizer.measure_over(copies=world_size() // shards)
+
+
+def idle_schedule(optimizer: Any, scheduler: Any) -> str | None:
+    """The name of a scheduler of rates over an optimizer that takes none, or None; `scheduler` may be wrapped.
+
+    One whose rates cannot be told from here passes; the optimizer warns of it when they have changed.
+    """
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not all_ignore_rate(optimizer.param_groups):
+        return None
+    own = (one for one in _schedulers(inner) if base_optimizer(one.optimizer) is optimizer)
+    return next((type(one).__name__ for one in own if _changes(one)), None)
+
+
+def _schedulers(scheduler: Any) -> Iterator[LRScheduler]:
+    """The scheduler itself, or those inside a SequentialLR or ChainedScheduler."""
+    held = getattr(scheduler, "_schedulers", None)
+    if held is None and isinstance(scheduler, LRScheduler):
+        yield scheduler
+    for one in held or ():
+        yield from _schedulers(one)
+
+
+def _changes(scheduler: Any) -> bool:
+    """Whether a scheduler is known to set another rate than its base rates and 0."""
+    if isinstance(scheduler, RobustSchedule):
+        return scheduler.curve.changes
+    if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "base_lrs"):
+        return isinstance(scheduler, ReduceLROnPlateau)
+    look, base = copy.copy(scheduler), list(map(float, scheduler.base_lrs))
+    groups = [dict(group, lr=rate) for group, rate in zip(scheduler.optimizer.param_groups, base, strict=False)]
+    # Asked for its next rates it neither counts nor writes where the run would see it.
+    look.optimizer = SimpleNamespace(param_groups=groups)
+    for look.last_epoch in range(1, _LOOKS):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rates = list(map(float, look.get_lr()))
+        except Exception:  # a function of the user's may end with the run
+            return False
+        if any(rate not in (0.0, own) for rate, own in zip(rates, base, strict=False)):
+            return True
+        for group, rate in zip(groups, rates, strict=False):
+            group["lr"] = rate
+    return False

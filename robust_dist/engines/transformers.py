@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from robust_dist.checkpoint import CheckpointError, note_parameters
 from robust_dist.engines.accelerate import EngineError, fit_rate, replaced_by_offload
 from robust_dist.engines.engine import BATCH_NORMS
-from robust_dist.engines.rate import feed, measures
+from robust_dist.engines.rate import feed, idle_schedule, measures
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
@@ -46,7 +47,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
     a `compute_loss` of your own may call `self.optimizer.optimizer.observe(loss - entropy)`, which then counts alone.
 
     With `averaging` Trainer evaluates the average, and checkpoints, the best model and the model at the end are the
-    average, too; training goes on with the trained weights. `lr_scheduler_type` must be "constant".
+    average, too; training goes on with the trained weights. `lr_scheduler_type` must be "constant"; with a `rate_guard`
+    of 1, too.
 
     Args:
         weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.
@@ -83,7 +85,8 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         Raises:
             EngineError: Another optimizer trains than RAdaBeliefW, and `any_optimizer` is not set.
             ValueError: The number of steps is unknown, no param group has a weight decay, or another switch sets it; or
-                Trainer's schedule lowers the rate of an optimizer with `averaging`.
+                Trainer's schedule lowers the rate of an optimizer with `averaging`, or sets that of one which takes
+                none.
         """
         if state.max_steps < 1:
             raise ValueError(
@@ -99,6 +102,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         _serve_rate(base)
         schedule, model = kwargs.get("lr_scheduler"), kwargs.get("model")
         _check_averaging(args, base, state.max_steps, schedule=schedule, model=model)
+        _check_rates_count(args, base, schedule)
         # Trainer's save fails on a callback that the checkpoint it resumed from did not have.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
@@ -231,17 +235,29 @@ def _entropy(smoothing: float, num_classes: int) -> float:
     return -sum(p * math.log(p) for p in [own] + [rest] * (num_classes - 1) if p > 0)
 
 
+def _kind(args: Any) -> Any:
+    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+
+
+def _check_rates_count(args: Any, base: Any, schedule: Any) -> None:
+    if idle_schedule(base, schedule) is not None:
+        raise ValueError(
+            f"lr_scheduler_type={_kind(args)!r} sets the learning rate, and RAdaBeliefW's rate_guard=1 takes none: set "
+            "TrainingArguments(lr_scheduler_type='constant'), or rate_guard above 1, within which the rate counts"
+        )
+
+
 def _check_averaging(args: Any, base: Any, max_steps: int, *, schedule: Any, model: torch.nn.Module | None) -> None:
     if not getattr(base, "averages_weights", False):
         return
-    for factor in getattr(schedule, "lr_lambdas", ()):
-        factors = [factor(max_steps * eighth // 8) for eighth in range(9)]
-        if factors[-1] < max(factors):
-            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-            raise ValueError(
-                f"lr_scheduler_type={kind!r} lowers the learning rate, in place of which averaging='schedule_free' "
-                "averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
-            )
+    curves = [
+        [factor(max_steps * eighth // 8) for eighth in range(9)] for factor in getattr(schedule, "lr_lambdas", ())
+    ]
+    if isinstance(schedule, ReduceLROnPlateau) or any(factors[-1] < max(factors) for factors in curves):
+        raise ValueError(
+            f"lr_scheduler_type={_kind(args)!r} lowers the learning rate, in place of which averaging='schedule_free' "
+            "averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
+        )
     if model is not None and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         warnings.warn(
             "averaging: Trainer evaluates and saves the average of the weights, but the model's batch normalisation "

@@ -17,6 +17,8 @@ DECAYS: tuple[DecayKind, ...] = ("cosine", "step", "constant")
 _Rate = TypeVar("_Rate", float, Tensor)
 # The paper's baseline: a tenth from epoch 150 of 300 on, a hundredth from epoch 225 on.
 _MILESTONES = (Fraction(1, 2), Fraction(3, 4))
+# At how many steps a curve is looked at.
+_LOOKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,22 @@ class Curve:
             return rate + (now - before) * (base_lr / eta)
         floor = share * base_lr
         return floor + (rate - floor) * ((now - share * eta) / above)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the rate is another at some step than its peak, or 0."""
+        return not self._shares(0) <= {0.0, 1.0}
+
+    @property
+    def falls(self) -> bool:
+        """Whether the rate is lower at some step than at an earlier one, after the warm-up."""
+        return self.decay != "constant" and any(share < 1.0 for share in self._shares(self.warmup_steps))
+
+    def _shares(self, first: int) -> set[float]:
+        """The share of the peak at some steps from `first` on."""
+        left = self.total_steps - first
+        steps = {first + left * part // _LOOKS for part in range(_LOOKS)}
+        return {self.lr(step, 1.0) for step in steps}
 
     def _decayed(self, step: int) -> float:
         if callable(self.decay):

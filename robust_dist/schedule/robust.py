@@ -1,5 +1,6 @@
 """The paper's schedule: warm-up, cosine, and weight decay off for the last quarter."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.optim.dry_step import is_dry
+from robust_dist.optim.rate import all_ignore_rate
+from robust_dist.optim.settings import option
 from robust_dist.schedule.curve import Curve, DecayKind, OwnDecay, checked_curve
 from robust_dist.schedule.group_values import LearningRates
 from robust_dist.schedule.hooks import attach, base_optimizer, is_repeated_call
@@ -38,6 +41,9 @@ class RobustSchedule(LRScheduler):
     Where a group's rate or decay is a tensor, the group gets a tensor of its own when this is made, which is filled in
     place from then on. So make the schedule before a step is captured as a CUDA graph.
 
+    With RAdaBeliefW's `rate_guard=1`, which takes no rate, give decay="constant" and no warm-up: the switch of the
+    weight decay is left. With its `averaging` a rate that falls is a warning.
+
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
         total_steps: Optimizer steps of the whole run.
@@ -52,7 +58,7 @@ class RobustSchedule(LRScheduler):
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a rate that changes where no param group takes one.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class RobustSchedule(LRScheduler):
     ) -> None:
         """Take charge of the optimizer; `base_lrs`, one per group, replace the groups' own."""
         self.optimizer = base_optimizer(optimizer)
+        _check_has_effect(curve, self.optimizer.param_groups)
         self.curve = curve
         self.weight_decay_switch: WeightDecaySwitch | None = None
         if weight_decay_off_at is not None:
@@ -218,6 +225,26 @@ class RobustSchedule(LRScheduler):
         # One that waits in a SequentialLR sets no rate.
         self._rates.after_load(None if self.last_epoch < 0 else self._rate_of)
         self._last_lr = self.get_lr()
+
+
+def _check_has_effect(curve: Curve, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a rate that changes where no group takes one; warn of one that falls beside an average."""
+    named = [f"warmup_steps={curve.warmup_steps}"] if curve.warmup_steps else []
+    named += [f"decay={curve.decay!r}"] if curve.decay != "constant" else []
+    if all_ignore_rate(groups) and curve.changes:
+        raise ValueError(
+            f"RobustSchedule({', '.join(named)}) has no effect on RAdaBeliefW's rate_guard=1, which takes no learning "
+            "rate: give decay='constant' and no warm-up, which still switches the weight decay off; or set rate_guard "
+            "above 1, within which the rate counts"
+        )
+    averaging = next(filter(None, (option(group, "averaging") for group in groups)), None)
+    if averaging is not None and curve.falls:
+        warnings.warn(
+            f"decay={curve.decay!r} lowers the learning rate, in place of which averaging={averaging!r} averages the "
+            "weights: give RobustSchedule decay='constant', which still switches the weight decay off",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _step_number(epoch: Any) -> int:

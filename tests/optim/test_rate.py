@@ -337,8 +337,3 @@ def test_the_options_may_be_set_in_a_group_between_two_steps():
     optimizer.eval()
     assert optimizer.measured_rate > 0.0
     assert param.tolist() != trained
-
-
-def test_a_decay_per_step_that_leaves_nothing_of_the_weights_is_refused():
-    with pytest.raises(ValueError, match=r"weight_decay=5 with decay_by_rate=False, .* less than 1"):
-        RAdaBeliefW([torch.nn.Parameter(torch.ones(3))], weight_decay=5, decay_by_rate=False)

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,6 +28,7 @@ from robust_dist.engines.deepspeed.hidden import (
 )
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.dry_step import dry_step
+from robust_dist.optim.settings import telling_of_switches
 from robust_dist.optim.state import own_steps
 from robust_dist.ranks.talk import rank
 
@@ -104,8 +106,11 @@ def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
         goes_on = _goes_on(given.arguments)
         if goes_on and can_check(self):
             check_checkpoint(self, given.arguments["load_dir"], given.arguments["tag"])
-        result = original(self, *args, **kwargs)
-        if goes_on and isinstance(base := getattr(self, "basic_optimizer", None), RAdaBeliefW):
+        base = getattr(self, "basic_optimizer", None)
+        # A universal load writes the groups without the optimizer's own load.
+        with telling_of_switches(base) if isinstance(base, RAdaBeliefW) else nullcontext():
+            result = original(self, *args, **kwargs)
+        if goes_on and isinstance(base, RAdaBeliefW):
             # A file brings its options; and a universal load writes the groups alone.
             check_options(self)
             base.restore_measured()
