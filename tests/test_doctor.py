@@ -52,7 +52,7 @@ def by_name(checks, name):
 
 def test_nothing_fails_where_the_tests_run(checks):
     assert exit_code(checks) == 0
-    assert not [check for check in checks if "this check broke" in check.detail]
+    assert not [check for check in checks if "this check failed to run" in check.detail]
 
 
 def test_trackers_that_are_installed_are_named_and_those_that_are_not(checks):
@@ -89,7 +89,7 @@ def test_with_torch_alone_it_runs_and_names_the_extra():
     code, said = python("-c", BLOCKED)
     assert code == 0, said
     assert "needs sklearn: pip install 'robust_dist[train]'" in said
-    assert "this check broke" not in said
+    assert "this check failed to run" not in said
 
 
 def test_an_incomplete_extra_names_each_package_and_the_command(installed):
@@ -97,7 +97,7 @@ def test_an_incomplete_extra_names_each_package_and_the_command(installed):
     assert found["[train]"].status == "warn"
     assert found["[train]"].detail == "no-such-package-here is missing"
     assert found["[train]"].remedy == "pip install 'robust_dist[train]'"
-    assert "9998.1 or later is needed; no-such-package-here is missing" in found["[all]"].detail
+    assert "9998.1 or later is required; no-such-package-here is missing" in found["[all]"].detail
 
 
 def test_an_extra_within_an_extra_is_resolved(installed):
@@ -120,7 +120,7 @@ def test_versions_are_compared_by_their_numbers(version, numbers):
 
 def test_a_torch_that_is_too_old_fails():
     check = doctor._at_least("torch", "2.5.1", doctor.LOWEST_TORCH, "pip install -U torch")
-    assert (check.status, check.detail) == ("fail", "2.5.1, but 2.6 or later is needed")
+    assert (check.status, check.detail) == ("fail", "2.5.1, but 2.6 or later is required")
     assert exit_code([check]) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_check_that_breaks_stops_no_other():
 
     first, broken = doctor._guarded(_broken)
     assert first.name == "first"
-    assert broken == Check("broken", "warn", "this check broke: OSError: no such thing")
+    assert broken == Check("broken", "warn", "this check failed to run: OSError: no such thing")
 
 
 def test_the_text_has_a_line_a_check_and_one_a_remedy():

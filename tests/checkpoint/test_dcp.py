@@ -53,7 +53,7 @@ def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
     made, folder = tmp_path / "made", tmp_path / "dcp"
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(made)))
-    with pytest.raises(CheckpointError, match=r"mkdir, which is nothing of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"mkdir, which does not belong in a checkpoint"):
         dcp.load_flat(folder)
     assert not made.exists()
     value = tmp_path / "value"

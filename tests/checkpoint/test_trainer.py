@@ -73,13 +73,13 @@ def test_a_report_names_the_switch_of_the_callback(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("optimizer.pt", None, "optimizer.pt: is missing: torn, or saved with save_only_model=True"),
-        ("scheduler.pt", None, "scheduler.pt: is missing: Trainer would silently load only the weights"),
+        ("optimizer.pt", None, "optimizer.pt: missing: torn, or saved with save_only_model=True"),
+        ("scheduler.pt", None, "scheduler.pt: missing: Trainer would silently load only the weights"),
         ("model.safetensors", None, "is no checkpoint"),
         ("optimizer.pt", "torn", "optimizer.pt: torn"),
         ("scheduler.pt", "torn", "scheduler.pt: torn"),
-        ("trainer_state.json", "{", "trainer_state.json: torn, or not Trainer's"),
-        ("trainer_state.json", "{}", "trainer_state.json: torn, or not Trainer's"),
+        ("trainer_state.json", "{", "trainer_state.json: torn, or not from Trainer"),
+        ("trainer_state.json", "{}", "trainer_state.json: torn, or not from Trainer"),
     ],
 )
 def test_a_torn_folder_is_reported_with_its_file(checkpoint, file, text, message):
@@ -127,7 +127,7 @@ def test_the_other_form_is_written_where_it_is_asked_for(tmp_path, checkpoint):
     assert (tmp_path / "trainer" / "latest").read_text() == "global_step2"
     assert json.loads((tmp_path / "trainer" / "trainer_state.json").read_text())["global_step"] == 2
     assert_same_state(read(tmp_path / "trainer"), read(checkpoint))
-    with pytest.raises(CheckpointError, match="form='lightning' is none of accelerate, trainer"):
+    with pytest.raises(CheckpointError, match="form='lightning' is not one of accelerate, trainer"):
         convert(checkpoint, tmp_path / "no", "ddp", 1, form="lightning")
 
 

@@ -113,7 +113,7 @@ def test_a_source_from_outside_is_taken_by_studies(tmp_path):
     ("code", "match"),
     [
         ("import no_such_package", "zip = zip_source:ZIP in the group 'robust_dist.sources' cannot be loaded.*no_such"),
-        ("ZIP = print", "is of the class builtin_function_or_method; it must be of the class SourceChoice"),
+        ("ZIP = print", "is a builtin_function_or_method; it must be a SourceChoice"),
     ],
 )
 def test_an_entry_point_that_is_no_source_is_an_error_that_names_it(install, code, match):

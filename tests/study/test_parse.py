@@ -79,7 +79,7 @@ def test_a_mistake_is_an_error_that_names_it(tmp_path, keys, named):
         ("base: x.yaml\n\tseeds: [0]\n", "line 2: found character"),
         ("axes: {a: [1, 2}\n", "line 1: expected"),
         ("seeds: [0]\nbase: x\nseeds: [1]\n", "'seeds' is given twice, in lines 1 and 3"),
-        ("axes:\n  a: !!python/name:os.system\n", "line 2: tags are not taken"),
+        ("axes:\n  a: !!python/name:os.system\n", "line 2: tags are not supported"),
         ("- a\n", "must be a mapping"),
         ("", "must be a mapping"),
         ("base: [a]\nseeds: [0]\naxes: {}\n", "line 1: base=.'a'. must be text"),

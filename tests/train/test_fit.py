@@ -145,7 +145,7 @@ def test_a_folder_of_other_parts_is_refused(by_name):
             lambda: {"train_set": mixed(), "eval_set": mixed()},
             r"train_set: image 1 is \(3, 9, 9\), and image 0 is \(3, 8, 8\)",
         ),
-        (lambda: {"model": lambda classes: nn.Flatten()}, r"gives \[2, 3072\] for 2 images, where \[2, 10\] is wanted"),
+        (lambda: {"model": lambda classes: nn.Flatten()}, r"returns \[2, 3072\] for 2 images, expected \[2, 10\]"),
     ],
 )
 def test_parts_that_cannot_be_used_are_refused_before_the_first_step(parts, message, tmp_path):

@@ -188,7 +188,7 @@ def row(epoch, step=None, **more):
         ([row(1), row(2), row(2, eval_accuracy=0.9)], 20, [1, 2], ["step 20 has several rows"]),
         ([row(1), row(2, 19)], 20, [1], ["a row of epoch 2 and step 19 is of no epoch's end", "has no row of epoch 2"]),
         ([row(2), row(1)], 20, [1, 2], []),
-        ([row(1), "{torn", row(2)], 20, [1, 2], ["line 2 is no JSON"]),
+        ([row(1), "{torn", row(2)], 20, [1, 2], ["line 2 is not JSON"]),
         ([row(1), row(2, "20")], 20, [1], ["line 2: step='20' is not valid", "has no row of epoch 2"]),
         ([row(1, eval_accuracy="high"), row(2)], 20, [2], ["eval_accuracy='high'", "has no row of epoch 1"]),
         (

@@ -156,7 +156,7 @@ def recipe(*words):
         ("model.name", "json:loads", r"'json' is not yours.*--import json"),
         ("model.name", "torchvision.models:resnet18", r"is not yours.*--import torchvision.models"),
         ("model.name", "robust_dist.cli:main", r"'robust_dist' is not yours"),
-        ("model.name", "yaml:Net", r"Python has another module 'yaml' \(.*site-packages.*rename yours"),
+        ("model.name", "yaml:Net", r"another module 'yaml' \(.*site-packages.*rename yours"),
         ("model.name", "mycod:Net", r"there is no module 'mycod'; did you mean mycode\?.*--import MODULE"),
         ("model.name", "nets.outer.small:Net", r"there is no module 'nets.outer'"),
         ("model.name", "mycode:Nett", r"mycode.py has no name 'Nett'; did you mean mycode:Net"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_taken_is_refused_with_key_value_and_what_would_be_right(
     ("words", "said"),
     [
         (["--model.name", "mycode:Net", "--model.options.depth", "3"], r"unexpected keyword argument 'depth'"),
-        (["--model.name", "mycode:Shapeless"], r"gives \[2, 11\] for 2 images, where \[2, 10\] is wanted"),
+        (["--model.name", "mycode:Shapeless"], r"returns \[2, 11\] for 2 images, expected \[2, 10\]"),
         (["--model.name", "mycode:Narrow"], r"failed: RuntimeError: mat1 and mat2"),
         (["--model.name", "mycode:Broken"], r"failed: KeyError: 'width' \(.*mycode.py, line \d+: raise KeyError"),
         (["--model.name", "mycode:system"], r"model.name='mycode:system'"),

@@ -29,7 +29,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     pictures, file = tmp_path / "pictures", tmp_path / "recipe.yaml"
     assert write_pictures(pictures, 40) == 40
     assert main(["recipe", str(pictures), "--out", str(file)]) == 0
-    assert f"train it: robust-dist train --config {file}" in capsys.readouterr().out
+    assert f"train with: robust-dist train --config {file}" in capsys.readouterr().out
     assert main(["recipe", str(pictures), "--out", str(file)]) == 2
     assert "already exists; choose another path" in capsys.readouterr().err
     words = [
