@@ -111,7 +111,7 @@ class _Writer:
             if lacking and len(lacking) < len(steps):
                 raise CheckpointError(
                     f"parameter {lacking[0]!r} has no optimizer state but others in its group do, and ZeRO keeps one"
-                    " for all: if it is frozen, say so with note_parameters beside the source; else give it its own group"
+                    " for all: if it is frozen, say so with note_parameters beside the source; else give it its own one"
                 )
             first, *others = steps.items()
             differing = next((item for item in others if item[1] != first[1]), None)

@@ -202,7 +202,7 @@ def test_whole_upright_jpegs_alone_are_for_devices(data, expected):
 def test_a_device_that_cannot_decode_is_an_error_where_it_is_demanded_and_the_cpus_turn_where_it_is_not():
     assert decoder("cpu", CPU) is None
     assert decoder("auto", CPU) is None
-    with pytest.raises(ValueError, match=r"data\.decode='cuda' cannot be had: .* device is cpu; set data\.decode"):
+    with pytest.raises(ValueError, match=r"data\.decode='cuda' is not available: .* device is cpu; set data\.decode"):
         decoder("cuda", CPU)
 
 

@@ -148,7 +148,7 @@ def test_extra_bytes_are_refused(tmp_path):
     path.write_bytes(idx_bytes(torch.arange(6, dtype=torch.uint8).reshape(2, 3)))
     assert read_idx(path, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DataError, match="its header says 6 values, it holds 7"):
+    with pytest.raises(DataError, match="its header says 6 values, but it has 7"):
         read_idx(path, 2)
 
 

@@ -71,12 +71,12 @@ def test_it_has_the_face_of_a_set_and_its_samples_to_look_at(noise):
 
 def test_a_start_outside_the_epoch_and_a_set_elsewhere_are_refused(noise):
     loader = HostSet(noise, CPU).loader(Cut(32, seed=0))
-    with pytest.raises(ValueError, match="start_step must lie in 0 to 3"):
+    with pytest.raises(ValueError, match="start_step must be from 0 to 3"):
         loader.epoch(0, 4)
     elsewhere = ImageSet.__new__(ImageSet)
     for name, value in vars(noise).items():
         object.__setattr__(elsewhere, name, value.to("meta") if isinstance(value, torch.Tensor) else value)
-    with pytest.raises(ValueError, match="noise lies on meta: a HostSet wants it on the CPU"):
+    with pytest.raises(ValueError, match="noise is on meta: a HostSet needs it on the CPU"):
         HostSet(elsewhere, CPU)
 
 

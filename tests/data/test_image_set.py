@@ -43,7 +43,7 @@ def test_what_is_wrong_is_named(changes, error, match):
 
 
 def test_images_and_labels_on_two_devices_are_refused():
-    with pytest.raises(ValueError, match="images lie on cpu but labels on meta"):
+    with pytest.raises(ValueError, match="images are on cpu but labels on meta"):
         make(labels=torch.zeros(5, dtype=torch.int64, device="meta"))
 
 

@@ -105,7 +105,7 @@ def test_a_resumed_epoch_gives_the_rest_and_reads_nothing_else(tmp_path, start, 
 
 @pytest.mark.parametrize("start", [-1, 4])
 def test_a_start_step_outside_the_epoch_is_refused_before_the_first_batch(start):
-    with pytest.raises(ValueError, match=f"start_step must lie in 0 to 3 .*not {start}"):
+    with pytest.raises(ValueError, match=f"start_step must be from 0 to 3 .*not {start}"):
         loaders(Coloured(*GROUPS))[0].epoch(0, start_step=start)
 
 

@@ -365,7 +365,7 @@ def test_wrong_images_are_refused_with_what_would_be_right(trained, tmp_path, ca
     (folder / "bee").rename(folder / "wasp")
     words = ["--out", str(tmp_path / "new")]
     for named, said in [
-        ([run, str(folder)], "lacks 'bee' and has 'wasp' beyond them"),
+        ([run, str(folder)], "lacks 'bee' and also has 'wasp'"),
         ([run, str(tmp_path / "none")], "there is no folder"),
         ([run, str(folder), "--data.root", "x"], "both name images"),
         ([run, "--data.rot", "x"], "did you mean '--data.root'"),

@@ -131,9 +131,9 @@ def alone(folder):
     [
         (lambda folder: None, "is not there; name a folder"),
         (lambda folder: folder.write_text(""), "is a file; name a folder"),
-        (empty, "has no sub-folders, and no images"),
-        (loose, "1 images: put each into a sub-folder that is called as its class"),
-        (shards, "begin with the recipe imagenet_resnet50_shards"),
+        (empty, "has no sub-folders and no images"),
+        (loose, "1 images: put each into a sub-folder named after its class"),
+        (shards, "start from the recipe imagenet_resnet50_shards"),
         (unreadable, "none of 1 images can be read: "),
         (alone, "each class has one image, so none is left for evaluation"),
     ],
