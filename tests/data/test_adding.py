@@ -90,7 +90,7 @@ def test_a_source_from_outside_trains_and_its_run_goes_on(words, more, tmp_path,
     [
         ({"name": "zip", "options": {"suffix": "png"}}, r"data.options=.*'suffix'.* do not suit data.name='zip'"),
         ({"name": "zip", "train": ["a", "b"]}, "data.train=.*it must be a folder of the archive"),
-        ({"name": "zip", "streaming": True}, "data.streaming=True is for data.name=hub, and data.name is 'zip'"),
+        ({"name": "zip", "streaming": True}, "data.streaming=True is for data.name=hub, but data.name is 'zip'"),
         ({"name": "imagefolder", "options": {"ending": 1}}, "data.options=.* do not suit data.name='imagefolder'"),
         (
             {"options": {"token": "abc"}},

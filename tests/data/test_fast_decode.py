@@ -324,7 +324,9 @@ def test_auto_is_what_the_folder_notes_and_fast_in_a_new_one(noted, expected):
 
 def test_auto_without_the_runs_gpu_warns_and_goes_on(capsys):
     assert with_decoder(DataConfig(name="imagefolder", decode="auto"), CPU, "cuda").decode == "fast"
-    assert "decoded by the GPU so far, which cannot be done here (the images' device is cpu)" in capsys.readouterr().out
+    assert (
+        "decoded by the GPU so far, which is not possible here (the images' device is cpu)" in capsys.readouterr().out
+    )
 
 
 def test_a_folder_tells_what_decoded_as_soon_as_something_was_trained(tmp_path):

@@ -50,7 +50,7 @@ def test_a_set_that_does_not_fit_stays_on_the_host_and_says_so(monkeypatch):
     assert streamed.device == GPU
     (line,) = data_lines([streamed], "auto")
     assert line == (
-        "400 bytes of data in the host's memory, too much for 50% of the 700 bytes that are free on cuda:0 "
+        "400 bytes of data in the host's memory, too much for 50% of the 700 bytes free on cuda:0 "
         "(data.keep_on=auto); batches are copied a step ahead: pets, 400 bytes in 5 images"
     )
     assert data_notes([streamed]) == [

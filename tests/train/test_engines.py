@@ -232,7 +232,7 @@ def takes_up(source, target, folder, copy, words=()):
     on_first_rank(prepare)
     out = train_under(target, copy, *words)
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
-    assert dist.get_rank() or "it goes on, but not bit for bit" in out
+    assert dist.get_rank() or "it continues, but not bit for bit" in out
     close(rows(copy), rows(f"{folder}/{source}"))
     assert checkpoints(copy) == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"]
 

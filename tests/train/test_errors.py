@@ -94,7 +94,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(run):
     (run / "checkpoints" / "step-00000012" / "optimizer.bin").write_bytes(b"torn")
     code, output = train(1, *SAVING, "--run_dir", str(run))
     assert code == 0, output
-    assert "checkpoint passed over" in output
+    assert "skipping checkpoint" in output
     assert "step 6 of 12" in output
 
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_recipe_is_named_and_not_used(run):
     before = names(run)
     code, output = train(1, *SAVING, "--seed", "5", "--run_dir", str(run))
     assert code == 2
-    assert "of another recipe (seed: 5 here, 0 in the folder)" in output
+    assert "from another recipe (seed: 5 here, 0 in the folder)" in output
     assert names(run) == before
 
 

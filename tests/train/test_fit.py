@@ -138,12 +138,12 @@ def test_a_folder_of_other_parts_is_refused(by_name):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (lambda: {"train_set": digits("train")}, "train_set is given and eval_set is not"),
-        (lambda: {"eval_set": digits("test")}, "eval_set is given and train_set is not"),
+        (lambda: {"train_set": digits("train")}, "train_set is given but eval_set is not"),
+        (lambda: {"eval_set": digits("test")}, "eval_set is given but train_set is not"),
         (lambda: {"train_set": oblong(), "eval_set": oblong()}, "train_set: images of 8x9 are not square"),
         (
             lambda: {"train_set": mixed(), "eval_set": mixed()},
-            r"train_set: image 1 is \(3, 9, 9\), and image 0 is \(3, 8, 8\)",
+            r"train_set: image 1 is \(3, 9, 9\), but image 0 is \(3, 8, 8\)",
         ),
         (lambda: {"model": lambda classes: nn.Flatten()}, r"returns \[2, 3072\] for 2 images, expected \[2, 10\]"),
     ],
@@ -234,7 +234,7 @@ def test_a_process_may_train_again_in_another_precision_unless_its_own_accelerat
         assert fit(recipe, **words, run_dir=tmp_path / precision).rows[0]["eval_samples"] == 64
     Accelerator(cpu=True)
     try:
-        with pytest.raises(ValueError, match=r"precision.mixed='bf16', and this process has an Accelerator of its own"):
+        with pytest.raises(ValueError, match=r"precision.mixed='bf16', but this process has an Accelerator of its own"):
             fit(recipe, **words, run_dir=tmp_path / "third")
         assert fit(replace(recipe, precision=PrecisionConfig()), **words, run_dir=tmp_path / "third").rows
     finally:
@@ -249,5 +249,5 @@ def test_fit_is_one_function_by_both_of_its_paths():
 
 
 def test_stages_of_a_recipe_and_an_augmentation_of_a_call_do_not_go_together():
-    with pytest.raises(ValueError, match=r"augment is given, and the recipe has stages of its own \(mine:stage\)"):
+    with pytest.raises(ValueError, match=r"augment is given, but the recipe has stages of its own \(mine:stage\)"):
         fit(parse_recipe([*NAMED, "--augment.before", "[mine:stage]"]), augment=lambda images, labels, keys: None)

@@ -61,7 +61,7 @@ def test_a_folder_of_another_recipe_is_refused_and_left_as_it_was(tmp_path):
 def test_a_folder_with_other_files_is_no_run_s(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     thesis = tmp_path / "thesis.tex"
-    for path, said in ((tmp_path, "no run's folder"), (thesis, "is a file"), (thesis / "run", "lies below")):
+    for path, said in ((tmp_path, "not a run's folder"), (thesis, "is a file"), (thesis / "run", "lies below")):
         for ask in (lambda folder: folder.claim(Recipe(), {}), lambda folder: folder.check_usable(Recipe())):
             with pytest.raises(RunFolderError, match=said):
                 ask(RunFolder(path))
@@ -184,7 +184,7 @@ def row(epoch, step=None, **more):
     ("lines", "step", "kept", "said"),
     [
         ([row(1), row(2), row(3)], 20, [1, 2], []),
-        ([row(1), row(3)], 30, [1, 3], ["has no row of epoch 2, and the checkpoint is of step 30"]),
+        ([row(1), row(3)], 30, [1, 3], ["has no row for epoch 2, but the checkpoint is at step 30"]),
         ([row(1), row(2), row(2, eval_accuracy=0.9)], 20, [1, 2], ["step 20 has several rows"]),
         ([row(1), row(2, 19)], 20, [1], ["a row of epoch 2 and step 19 is of no epoch's end", "has no row of epoch 2"]),
         ([row(2), row(1)], 20, [1, 2], []),

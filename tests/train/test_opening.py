@@ -43,7 +43,7 @@ LONG = Recipe(optimizer=OptimizerConfig(name="adamw"))
     ("count", "classes", "ranks", "words"),
     [
         (5, 1, 1, "there is one class, 'c0'"),
-        (5, 5, 1, "5 training images are of 5 classes"),
+        (5, 5, 1, "5 training images have 5 classes"),
         (5, 2, 10_000, "10000 ranks share "),
         (5, 2, 1, None),
     ],

@@ -200,7 +200,7 @@ def test_what_cannot_be_taken_is_refused_with_key_value_and_what_would_be_right(
         (["--optimizer.name", "mycode:nothing"], r"returned a NoneType; it must return a torch.optim.Optimizer"),
         (["--optimizer.name", "mycode:no_rate"], r"param groups without a learning rate"),
         (["--optimizer.name", "mycode:Signed", "--optimizer.options.r", "1"], r"unexpected keyword argument 'r'"),
-        (["--data.name", "mycode:nothing"], r"a NoneType is no set of images"),
+        (["--data.name", "mycode:nothing"], r"a NoneType is not a set of images"),
         (["--data.name", "mycode:squares", "--data.size", "64"], r"data.size=64 is for data.name=imagefolder"),
         (["--augment.before", "[mycode:floats]"], r"made images of torch.uint8 .* into torch.float32"),
         (["--augment.after", "[mycode:nothing]"], r"returned a NoneType; it must return two tensors"),
@@ -226,7 +226,7 @@ def test_reading_a_recipe_imports_nothing(folder):
 
 
 def test_names_are_taken_at_the_keys_of_names_alone_and_never_from_options_or_a_file_s_import(folder):
-    with pytest.raises(ValueError, match=r"class_path is not taken: a recipe is data"):
+    with pytest.raises(ValueError, match=r"class_path is not allowed: a recipe is data"):
         recipe("--model.options", "{a: {class_path: 'mycode:Net'}}")
     assert recipe("--model.options.a", "mycode:Net").model.options == {"a": "mycode:Net"}
     (folder / "r.yaml").write_text("import: os\n")

@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     kill_after(process, tmp_path, 16)
     code, output = train(1, *words)
     assert code == 0, output
-    assert "the run had 2 ranks and has 1" in output
+    assert "the run had 2 ranks and now has 1" in output
     assert "the global batch stays 128 images; accumulation 1 -> 2, a rank holds at most 64 -> 64 images" in output
     assert "batch normalisation" in output
     assert [row["step"] for row in metrics(tmp_path)] == [11, 22, 33]

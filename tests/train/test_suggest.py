@@ -88,7 +88,7 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
     told = "\n".join(said)
     for part in (
         "24 images of 2 classes",
-        "unbalanced: 'ant' is the class of 75% of them",
+        "unbalanced: 'ant' has 75% of them",
         "torn.jpg: not an image",
         "copy.jpg and",
         "width 48, height 40 pixels; 0 are grey",

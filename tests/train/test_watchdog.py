@@ -105,7 +105,7 @@ def test_a_patient_phase_is_dumped_but_not_ended(outcomes):
 def test_a_hang_is_dumped_then_ended_with_a_status_of_its_own(outcomes):
     code, output, dump = outcomes["hang"]
     assert code == HANG_STATUS
-    assert output.index("the stacks of its threads") < output.index("given up: nothing was done for")
+    assert output.index("the stacks of its threads") < output.index("given up: no progress for")
     assert "in hang" in dump
     assert "step 7" in dump
 

@@ -22,7 +22,7 @@ def test_a_start_without_a_recipe_lists_the_recipes(words, capsys):
         main(words)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "error: no recipe is given: name one with --config, a file or one of the package's: cifar" in said
+    assert "error: no recipe is given: set --config to a file or one of the package's: cifar" in said
     assert all(path.stem in said for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
 
 
@@ -105,7 +105,7 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: model.weights says it"),
+        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: use model.weights"),
         ("resnet18", {"weights": "DEFAULT"}, "model.options.weights='DEFAULT' cannot be set"),
         ("resnet8", {"pretrained": True}, "model.options.pretrained=True cannot be set"),
         ("timm/test_vit", {"in_chans": 1}, "model.options.in_chans=1 cannot be set: it follows from the data"),
