@@ -49,7 +49,7 @@ def installed(tmp_path, monkeypatch):
 
 @dataclass
 class BrightAugment(AugmentConfig):
-    """The training pipeline, and how bright its images are.
+    """The training pipeline, with adjustable brightness.
 
     Attributes:
         brightness: Factor of every training image.
