@@ -78,12 +78,12 @@ def has_nvidia_device() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/version").exists()
 
 
-def shared_memory(folder: Path) -> Problem | None:
+def shared_memory(folder: Path, at_least: int = MIN_SHARED_BYTES) -> Problem | None:
     """Too little shared memory kills loader workers and NCCL with a bus error (Docker's default is 64 MB)."""
     if not folder.is_dir():
         return None
     free = shutil.disk_usage(folder).free
-    if free >= MIN_SHARED_BYTES:
+    if free >= at_least:
         return None
     detail = f"{free / 2**20:.0f} MiB free in {folder}: loader workers and NCCL may die of a bus error"
     return Problem("shared memory", detail, "docker run --shm-size=8g ... (or: mount -o remount,size=8G /dev/shm)")
@@ -103,10 +103,10 @@ def open_files() -> Problem | None:
     return Problem("open files", detail, f"ulimit -n {most}")
 
 
-def temporary_folder(folder: Path) -> Problem | None:
+def temporary_folder(folder: Path, at_least: int = MIN_TEMPORARY_BYTES) -> Problem | None:
     """Torchrun's logs, builds and sockets need room in the temporary folder."""
     free = shutil.disk_usage(folder).free
-    if os.access(folder, os.W_OK) and free >= MIN_TEMPORARY_BYTES:
+    if os.access(folder, os.W_OK) and free >= at_least:
         return None
     state = f"{free / 2**20:.0f} MiB free" if os.access(folder, os.W_OK) else "not writable"
     detail = f"{folder} is {state}; builds and launchers need it"
@@ -192,14 +192,14 @@ def locks_outlive_builds(source: str) -> bool:
     return "FileBaton(" in source
 
 
-def stale_locks(folder: Path) -> Iterator[Problem]:
+def stale_locks(folder: Path, processes: Path = Path("/proc")) -> Iterator[Problem]:
     """A killed build leaves a `lock` file, and every later build waits for it forever.
 
     A live build on this machine keeps its lock open; if processes cannot be seen, the lock's age decides.
     """
     for lock in sorted(folder.rglob("lock")):
         age = time.time() - lock.stat().st_mtime
-        held = is_open(lock)
+        held = is_open(lock, processes)
         if held or (held is None and age < STALE_LOCK_SECONDS):
             continue
         detail = f"{lock}, {age / 60:.0f} minutes old, belongs to no live build: later builds wait for it forever"

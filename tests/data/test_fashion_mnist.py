@@ -79,8 +79,9 @@ def test_missing_files_are_named_with_every_folder_and_what_to_do(tmp_path):
 
 
 def test_a_failed_download_keeps_the_advice(tmp_path, monkeypatch):
-    torchvision_class = pytest.importorskip("torchvision.datasets").FashionMNIST
-    monkeypatch.setattr(torchvision_class, "mirrors", ["http://127.0.0.1:1/"])
+    pytest.importorskip("torchvision.datasets")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     with pytest.raises(DataError, match=r"(?s)lacks train-images.*The download failed: .*train-images-idx3-ubyte.gz"):
         load_dataset("fashion_mnist", tmp_path / "data", train=True)
 

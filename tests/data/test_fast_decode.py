@@ -122,7 +122,6 @@ def test_each_usual_jpeg_is_decoded_once_and_no_further_than_its_box(monkeypatch
             return simplejpeg.decode_jpeg(data, space, buffer=buffer, **options)
 
     monkeypatch.setattr(fast_decode, "simplejpeg", Counting())
-    monkeypatch.setattr(fast_decode, "decode_rgb", None)
     crop = RandomCrop(40, (0.1, 0.3), RATIO)
     for kind in ({}, {"subsampling": 0}, {"mode": "L"}, {"quality": 30}):
         data = encoded(photograph(), **kind)

@@ -48,7 +48,7 @@ def test_a_hosts_place_is_read_from_each_scheduler(environ, place):
     ],
 )
 def test_a_place_that_makes_no_sense_is_named(change, said, monkeypatch):
-    monkeypatch.setattr(node, "count_gpus", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(node.PlaceError, match=said):
         node.place(HOSTS | change)
 

@@ -43,10 +43,10 @@ def run(folder, **changes):
     return train(recipe(folder, **changes))
 
 
-def run_few(folder, **changes):
-    """On a few images: a processor without bfloat16 arithmetic takes twelve times as long over each."""
+def run_few(folder, parts=None, **changes):
+    """On a few images, as a processor without bfloat16 arithmetic is twelve times slower; `parts` are `fit`'s."""
     AcceleratorState._reset_state(True)
-    return fit(recipe(folder, **changes), **few_digits(64, 32)).rows
+    return fit(recipe(folder, **changes), **few_digits(64, 32), **(parts or {})).rows
 
 
 @pytest.fixture(scope="module")

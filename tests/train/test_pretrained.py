@@ -153,10 +153,16 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
         read_published("resnet20", "DEFAULT", 10, 3, {})
 
 
-def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """What HF_HUB_OFFLINE=1 and HF_HUB_CACHE set when the Hub's package is first imported."""
     huggingface = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(huggingface, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path):
     entries = build_model("timm/test_vit", 1000).state_dict()
     place = tmp_path / "models--timm--test_vit.r160_in1k"
     for folder in ("refs", f"snapshots/{'a' * 40}"):
@@ -175,8 +181,8 @@ def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))
 
 
+@pytest.mark.usefixtures("offline")
 def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
-    huggingface = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="could not be fetched") as caught:
@@ -184,8 +190,6 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_
     url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
     place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     assert f"Fetch {url} where there is a network, put it at {place}" in str(caught.value)
-    # What HF_HUB_OFFLINE=1 sets when the package is first imported.
-    monkeypatch.setattr(huggingface, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError, match=r"Fetch https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.saf"
     ):

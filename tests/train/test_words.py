@@ -77,9 +77,17 @@ def test_what_is_no_launcher_or_no_file_says_nothing(tmp_path):
     assert gpus_wanted(["accelerate", "launch", "--multi_gpu", "launch/train.py"]) is None
 
 
-def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """A process on a host without GPUs, started by a launcher's command; returns the command to fill in."""
+    words = []
     monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
+    monkeypatch.setattr(accelerate, "_launcher_words", lambda: words)
+    return words
+
+
+def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(launched, monkeypatch):
+    launched += launcher(CONFIGS / "ddp.yaml", "--num_processes", "8")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     cores = min(8, len(os.sched_getaffinity(0)))
@@ -90,15 +98,14 @@ def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkey
     check_launch()
 
 
-def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(monkeypatch):
-    monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
+def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(launched, monkeypatch):
     words = ["/bin/accelerate", "launch", "--num_processes=2", "launch/train.py", "--config", "R.yaml"]
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: words)
+    launched[:] = words
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
         check_launch()
     # The recipe's own key says nothing of the launcher.
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
+    launched[:] = [*words[:2], *words[3:], "--num_processes", "2"]
     check_launch()
 
 
