@@ -303,7 +303,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_logged_accuracy_and_the_last
     assert choose(run, "best")[1].step == 10
     assert choose(run, "last")[1].step == 25
     assert choose(run, 20)[1].step == choose(run, "20")[1].step == 20
-    with pytest.raises(CheckpointError, match="holds no checkpoint of step 7; there are those of step 5, 10, 20, 25"):
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 7; there are those of step 5, 10, 20, 25"):
         choose(run, 7)
     with pytest.raises(ValueError, match="'newest' is not last, best or a step"):
         choose(run, "newest")

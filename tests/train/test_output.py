@@ -93,10 +93,8 @@ def test_a_log_that_a_full_disk_takes_no_more_of_is_told_once_and_ends_nothing(t
             print(number)
     out, err = capsys.readouterr()
     assert out == "0\n1\n2\n"
-    assert (
-        err
-        == f"warning: {tmp_path / LOG} cannot be written any more (No space left on device); the run continues without it\n"
-    )
+    said = "cannot be written any more (No space left on device); the run continues without it"
+    assert err == f"warning: {tmp_path / LOG} {said}\n"
 
 
 def _train_into_a_full_disk(words):
