@@ -138,7 +138,7 @@ def test_a_torn_folder_without_a_manifest_is_reported_too(tmp_path, capsys):
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         inspect(tmp_path)
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err

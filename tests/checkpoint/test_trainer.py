@@ -75,7 +75,7 @@ def test_a_report_names_the_switch_of_the_callback(checkpoint, capsys):
     [
         ("optimizer.pt", None, "optimizer.pt: missing: torn, or saved with save_only_model=True"),
         ("scheduler.pt", None, "scheduler.pt: missing: Trainer would silently load only the weights"),
-        ("model.safetensors", None, "is no checkpoint"),
+        ("model.safetensors", None, "is not a checkpoint"),
         ("optimizer.pt", "torn", "optimizer.pt: torn"),
         ("scheduler.pt", "torn", "scheduler.pt: torn"),
         ("trainer_state.json", "{", "trainer_state.json: torn, or not from Trainer"),
@@ -101,7 +101,7 @@ TARGETS = {
 @pytest.mark.parametrize("to", TARGETS)
 def test_what_was_trainers_becomes_trainers_again_with_all_that_lies_beside(tmp_path, checkpoint, capsys, to):
     notes = convert(checkpoint, tmp_path / "to", to, 1)
-    assert "is of 2 ranks, 1 were asked for" in notes[-1]
+    assert "is from 2 ranks, not 1" in notes[-1]
     there = {path.name for path in (tmp_path / "to").iterdir()}
     assert there >= TARGETS[to] | {"trainer_state.json", "config.json", "tokenizer", "training_args.bin"}
     assert not there & {"optimizer.bin", "scheduler.bin", "rng_state_0.pth", "rng_state_1.pth", "pytorch_model"}

@@ -77,7 +77,7 @@ def test_sets_on_the_device_are_told_with_their_bytes():
 def test_one_set_may_lie_on_the_device_and_the_other_on_the_host(monkeypatch):
     free(monkeypatch, 1000)
     first, second = data_lines([pets(), HostSet(pets(3), GPU)], "auto")
-    assert first == "400 bytes of data on cpu (1000 bytes are free there): pets, 400 bytes in 5 images"
+    assert first == "400 bytes of data on cpu (1000 bytes free there): pets, 400 bytes in 5 images"
     assert second.startswith("240 bytes of data in the host's memory, too much for 50%")
     assert data_lines([HostSet(pets(), GPU)], "host")[0].startswith(
         "400 bytes of data in the host's memory (data.keep_on=host); "
@@ -99,4 +99,4 @@ def test_a_small_set_lies_on_the_gpu():
     (kept,) = place([pets()], torch.device("cuda"))
     assert isinstance(kept, ImageSet)
     assert kept.device.type == "cuda"
-    assert "are free there" in data_lines([kept], "auto")[0]
+    assert "free there" in data_lines([kept], "auto")[0]

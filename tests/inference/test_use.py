@@ -326,7 +326,7 @@ def without(name):
     ("damage", "said"),
     [
         (torn, "model.safetensors: missing, short or changed since it was written; name another checkpoint"),
-        (without("checkpoints"), "holds no checkpoint yet"),
+        (without("checkpoints"), "has no checkpoint yet"),
         (without("data.json"), "has no data.json, which names the classes"),
         (without("recipe.yaml"), "has neither a run's recipe.yaml nor an export's model.json"),
     ],

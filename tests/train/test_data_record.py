@@ -111,7 +111,7 @@ def test_a_start_with_other_data_is_refused_with_the_difference(recipe, tmp_path
     alter, message = CHANGES[change]
     alter(tmp_path / "set")
     before = contents(tmp_path / "run")
-    with pytest.raises(RunFolderError, match=rf"(?s)holds a run on other data.*remove .*data.json.*{message}"):
+    with pytest.raises(RunFolderError, match=rf"(?s)contains a run on other data.*remove .*data.json.*{message}"):
         claim(recipe, tmp_path / "run")
     assert contents(tmp_path / "run") == before
     # Whoever insists removes the file.
@@ -193,7 +193,7 @@ def hard_link(root):
 def test_an_image_folder_that_is_linked_to_the_training_images_is_refused(recipe, tmp_path, link):
     assert parts(recipe) == []
     link(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"data.train='train' and data.eval='val' have the same images .*/val"):
+    with pytest.raises(ValueError, match=r"data.train='train' and data.eval='val' share images .*/val"):
         parts(recipe)
 
 
@@ -223,7 +223,7 @@ def test_shards_in_both_parts_are_refused_unless_both_are_named_the_same(tmp_pat
     write_shards(tmp_path, LABELS["train"] * 2, per_shard=4)
     os.symlink(tmp_path / "train-000001.tar", tmp_path / "val-000000.tar")
     data = DataConfig("webdataset", str(tmp_path), train="train-*.tar", eval="val-000000.tar", num_classes=2, workers=0)
-    with pytest.raises(ValueError, match=r"have the same images \(4 images: 0 to 3 of .*tar\)"):
+    with pytest.raises(ValueError, match=r"share images \(4 images: 0 to 3 of .*tar\)"):
         parts(Recipe(data=data))
     data.eval = ["train-*.tar"]
     assert "both" in parts(Recipe(data=data))[0]

@@ -95,7 +95,7 @@ def test_a_host_without_room_to_stage_saves_at_once_and_says_so_once(tmp_path, d
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     code, output = train(1, "--run_dir", "/proc/nowhere/run")
     assert code == 2, output
-    assert "run_dir='/proc/nowhere/run' cannot be written" in output
+    assert "run_dir='/proc/nowhere/run' is not writable" in output
 
 
 def hang(number, seconds_ago):

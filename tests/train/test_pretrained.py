@@ -93,7 +93,7 @@ def test_one_error_lists_everything_that_does_not_fit():
     for part in (
         "it lacks 1.running_mean",
         "it has in addition 9.bias",
-        "0.weight [8, 3, 3, 3] in place of [4, 3, 3, 3]",
+        "0.weight [8, 3, 3, 3] instead of [4, 3, 3, 3]",
     ):
         assert part in str(caught.value)
 

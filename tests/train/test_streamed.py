@@ -160,7 +160,7 @@ def another_set(sets, folder):
 
     on_first_rank(prepare)
     out = run("imagefolder", sets, run_dir, "--data.root", more, fails=True)
-    assert dist.get_rank() or f"training on {N} images, and {more}/train has {N + 1}" in out, out
+    assert dist.get_rank() or f"training on {N} images, but {more}/train has {N + 1}" in out, out
     assert max(steps(run_dir)) == 6
 
 

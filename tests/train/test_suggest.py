@@ -55,7 +55,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert ", the same)" in capsys.readouterr().out
     shutil.copyfile(pictures / "0" / "001.png", pictures / "0" / "more.png")
-    with pytest.raises(RunFolderError, match="holds a run on other data"):
+    with pytest.raises(RunFolderError, match="contains a run on other data"):
         train(recipe)
 
 
