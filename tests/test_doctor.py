@@ -1,4 +1,4 @@
-"""doctor: every finding has a name, a status and, where something is wrong, a command."""
+"""doctor: every finding has a name, a status and, if something is wrong, a command."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def checks():
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A real installed record of the package, with extras that cannot be complete."""
+    """A real installation record of the package, with extras that cannot be satisfied."""
     folder = tmp_path / "robust_dist-9.9.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(METADATA)

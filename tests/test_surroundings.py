@@ -1,4 +1,4 @@
-"""What around a run would make it fail is found, and nothing else is."""
+"""Problems of the environment that would make a run fail are found, and nothing else is reported."""
 
 import os
 import socket

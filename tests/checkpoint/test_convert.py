@@ -1,4 +1,4 @@
-"""A checkpoint of any engine goes on under any other, at any number of ranks, with nothing lost."""
+"""A checkpoint of any engine can be resumed under any other, on any number of ranks, with nothing lost."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ SOURCES = (
     "accelerate fsdp2",
     "accelerate fsdp2 full",
 )
-# (what wrote, what reads)
+# (writer, reader)
 PAIRS = (
     ("accelerate ddp", "FSDP2"),
     ("accelerate ddp", "accelerate fsdp1"),
@@ -100,7 +100,7 @@ def _converted(folder, writer, reader, step):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder, and what became of writing every engine's checkpoints into it."""
+    """A folder, and the result of writing every engine's checkpoints into it."""
     if not TORCH_2_7:
         pytest.skip("needs torch 2.7")
     folder = tmp_path_factory.mktemp("written")
@@ -119,7 +119,7 @@ def written(two):
 
 @pytest.fixture(scope="module")
 def outcomes(written):
-    """What became of every pair."""
+    """The result of every pair."""
     for writer, reader in PAIRS:
         (to, full), where = _target(reader), functools.partial(_converted, written, writer, reader)
         for step in SAVED:
@@ -160,7 +160,7 @@ def test_a_run_of_2_ranks_goes_on_under_another_engine_at_3_on_the_track_of_one_
 
 
 def test_accelerates_fsdp1_loads_nothing_into_an_optimizer_without_state(outcomes):
-    """The fault that `load_state` of ours mends; where this fails, Accelerate's own load will do."""
+    """The bug that our `load_state` fixes; once this fails, Accelerate's own load suffices."""
     assert_passed(outcomes, "fsdp1 without state")
 
 
@@ -169,7 +169,7 @@ def test_one_rank_of_several_converts_while_the_others_wait(written):
 
 
 def same(mine, theirs):
-    """Whether two values, with all in them, are equal bit for bit."""
+    """Whether two nested values are equal bit for bit."""
     if isinstance(mine, torch.Tensor):
         return mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
     if isinstance(mine, dict):
@@ -238,7 +238,7 @@ def _train(model):
 
 
 def save_plainly(folder, trained, **more):
-    """As Accelerate's DDP saves, in torch's own format."""
+    """Saved in torch's own format, as by Accelerate under DDP."""
     folder.mkdir(parents=True, exist_ok=True)
     model, optimizer, schedule = trained
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -330,7 +330,7 @@ def test_what_goes_to_ddp_is_the_safetensors_file_that_accelerate_writes(tmp_pat
         assert set(found) == {name for name in model.state_dict() if not name.startswith("again")}
         fresh = copy.deepcopy(model)
         torch.nn.init.zeros_(fresh[2].weight)
-        # As Accelerate's load_state does; it refuses a file with both names.
+        # As Accelerate's load_state does; it rejects a file with both names.
         load_model(fresh, folder / "model.safetensors")
         assert same(dict(fresh.state_dict()), dict(model.state_dict()))
         assert same(dict(torch.load(folder / "pytorch_model.bin")), dict(model.state_dict()))
@@ -401,7 +401,7 @@ def test_names_lose_what_a_wrapper_has_surely_added_and_nothing_else():
 
 
 class Child(torch.nn.Module):
-    """All that it has is in one child of this name."""
+    """A model with everything inside one child of this name."""
 
     def __init__(self, name):
         super().__init__()
@@ -427,14 +427,14 @@ def test_a_model_whose_only_child_is_called_module_comes_back_with_its_own_names
     found = read(tmp_path / "to")
     assert set(found.model) == set(model.state_dict())
     assert sorted(found.optimizer) == sorted(model.state_dict())
-    # A folder of Accelerate's has the model's own names, and nothing to say about them.
+    # An Accelerate folder has the model's own names; there is nothing to report.
     plain = save_plainly(tmp_path / "plain", (model, optimizer, course.schedule_of(optimizer)))
     assert not convert(plain, tmp_path / "again", to, 1)
     assert set(read(tmp_path / "again").model) == set(model.state_dict())
 
 
 def test_names_beside_a_file_prove_that_a_wrapper_added_module(tmp_path):
-    """By the note of names, or by the names that torch puts into the optimizer's groups."""
+    """Named by the note, or by the names that torch puts into the optimizer's groups."""
     model = Child("net")
     wrapped = torch.nn.DataParallel(model)
     optimizer = _stepped(model, model.named_parameters())
@@ -492,7 +492,7 @@ def test_the_flattened_optimizer_of_torchtitan_is_read(tmp_path, trained):
 
 @pytest.fixture
 def run_checkpoint(tmp_path, trained):
-    """A checkpoint of our training loop's, of two ranks."""
+    """A checkpoint from our training loop, on two ranks."""
     store = CheckpointStore(tmp_path / "run")
     folder = save_plainly(store.begin(2), trained)
     note_parameters(folder, *trained[:2])

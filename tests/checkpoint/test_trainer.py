@@ -1,4 +1,4 @@
-"""Trainer's checkpoints are read, reported and written under its own names; test_transformers.py goes on from them."""
+"""Trainer's checkpoints are read, reported and written under its own names; test_transformers.py resumes from them."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ STATE = {"global_step": 2, "max_steps": 8, "epoch": 0.25, "train_batch_size": 4,
 
 
 def as_trainer(folder, weights="model.safetensors"):
-    """What save() left, as Trainer writes it on two ranks, with a tokenizer of the user's."""
+    """The output of save(), in the form Trainer writes on two ranks, with a user's tokenizer."""
     (folder / "optimizer.bin").rename(folder / "optimizer.pt")
     (folder / "scheduler.bin").rename(folder / "scheduler.pt")
     model = torch.load(folder / "pytorch_model.bin")

@@ -51,7 +51,7 @@ def installed(install):
 
 @pytest.fixture
 def words(tmp_path):
-    """The words of a run on an archive of its own."""
+    """The arguments of a run on its own archive."""
     # Accelerate keeps the precision of the process's first run.
     AcceleratorState._reset_state(True)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
@@ -72,7 +72,7 @@ def test_a_source_from_outside_trains_and_its_run_goes_on(words, more, tmp_path,
     run = tmp_path / "run"
     words += [*more, "--data.options.ending", "png", "--run_dir", str(run)]
     rows = train(parse_recipe(words))
-    # Three steps and one for the rest; in memory what cannot be read is left out before.
+    # Three steps and one for the rest; in memory, unreadable images are left out beforehand.
     assert [row["step"] for row in rows] == ([4, 8] if more[:1] != ["--data.crop_scale"] else [3, 6])
     assert [row["eval_samples"] for row in rows] == [TEST] * 2
     record = json.loads((run / "data.json").read_text())

@@ -1,4 +1,4 @@
-"""An image folder's samples are torchvision's ImageFolder's, and what is wrong with a folder is named."""
+"""An image folder's samples are those of torchvision's ImageFolder, and faults of a folder are named."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""A set in the host's memory gives out what a set on the device does: the same batches, keys and evaluation."""
+"""A set in the host's memory yields the same batches, keys and evaluation as one on the device."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def noise():
 
 @pytest.fixture(params=[0, 1, 2])
 def ahead(request, monkeypatch):
-    """How many batches are under way: 0 on a CPU, 1 on a GPU."""
+    """Number of batches in flight: 0 on a CPU, 1 on a GPU."""
     monkeypatch.setattr(Prefetcher, "ahead", request.param)
     return request.param
 

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def load(tmp_path):
-    """`open_hub` with a cache and a spool of its own."""
+    """`open_hub` with its own cache and spool."""
     own = {"cache_dir": str(tmp_path / "cache"), "spool_dir": tmp_path / "spool"}
     return lambda path, split="train", **settings: open_hub(str(path), split, **own, **settings)
 
@@ -161,7 +161,7 @@ def test_labels_that_are_none_are_an_error(tmp_path, load, streaming, type_, val
 
 
 def write_tables(root, *tables):
-    """One parquet file a table, below `root`/data; returns the folder."""
+    """One parquet file per table, below `root`/data; returns the folder."""
     (root / "data").mkdir(parents=True)
     for number, columns in enumerate(tables):
         pq.write_table(pa.table(columns), root / "data" / f"train-{number}.parquet")
@@ -403,7 +403,7 @@ def test_a_corrupt_row_group_makes_its_samples_bad_and_no_others(tmp_path, load)
 
 @pytest.fixture
 def server(folder):
-    """A web server over the parquet files that serves ranges; yields its address and the ranges asked for."""
+    """A web server for the parquet files that serves ranges; yields its address and the requested ranges."""
     ranges = []
 
     class Ranges(http.server.SimpleHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""ImageSet refuses what is no labelled image set, and says what is wrong with it."""
+"""ImageSet rejects what is not a labelled image set, and says what is wrong."""
 
 import pytest
 import torch

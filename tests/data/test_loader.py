@@ -17,7 +17,7 @@ CUTS = list(itertools.product((1, 2, 3, 4), (1, 2, 4)))
 
 @pytest.fixture(scope="module")
 def numbers():
-    """Each image's first pixel is its own number, so that a wrong gather shows."""
+    """Each image's first pixel is its own number, so that a wrong gather is visible."""
     images = torch.randint(0, 256, (N, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 0, 0, 0] = torch.arange(N)
     return ImageSet(images, torch.arange(N) % 7, tuple("abcdefg"), "numbers")
@@ -29,7 +29,7 @@ def loaders(numbers, world_size=1, **options):
 
 
 def global_batches(numbers, epoch, world_size=1, **options):
-    """Per step, the micro-batches of all ranks in order."""
+    """For each step, the micro-batches of all ranks in order."""
     steps = zip(*(loader.epoch(epoch) for loader in loaders(numbers, world_size, **options)), strict=True)
     return [[batch for rank in step for batch in rank] for step in steps]
 

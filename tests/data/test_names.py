@@ -1,4 +1,4 @@
-"""Names are bytes: shown and written down in one line, whatever is in them, and compared in one form."""
+"""Names are bytes: shown and recorded on one line, whatever they contain, and compared in one form."""
 
 import os
 import unicodedata

@@ -1,4 +1,4 @@
-"""Where a set lies: a decision by its bytes and the device's free ones, and what is said of it."""
+"""Where a set lies, decided by its size and the device's free memory, and what the start says about it."""
 
 import pytest
 import torch

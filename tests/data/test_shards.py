@@ -1,4 +1,4 @@
-"""WebDataset shards: an index that is right, whole and made again when needed, and faults that name the shard."""
+"""WebDataset shards: an index that is correct, complete and rebuilt when needed, and faults that name the shard."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_shards_that_others_write_are_whole(tmp_path, writer):
 
 
 def relabel(shard, label):
-    """Other labels in a shard of the same size and time: the old ones come from whoever does not read it again."""
+    """Other labels in a shard of the same size and time: the old ones are returned unless it is read again."""
     before = os.stat(shard)
     with tarfile.open(shard) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
@@ -340,7 +340,7 @@ def test_an_index_keeps_no_object_a_sample(tmp_path):
 
 
 def labelled(labels, ending="cls"):
-    """Members of samples "000", "001", ...: an image and a label, which is bytes, text, or what becomes JSON."""
+    """Members of samples "000", "001", ...: an image and a label, given as bytes, text, or values for JSON."""
     content = [one if isinstance(one, bytes) else str(one).encode() for one in labels]
     return [pair for i, one in enumerate(content) for pair in ((f"{i:03}.jpg", b"%d" % i), (f"{i:03}.{ending}", one))]
 

@@ -1,4 +1,4 @@
-"""A folder without parts is split by a hash of each image's name, the same everywhere and for ever."""
+"""A folder without parts is split by a hash of each image's name, the same everywhere and always."""
 
 import numpy as np
 import pytest

@@ -85,7 +85,7 @@ def manifest():
     return yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
 
 
-# What kubeflow.org/v1's PyTorchJob knows; the API server drops or refuses other keys.
+# Keys of kubeflow.org/v1's PyTorchJob; the API server drops or rejects others.
 RUN_POLICY = {"activeDeadlineSeconds", "backoffLimit", "cleanPodPolicy", "managedBy", "schedulingPolicy", "suspend"}
 SPEC = {"elasticPolicy", "nprocPerNode", "pytorchReplicaSpecs", "runPolicy"}
 CONTAINER = {"name", "image", "imagePullPolicy", "workingDir", "command", "args", "ports", "env", "resources"}

@@ -1,4 +1,4 @@
-"""The data keys: what each kind of set takes, and errors that name the key."""
+"""The data keys: those that each kind of set accepts, and errors that name the key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run's folder says what it is trained on, and a start with other data, or with parts that are one, is refused."""
+"""A run's folder records what it is trained on; a start with other data, or overlapping parts, is an error."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LABELS = {"train": [0, 1, 0, 1, 1], "val": [1, 0]}
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Of an image folder with the classes ant and bee; val's images are none of train's."""
+    """A recipe for an image folder with the classes ant and bee; val's images are not in train."""
     for part, labels in LABELS.items():
         write_image_folder(tmp_path / "set" / part, labels)
     for number, path in enumerate(sorted((tmp_path / "set" / "val").rglob("*.jpg"))):
@@ -73,7 +73,7 @@ def test_the_same_data_elsewhere_and_mended_images_are_the_same(recipe, tmp_path
 
 
 def contents(folder):
-    """All files but the lock, which names the last process that looked."""
+    """All files except the lock, which names the last process that looked."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -114,7 +114,7 @@ def test_a_start_with_other_data_is_refused_with_the_difference(recipe, tmp_path
     with pytest.raises(RunFolderError, match=rf"(?s)contains a run on other data.*remove .*data.json.*{message}"):
         claim(recipe, tmp_path / "run")
     assert contents(tmp_path / "run") == before
-    # Whoever insists removes the file.
+    # Removing the file overrides this.
     (tmp_path / "run" / "data.json").unlink()
     claim(recipe, tmp_path / "run")
 

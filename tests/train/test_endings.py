@@ -1,4 +1,4 @@
-"""A rank that hangs or fails is named, by whom it takes with it, too; the others end within the timeout."""
+"""A rank that hangs or fails is named, also by the ranks it takes down; the others end within the timeout."""
 
 import json
 

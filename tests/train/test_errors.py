@@ -1,4 +1,4 @@
-"""What a user can get wrong is one clear message, on every rank, before the first step."""
+"""User errors give one clear message, on every rank, before the first step."""
 
 import contextlib
 import shutil
@@ -75,7 +75,7 @@ def names(run):
 
 
 def contents(run):
-    """All files but the lock, which names the last process that looked."""
+    """All files except the lock, which names the last process that looked."""
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 

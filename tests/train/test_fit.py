@@ -1,4 +1,4 @@
-"""`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
+"""`fit`: a recipe with your own model, images, optimizer or augmentation (robust_dist/train/README.md)."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def digits(part):
 
 @pytest.fixture(scope="module")
 def by_name(tmp_path_factory):
-    """What the recipe's own parts come to."""
+    """The results with the recipe's own parts."""
     return fit(parse_recipe(NAMED), run_dir=tmp_path_factory.mktemp("by") / "name")
 
 
@@ -118,7 +118,7 @@ def test_an_own_augmentation_is_called_with_bytes_labels_and_keys(tmp_path):
     assert set(seen) == {(torch.uint8, (3, 32, 32), torch.int64, torch.int64, True)}
     assert len(seen) == 24
     assert json.loads((tmp_path / "environment.json").read_text())["starts"][0]["backends"]["augmentation"] == "own"
-    # As it had never stopped: the same call finds a finished run.
+    # As if it had never stopped: the same call finds a finished run.
     assert rows(fit(parse_recipe(NAMED), augment=halved, run_dir=tmp_path)) == rows(result)
     assert len(seen) == 24
 
@@ -227,7 +227,7 @@ def test_a_process_may_train_again_in_another_precision_unless_its_own_accelerat
         "train_set": (images, labels),
         "eval_set": (images, labels),
     }
-    # Runs by the command line's function leave their precision behind.
+    # Runs started by the command line's function leave their precision behind.
     AcceleratorState._reset_state(True)
     for precision in ("no", "bf16"):
         recipe = parse_recipe([*WORDS, "--epochs", "1", "--batch_size", "32", "--precision.mixed", precision])

@@ -1,4 +1,4 @@
-"""A run's folder is taken by one live run, and by the run whose settings it holds."""
+"""A run's folder is held by one live run, and belongs to the run with its settings."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_secrets_reach_no_file_and_files_with_options_are_the_owner_s_alone(tmp_
             store = CheckpointStore(folder.checkpoints)
             store.begin(1)
             store.commit(1, {"recipe": hidden(recipe_dict(recipe))})
-            # The same command goes on.
+            # The same command resumes.
             folder.claim(recipe, {})
             folder.release()
             files = [path for path in folder.path.rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""A step over tensors that keep their places: the ordinary loop's numbers, called and recorded, to the bit."""
+"""A step over tensors with fixed addresses gives the ordinary loop's numbers, called and recorded, bit for bit."""
 
 import copy
 import json
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_loaded_into_a_static_step_goes_on_bit_for_bit():
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """As on a GPU: augmentation decides nothing on the host, the optimizer counts in place, a capture is seen."""
+    """As on a GPU: augmentation decides nothing on the host, the optimizer counts in place, a capture is detected."""
     monkeypatch.setattr(group_values, "_capturing", lambda: True)
     for name, module in list(sys.modules.items()):
         if name.startswith("robust_dist.augment") and hasattr(module, "readable"):
@@ -192,7 +192,7 @@ def test_a_step_asks_the_device_nothing():
         for (batch,) in DeviceLoader(pretended.image_set(N, 8), batch_size=BATCH, seed=0, block=2).epoch(0):
             images, targets = batch.augmented(pipeline)
             assert nn.functional.cross_entropy(model(images), targets).device == pretended.DEVICE
-            # A backward pass would need a real device; it asks for nothing.
+            # A backward pass would need a real device; nothing is read from it.
             for param in model.parameters():
                 param.grad = torch.empty_like(param)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -320,7 +320,7 @@ def ask_while_capturing():
 
 @pytest.mark.gpu
 def test_a_step_that_asks_the_device_cannot_be_captured_and_is_told_so():
-    # A capture that failed may leave its process's generator unusable.
+    # A failed capture may leave its process's generator unusable.
     child = multiprocessing.get_context("spawn").Process(target=ask_while_capturing)
     child.start()
     child.join()

@@ -1,4 +1,4 @@
-"""Under bf16 autocast images are written as bfloat16 where that changes no bit of a run."""
+"""Under bf16 autocast images are written as bfloat16 if that changes no bit of a run."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Scaled(nn.Module):
 
 
 class Joined(nn.Linear):
-    """Casts images in its layer, and also puts them beside others."""
+    """Casts images in its layer, and also combines them with other tensors."""
 
     def __init__(self):
         super().__init__(192, 3)
@@ -68,7 +68,7 @@ def test_a_model_of_bfloat16_images_gives_the_bits_of_one_that_casts_them_later(
 
 
 class Seeing(nn.Module):
-    """A ResNet that notes the dtypes of its training images, and may add 0 to them before its first layer."""
+    """A ResNet that records the dtypes of its training images, and may add 0 to them before its first layer."""
 
     def __init__(self, adds):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a start says of the data and of the run, and what it finds odd."""
+"""What a start reports about the data and the run, and its warnings."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the options that are off in the paper's recipe do."""
+"""The effects of options that are off in the paper's recipe."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def run(folder, **changes):
 
 
 def run_few(folder, parts=None, **changes):
-    """On a few images, as a processor without bfloat16 arithmetic is twelve times slower; `parts` are `fit`'s."""
+    """Run on a few images, as CPUs without bfloat16 arithmetic are twelve times slower; `parts` go to `fit`."""
     AcceleratorState._reset_state(True)
     return fit(recipe(folder, **changes), **few_digits(64, 32), **(parts or {})).rows
 

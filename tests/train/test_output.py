@@ -1,4 +1,4 @@
-"""Output that ends before the run does."""
+"""Output that fails before the run ends."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""`module:Name` in a recipe: the user's own code is imported, no other, and each mistake is told with its key."""
+"""`module:Name` in a recipe: only the user's own code is imported, and each mistake is reported with its key."""
 
 import json
 import os

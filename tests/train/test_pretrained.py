@@ -1,4 +1,4 @@
-"""A run begins with weights from elsewhere, and its head has a learning rate of its own."""
+"""A run starts from existing weights, and its head has its own learning rate."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def test_a_file_of_a_state_dict_is_taken_and_a_torn_one_named(form, tmp_path):
 
 
 def put_weights_of_torchvision(home, monkeypatch):
-    """Write what would have been fetched; returns the state dict."""
+    """Write what would have been downloaded; returns the state dict."""
     from torchvision.models import get_model_weights
 
     monkeypatch.setenv("TORCH_HOME", str(home))

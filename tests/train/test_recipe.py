@@ -123,7 +123,7 @@ def test_a_key_that_an_older_folder_does_not_have_counts_as_its_default():
 
 
 def refusal(action, capsys):
-    """What a person is told."""
+    """The message for the user."""
     with pytest.raises((SystemExit, ValueError)) as caught:
         action()
     return capsys.readouterr().err + str(caught.value)

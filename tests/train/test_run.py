@@ -1,4 +1,4 @@
-"""Whole runs: their folder, their resume, their independence of the world size."""
+"""Whole runs: their folder, resuming, and independence of the world size."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_a_run_killed_at_a_random_step_then_stopped_by_a_signal_equals_an_undist
     process = start(world_size, *words, "--run_dir", str(killed))
     kill_after(process, killed, step)
     process = start(world_size, *words, "--run_dir", str(killed))
-    # All the ranks stop where one of them is asked to; a launcher makes 1 of their status 75.
+    # All ranks stop when one of them is asked to; a launcher turns their status 75 into 1.
     wait_for_step(process, killed, newest_step(killed) + 1)
     rank = ranks_of(process)[-1]
     os.kill(rank, signal.SIGHUP if world_size == 2 else signal.SIGINT)

@@ -1,4 +1,4 @@
-"""`robust-dist recipe` looks at a folder and writes a recipe that trains as it is."""
+"""`robust-dist recipe` inspects a folder and writes a recipe that trains as it is."""
 
 import json
 import shutil

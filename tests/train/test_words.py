@@ -1,4 +1,4 @@
-"""What is wrong with a command line, a launcher's file or a model's options is said before anything is built."""
+"""Errors in a command line, a launcher's file or a model's options are reported before anything is built."""
 
 import os
 import re
@@ -104,7 +104,7 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
         check_launch()
-    # The recipe's own key says nothing of the launcher.
+    # The recipe's own key does not concern the launcher.
     launched[:] = [*words[:2], *words[3:], "--num_processes", "2"]
     check_launch()
 
