@@ -270,7 +270,7 @@ def test_several_columns_of_a_type_are_an_error_and_named_ones_are_taken(tmp_pat
     }
     columns = {"left": [IMAGE] * 2, "right": [{"bytes": b"r", "path": None}] * 2, "fine": [0, 1], "coarse": [1, 0]}
     root = write(tmp_path / "set", columns, features)
-    with pytest.raises(DataError, match=r"2 \(left, right\) of the columns can be image_column"):
+    with pytest.raises(DataError, match=r"2 \(left, right\) of the columns can be the image_column"):
         load(root, streaming=streaming)
     with pytest.raises(DataError, match=r"2 \(fine, coarse\) of the columns can be label_column"):
         load(root, streaming=streaming, image_column="right")

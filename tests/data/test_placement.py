@@ -60,7 +60,7 @@ def test_a_set_that_does_not_fit_stays_on_the_host_and_says_so(monkeypatch):
 
 def test_a_set_that_is_to_lie_on_the_device_and_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
     free(monkeypatch, 399)
-    message = r"data.keep_on='device': pets needs 400 bytes on cuda:0, where 399 are free; set data.keep_on=host"
+    message = r"data.keep_on='device': pets needs 400 bytes on cuda:0, but 399 are free; set data.keep_on=host"
     with pytest.raises(DataError, match=message):
         place([pets()], GPU, "device")
 
