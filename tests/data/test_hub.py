@@ -272,7 +272,7 @@ def test_several_columns_of_a_type_are_an_error_and_named_ones_are_taken(tmp_pat
     root = write(tmp_path / "set", columns, features)
     with pytest.raises(DataError, match=r"2 \(left, right\) of the columns can be the image_column"):
         load(root, streaming=streaming)
-    with pytest.raises(DataError, match=r"2 \(fine, coarse\) of the columns can be label_column"):
+    with pytest.raises(DataError, match=r"2 \(fine, coarse\) of the columns can be the label_column"):
         load(root, streaming=streaming, image_column="right")
     source = load(root, streaming=streaming, image_column="right", label_column="coarse")
     assert rows(source) == [(b"r", 1), (b"r", 0)]

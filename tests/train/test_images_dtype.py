@@ -7,7 +7,7 @@ from torch import nn
 from robust_dist.models import build_model
 from robust_dist.train.build import images_dtype
 from robust_dist.train.metrics import without_measured
-from robust_dist.train.recipe import PrecisionConfig
+from robust_dist.train.recipe import ModelConfig, PrecisionConfig
 from tests.train.test_options import run_few
 
 
@@ -85,6 +85,6 @@ def test_a_run_under_bf16_has_the_losses_of_one_whose_images_are_cast_later(tmp_
     for adds, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         torch.manual_seed(0)
         model = Seeing(adds)
-        rows.append(run_few(tmp_path / str(adds), {"model": model}, **half))
+        rows.append(run_few(tmp_path / str(adds), {"model": model}, model=ModelConfig(), **half))
         assert model.seen == {dtype}
     assert list(map(without_measured, rows[0])) == list(map(without_measured, rows[1]))

@@ -92,7 +92,7 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
         "torn.jpg: not an image",
         "copy.jpg and",
         "width 48, height 40 pixels; 0 are grey",
-        "holds my pets alone",
+        "contains only my pets",
     ):
         assert part in told
 
