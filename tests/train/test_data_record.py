@@ -92,7 +92,7 @@ CHANGES = {
     "a class comes in": (add_class, r"classes: 3 here, 2 in the folder; new: 'cat'"),
     "an image goes": (
         lambda root: (root / "train/ant/00000.jpg").unlink(),
-        r"train: the run was training on 5 images, and .*set/train has 4",
+        r"train: the run was training on 5 images, but .*set/train has 4",
     ),
     "a label changes": (
         lambda root: os.rename(root / "train/ant/00000.jpg", root / "train/bee/00000.jpg"),
@@ -100,7 +100,7 @@ CHANGES = {
     ),
     "evaluation images come": (
         lambda root: shutil.copy(root / "val/ant/00001.jpg", root / "val/ant/7.jpg"),
-        r"eval: the run was evaluating on 2 images, and .*set/val has 3",
+        r"eval: the run was evaluating on 2 images, but .*set/val has 3",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_another_revision_of_the_hub_counts_where_the_data_are_other_ones():
     assert differences(commit, there) == []
     moved = {**there, "train": {**part, "revision": "2", "fingerprint": "b"}}
     (line,) = differences(moved, there)
-    assert line.endswith("(the Hub's revision is 2, and was 1: set data.revision)")
+    assert line.endswith("(the Hub's revision is 2 and was 1: set data.revision)")
 
 
 def changed_labels(one):
