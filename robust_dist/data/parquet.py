@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -271,8 +272,16 @@ def _listed(faults: Sequence[str], name: str) -> str:
 def _opened(url: str) -> Any:
     if not is_remote(url):
         return open(url.removeprefix("file://"), "rb")
+    _leave_the_parents_loop()
     # With the retries and, for the Hub, the credentials of `datasets`' own streaming.
     return require("datasets.utils.file_utils", extra="data", purpose="remote parquet files").xopen(url, "rb")
+
+
+def _leave_the_parents_loop() -> None:
+    """Let fsspec start a thread in a forked process: 2025.3.0 waits for the parent's, which is not there."""
+    asyn = sys.modules.get("fsspec.asyn")
+    if asyn is not None and asyn.iothread[0] is not None and not asyn.iothread[0].is_alive():
+        asyn.loop[0] = asyn.iothread[0] = None
 
 
 def _parquet(source: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Addresses of hundreds of tensors, and whether dicts still hold the same objects, in one call.
+"""Addresses of many tensors, and whether dicts still hold the same objects, in one call.
 
-`Tensor.data_ptr` takes ten times as long: most of a steady step of many small tensors. The C functions
-(native/objects.c) read torch's own tensor where its Python object holds it; that place is found when the process first
-asks, by a tensor that says where its own implementation lies. They are None where the C library was not built, where
-this torch lacks the function, or where nothing was found: then Python asks one by one.
+`Tensor.data_ptr` takes ten times as long, most of a steady step with many small tensors. The C functions
+(native/objects.c) read torch's C++ tensor inside its Python object, at an offset that is determined once per process
+from the known address of a tensor's implementation. If the C library was not built, this torch lacks the function, or
+the offset is not found, Python asks each tensor.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ class _Interfaces(ctypes.Structure):
 
 
 class _Native:
-    """The C functions, which keep the interpreter's lock."""
+    """The C functions, called with the GIL held."""
 
     def __init__(self, path: str, by: _Interfaces) -> None:
         pointer, whole, thing = ctypes.c_void_p, ctypes.c_int64, ctypes.py_object
@@ -42,7 +42,7 @@ class _Native:
 
 
 def _place() -> int | None:
-    """The offset in a tensor's Python object of torch's tensor, which is a pointer to its implementation."""
+    """The offset of torch's C++ tensor, a pointer to its implementation, in the Python object; None if not found."""
     tensor = torch.empty(1)
     for place in range(_WORD, Tensor.__basicsize__, _WORD):
         if ctypes.c_int64.from_address(id(tensor) + place).value == tensor._cdata:
@@ -63,7 +63,7 @@ def _native() -> _Native | None:
         pointers = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
         place = _place()
         found = None if place is None else _Native(str(library), _Interfaces(*pointers, place))
-    except (OSError, AttributeError):  # another torch, or a library of older sources
+    except (OSError, AttributeError):  # another torch, or a library built from older sources
         return None
     return found if found is not None and _is_right(found) else None
 
@@ -82,25 +82,25 @@ def _ask(native: _Native, tensors: list[Tensor]) -> "array[int]":
 
 
 def addresses(tensors: list[Tensor]) -> "array[int]":
-    """`data_ptr()` of each tensor, as an array of "q".
+    """`data_ptr()` of each tensor, as an array("q").
 
     Raises:
-        RuntimeError: One of them has no memory of its own, as a sparse tensor.
+        RuntimeError: A tensor has no address, e.g. a sparse one.
     """
     native = _native()
     return array("q", list(map(Tensor.data_ptr, tensors))) if native is None else _ask(native, tensors)
 
 
 def same(found: Iterable[Any], kept: Iterable[Any]) -> bool:
-    """Whether two iterables of one length have the same objects."""
+    """Whether two iterables of equal length yield the same objects."""
     return all(map(is_, found, kept))
 
 
 class Contents:
-    """The contents of dicts at one time: the same objects under the same keys, in the same order.
+    """A snapshot of dicts: the identities of their keys and values, in order.
 
     Attributes:
-        values: Of all dicts, one after the other.
+        values: The values of all dicts, one after the other.
     """
 
     def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
@@ -111,7 +111,7 @@ class Contents:
         self._items = array("q", list(items)) if all(len(one) == self._width for one in dicts) else None
 
     def are_in(self, dicts: list[Any]) -> bool:
-        """Whether as many dicts hold the same."""
+        """Whether these dicts, as many, have the same contents."""
         native = _native()
         if native is not None and self._items is not None:
             return bool(native.hold(native.by, dicts, len(dicts), self._items.buffer_info()[0], self._width))

@@ -1,12 +1,12 @@
-"""Schedule-free averaging (Defazio et al. 2024) of what the update trains.
+"""Schedule-free averaging (Defazio et al. 2024) of the trained weights.
 
-y are the weights at which gradients are taken, z the fast ones, x the average that is evaluated::
+Gradients are computed at y; z are the fast weights, and x is the average used for evaluation::
 
     x_t = (1 - c_t) x_{t-1} + c_t z_t,   y_t = (1 - b1) z_t + b1 x_t,   c_t = w_t / (w_1 + ... + w_t)
 
-A parameter holds y while it is trained and x = y + (1 - 1 / b1) (z - y) while it is evaluated; z is in its state.
-w_t is the square of eq. 13's gamma_t, which grows with t, and 0 where eq. 20 holds: the average begins with the first
-rectified step. Where no step is ever rectified, w_t is 1. All of it is a function of t, so that nothing is kept.
+A parameter holds y during training and x = y + (1 - 1 / b1) (z - y) during evaluation; z is in its state.
+w_t is gamma_t^2 (eq. 13), which grows with t, and 0 where eq. 20 holds: the average begins with the first rectified
+step. If no step is ever rectified, w_t is 1. c_t depends on t alone, so no further state is needed.
 """
 
 import math
@@ -20,7 +20,7 @@ from robust_dist.optim.reference import PAPER_THRESHOLD, rho_inf, tensor_rectifi
 
 @cache
 def _table(beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """w_t and their sums for t = 1, 2, ..., float64, up to where gamma differs from 1 by less than rounding."""
+    """w_t and their cumulative sums for t = 1, 2, ..., float64, up to where gamma is 1 within rounding."""
     if rho_inf(beta2) <= max(threshold, PAPER_THRESHOLD):
         return torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     steps = torch.arange(1, math.ceil(50 / (1 - beta2)) + 1, dtype=torch.float64)
@@ -31,13 +31,13 @@ def _table(beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
 
 @cache
 def weights_on(device: torch.device, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """w_t and their sums for t = 1, 2, ..., float64 on a device, where they stay; t past the end adds 1 each."""
+    """w_t and their cumulative sums for t = 1, 2, ..., float64, cached on the device; past the end w_t is 1."""
     weights, sums = _table(beta2, threshold)
     return weights.to(device), sums.to(device)
 
 
 def share(step: float, beta2: float, threshold: float) -> float:
-    """c_t of t = `step`; 0 before the first rectified step."""
+    """c_t for t = `step`; 0 before the first rectified step."""
     weights, sums = _table(beta2, threshold)
     last = min(int(step), len(sums)) - 1
     total = float(sums[last]) + step - (last + 1)
@@ -45,7 +45,7 @@ def share(step: float, beta2: float, threshold: float) -> float:
 
 
 def device_share(step: Tensor, beta2: float, threshold: float) -> Tensor:
-    """c_t for steps on a device, of their shape and floating dtype, without reading a value."""
+    """c_t for steps on a device, with their shape and floating dtype, without synchronising."""
     weights, sums = weights_on(step.device, beta2, threshold)
     last = step.clamp(max=len(sums)).long() - 1
     total = sums.to(step.dtype)[last] + step - (last + 1)
@@ -53,10 +53,10 @@ def device_share(step: Tensor, beta2: float, threshold: float) -> Tensor:
 
 
 def average_of(y: Tensor, z: Tensor, beta1: float) -> None:
-    """Turn y into x, in place."""
+    """Replace y by x, in place."""
     y.lerp_(z, 1.0 - 1.0 / beta1)
 
 
 def trained_of(x: Tensor, z: Tensor, beta1: float) -> None:
-    """Turn x into y, in place."""
+    """Replace x by y, in place."""
     x.lerp_(z, 1.0 - beta1)

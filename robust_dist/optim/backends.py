@@ -1,7 +1,7 @@
-"""The backends, and the one function that chooses among them.
+"""The backends, and the function that chooses among them.
 
-A backend is a `Backend` record. `BACKENDS` lists them from the fastest to the most general; `register` puts another
-one first. README.md shows how one is added from a file of its own.
+A backend is a `Backend` record. `BACKENDS` lists them from the fastest to the most general; `register` adds one at the
+front. README.md shows how to add a backend in its own file.
 """
 
 import warnings
@@ -24,7 +24,7 @@ Groups = list[tuple[TensorLists, Hyper]]
 
 
 class Prepared(Protocol):
-    """The step that a backend has just done, prepared to be done again on the same tensors with new gradients."""
+    """A step that a backend has just taken, prepared for the same tensors with new gradients."""
 
     def run(
         self,
@@ -37,34 +37,34 @@ class Prepared(Protocol):
         """Step in place.
 
         Args:
-            grads: Local gradients of all groups, one after the other, of the layout that they had.
+            grads: Local gradients of all groups, one after the other, with the same layouts as before.
             hypers: Settings of each group.
-            grad_scale: What the gradients were multiplied with, a tensor of 1 element, or None.
-            found_inf: A tensor of 1 element, not 0 where nothing may change, or None; None on the host.
-            counts: The count t of this step for each group; empty where the backend counts on the device.
+            grad_scale: The factor by which the gradients are scaled, a tensor of 1 element, or None.
+            found_inf: A tensor of 1 element, not 0 if nothing may change, or None; always None on the host.
+            counts: The count t of this step for each group; empty if the backend counts on the device.
 
         Returns:
-            False, and nothing is done, where the step must be prepared anew.
+            False, without any change, if the step must be prepared again.
         """
 
     def sum_abs(self, grads: list[Tensor]) -> float | Tensor | None:
-        """The sum of the absolute values of these gradients, in double precision; None where there is no fast way."""
+        """The sum of the absolute values of these gradients, in double precision; None if there is no fast way."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The way in which the parameters of a group are stepped.
+    """An implementation of the step.
 
     Attributes:
-        name: What a run's files call it.
-        kind: The setting that asks for it: "fused", "foreach", or "single", which is foreach=False.
-        why_not: Why it cannot step a param group, or None where it can.
+        name: Its name, also in a run's files.
+        kind: The setting that selects it: "fused", "foreach", or "single", which is foreach=False.
+        why_not: Returns why it cannot step a param group, or None if it can.
         step: Steps a batch (`TensorLists.batches`) in place.
-        step_on_device: For a backend that counts the steps itself, on the parameters' device: steps groups (gathered
-            `TensorLists`, settings) in place, counting. Its first argument is a dict that lives as long as the
-            optimizer; then come the groups, grad_scale and found_inf.
-        prepare: Of that dict and groups that have just been stepped: the same step for new gradients, or None.
-        averages: Whether it steps a batch with `zs` (averaging.py); else it is not asked to.
+        step_on_device: For a backend that keeps the step counts on the parameters' device: steps groups (pairs of
+            `TensorLists` and settings) in place and increments their counts. Its arguments are a dict that exists as
+            long as the optimizer, the groups, grad_scale and found_inf.
+        prepare: From this dict and groups that have just been stepped, returns the step for new gradients, or None.
+        averages: Whether it supports batches with `zs` (averaging.py).
     """
 
     name: str
@@ -76,7 +76,7 @@ class Backend:
     averages: bool = False
 
     def problem(self, group: Mapping[str, Any]) -> str | None:
-        """Why it does not step a param group, or None."""
+        """Why it cannot step a param group, or None if it can."""
         averaging = option(group, "averaging")
         if averaging is not None and not self.averages:
             return f"it does not support averaging={averaging!r}"
@@ -84,19 +84,19 @@ class Backend:
 
 
 def has_no_values(group: Mapping[str, Any]) -> bool:
-    """Whether the parameters are simulated (FakeTensorMode), so that nothing can be read."""
+    """Whether the parameters are fake (FakeTensorMode), so that no value can be read."""
     return bool(group["params"]) and is_fake(group["params"][0])
 
 
 def on_host(group: Mapping[str, Any]) -> bool:
-    """Whether the step's scalars are computed on the host; else its values are never read."""
+    """Whether the step's scalars are computed on the host; else no value is read."""
     if torch.compiler.is_compiling():
         return False
     return group["differentiable"] or not (group["capturable"] or has_no_values(group))
 
 
 def counts_on_device(group: Mapping[str, Any]) -> bool:
-    """Whether the step counts live on the parameters' device, in a compiled step too; else on the CPU."""
+    """Whether the step counts are on the parameters' device, also in a compiled step; else on the CPU."""
     if group["capturable"] or (not group["differentiable"] and has_no_values(group)):
         return True
     return _choose(group).step_on_device is not None
@@ -110,7 +110,7 @@ def _supports_foreach(params: Iterable[Tensor]) -> bool:
 
 
 def _foreach_why_not(group: Mapping[str, Any]) -> str | None:
-    return None if _supports_foreach(group["params"]) else "a parameter is of a tensor class of its own"
+    return None if _supports_foreach(group["params"]) else "a parameter has a custom tensor class"
 
 
 def _fused_cpu_why_not(group: Mapping[str, Any]) -> str | None:
@@ -147,13 +147,13 @@ BACKENDS: list[Backend] = [TRITON, IN_C, IN_FOREACH, ONE_BY_ONE]
 
 
 def register(backend: Backend) -> None:
-    """Have a backend asked before all others; one of the same name is replaced."""
+    """Give a backend precedence over all others; one with the same name is replaced."""
     BACKENDS[:] = [backend, *(other for other in BACKENDS if other.name != backend.name)]
 
 
 def choose(group: Mapping[str, Any]) -> Backend:
-    """The backend that steps a param group: the first that its settings allow and that can."""
-    if torch.compiler.is_compiling():  # which compiles foreach operations; a call into C would break its graph
+    """The backend of a param group: the first that its settings allow and that supports it."""
+    if torch.compiler.is_compiling():  # it compiles foreach operations; a call into C would break its graph
         in_lists = _supports_foreach(group["params"]) if group["foreach"] is None else group["foreach"]
         return IN_FOREACH if in_lists else ONE_BY_ONE
     return _choose(group)
@@ -182,23 +182,23 @@ def _say_once(reason: str | None) -> None:
     if reason is not None and reason not in _said:
         _said.add(reason)
         warnings.warn(
-            f"RAdaBeliefW takes torch's foreach operations on a GPU, which are slower and round otherwise: {reason}; "
-            "fused=False takes them without this warning, and under several ranks every rank must take the same",
+            f"RAdaBeliefW uses torch's foreach operations on a GPU, which are slower and round differently: {reason}; "
+            "fused=False selects them without this warning; all ranks must use the same backend",
             UserWarning,
             stacklevel=4,
         )
 
 
 def check_fused(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where a param group demands a fused backend that its parameters cannot have."""
+    """Raise ValueError if a param group requires a fused backend that its parameters do not support."""
     devices = {param.device for param in group["params"]} - {torch.device("meta")}
     if not group["fused"] or not devices or has_no_values(group):
         return
-    alternative = "use foreach=True, or fused=None for the fastest there is"
+    alternative = "use foreach=True, or fused=None for the fastest available backend"
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(
-            f"fused=True needs the parameters of a group on one device, they are on {names}; {alternative}"
+            f"fused=True needs all parameters of a group on one device, but they are on {names}; {alternative}"
         )
     reasons = [backend.problem(group) for backend in BACKENDS if backend.kind == FUSED]
     if all(reasons):

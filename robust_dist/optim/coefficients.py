@@ -1,6 +1,6 @@
-"""The scalars of one step: in float64 on the host, or on the device without reading any value.
+"""The scalars of one step: in float64 on the host, or on the device without synchronising.
 
-Both moments are known; the parameter then takes
+After both moments are updated, the parameter becomes
     theta = decay * theta - step_size * m / (sqrt(v + inner) + outer)     rectified, eq. 19
     theta = decay * theta - step_size * m                                 not rectified, eq. 20
 with the bias corrections of eq. 8 and 9 folded into step_size, inner and outer. With averaging (averaging.py)
@@ -22,17 +22,17 @@ from robust_dist.optim.settings import INSIDE, OUTSIDE, Hyper
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The scalars that tensors of one step count share; floats, or tensors where lr is one.
+    """The scalars for tensors with the same step count: floats, or tensors if lr is a tensor.
 
     Attributes:
         decay: Factor on theta, 1 - lr * weight_decay.
         step_size: Factor on the update.
-        rectified: Whether eq. 19 holds; else eq. 20, and `inner` and `outer` mean nothing.
+        rectified: Whether eq. 19 applies; otherwise eq. 20, and `inner` and `outer` are unused.
         inner: Added under the root.
         outer: Added to the root.
         fade: 1 - decay.
-        mix: The share of z in the new y, of averaging.
-        push: The factor on d in the new y, of averaging.
+        mix: The share of z in the new y, with averaging.
+        push: The factor on d in the new y, with averaging.
     """
 
     decay: float | Tensor
@@ -46,7 +46,7 @@ class Coefficients:
 
 
 def host_coefficients(step: float, h: Hyper, lr: float | Tensor, weight_decay: float | Tensor) -> Coefficients:
-    """The scalars of step t = `step`, in float64."""
+    """The scalars for step t = `step`, in float64."""
     bias1 = 1.0 if h.averaging else one_minus_power(h.beta1, step)
     fade = lr * weight_decay if h.decay_by_rate else weight_decay
     decay = 1.0 - fade
@@ -66,14 +66,14 @@ def host_coefficients(step: float, h: Hyper, lr: float | Tensor, weight_decay: f
 class DeviceCoefficients:
     """The scalars of n tensors, each with its own step count, as tensors.
 
-    theta = decay * theta + m / (slope * sqrt(v + inner) + offset), in both cases of the module's head.
+    theta = decay * theta + m / (slope * sqrt(v + inner) + offset) covers both cases of the module's docstring.
 
     Attributes:
         decay: 0-d; 1 - lr * weight_decay.
         inner: n 0-d tensors, added under the root.
-        slope: n 0-d tensors; -1 / step_size where rectified, else 0.
-        offset: n 0-d tensors; -outer / step_size where rectified, else -1 / step_size.
-        idle: 0-d bool; lr is 0, so that theta must keep its bits. None where lr is a float other than 0.
+        slope: n 0-d tensors; -1 / step_size if rectified, else 0.
+        offset: n 0-d tensors; -outer / step_size if rectified, else -1 / step_size.
+        idle: 0-d bool; whether lr is 0, so that theta must keep its bits. None if lr is a float other than 0.
         fade: 0-d; 1 - decay.
         mix: n 0-d tensors, the share of z in the new y; empty without averaging.
         push: n 0-d tensors, the factor on d in the new y.
@@ -93,7 +93,7 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(()).to(device=like.device, dtype=like.dtype)
     if torch.compiler.is_compiling():
-        # A number that varies stays one of the graph's inputs where it is a factor, and is a constant in torch.full.
+        # As a factor, a varying number stays an input of the compiled graph; torch.full would make it a constant.
         return torch.ones((), device=like.device, dtype=like.dtype) * value
     return torch.full((), float(value), device=like.device, dtype=like.dtype)
 
@@ -103,11 +103,11 @@ def _one_minus_power(beta: float, step: Tensor) -> Tensor:
 
 
 def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> DeviceCoefficients:
-    """The scalars of n tensors from their step tensors, computed in float64 where the device has it.
+    """The scalars of n tensors from their step tensors, computed in float64 if the device supports it.
 
     Args:
-        steps: n step tensors of one device, of t = 1, 2, ...
-        h: The settings; lr and weight_decay tensors should live on that device.
+        steps: n step tensors on one device, for t = 1, 2, ...
+        h: The settings; lr and weight_decay tensors should be on that device.
         dtype: The dtype of the result.
     """
     accurate = torch.float32 if steps[0].device.type == "mps" else torch.float64
@@ -135,7 +135,7 @@ def device_coefficients(steps: list[Tensor], h: Hyper, dtype: torch.dtype) -> De
 
 
 def either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """The logical or of two conditions that may be absent."""
+    """The logical or of two optional conditions."""
     if first is None or second is None:
         return second if first is None else first
     return first | second

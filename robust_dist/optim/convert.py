@@ -1,7 +1,7 @@
-"""State of other AdaBelief optimizers, so that a run of theirs goes on with RAdaBeliefW and the same numbers.
+"""Converts the state of other AdaBelief optimizers, so that their runs can continue with RAdaBeliefW.
 
-Read from timm 1.0 (timm/optim/adabelief.py) and adabelief-pytorch 0.2 (adabelief_pytorch/AdaBelief.py). Both
-rectify where rho_t >= 5, add eps to the second moment at every step, and once more to its root before the
+Based on timm 1.0 (timm/optim/adabelief.py) and adabelief-pytorch 0.2 (adabelief_pytorch/AdaBelief.py). Both
+rectify if rho_t >= 5, add eps to the second moment at every step, and again to its root before the
 bias correction. Both keep an int `step` and call the second moment `exp_avg_var`.
 """
 
@@ -67,17 +67,17 @@ def _convert(state_dict: Mapping[str, Any], absent: Mapping[str, Any], decoupled
 
 
 def from_timm_adabelief(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict for RAdaBeliefW from that of timm's AdaBelief (`radabelief` among timm's names).
+    """Convert the state_dict of timm's AdaBelief (timm calls it `radabelief`) to one for RAdaBeliefW.
 
     Args:
-        state_dict: What `timm.optim.AdaBelief.state_dict()` returned.
+        state_dict: The result of `timm.optim.AdaBelief.state_dict()`.
 
     Returns:
-        A state_dict with copied tensors, whose groups also ask for their threshold and place of eps.
+        A state_dict with copied tensors, whose groups also set timm's threshold and eps placement.
 
     Raises:
-        ValueError: It was trained with an option that RAdaBeliefW does not have (amsgrad, rectify=False,
-            degenerated_to_sgd=False, coupled or fixed weight decay), or is no state of AdaBelief.
+        ValueError: It uses an option that RAdaBeliefW does not have (amsgrad, rectify=False,
+            degenerated_to_sgd=False, coupled or fixed weight decay), or is not a state of AdaBelief.
     """
     absent = {"decoupled_decay": True, "fixed_decay": False, "rectify": True, "degenerated_to_sgd": True}
     return _convert(state_dict, absent, "decoupled_decay")
@@ -91,20 +91,20 @@ def from_adabelief_pytorch(
     rectify: bool = True,
     degenerated_to_sgd: bool = True,
 ) -> dict[str, Any]:
-    """A state_dict for RAdaBeliefW from that of adabelief_pytorch.AdaBelief.
+    """Convert the state_dict of adabelief_pytorch.AdaBelief to one for RAdaBeliefW.
 
     Args:
-        state_dict: What `adabelief_pytorch.AdaBelief.state_dict()` returned.
-        weight_decouple: As it was constructed; this and the following are not in its state_dict.
-        fixed_decay: As it was constructed.
-        rectify: As it was constructed.
-        degenerated_to_sgd: As it was constructed.
+        state_dict: The result of `adabelief_pytorch.AdaBelief.state_dict()`.
+        weight_decouple: The constructor's argument; this and the following are not in the state_dict.
+        fixed_decay: The constructor's argument.
+        rectify: The constructor's argument.
+        degenerated_to_sgd: The constructor's argument.
 
     Returns:
-        A state_dict with copied tensors, whose groups also ask for their threshold and place of eps.
+        A state_dict with copied tensors, whose groups also set AdaBelief's threshold and eps placement.
 
     Raises:
-        ValueError: As `from_timm_adabelief`.
+        ValueError: See `from_timm_adabelief`.
     """
     absent = {
         "weight_decouple": weight_decouple,

@@ -1,4 +1,4 @@
-"""The dry step: an optimizer step with a learning rate of 0, by which engines make state without training."""
+"""The dry step: an optimizer step with a learning rate of 0, used by engines to create state without training."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torch.optim import Optimizer
 
 
 def is_dry(optimizer: Optimizer) -> bool:
-    """Whether every learning rate is 0: the next step makes state and moves no parameter."""
+    """Whether every learning rate is 0: the next step creates state and moves no parameter."""
     return all(float(group["lr"]) == 0.0 for group in optimizer.param_groups if "lr" in group)
 
 
 @contextmanager
 def dry_step(optimizer: Any, params: Iterable[Tensor] | None = None) -> Iterator[None]:
-    """Learning rates of 0 inside; the rates, and the gradients where `params` are given, are back at the end.
+    """Set all learning rates to 0 inside the context; restore them, and the gradients of `params`, at the end.
 
     Args:
         optimizer: A torch optimizer.
-        params: The parameters that have a gradient inside, of zeros; None leaves all gradients as they are.
+        params: The parameters that get a gradient of zeros inside the context; None leaves all gradients unchanged.
     """
     rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
     held = [] if params is None else [param for group in optimizer.param_groups for param in group["params"]]

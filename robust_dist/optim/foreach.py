@@ -1,4 +1,4 @@
-"""Lists of tensors at once, with torch's foreach operations; on the CPU in pieces that stay in its cache."""
+"""Steps lists of tensors with torch's foreach operations; on the CPU in blocks that fit its cache."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from robust_dist.optim.rounding import Rounder
 from robust_dist.optim.settings import Hyper
 from robust_dist.optim.tensors import TensorLists, can_flatten
 
-# elements; with several threads every operation ends in a barrier, which is dear on busy cores, so fewer and larger
+# Elements. Larger with several threads: every operation ends in a barrier, which is expensive on busy cores.
 CPU_BLOCK = 1 << 18
 THREADED_CPU_BLOCK = 1 << 21
 
@@ -52,7 +52,7 @@ def _move(params: list[Tensor], m: list[Tensor], v: list[Tensor], c: Coefficient
 def _average(
     ys: list[Tensor], zs: list[Tensor], updates: list[Tensor], fade: Any, mix: list[Any], push: list[Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The new y and z of averaging.py, from updates with their sizes."""
+    """The new y and z of averaging.py, from updates that include the step size."""
     moves = torch._foreach_add(updates, torch._foreach_mul(ys, fade))
     to_z = torch._foreach_mul(torch._foreach_sub(zs, ys), mix)
     return (
@@ -138,7 +138,7 @@ def _pieces(tensors: tuple[Tensor, ...], size: int) -> Iterable[tuple[Tensor, ..
 
 
 def blocks(batch: TensorLists, size: int) -> Iterator[TensorLists]:
-    """Cut a batch into batches of about `size` elements; large dense tensors are cut through, as views."""
+    """Split a batch into batches of about `size` elements; large dense tensors are split into views."""
     block: list[tuple[Tensor, ...]] = []
     origins: list[tuple[int, int]] = []
     elements = 0

@@ -1,7 +1,7 @@
-"""One pass over all tensors of a batch on the CPU, in C (native/fused.c): 28 bytes a float32 parameter, no temporary.
+"""One pass over all tensors of a batch on the CPU, in C (native/fused.c): 28 bytes per float32 parameter, no temporary.
 
-The library is built with the package where there is a C compiler with OpenMP. It is called through ctypes, so it
-depends neither on Python's nor on torch's binary interface, and it releases the interpreter's lock.
+The library is built with the package if there is a C compiler with OpenMP. It is called through ctypes, so it
+depends on neither Python's nor torch's ABI, and it releases the GIL.
 """
 
 import ctypes
@@ -60,22 +60,22 @@ class _Tensors(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The compiled library, or None where it was not built; `why_not` says why."""
+    """The compiled library, or None if there is none; `why_not` gives the reason."""
     found = _load()
     return None if isinstance(found, str) else found
 
 
 def why_not() -> str | None:
-    """The reason why there is no compiled backend, or None if there is one."""
+    """The reason why there is no compiled library, or None if there is one."""
     found = _load()
     return found if isinstance(found, str) else None
 
 
 def threads() -> int:
-    """Threads of a step: torch's; of a launched rank its share of the cores where those are more, or a single one.
+    """The number of threads of a step: torch's, or in a launched rank its share of the cores if torch's does not fit.
 
-    Launchers leave each rank one thread, as Accelerate and torchrun do where OMP_NUM_THREADS is not set, or all of the
-    host's: neither is right for ZeRO-Offload's step.
+    Launchers leave each rank one thread (Accelerate and torchrun without OMP_NUM_THREADS) or all of the host's;
+    neither suits the step of ZeRO-Offload.
     """
     found = torch.get_num_threads()
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # launchers differ
@@ -116,31 +116,31 @@ def _widest() -> int:
 
 
 def instruction_set() -> str:
-    """The widest instruction set that this processor has and the library uses."""
+    """The widest instruction set that both this processor and the library support."""
     return INSTRUCTION_SETS[_widest()]
 
 
 def is_flat(*row: Tensor) -> bool:
-    """Whether the C pass can take a row as arrays: plain, element beside element in one order, not lazily negated."""
+    """Whether the C pass can process a row as arrays: plain tensors without gaps or lazy negation, in one order."""
     if not all(type(t) in PLAIN for t in row) or any(t.is_neg() for t in row):
         return False
     return all(t.is_contiguous() for t in row) or can_flatten(row)
 
 
 def _are_contiguous(column: Sequence[Tensor]) -> bool:
-    """`is_flat` of each of the usual column, but for lazy signs: a fifth of the price of asking one by one."""
+    """Whether `is_flat` holds for the common kind of column, except for lazy signs; five times as fast."""
     return PLAIN.issuperset(map(type, column)) and all(map(Tensor.is_contiguous, column))
 
 
 def _all_contiguous(batch: TensorLists) -> bool:
-    """`is_flat` of the usual batch, a column at a time."""
+    """Whether `is_flat` holds for all rows of the common kind of batch, checked a column at a time."""
     if not all(map(_are_contiguous, batch.columns)):
         return False
     return not (any(map(Tensor.is_neg, batch.grads)) or any(map(Tensor.is_neg, batch.params)))
 
 
 def _kinds(batch: TensorLists) -> tuple[int, int, int] | None:
-    """Dtypes of parameters, gradients and exp_avgs as the C code numbers them; None where the pass has no such case."""
+    """The C code's numbers for the dtypes of parameters, gradients and exp_avgs; None if it does not support them."""
     param, grad, m, v = (column[0].dtype for column in batch.columns[:4])
     if param is torch.float64:
         return (1, 1, 1) if grad is m is v is torch.float64 else None
@@ -163,7 +163,7 @@ def _scalars(batch: TensorLists, h: Hyper, step: float) -> _Scalars:
 
 
 def fused_cpu(batch: TensorLists, h: Hyper) -> None:
-    """Step the batch in one pass; what the pass cannot take goes through foreach."""
+    """Step the batch in one pass; rows that the pass does not support are stepped by foreach."""
     kinds = None if batch.step is None or batch.params[0].device.type != "cpu" else _kinds(batch)
     if kinds is None or batch.step is None:
         foreach(batch, h)
@@ -172,14 +172,14 @@ def fused_cpu(batch: TensorLists, h: Hyper) -> None:
     if flat.params:
         keys = host_keys(flat.origins, batch.step, h) if flat.origins else None
         call(flat, kinds, _scalars(batch, h, batch.step), keys=keys)
-        # Autograd must notice what was written behind its back.
+        # Tell autograd about the write.
         increment_version(flat.params)
     if rest is not None:
         foreach(rest, h)
 
 
 def _parted(batch: TensorLists) -> tuple[TensorLists, TensorLists | None]:
-    """The rows that the pass can take, and those that it cannot."""
+    """The rows that the pass supports, and the others."""
     flat = [is_flat(*row) for row in zip(*batch.columns, strict=True)]
     rest = [not taken for taken in flat]
     return _chosen(batch, flat), _chosen(batch, rest) if any(rest) else None
@@ -192,10 +192,10 @@ def _chosen(batch: TensorLists, which: Sequence[bool]) -> TensorLists:
 def _table(
     batch: TensorLists, kinds: tuple[int, int, int], keys: Sequence[int] | None
 ) -> tuple[_Tensors, dict[str, "array[int]"]]:
-    """The C code's table of a batch, and the arrays that it points into, which must outlive it."""
+    """The C code's table of a batch, and the arrays it points to, which must outlive it."""
     optional = [name for name, column in (("masters", batch.masters), ("zs", batch.zs)) if column]
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", *optional)
-    # Of lists, which have a length: an array that grows with an iterator takes a third longer.
+    # From lists, whose length is known: an array grown from an iterator takes a third longer.
     arrays = {
         name: array("q", list(map(Tensor.data_ptr, column))) for name, column in zip(names, batch.columns, strict=True)
     }
@@ -207,7 +207,7 @@ def _table(
 
 
 def sum_abs(tensors: Sequence[Tensor]) -> float:
-    """The sum of the absolute values of tensors on the CPU, in double precision; the same at each number of threads."""
+    """The sum of the absolute values of CPU tensors, in double precision; independent of the number of threads."""
     dtypes = dict.fromkeys(map(_dtype, tensors))
     if len(dtypes) == 1:
         return _sum_abs_of(next(iter(dtypes)), list(tensors))
@@ -234,18 +234,18 @@ def _call_sum_abs(where: int, numels: int, count: int, kind: int) -> float:
 
 
 class _Part:
-    """A group that one call of the pass steps, with the table that the C code reads."""
+    """A group that is stepped by one call of the pass, with the table for the C code."""
 
     def __init__(self, batch: TensorLists, kinds: tuple[int, int, int], first: int) -> None:
         self.batch, self.rows = batch, slice(first, first + len(batch.params))
         self.table, self.arrays = _table(batch, kinds, [0] * len(batch.origins) if batch.origins else None)
-        batch.grads = []  # they come anew at each step, and are not kept alive until then
+        batch.grads = []  # do not keep them alive; each step gets new ones
 
     def point_to(self, grads: list[Tensor]) -> None:
         self.arrays["grads"][:] = addresses(grads[self.rows])
 
     def sum_abs(self) -> float:
-        """Of the gradients that it points to."""
+        """The sum of the absolute values of the current gradients."""
         return _call_sum_abs(self.table.grads, self.table.numels, self.table.count, self.table.grad_kind)
 
     def step(self, h: Hyper, count: float) -> None:
@@ -257,7 +257,7 @@ class _Part:
 
 
 class _Prepared:
-    """A step of groups that one call each steps."""
+    """A step with one call per group."""
 
     def __init__(self, parts: list[_Part | None]) -> None:
         self.parts = parts
@@ -270,7 +270,7 @@ class _Prepared:
         self._pointed_to = grads
 
     def sum_abs(self, grads: list[Tensor]) -> float:
-        """The sum of their absolute values; see backends.py."""
+        """The sum of the gradients' absolute values; see backends.py."""
         self._point_to(grads)
         return sum(part.sum_abs() for part in filter(None, self.parts))
 
@@ -282,10 +282,10 @@ class _Prepared:
         found_inf: Tensor | None,
         counts: list[float],
     ) -> bool:
-        """Step a batch; see backends.py."""
+        """Step all groups; see backends.py."""
         scale = inverse(grad_scale)
         self._point_to(grads)
-        self._pointed_to = None  # they are not kept alive
+        self._pointed_to = None  # do not keep them alive
         for part, h, count in zip(self.parts, hypers, counts, strict=True):
             if part is not None:
                 part.batch.inverse_scale = scale
@@ -294,7 +294,7 @@ class _Prepared:
 
 
 def prepare(memory: dict[Any, Any], groups: list[tuple[TensorLists, Hyper]]) -> _Prepared | None:
-    """The step that has just been done, where one call a group does it."""
+    """The step that has just been taken, if one call per group covers it; else None."""
     parts: list[_Part | None] = []
     first = 0
     for lists, _ in groups:
@@ -318,14 +318,14 @@ def call(
     keys: Sequence[int] | None = None,
     widest: int | None = None,
 ) -> None:
-    """Run the C pass over tensors that lie flat in memory.
+    """Run the C pass over tensors that are flat in memory.
 
     Args:
         batch: The tensors.
         kinds: From `_kinds`.
-        scalars: The step's numbers.
-        keys: From `host_keys`, to round stochastically; None rounds to the nearest.
-        widest: Index into `INSTRUCTION_SETS`, at most this processor's; None takes that.
+        scalars: The step's scalars.
+        keys: From `host_keys`, for stochastic rounding; None rounds to nearest.
+        widest: Index into `INSTRUCTION_SETS`, at most the processor's; None uses the processor's.
     """
     native = library()
     table, arrays = _table(batch, kinds, keys)

@@ -1,8 +1,7 @@
-"""One pass over all tensors of one combination of dtypes on a CUDA device, in Triton: no temporary, no synchronisation.
+"""One pass over all tensors of a combination of dtypes on a CUDA device, in Triton, without temporaries or waiting.
 
-The host sends addresses where they have changed, and numbers where the schedule has moved them. Step counts live on
-the device; whether a step is skipped, and all that depends on the count, is decided there. Triton is imported at the
-first step.
+The host sends addresses and settings only when they change. Step counts are on the device, which computes everything
+that depends on them and decides whether a step is skipped. Triton is imported at the first step.
 """
 
 import functools
@@ -35,19 +34,19 @@ from robust_dist.optim.settings import DEFAULTS, Hyper, hyper
 from robust_dist.optim.tensors import TensorLists, inverse
 
 DEVICE_TYPES = frozenset({"cuda"})
-BLOCK = 1024  # elements in registers at a time, 8 a thread
+BLOCK = 1024  # elements in registers at a time, 8 per thread
 ROWS = 128  # tensors whose scalars one program computes
-# of all plans that are remembered: which tensors have gradients may change, and ZeRO-3 steps a part after the other
+# In all cached plans: the set of tensors with gradients may change, and ZeRO-3 steps one part after the other.
 PLANNED_ROWS = 1 << 15
-# No fused multiply-add: the same roundings as native/step.h. 128 registers let every processor of NVIDIA's hold four
-# programs at once, and none spills; AMD's compiler knows no such limit.
+# No fused multiply-add, to round like native/step.h. With 128 registers an NVIDIA multiprocessor holds four programs,
+# without spilling; AMD's compiler has no such option.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, **({} if torch.version.hip else {"maxnreg": 128})}
 _NO_RATES = [RATE_MASK] * (2 * RATE_GROUPS)
 
 
 @functools.cache
 def kernels() -> Any:
-    """The module of the kernels; importing it imports Triton."""
+    """The module with the kernels; importing it imports Triton."""
     from robust_dist.optim import fused_triton_kernel
 
     return fused_triton_kernel
@@ -59,7 +58,7 @@ _reasons: dict[torch.device, str | None] = {}
 def why_not(device: torch.device) -> str | None:
     """The reason why there is no Triton backend for a device, or None; the first call compiles both kernels.
 
-    The answer holds for the process, but not that a trial found no memory: it is made again.
+    The answer is cached for the process, except after running out of memory.
     """
     if device not in _reasons:
         reason, holds = _why_not(device)
@@ -70,7 +69,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _why_not(device: torch.device) -> tuple[str | None, bool]:
-    """The reason, and whether it will be the same the next time."""
+    """The reason, and whether it can be cached."""
     if device.type not in DEVICE_TYPES:
         return f"there is none for {device.type}", True
     try:
@@ -81,14 +80,14 @@ def _why_not(device: torch.device) -> tuple[str | None, bool]:
         return f"Triton needs compute capability 7.0, {torch.cuda.get_device_name(device)} has less", True
     try:
         _try(device)
-    except Exception as error:  # whatever Triton, its compiler or the driver raise: foreach needs none of them
+    except Exception as error:  # anything from Triton, its compiler or the driver: foreach needs none of them
         holds = not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower())
         return f"Triton cannot run a kernel: {type(error).__name__}: {error}", holds
     return None, True
 
 
 def failure(params: Sequence[Tensor]) -> str | None:
-    """The reason why the backend cannot step parameters of a device that it is for; None for others, and if it can."""
+    """The reason why the backend fails on its own kind of device; None if it works, or for other devices."""
     if not params or params[0].device.type not in DEVICE_TYPES:
         return None
     return why_not(params[0].device)
@@ -143,24 +142,24 @@ def _step(table: Tensor, grads: Tensor, chunks: Tensor, kinds: Kinds) -> None:
 
 @dataclass
 class FusedTriton:
-    """The memory of an optimizer's steps on one device, a function of the tensors' addresses.
+    """The cached plans of an optimizer on one device.
 
     Attributes:
-        plans: By the keys of their rows, the one that was used last at the end.
-        captured: Plans that CUDA graphs read, which must outlive them.
+        plans: Plans by the keys of their rows, the most recently used last.
+        captured: Plans used by CUDA graphs, which they must outlive.
     """
 
     plans: dict[Any, Plan] = field(default_factory=dict)
     captured: list[Plan] = field(default_factory=list)
 
     def plan(self, rows: Rows) -> Plan:
-        """The plan of these rows, made where there is none of their key."""
+        """The plan of these rows, created if none is cached."""
         device = rows.tensors.params[0].device
         key, capturing = rows.key(), is_capturing(device)
         found = self.plans.pop(key, None)
         if found is None:
             found = plan(rows)
-            if capturing:  # the graph's own memory, not written before it is replayed
+            if capturing:  # in the graph's own memory, written only when it is replayed
                 return found
             while self.plans and sum(kept.num_rows for kept in self.plans.values()) + found.num_rows > PLANNED_ROWS:
                 del self.plans[next(iter(self.plans))]
@@ -176,13 +175,13 @@ def step_groups(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Step groups of parameters, counting their steps, in place.
+    """Step groups of parameters and increment their step counts, in place.
 
     Args:
-        memory: What the optimizer's earlier steps left.
+        memory: The plans of the optimizer's earlier steps.
         groups: Parameters with their settings.
-        grad_scale: What the gradients were multiplied with, a tensor of 1 element, or None.
-        found_inf: A tensor of 1 element, not 0 where nothing may change; None for never.
+        grad_scale: The factor by which the gradients are scaled, a tensor of 1 element, or None.
+        found_inf: A tensor of 1 element, not 0 if nothing may change; None for never.
     """
     for device, rows in rows_by_device(groups).items():
         found = memory.setdefault(device, FusedTriton()).plan(rows)
@@ -190,7 +189,7 @@ def step_groups(
         with _on(device):
             _launch(found, rows.tensors.grads, rows.hypers, scale, skip)
             _step_rest(rows, found.rest, scale, skip)
-        # Autograd must notice what was written behind its back.
+        # Tell autograd about the write.
         increment_version(rows.tensors.params)
 
 
@@ -212,14 +211,14 @@ def _launch(
 
 @dataclass
 class _Prepared:
-    """A step whose plan is known to fit, as are all settings but rates and decays.
+    """A step whose plan is known to be valid; only learning rates and decays may change.
 
     Attributes:
         plan: The plan.
-        settings: Of the groups that have a gradient, on the device.
-        groups: The places of those groups among all.
+        settings: Settings of the groups that have a gradient, on the device.
+        groups: The indices of these groups among all.
         params: The parameters.
-        device: Where they are.
+        device: Their device.
     """
 
     plan: Plan
@@ -237,7 +236,7 @@ class _Prepared:
         counts: list[float],
     ) -> bool:
         """Step a batch; see backends.py."""
-        if is_capturing(self.device):  # a graph has a plan of its own
+        if is_capturing(self.device):  # a graph has its own plan
             return False
         scale, skip = (_scalar(value, self.device) for value in (grad_scale, found_inf))
         with _on(self.device):
@@ -246,11 +245,11 @@ class _Prepared:
         return True
 
     def sum_abs(self, grads: list[Tensor]) -> None:
-        """No way of its own; see backends.py."""
+        """None: there is no fast way; see backends.py."""
 
 
 def prepare(memory: dict[torch.device, FusedTriton], groups: Sequence[tuple[TensorLists, Hyper]]) -> _Prepared | None:
-    """The step that `step_groups` has just done, where one plan does all of it."""
+    """The step that `step_groups` has just taken, if a single plan covers it; else None."""
     by_device = rows_by_device(groups)
     if len(by_device) != 1:
         return None
@@ -267,7 +266,7 @@ def prepare(memory: dict[torch.device, FusedTriton], groups: Sequence[tuple[Tens
 
 
 def _send(found: Plan, name: str, words: Sequence[int]) -> Tensor:
-    """Words on the device, sent only where they are not those of the last time."""
+    """The words on the device, sent only if they have changed."""
     device = found.table.device
     if is_capturing(device):
         return upload(words, device)
@@ -278,7 +277,7 @@ def _send(found: Plan, name: str, words: Sequence[int]) -> Tensor:
 
 
 def _settings(found: Plan, hypers: Sequence[Hyper], *, with_rates: bool) -> Tensor:
-    """The groups' settings on the device; tensors among them are copied there, wherever they lie."""
+    """The groups' settings on the device; tensors among them are copied there from any device."""
     device = found.table.device
     words = [word for h in hypers for word in settings_words(h, device, with_rates=with_rates)]
     settings = _send(found, "settings", words)
@@ -295,7 +294,7 @@ def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def _step_rest(rows: Rows, rest: Sequence[int], scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Step what the kernels cannot take; the kernel `advance` has counted its steps."""
+    """Step the rows that the kernels do not support; the kernel `advance` has incremented their counts."""
     for group, h in enumerate(rows.hypers if rest else ()):
         lists = rows.of_group(group, rest)
         for batch in lists.batches([None] * len(lists.params)):
@@ -305,7 +304,7 @@ def _step_rest(rows: Rows, rest: Sequence[int], scale: Tensor | None, found_inf:
 
 
 def rows_by_device(groups: Iterable[tuple[TensorLists, Hyper]]) -> dict[torch.device, Rows]:
-    """Sort groups by the device of their parameters."""
+    """The parameters of all groups by device."""
     found: dict[torch.device, Rows] = {}
     for gathered, h in groups:
         if gathered.params:
@@ -314,7 +313,7 @@ def rows_by_device(groups: Iterable[tuple[TensorLists, Hyper]]) -> dict[torch.de
 
 
 def _try(device: torch.device) -> None:
-    """Step a number, to see that all of it runs here."""
+    """Step one number, to check that everything runs on the device."""
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(1, device=device) for _ in range(4))
     lists = TensorLists([param], [grad], [exp_avg], [exp_avg_sq], [torch.zeros((), device=device)])
     step_groups({}, [(lists, hyper(DEFAULTS))], None, None)

@@ -1,11 +1,11 @@
-# ruff: noqa: ANN001, ANN201, ANN202 -- Triton gives its own meaning to annotations.
+# ruff: noqa: ANN001, ANN201, ANN202 -- annotations have their own meaning in Triton.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The Triton kernels of fused_triton.py, which imports this file when it is first used.
+"""The Triton kernels of fused_triton.py, which imports this file at first use.
 
-`advance` counts the steps of all tensors and computes their scalars in float64 from what lies in the device's memory;
+`advance` increments the step counts of all tensors and computes their scalars in float64 in device memory;
 `step` then makes one pass over all elements of the tensors of one combination of dtypes. bfloat16 is read and written
-as its bits (the type uint16 stands for it), so that every architecture rounds it alike, stochastically too. The
-equations are those of robust_dist/optim/reference.py, in the operations and the order of native/step.h.
+as uint16 bits, so that every architecture rounds it identically, also stochastically. The equations are those of
+robust_dist/optim/reference.py, with the operations and the order of native/step.h.
 """
 
 import triton
@@ -23,11 +23,11 @@ EXACT_BITS = tl.constexpr(counting.EXACT_BITS)
 PARAM, EXP_AVG, EXP_AVG_SQ, MASTER, STEP, NUMEL, GROUP, PLACE, FIRST_INDEX, LENGTH = map(tl.constexpr, range(10))
 # ... then integers and float64 scalars from `advance`.
 KIND, KEY, RATE, BETA2, SHARE, ADDED_EPS, SCALE, DECAY, STEP_SIZE, INNER, OUTER = map(tl.constexpr, range(10, 21))
-# Of averaging (averaging.py), in a table where a group averages: an address, then scalars from `advance`.
+# With averaging (averaging.py): an address, then scalars from `advance`.
 Z, FADE, MIX, PUSH = map(tl.constexpr, range(21, 25))
 KEEP, UNRECTIFIED, RECTIFIED, SKIP = map(tl.constexpr, range(4))
 
-# The settings' columns; RUN and the averages' two addresses and their length are integers.
+# The settings' columns; RUN and the averages' two addresses and length are integers.
 LR, DECAY_RATE, BETA1, LOG_BETA1, GROUP_BETA2, LOG_BETA2, GROUP_EPS = map(tl.constexpr, range(7))
 EPS_INSIDE, EPS_OUTSIDE, EPS_UNCORRECTED, THRESHOLD, LONGEST, GAIN, SIGN, RUN = map(tl.constexpr, range(7, 15))
 BY_RATE, WEIGHTS, SUMS, KNOWN = map(tl.constexpr, range(15, 19))
@@ -58,7 +58,7 @@ def _one_minus_exp(x):
 
 @triton.jit
 def _one_minus_ratio(x):
-    """1 - x / (e^x - 1) for x > 0; its Bernoulli series where that would cancel."""
+    """1 - x / (e^x - 1) for x > 0, by its Bernoulli series where this would cancel."""
     square = x * x
     series = x / 2.0 - square * (1.0 / 12.0 - square * (1.0 / 720.0 - square * (1.0 / 30240.0 - square / 1209600.0)))
     power = tl.exp(-x)
@@ -87,7 +87,7 @@ def _whole(settings, group, column, inside):
 
 @triton.jit
 def _share(settings, group, turns, inside):
-    """c_t of averaging.py for t = `turns`, and whether the group averages; 0 where it does not."""
+    """c_t of averaging.py for t = `turns`, and whether the group uses averaging; c_t is 0 if not."""
     weights, sums = _whole(settings, group, WEIGHTS, inside), _whole(settings, group, SUMS, inside)
     averages = weights != 0
     last = tl.minimum(turns, tl.where(averages, _whole(settings, group, KNOWN, inside), 1)) - 1
@@ -104,7 +104,7 @@ def _put(table, count, row, column, value, inside):
 
 @triton.jit
 def _given(group, first, second, third, fourth):
-    """A setting of the group: a float64 among the bits that a launch was given."""
+    """The group's float64 setting among the bits in a launch's arguments."""
     word = tl.where(group == 0, first, tl.where(group == 1, second, tl.where(group == 2, third, fourth)))
     return (word.to(tl.int64) ^ RATE_MASK).to(tl.float64, bitcast=True)
 
@@ -131,34 +131,34 @@ def advance(
     AVERAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Count the steps of `ROWS` tensors a program, and write their scalars into the table.
+    """Increment the step counts of `ROWS` tensors per program, and write their scalars into the table.
 
     Args:
         table: int64 [COLUMNS, count].
         settings: int64 [groups, SETTINGS].
-        found_inf: 0-d float32, not 0 where nothing may change; read if `FOUND_INF`.
-        grad_scale: 0-d float32 that gradients were multiplied with; read if `GRAD_SCALE`.
+        found_inf: 0-d float32, not 0 if nothing may change; read if `FOUND_INF`.
+        grad_scale: 0-d float32, the factor by which gradients are scaled; read if `GRAD_SCALE`.
         count: Number of rows of the table.
-        lr_0: Learning rate of group 0 if `RATES`: the bits of a float64 under RATE_MASK, as an int64; so the others.
-        wd_0: Its weight decay.
-        lr_1: Of group 1.
-        wd_1: Of group 1.
-        lr_2: Of group 2.
-        wd_2: Of group 2.
-        lr_3: Of group 3.
-        wd_3: Of group 3.
+        lr_0: Learning rate of group 0 if `RATES`: the bits of a float64, XORed with RATE_MASK, as int64.
+        wd_0: Weight decay of group 0, encoded like `lr_0`, as are the following.
+        lr_1: Learning rate of group 1.
+        wd_1: Weight decay of group 1.
+        lr_2: Learning rate of group 2.
+        wd_2: Weight decay of group 2.
+        lr_3: Learning rate of group 3.
+        wd_3: Weight decay of group 3.
         FOUND_INF: Whether there is a found_inf.
         GRAD_SCALE: Whether there is a grad_scale.
-        RATES: Whether rates and decays are those arguments; else they are in the settings.
-        AVERAGES: Whether a group averages, and the table has the columns for it.
-        ROWS: Tensors a program.
+        RATES: Whether learning rates and decays are in these arguments; else they are in the settings.
+        AVERAGES: Whether a group uses averaging, for which the table has additional columns.
+        ROWS: Tensors per program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < count
     group = tl.load(table + count * GROUP + row, mask=inside, other=0)
     address = tl.load(table + count * STEP + row, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     t = tl.load(address, mask=inside, other=0.0)
-    # counting.py: from 2^24 on the bits count
+    # counting.py: from 2^24 on, increment the bits
     t = tl.where(t < EXACT, t + 1.0, (t.to(tl.uint32, bitcast=True) + 1).to(tl.float32, bitcast=True))
     turns = tl.where(t < EXACT, t.to(tl.int64), t.to(tl.uint32, bitcast=True).to(tl.int64) + (EXACT - EXACT_BITS))
     steps = inside
@@ -177,7 +177,7 @@ def advance(
         weight_decay = _setting(settings, group, DECAY_RATE, inside)
     beta1 = _setting(settings, group, BETA1, inside)
     beta2 = _setting(settings, group, GROUP_BETA2, inside)
-    # Where there is no row, a rate that divides by nothing.
+    # Outside the table, a value that avoids a division by zero.
     rate = tl.where(inside, -_setting(settings, group, LOG_BETA2, inside), 1.0)
     time = tl.where(inside, turns, 1).to(tl.float64)
     bias1 = _one_minus_exp(tl.where(inside, -time * _setting(settings, group, LOG_BETA1, inside), 1.0))
@@ -245,7 +245,7 @@ def _load(array, place, mask, TYPE: tl.constexpr):
 
 @triton.jit
 def _bfloat16(value, noise, STOCHASTIC: tl.constexpr):
-    """The bits of a float32, rounded: up by chance, with 16 bits of noise, or to the nearest, ties to even."""
+    """A float32 rounded to bfloat16 bits: stochastically with 16 bits of noise, or to nearest, ties to even."""
     bits = value.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -264,7 +264,7 @@ def _store(array, place, value, mask, noise, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _noise(key, index):
-    """32 random bits for each element, from its uint64 index and its tensor's uint64 key; see rounding.py."""
+    """32 random bits per element, from its uint64 index and its tensor's uint64 key; see rounding.py."""
     x = index.to(tl.uint32) + key.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = x ^ (key >> 32).to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x9E3779B9)
@@ -274,10 +274,10 @@ def _noise(key, index):
 
 @triton.jit
 def _divided(m, v, inner, outer):
-    """The quotient m / (sqrt(v + inner) + outer), every operation rounded as IEEE demands."""
+    """The quotient m / (sqrt(v + inner) + outer), with every operation rounded as in IEEE 754."""
     if m.dtype == tl.float64:
         return m / (tl.sqrt(v + inner) + outer)
-    else:  # the compiler would type what stands after the return
+    else:  # without it, the compiler would also type the code after the return
         return tl.div_rn(m, tl.sqrt_rn(v + inner) + outer)
 
 
@@ -297,25 +297,25 @@ def step(
     AVERAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step the elements of one chunk a program.
+    """Step the elements of one chunk per program.
 
     Args:
         table: int64 [COLUMNS, count], with the scalars of `advance`.
         grads: int64 [count], addresses of the gradients.
         chunks: int64 [programs, 2], see fused_triton_table.py.
         count: Number of rows of the table.
-        PARAM_TYPE: Of the parameters; uint16 for bfloat16, here and in the next two.
-        GRAD_TYPE: Of the gradients.
-        EXP_AVG_TYPE: Of the first moments.
-        TYPE: Of the second moments, the masters and the arithmetic.
-        HAS_MASTER: Whether the step works on masters.
-        STOCHASTIC: Whether what is kept in bfloat16 without a master is rounded by chance.
-        AVERAGES: Whether the fast weights of averaging.py, of `TYPE`, are stepped, too.
-        BLOCK: Elements that are in registers at a time; a chunk's length is a multiple of it.
+        PARAM_TYPE: Type of the parameters; here and in the next two, uint16 means bfloat16.
+        GRAD_TYPE: Type of the gradients.
+        EXP_AVG_TYPE: Type of the first moments.
+        TYPE: Type of the second moments, the masters and the arithmetic.
+        HAS_MASTER: Whether there are masters.
+        STOCHASTIC: Whether bfloat16 values without a master are rounded stochastically.
+        AVERAGES: Whether the fast weights of averaging.py, of type `TYPE`, are stepped, too.
+        BLOCK: Elements in registers at a time; a chunk's length is a multiple of it.
     """
     row = tl.load(chunks + 2 * tl.program_id(0))
     length = _integer(table, count, row, LENGTH)
-    # The compiler must know it to be aligned.
+    # Tell the compiler about the alignment.
     first = tl.multiple_of(tl.load(chunks + 2 * tl.program_id(0) + 1) * length, BLOCK)
     kind = _integer(table, count, row, KIND)
     size = tl.minimum(_integer(table, count, row, NUMEL) - first, length).to(tl.int32)
@@ -325,8 +325,8 @@ def step(
     exp_avg = _integer(table, count, row, EXP_AVG)
     exp_avg_sq = _integer(table, count, row, EXP_AVG_SQ)
     master = _integer(table, count, row, MASTER)
-    # Whole blocks of aligned tensors go without masks, in accesses of 16 bytes. DDP's buckets and FSDP's shards put
-    # gradients alone at odd addresses: their loads alone are narrow then.
+    # Whole blocks of aligned tensors need no masks and use 16-byte accesses. DDP's buckets and FSDP's shards misalign
+    # only gradients: then only their loads are narrow.
     places = param | exp_avg | exp_avg_sq | master
     if AVERAGES:
         z = _integer(table, count, row, Z)
@@ -368,7 +368,7 @@ def step(
             v = _load(exp_avg_sqs, place, mask, TYPE)
             if MASKED:
                 g = _load(gradients, place, mask, TYPE)
-            else:  # one of both, by a predicate
+            else:  # one of the two, by a predicate
                 narrow = _load(odd_gradients, place, odd, TYPE)
                 g = tl.where(odd, narrow, _load(gradients, place, odd == 0, TYPE))
             belief = g * scale - m

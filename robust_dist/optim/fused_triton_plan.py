@@ -1,4 +1,4 @@
-"""The plan of the Triton kernels' launches and their tensors: made anew only when the tensors have changed."""
+"""The plan of the Triton kernels' launches and their tensors, rebuilt only when the tensors change."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -20,7 +20,7 @@ from robust_dist.optim.settings import Hyper
 from robust_dist.optim.state import PLAIN
 from robust_dist.optim.tensors import TensorLists, can_flatten
 
-# How the kernels call what they read and write; uint16 stands for bfloat16's bits.
+# The kernels' names of dtypes; uint16 represents the bits of bfloat16.
 _TYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -29,18 +29,17 @@ _TYPES = {
     torch.complex64: "float32",
     torch.complex128: "float64",
 }
-# Types of PARAM, GRAD, EXP_AVG and the arithmetic; whether there is a master; whether it rounds by chance; whether it
-# averages.
+# Types of PARAM, GRAD, EXP_AVG and the arithmetic; whether there is a master, stochastic rounding, averaging.
 Kinds = tuple[str, str, str, str, bool, bool, bool]
 
 
 @dataclass
 class Rows:
-    """The local tensors of several groups that have gradients, on one device.
+    """The local tensors with gradients of several groups, on one device.
 
     Attributes:
-        tensors: All groups' tensors; a parameter without a master, or fast weights, stands in their place.
-        members: Of each tensor, the index of its group.
+        tensors: The tensors of all groups; the parameter replaces a missing master or missing fast weights.
+        members: The index of each tensor's group.
         hypers: The groups' settings.
     """
 
@@ -63,11 +62,11 @@ class Rows:
         self.hypers.append(h)
 
     def row(self, index: int) -> tuple[Tensor, ...]:
-        """The tensors that are walked together."""
+        """The tensors of a row."""
         return tuple(column[index] for column in self.tensors.columns)
 
     def of_group(self, group: int, indices: Sequence[int]) -> TensorLists:
-        """Those of the given rows that belong to one group."""
+        """The given rows that belong to one group."""
         chosen = [index for index in indices if self.members[index] == group]
         origins = [self.tensors.origins[index] for index in chosen]
         found = self.tensors.like([[column[index] for index in chosen] for column in self.tensors.columns])
@@ -77,17 +76,17 @@ class Rows:
         return found
 
     def numel(self, index: int) -> int:
-        """Elements of a parameter, as the kernels count them: a complex one is two."""
+        """Real elements of a parameter: a complex element counts as two."""
         param = self.tensors.params[index]
         return param.numel() * (2 if param.is_complex() else 1)
 
     def chunk_length(self) -> int:
-        """Elements that a program of the kernel `step` steps of these tensors."""
+        """Elements per program of the kernel `step` for these tensors."""
         return chunk_length(sum(map(self.numel, range(len(self.members)))))
 
     @property
     def averages(self) -> bool:
-        """Whether a group averages."""
+        """Whether a group uses averaging."""
         return any(h.averaging for h in self.hypers)
 
     @property
@@ -96,7 +95,7 @@ class Rows:
         return t.params, t.exp_avgs, t.exp_avg_sqs, t.masters, t.steps
 
     def host_columns(self) -> list[list[int]]:
-        """The host's entries of the table, in the order of its columns."""
+        """The table's entries from the host, in the order of its columns."""
         t = self.tensors
         return [
             *(list(map(Tensor.data_ptr, column)) for column in self._pointed),
@@ -108,7 +107,7 @@ class Rows:
         ]
 
     def key(self) -> Hashable:
-        """Changes where a `Plan` of these rows would be another one."""
+        """A key that changes whenever these rows need another `Plan`."""
         t = self.tensors
         return (
             *[tuple(map(Tensor.data_ptr, column)) for column in self._pointed],
@@ -122,7 +121,7 @@ class Rows:
         )
 
     def _gradients_key(self) -> Hashable:
-        """The dtypes of the gradients, and where they do not simply lie in a row, how."""
+        """The dtypes of the gradients, and their layouts unless all are contiguous."""
         grads = self.tensors.grads
         dtypes = tuple([grad.dtype for grad in grads])
         lazy = any(map(Tensor.is_neg, grads)) or any(map(Tensor.is_conj, grads))
@@ -136,7 +135,7 @@ class Launch:
     """One launch of the kernel `step`.
 
     Attributes:
-        kinds: The types that it is compiled for.
+        kinds: The types for which it is compiled.
         chunks: int64 [programs, 2], see fused_triton_table.py.
     """
 
@@ -146,13 +145,13 @@ class Launch:
 
 @dataclass
 class Plan:
-    """The way in which rows are stepped.
+    """How to step a set of rows.
 
     Attributes:
-        table: int64 [COLUMNS, rows]; [AVERAGING_COLUMNS, rows] where a group averages.
+        table: int64 [COLUMNS, rows]; [AVERAGING_COLUMNS, rows] if a group uses averaging.
         launches: One for each combination of dtypes.
-        rest: Rows that only foreach can take.
-        sent: For "grads" and "settings", the words that were sent last, and where they lie.
+        rest: Rows that only foreach supports.
+        sent: For "grads" and "settings", the words that were sent last, on the host and on the device.
     """
 
     table: Tensor
@@ -167,7 +166,7 @@ class Plan:
 
 
 def _kinds(rows: Rows, index: int) -> Kinds | None:
-    """The types that the kernel is compiled for; None where it cannot take the row."""
+    """The types for which the kernel is compiled; None if it does not support the row."""
     row = rows.row(index)
     param, grad, exp_avg, exp_avg_sq, master, z = row
     lies_flat = all(t.is_contiguous() for t in row) or can_flatten(row)
@@ -189,7 +188,7 @@ def _kinds(rows: Rows, index: int) -> Kinds | None:
 
 
 def plan(rows: Rows) -> Plan:
-    """Sort rows into launches, and send the device what it must know of them."""
+    """Sort rows into launches, and send their table to the device."""
     params = rows.tensors.params
     device = params[0].device
     columns = rows.host_columns()

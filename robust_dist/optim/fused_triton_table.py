@@ -1,7 +1,7 @@
-"""The Triton kernels' table in the device's memory: addresses of the tensors and settings of the groups.
+"""The Triton kernels' table in device memory: addresses of the tensors and settings of the groups.
 
-The table is int64 [COLUMNS, rows], a row a tensor; its last columns hold float64 bits, which `advance` writes. The
-chunks are int64 [chunks, 2]: the row, and the chunk's number within its tensor.
+The table is int64 [COLUMNS, rows], one row per tensor; its last columns hold the bits of float64 values written by
+`advance`. The chunks are int64 [chunks, 2]: the row, and the chunk's number within its tensor.
 """
 
 import math
@@ -18,32 +18,32 @@ from robust_dist.optim.reference import PAPER_THRESHOLD, rho_inf
 from robust_dist.optim.settings import INSIDE, OUTSIDE, OUTSIDE_UNCORRECTED, Hyper
 from robust_dist.splitmix import GOLDEN, mix_int, signed
 
-CHUNK, LONGEST_CHUNK = 4096, 16384  # elements, of the least and of the largest models
-PROGRAMS = 4096  # some for every processor of any GPU; where there are more, each takes a longer chunk
-# Columns of the table: first what the host writes, then what `advance` adds; fused_triton_kernel.py names them.
+CHUNK, LONGEST_CHUNK = 4096, 16384  # elements, for the smallest and the largest models
+PROGRAMS = 4096  # enough for every multiprocessor of any GPU; beyond this number, chunks get longer
+# Columns of the table: first those of the host, then those of `advance`; fused_triton_kernel.py names them.
 HOST_COLUMNS = 10
 COLUMNS = 21
-# With averaging there are more: the addresses of the fast weights, which the host writes, and three scalars.
+# Additional columns with averaging: the addresses of the fast weights, from the host, and three scalars.
 Z, AVERAGING_COLUMNS = 21, 25
 # Columns of the settings; lr and weight_decay are the first two.
 LR, WEIGHT_DECAY = 0, 1
 SETTINGS = 19
-# Groups whose rate and decay are arguments of a launch, so that a schedule uploads nothing.
+# Up to so many groups, rates and decays are arguments of the launch, so that a schedule uploads nothing.
 RATE_GROUPS = 4
-# Over their bits, so that 32 bits never hold them: Triton compiles anew where an argument's width changes.
+# XORed with their bits, which then never fit into 32: Triton recompiles when an argument's width changes.
 RATE_MASK = 0x5555555555555555
 
-# exp(t * _NO_MEMORY) is 0 for every step t, as the power of a beta of 0 is, and is finite itself.
+# Stands for log(0): it is finite, and exp(t * _NO_MEMORY) is 0 for every t >= 1.
 _NO_MEMORY = -1e3
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what runs on the device now is recorded in a CUDA graph."""
+    """Whether the device's current stream is being captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def upload(words: Sequence[int], device: torch.device) -> Tensor:
-    """int64 words on the device, without synchronising; a graph that is being captured writes them at every replay."""
+    """int64 words on the device, without synchronising; a captured graph writes them at every replay."""
     if is_capturing(device):
         return written(words, device)
     host = torch.frombuffer(array("q", words), dtype=torch.int64) if words else torch.empty(0, dtype=torch.int64)
@@ -51,7 +51,7 @@ def upload(words: Sequence[int], device: torch.device) -> Tensor:
 
 
 def written(words: Sequence[int], device: torch.device) -> Tensor:
-    """`upload` with the words as arguments of kernels: no memory of the host need outlive the call."""
+    """`upload` with the words as kernel arguments, so that no host memory has to outlive the call."""
     found = torch.zeros(len(words), dtype=torch.int64, device=device)
     if words:
         torch._foreach_add_(list(found.unbind()), list(words))
@@ -59,7 +59,7 @@ def written(words: Sequence[int], device: torch.device) -> Tensor:
 
 
 def chunk_length(numel: int) -> int:
-    """Elements of a chunk where all tensors together have so many: short chunks share few of them evenly."""
+    """Elements per chunk for `numel` elements in total; short chunks balance small models better."""
     length = CHUNK
     while length < LONGEST_CHUNK and numel > length * PROGRAMS:
         length *= 2
@@ -71,9 +71,9 @@ def chunk_table(numels: Sequence[int], rows: Sequence[int], device: torch.device
 
     Args:
         numels: Number of elements of each tensor.
-        rows: Its row in the table.
-        device: Where the result lies.
-        length: Elements of a chunk.
+        rows: The tensors' rows in the table.
+        device: Device of the result.
+        length: Elements per chunk.
 
     Returns:
         int64 [chunks, 2]: the row, and the chunk's number within its tensor, from 0.
@@ -92,7 +92,7 @@ def _log(beta: float) -> float:
 
 
 def _rectification(h: Hyper) -> tuple[float, float, float]:
-    """The threshold of rectification, rho_inf, and eq. 13's factor that is the same at every step."""
+    """The threshold of rectification, rho_inf, and the constant factor of eq. 13."""
     longest = rho_inf(h.beta2)
     if longest <= max(h.rectify_threshold, PAPER_THRESHOLD):
         return math.inf, longest, 0.0
@@ -100,7 +100,7 @@ def _rectification(h: Hyper) -> tuple[float, float, float]:
 
 
 def lives_on(value: float | Tensor, device: torch.device) -> bool:
-    """Whether a setting is a tensor whose value only the device knows."""
+    """Whether a setting is a tensor on this device, whose value the host does not read."""
     return isinstance(value, Tensor) and value.device.type == device.type
 
 
@@ -110,10 +110,10 @@ def words_of(numbers: Sequence[float]) -> list[int]:
 
 
 def rates_words(hypers: Sequence[Hyper]) -> list[int] | None:
-    """The groups' rates and decays as `advance` takes them among its arguments, `2 * RATE_GROUPS` int64.
+    """The groups' learning rates and decays as arguments of `advance`, `2 * RATE_GROUPS` int64.
 
     Returns:
-        None where there are more groups, or a rate or a decay is a tensor: both are then read from the settings.
+        None if there are more groups, or if one of these is a tensor: then `advance` reads them from the settings.
     """
     given = [value for h in hypers for value in (h.lr, h.weight_decay)]
     numbers = [value for value in given if not isinstance(value, Tensor)]
@@ -123,12 +123,12 @@ def rates_words(hypers: Sequence[Hyper]) -> list[int] | None:
 
 
 def settings_words(h: Hyper, device: torch.device, *, with_rates: bool = True) -> list[int]:
-    """A group's row of the settings, `SETTINGS` int64; 0 stands for what `lives_on` the device.
+    """A group's row of the settings, `SETTINGS` int64; 0 for values that are on the device (`lives_on`).
 
     Args:
         h: The group's settings.
-        device: Where the step runs.
-        with_rates: Whether the rate and the decay are read from there; else 0 stands for them, too.
+        device: The device that steps.
+        with_rates: Whether to include the learning rate and the decay; else 0 replaces them, too.
     """
     numbers = (
         *(float(value) if with_rates and not lives_on(value, device) else 0.0 for value in (h.lr, h.weight_decay)),
@@ -146,6 +146,6 @@ def settings_words(h: Hyper, device: torch.device, *, with_rates: bool = True) -
 
 
 def average_words(h: Hyper, device: torch.device) -> list[int]:
-    """Where the averages' weights and their sums lie on the device, and how many are known."""
+    """The device addresses of the averaging weights and their sums, and their number."""
     weights, sums = weights_on(device, h.beta2, h.rectify_threshold)
     return [weights.data_ptr(), sums.data_ptr(), len(sums)]

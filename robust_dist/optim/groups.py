@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from robust_dist.optim.settings import check_not_negative
 from robust_dist.optim.state import is_dtensor
 
-# class of a wrapper, by its package's name -> the children under which it holds the module
+# "package.class" of a wrapper -> the attributes that hold the wrapped module
 _WRAPPERS = {
     "torch.DistributedDataParallel": ("module",),
     "torch.DataParallel": ("module",),
@@ -26,26 +26,26 @@ _WRAPPERS = {
     "lightning._FabricModule": ("_forward_module", "_original_module"),
     "lightning_fabric._FabricModule": ("_forward_module", "_original_module"),
 }
-# names that no user's module has, so that they tell a wrapper without the model
+# names that no user's module has: they identify a wrapper even without the model
 _UNMISTAKABLE = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 _NORM_CLASS = re.compile(r"Norm(?![a-z])|norm$")
 
 
 def clean_name(name: str, model: nn.Module | None = None) -> str:
-    """A parameter's (or buffer's) name without the components that wrappers have added.
+    """A parameter's (or buffer's) name without the components added by wrappers.
 
     Args:
-        name: As the model's `named_parameters()` or `state_dict()` has it.
-        model: The model. Its modules' types tell what is a wrapper's (DDP, DataParallel, AveragedModel, FSDP1,
-            torch.compile, activation checkpointing, DeepSpeed's engine, Fabric): a child of the user's own that is
-            called `module` keeps its name. Without the model only names go that no user's module has, as "_orig_mod".
+        name: The name from the model's `named_parameters()` or `state_dict()`.
+        model: The model. Wrappers (DDP, DataParallel, AveragedModel, FSDP1, torch.compile, activation checkpointing,
+            DeepSpeed's engine, Fabric) are recognised by the types of its modules, so that a user's own child called
+            `module` keeps its name. Without it, only names that no user's module has are removed, such as "_orig_mod".
     """
     if model is None:
         return ".".join(part for part in name.split(".") if part not in _UNMISTAKABLE)
     kept: list[str] = []
     at: Any = model
     for part in name.split("."):
-        # some wrappers leave their component out of the names that they give
+        # some wrappers omit their own component from the names
         while (children := _children_of_wrapper(at)) and part not in {*children, *_own_buffers(at)}:
             at = getattr(at, children[0])
         if part not in children and not (part in _UNMISTAKABLE and _holds_one_module(at)):
@@ -59,7 +59,7 @@ def _own_buffers(module: nn.Module) -> list[str]:
 
 
 def _holds_one_module(module: Any) -> bool:
-    """Whether it may be a wrapper of an unknown class: one that has tensors or further children of its own is none."""
+    """Whether it may be a wrapper of an unknown class: it has one child and no tensors of its own."""
     if not isinstance(module, nn.Module):
         return True
     own = [*module.parameters(recurse=False), *_own_buffers(module)]
@@ -72,30 +72,30 @@ def _children_of_wrapper(module: Any) -> tuple[str, ...]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have FSDP2's modules hold their shards, which are what an optimizer steps; nothing is sent between ranks.
+    """Switch FSDP2's modules back to their sharded parameters, which an optimizer steps; without communication.
 
-    After a forward pass without a backward, as in an evaluation, the root's whole parameters stand in their place
-    until the next backward. torch's own state dicts begin with this, too, and training goes on as if it had not been.
+    After a forward pass without a backward, as in an evaluation, the root has its unsharded parameters until the next
+    backward. torch's own state dicts also begin with this, and training is not affected.
     """
     for module in model.modules():
         _reshard(module)
 
 
 def _reshard(module: nn.Module) -> None:
-    # Not FSDPModule.reshard(): a module without one of its own is in the group of a parent, out of sight here.
+    # Not FSDPModule.reshard(), which does not exist on modules that belong to the group of a parent.
     for hook in getattr(module, "_state_dict_pre_hooks", {}).values():
         if "_fully_shard" in (getattr(hook, "__module__", None) or ""):
             hook(module, "", False)
 
 
 def gather_anew(params: Sequence[Tensor]) -> None:
-    """Have FSDP's modules gather their weights anew at the next forward pass; nothing is sent between ranks.
+    """Make FSDP's modules gather their weights again at the next forward pass; without communication.
 
-    After a forward pass without a backward, as in an evaluation, the root keeps the whole weights, and the next forward
-    pass would use them instead of parameters that have been changed in between.
+    After a forward pass without a backward, as in an evaluation, the root keeps the unsharded weights, and the next
+    forward pass would use them and ignore changes to the sharded parameters.
 
     Args:
-        params: Those that were changed; nothing is done where none is a shard.
+        params: The parameters that were changed; without a sharded one there is no effect.
     """
     if not any(is_dtensor(param) or getattr(param, "_fsdp_flattened", False) for param in params):
         return
@@ -107,23 +107,23 @@ def gather_anew(params: Sequence[Tensor]) -> None:
 
 
 def check_sharded(params: Iterable[Tensor]) -> None:
-    """Refuse whole parameters that stand in the place of FSDP2's shards for the moment: no step would train them.
+    """Refuse FSDP2's unsharded parameters, which temporarily replace the sharded ones and are not trained by a step.
 
     Raises:
-        ValueError: Naming the remedy.
+        ValueError: A parameter is unsharded; the message names the remedy.
     """
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
     if module is None or not torch.distributed.is_initialized():
         return
-    # Nothing about such a parameter tells what it is; the objects that made it know.
+    # Such a parameter has no mark of its own; only the objects that created it know.
     makers = (one for one in gc.get_objects() if type(one) is module.FSDPParam)
     whole = {id(maker.__dict__.get("_unsharded_param")) for maker in makers}
     found = sum(id(param) in whole for param in params)
     if found:
         raise ValueError(
-            f"{found} parameters of the group are whole ones of FSDP2, which stand in the place of its shards from a "
+            f"{found} parameters of the group are unsharded parameters of FSDP2, which replace the sharded ones from a "
             "forward pass to the next backward, as after an evaluation, and which no step trains; take the group from "
-            "robust_dist.param_groups(model), or call reshard() on the modules that fully_shard was called on"
+            "robust_dist.param_groups(model), or call reshard() on the modules passed to fully_shard"
         )
 
 
@@ -145,8 +145,8 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     for name, param in model.named_parameters():
         if name.rpartition(".")[2].startswith("_flat_param") or getattr(param, "_is_flat_param", False):
             raise ValueError(
-                f"parameter {name!r} is a flat parameter of FSDP with use_orig_params=False, where weights and biases"
-                " are mixed: call param_groups on the model before wrapping it, or wrap with use_orig_params=True"
+                f"parameter {name!r} is a flat parameter of FSDP with use_orig_params=False, which mixes weights and"
+                " biases: call param_groups on the model before wrapping it, or wrap it with use_orig_params=True"
             )
         if param.requires_grad:
             yield clean_name(name, model), param
@@ -163,18 +163,19 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into one group with weight decay and one without.
 
-    Parameters are told apart by name and by the module that owns them, never by their number of dimensions,
+    Parameters are classified by name and by the module that owns them, never by their number of dimensions,
     so the split is the same before and after wrapping (DDP, FSDP1 with use_orig_params=True, FSDP2,
-    torch.compile) and under DeepSpeed's ZeRO-3, where parameters are flat. A shared parameter counts once,
-    under its first name; frozen ones are left out. Under FSDP2 they are the shards, after an evaluation too.
+    torch.compile) and under DeepSpeed's ZeRO-3, where parameters are flat. A shared parameter is listed once,
+    under its first name; frozen ones are left out. Under FSDP2 the groups hold the sharded parameters, also after an
+    evaluation.
 
     Args:
         model: The model, wrapped or not.
         weight_decay: The decay of the first group; a finite number of at least 0.
-        no_decay: What has none. "bias": parameters named `bias`, `*_bias` or `bias_*`. "norm": parameters of
-            normalisation modules, which are those with `Norm` in their class name (all of torch's, and
-            others' such as RMSNorm). Anything else: a parameter whose full name, or a component of whose
-            name, is that string; `*` and `?` are wildcards ("pos_embed", "*_token", "head.*").
+        no_decay: What is not decayed. "bias": parameters named `bias`, `*_bias` or `bias_*`. "norm": parameters of
+            normalisation modules, i.e. with `Norm` in their class name (all of torch's, and others such as RMSNorm).
+            Any other string: parameters whose full name, or a component of it, matches; `*` and `?` are wildcards
+            ("pos_embed", "*_token", "head.*").
 
     Returns:
         One or two dicts with "params" and "weight_decay", the decaying group first; never an empty group.
@@ -182,7 +183,7 @@ def param_groups(
     Raises:
         ValueError: No trainable parameter; a string other than "bias" and "norm" that matches no trainable
             parameter; a flat parameter of FSDP1; a weight_decay out of range.
-        TypeError: `model` is no module, or `no_decay` no sequence of strings.
+        TypeError: `model` is not a module, or `no_decay` is not a sequence of strings.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -193,7 +194,7 @@ def param_groups(
     norms = _norm_parameter_ids(model) if "norm" in patterns else set()
     named = list(_trainable(model))
     if not named:
-        raise ValueError("model has no trainable parameter: every one has requires_grad=False, or there is none")
+        raise ValueError("model has no trainable parameter: it has no parameters, or all have requires_grad=False")
     for pattern in own:
         if not any(_matches(name, pattern) for name, _ in named):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""State on large pages: fewer address translations, which a pass at the memory's speed waits for."""
+"""Optimizer state on huge pages: fewer address translations, which limit a memory-bound pass."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def _advise(tensor: Tensor) -> None:
-    """Ask Linux to back the whole large pages inside a tensor's memory by such; a refusal changes nothing."""
+    """Ask Linux to back a tensor's memory with huge pages; a refusal has no effect."""
     madvise = _madvise()
     if madvise is None or type(tensor) is not Tensor or tensor.device.type != "cpu":
         return
@@ -34,7 +34,7 @@ def _advise(tensor: Tensor) -> None:
 
 
 def empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor for a parameter's state: of its shape, layout in memory, device and sharding, not yet filled."""
+    """An uninitialised tensor for a parameter's state, with its shape, memory layout, device and sharding."""
     found = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     _advise(getattr(found, "_local_tensor", found))
     return found

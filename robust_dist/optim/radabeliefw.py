@@ -1,6 +1,7 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,20 @@ from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.groups import check_sharded, gather_anew
-from robust_dist.optim.rate import Measured, Ranks
+from robust_dist.optim.rate import Measured, Ranks, check_one_rate
 from robust_dist.optim.record import Found, Records
-from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
+from robust_dist.optim.settings import (
+    DEFAULTS,
+    OPTIONS,
+    TRAINS,
+    Hyper,
+    check_constant,
+    check_group,
+    hyper,
+    make_plain,
+    option,
+    telling_of_switches,
+)
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
     EXP_AVG,
@@ -34,12 +46,12 @@ from robust_dist.optim.tensors import TensorLists, inverse
 
 
 def _is_capturing() -> bool:
-    # is_available() asks the driver every time
+    # not is_available(), which queries the driver at every call
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _has_listeners(optimizer: Optimizer) -> bool:
-    """Whether a hook or a profiler wants to know of its steps."""
+    """Whether a hook or a profiler observes the optimizer's steps."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -52,18 +64,18 @@ def _has_listeners(optimizer: Optimizer) -> bool:
 def _check_group_can_step(group: Mapping[str, Any]) -> None:
     for param in group["params"]:
         grad = param.grad
-        # Asked of plain tensors alone: a DTensor is never sparse, and slow to answer.
+        # Only plain tensors are checked: a DTensor is never sparse, and its `layout` is slow.
         if type(grad) is Tensor and grad.layout != torch.strided:
             raise RuntimeError(
-                f"RAdaBeliefW does not support sparse gradients, got one of layout {grad.layout};"
-                " use sparse=False in the layer that makes it"
+                f"RAdaBeliefW does not support sparse gradients, got one with layout {grad.layout};"
+                " use sparse=False in the layer that creates it"
             )
     if not torch.compiler.is_compiling() and not group["capturable"] and _is_capturing():
-        raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: it needs capturable=True")
+        raise RuntimeError("RAdaBeliefW.step() is being captured in a CUDA graph: this needs capturable=True")
 
 
 def _hyper(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) -> Hyper:
-    # torch.compile, which measures no rate, does not trace id()
+    # torch.compile cannot trace id(), and a compiled step measures no rate
     return hyper(group, rates.get(id(group))) if rates else hyper(group)
 
 
@@ -83,75 +95,76 @@ class RAdaBeliefW(Optimizer):
         theta -= eta (m^ + lambda theta)                          otherwise        (20)
 
     The paper prints the condition as "gamma_t > 4"; gamma never exceeds 1, and eq. 13 is real only for
-    rho_t > 4, so that is how it is read. With b2 = 0.999 it first holds at t = 5; with b2 <= 0.6 never.
+    rho_t > 4, so it is read that way. With b2 = 0.999 it first holds at t = 5; with b2 <= 0.6 never.
 
-    eps is added at every step, so v^ carries eps / (1 - b2): at the defaults sqrt(v^) is never below
-    3.16e-3. Where g - m is much smaller than that, the method is momentum SGD with the learning rate
-    lr / 3.16e-3. That is AdaBelief's most disputed point; `accumulate_eps=False` turns it off.
+    eps is added at every step, so v^ contains eps / (1 - b2): with the defaults sqrt(v^) is never below
+    3.16e-3. Where |g - m| is much smaller than that, the method is momentum SGD with the learning rate
+    lr / 3.16e-3. This is AdaBelief's most disputed point; `accumulate_eps=False` turns it off.
 
     State of a parameter: `step` (0-d float32, on the CPU unless capturable or fused on a CUDA device), `exp_avg` (m)
-    and `exp_avg_sq` (v, eps included, as in eq. 16), in float32 for bfloat16 and float16 parameters, which are computed
-    in float32 and rounded once. `step` is replaced, not counted up in place, except on an accelerator and inside
-    torch.compile, where a captured graph owns its memory. With lr = 0 parameters keep their bits.
+    and `exp_avg_sq` (v, including eps, as in eq. 16). The moments of bfloat16 and float16 parameters are float32; such
+    parameters are computed in float32 and rounded once. `step` is replaced by a new tensor at each step, except on an
+    accelerator and inside torch.compile, where it is incremented in place. With lr = 0 parameters keep their bits.
 
-    Past 2^24 steps float32 has no more odd numbers: the value of `step` then moves to the next float32 at each step, so
-    that it is more than the number of steps, which the update and the rounding still know exactly (counting.py).
+    Past 2^24 steps the value of `step` moves to the next float32 at each step, so it exceeds the number of steps; the
+    update and the rounding still know the exact count (counting.py).
 
-    Where a parameter's dtype changes between two steps (`model.double()`, `model.bfloat16()`), its state follows at the
-    next step without losing a bit where it is widened; a widened parameter takes the value of its master.
+    If a parameter's dtype changes between two steps (`model.double()`, `model.bfloat16()`), its state follows at the
+    next step, exactly when widened; a widened parameter takes the value of its master.
 
-    Sharded parameters (DTensor) are stepped on the local tensor; their state has their placement. Under FakeTensorMode
-    a step runs one tensor at a time, or by foreach where that is demanded, and reads no value.
+    Sharded parameters (DTensor) are stepped on their local tensors; their state has the same placements. Under
+    FakeTensorMode a step uses the single-tensor backend, or foreach if it is requested, and reads no values.
 
     Args:
-        params: Parameters, named parameters, or param groups; any setting can be given per group.
+        params: Parameters, named parameters, or param groups; every setting can be set per group.
         lr: Learning rate eta, a finite number of at least 0, or a tensor of 1 element.
         betas: (b1, b2), each in [0, 1).
         eps: A finite number of at least 0.
-        weight_decay: lambda, decoupled and multiplied by lr; like lr, perhaps a tensor.
-        foreach: True demands torch's foreach operations, False one tensor at a time, None the fastest there is.
-        fused: None takes one pass over every byte where there is one, else foreach: in C on the CPU where it was built,
-            in Triton on a CUDA device where Triton runs, without synchronising. True demands it, False goes without.
+        weight_decay: lambda, decoupled and multiplied by lr; may be a tensor, like lr.
+        foreach: True requires torch's foreach operations, False one tensor at a time; None chooses the fastest backend.
+        fused: None uses a fused backend if there is one, else foreach: C on the CPU, if it was built; Triton on a CUDA
+            device, if it runs there, without synchronising. True requires a fused backend, False excludes it.
         maximize: Ascend instead of descend; gradients are not written to.
-        capturable: Keep `step` on the parameter's device and read lr and weight_decay, where they are 0-d
-            tensors on it, at every step without synchronising, for CUDA graphs and torch.compile.
-        differentiable: Let autograd run through the step.
-        rectify_threshold: The update is rectified where rho_t is greater; 4 is the paper's, 5 that of RAdam's
-            and AdaBelief's code.
-        eps_placement: "inside" the root as in eq. 19; "outside", sqrt(v^) + eps, as AdaBelief's paper;
-            "outside_uncorrected", (sqrt(v) + eps) / sqrt(1 - b2^t), as timm and adabelief-pytorch when rectified.
+        capturable: Keep `step` on the parameter's device, and read lr and weight_decay, if they are 0-d tensors
+            there, at every step without synchronising; for CUDA graphs and torch.compile.
+        differentiable: Let autograd differentiate through the step.
+        rectify_threshold: The update is rectified if rho_t is greater; the paper uses 4, the code of RAdam and
+            AdaBelief 5.
+        eps_placement: "inside" the root as in eq. 19; "outside", sqrt(v^) + eps, as in AdaBelief's paper;
+            "outside_uncorrected", (sqrt(v) + eps) / sqrt(1 - b2^t), as in timm and adabelief-pytorch when rectified.
         accumulate_eps: Whether eq. 16 adds eps at every step.
-        master_weights: Keep a float32 copy of every bfloat16 or float16 parameter in its state (`master`), made from
-            it at its first step; steps work on the copy and write the parameter, rounded. Weights that are loaded
-            into the model later are overwritten, unless the state is loaded, too, or cleared.
-        exp_avg_dtype: torch.bfloat16 or its name keeps m so, but not of float64 or complex parameters; None in float32.
-            Groups hold the name: torch's full state dicts and JSON take no dtype. v is never kept in less. To the
-            nearest, m stops short of a steady gradient, by up to a share 2^-8 / (1 - b1) of it; with
-            stochastic_rounding it does not.
-        stochastic_rounding: What is kept in bfloat16, m and parameters without master, is rounded up or down by
-            chance, so that steps smaller than half its spacing are not lost, instead of to the nearest. The chance is
-            a hash of (seed, step, parameter, element): the same on every backend, after a resume, and, where
-            rounding.py says so, under sharding.
-        seed: Of that hash, an int in [0, 2**63).
-        averaging: "schedule_free" trains z and averages it, as averaging.py says: call `train()` before a training
-            epoch and `eval()` before an evaluation or an export, as with Schedule-Free's own package. The learning rate
-            stays constant, and batch normalisation's statistics are to be collected anew after `eval()`.
-        rate_guard: k: the run measures its own rate (rate.py), and lr counts within this factor of it; 1 does without
-            lr, None without measuring. Every step needs `observe(loss)` before it.
-        rate_constant: c of rate.py, the measured rate's factor.
-        decay_by_rate: Whether weight_decay is multiplied by the learning rate; False takes it as the share of a step.
+        master_weights: Keep a float32 copy of every bfloat16 or float16 parameter in its state (`master`), created at
+            its first step; steps update the copy and write it, rounded, to the parameter. Weights loaded into the
+            model later are overwritten, unless the state is also loaded or cleared.
+        exp_avg_dtype: torch.bfloat16, or its name, stores m in bfloat16, except for float64 and complex parameters;
+            None in float32. Groups hold the name, because torch's full state dicts and JSON reject a dtype. v is always
+            at least float32. Rounded to nearest, m falls short of a constant gradient by up to a fraction
+            2^-8 / (1 - b1); with stochastic_rounding it does not.
+        stochastic_rounding: Round bfloat16 values (m, and parameters without a master) randomly up or down instead of
+            to nearest, so that steps smaller than half the spacing are not lost. The random bits are a hash of
+            (seed, step, parameter, element): the same on every backend, after a resume, and, within the limits
+            given in rounding.py, under sharding.
+        seed: Seed of this hash, an int in [0, 2**63).
+        averaging: "schedule_free" averages the weights (averaging.py): call `train()` before a training epoch and
+            `eval()` before an evaluation or an export, as with the schedulefree package. Keep the learning rate
+            constant, and recompute batch normalisation statistics after `eval()`.
+        rate_guard: k: measure the learning rate during the run (rate.py) and keep it within this factor of lr; 1
+            ignores lr, None measures nothing. Call `observe(loss)` before every step.
+        rate_constant: c of rate.py, the factor of the measured rate.
+        decay_by_rate: Whether weight_decay is multiplied by the learning rate; if False, it is the fraction of the
+            weights removed per step.
 
-    All from master_weights on are in a param group only where they are not the default, so that checkpoints of older
-    releases fit.
+    master_weights and the settings after it are in a param group only if they differ from the default, so that
+    checkpoints of older releases fit.
 
     Raises:
-        ValueError: A setting is out of range, two of them exclude each other, or fused=True where it is not there.
+        ValueError: A setting is out of range, two settings exclude each other, or fused=True is not available.
         TypeError: A setting has the wrong type.
-        RuntimeError: In step(), before anything moves: a sparse gradient, a CUDA graph capture without
-            capturable=True, or a parameter that has become complex, or real, since its last step.
+        RuntimeError: In step(), before anything changes: a sparse gradient, a CUDA graph capture without
+            capturable=True, or a parameter that has changed between real and complex since its last step.
     """
 
-    # GradScaler hands over grad_scale and found_inf instead of unscaling; on the class, as pickle drops attributes
+    # GradScaler passes grad_scale and found_inf instead of unscaling; a class attribute, as pickle drops instance ones
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -207,6 +220,7 @@ class RAdaBeliefW(Optimizer):
         defaults |= {name: value for name, value in options.items() if value != OPTIONS[name]}
         make_plain(defaults)
         super().__init__(params, defaults)
+        check_constant(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -225,7 +239,7 @@ class RAdaBeliefW(Optimizer):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, with what `rate_guard` has measured."""
+        """The state, including the measurements of `rate_guard`."""
         self._save_measured()
         return super().state_dict()
 
@@ -235,16 +249,19 @@ class RAdaBeliefW(Optimizer):
 
     @property
     def _rate(self) -> Measured:
-        """What `rate_guard` has measured; not made in __init__, which pickle does not call."""
+        """The measurements of `rate_guard`; not created in __init__, which pickle does not call."""
         measured: Measured | None = self.__dict__.get("_measured")
         if measured is None:
             self._measured = measured = Measured(self.param_groups)
         return measured
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its settings are checked as the constructor's are, before anything is added.
+        """Add a param group; its settings are checked first, as in the constructor.
 
-        After an evaluation under FSDP2, `model.parameters()` has parameters that no step would train: an error, too.
+        Raises:
+            ValueError: As in the constructor, or for unsharded parameters of FSDP2, which a step would not train;
+                `model.parameters()` returns them after an evaluation.
+            TypeError: As in the constructor.
         """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
@@ -253,28 +270,34 @@ class RAdaBeliefW(Optimizer):
         try:
             check_fused(self.param_groups[-1])
             check_sharded(self.param_groups[-1]["params"])
+            check_one_rate(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
 
     def backend_in_use(self) -> str | None:
-        """The name of the code that steps the parameters as they are now; README.md of this folder lists the names.
+        """The backend that steps the parameters in their present form (README.md in this folder lists the backends).
 
         Returns:
-            "fused_triton", "fused_cpu", "foreach", "single", or a registered backend's name; several, joined by " + ",
-            where groups differ; None where no group has a parameter, as under ZeRO-3 between two steps.
+            "fused_triton", "fused_cpu", "foreach", "single" or the name of a registered backend; joined by " + " if
+            groups differ; None if no group has a parameter, as under ZeRO-3 between two steps.
         """
         names = [choose(group).name for group in self.param_groups if group["params"]]
         return " + ".join(dict.fromkeys(names)) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state; that of bfloat16 and float16 parameters stays float32, which torch alone would cast."""
-        self.__dict__.pop("_records", None)  # which would keep the old state alive to the next step
-        load_exactly(self, state_dict, super().load_state_dict)
+        """Load the state; the moments of bfloat16 and float16 parameters stay float32 (torch would cast them).
+
+        As with torch's optimizers, it sets the groups' settings. If that changes `averaging` or `rate_guard`, a warning
+        says so.
+        """
+        self.__dict__.pop("_records", None)  # it would keep the old state alive until the next step
+        with telling_of_switches(self):
+            load_exactly(self, state_dict, super().load_state_dict)
 
     @property
     def measures_rate(self) -> bool:
-        """Whether a group has a `rate_guard`, so that every step needs `observe`."""
+        """Whether a group has `rate_guard`, so that every step needs `observe`."""
         return any(option(group, "rate_guard") is not None for group in self.param_groups)
 
     @property
@@ -284,22 +307,23 @@ class RAdaBeliefW(Optimizer):
 
     @property
     def measured_rate(self) -> float | None:
-        """The learning rate of the last step of the first group that has a `rate_guard`; waits for the device."""
+        """The learning rate of the last step in the first group with `rate_guard`; waits for the device."""
         guarded = next((group for group in self.param_groups if option(group, "rate_guard") is not None), None)
         return None if guarded is None else self._rate.rate_of(guarded)
 
     def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
-        """Give `rate_guard` the loss of the step that comes; nothing without it.
+        """Pass the loss of the next step to `rate_guard`; does nothing without it.
 
         Args:
-            loss: Of 1 element, on any device, before it is divided or scaled: the mean over a micro-batch, less the
-                entropy of its targets (label smoothing, mixed labels). Of several calls before a step the mean counts,
-                and of all ranks.
-            automatic: For engines: the loss whose gradient is added, divided by the micro-batches. Of several calls
-                the sum counts, and none where the program itself calls `observe` for this step.
+            loss: A number, or a real tensor of 1 element on any device, not yet divided or scaled: the mean over a
+                micro-batch, minus the entropy of its targets (label smoothing, mixed labels). The mean over the calls
+                before a step, and over all ranks, is used. A DTensor is gathered: all its ranks must call this.
+            automatic: For engines: the loss is already divided by the number of micro-batches. The sum over the calls
+                is used; it is ignored if the program itself calls `observe` for this step.
 
         Raises:
-            ValueError: It has more than one element.
+            TypeError: The loss is not a real number.
+            ValueError: The loss does not have exactly one element.
         """
         if self.measures_rate:
             self._rate.observe(loss, automatic=automatic)
@@ -308,55 +332,60 @@ class RAdaBeliefW(Optimizer):
     def observe_gradients(
         self, scale: float = 1.0, gradients: Iterable[Tensor] | None = None, *, automatic: bool = False
     ) -> None:
-        """Give `rate_guard` the gradients before they are clipped; nothing without it.
+        """Let `rate_guard` measure the gradients before they are clipped; does nothing without it.
 
         Args:
-            scale: What they are still multiplied by.
-            gradients: Those of all param groups, where an engine keeps them elsewhere than in the parameters' `grad`.
-            automatic: For engines: only the first such call before a step counts, and none where the program itself
-                observes them.
+            scale: The factor by which the gradients are still scaled.
+            gradients: The gradients of all param groups, if an engine does not keep them in the parameters' `grad`.
+            automatic: For engines: only the first such call before a step counts, and it is ignored if the program
+                itself observes the gradients.
+
+        Raises:
+            ValueError: `scale` is not a finite number above 0.
         """
         if not self.measures_rate:
             return
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale={scale!r} must be a finite number above 0")
         if gradients is None:
             self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
         else:
             self._rate.add_gradients(((grad, grad) for grad in gradients), 1.0 / scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what an engine observed of these gradients is forgotten."""
+        """Like torch's; also discards what an engine observed of these gradients."""
         super().zero_grad(set_to_none)
         if "_measured" in self.__dict__:
             self._measured.forget_automatic()
 
     def forget_observed(self) -> None:
-        """Take back what was observed for a step that is not made after all; nothing without `rate_guard`."""
+        """Discard what was observed for a step that is not taken; does nothing without `rate_guard`."""
         if self.measures_rate:
             self._rate.forget()
 
     def restore_measured(self) -> None:
-        """Take up what the param groups hold of `rate_guard`, where it came there other than by `load_state_dict`."""
+        """Read the measurements of `rate_guard` from the param groups, if `load_state_dict` did not write them."""
         if self.measures_rate:
             self._rate.restore(self.param_groups)
 
     def measure_over(self, process_group: Any = None, *, copies: int | None = None) -> None:
-        """Say which ranks train together, for `rate_guard`.
+        """Set the ranks over which `rate_guard` measures.
 
         Args:
-            process_group: Theirs; None for all.
-            copies: How many of them hold the same elements of a parameter that is no DTensor: 1 under FSDP1 and ZeRO
-                (the number of replicas, with HSDP); None under DDP, where all do.
+            process_group: The ranks that train together; None for all.
+            copies: How many of them hold the same elements of a parameter that is not a DTensor: 1 under FSDP1 and
+                ZeRO (with HSDP the number of replicas); None if all do, as under DDP.
         """
         self._rate.ranks = Ranks(process_group, copies)
 
     def keep_weights_in(
         self, masters: Callable[[], Iterable[tuple[dict[str, Any], Tensor]]], publish: Callable[[], None]
     ) -> None:
-        """Say where an engine keeps the weights that `train()` and `eval()` change.
+        """Set where an engine keeps the weights that `train()` and `eval()` change.
 
         Args:
-            masters: Gives every param group with a parameter of it, for each that may have state.
-            publish: Brings what they hold into the model; called after a change, on every rank.
+            masters: Returns pairs of a param group and one of its parameters, for all parameters that may have state.
+            publish: Copies their values into the model; called after a change, on every rank.
         """
         self._kept = masters, publish
 
@@ -366,11 +395,11 @@ class RAdaBeliefW(Optimizer):
         return "_kept" in self.__dict__
 
     def train(self) -> None:
-        """Have the parameters hold the weights that are trained; nothing where they do, or without averaging."""
+        """Switch the parameters to the weights used for training; no effect if they hold them, or without averaging."""
         self._hold(trained=True)
 
     def eval(self) -> None:
-        """Have the parameters hold the average that is evaluated; nothing where they do, or without averaging."""
+        """Switch the parameters to the average used for evaluation; no effect if they hold it, or without averaging."""
         self._hold(trained=False)
 
     @torch.no_grad()
@@ -395,7 +424,7 @@ class RAdaBeliefW(Optimizer):
             gather_anew([param for group in turning for param in group["params"]])
 
     def parameters_by_group(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Every param group with each of its parameters."""
+        """Pairs of a param group and one of its parameters, for all parameters."""
         return ((group, param) for group in self.param_groups for param in group["params"])
 
     def _turn(self, group: dict[str, Any], param: Any, turn: Callable[[Tensor, Tensor, float], None]) -> None:
@@ -410,7 +439,7 @@ class RAdaBeliefW(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """As torch's, which costs a fifth of a steady step: left out while no hook and no profiler listens."""
+        """Like torch's, but skipped if there is no hook or profiler: it takes a fifth of a steady step."""
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
@@ -422,7 +451,7 @@ class RAdaBeliefW(Optimizer):
         return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one optimization step; returns the closure's loss, if there is one.
+        """Take one optimization step; returns the closure's loss, if there is one.
 
         Args:
             closure: Reevaluates the model and returns the loss.
@@ -438,18 +467,18 @@ class RAdaBeliefW(Optimizer):
         return loss
 
     def _rates(self, found: Found | None) -> dict[int, float | Tensor]:
-        """The measured rates of the groups that measure, by their ids."""
-        # Engines make state by a step whose rate is 0.
+        """The measured rates by the ids of their groups."""
+        # Engines create state with a step whose learning rate is 0.
         if any(group.get(TRAINS) is False and float(group["lr"]) != 0.0 for group in self.param_groups):
             raise RuntimeError("averaging: the parameters hold their average; call optimizer.train() before step()")
         if not self.measures_rate:
             return {}
         if torch.compiler.is_compiling():
-            raise RuntimeError("rate_guard cannot be compiled; compile the model, and call step() outside")
+            raise RuntimeError("rate_guard cannot be compiled; compile the model, and call step() outside of it")
         return self._rate.rates(self.param_groups, self._inverse_scale(), getattr(self, "found_inf", None), found)
 
     def _recorded(self) -> Found | None:
-        """A record of an earlier step that says how this one is made, where one holds (record.py)."""
+        """A valid record of an earlier step (record.py), or None."""
         records: Records | None = self.__dict__.get("_records")
         if records is None or torch.compiler.is_compiling() or _is_capturing():
             return None
@@ -468,7 +497,7 @@ class RAdaBeliefW(Optimizer):
         others = [(group, backend) for group, backend in chosen if not backend.step_on_device]
         if self._overflow_on_host(group for group, _ in others):
             others = [(group, backend) for group, backend in others if not on_host(group)]
-        # All before the first moves: state that does not fit its parameter is an error of the whole step.
+        # Collect everything before any parameter moves: state that does not fit must fail the whole step.
         counted = [(self._gather_counted_in_place(group), _hyper(group, rates)) for group, _ in on_device]
         gathered = [(self._gather(group), _hyper(group, rates)) for group, _ in others]
         if on_device:
@@ -488,25 +517,25 @@ class RAdaBeliefW(Optimizer):
             backend.step_on_device(self._memory(backend), its, grad_scale, found_inf)
 
     def _memory(self, backend: Backend) -> dict[Any, Any]:
-        """A backend's memory between the steps; not made in __init__, which pickle does not call."""
+        """What a backend keeps between steps; not created in __init__, which pickle does not call."""
         memories: dict[str, dict[Any, Any]] = self.__dict__.setdefault("_memories", {})
         return memories.setdefault(backend.name, {})
 
     def _remember(self, chosen: list[Backend], groups: Groups) -> None:
-        """Keep a record of the step that was just made, where one backend made all of it and can prepare the next."""
+        """Keep a record of the step just taken, if a single backend took it and can prepare the next."""
         if len(groups) == len(chosen) and len({id(backend) for backend in chosen}) == 1 and chosen[0].prepare:
             records: Records = self.__dict__.setdefault("_records", Records())
             records.add(self, chosen[0], self._memory(chosen[0]), groups)
 
     def _gather_counted_in_place(self, group: dict[str, Any]) -> TensorLists:
         lists = self._gather(group)
-        if len(set(map(id, lists.steps))) < len(lists.steps):  # one for all would be counted up once for each
+        if len(set(map(id, lists.steps))) < len(lists.steps):  # a shared one would be incremented several times
             lists.steps = [step.clone() for step in lists.steps]
             self._replace_steps(lists.params, lists.steps)
         return lists
 
     def _overflow_on_host(self, groups: Iterable[dict[str, Any]]) -> bool:
-        # one synchronisation, and only where the host must decide; GradScaler does the same for other optimizers
+        # one synchronisation, only if the host must decide; GradScaler does the same for other optimizers
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None or not any(on_host(group) for group in groups):
             return False
@@ -549,7 +578,7 @@ class RAdaBeliefW(Optimizer):
         places: list[int],
         firsts: list[int],
     ) -> None:
-        # the name is torch's: torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
+        # torch.compile runs a method of this name eagerly, so lazy state costs no recompilation
         found = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
         if not found:
             return
@@ -577,7 +606,7 @@ class RAdaBeliefW(Optimizer):
             firsts.extend(map(first_index, params))
 
     def _places(self, group: dict[str, Any]) -> Iterator[int]:
-        """The places, among all parameters, of this group's that have a gradient."""
+        """The positions, among all parameters, of this group's parameters with a gradient."""
         place = 0
         for other in self.param_groups:
             for param in other["params"]:

@@ -1,19 +1,21 @@
-"""A learning rate that the run measures itself (`rate_guard`), in the norm of the gradients' absolute values.
+"""A learning rate measured during the run (`rate_guard`), from the loss and the L1 norm of the gradient.
 
-At each step, with F the loss less the entropy of its targets, and g the gradient before it is clipped::
+At each step, with F the loss minus the entropy of its targets, and g the gradient before clipping::
 
     A <- 0.9 A + 0.1 sum|g|,   L <- 0.9 L + 0.1 F,   e = c L / A
     eta = min(max(lr, e / k), k e)        k is `rate_guard`, c is `rate_constant`
 
-e is Polyak's step in Adam's norm, where an update has about size 1 in each element. With k = 1 `lr` has no part.
+e is Polyak's step size for Adam's geometry, where each element of an update is about 1. k = 1 ignores `lr`.
 
-Weights that grow shrink the gradients of scale-invariant layers, so that e grows, and with it the weights. Where the
-loss does not fall (noise, hard augmentation) that runs away, so e may not exceed `BOUND` times its smallest value.
+Growing weights shrink the gradients of scale-invariant layers, which increases e and in turn the weights. If the
+loss does not fall (noise, strong augmentation) this diverges, so e is limited to `BOUND` times its smallest value.
 
-sum|g| is one number for the whole model, on whatever rank an element lies: see `Ranks`.
+sum|g| is over the whole model, whichever ranks hold its elements: see `Ranks`.
 """
 
 import math
+import reprlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +29,40 @@ from torch import Tensor
 from robust_dist.optim import fused_cpu
 from robust_dist.optim.record import Found
 from robust_dist.optim.settings import MEASURED, option
-from robust_dist.optim.state import all_plain, is_dtensor, local_slot
+from robust_dist.optim.state import all_plain, is_dtensor, is_fake, local_slot
+from robust_dist.validate import whole_number
 
 _device = attrgetter("device")
 MEMORY = 0.9
 BOUND = 2.0
+_TAKES_NO_RATE = "rate_guard=1 takes no learning rate (0 alone counts: it stops a group)"
+_ABOVE = "set rate_guard above 1, within which lr counts"
+
+
+def ignores_rate(group: Mapping[str, Any]) -> bool:
+    """Whether a param group's `lr` has no part in its steps, unless it is 0."""
+    return bool(option(group, "rate_guard") == 1.0)
+
+
+def all_ignore_rate(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no group's `lr` has a part, so that a schedule of rates has no effect."""
+    return bool(groups) and all(map(ignores_rate, groups))
+
+
+def check_one_rate(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse rates that differ from group to group, where none of them has a part.
+
+    Raises:
+        ValueError: Two groups with `rate_guard=1` were made with different rates, and neither is 0.
+    """
+    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in groups if ignores_rate(group)} - {0.0})
+    if len(rates) > 1:
+        raise ValueError(_several(rates))
+
+
+def _several(rates: Iterable[float]) -> str:
+    found = " and ".join(f"lr={rate:g}" for rate in rates)
+    return f"param groups have {found}, and would step alike: {_TAKES_NO_RATE}; give them one lr, or {_ABOVE}"
 
 
 @dataclass(frozen=True)
@@ -39,13 +70,17 @@ class Ranks:
     """The ranks over which a rate is measured.
 
     Attributes:
-        group: Those that train together; None for all.
-        copies: How many of them hold the same elements of a parameter that is no DTensor; None where all do, as under
-            DDP. 1 where each holds its own, as under FSDP1 and ZeRO.
+        group: The ranks that train together; None for all.
+        copies: How many of them hold the same elements of a parameter that is not a DTensor: None if all do, as under
+            DDP; 1 if each holds its own, as under FSDP1 and ZeRO.
     """
 
     group: Any = None
     copies: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.copies is not None:
+            whole_number("copies", self.copies, 1)
 
     @property
     def world_size(self) -> int:
@@ -70,36 +105,39 @@ class Ranks:
         return world_size
 
     def holders_of_all(self, params: Sequence[Any]) -> int | None:
-        """How many ranks hold each element of these parameters; None where that differs among them."""
+        """How many ranks hold each element of these parameters; None if they differ."""
         world_size = self.world_size
-        if world_size == 1:  # the usual case, of hundreds at once
+        if world_size == 1:  # the common case, without a loop
             return 1
         found = {self.holders(param, world_size) for param in params}
         return found.pop() if len(found) == 1 else None
 
 
 class Measured:
-    """What an optimizer has measured of its run.
+    """An optimizer's measurements of its run.
 
     Args:
-        groups: Its param groups, which bring what was saved.
+        groups: Its param groups, with the saved measurements.
     """
+
+    _told = False  # of a rate that has no part
 
     def __init__(self, groups: Iterable[Mapping[str, Any]]) -> None:
         self.ranks = Ranks()
         self.restore(groups)
 
     def restore(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Take up what the groups hold, and forget what was observed since."""
+        """Read the measurements from the groups, and discard what was observed since."""
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
         self._on_host = [float(guarded[0][name]) for name in MEASURED] if guarded else [0.0] * len(MEASURED)
-        self._on_device: Tensor | None = None  # the same, float64 [3], where the gradients' device measures
-        self._ratio: float | Tensor = 0.0  # L / A of the step that is being done
-        self._stepped: list[Sequence[Any]] = []  # parameters that it has stepped: engines step group by group
+        self._on_device: Tensor | None = None  # the same as float64 [3], if measured on the gradients' device
+        self._ratio: float | Tensor = 0.0  # L / A of the current step
+        self._stepped: list[Sequence[Any]] = []  # parameters already stepped: engines step group by group
+        self._idle: dict[int, float] = {}  # the first rate of each group that ignores it, by the group's id
         self.forget()
 
     def save(self, groups: Iterable[Any]) -> None:
-        """Write what was measured into the groups, for their state dict; waits for the device."""
+        """Write the measurements into the groups, for their state dict; waits for the device."""
         values = self._values()
         for group in groups:
             if option(group, "rate_guard") is not None:
@@ -109,60 +147,59 @@ class Measured:
         return list(self._on_host) if self._on_device is None else self._on_device.tolist()
 
     def forget(self) -> None:
-        """Forget what was observed for the next step."""
+        """Discard what was observed for the next step."""
         self._loss: float | Tensor | None = None
         self._parts = 0
         self._gradient: float | Tensor | None = None
         self._automatic_loss = self._automatic_gradient = False
-        self._too_early = False  # gradients were observed where there were none
+        self._too_early = False  # gradients were observed when there were none
 
     def forget_automatic(self) -> None:
-        """Forget what an engine observed for a step that is not done."""
+        """Discard what an engine observed for a step that is not taken."""
         if self._automatic_loss:
             self._loss, self._parts, self._automatic_loss = None, 0, False
         if self._automatic_gradient:
             self._gradient, self._automatic_gradient, self._too_early = None, False, False
 
     def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
-        """Add a micro-batch's loss to those of the next step, of which the mean counts; of automatic ones the sum."""
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}")
+        """Add a micro-batch's loss for the next step; the mean is used, or the sum of automatic ones."""
+        loss = _checked_loss(loss)
         if automatic and self._loss is not None and not self._automatic_loss:
             return
         if not automatic and self._automatic_loss:
             self._loss, self._parts = None, 0
         self._automatic_loss = automatic
         if not isinstance(loss, Tensor) or loss.is_cpu:
-            value: float | Tensor = float(loss.item() if isinstance(loss, Tensor) else loss)
-        else:  # a copy, as the loss may be divided in place
+            value: float | Tensor = float(loss)
+        else:  # a copy: the loss may be divided in place later
             value = loss.detach().reshape(()).to(_wide(loss.device), copy=True)
         self._loss = value if self._loss is None else self._loss + value
         self._parts = 1 if automatic else self._parts + 1
 
     def rate_of(self, group: Mapping[str, Any]) -> float:
-        """The group's rate in the last step."""
+        """The group's learning rate in the last step."""
         return float(_limited(group, self._ratio))
 
     def observe_gradients(
         self, groups: Iterable[Mapping[str, Any]], factor: float = 1.0, *, automatic: bool = False
     ) -> None:
-        """Measure the gradients as they are now, times a factor; they may be clipped afterwards."""
+        """Measure the current gradients times a factor; they may be clipped afterwards."""
         if automatic and self._gradient is not None:
             return
         if self._automatic_gradient:
             self._gradient = None
         self._automatic_gradient = automatic
         grads = _with_gradient(groups)
-        self._too_early = not grads  # on a rank whose shard is empty, too: a step there has none either
+        self._too_early = not grads  # also on a rank with an empty shard, where a step has none either
         self.add_gradients(grads, factor)
 
     @torch.no_grad()
     def add_gradients(self, grads: Iterable[tuple[Any, Any]], factor: float | Tensor = 1.0) -> None:
-        """Add to the sum of the next step.
+        """Add gradients to the sum for the next step.
 
         Args:
-            grads: Parameters, each with its gradient.
-            factor: What the sum is multiplied by, where gradients are scaled.
+            grads: Pairs of a parameter and its gradient.
+            factor: The factor that unscales the sum.
         """
         total = _local_sum(list(grads), self.ranks) * factor
         self._gradient = total if self._gradient is None else _sum_on_device([self._gradient, total])
@@ -174,16 +211,16 @@ class Measured:
         found_inf: Tensor | None,
         found: Found | None = None,
     ) -> dict[int, float | Tensor]:
-        """The rate of each guarded group, by its id; empty where none is measured, or where a step is dry.
+        """The learning rate of each group with `rate_guard`, by its id; empty if none is measured or the step is dry.
 
         Args:
             groups: The groups that are stepped.
-            inverse_scale: What unscales the gradients, or None.
-            found_inf: Not 0 where nothing may change, or None.
-            found: The record that holds for this step, which knows the gradients; None where there is none.
+            inverse_scale: The factor that unscales the gradients, or None.
+            found_inf: Not 0 if nothing may change, or None.
+            found: The valid record of this step, which knows the gradients, or None.
 
         Raises:
-            RuntimeError: No loss was observed for this step, or its gradients before there were any.
+            RuntimeError: No loss was observed for this step, or gradients were observed before there were any.
         """
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
         params = [param for param, _ in _with_gradient(groups)] if found is None else found.params
@@ -195,6 +232,8 @@ class Measured:
                 f"rate_guard={guarded[0]['rate_guard']!r}: observe_gradients() was called when no parameter had a "
                 "gradient; call it after backward(), before the gradients are clipped"
             )
+        if not self._told:
+            self._check_idle(guarded)
         if self._loss is not None:
             if self._gradient is None:
                 self._add_all(groups, inverse_scale, found)
@@ -203,14 +242,37 @@ class Measured:
         elif not self._stepped or not set(map(id, params)).isdisjoint(id(p) for some in self._stepped for p in some):
             raise RuntimeError(
                 f"rate_guard={guarded[0]['rate_guard']!r} needs the loss of every step: call optimizer.observe(loss) "
-                "before backward(), with the mean loss of the micro-batch, less the entropy of its targets"
+                "before backward(), with the mean loss of the micro-batch, minus the entropy of its targets"
             )
         else:
             self._stepped.append(params)
         return {id(group): _limited(group, self._ratio) for group in guarded}
 
+    def _check_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Say once where `lr` is set as if it had a part: an error before the first step, from then on a warning."""
+        for group in groups:
+            lr = _readable(group["lr"]) if ignores_rate(group) else 0.0
+            if not lr:
+                continue
+            first = self._idle.setdefault(id(group), lr)
+            rates = sorted(set(self._idle.values()))
+            if lr == first and len(rates) == 1:
+                continue
+            if lr == first and self._on_device is None and not any(self._on_host):
+                self._idle.clear()
+                raise ValueError(_several(rates))
+            self._told = True
+            what = _several(rates) if lr == first else f"lr has changed from {first:g} to {lr:g}: {_TAKES_NO_RATE}"
+            warnings.warn(
+                f"{what}. Leave a scheduler of rates out (RobustSchedule(..., decay='constant') still switches the "
+                f"weight decay off), or {_ABOVE}",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
     def _add_all(self, groups: Iterable[Mapping[str, Any]], inverse_scale: Tensor | None, found: Found | None) -> None:
-        """Add the gradients as they are, by the record where it can: it has checked them already."""
+        """Add the current gradients, through the record if possible, as it has checked them already."""
         holders = None if found is None else self.ranks.holders_of_all(found.params)
         total = None if found is None or holders is None else found.sum_abs()
         if total is None or holders is None:
@@ -223,12 +285,12 @@ class Measured:
             self._gradient *= float(inverse_scale)
 
     def _measure(self, device: torch.device | None, found_inf: Tensor | None) -> None:
-        """Take this step's loss and gradients into the means."""
+        """Update the means with this step's loss and gradients."""
         assert self._loss is not None
         loss = self._loss / self._parts
         gradient = 0.0 if self._gradient is None else self._gradient
         self.forget()
-        if device is None:  # where nothing is stepped, as on a rank whose shard is empty
+        if device is None:  # nothing to step, as on a rank with an empty shard
             device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
         gradient, loss = self._over_ranks(gradient, loss, device)
         if device.type != "cpu":
@@ -243,7 +305,7 @@ class Measured:
         world_size = self.ranks.world_size
         if world_size == 1:
             return gradient, loss
-        # On a GPU if one has either: its backend takes no tensor of the host, where an offloaded optimizer's are.
+        # On the loss's GPU, if it has one: an offloaded optimizer's gradients are on the CPU, which NCCL does not take.
         home = loss.device if isinstance(loss, Tensor) else device
         both = torch.stack([_as_double(gradient, home), _as_double(loss / world_size, home)])
         dist.all_reduce(both, group=self.ranks.group)
@@ -260,7 +322,7 @@ class Measured:
 
     @torch.no_grad()
     def _advance_on_device(self, gradient: Tensor, loss: Tensor, found_inf: Tensor | None) -> None:
-        """The same without reading a value, in memory that a CUDA graph finds again."""
+        """`_advance_on_host` without synchronising, in fixed memory for CUDA graphs."""
         if self._on_device is None or self._on_device.device != gradient.device:
             self._on_device = torch.tensor(self._values(), dtype=gradient.dtype).to(gradient.device)
         mean_gradient, mean_loss, smallest = self._on_device.unbind()
@@ -275,12 +337,44 @@ class Measured:
         self._ratio = torch.minimum(ratio, BOUND * smallest)
 
 
+def _readable(lr: float | Tensor) -> float:
+    """A group's rate; 0 where it lies on a device, which would have to be waited for."""
+    if isinstance(lr, Tensor):
+        return float(lr) if lr.is_cpu and not is_fake(lr) else 0.0
+    return lr
+
+
+def _checked_loss(loss: Any) -> float | Tensor:
+    """A loss as a float, or a plain real tensor of 1 element without its graph.
+
+    Raises:
+        TypeError: It is no real number.
+        ValueError: It has more than one element, or none.
+    """
+    if not isinstance(loss, Tensor):
+        try:
+            if not isinstance(loss, (bool, str, bytes)):
+                return float(loss)
+        except (TypeError, ValueError):
+            pass
+        raise TypeError(f"observe() takes a loss as a number or a tensor of 1 element, got {reprlib.repr(loss)}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}; give the mean over the micro-batch"
+        )
+    if loss.is_complex() or loss.dtype is torch.bool:
+        raise TypeError(f"observe() takes a real loss, got a tensor of {loss.dtype}")
+    loss = loss.detach()
+    # Of a loss that is split over ranks each rank's own part would be read.
+    return loss.full_tensor() if is_dtensor(loss) else loss
+
+
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _as_double(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number as a 0-d tensor on a device; one of the host is written there without waiting."""
+    """A number as a 0-d tensor on a device; a Python number is written there without synchronising."""
     if isinstance(value, Tensor):
         return value.reshape(()).to(device, _wide(device))
     return torch.full((), value, dtype=_wide(device), device=device)
@@ -295,21 +389,21 @@ def _is_dry(groups: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def _limited(group: Mapping[str, Any], ratio: float | Tensor) -> float | Tensor:
-    """The group's rate from L / A; 0 where its own is 0."""
+    """The group's learning rate from L / A; 0 if its lr is 0."""
     lr, guard, measured = group["lr"], group["rate_guard"], option(group, "rate_constant") * ratio
     if not isinstance(measured, Tensor):
         lr = float(lr)
-        if math.isnan(measured):  # min and max would take lr, and hide a loss that is not a number
+        if math.isnan(measured):  # min and max would return lr and hide a NaN loss
             return measured if lr else 0.0
         return min(max(lr, measured / guard), guard * measured) if lr else 0.0
-    if not isinstance(lr, Tensor):  # compared as a number: a copy to the device would wait for it
+    if not isinstance(lr, Tensor):  # as a number: a copy to the device would synchronise
         return torch.minimum((measured / guard).clamp(min=lr), guard * measured) if lr else 0.0
     lr = lr.to(measured.device, measured.dtype).reshape(())
     return torch.where(lr == 0, lr, torch.minimum(torch.maximum(lr, measured / guard), guard * measured))
 
 
 def _local_sum(grads: Sequence[tuple[Any, Any]], ranks: Ranks) -> float | Tensor:
-    """This rank's share of sum|g|, in double precision: over all ranks every element counts once."""
+    """This rank's share of sum|g|, in double precision; over all ranks, every element counts once."""
     tensors = [grad for _, grad in grads]
     if not all_plain(tensors) or any(map(Tensor.is_complex, tensors)):
         tensors = [_real(param, grad) for param, grad in grads]
@@ -324,22 +418,22 @@ def _local_sum(grads: Sequence[tuple[Any, Any]], ranks: Ranks) -> float | Tensor
 
 
 def _real(param: Any, grad: Any) -> Tensor:
-    """This rank's part of a gradient, in real numbers."""
+    """This rank's part of a gradient, as real numbers."""
     grad = local_slot(param, grad)[1] if is_dtensor(param) else grad
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
 def _sum_on_device(values: Sequence[float | Tensor]) -> float | Tensor:
-    """Their sum, on the device of the first that lies on one."""
+    """The sum, on the device of the first tensor."""
     on_device = [value for value in values if isinstance(value, Tensor)]
     total = sum((value for value in values if not isinstance(value, Tensor)), start=0.0)
     return sum((value.to(on_device[0].device) for value in on_device), start=total)
 
 
 def _sum_abs(tensors: list[Tensor]) -> float | Tensor:
-    """The sum of the absolute values of tensors of one device, in double precision; a tensor where it lies on a GPU.
+    """The sum of the absolute values of tensors on one device, in double precision; a tensor on a GPU.
 
-    torch's norm on the CPU adds float32 one by one, and is wrong by 2 % at 16 million elements.
+    torch's norm on the CPU accumulates in float32, with an error of 2 % at 16 million elements.
     """
     if tensors[0].device.type == "cpu":
         return fused_cpu.sum_abs(tensors)

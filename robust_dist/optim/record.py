@@ -1,11 +1,9 @@
 """A record of a step's tensors and settings, so that the next step with the same ones need not collect them again.
 
-It is validated at each step, in C's loops.
-
-A record holds for the param groups, settings, parameters and states that it was made of. A step asks whether they are
-the same objects, and whether parameters and state lie where they lay: a swapped `.data`, FSDP2's swap, loaded state, a
-group that was added, a gradient that is None again, another dtype or layout all make it step anew. It holds no
-gradients, and no tensor that the optimizer has forgotten for longer than to the next step.
+A record is valid for the param groups, settings, parameters and states from which it was made. Each step checks, in
+loops that run in C, that they are the same objects and that parameters and state have the same addresses: a swapped
+`.data`, FSDP2's swap, loaded state, an added group, a gradient that is None again, or another dtype or layout lead to
+a full step. A record keeps no gradients alive, and a tensor that the optimizer has dropped only until the next step.
 """
 
 from array import array
@@ -24,8 +22,8 @@ from robust_dist.optim.counting import count_of, value_of, views
 from robust_dist.optim.settings import DEFAULTS, OPTIONS, Hyper
 from robust_dist.optim.state import STEP, all_plain, is_dtensor, local_columns
 
-ROWS = 1 << 15  # of all records that are kept
-TRIES = 4  # records of the same parameters that did not hold once, until no more are made
+ROWS = 1 << 15  # parameters in all records together
+TRIES = 4  # records of the same parameters that were never valid again, before no more are made
 
 _grad, _local, _layout = map(attrgetter, ("grad", "_local_tensor", "_spec"))
 _params = itemgetter("params")
@@ -38,14 +36,14 @@ def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A test of as many tensors: of these classes, dtypes, devices, shapes and strides, none of them lazy."""
+    """A test whether as many tensors have these classes, dtypes, devices, shapes and strides, and none is lazy."""
     try:
         from torch._C._dynamo.guards import TensorGuards
 
         check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         if check(*tensors):
             return check
-    except (ImportError, TypeError, AttributeError):  # no public interface: another release may lack it
+    except (ImportError, TypeError, AttributeError):  # not a public interface: another release may lack it
         pass
     kept = list(map(_kind, tensors))
     return lambda *found: list(map(_kind, found)) == kept
@@ -58,9 +56,9 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class _HostCount:
-    """The step counts of a record's parameters where the host counts them: in one array that the state's tensors view.
+    """The step counts of a record's parameters on the host, in one array of which the state's tensors are views.
 
-    A count that someone has written into a tensor of the state is found in the array.
+    A count that somebody writes into a tensor of the state thus appears in the array.
     """
 
     def __init__(self, states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> None:
@@ -73,27 +71,27 @@ class _HostCount:
         self.expected = self.words.tobytes()
 
     def next(self) -> list[float] | None:
-        """The next count of each group; None where something else has counted."""
+        """The next count of each group; None if the counts were changed elsewhere."""
         if self.words.tobytes() != self.expected:
             return None
         return [count_of(self.words[first]) + 1.0 if first < end else 0.0 for first, end in self.spans]
 
     def advance(self, counts: Sequence[float]) -> None:
-        """Write the counts of a step that was made."""
+        """Write the counts of a step that was taken."""
         for (first, end), count in zip(self.spans, counts, strict=True):
             self.words[first:end] = array("f", [value_of(count)]) * (end - first)
         self.expected = self.words.tobytes()
 
 
 class Record:
-    """The tensors of a step, and how they are stepped again.
+    """The tensors of a step, and how to step them again.
 
     Args:
-        optimizer: Whose `state` and `param_groups` it is of; not kept.
-        params: The parameters with a gradient, of one group after the other.
-        sizes: How many of them each group has.
+        optimizer: The optimizer with their `state` and `param_groups`; not kept.
+        params: The parameters with a gradient, one group after the other.
+        sizes: The number of them in each group.
         prepared: Steps them.
-        counts_on_host: Whether the host counts their steps.
+        counts_on_host: Whether their step counts are on the host.
     """
 
     def __init__(
@@ -125,7 +123,7 @@ class Record:
         return list(map(_local, grads))
 
     def _addresses(self) -> "array[int]":
-        """The addresses of the parameters and all of their state."""
+        """The addresses of the parameters and all their state."""
         if not self.sharded:
             return addresses(self.tensors)
         width, values = len(self.columns), self.contents.values
@@ -134,7 +132,7 @@ class Record:
         return addresses([*map(_local, self.params), *_flat(local)])
 
     def grads(self, optimizer: Any) -> list[Tensor] | None:
-        """The local gradients where all else is as it was; else None."""
+        """The local gradients if the record is valid; else None."""
         groups, state = optimizer.param_groups, optimizer.state
         if len(groups) != len(self.groups) or not same(groups, self.groups):
             return None
@@ -149,14 +147,14 @@ class Record:
             grads = self._local_grads(list(map(_grad, self.params)))
             if not self.guard(*grads) or any(grad is not None for grad in map(_grad, self.absent)):
                 return None
-        except (TypeError, AttributeError, RuntimeError):  # no tensor, none with memory, or none of that layout
+        except (TypeError, AttributeError, RuntimeError):  # not a tensor, no memory, or another layout
             return None
         return grads
 
     def step(
         self, grads: list[Tensor], hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> bool:
-        """Step again; False, and nothing done, where that is not possible."""
+        """Step again; False, without any change, if that is not possible."""
         if self.count is None:
             return self.prepared.run(grads, hypers, grad_scale, found_inf, [])
         counts = self.count.next()
@@ -170,7 +168,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Found:
-    """A record that holds for the step that comes, with its gradients.
+    """A record that is valid for the coming step, with its gradients.
 
     Attributes:
         record: The record.
@@ -186,12 +184,12 @@ class Found:
         return self.record.params
 
     def sum_abs(self) -> float | Tensor | None:
-        """The sum of the absolute values of the local gradients; None where there is no fast way."""
+        """The sum of the absolute values of the local gradients; None if there is no fast way."""
         return self.record.prepared.sum_abs(self.grads)
 
 
 class Records:
-    """The records of an optimizer: ZeRO-3 steps one part after the other, and which have gradients may change."""
+    """The records of an optimizer: ZeRO-3 steps one part after the other, and the set of gradients may change."""
 
     def __init__(self) -> None:
         self._last: Record | None = None
@@ -199,7 +197,7 @@ class Records:
         self._tries: dict[Hashable, int] = {}
 
     def find(self, optimizer: Any) -> Found | None:
-        """A record that holds; None where there is none."""
+        """A valid record, or None."""
         if not self._kept:
             return None
         record, grads = self._last, None if self._last is None else self._last.grads(optimizer)
@@ -209,7 +207,7 @@ class Records:
         return None if record is None or grads is None else Found(record, grads)
 
     def step(self, found: Found, hypers: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Step by a record; False, and nothing done, where that is not possible."""
+        """Step with a record; False, without any change, if that is not possible."""
         record = found.record
         if not record.step(found.grads, hypers, grad_scale, found_inf):
             return False
@@ -217,13 +215,13 @@ class Records:
         return True
 
     def add(self, optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Groups) -> None:
-        """Keep a record of a step that `backend` has just made, if its tensors allow one and it is worth it.
+        """Keep a record of a step that `backend` has just taken, if its tensors allow it and it is worthwhile.
 
         Args:
-            optimizer: Whose step it was.
-            backend: What stepped all of its groups.
-            memory: What that backend keeps between the steps.
-            groups: What was stepped, one for each param group.
+            optimizer: The optimizer that stepped.
+            backend: The backend of all its groups.
+            memory: What that backend keeps between steps.
+            groups: The tensors and settings of each param group.
         """
         key = _key(optimizer)
         before = self._kept.pop(key, None)
@@ -232,7 +230,7 @@ class Records:
         made = _record(optimizer, backend, memory, groups) if self._tries[key] <= TRIES else None
         if made is None:
             return
-        # What the optimizer has forgotten is not kept alive here.
+        # Do not keep alive what the optimizer has dropped.
         self._kept = {k: kept for k, kept in self._kept.items() if kept.params[0] in optimizer.state}
         while self._kept and sum(len(kept.params) for kept in self._kept.values()) + len(made.params) > ROWS:
             del self._kept[next(iter(self._kept))]
@@ -243,7 +241,7 @@ def _record(optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Gr
     params = [param for lists, _ in groups for param in lists.params]
     if backend.prepare is None or not _can_record(params, [optimizer.state[param] for param in params]):
         return None
-    # Preparing would redistribute them once more, and no record holds for gradients of another layout.
+    # Preparing would redistribute them once more, and no record is valid for gradients of another layout.
     if not all_plain(params) and local_columns(params, list(map(_grad, params))) is None:
         return None
     prepared = backend.prepare(memory, groups)
@@ -252,7 +250,7 @@ def _record(optimizer: Any, backend: Backend, memory: dict[Any, Any], groups: Gr
     sizes = [len(lists.params) for lists, _ in groups]
     try:
         return Record(optimizer, params, sizes, prepared, counts_on_host=backend.step_on_device is None)
-    except (TypeError, AttributeError, RuntimeError):  # gradients of a kind that a record cannot tell apart
+    except (TypeError, AttributeError, RuntimeError):  # gradients of a kind that a record cannot distinguish
         return None
 
 
@@ -262,7 +260,7 @@ def _key(optimizer: Any) -> Hashable:
 
 
 def _can_record(params: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a record can tell that these have changed: all plain or all DTensors, with state of the same names."""
+    """Whether a record can detect changes of these: all plain or all DTensors, with the same state keys."""
     if not params or not (all_plain(params) or all(map(is_dtensor, params))):
         return False
     names = list(states[0])

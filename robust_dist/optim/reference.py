@@ -1,8 +1,8 @@
-"""The paper's update, written as the paper writes it; the fast backends are tested against this file.
+"""The paper's update in the paper's notation; the fast backends are tested against this file.
 
 Source: Noguchi and Yamauchi, "Proposal of a robust and accurate deep learning method for hyperparameters".
-The paper prints "if gamma_t > 4". gamma_t never exceeds 1, and eq. 13 is real only for rho_t > 4, which is
-RAdam's own condition, so the test is read as rho_t > 4. With beta2 = 0.999 it first holds at t = 5.
+The paper prints the condition as "gamma_t > 4". gamma_t never exceeds 1, and eq. 13 is real only for rho_t > 4, which
+is also RAdam's condition, so it is read as rho_t > 4. With beta2 = 0.999 it first holds at t = 5.
 """
 
 import math
@@ -36,10 +36,10 @@ def rectification(step: float, beta2: float, threshold: float = PAPER_THRESHOLD)
     Args:
         step: The step t = 1, 2, ...
         beta2: Decay of the second moment, 0 <= beta2 < 1.
-        threshold: The update is rectified where rho_t is greater than this; at least 4.
+        threshold: The update is rectified if rho_t is greater than this; at least 4.
 
     Returns:
-        gamma_t, or None where the step is not rectified (eq. 20). For beta2 <= 0.6, rho_inf <= 4 and no step is.
+        gamma_t, or None if the step is not rectified (eq. 20), as always for beta2 <= 0.6, where rho_inf <= 4.
     """
     longest = rho_inf(beta2)
     if longest <= max(threshold, PAPER_THRESHOLD):
@@ -52,14 +52,14 @@ def rectification(step: float, beta2: float, threshold: float = PAPER_THRESHOLD)
 
 
 def _one_minus_ratio(x: Tensor) -> Tensor:
-    # 1 - x / expm1(x) cancels for small x, which float32 cannot afford: its Bernoulli series takes over there
+    # 1 - x / expm1(x) cancels for small x, too much for float32: use its Bernoulli series there
     square = x * x
     series = x / 2 - square * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
     return torch.where(x < 0.25, series, 1.0 - x / torch.expm1(x))
 
 
 def tensor_rectification(step: Tensor, beta2: float, threshold: float = PAPER_THRESHOLD) -> tuple[Tensor, Tensor]:
-    """Eq. 13 on tensors, without reading their values; accurate in float32 too.
+    """Eq. 13 on tensors, without synchronising; accurate in float32 too.
 
     With x = -t log(beta2), eq. 12 reads rho_t = (rho_inf + 2 / log(beta2)) + (2 / -log(beta2)) (1 - x / (e^x - 1)).
 
@@ -69,7 +69,7 @@ def tensor_rectification(step: Tensor, beta2: float, threshold: float = PAPER_TH
         threshold: The update is rectified where rho_t is greater than this; at least 4.
 
     Returns:
-        gamma_t (1 where not rectified), of the shape and dtype of `step`, and a bool tensor: rectified or not.
+        gamma_t (1 where not rectified), with the shape and dtype of `step`, and a bool tensor: whether it is rectified.
     """
     longest = rho_inf(beta2)
     if longest <= max(threshold, PAPER_THRESHOLD):
@@ -98,18 +98,18 @@ def reference_step(
     """One step of one tensor: eq. 6, 16, 8, 9, then 19 or 20.
 
     Args:
-        param: theta_{t-1}, of any floating dtype; float64 for comparisons.
-        grad: g_t, of the same shape.
+        param: theta_{t-1}, any floating dtype; use float64 for comparisons.
+        grad: g_t, same shape.
         exp_avg: m_{t-1}, zeros before the first step.
         exp_avg_sq: v_{t-1}, zeros before the first step.
         step: t = 1, 2, ...
         lr: eta, after the schedule.
         betas: (beta1, beta2).
-        eps: Added to v at every step, and once more under the root.
+        eps: Added to v at every step, and again under the root.
         weight_decay: lambda.
 
     Returns:
-        New tensors (theta_t, m_t, v_t); the arguments are left alone.
+        New tensors (theta_t, m_t, v_t); the arguments are not modified.
     """
     beta1, beta2 = betas
     m = beta1 * exp_avg + (1 - beta1) * grad  # eq. 6
@@ -139,10 +139,10 @@ def reference_averaged_step(
     """One step with schedule-free averaging, as averaging.py describes it.
 
     Args:
-        y: Weights at which `grad` was taken.
-        z: Fast weights; y before the first step.
+        y: Weights at which `grad` was computed.
+        z: Fast weights; equal to y before the first step.
         grad: g_t.
-        exp_avg: m_{t-1}; only eq. 16 needs it.
+        exp_avg: m_{t-1}; only used in eq. 16.
         exp_avg_sq: v_{t-1}.
         step: t = 1, 2, ...
         weight_sum: w_1 + ... + w_{t-1}.
@@ -152,7 +152,7 @@ def reference_averaged_step(
         weight_decay: lambda.
 
     Returns:
-        New (y, z, m, v), and the sum of the weights with w_t.
+        New (y, z, m, v), and the sum of the weights up to w_t.
     """
     beta1, beta2 = betas
     m = beta1 * exp_avg + (1 - beta1) * grad  # eq. 6
@@ -172,13 +172,13 @@ def reference_averaged_step(
 def reference_rate(
     gradients: Sequence[float], losses: Sequence[float], *, lr: float, guard: float, constant: float = 4.0
 ) -> float:
-    """The learning rate of a guarded step, as rate.py has it.
+    """The learning rate of a step with `rate_guard` (rate.py).
 
     Args:
         gradients: sum|g| of steps 1 to t.
-        losses: Their losses, less the targets' entropy.
-        lr: The one that was given.
-        guard: The factor by which the rate may differ from it; at 1 `lr` has no part.
+        losses: The losses of these steps, minus the entropy of the targets.
+        lr: The configured learning rate.
+        guard: The factor by which the rate may differ from `lr`; 1 ignores `lr`.
         constant: c.
     """
     mean_gradient = mean_loss = 0.0

@@ -1,21 +1,21 @@
-"""Stochastic rounding to bfloat16 with keyed bits: reproducible, and alike on every backend and device.
+"""Stochastic rounding to bfloat16 with keyed bits: reproducible, and identical on every backend and device.
 
 The 32 bits of an element are a function of (seed, step, place of its parameter, index of the element):
 
-    key = splitmix64's bits of (seed, step, place), as `robust_dist.augment.sample_keys` makes them
+    key = splitmix64's bits of (seed, step, place), computed like `robust_dist.augment.sample_keys`
     x = low 32 bits of index + low 32 bits of key
     x = (x ^ (x >> 16)) * 0x7feb352d
     x = x ^ high 32 bits of key ^ (high 32 bits of index) * 0x9e3779b9
     x = (x ^ (x >> 15)) * 0x846ca68b
     bits = x ^ (x >> 16)
 
-all modulo 2^32. A parameter takes the low 16 of them, its exp_avg the high 16. They are added to the float32's own
-bits, of which the upper half is kept: a value goes up with the probability of its place between its two neighbours.
+all modulo 2^32. A parameter uses the low 16 of them, its exp_avg the high 16. They are added to the bits of the
+float32, whose upper half is kept: the probability of rounding up is the relative distance to the lower neighbour.
 
-`place` counts the optimizer's parameters over all groups, from 0. `index` counts the elements in the order of memory
-where a parameter lies there without gaps (contiguous, channels_last), else row by row. Of a DTensor it counts from
-the place of the local tensor's first element in the whole one, so that sharding along the first dimension (FSDP2)
-changes no bit; flat shards (FSDP1, ZeRO) and other dimensions count on from there, so that the bits depend on the cut.
+`place` counts the optimizer's parameters over all groups, from 0. `index` counts the elements in memory order if the
+parameter has no gaps in memory (contiguous, channels_last), otherwise in row-major order. For a DTensor it starts at
+the index of the local tensor's first element in the whole tensor, so sharding along the first dimension (FSDP2) does
+not change the bits. With flat shards (FSDP1, ZeRO) and other dimensions the bits depend on how the tensor is split.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def tensor_keys(seed: int, step: int | Tensor, places: Tensor) -> Tensor:
     """One key per tensor.
 
     Args:
-        seed: Of the group.
-        step: The step count of all, or one each: [n] of any real dtype.
+        seed: The group's seed.
+        step: The step count of all tensors, or one count per tensor: [n], any real dtype.
         places: int64 [n], on the device of `step`.
 
     Returns:
@@ -53,11 +53,11 @@ def random_bits(key: int | Tensor, indices: Tensor) -> Tensor:
     """32 random bits for each element.
 
     Args:
-        key: Of the tensor, an int or 0-d int64, from `tensor_keys`.
-        indices: int64, the elements' indices.
+        key: The tensor's key from `tensor_keys`, an int or 0-d int64.
+        indices: Indices of the elements, int64.
 
     Returns:
-        int64 of the shape of `indices`, in [0, 2^32).
+        int64 with the shape of `indices`, in [0, 2^32).
     """
     x = ((indices & _WORD) + (key & _WORD)) & _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
@@ -67,12 +67,12 @@ def random_bits(key: int | Tensor, indices: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, bits: Tensor, half: int) -> Tensor:
-    """float32 values as bfloat16, up or down by chance; what bfloat16 has exactly, and what is not finite, stays.
+    """Round float32 values to bfloat16, randomly up or down; exact and non-finite values are unchanged.
 
     Args:
         values: float32.
-        bits: From `random_bits`, of the same shape.
-        half: `LOW` or `HIGH`, the 16 bits to take.
+        bits: From `random_bits`, same shape.
+        half: `LOW` or `HIGH`, the 16 bits to use.
     """
     pattern = values.view(torch.int32) + ((bits >> half) & 0xFFFF).to(torch.int32)
     rounded = (pattern & -0x10000).view(torch.float32)
@@ -80,10 +80,10 @@ def round_stochastically(values: Tensor, bits: Tensor, half: int) -> Tensor:
 
 
 def indices(param: Tensor, first: int) -> Tensor:
-    """int64 of the parameter's shape: the index of each element, counted from `first` as the module's head says."""
+    """The index of each element, counted from `first` (see the module's docstring): int64 of the parameter's shape."""
     numel = param.numel()
     if torch.compiler.is_compiling():
-        # Inductor folds what is computed from an arange into indices, whose integers do not wrap at 64 bits.
+        # Inductor turns arithmetic on an arange into index expressions, whose integers do not wrap at 64 bits.
         row = torch.ones(numel, dtype=torch.int64, device=param.device).cumsum(0) + (first - 1)
     else:
         row = torch.arange(first, first + numel, dtype=torch.int64, device=param.device)
@@ -93,10 +93,10 @@ def indices(param: Tensor, first: int) -> Tensor:
 
 
 class Rounder:
-    """Stores a batch's results: values as they are, or rounded stochastically to bfloat16.
+    """Prepares a batch's results for storing: unchanged, or rounded stochastically to bfloat16.
 
     Args:
-        batch: The batch; nothing is rounded here where it has no `origins`.
+        batch: The batch; nothing is rounded if it has no `origins`.
         h: Its settings.
     """
 
@@ -105,7 +105,7 @@ class Rounder:
         self._keys = _keys(batch, h) if batch.origins else None
 
     def param(self, index: int, value: Tensor) -> Tensor:
-        """The new value of a parameter, to be copied into it; what has a master goes to the nearest."""
+        """The new value of a parameter, to be copied into it; with a master, copying rounds to nearest."""
         return value if self._batch.masters else self._rounded(index, value, self._batch.params[index], LOW)
 
     def exp_avg(self, index: int, value: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Rounder:
 
 
 def host_keys(origins: Sequence[tuple[int, int]], step: float, h: Hyper) -> list[int]:
-    """`tensor_keys` of a batch whose step the host knows."""
+    """`tensor_keys` of a batch whose step count is on the host."""
     return tensor_keys(h.seed, int(step), torch.tensor([place for place, _ in origins])).tolist()
 
 
@@ -128,6 +128,6 @@ def _keys(batch: TensorLists, h: Hyper) -> list[int] | tuple[Tensor, ...]:
     if batch.step is not None:
         return host_keys(batch.origins, batch.step, h)
     steps = counts_of(torch.stack(batch.steps))
-    # Not torch.tensor(places): a copy from the host, which a captured graph cannot have.
+    # Not torch.tensor(places): a captured graph cannot contain a copy from the host.
     rows = [torch.full((), place, dtype=torch.int64, device=steps.device) for place, _ in batch.origins]
     return tensor_keys(h.seed, steps, torch.stack(rows)).unbind()

@@ -1,7 +1,9 @@
-"""The optimizer's settings: their names in a param group, their defaults, and what they may be."""
+"""The optimizer's settings: their names in a param group, their defaults and their ranges."""
 
 import math
-from collections.abc import Mapping, MutableMapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -32,8 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 
-# In a group only where they differ from these defaults: DCP loads a checkpoint only into groups of the very same keys,
-# and those of older releases have none of them. Read them with `option`.
+# In a group only if they differ from these defaults: DCP loads a checkpoint only into groups with exactly the same
+# keys, and checkpoints of older releases have none of these. Read them with `option`.
 OPTIONS: dict[str, Any] = {
     "master_weights": False,
     "exp_avg_dtype": None,
@@ -45,10 +47,10 @@ OPTIONS: dict[str, Any] = {
     "decay_by_rate": True,
 }
 SCHEDULE_FREE = "schedule_free"
-# Kept in a group of `averaging` or `rate_guard`: whether it holds the trained weights, and what rate.py has measured.
+# In groups with `averaging` or `rate_guard`: whether it holds the trained weights, and the measurements of rate.py.
 TRAINS = "train_mode"
 MEASURED = ("rate_mean_gradient", "rate_mean_loss", "rate_smallest")
-# The averages' weights are in a table of some 40 / (1 - beta2) steps (averaging.py).
+# averaging.py keeps a table of about 50 / (1 - beta2) entries.
 LARGEST_BETA2 = 0.9999
 
 
@@ -62,18 +64,18 @@ class Hyper:
     """The numbers of one param group that the arithmetic needs.
 
     Attributes:
-        lr: Learning rate after the schedule; a tensor is read where the step runs.
+        lr: Learning rate after the schedule; a tensor is read on the device that steps.
         weight_decay: Decoupled weight decay, multiplied by `lr`.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: The paper's eps.
-        rectify_threshold: Rectified where rho_t is greater than this.
+        rectify_threshold: The update is rectified if rho_t is greater than this.
         eps_placement: One of `EPS_PLACEMENTS`.
         accumulate_eps: Whether eps is added to the second moment at every step, as in eq. 16.
-        maximize: Whether the gradient's sign is turned.
-        stochastic_rounding: Whether what is stored in bfloat16 without a master is rounded as rounding.py says.
-        seed: Of its bits.
-        averaging: Whether the weights are averaged as averaging.py says.
+        maximize: Whether the gradient's sign is flipped.
+        stochastic_rounding: Whether bfloat16 values without a master are rounded stochastically (rounding.py).
+        seed: Seed of stochastic rounding.
+        averaging: Whether the weights are averaged (averaging.py).
         decay_by_rate: Whether `weight_decay` is multiplied by `lr`.
     """
 
@@ -98,7 +100,7 @@ class Hyper:
 
 
 def hyper(group: Mapping[str, Any], lr: float | Tensor | None = None) -> Hyper:
-    """The arithmetic's settings of a param group, with the rate that rate.py has measured where one is given."""
+    """The numbers of a param group that the arithmetic needs; `lr` replaces the group's own if it is given."""
     beta1, beta2 = group["betas"]
     return Hyper(
         lr=group["lr"] if lr is None else lr,
@@ -157,7 +159,7 @@ def _check_flags(group: Mapping[str, Any]) -> None:
 
 
 def _as_dtype(value: Any) -> Any:
-    """A dtype where its name is given; anything else as it is."""
+    """Convert a dtype's name to the dtype; return anything else unchanged."""
     if isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), value)
         return found if isinstance(found, torch.dtype) else value
@@ -170,14 +172,14 @@ def exp_avg_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _plain(value: Any) -> Any:
-    """A number as Python's own; bools, tensors and what is no number as they are."""
+    """Convert other numbers (NumPy's) to float; return Python numbers and anything else unchanged."""
     return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 
 def make_plain(group: MutableMapping[str, Any]) -> None:
-    """Rewrite settings that have passed `check_group` so that JSON and torch's full state dicts can take the group.
+    """Rewrite the settings of a checked group in types that JSON and torch's full state dicts accept.
 
-    Those refuse a torch.dtype and the numbers of NumPy, which a constructor's call or an older checkpoint may bring.
+    They reject torch.dtype and NumPy numbers, which may come from a caller or an older checkpoint.
     """
     if option(group, "averaging") is not None:
         group.setdefault(TRAINS, True)
@@ -208,6 +210,11 @@ def _check_rate(group: Mapping[str, Any]) -> None:
     constant = option(group, "rate_constant")
     if not (0.0 < _number("rate_constant", constant) < math.inf):
         raise ValueError(f"rate_constant must be a finite number above 0, got {constant!r}")
+    if not option(group, "decay_by_rate") and not isinstance(decay := group["weight_decay"], Tensor) and decay > 1.0:
+        raise ValueError(
+            f"weight_decay={decay!r} with decay_by_rate=False is the share that each step takes off: it must be at "
+            "most 1, and is about 3 / total_steps"
+        )
     if guard is not None and group["maximize"]:
         raise ValueError(f"rate_guard={guard!r} measures a loss that falls; it does not support maximize=True")
 
@@ -242,10 +249,10 @@ def _check_backend(group: Mapping[str, Any]) -> None:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Check a param group's settings before anything is done with them.
+    """Check a param group's settings.
 
     Raises:
-        ValueError: A setting is out of its range, or two settings exclude each other.
+        ValueError: A setting is out of range, or two settings exclude each other.
         TypeError: A setting has the wrong type.
     """
     _check_number_or_tensor("lr", group["lr"])
@@ -260,3 +267,44 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_flags(group)
     _check_options(group)
     _check_backend(group)
+
+
+def check_constant(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a `rate_constant` where no group measures a rate.
+
+    Raises:
+        ValueError: It would have no effect.
+    """
+    groups = list(groups)
+    wrong = [c for group in groups if (c := option(group, "rate_constant")) != OPTIONS["rate_constant"]]
+    if wrong and all(option(group, "rate_guard") is None for group in groups):
+        raise ValueError(f"rate_constant={wrong[0]!r} has no effect without rate_guard: give both, or leave it out")
+
+
+@contextmanager
+def telling_of_switches(optimizer: Any) -> Iterator[None]:
+    """Warn, at the end of a load, of `averaging` and `rate_guard` that it has changed; of nested ones the outermost."""
+    if optimizer.__dict__.get("_is_loading"):
+        yield
+        return
+    names = ("averaging", "rate_guard")
+    before = [{name: option(group, name) for name in names} for group in optimizer.param_groups]
+    optimizer._is_loading = True
+    try:
+        yield
+    finally:
+        del optimizer._is_loading
+    after = [{name: option(group, name) for name in names} for group in optimizer.param_groups]
+    pairs = list(zip(before, after, strict=False))
+    for name in names:
+        changed = next(((old[name], new[name]) for old, new in pairs if old[name] != new[name]), None)
+        if changed is not None:
+            warnings.warn(_switched(name, *changed), UserWarning, stacklevel=4)
+
+
+def _switched(name: str, old: Any, new: Any) -> str:
+    return (
+        f"the loaded state has {name}={new!r}, which holds from here on, as a state brings its groups' settings: this "
+        f"optimizer was made with {name}={old!r}. Make it with {name}={new!r} to go on with that run; to train with "
+        f"{name}={old!r}, load the model's weights alone, and leave the optimizer as it is made"
+    )

@@ -1,4 +1,4 @@
-"""One tensor at a time, out of place: the backend of differentiable steps and of foreach=False."""
+"""One tensor at a time, out of place: the backend for differentiable steps and foreach=False."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from robust_dist.optim.tensors import TensorLists
 
 
 def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
-    """Eq. 6 and 16; g_t - m_t is computed as beta1 (g_t - m_{t-1}), the same without cancellation."""
+    """Eq. 6 and 16; g_t - m_t is computed as beta1 (g_t - m_{t-1}), which avoids cancellation."""
     belief = grad - exp_avg
     m = torch.lerp(exp_avg, grad, 1.0 - h.beta1)
     v = h.beta2 * exp_avg_sq + ((1.0 - h.beta2) * h.beta1 * h.beta1) * belief * belief + h.added_eps
@@ -27,14 +27,14 @@ def moved(param: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
 def averaged(
     y: Tensor, z: Tensor, grad: Tensor, root: Tensor | None, size: float | Tensor, fade: float | Tensor, by: tuple
 ) -> tuple[Tensor, Tensor]:
-    """The new y and z of averaging.py; `root` is what the gradient is divided by, and `by` is (mix, push)."""
+    """The new y and z of averaging.py; `root` is the gradient's denominator, and `by` is (mix, push)."""
     mix, push = by
     move = size * (grad if root is None else grad / root) + fade * y
     return y + mix * (z - y) + push * move, z - move
 
 
 def true_grad(batch: TensorLists, index: int, h: Hyper) -> Tensor:
-    """The gradient in the arithmetic's dtype, unscaled and of the right sign."""
+    """The gradient in the dtype of the arithmetic, unscaled, with the sign of `maximize`."""
     grad = batch.grads[index].to(batch.exp_avg_sqs[index].dtype)
     if batch.inverse_scale is not None:
         grad = grad * batch.inverse_scale.to(grad.device)
@@ -44,10 +44,10 @@ def true_grad(batch: TensorLists, index: int, h: Hyper) -> Tensor:
 def differentiable_step(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, h: Hyper
 ) -> tuple[Tensor, Tensor]:
-    """Step `param` in place on autograd's tape, gradients flowing to lr and weight_decay tensors too.
+    """Step `param` in place with autograd recording, including gradients for lr and weight_decay tensors.
 
     Returns:
-        The new moments; the old ones are left alone, since the backward pass may need them.
+        The new moments; the old ones are not modified, since the backward pass may need them.
     """
     grad = -grad if h.maximize else grad
     m, v = moments(grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, h)
@@ -107,7 +107,7 @@ def _device_step(batch: TensorLists, h: Hyper) -> None:
 
 
 def single(batch: TensorLists, h: Hyper) -> None:
-    """Step every tensor of the batch by itself."""
+    """Step the batch one tensor at a time."""
     if batch.step is None:
         _device_step(batch, h)
     else:

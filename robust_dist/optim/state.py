@@ -1,4 +1,4 @@
-"""The state of a parameter: made key by key, kept in float32 or better, sharded as its parameter is."""
+"""The state of a parameter: created key by key, at least float32, sharded like its parameter."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,19 +22,19 @@ MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's moments: its own, but float32 (complex64) at the least."""
+    """The dtype of a parameter's moments: its own, but at least float32 (complex64)."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def _moment_dtype(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which a group's settings keep a moment of this parameter."""
+    """The dtype of a parameter's moment under its group's settings."""
     wide = state_dtype(param)
     low = exp_avg_dtype(group) if key == EXP_AVG and wide is torch.float32 else None
     return low or wide
 
 
 def _are_of_their_dtypes(moments: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Whether each has its parameter's `state_dtype`."""
+    """Whether each moment has its parameter's `state_dtype`."""
     found, wanted = {*map(_dtype, moments)}, {*map(_dtype, params)}
     if len(found) == len(wanted) == 1:
         return found == {torch.promote_types(next(iter(wanted)), torch.float32)}
@@ -42,7 +42,7 @@ def _are_of_their_dtypes(moments: Sequence[Tensor], params: Sequence[Tensor]) ->
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none is of a class of its own, as a DTensor is."""
+    """Whether all are plain tensors or parameters, not subclasses such as DTensor."""
     if torch.compiler.is_compiling():
         # torch 2.6 cannot trace a set of classes.
         return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
@@ -50,7 +50,7 @@ def all_plain(tensors: Iterable[Tensor]) -> bool:
 
 
 def is_fake(tensor: Any) -> bool:
-    """Whether this is a FakeTensor, or a DTensor of one: it has a shape, but neither memory nor values."""
+    """Whether this is a FakeTensor or a DTensor of one, which has neither memory nor values."""
     local = tensor._local_tensor if is_dtensor(tensor) else tensor
     if type(local) is Tensor or type(local) is torch.nn.Parameter:
         return False
@@ -59,11 +59,11 @@ def is_fake(tensor: Any) -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; does not import torch.distributed.tensor, which is slow."""
+    """Whether this is a DTensor; avoids importing torch.distributed.tensor, which is slow."""
     if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
     if torch.compiler.is_compiling():
-        # Dynamo does not trace a look into sys.modules.
+        # Dynamo cannot trace an access to sys.modules.
         from torch.distributed.tensor import DTensor
 
         return isinstance(tensor, DTensor)
@@ -72,15 +72,15 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor as it is."""
+    """This rank's part of a DTensor; a plain tensor unchanged."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def _is_placed(tensor: Any, param: Any) -> bool:
-    """Whether a tensor is a DTensor in the layout of this DTensor parameter."""
+    """Whether a tensor is a DTensor with the layout of this DTensor parameter."""
     if type(tensor) is not type(param) and not is_dtensor(tensor):
         return False
-    # The public properties cost more than the comparison itself.
+    # The public properties are slower than the comparison itself.
     found, wanted = tensor._spec, param._spec
     if found is wanted:
         return True
@@ -94,7 +94,7 @@ def _placed_like(tensor: Any, param: Any) -> Any:
 
 
 def _sharing_placements(tensor: Any, param: Any) -> Any:
-    """The same tensor with the parameter's own placements: a comparison is fast only where they are the same."""
+    """The same tensor with the parameter's own placements object, which makes comparisons fast."""
     if not (is_dtensor(param) and _is_placed(tensor, param)):
         return tensor
     placed = type(param).from_local(
@@ -106,13 +106,13 @@ def _sharing_placements(tensor: Any, param: Any) -> Any:
         stride=tensor.stride(),
     )
     if placed._spec == param._spec:
-        # One object for both makes every later comparison a glance.
+        # With one shared object, later comparisons are identity checks.
         placed._spec = param._spec
     return placed
 
 
 def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> list[list[Tensor]] | None:
-    """`local_slot` of many DTensor parameters, a column at a time; None where a gradient has another layout."""
+    """`local_slot` of many DTensor parameters, a column at a time; None if a gradient has another layout."""
     try:
         if not all(map(is_, map(_layout, grads), map(_layout, params))):
             return None
@@ -122,7 +122,7 @@ def local_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> l
 
 
 def traced_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> list[list[Tensor]]:
-    """`local_slot` of DTensors and plain tensors, in what Dynamo can trace: its graph holds the DTensors themselves."""
+    """`local_slot` of DTensors and plain tensors in code that Dynamo can trace, whose graph has the DTensors."""
     columns: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
     for row in zip(params, grads, *moments, strict=True):
         param, grad, *state = row
@@ -136,19 +136,19 @@ def traced_columns(params: list[Any], grads: list[Any], *moments: list[Any]) -> 
 
 
 def local_slot(param: Any, grad: Any, *state: Any) -> tuple[Tensor, ...]:
-    """This rank's local tensors of a DTensor parameter whose state is `complete`.
+    """This rank's local tensors of a DTensor parameter, its gradient and its complete state.
 
-    A gradient sharded otherwise than `param` is redistributed. Without autograd the local tensors are what
-    `to_local()` returns, at a hundredth of its price.
+    A gradient whose sharding differs from that of `param` is redistributed. Without autograd the local tensors are
+    those of `to_local()`, at a hundredth of its cost.
     """
-    # fully_shard gives a parameter and its gradient one and the same layout
+    # fully_shard gives a parameter and its gradient the same layout object
     if type(grad) is not type(param) or (grad._spec is not param._spec and not _is_placed(grad, param)):
         grad = _placed_like(grad, param)
     return param._local_tensor, grad._local_tensor, *(tensor._local_tensor for tensor in state)
 
 
 def first_index(tensor: Any) -> int:
-    """The row-major index, in the whole tensor, of a DTensor's first local element; 0 of a plain or a fake one's."""
+    """The row-major index of a DTensor's first local element in the whole tensor; 0 for a plain or fake tensor."""
     if not is_dtensor(tensor) or is_fake(tensor):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -163,7 +163,7 @@ def first_index(tensor: Any) -> int:
 
 
 def as_step(value: Any, param: Tensor, on_device: bool) -> Tensor:
-    """A step count as this optimizer keeps it: a fresh 0-d float32 tensor, on the parameter's device or the CPU."""
+    """A step count as a new 0-d float32 tensor, on the parameter's device or the CPU."""
     device = param.device if on_device else torch.device("cpu")
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
@@ -178,10 +178,10 @@ def _repair_step(state: dict[str, Any], param: Tensor, on_device: bool) -> None:
 
 
 def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device: bool) -> list[list[Tensor]] | None:
-    """The states' columns (step, exp_avg, exp_avg_sq) where `complete` would find nothing to do; else None.
+    """The columns (step, exp_avg, exp_avg_sq) of the states if `complete` has nothing to do; else None.
 
-    Asked of all at once, which is a fraction of the price of asking one by one. A compiled step, which asks when it is
-    traced alone, asks one by one, in what torch 2.6 can trace.
+    Checking all states together is much cheaper than one by one; a compiled step checks only while it is traced, one
+    by one, in code that torch 2.6 can trace.
     """
     if torch.compiler.is_compiling():
         return None
@@ -193,7 +193,7 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
     devices = {*map(_device, params)} if on_device else {torch.device("cpu")}
     if {*map(type, steps)} != {Tensor} or len(devices) != 1 or {*map(_device, steps)} != devices:
         return None
-    # model.double() and its kind change a parameter's dtype between two steps.
+    # model.double() and the like change a parameter's dtype between two steps.
     if not _are_of_their_dtypes(moments[1], params):
         return None
     if all_plain(params):
@@ -207,29 +207,29 @@ def completed(states: Sequence[dict[str, Any]], params: Sequence[Any], on_device
 
 
 def _cast(value: Tensor, dtype: torch.dtype, param: Tensor) -> Tensor:
-    """State of a parameter whose dtype has changed; widened, it goes on from the very same values."""
+    """Cast the state of a parameter whose dtype has changed; widening is exact."""
     if value.is_complex() != dtype.is_complex:
         raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} is {param.dtype}, and its moments are {value.dtype}: moments of"
-            " real numbers are none of complex ones. Change the model before its optimizer's first step, or delete the"
-            " parameter's entry in optimizer.state, so that its moments start anew"
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}, and its moments are {value.dtype}: moments"
+            " cannot be converted between real and complex. Convert the model before the optimizer's first step, or"
+            " delete the parameter's entry in optimizer.state to reset its moments"
         )
     return value.to(dtype)
 
 
 def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], on_device: bool) -> None:
-    """Make what is missing of a parameter's state, key by key: loaders may have brought a part of it.
+    """Create the missing keys of a parameter's state, which may have been loaded in part.
 
-    Moments follow the parameter's dtype where that has changed, and the group's `exp_avg_dtype`.
+    Moments follow the parameter's dtype, if it has changed, and the group's `exp_avg_dtype`.
 
     Args:
-        state: The parameter's.
+        state: The parameter's state.
         param: The parameter.
         group: Its param group.
-        on_device: Whether its step count is kept on its device; else on the CPU.
+        on_device: Whether the step count is on the parameter's device; else on the CPU.
 
     Raises:
-        RuntimeError: The moments are real and the parameter is complex, or the other way round.
+        RuntimeError: The moments are real and the parameter is complex, or the reverse.
     """
     _repair_step(state, param, on_device)
     for key in MOMENTS:
@@ -246,7 +246,7 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], on_
 
 
 def _complete_z(state: dict[str, Any], param: Tensor) -> None:
-    """The fast weights of averaging, which begin as the trained ones."""
+    """Create the fast weights of averaging as a copy of the trained weights."""
     trained, dtype = state.get(MASTER, param), state_dtype(param)
     if Z not in state:
         state[Z] = _sharing_placements(empty_like(param, dtype).copy_(trained.detach()), param)
@@ -257,7 +257,7 @@ def _complete_z(state: dict[str, Any], param: Tensor) -> None:
 
 
 def has_master(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the group's settings give this parameter a master of higher precision."""
+    """Whether this parameter has a master of higher precision under its group's settings."""
     return option(group, "master_weights") and state_dtype(param) != param.dtype
 
 
@@ -271,8 +271,7 @@ def _complete_master(state: dict[str, Any], param: Tensor, group: Mapping[str, A
         state[MASTER] = _placed_like(state[MASTER], param)
     if wanted:
         return
-    # A master that nobody steps would be wrong later. The parameter of a model that was widened takes its value, but
-    # not in a dry step.
+    # A master that is no longer stepped would become stale. A widened parameter takes its value, except in a dry step.
     if option(group, "master_weights"):
         if float(group["lr"]) == 0.0:
             return
@@ -282,7 +281,7 @@ def _complete_master(state: dict[str, Any], param: Tensor, group: Mapping[str, A
 
 
 def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable: bool) -> None:
-    """Give every parameter a step tensor of its own; loaders bring ints, or one tensor for all."""
+    """Give every parameter its own step tensor; loaded states may have ints, or one tensor for all."""
     for param in params:
         state = states.get(param)
         if state and STEP in state:
@@ -290,7 +289,7 @@ def own_steps(states: Mapping[Tensor, Any], params: Iterable[Tensor], capturable
 
 
 def _restored(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    """A loaded value in this optimizer's dtype; None for what is no floating tensor."""
+    """A loaded value in this optimizer's dtype; None if it is not a floating-point tensor."""
     if key == STEP or not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     kept = key == EXP_AVG and value.dtype == exp_avg_dtype(group)
@@ -298,7 +297,7 @@ def _restored(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> 
 
 
 def _restore(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any]) -> None:
-    # load_state_dict casts floating state to the parameter's dtype; what it was given still has the bits
+    # load_state_dict has cast floating-point state to the parameter's dtype; its argument still has the bits
     for theirs, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
         exact = option(group, "exp_avg_dtype") is None
         for saved_id, param in zip(theirs["params"], group["params"], strict=True):
@@ -313,14 +312,13 @@ def _restore(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any]) -> Non
 def load_exactly(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Run `load(state_dict)` so that the state of bfloat16 and float16 parameters comes back in float32.
+    """Run `load(state_dict)` without losing the dtypes of the state.
 
-    And an exp_avg that the group keeps in bfloat16 comes back so.
+    The state of bfloat16 and float16 parameters is restored in float32, and an exp_avg in its group's `exp_avg_dtype`.
+    Moments of sharded parameters get the parameters' own placements.
 
-    Moments of sharded parameters come back with the parameters' own placements.
-
-    The two hooks live for this call only: hooks do not survive deepcopy or pickle. The first runs after
-    the user's own pre-hooks and so sees what is really loaded; the second before their post-hooks.
+    The two hooks exist only during this call, because hooks do not survive deepcopy or pickle. The first runs after
+    the user's pre-hooks, so it sees what is loaded; the second runs before the user's post-hooks.
     """
     loaded: dict[str, Any] = {}
 

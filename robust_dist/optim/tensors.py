@@ -1,4 +1,4 @@
-"""The one shape in which tensors travel from the param groups to a backend: parallel lists of them."""
+"""`TensorLists`: the parallel lists of tensors that are passed from the param groups to a backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ Origin = tuple[int, int]
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie side by side, contiguous or channels_last."""
+    """Whether the elements fill their memory without gaps, contiguous or channels_last."""
     if tensor.is_contiguous():
         return True
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def can_flatten(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors lie in memory without gaps and in the same order, so that they can be walked as arrays."""
+    """Whether the tensors have no gaps in memory and the same order, so that they can be processed as flat arrays."""
     return is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
@@ -27,24 +27,24 @@ def can_flatten(tensors: tuple[Tensor, ...]) -> bool:
 class TensorLists:
     """Parameters with their gradients and state; all lists are parallel.
 
-    `RAdaBeliefW` gathers the parameters of one group that have a gradient. `batches` cuts them into what a backend's
-    `step` takes: local real tensors of one device, of one combination of dtypes, with one step count.
+    `RAdaBeliefW` collects the parameters of one group that have a gradient. `batches` splits them into what a backend's
+    `step` accepts: real local tensors of one device, one combination of dtypes and one step count.
 
     Attributes:
         params: Parameters, updated in place.
         grads: Gradients as autograd left them (scaled, perhaps of another dtype); never written to.
-        exp_avgs: First moments, float32 or better or bfloat16, updated in place.
-        exp_avg_sqs: Second moments, float32 or better, updated in place; their dtype is that of the arithmetic.
-        steps: 0-d float32 tensors that stand for t of the step that is being done (counting.py).
-        step: In a batch, that t on the host where all of it share it; None where it stays on the device.
+        exp_avgs: First moments, bfloat16 or at least float32, updated in place.
+        exp_avg_sqs: Second moments, at least float32, updated in place; the arithmetic uses their dtype.
+        steps: 0-d float32 tensors that encode t of the current step (counting.py).
+        step: In a batch, the t shared by all its tensors, on the host; None if it stays on the device.
         inverse_scale: In a batch, a 0-d factor that unscales the gradients, or None.
-        found_inf: In a batch without `step`, a 0-d tensor, not 0 where nothing may change; None for never. On the host
-            such a step is skipped before a backend sees it.
-        masters: float32 masters of low-precision parameters, the parameter itself where it has none: the step works
-            on them and writes the rounded parameter, too. Empty where no parameter has one.
-        origins: Where rounding.py's bits of each tensor come from: the place of its parameter in the optimizer, and
-            the index of its first element. Empty where nothing is rounded stochastically.
-        zs: Fast weights of averaging, of the second moments' dtype, updated in place. Empty without averaging.
+        found_inf: In a batch without `step`, a 0-d tensor; the step changes nothing where it is not 0. None for never.
+            On the host such a step is skipped before it reaches a backend.
+        masters: float32 masters of low-precision parameters; the parameter itself where it has none. The step updates
+            the master and also writes the rounded parameter. Empty if no parameter has a master.
+        origins: The inputs of rounding.py for each tensor: the position of its parameter in the optimizer, and the
+            index of its first element. Empty if nothing is rounded stochastically.
+        zs: Fast weights for averaging, in the dtype of the second moments, updated in place. Empty without averaging.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -61,16 +61,16 @@ class TensorLists:
 
     @property
     def columns(self) -> list[list[Tensor]]:
-        """The lists that every backend walks: params, grads, exp_avgs, exp_avg_sqs, then masters and zs if any."""
+        """The lists that every backend uses: params, grads, exp_avgs, exp_avg_sqs, then masters and zs if any."""
         optional = [column for column in (self.masters, self.zs) if column]
         return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, *optional]
 
     def like(self, columns: Sequence[Sequence[Tensor]], origins: Sequence[Origin] = ()) -> "TensorLists":
-        """The same scalars with other tensors, for backends that work piece by piece on the host's `step`.
+        """The same scalars with other tensors, for backends that split a batch.
 
         Args:
-            columns: In the order of `columns`.
-            origins: Of those tensors, where these lists have any.
+            columns: The tensors, in the order of the property `columns`.
+            origins: Their origins, if these lists have any.
         """
         params, grads, m, v, *rest = map(list, columns)
         masters = rest.pop(0) if self.masters else []
@@ -88,10 +88,10 @@ class TensorLists:
         return found
 
     def batches(self, counts: Sequence[float | None]) -> "list[TensorLists]":
-        """The batches that backends step, from lists of local tensors.
+        """Split lists of local tensors into the batches that backends step.
 
         Args:
-            counts: For each parameter, its step count on the host, or None to leave it on the device.
+            counts: The step count of each parameter on the host, or None to leave it on the device.
         """
         if not self.params:
             return []
@@ -107,7 +107,7 @@ class TensorLists:
         return [self._batch(indices, key[-2], key[-1]) for key, indices in found.items()]
 
     def _is_one_batch(self, counts: Sequence[float | None]) -> bool:
-        """Whether all of it is one batch of real tensors; cheaper than sorting them."""
+        """Whether the lists already form one batch of real tensors; cheaper than sorting them."""
         columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)
         if self.masters or len(set(counts)) > 1 or any(len({t.dtype for t in column}) > 1 for column in columns):
             return False
@@ -115,7 +115,7 @@ class TensorLists:
         return not self.params[0].is_complex() and (False not in on_cpu or len({t.device for t in self.params}) == 1)
 
     def _batch(self, indices: Sequence[int], has_masters: bool, count: float | None) -> "TensorLists":
-        """Some rows; complex tensors join as real ones with a last dimension of 2."""
+        """The batch of some rows; complex tensors become real ones with a last dimension of 2."""
         columns = [[column[index] for index in indices] for column in self.columns]
         if columns[0][0].is_complex():
             columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]

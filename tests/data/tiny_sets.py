@@ -144,7 +144,7 @@ def odd_images():
         ),
         "animated.png": (encode(frames[0], "PNG", save_all=True, append_images=frames[1:]), frames[0], 0),
         "turned_by_exif.jpg": (encode(rgb, quality=95, exif=_turned()), rgb, 12),
-        "two_pictures.mpo": (encode(rgb, "MPO", save_all=True, append_images=frames, quality=95), rgb, 12),
+        "two_pictures.mpo": (encode(rgb, "MPO", save_all=True, append_images=frames[:1], quality=95), rgb, 12),
         "with_a_profile.png": (encode(rgb, "PNG", icc_profile=b"any profile" * 20), rgb, 0),
         "plain.bmp": (encode(rgb, "BMP"), rgb, 0),
         "plain.ppm": (encode(rgb, "PPM"), rgb, 0),

@@ -1,6 +1,7 @@
 """User errors give one clear message, on every rank, before the first step."""
 
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_written(run):
     assert contents(run) == before
 
 
-NO_FSDP = "error: FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is NO: Accelerate has no FSDP on CPUs"
+# MULTI_CPU: Accelerate before 1.13.
+NO_FSDP = r"error: FSDP was requested \(ACCELERATE_USE_FSDP=true\), but the engine is (NO|MULTI_CPU): Accelerate"
 MESH = "error: parallelism_config: dp_replicate_size=2 x dp_shard_size=2 is a mesh of 4 ranks, but 2 were launched"
 
 
@@ -130,7 +132,7 @@ def test_an_engine_that_the_machine_or_the_ranks_cannot_be_is_one_message(tmp_pa
     script = [str(ROOT / "launch" / "train.py"), *recipe, "--run_dir", str(tmp_path / "run")]
     code, said = python("-m", "accelerate.commands.accelerate_cli", "launch", *words, *script)
     assert code != 0
-    assert message in said
+    assert re.search(message, said)
     # The launcher's own traceback is there.
     assert "train/build.py" not in said
     assert not (tmp_path / "run").exists()
