@@ -211,11 +211,11 @@ class Fake:
 @pytest.mark.parametrize(
     ("accelerator", "changes", "match"),
     [
-        (Fake(device="cpu"), {}, "with the device cpu: run on a CUDA device, or set cuda_graph=false"),
-        (Fake(DistributedType.MULTI_GPU, 2), {}, r"with 2 rank\(s\) under MULTI_GPU: start one process"),
-        (Fake(DistributedType.FSDP, 1), {}, r"with 1 rank\(s\) under FSDP"),
-        (Fake(DistributedType.DEEPSPEED, 4), {}, r"with 4 rank\(s\) under DEEPSPEED"),
-        (Fake(), {"accumulation": 2}, "with accumulation=2: set accumulation=1 and micro_batch_size=null"),
+        (Fake(device="cpu"), {}, "the device cpu: run on a CUDA device, or set cuda_graph=false"),
+        (Fake(DistributedType.MULTI_GPU, 2), {}, r"2 rank\(s\) under MULTI_GPU: start one process"),
+        (Fake(DistributedType.FSDP, 1), {}, r"1 rank\(s\) under FSDP"),
+        (Fake(DistributedType.DEEPSPEED, 4), {}, r"4 rank\(s\) under DEEPSPEED"),
+        (Fake(), {"accumulation": 2}, "accumulation=2: set accumulation=1 and micro_batch_size=null"),
         (Fake(), {"precision": PrecisionConfig(mixed="fp16")}, "precision.mixed='fp16'.* set precision.mixed=bf16"),
         (Fake(), {"optimizer": OptimizerConfig(name="nag")}, "optimizer.name='nag'.* set RAdaBeliefW"),
     ],
