@@ -35,9 +35,7 @@ def check_graph(accelerator: Accelerator, recipe: Recipe) -> None:
         where, remedy = f"optimizer.name={recipe.optimizer.name!r}, which counts on the host", "set RAdaBeliefW"
     else:
         return
-    raise ValueError(
-        f"cuda_graph=True needs a step that can be captured whole, unlike {where}: {remedy}, or set cuda_graph=false"
-    )
+    raise ValueError(f"cuda_graph=True cannot capture a whole step with {where}: {remedy}, or set cuda_graph=false")
 
 
 class DeviceRates:

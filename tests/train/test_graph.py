@@ -221,7 +221,7 @@ class Fake:
     ],
 )
 def test_what_cannot_be_captured_is_refused_with_setting_value_and_remedy(accelerator, changes, match):
-    with pytest.raises(ValueError, match=f"cuda_graph=True needs a step that can be captured whole, unlike .*{match}"):
+    with pytest.raises(ValueError, match=f"cuda_graph=True cannot capture a whole step with .*{match}"):
         check_graph(accelerator, Recipe(cuda_graph=True, **changes))
     check_graph(accelerator, Recipe(**changes))
 
