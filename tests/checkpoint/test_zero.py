@@ -568,7 +568,7 @@ def test_stage_0_names_come_from_the_sidecar_from_shapes_or_not_at_all(tmp_path)
     with pytest.raises(CheckpointError, match=r"'first.wait' is not a model parameter"):
         read_zero(tmp_path / "out")
     sidecar.write_text("{")
-    with pytest.raises(CheckpointError, match=r"parameters.json: is not"):
+    with pytest.raises(CheckpointError, match=r"parameters.json: does not have"):
         read_zero(tmp_path / "out")
 
 
