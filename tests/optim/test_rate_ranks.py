@@ -140,7 +140,7 @@ def sharded_in_two_ways():
     model = net()
     model[0] = wrapped(model[0], ShardingStrategy.NO_SHARD)
     model = wrapped(model, ShardingStrategy.FULL_SHARD)
-    with pytest.raises(EngineError, match=r"FSDP1 shards parts of it over \[1, 2\] ranks; give all .* one sharding"):
+    with pytest.raises(EngineError, match=r"FSDP1 shards parts of it over \[1, 2\] ranks; give all .* same sharding"):
         check(model, RAdaBeliefW(model.parameters(), **SETTINGS))
     check(model, RAdaBeliefW(model.parameters()))
 

@@ -29,16 +29,16 @@ _NAMES = {
     "optimizer": tuple(inspect.signature(RAdaBeliefW).parameters)[1:],
     "scheduler": _SCHEDULE + schedule.NAMES,
 }
-# What Accelerate or Trainer fill in.
+# The values that Accelerate or Trainer fill in.
 _FILLED = {
     "optimizer": ("lr", "betas", "eps", "weight_decay"),
     "scheduler": ("total_num_steps", "warmup_num_steps", "warmup_min_lr", "warmup_max_lr"),
 }
-# Stands for an open total in checks of what must not exceed it.
+# Stands for an unknown total when checking values that must not exceed it.
 _ANY_TOTAL = 2**62
 
 _DECOUPLED = "RAdaBeliefW's weight decay is always decoupled, as AdamW's: set it to true or leave it out"
-# Parameters of DeepSpeed's and torch's Adams: the values that change nothing here, and what to say of others.
+# Parameters of DeepSpeed's and torch's Adam: the values that have no effect here, and the message for others.
 _NO_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_adam": ((True, False), "set it to true or false, or leave it out"),
     "set_grad_none": ((True, False), "set it to true or false, or leave it out"),
@@ -63,7 +63,7 @@ _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
 def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator[Finding]:
-    """Everything that is wrong with the "params" of a section that names ours; `auto` as `check_config`'s."""
+    """All problems in the "params" of a section that names our class; `auto` as in `check_config`."""
     known: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in params.items():
@@ -87,7 +87,7 @@ def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator
 
 
 def normalized(section: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The params as our classes take them: meaningless ones left out, step counts as whole numbers."""
+    """The params for our classes: those without effect removed, step counts as integers."""
     kept = params if section == "scheduler" else {n: v for n, v in params.items() if n not in _NO_MEANING}
     counts = (*schedule.COUNTS, "total_steps", "warmup_steps", "last_epoch")
     whole = schedule.whole
@@ -163,14 +163,14 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
     """Check a DeepSpeed JSON before `deepspeed.initialize`: our names, parameters and values, and what overrides them.
 
     A JSON that names another optimizer and another scheduler, or none, is left to DeepSpeed. Parameters of DeepSpeed's
-    own optimizers that ask for what RAdaBeliefW does anyway pass (`"torch_adam"`, `"adam_w_mode": true`,
-    `"bias_correction": true`, `"amsgrad": false`), and so do step counts such as 1000.0. With `offload_optimizer` the
-    log says how many threads a rank steps with, as a warning where it is one of many cores. What `averaging` and
-    `rate_guard` do not run with is an error here if the JSON names them, else when the engine starts.
+    optimizers that request what RAdaBeliefW does anyway are accepted (`"torch_adam"`, `"adam_w_mode": true`,
+    `"bias_correction": true`, `"amsgrad": false`), as are step counts such as 1000.0. With `offload_optimizer` the
+    number of threads of a rank's step is logged, as a warning if it is one on a host with many cores. Settings that
+    `averaging` and `rate_guard` do not support are an error here if they are in the JSON, else when the engine starts.
 
     Args:
         config: The JSON as a dict, or the path of its file.
-        auto: Whether somebody (Accelerate, Trainer) will fill in each "auto". DeepSpeed alone does not.
+        auto: Whether Accelerate or Trainer will fill in each "auto". DeepSpeed alone does not.
 
     Raises:
         ValueError: A misspelt or unknown type or parameter, a value of the wrong type or out of its range, an
@@ -187,9 +187,10 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
 
 
 def check_engine_config(engine: Any) -> None:
-    """Check what a starting engine takes by name from its JSON, and normalize the parameters.
+    """Check the sections of its JSON that a starting engine uses, and normalize the parameters.
 
-    What DeepSpeed does not use is not looked at: a section beside a client's object, a scheduler without an optimizer.
+    Sections that DeepSpeed does not use are not checked: those replaced by a client's object, a scheduler without an
+    optimizer.
 
     Raises:
         ValueError: As `check_config`, except for an "auto" in other sections and a client's optimizer.
@@ -230,7 +231,7 @@ def _wrong(setting: str, value: Any, advice: str) -> Finding:
 def _read(path: Path) -> Mapping[str, Any]:
     loaded = read_json(path)
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}; a DeepSpeed JSON is an object")
+        raise ValueError(f"{path} contains a {type(loaded).__name__}; a DeepSpeed JSON must be an object")
     return loaded
 
 
@@ -375,7 +376,7 @@ def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _of_other_steps(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Settings by which another optimizer would step some of the parameters."""
+    """Settings with which another optimizer would step some parameters."""
     offload, where = _offload(config), "zero_optimization.offload_optimizer"
     ratio = offload.get("ratio", 1.0)
     if ratio != 1.0:
