@@ -337,3 +337,14 @@ def test_the_options_may_be_set_in_a_group_between_two_steps():
     optimizer.eval()
     assert optimizer.measured_rate > 0.0
     assert param.tolist() != trained
+
+
+def test_a_skipped_batch_does_not_count_once_it_is_forgotten():
+    ours, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = RAdaBeliefW([ours], rate_guard=1.0)
+    optimizer.observe(float("nan"))
+    optimizer.forget_observed()
+    optimizer.observe(1.0)
+    step(optimizer, [ours], [torch.ones(3)])
+    guarded([other], [[torch.ones(3)]], [1.0], rate_guard=1.0)
+    assert bits(ours) == bits(other)
