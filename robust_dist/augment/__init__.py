@@ -1,4 +1,4 @@
-"""TrivialAugment, CutMix, crop and flip in batch, with a keyed draw for every sample."""
+"""TrivialAugment, CutMix, crop and flip on batches, with keyed draws for every sample."""
 
 from robust_dist.augment.checks import validate_labels
 from robust_dist.augment.crop_flip import CropPlan, FlipPlan, RandomCrop, RandomHorizontalFlip

@@ -1,28 +1,28 @@
-"""Checks of every augmentation's inputs, which never wait for a device."""
+"""Input checks for all augmentations; they never wait for a device."""
 
 import torch
 from torch import Tensor
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be read without a device's sync or a graph break: on the CPU, not compiled."""
+    """Whether values can be read without a device synchronisation or a graph break: on the CPU, not compiled."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_images(images: Tensor) -> None:
-    """Raise unless images are uint8 or floating NCHW."""
+    """Check that images are uint8 or floating-point NCHW."""
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
+        raise TypeError(f"images must be uint8 or floating-point, got {images.dtype}")
     if images.dim() != 4:
         raise ValueError(f"images must be NCHW, got shape {list(images.shape)}")
 
 
 def check_vector(name: str, tensor: Tensor, images: Tensor, dtype: torch.dtype = torch.int64) -> None:
-    """Raise unless a tensor holds one `dtype` value per image, on the images' device."""
+    """Check that a tensor has one `dtype` value per image, on the images' device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.dim() != 1 or tensor.shape[0] != images.shape[0]:
-        raise ValueError(f"{name} must have shape [{images.shape[0]}] as the images, got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape [{images.shape[0]}] for these images, got {list(tensor.shape)}")
     if tensor.device != images.device:
         raise ValueError(f"{name} are on {tensor.device}, the images on {images.device}: move one to the other")
 
@@ -33,7 +33,7 @@ def _extremes(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_range(name: str, tensor: Tensor, high: int) -> None:
-    """Raise if a readable integer tensor leaves [0, high)."""
+    """Check that a readable integer tensor is within [0, high)."""
     if not readable(tensor) or tensor.numel() == 0:
         return
     lowest, highest = _extremes(tensor)
@@ -42,7 +42,7 @@ def check_range(name: str, tensor: Tensor, high: int) -> None:
 
 
 def check_index(index: Tensor, images: Tensor) -> None:
-    """Raise unless int64 [B] on the images' device names images, where readable, that are there."""
+    """Check that an index is int64 [B] on the images' device and, if readable, within the images."""
     if index.dtype != torch.int64:
         raise TypeError(f"index must be torch.int64, got {index.dtype}")
     if index.dim() != 1:
@@ -53,7 +53,7 @@ def check_index(index: Tensor, images: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
-    """Raise unless labels are one integer per image, and, where readable, classes."""
+    """Check that labels are one integer per image and, if readable, valid classes."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer class numbers, got {labels.dtype}")
     check_vector("labels", labels, images, labels.dtype)
@@ -62,14 +62,14 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
 
 
 def validate_labels(labels: Tensor, num_classes: int) -> None:
-    """Check a whole data set's labels once, as training on a device never does (it would have to wait).
+    """Check the labels of a whole dataset once; training on a device does not, as that would synchronise.
 
     Args:
-        labels: Integers of any shape, on any device; reads them, so it waits for a device.
+        labels: Integers of any shape, on any device; reading them synchronises.
         num_classes: Number of classes C.
 
     Raises:
-        ValueError: If a label lies outside [0, C); names the first one and where it stands.
+        ValueError: If a label is outside [0, C); names the first one and its position.
     """
     lowest, highest = _extremes(labels) if labels.numel() else (0, 0)
     if lowest < 0 or highest >= num_classes:

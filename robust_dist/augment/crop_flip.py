@@ -1,4 +1,4 @@
-"""Random crops of padded images and mirror images, in batch, with a draw for every sample."""
+"""Random crops of padded images and horizontal flips, on batches, with a draw for every sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class CropPlan:
     """The position of each sample's window in the padded image, on the images' device.
 
     Attributes:
-        top: First row, int64 [B], 0 to 2 padding; `padding` leaves the image in its place.
+        top: First row, int64 [B], from 0 to 2 * padding; `padding` does not move the image.
         left: First column, int64 [B].
     """
 
@@ -28,7 +28,7 @@ class CropPlan:
 
 @dataclass(frozen=True, eq=False)
 class FlipPlan:
-    """The samples that are mirrored.
+    """The samples that are flipped.
 
     Attributes:
         flip: bool [B], on the images' device.
@@ -38,7 +38,7 @@ class FlipPlan:
 
 
 def cut(images: Tensor, plan: CropPlan, padding: int, fill: float) -> Tensor:
-    """The windows of [B, C, H, W] of any dtype, padded by `padding` pixels of `fill` on each side."""
+    """Windows of images [B, C, H, W], any dtype, padded by `padding` pixels of `fill` on each side."""
     channels, height, width = images.shape[1:]
     row = torch.arange(height, device=images.device) + plan.top.unsqueeze(1)
     column = torch.arange(width, device=images.device) + plan.left.unsqueeze(1)
@@ -49,7 +49,7 @@ def cut(images: Tensor, plan: CropPlan, padding: int, fill: float) -> Tensor:
 
 
 class RandomCrop(ImageStage):
-    """Pad each image on all sides and cut a window of its own size, at a place of its own.
+    """Pad each image on all sides and crop a window of the original size at a random position.
 
     Args:
         padding: Pixels on each side, at least 0.
@@ -68,7 +68,7 @@ class RandomCrop(ImageStage):
         self.fill = fill
 
     def plan(self, keys: Tensor) -> CropPlan:
-        """Draw a place for each key, int64 [B]."""
+        """Draw a position for each key, int64 [B]."""
         places = 2 * self.padding + 1
         return CropPlan(top=randint(keys, Stream.CROP_TOP, places), left=randint(keys, Stream.CROP_LEFT, places))
 
@@ -79,10 +79,10 @@ class RandomCrop(ImageStage):
 
 
 class RandomHorizontalFlip(ImageStage):
-    """Mirror each image left to right with probability p.
+    """Flip each image left to right with probability p.
 
     Args:
-        p: In [0, 1].
+        p: Probability in [0, 1].
 
     Raises:
         TypeError: For a p that is not a number.

@@ -23,9 +23,9 @@ def _log_density(odds: Tensor, alpha: float) -> Tensor:
 
 
 def beta_table(alpha: float) -> Tensor:
-    """Knots of the distribution function: float64 [2, 8193], probabilities and the shares they belong to.
+    """Knots of the distribution function: float64 [2, 8193], probabilities and their shares.
 
-    Simpson's rule over the log-odds, in which every alpha has a smooth density; interpolated linearly.
+    From Simpson's rule over the log-odds, whose density is smooth for every alpha; to be interpolated linearly.
     """
     peak = -2 * alpha * math.log(2)
     reach = min(_WIDEST, 2 * math.acosh(math.exp(min(40 / alpha, 80) / 2)))
@@ -43,7 +43,7 @@ def beta_table(alpha: float) -> Tensor:
 
 
 def beta_share(u: Tensor, table: Tensor) -> Tensor:
-    """The share below which a part u of all draws lies: float64 like u in [0, 1)."""
+    """The quantile function: the shares for probabilities u in [0, 1), float64 like u."""
     probability, share = table.unbind(0)
     right = torch.searchsorted(probability, u, right=True).clamp(1, probability.shape[0] - 1)
     p_left, p_right = probability[right - 1], probability[right]
@@ -53,12 +53,12 @@ def beta_share(u: Tensor, table: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CutMixPlan:
-    """The box of another sample that covers each sample of a batch, on the images' device.
+    """The box of another sample that is pasted into each sample of a batch, on the images' device.
 
     Attributes:
-        partner: Position in the batch of the sample that the box is cut from, int64 [B].
+        partner: Position in the batch of the sample from which the box is cut, int64 [B].
         box: Columns and rows [x1, x2) x [y1, y2) as (x1, y1, x2, y2), clipped to the image, int64 [B, 4].
-        lam: The share of the image's own label: its pixels outside the box, exactly; float32 [B].
+        lam: The weight of the sample's own label, exactly the fraction of pixels outside the box; float32 [B].
     """
 
     partner: Tensor
@@ -69,13 +69,13 @@ class CutMixPlan:
 def soft_targets(
     labels: Tensor, num_classes: int, partner_labels: Tensor | None = None, lam: Tensor | None = None
 ) -> Tensor:
-    """Shares of the classes, float32 [B, C]: lam of the first label, the rest of the second; rows sum to 1.
+    """Soft targets, float32 [B, C]: lam for the first label, 1 - lam for the second; rows sum to 1.
 
     Args:
         labels: int64 [B].
         num_classes: C.
         partner_labels: int64 [B]; without them, rows are one-hot.
-        lam: float32 [B], given with `partner_labels`.
+        lam: float32 [B], required with `partner_labels`.
     """
     own = labels.long().unsqueeze(1)
     targets = torch.zeros(labels.shape[0], num_classes, dtype=torch.float32, device=labels.device)
@@ -87,27 +87,27 @@ def soft_targets(
 
 
 class CutMix(Stage):
-    """Paste a box of another sample into each sample and share the label by the pixels.
+    """Paste a box of another sample into each sample, and mix the labels in proportion to the pixels.
 
-    The box has the share 1 - lam of the image, lam ~ Beta(alpha, alpha), and a uniform centre; it is clipped at the
-    image's edge and lam corrected to the pixels that remain, as the authors' code does. Nothing waits for a device,
+    The box covers a fraction 1 - lam of the image, with lam ~ Beta(alpha, alpha) and a uniform centre; it is clipped at
+    the image's edges, and lam is adjusted to the remaining pixels, as in the authors' code. Nothing waits for a device,
     shapes are static, and `torch.compile(fullgraph=True)` captures it.
 
     Args:
         num_classes: Number of classes C, at least 1.
-        alpha: Of the Beta distribution, above 0; 1.0 is uniform.
-        p: Probability of mixing, of the batch or, in mode "elem", of each sample.
-        mode: "batch": one box, drawn by the first sample's key, and a random permutation as partners, so that both
-            depend on the batch and so on the world size. "elem": each sample draws its own box and a partner in its
-            own block, so that pairs do not depend on how whole blocks are spread over ranks.
+        alpha: Parameter of the Beta distribution, above 0; 1.0 is uniform.
+        p: Probability of mixing the batch or, in mode "elem", each sample.
+        mode: "batch": one box, drawn with the first sample's key, and a random permutation as partners; both depend
+            on the batch and hence on the world size. "elem": each sample draws its own box and a partner in its block,
+            so that pairs do not depend on how whole blocks are distributed over ranks.
         block: In mode "elem", the number of consecutive positions that mix with each other, at least 1. A sample is
-            never its own partner where its block has two or more; in mode "batch" it may be.
-        backend: Of the pasting, see `RobustAugment`.
+            never its own partner unless its block has only one sample; in mode "batch" it may be.
+        backend: The backend for pasting, see `RobustAugment`.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For arguments out of range.
-        RuntimeError: For a backend that is demanded and cannot be used here; says why.
+        RuntimeError: For an explicit backend that is not available; the message gives the reason.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class CutMix(Stage):
             keep_bits(self, "_beta", beta_table(self.alpha))
 
     def plan(self, keys: Tensor, height: int, width: int) -> CutMixPlan:
-        """Draw partners and boxes for keys int64 [B] and images of one size in pixels."""
+        """Draw partners and boxes for keys, int64 [B], and images of height x width pixels."""
         drawing = keys if self.mode == "elem" else keys[:1]
         drawn = bits_of_each(drawing, Stream.CUTMIX_APPLY, Stream.CUTMIX_PARTNER)
         box = self._boxes(drawn[1], drawn[2:4].t(), height, width)
@@ -150,12 +150,12 @@ class CutMix(Stage):
         return CutMixPlan(partner=partner, box=box, lam=lam)
 
     def mix(self, images: Tensor, labels: Tensor, plan: CutMixPlan) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Paste the boxes; the labels as a triple.
+        """Paste the boxes, and return the labels as a triple.
 
         Args:
-            images: uint8 or floating, [B, C, H, W].
+            images: uint8 or floating-point, [B, C, H, W].
             labels: Class numbers, integers [B] on the images' device.
-            plan: For B samples of that size.
+            plan: The plan for B samples of that size.
 
         Returns:
             New images of the same shape, dtype and memory format, and (labels, partners' labels, lam), each [B].
@@ -163,7 +163,7 @@ class CutMix(Stage):
         Raises:
             TypeError: For wrong dtypes.
             ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C) and
-                partners outside the batch. On a device that would wait: see `validate_labels`.
+                partners outside the batch. On a device this check would synchronise: see `validate_labels`.
         """
         check_images(images)
         check_labels(labels, images, self.num_classes)
@@ -189,9 +189,9 @@ class CutMix(Stage):
         keys: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`apply` with a plan drawn by the keys, which come from the generator where none are given.
+        """`apply` with a plan drawn from the keys; if no keys are given, they are drawn from the generator.
 
-        A batch of one is its own partner and stays as it is; of an empty one the targets are [0, C].
+        A single sample is its own partner and is unchanged; an empty batch has targets [0, C].
         """
         check_images(images)
         check_labels(labels, images, self.num_classes)
@@ -203,7 +203,7 @@ class CutMix(Stage):
         return mixed, soft_targets(own, self.num_classes, other, lam)
 
     def backend_for(self, device: torch.device | str) -> str:
-        """The backend that pastes boxes of images on `device`: "torch", "native" or "triton"."""
+        """The backend that pastes boxes on `device`: "torch", "native" or "triton"."""
         return choose_stage(self.backend, torch.device(device), "mix")[0]
 
     def extra_repr(self) -> str:
@@ -222,7 +222,7 @@ class CutMix(Stage):
         return (place + 1 + to_int(drawn, (size - 1).clamp(min=1))) % size + start
 
     def _boxes(self, share: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-        """The authors' boxes, with sides of even length before clipping, from bits [B] and [B, 2]: int64 [B, 4]."""
+        """The authors' boxes, with even side lengths before clipping, from bits [B] and [B, 2]: int64 [B, 4]."""
         cut = to_uniform(share)
         if self.alpha != 1:
             cut = beta_share(cut, bits_of(self, "_beta", torch.float64, cut.device))
@@ -242,7 +242,7 @@ class CutMix(Stage):
         height, width = images.shape[2:]
         side = max(height, width)
         place = torch.arange(side + 1, device=images.device)
-        # Row k marks the places before k: looking four of them up costs less than comparing for every sample.
+        # Row k marks the positions before k: four lookups cost less than comparisons for every sample.
         before = place[:side] < place.unsqueeze(1)
         edges = before.index_select(0, plan.box.clamp(0, side).flatten()).view(-1, 4, side)
         columns, rows = (edges[:, 2:] > edges[:, :2]).unbind(1)

@@ -1,4 +1,4 @@
-"""Map-style data sets that know which sample is which: for loaders and for workers that augment."""
+"""Map-style datasets that return each sample's index, or augment in a loader's workers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from robust_dist.augment.keys import sample_keys
 
-# By name: torchvision's and timm's are no part of this package.
+# By name, to recognise torchvision's and timm's without importing them.
 _MIXING = ("CutMix", "MixUp", "Mixup", "RobustAugment")
 
 
@@ -21,20 +21,19 @@ def _length(dataset: Any) -> int:
 
 
 class Indexed(Dataset[Any]):
-    """Each sample of a data set with its own index at its end, from which `sample_keys` makes its key.
+    """A dataset that appends to each sample its index, from which `sample_keys` computes its key.
 
-    Whatever shuffles, batches or shards the samples afterwards (a `DataLoader`, Accelerate), the index goes with them,
-    so that their augmentation depends neither on the order nor on the world size.
+    The index stays with its sample when a `DataLoader` or Accelerate shuffles, batches or shards the dataset, so the
+    augmentation depends on neither the order nor the world size.
 
     Args:
-        dataset: With `len(dataset)` and `dataset[i]`; samples are tuples, mappings (given out as dicts), or single
+        dataset: With `len(dataset)` and `dataset[i]`; samples are tuples, mappings (returned as dicts) or single
             values.
-        name: Of the index in samples that are mappings.
+        name: Key of the index in samples that are mappings.
 
     Raises:
-        TypeError: For a data set without a length. When a sample is fetched, for named tuples, which have no room for
-            an index.
-        ValueError: When a sample is fetched that has something under `name` already.
+        TypeError: For a dataset without a length; when a sample is fetched, for named tuples, which cannot be extended.
+        ValueError: When a sample is fetched that already has an entry `name`.
     """
 
     def __init__(self, dataset: Any, name: str = "index") -> None:
@@ -50,7 +49,7 @@ class Indexed(Dataset[Any]):
         return self._named(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """A batch at once, where the data set can fetch one."""
+        """A batch of samples, fetched together if the dataset supports it."""
         places = range(len(self))
         indices = [places[index] for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
@@ -70,21 +69,20 @@ class Indexed(Dataset[Any]):
 
 
 class Augmented(Dataset[Any]):
-    """Samples whose image is augmented where it is fetched, in a loader's worker, by the key of (seed, epoch, index).
+    """A dataset whose images are augmented when fetched, in a loader's worker, with the key of (seed, epoch, index).
 
-    The pixels are those of the same stages on a batch on any device. CutMix needs other samples: it stays with the
-    batch. Call `set_epoch` before each epoch's iterator; workers that live on see the number, which they share.
+    The pixels equal those of the same stages on a batch, on any device. CutMix needs other samples: apply it to the
+    batch. Call `set_epoch` before each epoch's iterator; persistent workers see the new epoch through shared memory.
 
     Args:
         dataset: With `len(dataset)` and `dataset[i]`; images are uint8 tensors [C, H, W].
         stages: Called in turn as `stage(images, keys)`: `RandomCrop`, `RandomHorizontalFlip`, `TrivialAugment`.
-        seed: Of the run.
-        image: Where the image is in a sample: a place in a tuple, or a name in a mapping (given out as a dict) or in a
-            named tuple.
+        seed: The run's seed.
+        image: Position of the image in a tuple, or its name in a mapping (returned as a dict) or a named tuple.
 
     Raises:
-        TypeError: For a data set without a length, and for stages that mix samples. When a sample is fetched, for
-            images that are no tensors, and stages that do not give one; names the type.
+        TypeError: For a dataset without a length, and for stages that mix samples; when a sample is fetched, for
+            images that are not tensors, and stages that do not return one.
     """
 
     def __init__(
@@ -106,12 +104,12 @@ class Augmented(Dataset[Any]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that keys are made for."""
+        """The epoch of the keys."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew from the next sample on; Accelerate's loaders call it by themselves."""
-        self._epoch.share_memory_().fill_(epoch)  # a copy of the data set does not share its number any more
+        """Set the epoch, from the next sample on; Accelerate's loaders call this themselves."""
+        self._epoch.share_memory_().fill_(epoch)  # a copy of the dataset no longer shares its number
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -125,7 +123,7 @@ class Augmented(Dataset[Any]):
             raise TypeError(f"samples must be tuples, or dicts with image=NAME, got {type(sample).__name__}")
         place, parts = self._place(sample), list(sample)
         parts[place] = self._augment(parts[place], index)
-        # Named tuples are made of their fields, other ones of one sequence.
+        # A named tuple takes its fields as arguments, a tuple takes one sequence.
         return type(sample)(*parts) if hasattr(sample, "_fields") else tuple(parts)
 
     def _place(self, sample: Sequence[Any]) -> int:
@@ -133,7 +131,7 @@ class Augmented(Dataset[Any]):
         if isinstance(place, str) and place in getattr(sample, "_fields", ()):
             place = sample._fields.index(place)  # type: ignore[attr-defined]
         if not isinstance(place, int) or not -len(sample) <= place < len(sample):
-            raise TypeError(f"image={self.image!r} is no place in samples that are tuples of {len(sample)}")
+            raise TypeError(f"image={self.image!r} is not a position in samples that are tuples of {len(sample)}")
         return place
 
     def _augment(self, image: Any, index: int) -> Tensor:
@@ -145,14 +143,14 @@ class Augmented(Dataset[Any]):
             if not isinstance(images, Tensor) or images.shape[:1] != (1,):
                 shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
                 name = type(stage).__name__
-                raise TypeError(f"stages must give images [1, C, H, W] for images and keys, {name} gave {shape}")
+                raise TypeError(f"stages must return images [1, C, H, W] for images and keys, {name} returned {shape}")
         return images.squeeze(0)
 
 
 def _check_stage(stage: Any) -> None:
-    """Raise for what cannot augment a sample on its own."""
+    """Raise TypeError for a stage that cannot augment a single sample."""
     mixing = [kind.__name__ for kind in type(stage).__mro__ if kind.__name__ in _MIXING]
     if mixing:
-        raise TypeError(f"{mixing[0]} mixes samples, which Augmented has one at a time: call it with the batch")
+        raise TypeError(f"{mixing[0]} mixes samples, but Augmented gets one at a time: call it with the batch")
     if not callable(stage):
-        raise TypeError(f"stages must be called as stage(images, keys), got {type(stage).__name__}")
+        raise TypeError(f"stages must be callable as stage(images, keys), got {type(stage).__name__}")

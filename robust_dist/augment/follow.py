@@ -1,7 +1,7 @@
-"""Masks and boxes that follow their images: the same crop, mirror image, warp and CutMix box, by the same keys.
+"""Masks and boxes that follow their images: the same crop, flip, warp and CutMix box, from the same keys.
 
-Suffixes: B samples, N masks or boxes a sample. Corners are x1, y1, x2, y2 in pixels, with the edges of pixels at whole
-numbers; they are float64 until they are given back.
+Suffixes: B samples, N masks or boxes per sample. Corners are x1, y1, x2, y2 in pixels, with pixel edges at integers;
+they are float64 until they are returned.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ Size = tuple[int, int]
 
 
 def _stages_of(augment: RobustAugment | Stage) -> list[Stage]:
-    """The stages that a call of `augment` runs, in their order; none in `eval()`.
+    """The stages that a call of `augment` runs, in order; none in `eval()`.
 
     Raises:
-        TypeError: For anything but a `RobustAugment` or one of its stages.
+        TypeError: For anything other than a `RobustAugment` or one of its stages.
     """
     if isinstance(augment, RobustAugment):
         stages = [augment.crop, augment.flip, augment.trivial, augment.cutmix] if augment.training else []
@@ -48,27 +48,27 @@ def _warps(plan: TrivialAugmentPlan) -> Tensor:
 
 
 def _matrices(trivial: TrivialAugment, plan: TrivialAugmentPlan) -> Tensor:
-    """The rows of `tables.matrix_table` of each sample, float64 [B, 8]; the identity where nothing is warped."""
+    """Each sample's row of `tables.matrix_table`, float64 [B, 8]; the identity where nothing is warped."""
     row = (plan.op * trivial.num_bins + plan.magnitude_bin) * 2 + plan.negative.long()
     return bits_of(trivial, "_matrices", torch.float64, row.device).index_select(0, row)
 
 
 def _plain(name: str, value: Any, wanted: str) -> Tensor:
-    """A tensor, or one of the class of `torchvision.tv_tensors` that is `wanted`, as a plain tensor.
+    """Convert a tensor, or an instance of the `torchvision.tv_tensors` class `wanted`, to a plain tensor.
 
     Raises:
-        TypeError: For what is neither; names its type.
+        TypeError: For any other type.
     """
     kind = type(value).__name__
     if not isinstance(value, Tensor) or kind not in ("Tensor", wanted):
         raise TypeError(
-            f"{name} must be torch.Tensor or tv_tensors.{wanted}, got {kind}, which cannot follow as {name}"
+            f"{name} must be torch.Tensor or tv_tensors.{wanted}, got {kind}, which cannot be used as {name}"
         )
     return value if type(value) is Tensor else value.as_subclass(Tensor)
 
 
 def _like(tensor: Tensor, original: Tensor) -> Tensor:
-    """A plain tensor in the class of the one that it was made of, with its format and canvas."""
+    """Wrap a plain tensor in the class of the original, with its format and canvas."""
     if type(original) is Tensor:
         return tensor
     from torchvision import tv_tensors
@@ -78,25 +78,25 @@ def _like(tensor: Tensor, original: Tensor) -> Tensor:
 
 
 def _check_batch(name: str, tensor: Tensor, keys: Tensor) -> None:
-    """Raise unless keys are int64 [B] for the B samples of a tensor, on its device.
+    """Check that keys are int64 [B] for the B samples of a tensor, on its device.
 
     Raises:
-        TypeError: For keys of another dtype.
+        TypeError: For keys with another dtype.
         ValueError: For another number of samples, or another device.
     """
     if keys.dtype != torch.int64:
         raise TypeError(f"keys must be torch.int64, got {keys.dtype}")
     if keys.dim() != 1 or tensor.shape[0] != keys.shape[0]:
-        raise ValueError(f"{name} must belong to the samples of the keys, got {tensor.shape[0]} for {list(keys.shape)}")
+        raise ValueError(f"{name} must match the samples of the keys, got {tensor.shape[0]} for {list(keys.shape)}")
     if keys.device != tensor.device:
         raise ValueError(f"keys are on {keys.device}, the {name} on {tensor.device}: move one to the other")
 
 
 def augment_masks(augment: RobustAugment | Stage, masks: Tensor, keys: Tensor, *, fill: int = 0) -> Tensor:
-    """Move masks as `augment(images, labels, keys)` moves the images of the same keys.
+    """Move masks as `augment(images, labels, keys)` moves the images with the same keys.
 
-    Crop, flip, warps and CutMix's boxes are the images' own; warps are nearest whatever the images' interpolation, so
-    that no class is invented. Operations on colours leave masks alone, and so does a `RobustAugment` in `eval()`.
+    Crop, flip, warps and CutMix boxes are those of the images; warps always use nearest interpolation, so that no new
+    class numbers appear. Operations on colours do not change masks, nor does a `RobustAugment` in `eval()`.
     Shapes are static, nothing waits for a device, and `torch.compile(fullgraph=True)` captures it.
 
     Args:
@@ -104,15 +104,15 @@ def augment_masks(augment: RobustAugment | Stage, masks: Tensor, keys: Tensor, *
         masks: Class numbers, integers or bool, [B, H, W] or [B, 1, H, W]; without CutMix also [B, N, H, W], a mask for
             each of N objects. A plain tensor or a `tv_tensors.Mask`, on the keys' device.
         keys: The images' keys, int64 [B].
-        fill: Value outside the image, in the masks' dtype: 0, or the number that the loss ignores, such as 255.
+        fill: Value outside the image, in the masks' dtype: 0, or the number ignored by the loss, such as 255.
 
     Returns:
         New masks of the same class, shape and dtype.
 
     Raises:
-        TypeError: For floating masks (they would have to be interpolated), key points, videos and other types.
-        ValueError: For wrong shapes or devices, a fill that the dtype does not hold, and masks of several objects under
-            CutMix, where another sample's objects would need masks of their own.
+        TypeError: For floating-point masks (they would need interpolation), key points, videos and other types.
+        ValueError: For wrong shapes or devices, a fill outside the dtype's range, and masks of several objects under
+            CutMix, where the objects of another sample would need additional masks.
     """
     stages = _stages_of(augment)
     maps = check_masks(masks, fill)
@@ -125,10 +125,12 @@ def augment_masks(augment: RobustAugment | Stage, masks: Tensor, keys: Tensor, *
 
 
 def check_masks(masks: Tensor, fill: int) -> Tensor:
-    """Masks as a plain integer tensor [B, N, H, W]; raises as `augment_masks` does."""
+    """Convert masks to a plain integer tensor [B, N, H, W]; raises the errors of `augment_masks`."""
     maps = _plain("masks", masks, "Mask")
     if maps.dtype not in _DTYPES:
-        raise TypeError(f"masks must hold class numbers, integers or bool, got {maps.dtype}: soft masks are not warped")
+        raise TypeError(
+            f"masks must be class numbers, integers or bool, got {maps.dtype}: soft masks are not supported"
+        )
     if maps.dim() not in (3, 4):
         raise ValueError(f"masks must have shape [B, H, W] or [B, N, H, W], got {list(maps.shape)}")
     _check_fill(fill, maps.dtype)
@@ -138,14 +140,14 @@ def check_masks(masks: Tensor, fill: int) -> Tensor:
 
 def _check_fill(fill: int, dtype: torch.dtype) -> None:
     if not isinstance(fill, int):
-        raise TypeError(f"fill of masks must be one whole number, got {fill!r}")
+        raise TypeError(f"fill of masks must be an integer, got {fill!r}")
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     if not low <= fill <= high:
-        raise ValueError(f"fill of {dtype} masks must lie in [{low}, {high}], got {fill}")
+        raise ValueError(f"fill of {dtype} masks must be in [{low}, {high}], got {fill}")
 
 
 def restore(maps: Tensor, masks: Tensor) -> Tensor:
-    """[B, N, H, W] in the class, shape and dtype of the masks that were given."""
+    """Convert [B, N, H, W] back to the class, shape and dtype of the original masks."""
     return _like(maps.reshape(masks.shape).to(masks.dtype), masks)
 
 
@@ -175,16 +177,20 @@ def _read(maps: Tensor, table: Tensor, fill: int) -> Tensor:
 
 
 def paste(mixing: CutMix, maps: Tensor, plan: CutMixPlan) -> Tensor:
-    """[B, C, H, W] of any dtype with each sample's box taken from its partner; labels are not wanted here."""
+    """[B, C, H, W], any dtype, with each sample's box replaced by that of its partner; labels are not needed."""
     return mixing._paste(maps, plan.partner, plan)[0]
 
 
 def paste_masks(mixing: CutMix, maps: Tensor, plan: CutMixPlan) -> Tensor:
-    """Integer masks [B, 1, H, W] with each sample's box taken from its partner; raises for masks of several objects."""
+    """Integer masks [B, 1, H, W] with each sample's box replaced by that of its partner.
+
+    Raises:
+        ValueError: For masks of several objects.
+    """
     if maps.shape[1] != 1:
         raise ValueError(
-            f"masks must have shape [B, H, W] or [B, 1, H, W] under CutMix, got {maps.shape[1]} a sample: objects of "
-            "another sample have no masks here to be pasted into"
+            f"masks must have shape [B, H, W] or [B, 1, H, W] under CutMix, got {maps.shape[1]} per sample: there are "
+            "no masks for the objects of the pasted sample"
         )
     return paste(mixing, maps, plan)
 
@@ -197,24 +203,24 @@ def augment_boxes(
     box_format: str = "XYXY",
     canvas_size: Size | None = None,
 ) -> tuple[Any, Any]:
-    """Move boxes as `augment(images, labels, keys)` moves the images of the same keys.
+    """Move boxes as `augment(images, labels, keys)` moves the images with the same keys.
 
-    A box becomes the smallest upright one around its four moved corners, clamped to the image, as in torchvision.
-    Boxes keep their number and order, so that labels stay with them. One that leaves the image, or came without an
-    area, is never given one again; `keep` marks the others by the rule of torchvision's SanitizeBoundingBoxes: inside
-    the image, and at least a pixel wide and high.
+    A box becomes the smallest upright box around its four moved corners, clamped to the image, as in torchvision.
+    Boxes keep their number and order, so that they still match their labels. A box that leaves the image, or had no
+    area, has none from then on; `keep` marks the others by the rule of torchvision's SanitizeBoundingBoxes: inside
+    the image, and at least one pixel wide and high.
 
     Args:
-        augment: The module that augments the images, or one of its stages; without CutMix, under which an object may be
-            half covered.
-        boxes: A padded tensor [B, N, 4], its empty rows zeros; or a sequence of B `tv_tensors.BoundingBoxes` [N_i, 4].
-            Floating or integer; integers come back rounded. On the keys' device.
+        augment: The module that augments the images, or one of its stages; without CutMix, which may cover objects
+            partly.
+        boxes: A padded tensor [B, N, 4] with zeros in empty rows, or a sequence of B `tv_tensors.BoundingBoxes`
+            [N_i, 4]. Floating-point or integer; integers are rounded. On the keys' device.
         keys: The images' keys, int64 [B].
-        box_format: Of a padded tensor: "XYXY", "XYWH" or "CXCYWH". Each `BoundingBoxes` brings its own.
-        canvas_size: The images' (height, width), where neither `augment` nor the boxes name it.
+        box_format: Format of a padded tensor: "XYXY", "XYWH" or "CXCYWH". `BoundingBoxes` have their own.
+        canvas_size: The images' (height, width), if neither `augment` nor the boxes have it.
 
     Returns:
-        New boxes of the same class, shape, format and dtype; and which of them to keep, bool [B, N] or a list of
+        New boxes with the same class, shape, format and dtype, and which of them to keep, bool [B, N] or a list of
         bool [N_i].
 
     Raises:
@@ -238,7 +244,7 @@ def _without_cutmix(augment: RobustAugment | Stage) -> list[Stage]:
     stages = _stages_of(augment)
     if any(isinstance(stage, CutMix) for stage in stages):
         raise ValueError(
-            "boxes cannot follow CutMix, which covers objects in part: set cutmix=False for the images of these boxes"
+            "boxes do not support CutMix, which covers objects partly: set cutmix=False for the images of these boxes"
         )
     return stages
 
@@ -246,14 +252,14 @@ def _without_cutmix(augment: RobustAugment | Stage) -> list[Stage]:
 def _canvas(augment: RobustAugment | Stage, named: Sequence[Size]) -> Size:
     sizes = {tuple(size) for size in named} | ({augment.size} if isinstance(augment, RobustAugment) else set())
     if len(sizes) != 1:
-        hint = "name it by canvas_size" if not sizes else f"got {sorted(sizes)}"
-        raise ValueError(f"boxes of one batch must have one canvas_size (height, width), that of its images: {hint}")
+        hint = "pass canvas_size" if not sizes else f"got {sorted(sizes)}"
+        raise ValueError(f"all boxes of a batch must have the canvas_size (height, width) of its images: {hint}")
     height, width = next(iter(sizes))
     return int(height), int(width)
 
 
 def to_corners(boxes: Tensor, box_format: str) -> Tensor:
-    """Boxes [..., N, 4] in one of `FORMATS` to corners, float64.
+    """Convert boxes [..., N, 4] in one of `FORMATS` to corners, float64.
 
     Raises:
         TypeError: For bool and complex boxes.
@@ -263,9 +269,9 @@ def to_corners(boxes: Tensor, box_format: str) -> Tensor:
     if name not in FORMATS:
         raise ValueError(f"box_format must be one of {', '.join(FORMATS)}, got {name}: rotated boxes are not supported")
     if boxes.dim() < 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must have shape [B, N, 4], or [N, 4] each, got {list(boxes.shape)}")
+        raise ValueError(f"boxes must have shape [B, N, 4], or [N, 4] per sample, got {list(boxes.shape)}")
     if boxes.dtype == torch.bool or boxes.is_complex():
-        raise TypeError(f"boxes must be floating or integers, got {boxes.dtype}")
+        raise TypeError(f"boxes must be floating-point or integers, got {boxes.dtype}")
     first, second = boxes.double().split(2, -1)
     if name == "XYXY":
         return torch.cat([first, second], -1)
@@ -274,7 +280,7 @@ def to_corners(boxes: Tensor, box_format: str) -> Tensor:
 
 
 def from_corners(corners: Tensor, box_format: str, dtype: torch.dtype) -> Tensor:
-    """Corners to boxes in one of `FORMATS`; integers are rounded, half to even."""
+    """Convert corners to boxes in one of `FORMATS`; integers are rounded half to even."""
     start, stop = corners.split(2, -1)
     name = str(getattr(box_format, "name", box_format)).upper()
     first = (start + stop) / 2 if name == "CXCYWH" else start
@@ -283,7 +289,7 @@ def from_corners(corners: Tensor, box_format: str, dtype: torch.dtype) -> Tensor
 
 
 def pack(boxes: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
-    """`BoundingBoxes` of several samples as corners [B, N, 4], padded with zeros, and the canvas of each.
+    """Convert `BoundingBoxes` of several samples to corners [B, N, 4], padded with zeros, and their canvas sizes.
 
     Raises:
         TypeError: For other types.
@@ -297,12 +303,14 @@ def pack(boxes: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
 def _format_of(boxes: Tensor) -> str:
     if not hasattr(boxes, "format"):
         kind = type(boxes).__name__
-        raise TypeError(f"boxes in a sequence must be tv_tensors.BoundingBoxes, got {kind}; plain ones are padded")
+        raise TypeError(
+            f"boxes in a sequence must be tv_tensors.BoundingBoxes, got {kind}; pad plain boxes to [B, N, 4]"
+        )
     return str(boxes.format.name)
 
 
 def unpack(corners: Tensor, boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Corners [B, N, 4] in the class, number, format and dtype of the boxes that were packed."""
+    """Convert corners [B, N, 4] back to the class, number, format and dtype of the boxes that were packed."""
     parts = zip(corners, boxes, strict=True)
     return [_like(from_corners(c[: len(box)], _format_of(box), box.dtype), box) for c, box in parts]
 
@@ -321,7 +329,7 @@ def _is_sane(corners: Tensor, canvas: Size) -> Tensor:
 
 
 def settle(before: Tensor, after: Tensor, canvas: Size) -> Tensor:
-    """Moved corners, clamped to the canvas; a box without an area stays as it was."""
+    """Clamp moved corners to the canvas; a box without an area is not moved."""
     height, width = canvas
     x, y = after[..., 0::2].clamp(0, width), after[..., 1::2].clamp(0, height)
     clamped = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
@@ -351,7 +359,7 @@ def _mirror(corners: Tensor, plan: FlipPlan, canvas: Size) -> Tensor:
 def warp_corners(trivial: TrivialAugment, corners: Tensor, plan: TrivialAugmentPlan, canvas: Size) -> Tensor:
     """The upright boxes around corners [B, N, 4] after the shears, translations and rotations of a plan."""
     height, width = canvas
-    # The table maps what comes out to what goes in, about the centre; here it is inverted.
+    # The table maps output to input coordinates, about the centre; here it is inverted.
     a, b, c, d, p, q, u, v = (t.view(-1, 1, 1) for t in _matrices(trivial, plan).unbind(1))
     x1, y1, x2, y2 = corners.unbind(-1)
     x = torch.stack([x1, x2, x2, x1], -1) - width / 2 - (p * (height / 2) - u)

@@ -1,7 +1,7 @@
 """The backend "native": the whole augmentation in one pass on the CPU, in C (native/fused.c).
 
-The library is built with the package where there is a C compiler with OpenMP. It is called through ctypes, so it
-depends neither on Python's nor on torch's binary interface, and it releases the interpreter's lock.
+The library is built with the package if there is a C compiler with OpenMP. It is called through ctypes, so it
+depends on neither Python's nor torch's ABI, and it releases the GIL.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 INSTRUCTION_SETS = ("portable C", "AVX2", "AVX-512", "AVX-512 VBMI")
-_LONGEST = 2**20  # pixels a side, that float32 coordinates can round
+_LONGEST = 2**20  # pixels per side, the limit of rounding float32 coordinates
 _NO_MIXING, _OF_EACH, _OF_BATCH = range(3)
 _scales: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -60,31 +60,31 @@ def _declare(found: Any) -> None:
 
 @functools.cache
 def _load() -> Any:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     return extras.load_library(Path(__file__).parent, _declare)
 
 
 def missing() -> str | None:
-    """The reason why the pass cannot be used here; None if it can."""
+    """The reason why the pass is not available; None if it is."""
     found = _load()
     return found if isinstance(found, str) else None
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the pass takes tensors of `device`."""
+    """Whether the pass supports tensors on `device`."""
     return device.type == "cpu"
 
 
 def instruction_set() -> str:
-    """The widest instruction set that this processor has and the library uses."""
+    """The widest instruction set that both this processor and the library support."""
     return INSTRUCTION_SETS[_load().robust_dist_widest()]
 
 
 class Call:
-    """One call of the library: its numbers, and the tensors that must live until it ends."""
+    """One call of the library: its arguments, and the tensors that must stay alive until it returns."""
 
     def __init__(self, images: Tensor, batch: int) -> None:
-        """Take uint8 images [N, C, H, W] of any strides for a batch of so many."""
+        """Take uint8 images [N, C, H, W] with any strides, for a batch of `batch` samples."""
         self.images_last = memory_format(images) == torch.channels_last
         images = images if self.images_last else images.contiguous()
         channels, height, width = images.shape[1:]
@@ -97,7 +97,7 @@ class Call:
         self.point(images=images)
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Give fields the addresses of tensors, made contiguous except for images."""
+        """Set fields to the addresses of tensors, which are made contiguous except for images."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 kept = tensor if name in ("images", "out") else tensor.cpu().contiguous()
@@ -105,7 +105,7 @@ class Call:
                 setattr(self.job, name, kept.data_ptr())
 
     def trivial(self, stage: "TrivialAugment") -> None:
-        """Ask for TrivialAugment's operations, drawn by the keys where no plan is pointed to."""
+        """Request TrivialAugment's operations, drawn from the keys unless a plan is set."""
         stage.check_channels(self.images)
         cpu = torch.device("cpu")
         self.job.trivial, self.job.bilinear = 1, stage.interpolation == "bilinear"
@@ -118,7 +118,7 @@ class Call:
         )
 
     def mixing(self, stage: "CutMix", keys: Tensor) -> None:
-        """Ask for CutMix with a plan that is drawn by the keys."""
+        """Request CutMix with a plan drawn from the keys."""
         self.job.block, self.job.cutmix_p = stage.block, stage.p
         self.job.mixing = _OF_EACH if stage.mode == "elem" else _OF_BATCH
         if stage.mode == "batch":
@@ -129,7 +129,7 @@ class Call:
             self.point(beta=table)
 
     def run(self, dtype: torch.dtype, form: torch.memory_format, widest: int | None = None) -> Tensor:
-        """Images of a dtype and memory format; `widest` indexes `INSTRUCTION_SETS`, None for all there are."""
+        """Return images in a dtype and memory format; `widest` limits the index into `INSTRUCTION_SETS`."""
         shape = (self.job.batch, self.job.channels, self.job.height, self.job.width)
         out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=form)
         self.job.out_last, self.job.bytes = form == torch.channels_last, out.element_size()
@@ -149,7 +149,7 @@ def augment(
     index: Tensor | None,
     widest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See robust_dist/augment/backends.py; `widest` as in `Call.run`."""
+    """See backends.py; `widest` as in `Call.run`."""
     labels = (labels if index is None else labels.index_select(0, index)).long()
     if index is not None and not images.is_contiguous(memory_format=memory_format(images)):
         images, index = images.index_select(0, index), None  # rather than a copy of the whole set
@@ -170,7 +170,7 @@ def augment(
 
 
 def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
-    """Each level of each channel as torch scales it: [C, 256] in the pipeline's dtype, and uint8 [C, bytes, 256]."""
+    """The levels of each channel scaled by torch: [C, 256] in the pipeline's dtype, and as uint8 [C, bytes, 256]."""
     known = _scales.get(pipeline)
     if known is None or known[0].dtype != pipeline.dtype:
         channels = pipeline.image_shape[0]
@@ -182,12 +182,12 @@ def _scale(pipeline: "RobustAugment") -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _levels() -> Tensor:
-    """Each level as it is, for 3 channels."""
+    """The identity table for 3 channels."""
     return torch.arange(256, device="cpu").to(torch.uint8).repeat(3)
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan", widest: int | None = None) -> Tensor:
-    """`TrivialAugment.apply` of uint8 images; `widest` as in `Call.run`."""
+    """`TrivialAugment.apply` for uint8 images; `widest` as in `Call.run`."""
     call = Call(images, images.shape[0])
     call.trivial(stage)
     call.point(op=plan.op, magnitude_bin=plan.magnitude_bin, negative=plan.negative)
@@ -198,7 +198,7 @@ def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan",
 
 
 def mix(images: Tensor, plan: "CutMixPlan") -> Tensor:
-    """The pasting of `CutMix.apply`, of images of any dtype."""
+    """The pasting of `CutMix.apply`, for images of any dtype."""
     last = memory_format(images) == torch.channels_last
     images = images if last else images.contiguous()
     out, (batch, channels, height, width) = torch.empty_like(images), images.shape

@@ -1,9 +1,9 @@
-"""The augmentation on a GPU in two launches by Triton: draws and statistics, then every pixel, once.
+"""The augmentation on a GPU in two Triton launches: draws and statistics, then every pixel once.
 
-The stored uint8 images are read and the normalised ones written; between the launches there are only a plan of 96 bytes
-a sample and, for operations on levels, a table of 256 bytes a channel. Images above 64 x 64 are observed in tiles; a
-small launch in between combines their statistics. Nothing waits for the device, grids depend on shapes alone, and a
-CUDA graph captures it after one call that compiles the kernels and copies the tables.
+It reads the stored uint8 images and writes the normalised ones; the launches exchange only a plan of 96 bytes per
+sample and, for operations on levels, a table of 256 bytes per channel. The statistics of images above 64 x 64 are
+computed in tiles and combined by a small launch in between. Nothing waits for the device, grids depend only on shapes,
+and a CUDA graph can capture it after one call that compiles the kernels and copies the tables.
 """
 
 import importlib.util
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from robust_dist.augment.trivial import TrivialAugment, TrivialAugmentPlan
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_QUADS = 128  # fours of pixels at a time, one a thread of 4 warps: with few registers, many warps hide the latency
-_REGISTERS = 96, 128  # of a thread that renders, nearest or bilinear: the fewest that leave none in memory
-_PASSES = 8  # at most, of a program for large images; one for small ones, so that a few hundred fill a GPU
+_QUADS = 128  # groups of four pixels at a time, one per thread of 4 warps; many warps with few registers hide latency
+_REGISTERS = 96, 128  # per rendering thread, nearest or bilinear: the fewest without spilling
+_PASSES = 8  # at most, per program for large images; one for small images, so that a few hundred fill a GPU
 _SMALL = 64 * 64  # pixels of the largest small image
-_STATISTICS = 4096  # pixels of a tile of statistics: all are read before any is waited for
-_MANY = 16  # tiles brought together at a time
+_STATISTICS = 4096  # pixels per tile of statistics, all loaded at once
+_MANY = 16  # tiles combined at a time
 _CLASSES = 1024
-_RANKED = 32, 128  # samples of a program, and those they are compared with at a time
-_PLAN = 12  # int64 of a sample, as in fused_triton_prepare.py
-_RECORDS = 16  # of a pipeline: shapes, devices and settings whose launches it knows
+_RANKED = 32, 128  # samples per program, and samples they are compared with at a time
+_PLAN = 12  # int64 per sample, see fused_triton_prepare.py
+_RECORDS = 16  # cached launches per pipeline, by shapes, devices and settings
 _FULL = 2**53
 _EXACT = {"enable_fp_fusion": False}
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 def missing() -> str | None:
-    """The reason why the kernels cannot be used here, such as no C compiler, which a launch needs; None if they can."""
+    """The reason why the kernels are not available, e.g. no C compiler, which a launch needs; None if they are."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _interpreted():
@@ -49,7 +49,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.version.hip is not None:
-        return "the kernels are compiled for CUDA alone, and this torch is ROCm's"
+        return "the kernels support only CUDA, and this torch was built for ROCm"
     oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if oldest < (7, 0):
         return f"a GPU has compute capability {oldest[0]}.{oldest[1]}, and Triton needs 7.0"
@@ -57,16 +57,16 @@ def missing() -> str | None:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels take tensors of `device`; Triton's interpreter takes the CPU's, too."""
+    """Whether the kernels support tensors on `device`; Triton's interpreter also supports the CPU."""
     return device.type == "cuda" or _interpreted()
 
 
 def augment(
     pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See robust_dist/augment/backends.py.
+    """See backends.py.
 
-    The first call for a device and size compiles the kernels and copies tables to the device, which waits.
+    The first call for a device and size compiles the kernels and copies tables to the device, which synchronises.
     """
     images = _addressable(images)
     alike = _alike(pipeline, images, labels, keys, index)
@@ -83,7 +83,7 @@ def augment(
 def repeat(
     pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """See robust_dist/augment/backends.py."""
+    """See backends.py."""
     record = _last.get(pipeline)
     if record is None or record.alike != _alike(pipeline, images, labels, keys, index):
         return None
@@ -91,7 +91,7 @@ def repeat(
 
 
 def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan") -> Tensor:
-    """TrivialAugment alone, of uint8 images [B, C, H, W] by a given plan."""
+    """Only TrivialAugment, for uint8 images [B, C, H, W] and a given plan."""
     batch, device = images.shape[0], images.device
     layout = memory_format(images)
     out = torch.empty(images.shape, dtype=torch.uint8, device=device, memory_format=layout)
@@ -114,7 +114,7 @@ def trivial(stage: "TrivialAugment", images: Tensor, plan: "TrivialAugmentPlan")
 
 
 class _Launch(NamedTuple):
-    """A kernel and its arguments except tensors: the constants that it is compiled for, in their order."""
+    """A kernel and its arguments other than tensors: the constants for which it is compiled, in order."""
 
     kernel: Any
     grid: tuple[int]
@@ -126,7 +126,7 @@ class _Launch(NamedTuple):
 
 
 class _Record:
-    """The launches for calls of equal shapes, dtypes and settings, so that the host decides once."""
+    """The launches for calls with equal shapes, dtypes and settings, so that the host decides once."""
 
     def __init__(
         self, alike: tuple[Any, ...], pipeline: "RobustAugment", images: Tensor, keys: Tensor, index: Tensor | None
@@ -179,7 +179,7 @@ _last: WeakKeyDictionary[nn.Module, _Record] = WeakKeyDictionary()
 def _alike(
     pipeline: "RobustAugment", images: Tensor, labels: Tensor, keys: Tensor, index: Tensor | None
 ) -> tuple[Any, ...]:
-    """A call without its tensors' values: equal ones launch the same kernels."""
+    """A key of a call, without its tensors' values: equal keys launch the same kernels."""
     crop, flip, trivial, cutmix = pipeline.crop, pipeline.flip, pipeline.trivial, pipeline.cutmix
     return (
         images.shape,
@@ -211,7 +211,7 @@ def _interpreted() -> bool:
 
 
 def _no_launcher() -> str | None:
-    """The reason why Triton cannot build its launcher: it compiles C against Python's headers at its first use."""
+    """The reason why Triton cannot build its launcher, C code that is compiled with Python's headers at first use."""
     from triton.runtime import driver
 
     try:
@@ -222,13 +222,13 @@ def _no_launcher() -> str | None:
 
 
 def _addressable(images: Tensor) -> Tensor:
-    """Images whose pixels lie within 2**31 places of their first one, copied where they do not."""
+    """Images whose pixels are within 2**31 elements of the first, copied if they are not."""
     spread = sum(stride * (size - 1) for stride, size in zip(images.stride()[1:], images.shape[1:], strict=True))
     return images if spread < 2**31 else images.contiguous()
 
 
 def _keep(module: nn.Module, make: Callable[..., Any], *arguments: Any) -> Any:
-    """`make(module, *arguments)`, made once for as long as the module lives."""
+    """`make(module, *arguments)`, cached as long as the module exists."""
     known, key = _kept.setdefault(module, {}), (make, *arguments)
     if key not in known:
         known[key] = make(module, *arguments)
@@ -243,48 +243,48 @@ def _terms(trivial: nn.Module, device: torch.device, height: int, width: int) ->
 
 
 def _tables(trivial: nn.Module, device: torch.device, channels: int) -> Tensor:
-    """The tables of levels that no image changes, uint8 [rows, C, 256]."""
+    """The tables of levels that do not depend on the image, uint8 [rows, C, 256]."""
     return trivial.get_buffer("_luts").unsqueeze(1).repeat(1, channels, 1).to(device)
 
 
 def _fill(trivial: nn.Module) -> int:
-    """The levels of three channels as the bytes of one number."""
+    """The fill levels of three channels as the bytes of one integer."""
     red, green, blue = trivial.get_buffer("_fill").expand(3).tolist()
     return int(red + green * 256 + blue * 65536)
 
 
 def _scale(pipeline: "RobustAugment", device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The scaled value of each level of each channel, [C, 256], as integers of the same bits; a CPU divides exactly."""
+    """The scaled levels of each channel, [C, 256], as integer bits; from the CPU, which divides exactly."""
     levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, pipeline.image_shape[0], 1, 256)
     scaled = pipeline.scaled(levels).to(dtype).contiguous().flatten(0, 2)
     return scaled.view(_BITS[dtype.itemsize]).to(device)
 
 
 def _below(p: float) -> int:
-    """The number of the 2**53 uniform draws below p."""
+    """How many of the 2**53 uniform draws are below p."""
     return math.ceil(p * _FULL)
 
 
 def _tiles(images: Tensor) -> int:
-    """The number of tiles in which an image is observed."""
+    """The number of tiles for an image's statistics."""
     return -(-images.shape[2] * images.shape[3] // _STATISTICS)
 
 
 def _room(images: Tensor) -> int:
-    """int64 of scratch a sample: its plan, the tables of its channels, and the statistics of a large image's tiles."""
+    """Scratch per sample in int64: its plan, its channels' tables, and the statistics of a large image's tiles."""
     channels, tiles = images.shape[1], _tiles(images)
     return _PLAN + channels * 32 + (channels * tiles * 128 if tiles > 1 else 0)
 
 
 def _geometry(images: Tensor) -> dict[str, int]:
-    """The sizes and strides of the images that kernels are compiled for."""
+    """The sizes and strides of the images, for which kernels are compiled."""
     channels, height, width = images.shape[1:]
     strides = dict(zip(("CHANNEL", "ROW", "COLUMN"), images.stride()[1:], strict=True))
     return {"C": channels, "H": height, "W": width, **strides}
 
 
 def _passes(quads: int, small: bool) -> int:
-    """The number of passes of `_QUADS` fours of pixels in a program, without a remainder where possible."""
+    """The number of passes of `_QUADS` groups of four pixels per program, without a remainder if possible."""
     whole = [passes for passes in range(2, _PASSES + 1) if quads % (_QUADS * passes) == 0]
     return 1 if small else max(whole, default=_PASSES // 2)
 
@@ -295,7 +295,7 @@ def _power(count: int, largest: int) -> int:
 
 
 def _warps(tile: int) -> int:
-    """8 to 16 pixels a thread: few rounds, and as many draws to a program as it has threads."""
+    """Warps for 8 to 16 pixels per thread."""
     return min(8, max(1, tile // 256))
 
 
@@ -308,7 +308,7 @@ def _partners(keys: Tensor) -> Tensor:
 
 
 def _prepare(pipeline: "RobustAugment", images: Tensor, batch: int, gather: bool) -> _Launch:
-    """The launch that writes plans, and tables of levels or the tiles' statistics."""
+    """The launch that writes the plans, and tables of levels or the tiles' statistics."""
     from robust_dist.augment.fused_triton_prepare import prepare_kernel
 
     channels, height, width = images.shape[1:]
@@ -347,7 +347,7 @@ def _observe(num_bins: int, images: Tensor) -> _Launch:
 
 
 def _unite(num_bins: int, batch: int, images: Tensor) -> _Launch | None:
-    """The launch that makes tables of levels of the tiles' statistics; None for small images, which are one tile."""
+    """The launch that computes tables of levels from the tiles' statistics; None for small images, with one tile."""
     from robust_dist.augment.fused_triton_prepare import luts_kernel
 
     (channels, height, width), tiles = images.shape[1:], _tiles(images)

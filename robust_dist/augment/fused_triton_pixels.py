@@ -1,7 +1,7 @@
 """The last launch: it reads, augments and writes every pixel of the batch once, and writes the targets.
 
-A thread has four neighbours of a row at a time, so that it stores 8 bytes of bfloat16 or 16 of float32 at once. CutMix
-chooses the sample whose plan a pixel follows; crop, flip and warp choose where the pixel is read.
+A thread processes four neighbouring pixels of a row at a time, to store 8 bytes of bfloat16 or 16 of float32 at once.
+CutMix determines which sample's plan a pixel follows; crop, flip and warp determine where the pixel is read.
 """
 
 import triton
@@ -33,7 +33,7 @@ _SHARPNESS, _POSTERIZE, _SOLARIZE = (tl.constexpr(OP[n]) for n in ("Sharpness", 
 
 @triton.jit
 def _is_fixed(op: tl.tensor) -> tl.tensor:
-    """Whether an operation is a table of levels that is the same for every image."""
+    """Whether an operation is a table of levels that does not depend on the image."""
     return (op == _BRIGHTNESS) | (op == _POSTERIZE) | (op == _SOLARIZE)
 
 
@@ -44,19 +44,19 @@ def _has_lut(op: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _blend(value: tl.tensor, grey: tl.tensor, f: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Color: a blend with the grey level."""
+    """Color: the blend with the grey level."""
     return tl.where(mask, to_levels(tl.fma(grey, rest, value.to(tl.float32) * f)), value)
 
 
 @triton.jit
 def _look_up(luts: tl.tensor, value: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Levels by a table, which has an entry for every level, so that the load needs no mask."""
+    """Levels from a table, which has an entry for every level, so that the load needs no mask."""
     return tl.where(mask, tl.load(luts + value).to(tl.int32), value)
 
 
 @triton.jit
 def _sharpened(value: tl.tensor, total: tl.tensor, rest: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """A blend with the rounded mean of 3 x 3 pixels, the middle one counted five times, from the sum of the nine."""
+    """A blend with the rounded mean of 3 x 3 pixels, the middle one weighted five times, from the sum of the nine."""
     middle = value.to(tl.float32)
     blurred = rounded((total + 4 * value).to(tl.float32) * (1 / 13))
     return tl.where(mask, to_levels(tl.fma(blurred - middle, rest, middle)), value)
@@ -66,7 +66,7 @@ def _sharpened(value: tl.tensor, total: tl.tensor, rest: tl.tensor, mask: tl.ten
 def _store_targets(
     targets: tl.tensor, own: tl.tensor, other: tl.tensor, NUM_CLASSES: tl.constexpr, CLASSES: tl.constexpr
 ) -> None:
-    """One sample's shares of the classes, from its plan and its partner's."""
+    """Write one sample's soft targets, from its plan and its partner's."""
     label, their_label, lam = tl.load(own + LABEL), tl.load(other + LABEL), tl.load(own + LAM)
     lam = lam.to(tl.int32).to(tl.float32, bitcast=True)
     rest = tl.where(label == their_label, 1.0, 1.0 - lam)
@@ -92,7 +92,7 @@ def _toned(
     tables: tl.tensor,
     C: tl.constexpr,
 ) -> tl.tensor:
-    """Levels by the samples' tables, where the mask is on."""
+    """Levels from the samples' tables, where the mask is on."""
     lut_own = tl.where(_is_fixed(op_own), tables + row_own * (C * 256), luts_in(own))
     lut_other = tl.where(_is_fixed(op_other), tables + row_other * (C * 256), luts_in(other))
     lut = tl.where(inside, lut_other, lut_own)
@@ -121,7 +121,7 @@ def _coloured(
 
 @triton.jit
 def _fours(a: tl.tensor) -> tl.tensor:
-    """The rows of [4, quads]."""
+    """Split [4, quads] into its rows."""
     even, odd = tl.split(tl.reshape(tl.trans(a), [a.shape[1], 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -130,13 +130,13 @@ def _fours(a: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
-    """[4, quads] of its rows."""
+    """Join four rows to [4, quads]."""
     return tl.trans(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4]))
 
 
 @triton.jit
 def _store_interleaved(target: tl.tensor, red: tl.tensor, green: tl.tensor, blue: tl.tensor, mask: tl.tensor) -> None:
-    """Twelve neighbours, red, green, blue and so on, as three times four; `target` [4, quads] has the first four."""
+    """Store twelve neighbours (red, green, blue, ...) as three times four, the first four at `target` [4, quads]."""
     r0, r1, r2, r3 = _fours(red)
     g0, g1, g2, g3 = _fours(green)
     b0, b1, b2, b3 = _fours(blue)
@@ -147,7 +147,7 @@ def _store_interleaved(target: tl.tensor, red: tl.tensor, green: tl.tensor, blue
 
 @triton.jit
 def _mask(quad: tl.tensor, x: tl.tensor, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
-    """The pixels that exist; if rows are fours and tiles whole, all do, and the compiler knows."""
+    """The mask of existing pixels; if rows are multiples of four and tiles full, the compiler knows that all exist."""
     mask = tl.full(x.shape, 1, tl.int1)
     if H * ((W + 3) // 4) % TILE != 0:
         mask = mask & (quad < H * ((W + 3) // 4))[None, :]
@@ -172,7 +172,7 @@ def _store_pixels(
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ) -> None:
-    """Normalised values to one sample's place, four at once where rows are fours of pixels."""
+    """Store a sample's normalised values, four at once if rows are multiples of four pixels."""
     red = tl.load(scale + red)
     if C == 3:
         green, blue = tl.load(scale + 256 + green), tl.load(scale + 512 + blue)
@@ -223,7 +223,7 @@ def _operated(
     CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """Levels after operations that move no pixel; a branch is taken where the own sample or its partner needs it."""
+    """Levels after operations that move no pixels; a branch is taken if the sample or its partner needs it."""
     op = tl.where(inside, op_other, op_own)
     if _has_lut(op_own) | _has_lut(op_other):
         changed = _has_lut(op)
@@ -239,7 +239,7 @@ def _operated(
         reds = tl.zeros_like(x)
         greens, blues = reds, reds
         column = across + step * x
-        for above in range(-1, 2):  # row by row, as the loads of all nine would take every register
+        for above in range(-1, 2):  # row by row: nine loads at once would need too many registers
             for beside in tl.static_range(-1, 2):
                 r, g, b = read(
                     image, column + beside, row + above, inner, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL
@@ -283,10 +283,10 @@ def pixels_kernel(
     TILE: tl.constexpr,
     QUADS: tl.constexpr,
 ) -> None:
-    """TILE quads of one sample in each program, QUADS of them at a time.
+    """Each program processes TILE quads of one sample, QUADS at a time.
 
-    `scale` holds, for each channel and level, the bits of the normalised value as an integer, and `out` is seen as
-    such. The first tile of a sample writes the targets; NUM_CLASSES is 0 where there are none.
+    `scale` holds the bits of the normalised value of each channel and level as integers, and `out` is viewed as such
+    integers. The first tile of a sample writes the targets; NUM_CLASSES is 0 if there are none.
     """
     in_row: tl.constexpr = (W + 3) // 4
     quads: tl.constexpr = H * in_row
@@ -354,7 +354,7 @@ def pixels_kernel(
                 FILL,
                 BILINEAR,
             )
-        else:  # through crop and flip alone: the rows of four pixels are found once
+        else:  # only crop and flip: the rows of four pixels are computed once
             from_own, from_other, column = down_own + y, down_other + y, across + step * x
             begin = tl.where(inside, origin_other + from_other * ROW, origin_own + from_own * ROW)
             stored = mask

@@ -1,9 +1,9 @@
-"""The first launch: each sample's draws, and the statistics of its image where its operation needs them.
+"""The first launch: each sample's draws, and the statistics of its image if its operation needs them.
 
-The first programs draw, one sample a thread. Each other program has a tile of a channel of a sample; it draws the
-operation alone and ends, except for Contrast, AutoContrast and Equalize. A small image is one tile, whose program
-writes the table of levels; the tiles of a large image are observed in parallel, and a launch of their own combines
-their statistics. The plan of a sample is twelve int64, which the last launch reads.
+The first programs draw, one sample per thread. Every other program handles a tile of one channel of a sample; it draws
+only the operation and stops unless that is Contrast, AutoContrast or Equalize. A small image is one tile, whose program
+writes the table of levels; the tiles of a large image are processed in parallel, and a separate launch combines their
+statistics. The plan of a sample is twelve int64, which the last launch reads.
 """
 
 import triton
@@ -18,14 +18,14 @@ _CONTRAST = tl.constexpr(OP["Contrast"])
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(OP["AutoContrast"]), tl.constexpr(OP["Equalize"])
 _NUM_OPS = tl.constexpr(len(OPS))
 
-# Columns of the plan: the offset of the image's first pixel, the row of TrivialAugment's tables, the sign of a step to
-# the right, the column and the row where reading starts, the partner, the box, the label, and the bits of lam, float32.
+# Columns of the plan: the offset of the image's first pixel, the row in TrivialAugment's tables, the sign of a step to
+# the right, the column and row where reading starts, the partner, the box, the label, and the float32 bits of lam.
 # Without CutMix, partner and box are not written, and lam is 1.
 ORIGIN, ROW_OF_TABLES, STEP, ACROSS, DOWN, PARTNER, X1, Y1, X2, Y2, LABEL, LAM = (tl.constexpr(c) for c in range(12))
 COLUMNS = tl.constexpr(12)
 
-# Draws are those of `robust_dist.augment.keys` on unsigned 64-bit integers, which wrap as its signed ones do. Keys are
-# a block, one sample a thread, or a scalar of the program.
+# The draws of keys.py on unsigned 64-bit integers, which wrap like its signed ones. Keys are a block, one sample per
+# thread, or a scalar of the program.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
@@ -44,7 +44,7 @@ _CUTMIX_PARTNER = _offset(Stream.CUTMIX_PARTNER)
 
 @triton.jit
 def _bits(key: tl.tensor, stream: tl.constexpr) -> tl.tensor:
-    """64 random bits, uint64, for a key, uint64, and one of the offsets above."""
+    """64 random bits, uint64, from a uint64 key and one of the offsets above."""
     x = key + stream
     x = (x ^ (x >> 30)) * _MIX_1
     x = (x ^ (x >> 27)) * _MIX_2
@@ -59,7 +59,7 @@ def _uniform(key: tl.tensor, stream: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _chance(key: tl.tensor, stream: tl.constexpr, BELOW: tl.constexpr) -> tl.tensor:
-    """Whether `uniform` is below p, for BELOW = ceil(p 2**53): scalars that a launch takes are float32."""
+    """Whether `uniform` is below p, for BELOW = ceil(p 2**53), since scalar arguments of a launch are float32."""
     return (_bits(key, stream) >> 11) < BELOW
 
 
@@ -71,7 +71,7 @@ def _randint(key: tl.tensor, stream: tl.constexpr, high: tl.tensor) -> tl.tensor
 
 @triton.jit
 def _beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tensor:
-    """`robust_dist.augment.cutmix.beta_share` of draws: the knot before each by halves, then linear to the next."""
+    """`beta_share` of cutmix.py: bisection for the preceding knot, then linear interpolation to the next."""
     tl.static_assert(KNOTS == 2**13 + 1)
     left = u.to(tl.int32)  # 0
     for halving in tl.static_range(1, 14):
@@ -84,7 +84,7 @@ def _beta_share(u: tl.tensor, table: tl.tensor, KNOTS: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def room_of(scratch: tl.tensor, sample: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
-    """A sample's ROOM int64: its plan, its tables of 256 levels a channel, and statistics of a large image's tiles."""
+    """A sample's ROOM int64: its plan, a table of 256 levels per channel, and statistics of a large image's tiles."""
     return scratch + sample.to(tl.int64) * ROOM
 
 
@@ -102,7 +102,7 @@ def _found_in(room: tl.tensor, C: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _row(key: tl.tensor, NUM_BINS: tl.constexpr) -> tl.tensor:
-    """TrivialAugment's operation, bin and sign as a row of its tables; 0, nothing, for NUM_BINS = 0."""
+    """TrivialAugment's operation, bin and sign as a row of its tables; 0, the identity, for NUM_BINS = 0."""
     row = 0
     if NUM_BINS > 0:
         cell = _randint(key, _OPERATION, _NUM_OPS) * NUM_BINS + _randint(key, _MAGNITUDE, NUM_BINS)
@@ -112,13 +112,13 @@ def _row(key: tl.tensor, NUM_BINS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _start(key: tl.tensor, stream: tl.constexpr, PADDING: tl.constexpr) -> tl.tensor:
-    """The stored column or row at which the crop begins."""
+    """The column or row of the stored image at which the crop begins."""
     return _randint(key, stream, 2 * PADDING + 1) - PADDING
 
 
 @triton.jit
 def _image(index: tl.tensor, sample: tl.tensor, there: tl.tensor, GATHER: tl.constexpr) -> tl.tensor:
-    """The image of a place in the batch, int64."""
+    """The index of the image at a position in the batch, int64."""
     if GATHER:
         image = tl.load(index + sample, there, other=0)
     else:
@@ -135,7 +135,7 @@ def _partner(
     batch: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The places that `CutMix.plan` draws."""
+    """The positions drawn by `CutMix.plan`."""
     if BLOCK == 0:
         place = tl.load(partners + sample, there, other=0).to(tl.int32)
     else:
@@ -161,7 +161,7 @@ def _mix(
     BLOCK: tl.constexpr,
     KNOTS: tl.constexpr,
 ) -> None:
-    """CutMix's draws to the plan."""
+    """Write CutMix's draws to the plan."""
     mixed = _chance(key, _CUTMIX_APPLY, MIX_BELOW)
     cut = _uniform(key, _CUTMIX_SHARE)
     if KNOTS > 0:
@@ -183,13 +183,13 @@ def _mix(
 
 @triton.jit
 def _needs_statistics(op: tl.tensor, channel: tl.tensor) -> tl.tensor:
-    """Whether an operation looks at a channel; Contrast's first looks at all."""
+    """Whether an operation needs a channel's program; for Contrast, the first one reads all channels."""
     return (op == _AUTOCONTRAST) | (op == _EQUALIZE) | ((op == _CONTRAST) & (channel == 0))
 
 
 @triton.jit
 def _store_contrast(lut: tl.tensor, total: tl.tensor, term: tl.tensor, C: tl.constexpr, PIXELS: tl.constexpr) -> None:
-    """Contrast's tables: a blend with the mean grey level, from the sum, int64; `term` points to the row's terms."""
+    """Write Contrast's tables, a blend with the mean grey level, from the int64 sum and a pointer to its terms."""
     ramp, mean = tl.arange(0, 256), (total.to(tl.float64) / PIXELS).to(tl.float32)
     values = to_levels(tl.fma(mean, tl.load(term + 7), ramp.to(tl.float32) * tl.load(term + 6)))
     for channel in tl.static_range(C):
@@ -198,7 +198,7 @@ def _store_contrast(lut: tl.tensor, total: tl.tensor, term: tl.tensor, C: tl.con
 
 @triton.jit
 def _autocontrast_lut(low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """One channel's range stretched to 0 to 255; a constant channel stays."""
+    """One channel's range stretched to 0 to 255; a constant channel is unchanged."""
     ramp = tl.arange(0, 256)
     scale = tl.where(high > low, (high - low).to(tl.float32) * (1 / 255), 1.0)
     stretched = to_levels(tl.div_rn((ramp - low).to(tl.float32), tl.zeros([256], tl.float32) + scale))
@@ -207,7 +207,7 @@ def _autocontrast_lut(low: tl.tensor, high: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _equalize_lut(counts: tl.tensor, PIXELS: tl.constexpr) -> tl.tensor:
-    """One channel's histogram flattened by Pillow's rule; the identity below 256 pixels."""
+    """One channel's histogram equalized by Pillow's rule; the identity below 256 pixels."""
     ramp, upto = tl.arange(0, 256), tl.cumsum(counts, 0)
     level_step = tl.max(tl.where(upto == PIXELS, 0, upto), 0) // 255
     spread = (upto - counts + level_step // 2) // tl.maximum(level_step, 1)
@@ -241,7 +241,7 @@ def _observe(
     CROP_FILL: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One tile's statistics: as the channel's table where it is the only tile, else for `luts_kernel`."""
+    """Write one tile's statistics: as the channel's table if it is the only tile, else for `luts_kernel`."""
     tiles: tl.constexpr = (H * W + TILE - 1) // TILE
     channel, ramp = program // tiles % C, tl.arange(0, 256)
     lut, found = luts_in(room) + channel * 256, _found_in(room, C) + program % (C * tiles) * 256
@@ -251,7 +251,7 @@ def _observe(
     if op == _CONTRAST:
         red, green, blue = read(images, column, row, mask, C, H, W, CHANNEL, ROW, COLUMN, CROPPED, CROP_FILL)
         grey = luma(red, green, blue).to(tl.int32) if C == 3 else red
-        total = tl.sum(tl.where(mask, grey, 0), 0)  # int32 holds that of 2**23 pixels
+        total = tl.sum(tl.where(mask, grey, 0), 0)  # int32 suffices for 2**23 pixels
         if tiles == 1:
             _store_contrast(lut, total.to(tl.int64), term, C, H * W)
         else:
@@ -279,7 +279,7 @@ def _observe(
 def partners_kernel(
     keys: tl.tensor, partners: tl.tensor, batch: tl.tensor, SAMPLES: tl.constexpr, OTHERS: tl.constexpr
 ) -> None:
-    """Mode "batch": each sample finds its rank among all by their bits, and is the partner of the sample there."""
+    """Mode "batch": each sample is the partner of the sample at its rank among all, ordered by their bits."""
     own = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     drawn = _bits(tl.load(keys + own, own < batch, other=0).to(tl.uint64), _CUTMIX_PARTNER).to(tl.int64, bitcast=True)
     rank = tl.zeros([SAMPLES], tl.int32)
@@ -328,9 +328,9 @@ def prepare_kernel(
     ROOM: tl.constexpr,
     SAMPLES: tl.constexpr,
 ) -> None:
-    """Programs of SAMPLES samples, then those of statistics: (sample * C + channel) * tiles + tile.
+    """Programs for SAMPLES samples each, then those for statistics: (sample * C + channel) * tiles + tile.
 
-    A stage that is off: PADDING, FLIP_BELOW, NUM_BINS or MIX_BELOW is 0.
+    PADDING, FLIP_BELOW, NUM_BINS or MIX_BELOW is 0 if that stage is off.
     """
     tiles: tl.constexpr = (H * W + TILE - 1) // TILE
     program = tl.program_id(0) - (batch + SAMPLES - 1) // SAMPLES
@@ -392,7 +392,7 @@ def statistics_kernel(
     TILE: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """The programs of statistics alone, for a plan that is given, without crop and flip."""
+    """Only the programs for statistics, for a given plan, without crop and flip."""
     tiles: tl.constexpr = (H * W + TILE - 1) // TILE
     program = tl.program_id(0)
     sample, channel = program // (C * tiles), program // tiles % C
@@ -432,7 +432,7 @@ def luts_kernel(
     MANY: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """Program sample * C + channel: the table of levels from the statistics of MANY tiles at a time."""
+    """Program sample * C + channel: the table of levels, from the statistics of MANY tiles at a time."""
     sample, channel = tl.program_id(0) // C, tl.program_id(0) % C
     room = room_of(scratch, sample, ROOM)
     row = tl.load(room + ROW_OF_TABLES).to(tl.int32)

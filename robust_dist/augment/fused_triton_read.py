@@ -1,7 +1,7 @@
 """Triton functions that read pixels through crop, flip and warps, with the roundings of `levels.py` and `warp.py`.
 
-Pixels of a pass are a block [4, quads], four neighbours of a row to a thread; what a row has in common is [1, quads].
-Strides of an image's channels, rows and columns are compiled in, so that a load is an address and nothing else.
+The pixels of a pass are a block [4, quads], four neighbours of a row per thread; values shared by a row are [1, quads].
+The strides of an image's channels, rows and columns are compile-time constants.
 """
 
 import triton
@@ -31,7 +31,7 @@ def read(
     CROPPED: tl.constexpr,
     CROP_FILL: tl.constexpr,
 ) -> tl.tensor:
-    """int32 levels of the channels at places of the stored images; CROP_FILL outside and where the mask is off."""
+    """int32 levels of the channels at positions in the stored images; CROP_FILL outside and where the mask is off."""
     if CROPPED:
         mask = mask & (column >= 0) & (column < W) & (row >= 0) & (row < H)
     return channels(images + (row * ROW + column * COLUMN), mask, C, CHANNEL, CROP_FILL)
@@ -41,7 +41,7 @@ def read(
 def channels(
     pixel: tl.tensor, mask: tl.tensor, C: tl.constexpr, CHANNEL: tl.constexpr, CROP_FILL: tl.constexpr
 ) -> tl.tensor:
-    """int32 levels of three channels, or of one, thrice; CROP_FILL where the mask is off."""
+    """int32 levels of three channels, or of one, repeated; CROP_FILL where the mask is off."""
     red = tl.load(pixel, mask, other=CROP_FILL).to(tl.int32)
     green, blue = red, red
     if C == 3:
@@ -52,32 +52,32 @@ def channels(
 
 @triton.jit
 def luma(red: tl.tensor, green: tl.tensor, blue: tl.tensor) -> tl.tensor:
-    """Whole grey levels, float32, of int32 ones."""
+    """Integer grey levels as float32, from int32 levels."""
     partial = tl.fma(green.to(tl.float32), _GREEN, red.to(tl.float32) * _RED)
     return tl.floor(tl.fma(blue.to(tl.float32), _BLUE, partial))
 
 
 @triton.jit
 def to_levels(x: tl.tensor) -> tl.tensor:
-    """int32: clamped and truncated."""
+    """Clamp and truncate to int32."""
     return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32)
 
 
 @triton.jit
 def rounded(x: tl.tensor) -> tl.tensor:
-    """float32 below 2**22 to the nearest whole number, half to even: the sum has no place for a fraction."""
+    """Round float32 below 2**22 to the nearest integer, half to even, by adding a number without fraction bits."""
     return (x + _HALF_EVEN) - _HALF_EVEN
 
 
 @triton.jit
 def _nearest(x: tl.tensor) -> tl.tensor:
-    """`rounded` as int32: the last bits of the sum are the number."""
+    """`rounded` as int32, from the low bits of the sum."""
     return (x + _HALF_EVEN).to(tl.int32, bitcast=True) - _HALF_EVEN_BITS
 
 
 @triton.jit
 def is_warp(op: tl.tensor) -> tl.tensor:
-    """Whether an operation reads pixels elsewhere."""
+    """Whether an operation moves pixels."""
     return (op >= _SHEAR) & (op <= _ROTATE)
 
 
@@ -91,9 +91,9 @@ def _coordinates(
     H: tl.constexpr,
     W: tl.constexpr,
 ) -> tl.tensor:
-    """The place that each pixel is read from, float32 [4, quads], with every rounding of `warp.coordinates`.
+    """The source position of each pixel, float32 [4, quads], with every rounding of `warp.coordinates`.
 
-    `x` [4, quads] and `y` [1, quads] are float32 distances from the centre; rows of other operations stay.
+    `x` [4, quads] and `y` [1, quads] are float32 distances from the centre; other operations do not move pixels.
     """
     grid_x = tl.where(inside, tl.load(other), tl.load(own)) * x
     grid_y = tl.where(inside, tl.load(other + 1), tl.load(own + 1)) * x
@@ -125,7 +125,7 @@ def _filled(
 ) -> tl.tensor:
     """Levels of the channels, with the warps' fill outside the cropped image: 8 bits each in FILL, red the lowest.
 
-    A place of -1 is stored nowhere, and one of -2 is not covered: one number is all that a pixel keeps.
+    A position of -1 is in the crop's padding, and -2 outside the cropped image, so that a pixel needs only one number.
     """
     covered, column, row = (x >= 0) & (x < W) & (y >= 0) & (y < H), across + step * x, down + y
     place = row * ROW + column * COLUMN
@@ -143,7 +143,7 @@ def _filled(
 
 @triton.jit
 def _between(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, right: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """int32 level between four, in float64 and with the roundings of `warp.read_bilinear`."""
+    """The int32 level interpolated between four, in float64, with the roundings of `warp.read_bilinear`."""
     upper = a.to(tl.float64) + (b - a).to(tl.float64) * right
     lower = c.to(tl.float64) + (d - c).to(tl.float64) * right
     return ((upper + (lower - upper) * low + _HALF_EVEN_64) - _HALF_EVEN_64).to(tl.int32)
@@ -173,7 +173,7 @@ def read_warped(
     FILL: tl.constexpr,
     BILINEAR: tl.constexpr,
 ) -> tl.tensor:
-    """Levels of the channels where the own sample or the partner is warped; `x0` is the first column of each four."""
+    """Levels of the channels if the sample or its partner is warped; `x0` is the first column of each group of four."""
     x = (x0.to(tl.float32) - (W - 1) / 2) + tl.arange(0, 4)[:, None].to(tl.float32)
     y = y.to(tl.float32) - (H - 1) / 2
     at_x, at_y = _coordinates(x, y, terms_own, terms_other, inside, H, W)

@@ -1,7 +1,7 @@
 """Keyed draws: every random number is a pure function of (seed, epoch, sample index, purpose).
 
-A key is splitmix64's output at a counter, computed with wrapping int64 operations alone, so that processors,
-devices, eager and compiled code agree bit for bit, and there is no generator state to save or to share.
+A key is splitmix64's output at a counter, computed only with wrapping int64 operations, so that processors,
+devices, eager and compiled code agree bit for bit, and there is no generator state to save or share.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ class Stream(IntEnum):
 
 def _counting(numbers: range, device: torch.device | str | None = None) -> Tensor:
     if torch.compiler.is_compiling():
-        # Inductor folds what is computed from an arange into indices, whose integers do not wrap at 64 bits.
+        # Inductor turns arithmetic on an arange into index expressions, whose integers do not wrap at 64 bits.
         return torch.tensor(list(numbers), dtype=torch.int64, device=device)
     return torch.arange(numbers.start, numbers.stop, numbers.step, dtype=torch.int64, device=device)
 
@@ -69,16 +69,16 @@ def sample_keys(seed: int | Tensor, epoch: int | Tensor, indices: Tensor | Seque
     """One key per sample, the same on every rank, device and world size.
 
     Args:
-        seed: Of the run. Python ints of any size and sign count modulo 2**64.
-        epoch: As `seed`. A 0-d int64 tensor does not recompile compiled code when it changes.
-        indices: The samples' indices in the data set, [B] integers on any device, or a sequence, or a range.
+        seed: The run's seed. Python ints of any size and sign are taken modulo 2**64.
+        epoch: The epoch, like `seed`. Changing a 0-d int64 tensor does not recompile compiled code.
+        indices: The samples' indices in the dataset, integers [B] on any device, a sequence or a range.
 
     Returns:
         int64 [B] on the device of `indices`.
 
     Raises:
         TypeError: For a seed, epoch or indices that are not integers.
-        ValueError: For indices of more or less than one dimension.
+        ValueError: For indices that are not one-dimensional.
     """
     counters = _indices(indices)
     run = mix(_counter("seed", seed) + GOLDEN)
@@ -92,21 +92,21 @@ def bits(keys: Tensor, stream: Stream) -> Tensor:
 
 
 def bits_of_each(keys: Tensor, first: Stream, last: Stream) -> Tensor:
-    """`bits` of all streams from the first to the last, in one go: int64 [streams, B] for keys [B]."""
+    """`bits` of all streams from the first to the last, at once: int64 [streams, B] for keys [B]."""
     offsets = [signed((stream + 1) * GOLDEN) for stream in range(int(first), int(last) + 1)]
     if readable(keys):
         return mix(keys + torch.tensor(offsets).unsqueeze(1))
-    # On a device a tensor of constants would be a copy that waits.
+    # Not a tensor of constants, whose copy to a device would synchronise.
     return mix(torch.stack([keys + offset for offset in offsets]))
 
 
 def to_uniform(drawn: Tensor) -> Tensor:
-    """64 bits to float64, uniform over the multiples of 2**-53 in [0, 1)."""
+    """Convert 64 bits to float64, uniform over the multiples of 2**-53 in [0, 1)."""
     return shift(drawn, 11).double() * 2.0**-53
 
 
 def to_int(drawn: Tensor, high: int | Tensor) -> Tensor:
-    """64 bits to int64, uniform in [0, high) for 1 <= high < 2**31, with a bias below high * 2**-32."""
+    """Convert 64 bits to int64, uniform in [0, high) for 1 <= high < 2**31, with a bias below high * 2**-32."""
     return (shift(drawn, 32) * high) >> 32
 
 
@@ -121,9 +121,9 @@ def randint(keys: Tensor, stream: Stream, high: int | Tensor) -> Tensor:
 
 
 def uniforms(key: int, stream: Stream) -> Iterator[float]:
-    """An endless row of floats in [0, 1) for one key, in Python's integers: a worker's draws, a sample at a time.
+    """An endless sequence of floats in [0, 1) for one key, computed in Python, for a worker's draws.
 
-    It is splitmix64's sequence that starts at `bits` of the key, so a row shares no draw with another stream or key.
+    It is splitmix64's sequence starting at `bits` of the key, so it shares no draws with other streams or keys.
     """
     start = mix_int(key + (int(stream) + 1) * GOLDEN)
     for number in count(1):
@@ -133,9 +133,9 @@ def uniforms(key: int, stream: Stream) -> Iterator[float]:
 def random_keys(
     batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Keys without a sample's name: int64 [batch] from a generator, or from torch's default one.
+    """Random keys, int64 [batch], from a generator or torch's default one.
 
-    Compiled code cannot take a generator, and its default stream differs from eager's: pass keys there.
+    Compiled code does not accept a generator, and its default stream differs from eager's: pass keys there.
     """
     low, high = -(2**63), 2**63 - 1
     if generator is None:

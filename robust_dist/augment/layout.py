@@ -1,4 +1,4 @@
-"""Memory formats, choosing between images, the uint8 grid, and constants that no `.to(dtype)` may round."""
+"""Memory formats, selection between images, conversion to 256 levels, and constants that `.to(dtype)` leaves exact."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -14,21 +14,21 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def memory_format(images: Tensor) -> torch.memory_format:
-    """channels_last for images that lie so and not the ordinary way, else contiguous_format."""
+    """channels_last for images that are channels_last but not contiguous, else contiguous_format."""
     if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def select(images: Tensor, index: Tensor) -> Tensor:
-    """images[index] in the images' own memory format; index is int64 [B]."""
+    """images[index] in the images' memory format; index is int64 [B]."""
     return images.index_select(0, index).contiguous(memory_format=memory_format(images))
 
 
 def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
-    """`on` where all masks are true, else `off`, for masks that broadcast to one [B, 1, H, W]; may overwrite `on`.
+    """`on` where all masks are true, else `off`, for masks that broadcast to [B, 1, H, W]; may overwrite `on`.
 
-    On the CPU it selects by bits: `torch.where` on uint8 takes a hundred times as long.
+    On the CPU it uses bitwise operations: `torch.where` on uint8 takes a hundred times as long.
     """
     if not readable(on) or on.requires_grad:
         return torch.where(reduce(torch.bitwise_and, masks), on, off)
@@ -40,25 +40,25 @@ def choose(masks: Sequence[Tensor], on: Tensor, off: Tensor) -> Tensor:
 
 
 def _has_lanes(images: Tensor) -> bool:
-    """Whether images can be viewed as 8-byte words: every row is a whole number of them, and so is every stride."""
+    """Whether images can be viewed as 8-byte words: every row and every stride is a multiple of 8 bytes."""
     steps = images.shape[-1], images.storage_offset(), *images.stride()[:-1]
     whole = all(step * images.element_size() % 8 == 0 for step in steps)
     return bool(images.is_contiguous() and images.stride(-1) == 1 and whole)
 
 
 def _stretched(mask: Tensor, own: torch.dtype, lane: torch.dtype) -> Tensor:
-    """A boolean mask to words of equal bits, as many in a row as the images' rows have."""
+    """A boolean mask as words of all ones or all zeros, as many per row as the images have."""
     if mask.shape[-1] == 1:
         return mask.to(lane).neg_()
     return mask.to(own, memory_format=torch.contiguous_format).neg_().view(lane)
 
 
 def to_grid(images: Tensor) -> Tensor:
-    """Floating images in [0, 1] to the nearest of 256 levels, uint8; uint8 as it is.
+    """Round floating-point images in [0, 1] to the nearest of 256 levels, uint8; return uint8 images unchanged.
 
     Raises:
-        ValueError: On the CPU, uncompiled, for values outside [0, 1] or not finite. Elsewhere looking would
-            wait for the device: there values are clamped, and nan becomes 0.
+        ValueError: On the CPU, uncompiled, for values outside [0, 1] or not finite. Elsewhere a check would
+            synchronise: values are clamped, and NaN becomes 0.
     """
     if images.dtype == torch.uint8:
         return images
@@ -69,45 +69,45 @@ def to_grid(images: Tensor) -> Tensor:
 
 
 def from_grid(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """256 levels to floating images in [0, 1], or uint8 as it is."""
+    """Convert 256 levels to floating-point images in [0, 1]; for uint8, return them unchanged."""
     return levels if dtype == torch.uint8 else (levels.float() / 255).to(dtype)
 
 
 def keep_bits(module: nn.Module, name: str, table: Tensor) -> None:
-    """Register a floating table as integer bits, which move with the module but never change precision."""
+    """Register a floating-point table as integer bits, which move with the module but never change precision."""
     module.register_buffer(name, table.contiguous().view(_BITS[table.element_size()]), persistent=False)
 
 
 def bits_of(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The table of `keep_bits`; it is copied where the module was not moved to `device` before."""
+    """The table of `keep_bits`, copied to `device` if the module is on another one."""
     return module.get_buffer(name).to(device).view(dtype)
 
 
 class Stage(nn.Module):
-    """A module whose `apply` carries out a plan; called with a function, it still is `nn.Module.apply`."""
+    """A module whose `apply` carries out a plan; called with a function, it is `nn.Module.apply`."""
 
     def _visit(self, function: object) -> Any:
         return nn.Module.apply(self, cast(Callable[[nn.Module], None], function))
 
 
 class ImageStage(Stage):
-    """A stage of images alone, whose plan is drawn by their keys."""
+    """A stage that needs only images, with a plan drawn from their keys."""
 
     plan: Callable[[Tensor], Any]
     _carry_out: Callable[[Tensor, Any], Tensor]
 
     def apply(self, images: Tensor, plan: Any = None) -> Tensor:  # type: ignore[override]
-        """Do what the plan says.
+        """Carry out the plan.
 
         Args:
-            images: uint8 or floating, [B, C, H, W].
-            plan: For B samples, on the images' device.
+            images: uint8 or floating-point, [B, C, H, W].
+            plan: The plan for B samples, on the images' device.
 
         Returns:
             New images of the same shape, dtype and memory format.
 
         Raises:
-            TypeError: For images or plans of a wrong dtype.
+            TypeError: For images or plans with a wrong dtype.
             ValueError: For wrong shapes or devices.
         """
         if plan is None:
@@ -116,7 +116,7 @@ class ImageStage(Stage):
         return self._carry_out(images, plan).contiguous(memory_format=memory_format(images))
 
     def forward(self, images: Tensor, keys: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`apply(images, plan(keys))`, with keys from the generator where none are given."""
+        """`apply(images, plan(keys))`; if no keys are given, they are drawn from the generator."""
         check_images(images)
         keys = random_keys(images.shape[0], generator, images.device) if keys is None else keys
         check_vector("keys", keys, images)

@@ -1,7 +1,7 @@
-"""Brightness to Equalize: what becomes of an 8-bit level, with the rounding of torchvision's uint8 kernels.
+"""Brightness to Equalize on 8-bit levels, with the rounding of torchvision's uint8 kernels.
 
-float64 holds the product of two float32 values, and here its sum with a third, so that a cast to float32 is the one
-rounding of a fused multiply-add; and a compiler cannot fuse across a cast what must be rounded twice.
+In float64 a product of two float32 values is exact, and so is its sum with a third here: casting it to float32 rounds
+once, like a fused multiply-add. Where two roundings are needed, a cast in between prevents the compiler from fusing.
 
 Suffixes: B samples, C channels, H and W pixels.
 """
@@ -18,7 +18,7 @@ _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114
 
 @lru_cache(maxsize=1)
 def _addcmul_is_fused() -> bool:
-    """Whether this processor's `addcmul` rounds once: it does with AVX2, AVX-512 and NEON."""
+    """Whether `addcmul` rounds once on this processor, as with AVX2, AVX-512 and NEON."""
     a, c = (torch.full((37,), value, dtype=torch.float32, device="cpu") for value in (1 + 2**-12, -1 - 2**-11))
     return bool((torch.addcmul(c, a, a) == 2.0**-24).all())
 
@@ -38,12 +38,12 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def to_levels(x: Tensor) -> Tensor:
-    """uint8: clamped and truncated, as torchvision's cast does; changes `x`."""
+    """Clamp and truncate to uint8 like torchvision's cast; modifies `x`."""
     return x.clamp_(0, 255).to(torch.uint8)
 
 
 def luma(images: Tensor) -> Tensor:
-    """Whole grey levels, float32 [B, 1, H, W]; grey images darken by one level, as the weights sum to .9999."""
+    """Integer grey levels, float32 [B, 1, H, W]; grey images darken by one level, as the weights sum to 0.9999."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.float().split(1, 1)
@@ -60,7 +60,7 @@ def color(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """Rounded means over 3 x 3 pixels, the middle one five times: float32 [B, C, H - 2, W - 2]."""
+    """Rounded means over 3 x 3 pixels, the middle one weighted five times: float32 [B, C, H - 2, W - 2]."""
     x = images.to(torch.int16)
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[..., 1:-1, 1:-1]
@@ -95,7 +95,7 @@ def contrast_lut(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def autocontrast_lut(images: Tensor) -> Tensor:
-    """uint8 [B, C, 256]: each channel's range stretched to 0 to 255; a constant channel stays."""
+    """uint8 [B, C, 256]: each channel's range stretched to 0 to 255; a constant channel is unchanged."""
     flat = images.flatten(2)
     low, high = (t.unsqueeze(2).float() for t in (flat.amin(2), flat.amax(2)))
     scale = (high - low) * (1 / 255)
@@ -105,7 +105,7 @@ def autocontrast_lut(images: Tensor) -> Tensor:
 
 
 def _histogram(images: Tensor) -> Tensor:
-    """int32 [B, C, 256]; one flat sum on a device, which has a deterministic version."""
+    """int32 [B, C, 256]; on a device as one flat sum, which has a deterministic version."""
     flat = images.flatten(2).long()
     batch, channels = images.shape[:2]
     counts = torch.zeros(batch, channels, 256, dtype=torch.int32, device=images.device)
@@ -118,7 +118,7 @@ def _histogram(images: Tensor) -> Tensor:
 
 
 def equalize_lut(images: Tensor) -> Tensor:
-    """uint8 [B, C, 256]: each channel's histogram flattened by Pillow's rule; the identity below 256 pixels."""
+    """uint8 [B, C, 256]: each channel's histogram equalized by Pillow's rule; the identity below 256 pixels."""
     cumulative = _histogram(images).double().cumsum(2)
     pixels = images.shape[2] * images.shape[3]
     step = (cumulative.masked_fill(cumulative == pixels, 0).amax(2, keepdim=True) / 255).floor_()

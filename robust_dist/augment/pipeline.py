@@ -1,4 +1,4 @@
-"""The paper's whole training augmentation as one module: crop, flip, TrivialAugment, CutMix, normalise."""
+"""The paper's complete training augmentation as one module: crop, flip, TrivialAugment, CutMix, normalise."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ def _size(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _channel_values(name: str, values: Sequence[float]) -> Tensor:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) not in (1, 3):
-        raise ValueError(f"{name} must hold one number for each of 1 or 3 channels, got {values!r}")
+        raise ValueError(f"{name} must have one number for each of 1 or 3 channels, got {values!r}")
     tensor = torch.tensor([float(v) for v in values], dtype=torch.float32)
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {values!r}")
@@ -34,22 +34,22 @@ def _channel_values(name: str, values: Sequence[float]) -> Tensor:
 
 
 class RobustAugment(nn.Module):
-    """uint8 images and labels in, normalised images and soft targets out.
+    """Turns uint8 images and labels into augmented, normalised images and soft targets.
 
-    In training: crop, flip, TrivialAugment, CutMix, then (x / 255 - mean) / std and the cast. In `eval()`: the last
-    step alone, with one-hot targets. The stages are the attributes `crop`, `flip`, `trivial`, `cutmix`; None where off.
-    The module holds nothing in its state_dict.
+    In training: crop, flip, TrivialAugment, CutMix, then (x / 255 - mean) / std and the cast. In `eval()`: only the
+    last step, with one-hot targets. The stages are the attributes `crop`, `flip`, `trivial`, `cutmix`; None if off.
+    The module's state_dict is empty.
 
     Args:
         num_classes: Number of classes C.
-        size: Side, or (height, width), in pixels that images must have.
-        mean: Of each channel on the scale 0 to 1; its length is the number of channels, 1 or 3.
-        std: As `mean`, above 0.
+        size: Required side, or (height, width), of the images in pixels.
+        mean: Mean of each channel, for values from 0 to 1; its length is the number of channels, 1 or 3.
+        std: Standard deviation of each channel, above 0.
         crop: Padding of the random crop in pixels; None or 0 for no crop.
-        flip: Whether images are mirrored with probability 0.5.
+        flip: Whether images are flipped with probability 0.5.
         trivial: Whether TrivialAugment is applied.
         cutmix: Whether CutMix is applied; targets are soft in any case.
-        dtype: Floating dtype of the images given out.
+        dtype: Floating-point dtype of the returned images.
         cutmix_mode: "elem" or "batch", see `CutMix`.
         cutmix_alpha: See `CutMix`.
         cutmix_p: See `CutMix`.
@@ -57,14 +57,14 @@ class RobustAugment(nn.Module):
         num_bins: See `TrivialAugment`.
         interpolation: See `TrivialAugment`.
         fill: Level outside the image, 0 to 255, for the crop and TrivialAugment; per channel only without a crop.
-        channels_last: Whether images given out are channels_last; otherwise they are as they came.
-        backend: "torch"; "native", one pass in C on the CPU; "triton", on a GPU; "auto", the fastest that there is for
-            the images' device. All give the same bits.
+        channels_last: Whether returned images are channels_last; otherwise they have the memory format of the input.
+        backend: "torch"; "native", one pass in C on the CPU; "triton", on a GPU; "auto", the fastest available backend
+            for the images' device. All give the same bits.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For arguments out of range.
-        RuntimeError: For a backend that is demanded and cannot be used here; says why.
+        RuntimeError: For an explicit backend that is not available; the message gives the reason.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class RobustAugment(nn.Module):
         self._set_scale(mean, std, dtype)
         self.channels_last = channels_last
         self.backend = check_backend(backend)
-        self._repeat: Repeat | None = None  # the backend's, once it has augmented a batch
+        self._repeat: Repeat | None = None  # from the backend, after the first batch
         alone = "torch" if backend == "torch" else "auto"
         mixing = CutMix(num_classes, alpha=cutmix_alpha, p=cutmix_p, mode=cutmix_mode, block=block, backend=alone)
         operations = TrivialAugment(num_bins=num_bins, interpolation=interpolation, fill=fill, backend=alone)
         if crop and isinstance(fill, Sequence):
-            raise ValueError(f"fill must be one level where crop is on, got {fill!r}: set crop=None")
+            raise ValueError(f"fill must be one level if crop is on, got {fill!r}: set crop=None")
         self.crop = RandomCrop(crop, fill=fill) if crop and not isinstance(fill, Sequence) else None
         self.flip = RandomHorizontalFlip() if flip else None
         self.trivial = operations if trivial else None
@@ -118,21 +118,22 @@ class RobustAugment(nn.Module):
         """Augment a batch.
 
         Args:
-            images: uint8 [B, C, H, W] of the module's size, or floating in [0, 1], which is rounded to 256 levels.
+            images: uint8 [B, C, H, W] with the module's size, or floating-point in [0, 1], which is rounded to 256
+                levels.
             labels: Class numbers, integers [B] on the images' device.
-            keys: From `sample_keys`, int64 [B] on the images' device; drawn where none are given.
-            generator: Where keys are drawn from; None is torch's default generator.
-            index: int64 [B] on the images' device. With it images and labels are those of a whole set, [N, C, H, W]
-                and [N], and the batch is images[index] and labels[index], gathered while it is augmented.
+            keys: From `sample_keys`, int64 [B] on the images' device; None draws them.
+            generator: Generator for drawing keys; None is torch's default generator.
+            index: int64 [B] on the images' device. With it, images and labels are those of a whole dataset,
+                [N, C, H, W] and [N], and the batch is images[index] and labels[index], gathered during augmentation.
 
         Returns:
             Images [B, C, H, W] in the module's dtype, and targets, float32 [B, num_classes].
 
         Raises:
             TypeError: For wrong dtypes.
-            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C), floating
-                images outside [0, 1] and an index outside the set.
-            RuntimeError: For a demanded backend that cannot take the images' device.
+            ValueError: For wrong shapes or devices; on the CPU, uncompiled, also for labels outside [0, C),
+                floating-point images outside [0, 1] and an index outside the dataset.
+            RuntimeError: For an explicit backend that does not support the images' device.
         """
         if not torch.compiler.is_compiling() and self._repeat is not None and keys is not None:
             known = self._repeat(self, images, labels, keys, index)
@@ -164,11 +165,13 @@ class RobustAugment(nn.Module):
         if (strange := self._strange_stage()) is None:
             return choose(self.backend, torch.device(device))
         if self.backend not in ("auto", "torch"):
-            raise RuntimeError(f'backend="{self.backend}" knows no stage of type {strange}: set backend="auto"')
+            raise RuntimeError(
+                f'backend="{self.backend}" does not support a stage of type {strange}: set backend="auto"'
+            )
         return "torch"
 
     def out_format(self, images: Tensor) -> torch.memory_format:
-        """The memory format of what is made of `images`."""
+        """The memory format of the result for `images`."""
         return torch.channels_last if self.channels_last else memory_format(images)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -177,24 +180,24 @@ class RobustAugment(nn.Module):
         return self.scaled(to_grid(images))
 
     def extra_repr(self) -> str:
-        """The settings that no stage shows."""
+        """The settings that no stage prints."""
         return f"num_classes={self.num_classes}, size={self.size}, dtype={self.dtype}"
 
     def _set_scale(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
         centre, spread = _channel_values("mean", mean), _channel_values("std", std)
         if centre.shape != spread.shape:
-            raise ValueError(f"mean and std must have one length, got {len(mean)} and {len(std)}")
+            raise ValueError(f"mean and std must have the same length, got {len(mean)} and {len(std)}")
         if not bool((spread > 0).all()):
             raise ValueError(f"std must be above 0, got {std!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating torch dtype, got {dtype!r}")
+            raise TypeError(f"dtype must be a floating-point torch dtype, got {dtype!r}")
         self.dtype = dtype
         keep_bits(self, "_mean", centre)
         keep_bits(self, "_std", spread)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the images that it takes and gives."""
+        """[C, H, W] of input and output images."""
         return self.get_buffer("_mean").shape[1], *self.size
 
     def _check(self, images: Tensor) -> None:
@@ -204,7 +207,7 @@ class RobustAugment(nn.Module):
             raise ValueError(f"images must have shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
 
     def _strange_stage(self) -> str | None:
-        """The type of a stage that is not this package's own, which the fused backends do not know; None for none."""
+        """The type of a stage from outside this package, which the fused backends do not support, or None."""
         stages = (self.crop, self.flip, self.trivial, self.cutmix)
         known = (RandomCrop, RandomHorizontalFlip, TrivialAugment, CutMix)
         pairs = [pair for pair in zip(stages, known, strict=True) if pair[0] is not None]
@@ -228,7 +231,7 @@ class RobustAugment(nn.Module):
         return images
 
     def scaled(self, levels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std and the cast, of uint8 levels [B, C, H, W]."""
+        """(x / 255 - mean) / std and the cast, for uint8 levels [B, C, H, W]."""
         mean, std = (bits_of(self, name, torch.float32, levels.device) for name in ("_mean", "_std"))
         images = levels.float().div_(255).sub_(mean).div_(std).to(self.dtype)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images

@@ -1,6 +1,6 @@
 """TrivialAugment's "wide" space as tables: one row per (operation, bin, sign).
 
-The magnitudes of 31 bins are frozen literals: torchvision makes them with `torch.linspace` in float32, whose
+The magnitudes of 31 bins are literals: torchvision computes them with `torch.linspace` in float32, whose
 last bits depend on the processor (TranslateX of bin 15 is 15 pixels with AVX2, 16 without).
 """
 
@@ -49,29 +49,29 @@ def _float32(value: Fraction | float) -> float:
 
 
 def wide_magnitudes(num_bins: int) -> list[float]:
-    """Shear, and the enhancers' distance from 1: float32 values from 0 to 0.99, [num_bins]."""
+    """Shear, and the enhancers' distances from 1: float32 values from 0 to 0.99, [num_bins]."""
     if num_bins == 31:
         return [_float32(m) for m in _WIDE_31]
     return [_float32(Fraction(99 * b, 100 * (num_bins - 1))) for b in range(num_bins)]
 
 
 def translations(num_bins: int) -> list[int]:
-    """Pixels, whatever the image's size: 0 to 32, [num_bins]."""
+    """Translations in pixels, for any image size: 0 to 32, [num_bins]."""
     return list(_TRANSLATE_31) if num_bins == 31 else [32 * b // (num_bins - 1) for b in range(num_bins)]
 
 
 def rotations(num_bins: int) -> list[float]:
-    """Degrees, counter-clockwise: 0 to 135, [num_bins]."""
+    """Counter-clockwise rotations in degrees: 0 to 135, [num_bins]."""
     return [_float32(Fraction(135 * b, num_bins - 1)) for b in range(num_bins)]
 
 
 def posterize_bits(num_bins: int) -> list[int]:
-    """High bits kept: 8 to 2, half to even, [num_bins]."""
+    """Number of high bits kept: 8 to 2, rounded half to even, [num_bins]."""
     return [round(8 - Fraction(6 * b, num_bins - 1)) for b in range(num_bins)]
 
 
 def solarize_thresholds(num_bins: int) -> list[int]:
-    """Levels from which pixels are inverted: 255 to 0, [num_bins]."""
+    """Levels from which on pixels are inverted: 255 to 0, [num_bins]."""
     if num_bins == 31:
         return list(_SOLARIZE_31)
     return [math.ceil(Fraction(255 * (num_bins - 1 - b), num_bins - 1)) for b in range(num_bins)]
@@ -85,8 +85,8 @@ def signed_rows(table: Tensor, op: int) -> Tensor:
 def matrix_table(num_bins: int) -> Tensor:
     """Inverse affine maps in pixels about the centre, float64 [rows, 8].
 
-    Columns a, b, c, d, p, q, u, v stand for x_in = a x + b y + p H/2 - u and y_in = c x + d y + q W/2 - v. Shears
-    keep the upper left corner in its place, as AutoAugment's do. Rows of other operations are the identity.
+    The columns are a, b, c, d, p, q, u, v of x_in = a x + b y + p H/2 - u and y_in = c x + d y + q W/2 - v. Shears
+    keep the upper left corner fixed, as in AutoAugment. Rows of other operations are the identity.
     """
     table = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0], dtype=torch.float64).repeat(len(OPS) * num_bins * 2, 1)
     wide, shifts, angles = wide_magnitudes(num_bins), translations(num_bins), rotations(num_bins)
@@ -104,7 +104,7 @@ def matrix_table(num_bins: int) -> Tensor:
 
 
 def factor_table(num_bins: int) -> Tensor:
-    """The enhancers' blend: f and 1 - f, float32 [rows, 2]; (1, 0) for other operations."""
+    """The enhancers' blend factors f and 1 - f, float32 [rows, 2]; (1, 0) for other operations."""
     table = torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(len(OPS) * num_bins * 2, 1)
     pairs = [[1 + m, 1 - (1 + m), 1 - m, 1 - (1 - m)] for m in wide_magnitudes(num_bins)]
     rounded = torch.tensor(pairs, dtype=torch.float64).float().view(num_bins, 2, 2)
@@ -114,7 +114,7 @@ def factor_table(num_bins: int) -> Tensor:
 
 
 def lut_table(num_bins: int) -> Tensor:
-    """The new value of each level for operations without statistics of the image: uint8 [rows, 256]."""
+    """The new value of each level for operations that need no statistics of the image: uint8 [rows, 256]."""
     levels = torch.arange(256)
     table = levels.repeat(len(OPS) * num_bins * 2, 1)
     factors = signed_rows(factor_table(num_bins), OP["Brightness"])[..., :1]

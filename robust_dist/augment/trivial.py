@@ -18,7 +18,7 @@ from robust_dist.validate import one_of, whole_number
 
 
 class Kind(IntEnum):
-    """The way an operation is computed; from LEVELS on, by a table from level to level."""
+    """How an operation is computed; from LEVELS on, by a table from level to level."""
 
     NOTHING = 0
     WARP = 1
@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
 
 class Masked:
-    """Every function sees every sample, and masks choose: static shapes, no waiting for the device."""
+    """Applies every function to every sample and selects with masks: static shapes, no synchronisation."""
 
     def __init__(self, kind: Tensor) -> None:
         """Take the `Kind` of each sample, int64 [B]."""
@@ -40,16 +40,16 @@ class Masked:
     def update(
         self, out: Tensor, kinds: tuple[Kind, Kind], function: Callable[..., Tensor], *arguments: Tensor
     ) -> Tensor:
-        """`out` with `function(*arguments)` in the samples whose kind lies between two, inclusive."""
+        """`out` with `function(*arguments)` in the samples whose kind is between two, inclusive."""
         mask = (self._kind >= int(kinds[0])) & (self._kind <= int(kinds[1]))
         return torch.where(mask.view(-1, *[1] * (out.dim() - 1)), function(*arguments), out)
 
 
 class Grouped:
-    """Every function sees its own samples alone, which lie together; `out` changes in place."""
+    """Applies each function only to its own samples, which are contiguous; modifies `out` in place."""
 
     def __init__(self, kind: Tensor, chunk: int) -> None:
-        """Take the `Kind` of each sample, int64 [B], ascending, and how many samples fit the processor's cache."""
+        """Take the `Kind` of each sample, int64 [B], ascending, and the number of samples that fit the CPU's cache."""
         counts = torch.bincount(kind, minlength=len(Kind)).tolist()
         self._bounds = [0, *accumulate(counts)]
         self._chunk = chunk
@@ -57,7 +57,7 @@ class Grouped:
     def update(
         self, out: Tensor, kinds: tuple[Kind, Kind], function: Callable[..., Tensor], *arguments: Tensor
     ) -> Tensor:
-        """`out`, changed in place, with `function(*arguments)` in the samples between two kinds, inclusive."""
+        """`out`, modified in place, with `function(*arguments)` in the samples between two kinds, inclusive."""
         start, stop = self._bounds[kinds[0]], self._bounds[kinds[1] + 1]
         pieces = -((start - stop) // self._chunk)
         for piece in range(pieces):
@@ -84,8 +84,8 @@ _CONTRAST = (Kind.CONTRAST, Kind.CONTRAST)
 _AUTOCONTRAST = (Kind.AUTOCONTRAST, Kind.AUTOCONTRAST)
 _EQUALIZE = (Kind.EQUALIZE, Kind.EQUALIZE)
 _TONE = (Kind.LEVELS, Kind.EQUALIZE)
-_SMALL = 64 * 64  # pixels up to which the CPU keeps all warps' indices, at most 10 MB
-_CHUNK = 2**19  # values of a group worked on at a time on the CPU
+_SMALL = 64 * 64  # pixels up to which the CPU caches the indices of all warps, at most 10 MB
+_CHUNK = 2**19  # values of a group processed at a time on the CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class TrivialAugmentPlan:
     Attributes:
         op: Index into `TrivialAugment.OPS`, int64 [B].
         magnitude_bin: Bin of the magnitude, int64 [B]; operations without a magnitude ignore it.
-        negative: Whether the magnitude's sign is turned, bool [B]; operations without a sign ignore it.
+        negative: Whether the magnitude's sign is flipped, bool [B]; operations without a sign ignore it.
     """
 
     op: Tensor
@@ -106,35 +106,35 @@ class TrivialAugmentPlan:
 def _fill_values(fill: float | Sequence[float]) -> list[int]:
     values = list(fill) if isinstance(fill, Sequence) else [fill]
     if len(values) not in (1, 3) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-        raise TypeError(f"fill must be a number or one per channel (1 or 3), got {fill!r}")
+        raise TypeError(f"fill must be a number, or one per channel (1 or 3), got {fill!r}")
     if any(not 0 <= v <= 255 or v != int(v) for v in values):
-        raise ValueError(f"fill must hold whole levels in [0, 255], got {fill!r}")
+        raise ValueError(f"fill must be integer levels in [0, 255], got {fill!r}")
     return [int(v) for v in values]
 
 
 class TrivialAugment(ImageStage):
     """One random operation of random strength for each sample, equal to torchvision's TrivialAugmentWide.
 
-    Every operation gives the bits of torchvision's uint8 tensor kernels with nearest interpolation, in eager and
-    compiled code. On the CPU one pass in C does them, or, where that was not built, torch, samples of one operation
-    together; compiled or on a device, shapes are static, nothing waits for the device, and
-    `torch.compile(fullgraph=True)` and CUDA graphs capture it.
+    Every operation gives the same bits as torchvision's uint8 tensor kernels with nearest interpolation, in eager and
+    compiled code. On the CPU one pass in C computes them or, if that was not built, torch, grouped by operation; when
+    compiled or on a device, shapes are static, nothing waits for the device, and `torch.compile(fullgraph=True)` and
+    CUDA graphs capture it.
 
-    Images have 1 or 3 channels. Floating ones in [0, 1] are rounded to the 256 levels first and divided by 255 last, in
-    float32. On the CPU, uncompiled, a call raises ValueError for floating images outside [0, 1] and for operations and
-    bins that do not exist; on a device the images are clamped, and such plans are undefined.
+    Images have 1 or 3 channels. Floating-point images in [0, 1] are rounded to 256 levels, and the result is divided by
+    255 in float32. On the CPU, uncompiled, a call raises ValueError for floating-point images outside [0, 1] and for
+    operations and bins that do not exist; on a device such images are clamped, and such plans are undefined.
 
     Args:
-        num_bins: Magnitudes from none to the widest, at least 2.
+        num_bins: Number of magnitudes, from none to the largest, at least 2.
         interpolation: "nearest" or "bilinear" for shear, translation and rotation. Bilinear differs from torchvision
-            by one level at rounding ties, and at borders with a fill, where torchvision's are too dark.
-        fill: Level outside the image, 0 to 255, for all channels or for each.
+            by one level at rounding ties, and at borders with a fill, which are too dark in torchvision.
+        fill: Level outside the image, 0 to 255, for all channels or one per channel.
         backend: See `RobustAugment`.
 
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For fewer than 2 bins, an unknown interpolation, or fill levels outside 0 to 255.
-        RuntimeError: For a backend that is demanded and cannot be used here; says why.
+        RuntimeError: For an explicit backend that is not available; the message gives the reason.
     """
 
     OPS: tuple[str, ...] = tables.OPS
@@ -185,7 +185,7 @@ class TrivialAugment(ImageStage):
         return f"num_bins={self.num_bins}, interpolation={self.interpolation!r}"
 
     def check_channels(self, images: Tensor) -> None:
-        """Raise ValueError unless images [B, C, H, W] have 1 or 3 channels, and as many as the fill."""
+        """Raise ValueError unless images [B, C, H, W] have 1 or 3 channels, and as many as a fill per channel."""
         if images.shape[1] not in (1, 3):
             raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
         if self._channels not in (1, images.shape[1]):
@@ -200,7 +200,7 @@ class TrivialAugment(ImageStage):
         check_range("plan.magnitude_bin", plan.magnitude_bin, self.num_bins)
 
     def _levels(self, images: Tensor, plan: TrivialAugmentPlan, grouped: bool | None = None) -> Tensor:
-        """The operations on contiguous uint8 images."""
+        """Apply the operations to contiguous uint8 images."""
         row = (plan.op * self.num_bins + plan.magnitude_bin) * 2 + plan.negative.long()
         kind = self.get_buffer("_kinds").to(images.device).index_select(0, plan.op)
         if not (readable(images) if grouped is None else grouped):
@@ -241,8 +241,8 @@ class TrivialAugment(ImageStage):
         return warp.grid_terms(matrix, images.shape[2], images.shape[3])
 
     def _read_known(self, images: Tensor, row: Tensor, fill: Tensor) -> Tensor:
-        """The warps of small images have their indices ready: all of them for the last size seen."""
-        known = self._known  # held here, as another thread may bring images of another size
+        """Warp small images with cached indices of all warps, for the last image size."""
+        known = self._known  # a local reference: another thread may process another image size
         if known is None or known[0] != images.shape[2:]:
             every = torch.arange(self._warps.start, self._warps.stop, device=row.device)
             known = self._known = (images.shape[2:], warp.nearest_index(*self._terms(every, images)))

@@ -1,7 +1,7 @@
-"""`TrivialAugmentWide` and `CutMix` for a `torchvision.transforms.v2.Compose`: torchvision's calls, a draw per sample.
+"""`TrivialAugmentWide` and `CutMix` for a `torchvision.transforms.v2.Compose`: torchvision's API, a draw per sample.
 
-Both take torchvision's place by their import alone. Draws come from torch's default generator, as torchvision's do, so
-`torch.manual_seed` governs; draws by key are made by `TrivialAugment` and `CutMix` of `robust_dist`. Needs torchvision.
+Both replace torchvision's classes by changing only the import. Draws come from torch's default generator, as in
+torchvision; `TrivialAugment` and `CutMix` of `robust_dist` make keyed draws. Needs torchvision.
 """
 
 import math
@@ -47,8 +47,8 @@ class _Pixels:
     """The pixels of one image, of a batch of them, or of videos.
 
     Attributes:
-        images: uint8 or floating [B T, C, H, W], frames of one video after each other.
-        lead: The dimensions before those of one image or video: () for a single one, else they hold B samples.
+        images: uint8 or floating-point [B T, C, H, W], the frames of a video one after the other.
+        lead: The dimensions before those of one image or video, with B samples; () for a single one.
         frames: T, the frames of a video; 1 for an image.
     """
 
@@ -68,7 +68,7 @@ class _Pixels:
 
 
 def _is_pixels(value: Any) -> bool:
-    """Whether torchvision takes a value for an image or a video."""
+    """Whether torchvision treats a value as an image or a video."""
     return isinstance(value, (tv_tensors.Image, tv_tensors.Video, PIL.Image.Image)) or (
         isinstance(value, Tensor) and not isinstance(value, tv_tensors.TVTensor)
     )
@@ -78,7 +78,7 @@ def _read(value: Any) -> _Pixels:
     """The pixels of an image or video.
 
     Raises:
-        ValueError: For PIL images in other modes than L and RGB, and for tensors of too few dimensions.
+        ValueError: For PIL images in modes other than L and RGB, and for tensors with too few dimensions.
     """
     if isinstance(value, PIL.Image.Image):
         if value.mode not in _MODES:
@@ -94,7 +94,7 @@ def _read(value: Any) -> _Pixels:
 
 
 def _write(images: Tensor, value: Any) -> Any:
-    """New pixels in the class, shape and dtype of the image or video that was read."""
+    """Convert new pixels to the class, shape and dtype of the image or video that was read."""
     if isinstance(value, PIL.Image.Image):
         return F.to_pil_image(images.squeeze(0))
     out = images.reshape(value.shape)
@@ -107,27 +107,27 @@ def _device_of(value: Any) -> torch.device:
 
 
 class _HeldMask(tv_tensors.TVTensor):
-    """A mask on its way through torchvision's `forward`, which refuses `tv_tensors.Mask`."""
+    """A mask inside torchvision's `forward`, which rejects `tv_tensors.Mask`."""
 
 
 class CutMix(v2.CutMix):
-    """torchvision's CutMix with a box and a partner for every sample, for integer masks too.
+    """torchvision's CutMix with a box and a partner for every sample, also for integer masks.
 
-    What differs from torchvision: each sample draws its own box, and a partner that is not itself, in its own block of
-    the batch; mode="batch" has one box a batch, as torchvision. Integer masks [B, H, W] or [B, 1, H, W] get the same
-    boxes. Boxes, key points and floating masks are refused: an object may be half covered.
+    Differences from torchvision: each sample draws its own box, and a partner other than itself in its block of
+    the batch; mode="batch" uses one box per batch, like torchvision. Integer masks [B, H, W] or [B, 1, H, W] get the
+    same boxes. Bounding boxes, key points and floating-point masks are rejected: an object may be partly covered.
 
     Args:
-        alpha: Of the Beta distribution, above 0.
-        num_classes: Number of classes C; not needed for labels that are shares of classes.
-        labels_getter: As torchvision's: finds the labels in the sample.
+        alpha: Parameter of the Beta distribution, above 0.
+        num_classes: Number of classes C; not needed for soft labels.
+        labels_getter: Finds the labels in the sample, as in torchvision.
         p: See `robust_dist.CutMix`.
         mode: See `robust_dist.CutMix`.
         block: See `robust_dist.CutMix`.
 
     Raises:
         TypeError: For arguments of a wrong type.
-        ValueError: For arguments out of range. In a call, for what cannot be mixed and for labels that do not belong to
+        ValueError: For arguments out of range; in a call, for inputs that cannot be mixed and labels that do not match
             the images.
     """
 
@@ -148,12 +148,12 @@ class CutMix(v2.CutMix):
         """Mix a batch: images and labels as two arguments, or any structure that holds them.
 
         Returns:
-            The same structure, with labels as shares of classes, float32 [B, C].
+            The same structure, with soft labels, float32 [B, C].
         """
         return super().forward(tree_map(self._hold, inputs if len(inputs) > 1 else inputs[0]))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw for the images among the leaves of a batch that are transformed."""
+        """Draw for the images among the transformed leaves of a batch."""
         images = next((leaf for leaf in flat_inputs if _is_pixels(leaf)), None)
         if images is None:
             raise TypeError(f"{type(self).__name__}() found no images in the batch")
@@ -161,13 +161,13 @@ class CutMix(v2.CutMix):
         return {"plan": self.mixing.plan(keys, images.shape[-2], images.shape[-1])}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """One leaf of the batch by what `make_params` drew."""
+        """Transform one leaf of the batch with the draws of `make_params`."""
         plan, is_labels = params["plan"], inpt is params["labels"]
         if not is_labels and not isinstance(inpt, _HeldMask):
             return self._paste_images(inpt, plan, params["batch_size"])
         if inpt.shape[0] != plan.partner.shape[0]:
             raise ValueError(
-                f"masks and labels must be as many as the images, {plan.partner.shape[0]}: {inpt.shape[0]}"
+                f"there must be as many masks and labels as images, {plan.partner.shape[0]}, got {inpt.shape[0]}"
             )
         if is_labels:
             return self._mix_labels(inpt, plan)
@@ -179,7 +179,7 @@ class CutMix(v2.CutMix):
             return leaf
         if leaf.is_floating_point():
             name = type(self).__name__
-            raise ValueError(f"{name}() does not support PIL images, bounding boxes, keypoints and floating masks")
+            raise ValueError(f"{name}() does not support PIL images, bounding boxes, keypoints or floating-point masks")
         return leaf.as_subclass(_HeldMask)
 
     def _mix_labels(self, labels: Tensor, plan: CutMixPlan) -> Tensor:
@@ -213,7 +213,7 @@ def _operations(num_bins: int, interpolation: str, fill: tuple[float, ...], devi
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """The draws of one call: a plan for B samples, and their moved boxes by the `id` of the original ones."""
+    """The draws of one call: a plan for B samples, and the moved boxes by the `id` of the original ones."""
 
     pixels: _Pixels
     plan: TrivialAugmentPlan
@@ -221,29 +221,30 @@ class _Call:
 
 
 class TrivialAugmentWide(v2.TrivialAugmentWide):
-    """torchvision's TrivialAugmentWide with a draw for every image of a batch, for masks and boxes too.
+    """torchvision's TrivialAugmentWide with a draw for every image of a batch, also for masks and boxes.
 
-    A uint8 tensor gets the pixels of torchvision's tensor kernels. What differs from torchvision:
+    A uint8 tensor gets the pixels of torchvision's tensor kernels. Differences from torchvision:
         - a batch [..., C, H, W] draws for each image, where torchvision draws once; a `tv_tensors.Video` draws once for
           its frames;
-        - `tv_tensors.Mask` and `BoundingBoxes` follow the warps: with one image all of them are its own; with a batch a
-          mask is [B, ..., H, W], and there are B `BoundingBoxes`, in order. Boxes that leave the image lose their area:
-          put SanitizeBoundingBoxes after;
-        - a PIL image gets the tensor kernels' pixels, not Pillow's; a floating one in [0, 1] is rounded to 256 levels;
+        - `tv_tensors.Mask` and `BoundingBoxes` follow the warps: with one image all of them belong to it; with a batch
+          a mask is [B, ..., H, W], and there are B `BoundingBoxes`, in order. Boxes that leave the image lose their
+          area: apply SanitizeBoundingBoxes afterwards;
+        - a PIL image gets the tensor kernels' pixels, not Pillow's; a floating-point one in [0, 1] is rounded to 256
+          levels;
         - with bilinear interpolation a fill is not blended twice at borders.
-    Scripted by `torch.jit` it is torchvision's own transform of version 1.
+    Under `torch.jit.script` it is torchvision's own version-1 transform.
 
     Args:
-        num_magnitude_bins: Magnitudes from none to the widest, at least 2.
+        num_magnitude_bins: Number of magnitudes, from none to the largest, at least 2.
         interpolation: "nearest" or "bilinear", as a string, an InterpolationMode or Pillow's number.
-        fill: Outside the image, in its own units (0 to 255, of floating images 0 to 1): None, a number, one for each
-            channel, or a dict of them by type with "others" for the rest; for masks one whole number. What lies between
-            two levels is rounded, as torchvision does.
+        fill: Value outside the image, in its own units (0 to 255, or 0 to 1 for floating-point images): None, a number,
+            one per channel, or a dict of them by type, with "others" for the rest; for masks an integer. Values between
+            two levels are rounded, as in torchvision.
 
     Raises:
         TypeError: For arguments of a wrong type.
-        ValueError: For arguments out of range. In a call, for masks and boxes that do not belong to the images, and for
-            floating ones with a fill above 1.
+        ValueError: For arguments out of range; in a call, for masks and boxes that do not match the images, and for
+            floating-point images with a fill above 1.
     """
 
     def __init__(
@@ -257,18 +258,18 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
             _check_fill(kind, levels)
         try:
             super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=interpolation, fill=fill)
-        except ValueError:  # older torchvision takes no names
+        except ValueError:  # older torchvision does not accept names
             named = v2.InterpolationMode(mode)
             super().__init__(num_magnitude_bins=num_magnitude_bins, interpolation=named, fill=fill)
         self._mode = mode
         self._module(torch.device("cpu"), (0,))
 
     def forward(self, *inputs: Any) -> Any:
-        """Transform one sample: an image or batch alone, or any structure that holds one."""
+        """Transform one sample: an image or batch, or any structure that contains one."""
         return v2.Transform.forward(self, *inputs)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw for the only image or batch among the leaves of a sample that are transformed."""
+        """Draw for the only image or batch among the transformed leaves of a sample."""
         images = [leaf for leaf in flat_inputs if _is_pixels(leaf)]
         if len(images) != 1:
             raise TypeError(f"{type(self).__name__}() needs exactly one image, batch or video, got {len(images)}")
@@ -279,7 +280,7 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
         return {"call": _Call(pixels, plan, _move_boxes(module, plan, pixels, boxes))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """One leaf of the sample by what `make_params` drew."""
+        """Transform one leaf of the sample with the draws of `make_params`."""
         call = params["call"]
         if _is_pixels(inpt):
             return self._image(inpt, call)
@@ -319,28 +320,28 @@ class TrivialAugmentWide(v2.TrivialAugmentWide):
 
 
 def _check_fill(kind: Any, fill: Any) -> None:
-    """Raise for what can be no image's, or no mask's, fill."""
+    """Raise for an invalid fill of images or masks."""
     if fill is None:
         return
     if isinstance(kind, type) and issubclass(kind, tv_tensors.Mask):
         return _check_mask_fill(fill)
     values = fill if isinstance(fill, (list, tuple)) else [fill]
     if len(values) not in (1, 3) or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
-        raise TypeError(f"fill must be a number or one for each channel (1 or 3), got {fill!r}")
+        raise TypeError(f"fill must be a number, or one per channel (1 or 3), got {fill!r}")
     if not all(0 <= v <= 255 for v in values):
-        raise ValueError(f"fill must lie in [0, 255], and in [0, 1] for floating images, got {fill!r}")
+        raise ValueError(f"fill must be in [0, 255], or in [0, 1] for floating-point images, got {fill!r}")
 
 
 def _check_mask_fill(fill: Any) -> None:
     if isinstance(fill, bool) or not isinstance(fill, numbers.Real) or not float(fill).is_integer():
-        raise TypeError(f"fill of masks must be one whole number, got {fill!r}: give fill={{tv_tensors.Mask: ...}}")
+        raise TypeError(f"fill of masks must be an integer, got {fill!r}: pass fill={{tv_tensors.Mask: ...}}")
 
 
 def _levels(fill: Any, *, floating: bool) -> tuple[int, ...]:
-    """A fill in an image's own units as whole levels, rounded in torchvision's precision."""
+    """A fill in an image's own units as integer levels, rounded in torchvision's precision."""
     values = torch.tensor(fill if isinstance(fill, (list, tuple)) else [fill or 0], dtype=torch.float32)
     if floating and values.max() > 1:
-        raise ValueError(f"fill of floating images must lie in [0, 1], as their values do, got {fill!r}")
+        raise ValueError(f"fill of floating-point images must be in [0, 1], like their values, got {fill!r}")
     return tuple(int(level) for level in (values * 255 if floating else values).round().tolist())
 
 

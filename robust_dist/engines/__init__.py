@@ -1,4 +1,4 @@
-"""The engines: what each one does to optimizers, schedules and checkpoints, in a file or folder of its own."""
+"""The engines: what each one does to optimizers, schedules and checkpoints, one file or folder per engine."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ OWN = ("ddp", "fsdp", "deepspeed")
 
 
 def _whole_shape(parameter: Any) -> tuple[int, ...] | None:
-    """The whole shape of a parameter that FSDP1 or ZeRO-3 has cut up; () for FSDP1's, which do not tell it."""
+    """The unsharded shape of a parameter sharded by FSDP1 or ZeRO-3; () for FSDP1, where it is unknown."""
     if hasattr(parameter, "_fsdp_flattened"):
         return ()
     return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else None

@@ -1,4 +1,4 @@
-"""Accelerate: from a launcher to an `Accelerator`, checks that the run is what was asked for, calls of schedulers."""
+"""Accelerate: from a launcher to an `Accelerator`, checks that the run is as requested, calls of schedulers."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from robust_dist.engines.engine import EngineError
-from robust_dist.engines.rate import feed, measures, tell_copies
+from robust_dist.engines.rate import feed, idle_schedule, measures, tell_copies
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import world_size
 from robust_dist.schedule import RobustSchedule, WeightDecaySwitch, base_optimizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineError", "base_optimizer", "check", "check_schedule"]
 
-# Frames between Accelerate's wrapper and the scheduler that it holds: a few schedulers that hold each other.
+# Frames between Accelerate's wrapper and the scheduler inside it: a few nested schedulers.
 _MAX_FRAMES = 10
 _LAUNCHER = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.")
 _FSDP = "ACCELERATE_USE_FSDP"
@@ -36,11 +36,11 @@ _SHARDING = ("ACCELERATE_USE_DEEPSPEED", _FSDP)
 def is_copy() -> bool:
     """Whether the current call repeats one that Accelerate's AcceleratedScheduler has made in the same `step()`.
 
-    That makes one call per process for one optimizer step, unless split_batches is set or it does not step with the
-    optimizer. The first of them is the call, the others are its copies.
+    It makes one call per process for each optimizer step, unless split_batches is set or it does not step with the
+    optimizer. The first one is the call, the others are its copies.
 
     Raises:
-        RuntimeError: A scheduler of torch's stands between, and counts each copy.
+        RuntimeError: A torch scheduler in between counts each copy.
     """
     wrapper = _accelerates_frame() if "accelerate.scheduler" in sys.modules else None
     if wrapper is None:
@@ -56,16 +56,16 @@ def is_copy() -> bool:
 
 
 def _check_version(code: CodeType) -> None:
-    """Refuse a version of Accelerate whose loop does not number the copies in a local variable."""
+    """Reject a version of Accelerate whose loop does not number the copies in a local variable."""
     if "range" in code.co_names and "_" not in code.co_varnames:
         raise RuntimeError(
-            f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not known here; "
+            f"accelerate {sys.modules['accelerate'].__version__} calls schedulers in a way that is not supported; "
             "leave the schedule out of accelerator.prepare, and call its step() once after each optimizer step"
         )
 
 
 def miscounted(wrapper: Any) -> str | None:
-    """The problem of a prepared scheduler that counts each of an AcceleratedScheduler's copies of a call, or None."""
+    """The problem with a prepared scheduler that counts each of an AcceleratedScheduler's copies of a call, or None."""
     processes = int(sys.modules["accelerate.state"].AcceleratorState().num_processes)
     held = wrapper.scheduler
     if processes == 1 or wrapper.split_batches or not wrapper.step_with_optimizer or not counts_itself(held):
@@ -74,13 +74,13 @@ def miscounted(wrapper: Any) -> str | None:
     return (
         f"a RobustSchedule is in a {name}, whose step() Accelerate calls {processes} times for each optimizer step, "
         f"once per process: its milestones and other schedulers run {processes} times too fast. Leave the {name} out "
-        "of accelerator.prepare, hand it to accelerator.register_for_checkpointing, and call its step() once after "
+        "of accelerator.prepare, pass it to accelerator.register_for_checkpointing, and call its step() once after "
         "each optimizer step (under accumulation where accelerator.sync_gradients is true)"
     )
 
 
 def counts_itself(scheduler: Any) -> bool:
-    """Whether a scheduler counts calls for others that it holds: torch's SequentialLR and ChainedScheduler."""
+    """Whether a scheduler counts calls for others inside it, like torch's SequentialLR and ChainedScheduler."""
     if isinstance(scheduler, SequentialLR):
         return True
     held: list[LRScheduler] = list(getattr(scheduler, "_schedulers", ()))
@@ -108,53 +108,64 @@ def check(
     total_steps: int | None = None,
     optimizer_class: type[Optimizer] = RAdaBeliefW,
 ) -> None:
-    """Check, after `Accelerator.prepare` and before the first step, that the run is the one that was asked for.
+    """Check, after `Accelerator.prepare` and before the first step, that the run is as requested.
 
-    From then on an optimizer with a `rate_guard` gets what it needs: `accelerator.backward` observes the loss and
-    `accelerator.clip_grad_norm_` the gradients, unless the program does so itself; under FSDP1 it learns who holds the
-    same shards.
+    From then on an optimizer with `rate_guard` gets what it needs: `accelerator.backward` observes the loss and
+    `accelerator.clip_grad_norm_` the gradients, unless the program does so itself; under FSDP1 it gets the number of
+    copies of each shard.
 
     Args:
         accelerator: The `Accelerator`.
-        optimizer: What `prepare` returned for the optimizer.
-        num_processes: How many processes were asked for, where the program knows.
-        schedule: As `check_schedule`'s; None: it is not checked.
-        total_steps: Optimizer steps that the run will make, for the schedule.
-        optimizer_class: What must do the arithmetic, where the program made another optimizer than RAdaBeliefW.
+        optimizer: The optimizer returned by `prepare`.
+        num_processes: The requested number of processes, if the program knows it.
+        schedule: As in `check_schedule`; None does not check it.
+        total_steps: Optimizer steps of the run, for the schedule.
+        optimizer_class: The class of the optimizer, if it is not RAdaBeliefW.
 
     Raises:
-        EngineError: The engine runs other processes, or another engine, or another optimizer than asked, or steps a
+        EngineError: The processes, the engine or the optimizer are not as requested, or Accelerate steps a
             SequentialLR once per process; the message says which line to change.
-        ValueError: As `check_schedule`.
+        ValueError: As in `check_schedule`, or a scheduler was prepared for an optimizer that ignores learning rates.
     """
     _check_processes(accelerator, num_processes)
     _check_engine(accelerator)
     _check_optimizer(accelerator, optimizer, optimizer_class)
     fit_rate(accelerator, base_optimizer(optimizer))
+    _check_rates_count(base_optimizer(optimizer), [schedule, *getattr(accelerator, "_schedulers", ())])
     if schedule is not None:
         check_schedule(accelerator, optimizer, schedule, total_steps=total_steps)
 
 
+def _check_rates_count(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    idle = next(filter(None, (idle_schedule(optimizer, one) for one in schedulers)), None)
+    if idle is not None:
+        raise ValueError(
+            f"a {idle} sets the learning rate, and RAdaBeliefW's rate_guard=1 takes none: leave it out, or take "
+            "RobustSchedule(..., decay='constant'), which still switches the weight decay off; or set rate_guard above "
+            "1, within which the rate counts"
+        )
+
+
 def check_schedule(accelerator: Any, optimizer: Any, schedule: Any, *, total_steps: int | None = None) -> None:
-    """Check that the switch will fall on the right step: of this optimizer, at this run's steps.
+    """Check that the switch will happen at the right step: for this optimizer, with this run's number of steps.
 
     Args:
         accelerator: The `Accelerator`.
-        optimizer: What `prepare` returned for the optimizer.
-        schedule: What `prepare` returned for a RobustSchedule, or for a SequentialLR or ChainedScheduler that holds
-            one; or a WeightDecaySwitch.
-        total_steps: Optimizer steps that the run will make; None: the schedule's own number is taken as right. In a
-            SequentialLR a schedule has a part of the run, and its number is not compared.
+        optimizer: The optimizer returned by `prepare`.
+        schedule: The RobustSchedule returned by `prepare`, a SequentialLR or ChainedScheduler that contains one, or a
+            WeightDecaySwitch.
+        total_steps: Optimizer steps of the run; None accepts the schedule's own number. In a SequentialLR a schedule
+            has only a part of the run, and its number is not compared.
 
     Raises:
         EngineError: Accelerate would step a SequentialLR or a ChainedScheduler once per process.
-        ValueError: The schedule is none of ours, drives another optimizer, or has another number of steps.
+        ValueError: The schedule is not ours, drives another optimizer, or has another number of steps.
     """
     switch = _switch_of(schedule)
     if switch.optimizer is not base_optimizer(optimizer):
         raise ValueError(
-            f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; make it with the "
-            "optimizer that is handed to accelerator.prepare, and prepare both in one call"
+            f"the schedule drives another {type(switch.optimizer).__name__} than the one that trains; create it with "
+            "the optimizer that is passed to accelerator.prepare, and prepare both in one call"
         )
     problem = miscounted(schedule) if hasattr(schedule, "step_with_optimizer") else None
     if problem:
@@ -180,7 +191,7 @@ def _right_total(accelerator: Any, schedule: Any, total_steps: int) -> str:
 
 
 def _is_from_json(accelerator: Any, schedule: Any) -> bool:
-    """Whether DeepSpeed has made the schedule from its JSON, in the place of a DummyScheduler."""
+    """Whether DeepSpeed has created the schedule from its JSON, instead of a DummyScheduler."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return (
         type(schedule).__name__ == "DeepSpeedSchedulerWrapper"
@@ -220,19 +231,19 @@ def _check_processes(accelerator: Any, asked: int | None) -> None:
         )
     if runs == 1 and _launcher_wanted_more():
         raise EngineError(
-            "accelerate launch was asked for several processes and started ONE (its --cpu does that); take "
-            "--multi_gpu in place of --cpu, which starts a process a rank on CPUs, too, or ask for --num_processes 1"
+            "accelerate launch was asked for several processes and started ONE (its --cpu does that); use --multi_gpu "
+            "instead of --cpu, which also starts one process per rank on CPUs, or use --num_processes 1"
         )
     if asked is not None and runs != asked:
         raise EngineError(
-            f"num_processes={asked} were asked for, but {runs} run; on CPUs start them with ACCELERATE_USE_CPU=true "
+            f"num_processes={asked} were requested, but {runs} run; on CPUs start them with ACCELERATE_USE_CPU=true "
             f"torchrun --nproc_per_node {asked} SCRIPT (accelerate launch --cpu starts one), on GPUs with accelerate "
             f"launch --num_processes {asked} SCRIPT"
         )
 
 
 def _launcher_wanted_more() -> bool:
-    """Whether MASTER_ADDR was set by Accelerate's launcher of one process, which does so if asked for more."""
+    """Whether Accelerate's launcher of one process set MASTER_ADDR, as it does when asked for more."""
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return False
     try:
@@ -245,14 +256,14 @@ def _launcher_wanted_more() -> bool:
 def _how_to_join() -> str:
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         return 'on CPUs pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator'
-    return "on CPUs set ACCELERATE_USE_CPU=true, or make the Accelerator with cpu=True"
+    return "on CPUs set ACCELERATE_USE_CPU=true, or create the Accelerator with cpu=True"
 
 
 def no_fsdp_on_cpus(engine: str) -> EngineError:
-    """The error of a run that was launched with FSDP where Accelerate finds no GPU for it."""
+    """The error for a run launched with FSDP without a GPU."""
     return EngineError(
-        f"FSDP was asked for (ACCELERATE_USE_FSDP=true), but the engine is {engine}: Accelerate has no FSDP on "
-        "CPUs; leave --use_fsdp out, or run on GPUs"
+        f"FSDP was requested (ACCELERATE_USE_FSDP=true), but the engine is {engine}: Accelerate does not support FSDP "
+        "on CPUs; leave --use_fsdp out, or run on GPUs"
     )
 
 
@@ -260,8 +271,8 @@ def _check_engine(accelerator: Any) -> None:
     engine = accelerator.distributed_type.value
     if is_set("ACCELERATE_USE_DEEPSPEED") and engine != "DEEPSPEED":
         raise EngineError(
-            f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED=true), but the engine is {engine}; leave "
-            "ACCELERATE_USE_CPU and Accelerator(cpu=True) out: DeepSpeed finds the CPU by itself"
+            f"DeepSpeed was requested (ACCELERATE_USE_DEEPSPEED=true), but the engine is {engine}; leave out "
+            "ACCELERATE_USE_CPU and Accelerator(cpu=True): DeepSpeed finds the CPU itself"
         )
     if is_set("ACCELERATE_USE_FSDP") and engine != "FSDP" and accelerator.num_processes > 1:
         raise no_fsdp_on_cpus(engine)
@@ -276,18 +287,18 @@ def _check_optimizer(accelerator: Any, optimizer: Any, wanted: type[Optimizer]) 
     base = _base_or_error(optimizer)
     if not isinstance(base, wanted):
         found, name = f"{type(base).__module__}.{type(base).__name__}", wanted.__name__
-        why = replaced_by_offload(base, name) or f"hand {name} to accelerator.prepare"
+        why = replaced_by_offload(base, name) or f"pass {name} to accelerator.prepare"
         raise EngineError(f"the optimizer that trains is {found}, not {name}: {why}")
     prepared = [base_optimizer(held) for held in getattr(accelerator, "_optimizers", [])]
     if not any(held is base for held in prepared):
         raise EngineError(
-            "accelerator.prepare has not been given this optimizer, so that nothing synchronises its steps; check the "
-            "optimizer that prepare returned"
+            "this optimizer was not passed to accelerator.prepare, so its steps are not synchronised; check the "
+            "optimizer returned by prepare"
         )
 
 
 def fit_rate(accelerator: Any, base: Any) -> None:
-    """Give averaging and rate_guard what they need of the engine, or refuse where nobody can."""
+    """Connect averaging and rate_guard to the engine, or raise EngineError if it does not support them."""
     used = measures(base) or getattr(base, "averages_weights", False)
     if used and accelerator.distributed_type.value == "DEEPSPEED" and not getattr(base, "engine_keeps_weights", True):
         raise EngineError(
@@ -310,29 +321,29 @@ def _base_or_error(optimizer: Any) -> Optimizer:
 
 
 def replaced_by_offload(base: Optimizer, wanted: str) -> str | None:
-    """The remedy where DeepSpeed has put an optimizer of its own in the place of `wanted`; None for any other."""
+    """The remedy if DeepSpeed has replaced `wanted` by its own optimizer; None for any other."""
     if not type(base).__module__.startswith("deepspeed"):
         return None
     return (
         'DeepSpeed\'s offload replaces it; set "zero_force_ds_cpu_optimizer": false in its JSON, and "type": '
-        f'"{wanted}" where the JSON has an optimizer'
+        f'"{wanted}" if the JSON has an optimizer'
     )
 
 
 def make_accelerator(
     *, mixed_precision: str, accumulation: int, folder: str, timeout: timedelta, init_method: str | None = None
 ) -> "Accelerator":
-    """The Accelerator of the engine that this rank was launched with.
+    """The Accelerator for the engine with which this rank was launched.
 
     Args:
         mixed_precision: "no", "fp16" or "bf16".
-        accumulation: Parts of a batch that a rank takes one after the other.
-        folder: The run's; trackers write below it.
-        timeout: After which a rank gives up waiting for another one.
-        init_method: How the ranks meet; None as the launcher says.
+        accumulation: Number of consecutive micro-batches of a rank in a batch.
+        folder: The run's folder; trackers write below it.
+        timeout: Time after which a rank stops waiting for another one.
+        init_method: How the ranks meet; None leaves it to the launcher.
 
     Raises:
-        EngineError: A configuration for GPUs where there is none, or a mesh of another number of ranks.
+        EngineError: A configuration for GPUs without a GPU, or a mesh for another number of ranks.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
@@ -342,7 +353,7 @@ def make_accelerator(
     on_cpu, sharded = not torch.cuda.is_available(), any(map(is_set, _SHARDING))
     try:
         return Accelerator(
-            # It makes gloo ranks of torchrun's processes, but turns DeepSpeed and FSDP off.
+            # It turns torchrun's processes into gloo ranks, but switches DeepSpeed and FSDP off.
             cpu=on_cpu and not sharded,
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=accumulation,
@@ -362,14 +373,14 @@ def make_accelerator(
 
 
 def check_mesh() -> None:
-    """Refuse a mesh of another number of ranks than were launched, which torch and Accelerate explain only in part."""
+    """Reject a mesh for another number of ranks than launched, which torch and Accelerate explain only in part."""
     # Accelerate counts the ranks of other launchers, such as MPI.
     if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or "WORLD_SIZE" not in os.environ:
         return
     names = [f"{kind}_size" for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
     sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
     ranks, wanted = int(os.environ["WORLD_SIZE"]), math.prod(sizes.values())
-    # All ones are DDP; DeepSpeed's sequence parallelism has groups of its own.
+    # All ones mean DDP; DeepSpeed's sequence parallelism has its own groups.
     if wanted not in (1, ranks) and sizes["sp_size"] == 1:
         set_here = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise EngineError(
@@ -379,13 +390,12 @@ def check_mesh() -> None:
 
 
 def check_launch() -> None:
-    """Refuse ranks that a configuration for GPUs started on a host that has none, or one process in place of several.
+    """Reject ranks started with a configuration for GPUs on a host without any, or one process instead of several.
 
-    FSDP is refused elsewhere; DeepSpeed finds the processor by itself. With ACCELERATE_USE_CPU=true ranks on a
-    processor are what was asked for.
+    FSDP is rejected elsewhere; DeepSpeed finds the CPU itself. ACCELERATE_USE_CPU=true requests ranks on the CPU.
 
     Raises:
-        EngineError: Says how the same is started on the processor.
+        EngineError: The message says how to start the same run on the CPU.
     """
     if torch.cuda.is_available() or any(is_set(name) for name in (*_SHARDING, "ACCELERATE_USE_CPU")):
         return
@@ -409,7 +419,7 @@ def check_launch() -> None:
 
 
 def gpus_wanted(words: Sequence[str]) -> str | None:
-    """The file of a launcher's command line that configures the GPUs of one host; None if there is none."""
+    """A description of the launcher's file for the GPUs of one host; None if there is none."""
     if not _is_launcher(words):
         return None
     import yaml
@@ -436,7 +446,7 @@ def cores_here() -> int:
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
-    """The value of a launcher's option; the training command's own do not count."""
+    """The value of a launcher's option, ignoring those of the training command."""
     words = words[: _script_at(words)]
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == name:
@@ -447,12 +457,12 @@ def _option(words: Sequence[str], name: str) -> str | None:
 
 
 def _script_at(words: Sequence[str]) -> int:
-    """Where the training command begins in a launcher's words."""
+    """The index of the training command in a launcher's arguments."""
     return next((number for number, word in enumerate(words) if word.endswith("train.py")), len(words))
 
 
 def _launcher_words() -> list[str]:
-    """The command line of the process that started this one; empty where the system does not tell."""
+    """The command line of the parent process; empty if the system does not provide it."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:

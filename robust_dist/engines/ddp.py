@@ -1,4 +1,4 @@
-"""DDP, and one process alone: every rank holds everything, and the first one writes it."""
+"""DDP, and a single process: every rank holds everything, and the first one writes it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,17 +13,17 @@ NAME = "radabeliefw"
 
 
 def register() -> None:
-    """Let `timm.optim.create_optimizer_v2(model, "radabeliefw", ...)` and timm's `--opt radabeliefw` make ours.
+    """Register RAdaBeliefW for `timm.optim.create_optimizer_v2(model, "radabeliefw", ...)` and `--opt radabeliefw`.
 
-    timm's param groups come with it: no decay on biases and norms (`filter_bias_and_bn`), and `layer_decay`. The latter
+    timm's param groups still apply: no decay on biases and norms (`filter_bias_and_bn`), and `layer_decay`. The latter
     writes an `lr_scale` into the groups, which only timm's schedulers apply; here each group's `lr` is scaled when the
-    optimizer is made, and `lr_scale` is taken out, so that any scheduler, or none, has the layers' rates. (timm's
+    optimizer is created, and `lr_scale` is removed, so that the layers' rates work with any scheduler, or none. (timm's
     schedulers then do not scale their `lr_min` and `warmup_lr_init`.) timm's `weight_decay` is 0 unless given.
 
-    With `rate_guard` call `optimizer.observe(loss)` before each step; with 1, which takes no `lr`, `layer_decay` is a
-    ValueError.
+    With `rate_guard`, call `optimizer.observe(loss)` before each step; rate_guard=1 ignores `lr`, so `layer_decay`
+    raises ValueError.
     """
-    # timm's annotation asks for a class, where its registry takes anything that it can call.
+    # timm's annotation requires a class, but its registry accepts any callable.
     make: Any = _scaled
     if NAME not in default_registry.list_optimizers(NAME):
         default_registry.register(OptimInfo(NAME, make, "AdamW + RAdam + AdaBelief", has_betas=True))
@@ -35,8 +35,8 @@ def _scaled(params: Any, **settings: Any) -> RAdaBeliefW:
         if "lr_scale" in group:
             if group["lr_scale"] != 1.0 and group.get("rate_guard") == 1.0:
                 raise ValueError(
-                    "layer_decay gives layers learning rates of their own, and rate_guard=1 takes none; set rate_guard "
-                    "above 1, within which the rates count, or leave layer_decay out"
+                    "layer_decay sets learning rates per layer, and rate_guard=1 ignores learning rates; set "
+                    "rate_guard above 1, or leave layer_decay out"
                 )
             group["lr"] = group["lr"] * group.pop("lr_scale")
     return optimizer

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from robust_dist.checkpoint import CheckpointError, note_parameters
 from robust_dist.engines.accelerate import EngineError, fit_rate, replaced_by_offload
 from robust_dist.engines.engine import BATCH_NORMS
-from robust_dist.engines.rate import feed, measures
+from robust_dist.engines.rate import feed, idle_schedule, measures
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.schedule import WeightDecaySwitch, base_optimizer
 from robust_dist.schedule.hooks import in_charge
@@ -32,33 +33,34 @@ _MAX_FRAMES = 10
 class RobustTrainerCallback(TrainerCallback, ExportableState):
     """Switches the weight decay of `transformers.Trainer`'s optimizer off for the last part of training.
 
-    The optimizer comes in by Trainer's own arguments, `optimizer_cls_and_kwargs=(RAdaBeliefW, {"lr": 1e-2})` or,
-    without FSDP and DeepSpeed, `optimizers=(optimizer, scheduler)`, or by name from a DeepSpeed JSON; the cosine by
-    `TrainingArguments(lr_scheduler_type="cosine")`. Of `state.max_steps` optimizer steps those from
-    `weight_decay_off_at * max_steps` on use no decay, whatever the processes, the accumulation and the engine.
+    The optimizer is set by Trainer's arguments, `optimizer_cls_and_kwargs=(RAdaBeliefW, {"lr": 1e-2})` or, without FSDP
+    and DeepSpeed, `optimizers=(optimizer, scheduler)`, or by name in a DeepSpeed JSON; the cosine is set by
+    `TrainingArguments(lr_scheduler_type="cosine")`. Of `state.max_steps` optimizer steps, those from
+    `weight_decay_off_at * max_steps` on use no decay, for any number of processes, accumulation and engine.
 
-    A run that resumes takes its step from `state.global_step` and the base decays from the checkpoint's callback state,
-    whatever the param groups in the checkpoint hold. Each save under DDP or on one process gets a `parameters.json`,
-    with which `robust-dist convert` takes it to another engine.
+    A resumed run takes its step from `state.global_step` and the base decays from the checkpoint's callback state, not
+    from the param groups in the checkpoint. Each checkpoint under DDP or in one process gets a `parameters.json`, so
+    that `robust-dist convert` can convert it for another engine.
 
-    An optimizer with a `rate_guard` gets the loss of every step, less the entropy of `label_smoothing_factor`, and the
-    gradients before they are clipped. A loss that the model or `compute_loss_func` smooths by itself is taken as it is;
-    a `compute_loss` of your own may call `self.optimizer.optimizer.observe(loss - entropy)`, which then counts alone.
+    An optimizer with `rate_guard` gets the loss of every step, minus the entropy of `label_smoothing_factor`, and the
+    gradients before they are clipped. A loss smoothed by the model or `compute_loss_func` is used unchanged; your own
+    `compute_loss` may call `self.optimizer.optimizer.observe(loss - entropy)`, and only that value is used.
 
-    With `averaging` Trainer evaluates the average, and checkpoints, the best model and the model at the end are the
-    average, too; training goes on with the trained weights. `lr_scheduler_type` must be "constant".
+    With `averaging`, Trainer evaluates the average, and checkpoints, the best model and the final model contain the
+    average; training continues with the trained weights. `lr_scheduler_type` must be "constant", also with
+    rate_guard=1.
 
     Args:
-        weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it.
-        any_optimizer: Work with another optimizer than RAdaBeliefW. Otherwise one is an error, because Trainer and
-            DeepSpeed replace an optimizer silently.
+        weight_decay_off_at: Fraction of the steps after which decay is off, in [0, 1]; 1 keeps it.
+        any_optimizer: Accept an optimizer other than RAdaBeliefW. Otherwise it is an error, because Trainer and
+            DeepSpeed silently replace optimizers.
 
     Attributes:
-        switch: The WeightDecaySwitch of the present run; None before training.
+        switch: The WeightDecaySwitch of the current run; None before training.
         switch_state: Its state at the last save; None before.
 
     Raises:
-        TypeError: `weight_decay_off_at` is no number.
+        TypeError: `weight_decay_off_at` is not a number.
         ValueError: `weight_decay_off_at` is outside [0, 1].
     """
 
@@ -69,7 +71,7 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         self.switch_state: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """The state that Trainer writes into trainer_state.json."""
+        """The state for trainer_state.json."""
         if self.switch is not None:
             self.switch_state = self.switch.state_dict()
         return {
@@ -78,12 +80,13 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Make the switch, at the step that the run is at.
+        """Create the switch at the run's current step.
 
         Raises:
-            EngineError: Another optimizer trains than RAdaBeliefW, and `any_optimizer` is not set.
+            EngineError: The optimizer is not RAdaBeliefW, and `any_optimizer` is not set.
             ValueError: The number of steps is unknown, no param group has a weight decay, or another switch sets it; or
-                Trainer's schedule lowers the rate of an optimizer with `averaging`.
+                Trainer's schedule lowers the rate of an optimizer with `averaging`, or sets that of one which takes
+                none.
         """
         if state.max_steps < 1:
             raise ValueError(
@@ -99,14 +102,15 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         _serve_rate(base)
         schedule, model = kwargs.get("lr_scheduler"), kwargs.get("model")
         _check_averaging(args, base, state.max_steps, schedule=schedule, model=model)
-        # Trainer's save fails on a callback that the checkpoint it resumed from did not have.
+        _check_rates_count(args, base, schedule)
+        # Trainer's save fails for a callback that was not in the checkpoint from which it resumed.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        """Write the names of the optimizer's parameters beside `optimizer.pt`, which `robust-dist convert` asks for."""
+        """Write the names of the optimizer's parameters beside `optimizer.pt`, for `robust-dist convert`."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and (folder / "optimizer.pt").is_file():
-            # An optimizer may hold parameters that are not the model's; the run goes on without the note.
+            # An optimizer may have parameters that are not the model's; the run continues without the file.
             with contextlib.suppress(CheckpointError):
                 note_parameters(folder, model, optimizer)
 
@@ -118,23 +122,23 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
         """
         assert self.switch is not None
         self.switch.step()
-        # Trainer's own callback, which comes before, has decided by now.
+        # Trainer's own callback, which is called before, has already decided.
         if control.should_save or control.should_evaluate:
             self._hold_average()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the average where the epoch's end is saved or evaluated, or is the end of the training."""
+        """Switch to the average if the epoch's end is saved or evaluated, or ends the training."""
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends or control.should_save or control.should_evaluate:
             self._hold_average()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the average in the model; the best checkpoint's weights, which Trainer has loaded, are one already."""
+        """Leave the average in the model; the best checkpoint's weights, if Trainer has loaded them, are averages."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             self._hold_average()
 
     def _hold_average(self) -> None:
-        """Have the parameters hold their average; Trainer turns it back before it trains."""
+        """Switch the parameters to the average; Trainer switches back before it trains."""
         assert self.switch is not None
         if getattr(self.switch.optimizer, "averages_weights", False):
             self.switch.optimizer.eval()  # type: ignore[attr-defined]
@@ -169,15 +173,15 @@ class RobustTrainerCallback(TrainerCallback, ExportableState):
 def _warn_without_decay(switch: WeightDecaySwitch) -> None:
     if not any(switch.state_dict()["base_weight_decay"]):
         warnings.warn(
-            "weight_decay is 0 in every param group, so that there is nothing to switch off: Trainer puts "
-            "TrainingArguments(weight_decay=...), which is 0 unless given, in the place of the optimizer's own",
+            "weight_decay is 0 in every param group, so that there is nothing to switch off: Trainer replaces the "
+            "optimizer's own by TrainingArguments(weight_decay=...), which is 0 by default",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _training_loop() -> Trainer | None:
-    """The Trainer whose loop makes the current call, which it does not hand to its callbacks."""
+    """The Trainer whose loop makes the current call; it does not pass itself to its callbacks."""
     frame = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if isinstance(frame.f_locals.get("self"), Trainer):
@@ -189,7 +193,7 @@ def _training_loop() -> Trainer | None:
 
 
 def _serve_rate(base: Any) -> None:
-    """Give an optimizer with a `rate_guard` what it needs of Trainer and of its engine."""
+    """Connect an optimizer with `rate_guard` to Trainer and its engine."""
     trainer: Any = _training_loop() if measures(base) else None
     if trainer is None:
         return
@@ -201,9 +205,9 @@ def _serve_rate(base: Any) -> None:
 
 
 class _Smoother:
-    """Trainer's label smoother, which notes the share of its last loss that is no entropy of the smoothed labels.
+    """Trainer's label smoother, which notes the fraction of its last loss that is not the smoothed labels' entropy.
 
-    A share, as Trainer divides and multiplies the loss before it hands it on.
+    A fraction, because Trainer scales the loss before it passes it on.
     """
 
     def __init__(self, smoother: Any) -> None:
@@ -220,32 +224,44 @@ class _Smoother:
         return loss
 
     def divergence(self, loss: Tensor) -> Tensor:
-        """The last loss, however it has been scaled, less the entropy."""
+        """The last loss, after any scaling, minus the entropy."""
         return loss if self._share is None else loss * self._share
 
 
 def _entropy(smoothing: float, num_classes: int) -> float:
-    """The entropy of a label of which a share is spread over all classes."""
+    """The entropy of a label of which a fraction is spread over all classes."""
     rest = smoothing / num_classes
     own = 1 - smoothing + rest
     return -sum(p * math.log(p) for p in [own] + [rest] * (num_classes - 1) if p > 0)
 
 
+def _kind(args: Any) -> Any:
+    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+
+
+def _check_rates_count(args: Any, base: Any, schedule: Any) -> None:
+    if idle_schedule(base, schedule) is not None:
+        raise ValueError(
+            f"lr_scheduler_type={_kind(args)!r} sets the learning rate, and RAdaBeliefW's rate_guard=1 takes none: set "
+            "TrainingArguments(lr_scheduler_type='constant'), or rate_guard above 1, within which the rate counts"
+        )
+
+
 def _check_averaging(args: Any, base: Any, max_steps: int, *, schedule: Any, model: torch.nn.Module | None) -> None:
     if not getattr(base, "averages_weights", False):
         return
-    for factor in getattr(schedule, "lr_lambdas", ()):
-        factors = [factor(max_steps * eighth // 8) for eighth in range(9)]
-        if factors[-1] < max(factors):
-            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-            raise ValueError(
-                f"lr_scheduler_type={kind!r} lowers the learning rate, in place of which averaging='schedule_free' "
-                "averages the weights; set TrainingArguments(lr_scheduler_type='constant')"
-            )
+    curves = [
+        [factor(max_steps * eighth // 8) for eighth in range(9)] for factor in getattr(schedule, "lr_lambdas", ())
+    ]
+    if isinstance(schedule, ReduceLROnPlateau) or any(factors[-1] < max(factors) for factors in curves):
+        raise ValueError(
+            f"lr_scheduler_type={_kind(args)!r} lowers the learning rate, but averaging='schedule_free' averages the "
+            "weights instead; set TrainingArguments(lr_scheduler_type='constant')"
+        )
     if model is not None and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         warnings.warn(
             "averaging: Trainer evaluates and saves the average of the weights, but the model's batch normalisation "
-            "keeps the statistics of those that are trained; after the training run the model in training mode over "
+            "keeps the statistics of the trained weights; after the training, run the model in training mode over "
             "some batches without a step, then save it again",
             UserWarning,
             stacklevel=2,

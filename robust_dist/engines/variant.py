@@ -1,6 +1,6 @@
-"""An engine's layout of a job over ranks: a rank's memory, its traffic, and the command that starts it.
+"""An engine's layout of a job over ranks: a rank's memory, its traffic, and the launch command.
 
-`robust-dist plan` compares the variants of all engines; a `Variant` as it is keeps everything whole, as DDP does.
+`robust-dist plan` compares the variants of all engines; `Variant` itself shards nothing, like DDP.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SINGLE = 4  # bytes of float32
 MOMENTS = 8  # bytes of an element's two moments
 STEP = 4  # bytes of a step count
-ALONE = "one GPU has nobody to share with"
+ALONE = "there is no other GPU to share with"
 # torch's DistributedDataParallel: bucket_cap_mb, and a first bucket of 1 MiB.
 _BUCKET, _FIRST_BUCKET = 25 * MIB, MIB
 
@@ -32,12 +32,12 @@ class Held:
     """Bytes on one rank between the end of the backward pass and the step.
 
     Attributes:
-        parameters: As the model holds them between steps.
-        masters: Float32 copies that the optimizer steps in the parameters' place.
-        gradients: What the optimizer will read.
-        state: Of the optimizer.
-        elements: That this rank's optimizer steps.
-        on_host: Whether masters, gradients, state and most parameters lie in the host's memory.
+        parameters: Parameters as the model holds them between steps.
+        masters: Float32 copies that the optimizer steps instead of the parameters.
+        gradients: Gradients that the optimizer will read.
+        state: The optimizer's state.
+        elements: Number of elements that this rank's optimizer steps.
+        on_host: Whether masters, gradients, state and most parameters are in host memory.
     """
 
     parameters: int
@@ -54,12 +54,12 @@ class Held:
 
 
 class Passes(NamedTuple):
-    """Bytes at the highest moment of a forward and backward pass, beside parameters and state.
+    """Bytes at the peak of a forward and backward pass, in addition to parameters and state.
 
     Attributes:
-        activations: Of the model.
+        activations: The model's activations.
         in_flight: Gathered parameters and buckets.
-        gradients: Gradients that exist then.
+        gradients: Gradients that exist at that time.
     """
 
     activations: float
@@ -72,13 +72,13 @@ class Collective:
     """Collectives of one kind in an optimizer step.
 
     Attributes:
-        what: What is sent.
-        operation: How.
-        payload: Bytes of the whole, over all of them.
-        ranks: That take part in each.
-        count: How many there are.
-        between_nodes: Whether their ring leaves the node.
-        overlaps: Whether they run beside forward and backward pass.
+        what: The data that is sent.
+        operation: The kind of collective.
+        payload: Bytes of the complete data, over all of them.
+        ranks: Number of ranks in each.
+        count: Number of collectives.
+        between_nodes: Whether their ring crosses nodes.
+        overlaps: Whether they overlap with the forward and backward pass.
     """
 
     what: str
@@ -106,16 +106,16 @@ def of_all(
 
 
 def split(profile: "Profile", batch: int, bytes_per_born: float) -> tuple[float, float]:
-    """Bytes of a micro batch's activations, and of the gradients beside them at the highest moment.
+    """Bytes of a micro-batch's activations, and of the gradients at the same time, at the peak.
 
-    `bytes_per_born` bytes stay of each element of a finished gradient.
+    `bytes_per_born` bytes remain for each element of a finished gradient.
     """
     both, alone = profile.live(batch, bytes_per_born), profile.live(batch)
     return min(alone, both), max(both - alone, 0.0)
 
 
 class Run:
-    """A model and its optimizer (RAdaBeliefW) as the engine made them on this CPU rank, and what they hold."""
+    """A model and its RAdaBeliefW as prepared by the engine on this CPU rank, and their memory."""
 
     def __init__(self, model: Any, optimizer: Any = None) -> None:
         self.model = model
@@ -135,11 +135,11 @@ class Run:
         return storage_bytes(self.model.parameters())
 
     def masters(self) -> int:
-        """Bytes of the float32 copies that the optimizer steps in the parameters' place."""
+        """Bytes of the float32 copies that the optimizer steps instead of the parameters."""
         return 0
 
     def gradients(self) -> int:
-        """Bytes of what the optimizer will read."""
+        """Bytes of the gradients that the optimizer will read."""
         return storage_bytes(p.grad for p in self.model.parameters())
 
     def state(self) -> int:
@@ -150,16 +150,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to launch an engine, as a file of configs/accelerate makes it.
+    """One way to launch an engine, with a file of configs/accelerate.
 
     Attributes:
-        name: For the table.
-        file: Of configs/accelerate, without .yaml.
-        multinode: Whether there is a file for several nodes, `multinode_` before its name.
-        overlap: Share of forward and backward pass beside which the collectives run.
-        broadcasts_buffers: Whether the engine sends the first rank's buffers before each forward pass; the training
-            loop does so once a step otherwise.
-        offload: Whether parameters, gradients and optimizer lie in the host's memory.
+        name: Name in the table.
+        file: File in configs/accelerate, without .yaml.
+        multinode: Whether there is a file for several nodes, with the prefix `multinode_`.
+        overlap: Fraction of the forward and backward pass with which the collectives overlap.
+        broadcasts_buffers: Whether the engine sends the first rank's buffers before each forward pass; otherwise the
+            training loop does so once per step.
+        offload: Whether parameters, gradients and optimizer are in host memory.
     """
 
     name: str
@@ -170,11 +170,11 @@ class Variant:
     offload: bool = False
 
     def unfit(self, job: "Question") -> str | None:
-        """The reason why this is no candidate for these machines, or None."""
+        """The reason why this does not suit these machines, or None."""
         return None
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
-        """The dtypes of gathered weights and of autocast (None: off) where the job computes in `dtype`."""
+        """The dtypes of gathered weights and of autocast (None: off) if the job computes in `dtype`."""
         return torch.float32, None if dtype == torch.float32 else dtype
 
     def held(self, shapes: "Shapes", job: "Question", rank: int = 0) -> Held:
@@ -183,35 +183,35 @@ class Variant:
         return Held(SINGLE * numel, 0, SINGLE * numel, MOMENTS * numel + STEP * count, numel)
 
     def worst_rank(self, shapes: "Shapes", job: "Question") -> int:
-        """The rank that holds most of the job's."""
+        """The rank that holds the most bytes."""
         return 0
 
     def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
-        """The highest moment of the passes over one micro batch; `accumulates`: a step has several of them."""
+        """The peak of the passes over one micro-batch; `accumulates`: a step has several of them."""
         if job.world_size == 1 and not accumulates:
             activations, gradients = split(profile, batch, SINGLE)
             return Passes(activations, 0.0, gradients)
-        # On several ranks the buckets, of which gradients are views, are there all the time.
+        # On several ranks the buckets, of which gradients are views, always exist.
         return Passes(profile.live(batch), 0.0, SINGLE * shapes.numel)
 
     def step_bytes(self, own: Held, job: "Question", temporaries: int) -> float:
-        """Most bytes of gradients and of the optimizer's own temporaries in its step."""
+        """Peak bytes of gradients and of the optimizer's temporaries in its step."""
         return own.gradients + temporaries
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """The engine's traffic of an optimizer step of `accumulation` micro batches."""
+        """The engine's traffic in an optimizer step of `accumulation` micro-batches."""
         yield of_all(job, "gradients", "all-reduce", SINGLE * shapes.numel, _buckets(shapes), overlaps=True)
 
     def words(self, job: "Question") -> list[str]:
-        """Further words of `accelerate launch`."""
+        """Additional arguments of `accelerate launch`."""
         return []
 
     def with_buckets(self, elements: int) -> "Variant":
-        """The same with buckets of so many elements where the engine's can be set."""
+        """The same variant with buckets of so many elements, if the engine's can be set."""
         return self
 
     def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
-        """The whole float32 model under this engine on the CPU ranks of the process group.
+        """The unsharded float32 model under this engine on the CPU ranks of the process group.
 
         Raises:
             ImportError: The engine's package is not installed.
@@ -224,7 +224,7 @@ class Variant:
         return f"configs/accelerate/{prefix}{self.file}.yaml"
 
     def launch_line(self, job: "Question", accumulation: int) -> str:
-        """The whole command, to be typed on every node."""
+        """The launch command, to be run on every node."""
         words = ["accelerate launch", f"--config_file {self.config_file(job)}", f"--num_processes {job.world_size}"]
         if job.nodes > 1:
             words += [f"--num_machines {job.nodes}", "--machine_rank $NODE_RANK", "--main_process_ip $MASTER_ADDR"]
@@ -236,7 +236,7 @@ class Variant:
 
 
 def _buckets(shapes: "Shapes") -> int:
-    """DDP's buckets of gradients: from the last parameter on, each closed when it is full."""
+    """The number of DDP's gradient buckets, filled from the last parameter on."""
     count, filled, limit = 0, 0, _FIRST_BUCKET
     for parameter in reversed(shapes.parameters):
         filled += SINGLE * parameter.numel

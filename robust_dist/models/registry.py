@@ -75,6 +75,18 @@ def timm_module() -> ModuleType:
     return require("timm", extra="bench", purpose="a model of timm")
 
 
+class OptionsError(ValueError):
+    """A model does not take its options.
+
+    Attributes:
+        reason: The model's own words.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], reason: str) -> None:
+        super().__init__(f"model {name!r} does not take the options {options}: {reason}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A model of ours.
@@ -133,8 +145,8 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
         A module from [B, in_channels, H, W] to logits [B, num_classes].
 
     Raises:
-        ValueError: Unknown name (lists close matches), num_classes or in_channels below 1, or an option that the model
-            does not take.
+        ValueError: Unknown name (lists close matches), num_classes or in_channels below 1, or (OptionsError) an option
+            that the model does not take.
         ImportError: torchvision or timm is needed and not installed.
     """
     whole_number("num_classes", num_classes, 1)
@@ -142,15 +154,19 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     builder = builder_of(name)
     try:
         return builder(num_classes=num_classes, in_channels=in_channels, **options)
-    except TypeError as error:
-        if not options:
+    except own_code.OwnCodeError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
+        of_options = not isinstance(error, ValueError) or any(re.search(rf"\b{one}\b", str(error)) for one in options)
+        if not options or not of_options:
             raise
-        raise ValueError(f"model {name!r} does not take the options {options}: {_plain(error)}") from error
+        raise OptionsError(name, options, _plain(error)) from error
 
 
-def _plain(error: TypeError) -> str:
+def _plain(error: Exception) -> str:
     """The error without the name of a function that the user has not called."""
-    return re.sub(r"^\S+\(\) ", "it ", str(error)).replace("keyword argument", "option")
+    said = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+    return re.sub(r"^\S+\(\) ", "it ", said).replace("keyword argument", "option")
 
 
 def own_model(name: str) -> Builder:

@@ -1,6 +1,7 @@
 """RAdaBeliefW, the paper's optimizer, as a torch.optim.Optimizer."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,20 @@ from robust_dist.optim.averaging import average_of, trained_of
 from robust_dist.optim.backends import Backend, Groups, check_fused, choose, counts_on_device, on_host
 from robust_dist.optim.counting import advanced, count_of, increments, value_of
 from robust_dist.optim.groups import check_sharded, gather_anew
-from robust_dist.optim.rate import Measured, Ranks
+from robust_dist.optim.rate import Measured, Ranks, check_one_rate
 from robust_dist.optim.record import Found, Records
-from robust_dist.optim.settings import DEFAULTS, OPTIONS, TRAINS, Hyper, check_group, hyper, make_plain, option
+from robust_dist.optim.settings import (
+    DEFAULTS,
+    OPTIONS,
+    TRAINS,
+    Hyper,
+    check_constant,
+    check_group,
+    hyper,
+    make_plain,
+    option,
+    telling_of_switches,
+)
 from robust_dist.optim.single import differentiable_step
 from robust_dist.optim.state import (
     EXP_AVG,
@@ -208,6 +220,7 @@ class RAdaBeliefW(Optimizer):
         defaults |= {name: value for name, value in options.items() if value != OPTIONS[name]}
         make_plain(defaults)
         super().__init__(params, defaults)
+        check_constant(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,6 +270,7 @@ class RAdaBeliefW(Optimizer):
         try:
             check_fused(self.param_groups[-1])
             check_sharded(self.param_groups[-1]["params"])
+            check_one_rate(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -272,9 +286,14 @@ class RAdaBeliefW(Optimizer):
         return " + ".join(dict.fromkeys(names)) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state; the moments of bfloat16 and float16 parameters stay float32 (torch would cast them)."""
+        """Load the state; the moments of bfloat16 and float16 parameters stay float32 (torch would cast them).
+
+        As with torch's optimizers, it sets the groups' settings. If that changes `averaging` or `rate_guard`, a warning
+        says so.
+        """
         self.__dict__.pop("_records", None)  # it would keep the old state alive until the next step
-        load_exactly(self, state_dict, super().load_state_dict)
+        with telling_of_switches(self):
+            load_exactly(self, state_dict, super().load_state_dict)
 
     @property
     def measures_rate(self) -> bool:
@@ -296,13 +315,14 @@ class RAdaBeliefW(Optimizer):
         """Pass the loss of the next step to `rate_guard`; does nothing without it.
 
         Args:
-            loss: 1 element, on any device, not yet divided or scaled: the mean over a micro-batch, minus the
-                entropy of its targets (label smoothing, mixed labels). The mean over the calls before a step, and over
-                all ranks, is used.
+            loss: A number, or a real tensor of 1 element on any device, not yet divided or scaled: the mean over a
+                micro-batch, minus the entropy of its targets (label smoothing, mixed labels). The mean over the calls
+                before a step, and over all ranks, is used. A DTensor is gathered: all its ranks must call this.
             automatic: For engines: the loss is already divided by the number of micro-batches. The sum over the calls
                 is used; it is ignored if the program itself calls `observe` for this step.
 
         Raises:
+            TypeError: The loss is not a real number.
             ValueError: The loss does not have exactly one element.
         """
         if self.measures_rate:
@@ -319,9 +339,14 @@ class RAdaBeliefW(Optimizer):
             gradients: The gradients of all param groups, if an engine does not keep them in the parameters' `grad`.
             automatic: For engines: only the first such call before a step counts, and it is ignored if the program
                 itself observes the gradients.
+
+        Raises:
+            ValueError: `scale` is not a finite number above 0.
         """
         if not self.measures_rate:
             return
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale={scale!r} must be a finite number above 0")
         if gradients is None:
             self._rate.observe_gradients(self.param_groups, 1.0 / scale, automatic=automatic)
         else:

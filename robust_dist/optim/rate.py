@@ -14,6 +14,8 @@ sum|g| is over the whole model, whichever ranks hold its elements: see `Ranks`.
 """
 
 import math
+import reprlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +29,40 @@ from torch import Tensor
 from robust_dist.optim import fused_cpu
 from robust_dist.optim.record import Found
 from robust_dist.optim.settings import MEASURED, option
-from robust_dist.optim.state import all_plain, is_dtensor, local_slot
+from robust_dist.optim.state import all_plain, is_dtensor, is_fake, local_slot
+from robust_dist.validate import whole_number
 
 _device = attrgetter("device")
 MEMORY = 0.9
 BOUND = 2.0
+_TAKES_NO_RATE = "rate_guard=1 takes no learning rate (0 alone counts: it stops a group)"
+_ABOVE = "set rate_guard above 1, within which lr counts"
+
+
+def ignores_rate(group: Mapping[str, Any]) -> bool:
+    """Whether a param group's `lr` has no part in its steps, unless it is 0."""
+    return bool(option(group, "rate_guard") == 1.0)
+
+
+def all_ignore_rate(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no group's `lr` has a part, so that a schedule of rates has no effect."""
+    return bool(groups) and all(map(ignores_rate, groups))
+
+
+def check_one_rate(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse rates that differ from group to group, where none of them has a part.
+
+    Raises:
+        ValueError: Two groups with `rate_guard=1` were made with different rates, and neither is 0.
+    """
+    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in groups if ignores_rate(group)} - {0.0})
+    if len(rates) > 1:
+        raise ValueError(_several(rates))
+
+
+def _several(rates: Iterable[float]) -> str:
+    found = " and ".join(f"lr={rate:g}" for rate in rates)
+    return f"param groups have {found}, and would step alike: {_TAKES_NO_RATE}; give them one lr, or {_ABOVE}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,10 @@ class Ranks:
 
     group: Any = None
     copies: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.copies is not None:
+            whole_number("copies", self.copies, 1)
 
     @property
     def world_size(self) -> int:
@@ -85,6 +120,8 @@ class Measured:
         groups: Its param groups, with the saved measurements.
     """
 
+    _told = False  # of a rate that has no part
+
     def __init__(self, groups: Iterable[Mapping[str, Any]]) -> None:
         self.ranks = Ranks()
         self.restore(groups)
@@ -96,6 +133,7 @@ class Measured:
         self._on_device: Tensor | None = None  # the same as float64 [3], if measured on the gradients' device
         self._ratio: float | Tensor = 0.0  # L / A of the current step
         self._stepped: list[Sequence[Any]] = []  # parameters already stepped: engines step group by group
+        self._idle: dict[int, float] = {}  # the first rate of each group that ignores it, by the group's id
         self.forget()
 
     def save(self, groups: Iterable[Any]) -> None:
@@ -125,15 +163,14 @@ class Measured:
 
     def observe(self, loss: float | Tensor, *, automatic: bool = False) -> None:
         """Add a micro-batch's loss for the next step; the mean is used, or the sum of automatic ones."""
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}")
+        loss = _checked_loss(loss)
         if automatic and self._loss is not None and not self._automatic_loss:
             return
         if not automatic and self._automatic_loss:
             self._loss, self._parts = None, 0
         self._automatic_loss = automatic
         if not isinstance(loss, Tensor) or loss.is_cpu:
-            value: float | Tensor = float(loss.item() if isinstance(loss, Tensor) else loss)
+            value: float | Tensor = float(loss)
         else:  # a copy: the loss may be divided in place later
             value = loss.detach().reshape(()).to(_wide(loss.device), copy=True)
         self._loss = value if self._loss is None else self._loss + value
@@ -195,6 +232,8 @@ class Measured:
                 f"rate_guard={guarded[0]['rate_guard']!r}: observe_gradients() was called when no parameter had a "
                 "gradient; call it after backward(), before the gradients are clipped"
             )
+        if not self._told:
+            self._check_idle(guarded)
         if self._loss is not None:
             if self._gradient is None:
                 self._add_all(groups, inverse_scale, found)
@@ -208,6 +247,29 @@ class Measured:
         else:
             self._stepped.append(params)
         return {id(group): _limited(group, self._ratio) for group in guarded}
+
+    def _check_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Say once where `lr` is set as if it had a part: an error before the first step, from then on a warning."""
+        for group in groups:
+            lr = _readable(group["lr"]) if ignores_rate(group) else 0.0
+            if not lr:
+                continue
+            first = self._idle.setdefault(id(group), lr)
+            rates = sorted(set(self._idle.values()))
+            if lr == first and len(rates) == 1:
+                continue
+            if lr == first and self._on_device is None and not any(self._on_host):
+                self._idle.clear()
+                raise ValueError(_several(rates))
+            self._told = True
+            what = _several(rates) if lr == first else f"lr has changed from {first:g} to {lr:g}: {_TAKES_NO_RATE}"
+            warnings.warn(
+                f"{what}. Leave a scheduler of rates out (RobustSchedule(..., decay='constant') still switches the "
+                f"weight decay off), or {_ABOVE}",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
 
     def _add_all(self, groups: Iterable[Mapping[str, Any]], inverse_scale: Tensor | None, found: Found | None) -> None:
         """Add the current gradients, through the record if possible, as it has checked them already."""
@@ -273,6 +335,38 @@ class Measured:
             new = torch.where(found_inf.reshape(()).to(new.device) == 0, new, self._on_device)
         self._on_device.copy_(new)
         self._ratio = torch.minimum(ratio, BOUND * smallest)
+
+
+def _readable(lr: float | Tensor) -> float:
+    """A group's rate; 0 where it lies on a device, which would have to be waited for."""
+    if isinstance(lr, Tensor):
+        return float(lr) if lr.is_cpu and not is_fake(lr) else 0.0
+    return lr
+
+
+def _checked_loss(loss: Any) -> float | Tensor:
+    """A loss as a float, or a plain real tensor of 1 element without its graph.
+
+    Raises:
+        TypeError: It is no real number.
+        ValueError: It has more than one element, or none.
+    """
+    if not isinstance(loss, Tensor):
+        try:
+            if not isinstance(loss, (bool, str, bytes)):
+                return float(loss)
+        except (TypeError, ValueError):
+            pass
+        raise TypeError(f"observe() takes a loss as a number or a tensor of 1 element, got {reprlib.repr(loss)}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"observe() takes a loss of 1 element, got shape {tuple(loss.shape)}; give the mean over the micro-batch"
+        )
+    if loss.is_complex() or loss.dtype is torch.bool:
+        raise TypeError(f"observe() takes a real loss, got a tensor of {loss.dtype}")
+    loss = loss.detach()
+    # Of a loss that is split over ranks each rank's own part would be read.
+    return loss.full_tensor() if is_dtensor(loss) else loss
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -1,7 +1,9 @@
 """The optimizer's settings: their names in a param group, their defaults and their ranges."""
 
 import math
-from collections.abc import Mapping, MutableMapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -208,6 +210,11 @@ def _check_rate(group: Mapping[str, Any]) -> None:
     constant = option(group, "rate_constant")
     if not (0.0 < _number("rate_constant", constant) < math.inf):
         raise ValueError(f"rate_constant must be a finite number above 0, got {constant!r}")
+    if not option(group, "decay_by_rate") and not isinstance(decay := group["weight_decay"], Tensor) and decay > 1.0:
+        raise ValueError(
+            f"weight_decay={decay!r} with decay_by_rate=False is the share that each step takes off: it must be at "
+            "most 1, and is about 3 / total_steps"
+        )
     if guard is not None and group["maximize"]:
         raise ValueError(f"rate_guard={guard!r} measures a loss that falls; it does not support maximize=True")
 
@@ -260,3 +267,44 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_flags(group)
     _check_options(group)
     _check_backend(group)
+
+
+def check_constant(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a `rate_constant` where no group measures a rate.
+
+    Raises:
+        ValueError: It would have no effect.
+    """
+    groups = list(groups)
+    wrong = [c for group in groups if (c := option(group, "rate_constant")) != OPTIONS["rate_constant"]]
+    if wrong and all(option(group, "rate_guard") is None for group in groups):
+        raise ValueError(f"rate_constant={wrong[0]!r} has no effect without rate_guard: give both, or leave it out")
+
+
+@contextmanager
+def telling_of_switches(optimizer: Any) -> Iterator[None]:
+    """Warn, at the end of a load, of `averaging` and `rate_guard` that it has changed; of nested ones the outermost."""
+    if optimizer.__dict__.get("_is_loading"):
+        yield
+        return
+    names = ("averaging", "rate_guard")
+    before = [{name: option(group, name) for name in names} for group in optimizer.param_groups]
+    optimizer._is_loading = True
+    try:
+        yield
+    finally:
+        del optimizer._is_loading
+    after = [{name: option(group, name) for name in names} for group in optimizer.param_groups]
+    pairs = list(zip(before, after, strict=False))
+    for name in names:
+        changed = next(((old[name], new[name]) for old, new in pairs if old[name] != new[name]), None)
+        if changed is not None:
+            warnings.warn(_switched(name, *changed), UserWarning, stacklevel=4)
+
+
+def _switched(name: str, old: Any, new: Any) -> str:
+    return (
+        f"the loaded state has {name}={new!r}, which holds from here on, as a state brings its groups' settings: this "
+        f"optimizer was made with {name}={old!r}. Make it with {name}={new!r} to go on with that run; to train with "
+        f"{name}={old!r}, load the model's weights alone, and leave the optimizer as it is made"
+    )

@@ -1,7 +1,7 @@
-"""Claims: one live run for a folder, and one live worker for a run of a study, whatever hosts they are on.
+"""Claims: one live run per folder, and one live worker per run of a study, across hosts.
 
-On one host a lock of the system decides at once: it ends with the last process that holds it, however that ends. Not
-every file system carries such locks between hosts, so a holder also gives signs of life.
+Within a host, a system lock decides immediately: it ends with the last process that holds it, however that ends. Not
+every file system supports such locks between hosts, so a holder also writes heartbeats.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from robust_dist.documents import read_json
 _LOCK = ".lock"
 _OWNER = ".owner-"
 _LENGTH = 512
-# A run beats every `_BEAT` seconds; one whose file stands still for `_SILENCE` seconds is dead.
+# A run writes a heartbeat every `_BEAT` seconds; after `_SILENCE` seconds without a change it is considered dead.
 _BEAT = 2.0
 _SILENCE = 20.0
-# A study's worker beats every `BEAT_SECONDS`; one that has not touched its claim for `STALE_SECONDS` is dead.
+# A study's worker touches its claim every `BEAT_SECONDS`; after `STALE_SECONDS` without it is considered dead.
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-# A killed process's lock goes with the last of its children.
+# A killed process's lock ends with the last of its children.
 _LINGER = 30.0
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -39,11 +39,11 @@ class FolderInUseError(ValueError):
 
 
 class FolderLostError(RuntimeError):
-    """The folder was deleted or renamed, or went over to another run while this one gave no sign of life."""
+    """The folder was deleted or renamed, or taken over by another run while this one wrote no heartbeat."""
 
 
 def host_id() -> str:
-    """The host's name and what tells it from others of that name: processes with equal ones share a kernel."""
+    """The host's name and boot, equal for processes that share a kernel."""
     return f"{socket.gethostname()}/{_boot('unknown')[:8]}"
 
 
@@ -55,13 +55,13 @@ def _boot(default: str) -> str:
 
 
 class Lock:
-    """A system lock (flock) on a file, which is made where it is missing."""
+    """A system lock (flock) on a file, which is created if it is missing."""
 
     def __init__(self, path: Path) -> None:
         self.file: IO[str] = path.open("a+", encoding="utf-8")
 
     def get(self) -> bool | None:
-        """Take the lock without waiting: whether it could be had; None where the file system carries no locks."""
+        """Try to take the lock without waiting; returns whether it succeeded, None if the file system has no locks."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -69,24 +69,24 @@ class Lock:
         return True
 
     def close(self) -> None:
-        """Give it back, unless a child still holds the file."""
+        """Release it, unless a child process still has the file open."""
         self.file.close()
 
 
 class FolderClaim:
-    """This process's hold on a run's folder, from `take` to `release`.
+    """This process's claim on a run's folder, from `take` to `release`.
 
-    The holder writes a beat into a file of its own, and a start on another host watches whether it still changes while
-    the watcher's own seconds pass; written times never count. Each holder's file has the next number, made exclusively,
-    so of several starts one alone wins; a holder that was stopped for so long that it was taken for dead finds the
-    higher number before it completes a checkpoint, and gives up.
+    The holder writes heartbeats into its own file, and a process starting on another host watches, by its own clock,
+    whether the file still changes; written times are ignored. Each holder creates a file with the next number
+    exclusively, so of several starts only one wins; a holder that was suspended for so long that it was considered dead
+    finds the higher number before it completes a checkpoint, and gives up.
 
     Args:
-        folder: The run's folder; it must be there.
+        folder: The run's folder; it must exist.
         host: Name of this host.
-        locks: Use the file system's locks, too.
-        beat: Seconds between two signs of life.
-        silence: Seconds without one after which a holder on another host is dead.
+        locks: Whether to use the file system's locks, too.
+        beat: Seconds between heartbeats.
+        silence: Seconds without a heartbeat after which a holder on another host is considered dead.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FolderClaim:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Take the folder, after a bounded wait where its last holder may be dying.
+        """Take the folder, after a bounded wait if its last holder may be dying.
 
         Raises:
             FolderInUseError: A live run holds it.
@@ -116,10 +116,10 @@ class FolderClaim:
         self._thread.start()
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's.
+        """Check that the folder still belongs to this process.
 
         Raises:
-            FolderLostError: It is another run's, or is not there any more.
+            FolderLostError: It belongs to another run, or no longer exists.
         """
         if not self.folder.is_dir():
             raise FolderLostError(
@@ -140,7 +140,7 @@ class FolderClaim:
             self._thread.join()
             self._thread = None
         if self._mine is not None and self._is_mine(self._mine):
-            # On a disk that can no longer be changed the lock and the silence must be enough.
+            # If the disk can no longer be written, the lock and the missing heartbeat must suffice.
             with contextlib.suppress(OSError):
                 self._mine.unlink(missing_ok=True)
         self._mine = None
@@ -163,7 +163,7 @@ class FolderClaim:
         self.locks = locked is True
 
     def _may_be_dead(self, holder: Path | None) -> bool:
-        """Whether the lock may be a dying process's, of a start that is gone or was killed for a restart."""
+        """Whether the lock may belong to a dying process, of a start that has ended or was killed for a restart."""
         noted = _read(holder) if holder is not None else {}
         if holder is not None and noted.get("host") != self.host:
             # A network file system keeps a lost host's lock for a while.
@@ -184,10 +184,10 @@ class FolderClaim:
                 path.unlink(missing_ok=True)
 
     def _outlast(self, newest: Path) -> None:
-        """Return when the holder is known to be dead or gone.
+        """Wait until the holder is known to be dead or gone.
 
         Raises:
-            FolderInUseError: It lives.
+            FolderInUseError: It is alive.
         """
         noted = _read(newest)
         if noted.get("host") == self.host and (self.locks or not _alive(noted.get("pid"))):
@@ -202,7 +202,7 @@ class FolderClaim:
                 return
 
     def _create(self, number: int) -> bool:
-        """Make the owner's file of this number, unless another start was faster."""
+        """Create the owner's file with this number, unless another start was faster."""
         path = self.folder / f"{_OWNER}{number:06d}"
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -216,7 +216,7 @@ class FolderClaim:
     def _write(self) -> None:
         assert self._mine is not None
         noted = {"host": self.host, "pid": os.getpid(), "token": self._token, "beats": self._beats}
-        # Opened, synced and closed each time: what another host's next open sees over NFS.
+        # Opened, synced and closed each time, so that another host sees it over NFS.
         descriptor = os.open(self._mine, os.O_WRONLY)
         try:
             os.pwrite(descriptor, json.dumps(noted).ljust(_LENGTH).encode(), 0)
@@ -227,7 +227,7 @@ class FolderClaim:
     def _keep_beating(self) -> None:
         while not self._ended.wait(self.beat):
             self._beats += 1
-            # A full disk or a lost mount shows in what the run itself writes.
+            # The run's own writes report a full disk or a lost mount.
             with contextlib.suppress(OSError):
                 self._write()
 
@@ -251,7 +251,7 @@ class FolderClaim:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live run holds a folder; where it is another host's, this waits for its sign of life."""
+    """Whether a live run holds a folder; if it is on another host, this waits for its heartbeat."""
     owner = max(folder.glob(f"{_OWNER}*"), default=None)
     noted = _read(owner) if owner is not None else {}
     if owner is None or not noted:
@@ -268,7 +268,7 @@ def is_held(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Worker:
-    """The worker that has a study's run: its machine, its process there, and the boot within which a lock decides."""
+    """The worker that holds a study's run: its machine, its process, and the boot during which its lock is valid."""
 
     host: str
     pid: int
@@ -276,11 +276,11 @@ class Worker:
 
 
 class RunClaim:
-    """The right to train one run of a study; made by `take`.
+    """The right to train one run of a study; created by `take`.
 
-    The file is locked and names the worker; the training process inherits the lock, and so a run is never trained twice
-    at a time. The worker also touches the file, and another machine's claim is left alone until it has not been touched
-    for `STALE_SECONDS` by the file system's own clock.
+    The file is locked and names the worker; the training process inherits the lock, so a run is never trained twice
+    at the same time. The worker also touches the file, and another machine's claim is respected until it has not been
+    touched for `STALE_SECONDS` by the file system's clock.
     """
 
     def __init__(self, path: Path, lock: Lock, worker: Worker) -> None:
@@ -288,7 +288,7 @@ class RunClaim:
 
     @classmethod
     def take(cls, path: Path) -> "RunClaim | None":
-        """The claim, or None where a live process has it."""
+        """The claim, or None if a live process holds it."""
         lock = Lock(path)
         if not lock.get() or not _is_free(path):
             lock.close()
@@ -299,7 +299,7 @@ class RunClaim:
 
     @staticmethod
     def worker_of(path: Path) -> Worker | None:
-        """The live worker that has the claim, or None."""
+        """The live worker that holds the claim, or None."""
         if not path.exists():
             return None
         lock = Lock(path)
@@ -310,16 +310,16 @@ class RunClaim:
 
     @property
     def fileno(self) -> int:
-        """The descriptor that the training process inherits."""
+        """The file descriptor that the training process inherits."""
         return self._lock.file.fileno()
 
     def beat(self) -> None:
-        """Show other machines that the worker is alive; a file system that is briefly away ends no study."""
+        """Show other machines that the worker is alive; errors of the file system are ignored."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others take it."""
         with contextlib.suppress(OSError):
             if _worker(self.path) == self._worker:
                 self.path.write_text("")
@@ -327,7 +327,7 @@ class RunClaim:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a claim whose lock was obtained belongs to nobody."""
+    """Whether a claim whose lock was obtained is free."""
     worker = _worker(path)
     return worker is None or worker.kernel == _boot(socket.gethostname()) or age(path) > STALE_SECONDS
 
@@ -336,13 +336,13 @@ def _worker(path: Path) -> Worker | None:
     try:
         found: Worker = read_json(path, Worker)
     except (OSError, ValueError):
-        # Empty where it was released; torn where its writer was killed, which the lock shows better.
+        # Empty if it was released; incomplete if its writer was killed, which the lock shows.
         return None
     return found
 
 
 def age(path: Path) -> float:
-    """Seconds since the file was touched, by its file system's clock."""
+    """Seconds since the file was touched, by the file system's clock."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock-") as probe:
         return os.stat(probe.name).st_mtime - path.stat().st_mtime
 

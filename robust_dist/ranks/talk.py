@@ -1,7 +1,7 @@
-"""Values, decisions and errors that every rank shares, so that no rank waits for one that has given up.
+"""Values, decisions and errors shared by all ranks, so that no rank waits for one that has failed.
 
-Each function works alike in one process without a process group. `group` is the ranks that take part; None is the
-default group. All of them make the same calls.
+Each function also works in one process without a process group. `group` contains the participating ranks, which all
+make the same calls; None is the default group.
 """
 
 import functools
@@ -25,8 +25,8 @@ class Origin:
     """The origin of an error that every rank raises.
 
     Attributes:
-        rank: The lowest rank that raised it by itself.
-        host: Its machine.
+        rank: The lowest rank on which it was raised first.
+        host: Its host.
         traceback: Its traceback there.
     """
 
@@ -41,17 +41,17 @@ def has_group() -> bool:
 
 
 def taking_part(group: Group = None) -> bool:
-    """Whether this process has others in `group` to talk with."""
+    """Whether this process is in `group` together with others."""
     return has_group() and dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
 def rank(group: Group = None) -> int:
-    """This process's number in `group`; 0 where it is alone."""
+    """This process's rank in `group`; 0 if it is alone."""
     return dist.get_rank(group) if taking_part(group) else 0
 
 
 def world_size(group: Group = None) -> int:
-    """The number of ranks in `group`; 1 where this process is alone."""
+    """The number of ranks in `group`; 1 if this process is alone."""
     return dist.get_world_size(group) if taking_part(group) else 1
 
 
@@ -65,10 +65,10 @@ def gather(value: T, group: Group = None) -> list[T]:
 
 
 def agree(ours: Mapping[str, Any], problem: str, *, kind: type[Exception] = ValueError, group: Group = None) -> None:
-    """Compare values by name, each by its repr, between the ranks.
+    """Compare the reprs of named values between the ranks.
 
     Raises:
-        kind: On every rank: `problem`, and each name that differs with the values and the ranks that have them.
+        kind: On every rank: `problem`, and for each name that differs the values and their ranks.
     """
     lines = differences(dict(enumerate(gather({name: repr(value) for name, value in ours.items()}, group))))
     if lines:
@@ -76,16 +76,16 @@ def agree(ours: Mapping[str, Any], problem: str, *, kind: type[Exception] = Valu
 
 
 def raise_together(error: Exception | None, group: Group = None) -> None:
-    """Raise on every rank what any rank brought; the lowest rank's error where several did.
+    """Raise any rank's error on every rank; the lowest rank's if there are several.
 
-    `origin_of` tells from which rank it came.
+    `origin_of` returns the rank where it was raised.
     """
     found = gather(None if error is None else _portable(error), group)
     _raise(next((failure for failure in found if failure is not None), None))
 
 
 def raise_problems(kind: type[Exception], problem: str | None, group: Group = None) -> None:
-    """Raise `kind` on every rank where any rank has a problem; ranks are named where not all have the same one."""
+    """Raise `kind` on every rank if any rank has a problem; names the ranks unless all have the same one."""
     problems = gather(problem, group)
     if len(set(problems)) > 1:
         problem = "\n".join(by_rank({number: text for number, text in enumerate(problems) if text is not None}))
@@ -94,7 +94,7 @@ def raise_problems(kind: type[Exception], problem: str | None, group: Group = No
 
 
 def attempt(action: Callable[[], T], *, here: bool = True, group: Group = None) -> T | None:
-    """Call `action` where `here` is true and return its value, or None; if one fails, every rank raises its error."""
+    """Call `action` if `here` is true, and return its value, or None; if it fails on a rank, all raise the error."""
     value: T | None = None
     error: Exception | None = None
     if here:
@@ -107,13 +107,13 @@ def attempt(action: Callable[[], T], *, here: bool = True, group: Group = None) 
 
 
 def on_rank_0(action: Callable[[], T], group: Group = None) -> T:
-    """Call `action` on rank 0 and give its value, or its error, to every rank; rank 0 waits for no other."""
+    """Call `action` on rank 0 and return its value, or raise its error, on every rank; rank 0 does not wait."""
     if not taking_part(group):
         return cast(T, attempt(action))
     box: list[Any] = [None]
     if rank(group) == 0:
         try:
-            # Pickled here: a value that cannot be sent is an error, too, and must reach the others.
+            # Pickled here: the others must also receive the error for a value that cannot be sent.
             box = [pickle.dumps((action(), None))]
         except Exception as error:
             box = [pickle.dumps((None, _portable(error)))]
@@ -124,12 +124,12 @@ def on_rank_0(action: Callable[[], T], group: Group = None) -> T:
 
 
 def origin_of(error: BaseException) -> Origin | None:
-    """The origin of an error that every rank raises; None for an error of this rank alone."""
+    """The origin of an error raised on every rank; None for an error of only this rank."""
     return getattr(error, _ORIGIN, None)
 
 
 def _portable(error: Exception) -> tuple[Exception, Origin]:
-    """The error, or an equivalent one if it cannot be pickled for the other ranks; and its origin."""
+    """The error, or an equivalent one if it cannot be pickled for the other ranks, and its origin."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     origin = Origin(rank(), socket.gethostname(), text)
     try:
@@ -147,7 +147,7 @@ def _raise(failure: tuple[Exception, Origin] | None) -> None:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """`rank 3` or `ranks 0-4, 7 and 9`: every rank is named, however many there are."""
+    """`rank 3` or `ranks 0-4, 7 and 9`, naming every rank."""
     runs: list[list[int]] = []
     for number in sorted(ranks):
         if runs and number == runs[-1][1] + 1:
@@ -160,7 +160,7 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def by_rank(texts: Mapping[int, str]) -> list[str]:
-    """`ranks 0-2: this`, `rank 3: that`: each text with the ranks that have it, the lowest rank's first."""
+    """`ranks 0-2: this`, `rank 3: that`: each text with its ranks, the lowest rank's first."""
     holders: dict[str, list[int]] = {}
     for number, text in sorted(texts.items()):
         holders.setdefault(text, []).append(number)
@@ -168,7 +168,7 @@ def by_rank(texts: Mapping[int, str]) -> list[str]:
 
 
 def differences(values: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """A line for each name whose texts are not the same on all ranks; by rank, then by name."""
+    """A line for each name whose texts differ between the ranks."""
     names = dict.fromkeys(name for texts in values.values() for name in texts)
     lines = {name: by_rank({number: texts.get(name, "missing") for number, texts in values.items()}) for name in names}
     return [f"{name}: " + "; ".join(parts) for name, parts in lines.items() if len(parts) > 1]
@@ -176,15 +176,15 @@ def differences(values: Mapping[int, Mapping[str, str]]) -> list[str]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    # One per device: each stream holds memory of its own, and torch has only 32 of them.
+    # One per device: each stream reserves its own memory, and torch has only 32 of them.
     return torch.cuda.Stream(device)
 
 
 class Ballot:
-    """A vote between ranks that no step waits for: one asynchronous one-element sum, counted later.
+    """A vote between ranks that no step waits for: an asynchronous sum of one element, counted later.
 
-    On an accelerator the sum is started from a stream for votes alone and copied to pinned memory, so that counting
-    waits for the reduction and never for the kernels that were queued since.
+    On an accelerator the sum is started from a stream only for votes and copied to pinned memory, so that counting
+    waits for the reduction but not for kernels queued since.
     """
 
     def __init__(self, vote: bool, group: dist.ProcessGroup | None) -> None:
@@ -206,14 +206,14 @@ class Ballot:
             self._on_device = self._votes.to(device, non_blocking=True)
             work = dist.all_reduce(self._on_device, group=group, async_op=True)
             assert work is not None
-            # Makes the side stream wait, not the host.
+            # This makes the side stream wait, not the host.
             work.wait()
             self._votes.copy_(self._on_device, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def count(self) -> int:
-        """The number of ranks that voted yes."""
+        """The number of yes votes."""
         if self._work is not None:
             self._work.wait()
         if self._event is not None:
@@ -222,7 +222,7 @@ class Ballot:
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """The device that a tensor must be on for `group` to reduce it: the CPU where the backend takes it."""
+    """The device of tensors that `group` can reduce: the CPU if its backend supports it."""
     devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
     if "cpu" in devices:
         return torch.device("cpu")

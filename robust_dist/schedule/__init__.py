@@ -9,7 +9,7 @@ __all__ = ["RankDisagreementError", "RobustSchedule", "WeightDecaySwitch", "base
 
 
 def __getattr__(name: str) -> object:
-    # Where it was up to 0.6.0.
+    # Its location up to 0.6.0.
     if name == "ballot":
         from robust_dist.ranks import talk
 

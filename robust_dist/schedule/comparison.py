@@ -1,4 +1,4 @@
-"""Comparing what ranks do at the same optimizer step while none of them waits for another."""
+"""Compares the ranks at the same optimizer step, without making any of them wait."""
 
 import json
 import time
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 TRIGGERS = ("at a step", "any rank's", "all ranks'", "the majority's")
-# Base decays that a message lists.
+# Base decays listed in a message.
 _SHOWN = 26
-# Seconds between two comparisons, and so about the time to find a rank that differs; more with thousands of ranks.
+# Seconds between comparisons, which is about the time to detect a difference; more with thousands of ranks.
 _PAUSE = 1.0
 _RANKS_A_SECOND = 1000
-# Steps after a comparison in which a difference that others found is looked for at every step.
+# Steps after a comparison in which every step checks whether another rank has found a difference.
 _WATCHED = 4
-# Steps for which a difference that no rank has confirmed keeps others from being raised.
+# Steps for which an unconfirmed difference prevents others from being raised.
 _OPEN = 64
 # Comparisons whose reports are remembered and whose keys stay in the store.
 _KEPT = 32
-# Seconds that ranks wait for each other to raise together, and how often.
+# Seconds that ranks wait for each other to raise together, and the number of rounds.
 _PATIENCE, _ROUNDS = 1.0, 8
 
 
 class RankDisagreementError(RuntimeError):
-    """Ranks that must have equal schedules do not; the message lists every rank's values."""
+    """The ranks' schedules differ; the message lists every rank's values."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The values that all ranks must have in common at the same optimizer step."""
+    """The values that must be equal on all ranks at the same optimizer step."""
 
     total_steps: int
     off_at: float
@@ -46,7 +46,7 @@ class Report:
     base_weight_decay: tuple[float, ...]
 
     def encode(self) -> str:
-        """JSON of strings by name; equal reports have equal texts. Decays past the 26th count by their checksum."""
+        """JSON of strings by name, equal for equal reports; decays after the 26th are in a checksum."""
         decays = self.base_weight_decay
         rest = decays[_SHOWN:]
         checksum = f" and {len(rest)} more (checksum {zlib.crc32(repr(rest).encode())})" if rest else ""
@@ -63,17 +63,17 @@ class Report:
 
 
 class Comparison:
-    """One rank's part in comparing reports step by step, through a store of this comparison's own.
+    """One rank's part in comparing reports step by step, through its own part of the store.
 
-    The first rank at a step posts its report under that step's number, and the number of the next step to compare; the
-    others find it there. A rank that finds a different report opens a dispute: every rank publishes what it had at the
-    disputed step as soon as it sees that there is one, and once two of them differ it is confirmed. A report of a rank
-    that has ended since is therefore no reason to raise.
+    The first rank to reach a step posts its report under the step's number, with the number of the next step to
+    compare; the others find it there. A rank that finds a different report opens a dispute: every rank that sees it
+    publishes its report of the disputed step, and the dispute is confirmed once two of them differ. So the report of a
+    rank that has ended since is not enough to raise.
 
-    Ranks raise together, so that none dies in a collective that another has left: a rank that sees the confirmed
-    dispute goes on to its next step, and meets the others there. Gradients are averaged between two steps, so that by
-    then all know. Where that is not so, it waits a second, goes on for a step, and comes back; after `_ROUNDS` of these
-    it raises alone. Every method raises RuntimeError where the store's host has ended.
+    Ranks raise together, so that none hangs in a collective that another has left: a rank that sees a confirmed dispute
+    continues to its next step and meets the others there. Gradients are averaged between two steps, so by then all
+    ranks know. If they do not, it waits a second, continues for a step and tries again; after `_ROUNDS` rounds it
+    raises alone. Every method raises RuntimeError if the store's host has ended.
     """
 
     def __init__(self, store: "Store", num_ranks: int) -> None:
@@ -91,11 +91,11 @@ class Comparison:
         store.add("members", 1)
 
     def step(self, report: Callable[[], Report], closely: bool) -> None:
-        """Note that an optimizer step is made.
+        """Count an optimizer step, and compare it if it is due.
 
         Args:
-            report: What this rank has at it.
-            closely: Compare it, even if it is not due.
+            report: Returns this rank's values at the step.
+            closely: Whether to compare even if it is not due.
 
         Raises:
             RankDisagreementError: Ranks differed at an earlier step.
@@ -124,13 +124,13 @@ class Comparison:
         self._clean(f"step/{step}" if found == post else None)
 
     def _next_due(self) -> int:
-        """About a pause from now; the first steps are compared more often."""
+        """The step about a pause from now; the first steps are compared more often."""
         seconds = max(time.monotonic() - self._compared, 1e-6)
         in_a_pause = int((self._step - self._last) / seconds * self._pause)
         return self._step + max(1, min(in_a_pause, self._step + 1))
 
     def _clean(self, posted: str | None) -> None:
-        """Forget old reports, and delete the keys that this rank made; the first step's stay for late ranks."""
+        """Drop old reports, and delete this rank's keys; those of the first step are kept for late ranks."""
         if len(self._reports) > _KEPT:
             del self._reports[list(self._reports)[1]]
         if posted is not None:
@@ -164,7 +164,7 @@ class Comparison:
         self._publish()
 
     def _publish(self) -> None:
-        """Publish once what this rank had at the disputed step; the second different report confirms the dispute."""
+        """Publish, once, this rank's report of the disputed step; the second different report confirms the dispute."""
         at = self._dispute
         if at == self._published or at not in self._reports:
             return
@@ -184,7 +184,7 @@ class Comparison:
         return self._step > step or time.monotonic() - seen > _PATIENCE
 
     def _all_met(self) -> bool:
-        """Whether all ranks that take part are here, or this one has waited long enough."""
+        """Whether all participating ranks have arrived, or this one has waited long enough."""
         here, done = f"{self._dispute}/here", f"{self._dispute}/all here"
         end = time.monotonic() + _PATIENCE
         members = self._store.add("members", 0)
@@ -194,7 +194,7 @@ class Comparison:
             time.sleep(0.01)
         if not complete:
             self._rounds += 1
-            # The last rank may have come as this one left.
+            # The last rank may have arrived as this one left.
             complete = self._store.add(here, -1) >= members - 1 or self._rounds == _ROUNDS
         if complete:
             self._store.set(done, "1")
@@ -208,10 +208,10 @@ class Comparison:
 
 
 def disagreement(reports: Mapping[int, str], when: str) -> RankDisagreementError:
-    """The error for ranks whose reports, texts by global rank, differ "at the start" or "during the run"."""
+    """The error for differing reports, given as texts by global rank, "at the start" or "during the run"."""
     lines = differences({rank: json.loads(text) for rank, text in reports.items()})
     return RankDisagreementError(
         f"the ranks' schedules differ {when}; give every rank the same settings, param groups and checkpoint, and call "
-        "step() after every optimizer step on every rank (or give process_group, if not all ranks share a schedule):"
+        "step() after every optimizer step on every rank (or pass process_group, if not all ranks share a schedule):"
         "\n  " + "\n  ".join(lines)
     )

@@ -1,4 +1,4 @@
-"""One hyperparameter of every param group, derived from base values that no load can overwrite; the learning rates."""
+"""A hyperparameter of all param groups, derived from base values that no load overwrites; the learning rates."""
 
 import operator
 import weakref
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# By key and id of the group. They outlive who made them: a captured step goes on reading them.
+# By key and id of the group. They outlive their creator, because a captured step still reads them.
 _Own = dict[tuple[str, int], Tensor]
 _owned: "weakref.WeakKeyDictionary[Optimizer, _Own]" = weakref.WeakKeyDictionary()
-# What shows that a value is still the one that was written: itself, or a device tensor's identity and version.
+# Identifies a written value: the value itself, or a device tensor's identity and version.
 _Mark = float | tuple[int, int]
-# By id of the group: the last rate that any schedule's curve set. They outlive the schedule: the next one asks.
+# By id of the group: the last rate set by any schedule's curve. They outlive the schedule, for the next one.
 _from_a_curve: "weakref.WeakKeyDictionary[Optimizer, dict[int, _Mark]]" = weakref.WeakKeyDictionary()
 
 
@@ -24,19 +24,19 @@ def _capturing() -> bool:
 
 
 class GroupValues:
-    """The base values of one hyperparameter, by the group's place in the optimizer's whole list.
+    """The base values of a hyperparameter, by the group's position in the optimizer's full list.
 
-    Engines cut `param_groups` down to one group during a step and write one group's settings over all others when they
-    load. So a group is known by its dict, kept from the last whole list, and the base values here are the authority;
-    the copy in the group serves only an optimizer that was restored before this was made.
+    Some engines reduce `param_groups` to one group during a step, or overwrite all groups' settings with those of one
+    group when they load. So groups are identified by their dicts from the last full list, and the base values are kept
+    here; the copies in the groups are only used if the optimizer was restored before this object was created.
 
-    A value that is a tensor may also be `optimizer.defaults`', another group's or the user's. So the first write puts a
-    tensor of its own into the group, and later ones fill that.
+    A tensor value may be shared with `optimizer.defaults`, another group or the user. So the first write puts a new
+    tensor into the group, and later writes fill it.
 
     Args:
-        optimizer: A torch optimizer, unwrapped.
-        key: The hyperparameter, e.g. "weight_decay". Groups without it are left alone; their base value is 0.
-        initial_key: Where each group keeps its base value, e.g. "initial_weight_decay".
+        optimizer: A torch optimizer, not wrapped.
+        key: The hyperparameter, e.g. "weight_decay". Groups without it are not changed; their base value is 0.
+        initial_key: The groups' key for the base value, e.g. "initial_weight_decay".
     """
 
     def __init__(self, optimizer: Optimizer, key: str, initial_key: str) -> None:
@@ -47,30 +47,30 @@ class GroupValues:
         self.update_groups()
 
     def update_groups(self) -> None:
-        """Take the optimizer's list as its whole list: groups added, dropped, or replaced by a load."""
+        """Read the optimizer's full list, after groups were added, removed or replaced by a load."""
         groups = list(self.optimizer.param_groups)
         if len(groups) == len(self._groups) and all(map(operator.is_, groups, self._groups)):
             return
         known = {id(group): base for group, base in zip(self._groups, self.base, strict=True)}
         if not any(id(group) in known for group in groups):
             known = {id(group): base for group, base in zip(groups, self.base, strict=False)}
-        # In place: others hold this list.
+        # In place: the list is shared.
         self.base[:] = [known[id(group)] if id(group) in known else self._base_of(group) for group in groups]
         self._groups = groups
         self._forget_gone()
 
     def take_in_added_groups(self) -> None:
-        """Take the base values of groups that were added, before another scheduler changes them."""
+        """Read the base values of added groups, before another scheduler changes them."""
         if len(self.optimizer.param_groups) > len(self._groups):
             self.update_groups()
 
     def restore(self, base: list[float]) -> None:
-        """Take base values from a checkpoint; a ValueError where their number is not that of the groups."""
+        """Load base values from a checkpoint; raises ValueError if their number is not that of the groups."""
         self.update_groups()
         if len(base) != len(self._groups):
             raise ValueError(
                 f"the checkpoint's schedule has {len(base)} param groups ({self.initial_key} {list(base)}), the "
-                f"optimizer has {len(self._groups)} ({self.base}); build the optimizer with the same groups as then"
+                f"optimizer has {len(self._groups)} ({self.base}); build the optimizer with the checkpoint's groups"
             )
         self.base[:] = [float(value) for value in base]
 
@@ -82,7 +82,7 @@ class GroupValues:
                 group[self.initial_key] = base
 
     def _whole(self) -> list[tuple[dict[str, Any], float]]:
-        """Each group of the whole list and its base value, also while an engine has cut the list down."""
+        """Each group of the full list and its base value, also while an engine has reduced the list."""
         if len(self.optimizer.param_groups) >= len(self._groups):
             self.update_groups()
         return list(zip(self._groups, self.base, strict=True))
@@ -92,7 +92,7 @@ class GroupValues:
         if not isinstance(current, Tensor):
             if current != value:
                 group[self.key] = value
-        # A fill inside a captured graph would bring this step's value back at every replay.
+        # A captured fill would write this step's value again at every replay.
         elif not _capturing():
             name = (self.key, id(group))
             if self._own.get(name) is not current:
@@ -113,13 +113,13 @@ class GroupValues:
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
-        # A value other than 0 has not been switched off: the group's own is then the newest.
+        # A nonzero value has not been switched off, so it is newer than the saved base value.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
 
 
 @dataclass(slots=True)
 class _Written:
-    """The last write into a group: whether it was the curve's own rate, and the loaded rate that it replaced."""
+    """The last write into a group: whether it was the curve's rate, and the loaded rate that it replaced."""
 
     group: dict[str, Any]
     mark: _Mark
@@ -130,18 +130,18 @@ class _Written:
 def _mark(value: float | Tensor) -> _Mark:
     if not isinstance(value, Tensor):
         return value
-    # Reading a tensor on a device would wait for it.
+    # Reading a tensor on a device would synchronise.
     return float(value) if value.device.type == "cpu" else (id(value), value._version)
 
 
 class LearningRates(GroupValues):
-    """The groups' learning rates: the curve's own where nobody else sets them, else torch's recursion.
+    """The groups' learning rates: the curve's, or torch's recursion if they are also set elsewhere.
 
-    A group is on the curve as long as it carries the last rate written here and that was the curve's. A rate that
-    somebody else (another scheduler, or a user) has changed since is scaled from step to step, as torch's
-    CosineAnnealingLR does, until `write` puts it back. Loads touch groups on the curve alone.
+    A group is on the curve as long as it has the last rate written here, and that was the curve's. A rate that was
+    changed elsewhere (by another scheduler or a user) is scaled from step to step, like torch's CosineAnnealingLR,
+    until `write` restores it. Loads only change groups on the curve.
 
-    The base values are the groups' `initial_lr`, written by every torch scheduler, before their `lr`.
+    The base values are the groups' `initial_lr`, which every torch scheduler writes, or else their `lr`.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -150,21 +150,21 @@ class LearningRates(GroupValues):
         super().__init__(optimizer, "lr", "initial_lr")
 
     def on_curve(self) -> list[bool]:
-        """For each group, whether it carries the curve's own rate, written here, or was only just added."""
+        """For each group, whether it has the curve's rate, written here, or was just added."""
         return [self._is_on_curve(group) for group in self._groups]
 
     def write(self, rate_of: Callable[[float], float]) -> None:
-        """Put every group on the curve: `rate_of(base rate)`."""
+        """Put every group on the curve, at `rate_of(base rate)`."""
         for group, base in self._whole():
             self._set(group, base, rate_of(base))
 
     def begin(self, rate_of: Callable[[float], float], next_of: Callable[[float, Any], Any], *, replace: bool) -> None:
-        """The first step: groups at their base rate, or where another schedule's curve left them, get on the curve.
+        """Take the first step: put groups on the curve that have their base rate or another schedule's last rate.
 
         Args:
-            rate_of: The curve's rate by base rate.
-            next_of: The same from base rate and present rate, for a group that another scheduler has scaled.
-            replace: No scheduler has set the present rates: all groups get on the curve.
+            rate_of: The curve's rate from the base rate.
+            next_of: The rate from base rate and current rate, for a group that another scheduler has scaled.
+            replace: Whether to put all groups on the curve, because no scheduler has set the current rates.
         """
         for group, base in self._whole():
             present = group["lr"]
@@ -176,7 +176,7 @@ class LearningRates(GroupValues):
                 self._set(group, base, next_of(base, present), exact=False)
 
     def advance(self, rate_of: Callable[[float], float], next_of: Callable[[float, Any], Any]) -> None:
-        """Go one step on: groups on the curve to `rate_of(base)`, others to `next_of(base, present)`."""
+        """Advance one step: groups on the curve to `rate_of(base)`, others to `next_of(base, current)`."""
         for group, base in self._whole():
             if self._is_on_curve(group):
                 self._set(group, base, rate_of(base))
@@ -184,9 +184,9 @@ class LearningRates(GroupValues):
                 self._set(group, base, next_of(base, group["lr"]), exact=False)
 
     def after_load(self, rate_of: Callable[[float], float] | None) -> None:
-        """The optimizer was loaded: groups that were on the curve are put back, others keep what the load brought.
+        """After a load of the optimizer, put groups back that were on the curve; others keep the loaded rate.
 
-        `rate_of` is the curve's rate by base rate; None: no group was on the curve.
+        `rate_of` is the curve's rate from the base rate; None if no group was on the curve.
         """
         were = self.on_curve()
         self.update_groups()
@@ -197,10 +197,10 @@ class LearningRates(GroupValues):
                 self._leave(group, base)
 
     def take_up(self, base: list[float], on_curve: list[bool], rate_of: Callable[[float], float]) -> None:
-        """Go on from a checkpoint: groups that were on the curve when it was saved get on it, others keep their rate.
+        """Continue from a checkpoint: put groups on the curve that were on it when saved; others keep their rate.
 
-        If the optimizer was loaded first and its rate was replaced here, such a group gets that rate back. A ValueError
-        where the number of base values is not that of the groups.
+        If the optimizer was loaded first and its rate was replaced here, such a group gets that rate back. Raises
+        ValueError if the number of base values is not that of the groups.
         """
         self.restore(base)
         for group, own, was in zip(self._groups, self.base, on_curve, strict=True):
@@ -213,10 +213,10 @@ class LearningRates(GroupValues):
                 self._leave(group, own)
 
     def restore_on_curve(self, rate_of: Callable[[float], float]) -> None:
-        """Put groups back that were on the curve, until all their settings were replaced without a load hook."""
+        """Put groups back on the curve whose settings were all replaced without a load hook."""
         for group, base in self._whole():
             last = self._last(group)
-            # By identity: code that sets only the rate leaves this number.
+            # By identity: code that sets only the rate does not replace this number.
             if last is not None and last.exact and group.get(self.initial_key) is not base:
                 self._set(group, base, rate_of(base))
 

@@ -1,4 +1,4 @@
-"""Hooks of an optimizer, which may be wrapped, that keep no schedule alive; and what engines tell the schedule."""
+"""Hooks of a possibly wrapped optimizer that keep no schedule alive, and the engines' answers to the schedule."""
 
 import weakref
 from collections.abc import Callable
@@ -19,8 +19,8 @@ _shapes: list[Callable[[Any], Shape | None]] = []
 def base_optimizer(optimizer: Any) -> Optimizer:
     """The innermost torch optimizer of a chain of wrappers, whose `step()` changes the parameters.
 
-    Engines' wrappers keep what they wrap as `.optimizer`; some of them are torch optimizers themselves, but their hooks
-    never fire.
+    Engines' wrappers keep the wrapped optimizer as `.optimizer`; some are torch optimizers themselves, but their hooks
+    are never called.
 
     Raises:
         TypeError: There is no torch optimizer at the end of the chain.
@@ -30,14 +30,14 @@ def base_optimizer(optimizer: Any) -> Optimizer:
         inner = inner.optimizer
     if not isinstance(inner, Optimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, which is neither a torch.optim.Optimizer nor a wrapper that "
-            "keeps one as .optimizer"
+            f"optimizer is a {type(optimizer).__name__}, which is neither a torch.optim.Optimizer nor a wrapper with "
+            "one as .optimizer"
         )
     return inner
 
 
 class Scheduled(Protocol):
-    """The interface that `attach` calls."""
+    """The interface called by `attach`."""
 
     def _before_step(self) -> None: ...
 
@@ -45,13 +45,13 @@ class Scheduled(Protocol):
 
 
 def in_charge(optimizer: Optimizer) -> Any:
-    """The switch that sets this optimizer's weight decay: the last that took charge, or None."""
+    """The switch that controls this optimizer's weight decay: the last to call `take_charge`, or None."""
     charge = _in_charge.get(optimizer)
     return None if charge is None else charge[0]()
 
 
 def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
-    """`attach`, and set the weight decay from now on; the owner before is not called any more."""
+    """`attach`, and control the weight decay from now on; the previous owner is no longer called."""
     before = _in_charge.get(optimizer)
     if before is not None:
         before[1]()
@@ -61,8 +61,8 @@ def take_charge(optimizer: Optimizer, owner: Scheduled) -> None:
 def attach(optimizer: Optimizer, owner: Scheduled) -> Callable[[], Any]:
     """Call `owner._before_step()` before each `optimizer.step()` and `owner._after_load()` after each load.
 
-    A compiled step does not call `_before_step`, which would be traced into the graph. Returns what ends it; the
-    owner's own end does, too.
+    A compiled step does not call `_before_step`, which would be traced into the graph. Returns a function that removes
+    the hooks, as does the end of the owner.
     """
     reference = weakref.ref(owner)
 
@@ -92,12 +92,13 @@ def _remove(*handles: RemovableHandle) -> None:
 def tell(
     *, repeats_call: Callable[[], bool] | None = None, whole_shape: Callable[[Any], Shape | None] | None = None
 ) -> None:
-    """Add an engine's answers.
+    """Register an engine's answers.
 
     Args:
-        repeats_call: Whether the current call of a scheduler's `step()` repeats one that its caller has already made.
-        whole_shape: The shape of a parameter whose own shape depends on the rank, () where ranks cannot know it; None
-            for any other parameter.
+        repeats_call: Returns whether the current call of a scheduler's `step()` repeats one that its caller has already
+            made.
+        whole_shape: Returns the unsharded shape of a parameter whose own shape depends on the rank, () if ranks cannot
+            know it; None for any other parameter.
     """
     if repeats_call is not None:
         _repeats.append(repeats_call)
@@ -111,7 +112,7 @@ def is_repeated_call() -> bool:
 
 
 def shape_on_every_rank(parameter: Any) -> Shape:
-    """A parameter's shape as all ranks see it; () where they cannot know it, or not yet."""
+    """A parameter's shape, equal on all ranks; () if they cannot know it, or not yet."""
     if is_lazy(parameter):
         return ()
     found = (shape_of(parameter) for shape_of in _shapes)

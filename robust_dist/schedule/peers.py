@@ -1,4 +1,4 @@
-"""The other ranks that schedule the same optimizer: what is compared and voted with them, and when."""
+"""Agreement with the other ranks that schedule the same optimizer: when they compare values and vote."""
 
 import time
 import weakref
@@ -19,18 +19,18 @@ from robust_dist.schedule.hooks import shape_on_every_rank
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-# Seconds in which a rank that has begun to decide, two calls of the store, must have done so.
+# Seconds within which a rank that has started to decide, with two calls of the store, must finish.
 _DECIDING = 30.0
 # Seconds for which a save waits for votes that are about to be cast.
 _PATIENCE = 5.0
-# Stands behind the number of a call in which a rank has a wish, until that is cast.
+# Follows the number of a call in which a rank votes yes, until the vote is cast.
 _VOTING = 1
-# Steps after which votes that decided nothing are deleted.
+# Steps after which votes without a decision are deleted.
 _KEPT = 1024
-# Calls of a schedule in a row without an optimizer step after which these calls are what is counted (CUDA graphs).
+# Consecutive calls of a schedule without an optimizer step after which the calls are counted instead (CUDA graphs).
 _IDLE = 8
 _NAMESPACE = "robust_dist"
-# Seconds that one of our calls may take where a connection of our own can be had.
+# Timeout in seconds of a call on our own connection to the store.
 _TIMEOUT = 30.0
 _opened: "tuple[weakref.ref[Any], Store | None] | None" = None
 _begun: "Counter[str]" = Counter()
@@ -38,12 +38,12 @@ _peers: "weakref.WeakKeyDictionary[Optimizer, Peers]" = weakref.WeakKeyDictionar
 
 
 class Vote:
-    """One rank's part in deciding, through a store, from which call on all ranks do something.
+    """One rank's part in deciding, through a store, from which call on all ranks switch.
 
-    Every rank votes at each of its calls, which are numbered alike. A decision holds from the call after the one that
-    the foremost rank has reached. No rank can have passed that call: each notes its call before it looks for a
-    decision, and the deciding rank announces that it is deciding before it reads these notes. Where ranks keep step
-    that is the call after the one whose votes sufficed.
+    Every rank votes in each of its calls, which have the same numbers on all ranks. A decision takes effect from the
+    call after the one reached by the foremost rank. No rank can have passed that call: each rank notes its call before
+    it looks for a decision, and the deciding rank announces that it is deciding before it reads these notes. If ranks
+    are in step, this is the call after the first with enough votes.
     """
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class Vote:
         self._known = False
 
     def forget(self) -> None:
-        """Ignore the decisions made so far, as after a load."""
+        """Ignore the decisions made so far, e.g. after a load."""
         self._since = self.calls
 
     def cast(self, wish: bool, needed: int, rank: int, store: "Store") -> int | None:
-        """Cast a rank's wish in this call, the `calls`-th, in which `needed` wishes decide; returns as `decided`."""
+        """Cast a rank's vote in this call, in which `needed` yes votes decide; returns the result of `decided`."""
         store.set(f"call of/{rank}", f"{self.calls} {_VOTING}" if wish else str(self.calls))
         if not self._known:
             self._known = True
@@ -70,7 +70,7 @@ class Vote:
         return self.decided(store)
 
     def decided(self, store: "Store") -> int | None:
-        """The call from which the decision holds; None while there is none. One rank alone may ask."""
+        """The call from which the decision takes effect; None while there is none. A single rank may call this."""
         while store.check([f"{self._number}/decider"]):
             store.wait([f"{self._number}/decision"], timedelta(seconds=_DECIDING))
             made, since = map(int, store.get(f"{self._number}/decision").split())
@@ -80,9 +80,9 @@ class Vote:
         return None
 
     def wait_for_voters(self, store: "Store", ranks: int) -> None:
-        """Wait, five seconds at most, until the other voters have voted in this rank's last call: it may decide.
+        """Wait up to five seconds until the other voters have voted in this rank's last call, which may decide.
 
-        Who votes is known from the second call on; at the first it may be all `ranks`.
+        The voters are known from the second call on; in the first they may be all `ranks`.
         """
         if not self._known:
             return
@@ -95,7 +95,7 @@ class Vote:
             time.sleep(0.01)
 
     def _notes(self, store: "Store") -> list[list[int]]:
-        """The call that each voter has reached, and `_VOTING` behind it while its wish is on the way."""
+        """The call reached by each voter, followed by `_VOTING` while its yes vote is pending."""
         keys = [f"call of/{voter}" for voter in store.get("voters").decode().split()]
         return [list(map(int, note.split())) for note in store.multi_get(keys)]
 
@@ -117,15 +117,15 @@ class Vote:
 class Peers:
     """Agreement between the ranks that schedule the same optimizer.
 
-    It outlives schedules, so that a rank that alone makes or loads a new one is found. Where the ranks share no store,
-    or the store's host has ended, nothing is asked. Methods take the `group` to agree with (None is the default one),
-    the `report` of what this rank has at the step, and `closely`: whether a step that matters is near.
+    It outlives schedules, so that it detects a single rank that creates or loads a new one. If the ranks share no
+    store, or the store's host has ended, nothing is compared. Methods take the `group` that must agree (None is the
+    default one), the `report` with this rank's values at the step, and `closely`: whether to compare in any case.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.vote = Vote()
         self._kind = _kind_of(optimizer)
-        # Not kept alive by this: a destroyed one's threads end with it.
+        # Not kept alive: the threads of a destroyed group end with it.
         self._world: Callable[[], Any] = lambda: None
         self._group: Callable[[], Any] = lambda: None
         self._ranks: list[int] = []
@@ -137,19 +137,19 @@ class Peers:
 
     @staticmethod
     def of(optimizer: Optimizer) -> "Peers":
-        """This optimizer's, made when first asked for."""
+        """The `Peers` of an optimizer, created at the first call."""
         if optimizer not in _peers:
             _peers[optimizer] = Peers(optimizer)
         return _peers[optimizer]
 
     def before_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note that the optimizer is about to step; called by its hook, which a compiled step does not run."""
+        """Count a step that the optimizer is about to take; called by its hook, which a compiled step does not run."""
         self._counted = self._ever_counted = True
         if self._bind(group):
             self._step(report, closely)
 
     def after_step(self, group: dist.ProcessGroup | None, report: Callable[[], Report], closely: bool) -> None:
-        """Note a call of the schedule; it counts as an optimizer step where that could not be noted."""
+        """Count a call of the schedule, as an optimizer step if the hook could not count it."""
         counted, compiled = self._counted, self._compiled
         self._counted = self._compiled = False
         self._idle = 0 if counted else self._idle + 1
@@ -159,7 +159,7 @@ class Peers:
             self._step(report, closely)
 
     def cast(self, group: dist.ProcessGroup | None, wish: bool, reduce: str) -> int | None:
-        """Vote in this call of the schedule; returns from which call on the ranks' decision holds, None without one."""
+        """Vote in this call of the schedule; returns the call from which a decision takes effect, or None."""
         if not self._bind(group):
             return self.vote.calls + 1 if wish and not taking_part(group) else None
         voters = len(self._ranks)
@@ -167,8 +167,8 @@ class Peers:
         return self._ask(lambda store: self.vote.cast(wish, needed, dist.get_rank(), store))
 
     def decided(self, group: dist.ProcessGroup | None, *, wait: bool = False) -> int | None:
-        """Like `cast`, without a vote; for one rank alone, too. `wait` waits a little for votes of this call."""
-        # A process group is begun in a step, which all ranks make.
+        """Like `cast`, without a vote, also on a single rank; `wait` waits briefly for votes of this call."""
+        # A process group is first used in a step, which all ranks take.
         begun = taking_part(group) and self._world() is dist.group.WORLD and self._store is not None
         if not begun:
             return None
@@ -181,7 +181,7 @@ class Peers:
         return self._ask(question)
 
     def has_no_store(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether there are other ranks that cannot be asked."""
+        """Whether there are other ranks that cannot be reached."""
         return taking_part(group) and self._store is None
 
     def _step(self, report: Callable[[], Report], closely: bool) -> None:
@@ -203,7 +203,7 @@ class Peers:
             return None
 
     def _bind(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether there are other ranks that can be asked; a process group that is new begins everything anew."""
+        """Whether there are other ranks that can be reached; a new process group starts everything again."""
         if not taking_part(group):
             return False
         world = dist.group.WORLD
@@ -222,7 +222,7 @@ class Peers:
         self._begin()
 
     def _begin(self) -> None:
-        """Compare from the start, by keys of its own."""
+        """Start a new comparison, with its own keys."""
         self._begun += 1
         self._comparison = None
         if self._store is not None:
@@ -234,7 +234,7 @@ class Peers:
 
     def _compiled_hook(self) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A constant, and never read here: a counter would recompile the step each time.
+            # A constant, never read here: a counter would recompile the step each time.
             if torch.compiler.is_compiling():
                 self._compiled = True
 
@@ -242,17 +242,17 @@ class Peers:
 
 
 def _kind_of(optimizer: Optimizer) -> str:
-    """The optimizer's class and the shapes of its first two parameters: the same on ranks that share it."""
+    """The optimizer's class and the shapes of its first two parameters, equal on ranks that share it."""
     shapes = [shape_on_every_rank(p) for group in optimizer.param_groups for p in group["params"]][:2]
     return f"{type(optimizer).__name__} {zlib.crc32(repr(shapes).encode()):x}"
 
 
 def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
-    """The part of the training's store for an optimizer that is about to make its first step on this group.
+    """The part of the store for an optimizer that is about to take its first step in this group.
 
-    Ranks share it where they make that step with an optimizer of the same kind after the same number of the group's
-    collectives. So a rank that trains something else beside or before it still meets the others. None where no store
-    reaches several ranks (MPI, torch's fake process group).
+    Ranks share it if they take that step with an optimizer of the same kind after the same number of the group's
+    collectives, even if a rank also trains something else. None if no store connects the ranks (MPI, torch's fake
+    process group).
     """
     store = _training_store()
     if store is None:
@@ -264,7 +264,7 @@ def _store_of(kind: str, group: dist.ProcessGroup) -> "Store | None":
 
 
 def _collectives(group: dist.ProcessGroup) -> int:
-    """The number of collectives that the group has begun; it tells one training in a process from the next."""
+    """The number of collectives that the group has started, which distinguishes consecutive trainings in a process."""
     try:
         return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
@@ -272,7 +272,7 @@ def _collectives(group: dist.ProcessGroup) -> int:
 
 
 def _part_of(store: "Store", name: str) -> "Store":
-    """A store whose keys are those of `store` under `name`."""
+    """A store for the keys of `store` with the prefix `name`."""
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
@@ -287,16 +287,16 @@ def _training_store() -> "Store | None":
 
 def _open() -> "Store | None":
     try:
-        # Private, and the only way to the store that all ranks reach without a collective; it is named only here.
+        # Private, but the only access to the ranks' common store without a collective; used only here.
         store = dist.distributed_c10d._get_default_store()
-        # torch's FakeStore claims to have every key. If the host has ended, this raises, where cloning would wait.
+        # torch's FakeStore claims to have every key. If the host has ended, this raises; cloning would wait.
         if store.check([f"{_NAMESPACE}/no such key"]):
             return None
         if hasattr(store, "clone"):
-            # A connection of our own: the training's calls block theirs for as long as they wait.
+            # Our own connection: waiting calls of the training block theirs.
             store = store.clone()
             store.set_timeout(timedelta(seconds=_TIMEOUT))
-        # torchrun's store outlives a process group; each one made over it has keys of its own.
+        # torchrun's store outlives a process group; each group created with it gets its own keys.
         count = store.add(f"{_NAMESPACE}/process groups of rank {dist.get_rank()}", 1)
         return _part_of(store, f"{_NAMESPACE}/{count}")
     except Exception:

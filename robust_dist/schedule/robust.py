@@ -1,5 +1,6 @@
 """The paper's schedule: warm-up, cosine, and weight decay off for the last quarter."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from robust_dist.optim.dry_step import is_dry
+from robust_dist.optim.rate import all_ignore_rate
+from robust_dist.optim.settings import option
 from robust_dist.schedule.curve import Curve, DecayKind, OwnDecay, checked_curve
 from robust_dist.schedule.group_values import LearningRates
 from robust_dist.schedule.hooks import attach, base_optimizer, is_repeated_call
@@ -18,41 +21,44 @@ _STATE_KEYS = ("last_epoch", "_step_count", "base_lrs", "weight_decay_switch")
 
 
 class RobustSchedule(LRScheduler):
-    """Linear warm-up and half a cosine for the learning rate, and the weight-decay switch, per optimizer step.
+    """Linear warm-up, half-cosine decay of the learning rate, and the weight-decay switch, per optimizer step.
 
     With T = total_steps, W = warmup_steps, r = min_lr_ratio and a group's initial learning rate eta, optimizer step s
-    (from 0) has the rate eta (s + 1)/(W + 1) for s < W, then eta (r + (1 - r)(1 + cos(pi (s - W)/(T - W)))/2): with W =
-    r = 0 the paper's eq. 17, eta (1 + cos(pi s/T))/2, whose t and T are in epochs. From T on it stays at r eta. The
-    weight decay is off for every s >= weight_decay_off_at * T; see `WeightDecaySwitch`, which also says what the ranks
-    compare and when.
+    (from 0) has the rate eta (s + 1)/(W + 1) for s < W, then eta (r + (1 - r)(1 + cos(pi (s - W)/(T - W)))/2). With
+    W = r = 0 this is the paper's eq. 17, eta (1 + cos(pi s/T))/2, whose t and T are in epochs. From T on it is r eta.
+    Weight decay is off for every s >= weight_decay_off_at * T; see `WeightDecaySwitch`, which also describes what the
+    ranks compare and when.
 
     Call `step()` after each `optimizer.step()`. Several calls that an engine's wrapper makes for one call of its own
-    count once, so `total_steps` is the number of optimizer steps that the run makes, under every engine.
+    count once, so `total_steps` is the number of optimizer steps of the run under every engine.
 
-    After any load, of the optimizer or of this, in any order, rate and decay are what the step says, from this object's
-    settings; the state holds the step and the base values. Where somebody else sets or scales a group's rate, too
-    (another scheduler in SequentialLR or ChainedScheduler, SWALR, ReduceLROnPlateau, or you by hand), this does what
-    torch's CosineAnnealingLR would in its place: the next `step()` goes on from the present rate, and a load brings
-    back the optimizer's. So does one that is made on an optimizer whose rate another scheduler has set.
+    After any load of the optimizer or the schedule, in any order, rate and decay follow from the step and this object's
+    settings; the state holds the step and the base values. If a group's rate is also set or scaled elsewhere (another
+    scheduler in SequentialLR or ChainedScheduler, SWALR, ReduceLROnPlateau, or by hand), the schedule behaves like
+    torch's CosineAnnealingLR: the next `step()` continues from the present rate, and a load restores the optimizer's.
+    The same holds if it is created for an optimizer whose rate another scheduler has set.
 
-    Where a group's rate or decay is a tensor, the group gets a tensor of its own when this is made, which is filled in
-    place from then on. So make the schedule before a step is captured as a CUDA graph.
+    If a group's rate or decay is a tensor, the group gets its own tensor when the schedule is created, which is filled
+    in place from then on. So create the schedule before a step is captured in a CUDA graph.
+
+    With RAdaBeliefW's `rate_guard=1`, which takes no rate, give decay="constant" and no warm-up: the switch of the
+    weight decay is left. With its `averaging` a rate that falls is a warning.
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
         total_steps: Optimizer steps of the whole run.
-        warmup_steps: How many of them warm up, in [0, total_steps].
-        weight_decay_off_at: Share of the steps after which the decay is off, in [0, 1]. None: this object leaves the
-            decay to a WeightDecaySwitch of your own.
-        min_lr_ratio: Where the cosine ends, in units of eta, in [0, 1].
+        warmup_steps: Number of warm-up steps, in [0, total_steps].
+        weight_decay_off_at: Fraction of the steps after which decay is off, in [0, 1]; None leaves the decay to a
+            WeightDecaySwitch of your own.
+        min_lr_ratio: Final value of the cosine, as a fraction of eta, in [0, 1].
         decay: "cosine"; "step": eta/10 for s >= T/2 and eta/100 for s >= 3 T/4, the paper's baseline; "constant"; or a
-            function of s and T, the share of eta at the steps after the warm-up.
+            function of s and T that returns the fraction of eta at the steps after the warm-up.
         process_group: The ranks that must agree; None is the default group.
-        last_epoch: torch's meaning: -1 for a new schedule, else the last step done.
+        last_epoch: As in torch: -1 for a new schedule, else the last step taken.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: A value outside its range.
+        TypeError: An argument has the wrong type.
+        ValueError: A value is out of range, or the rate changes although all param groups ignore it.
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class RobustSchedule(LRScheduler):
         last_epoch: int,
         base_lrs: Sequence[float] | None = None,
     ) -> None:
-        """Take charge of the optimizer; `base_lrs`, one per group, replace the groups' own."""
+        """Take control of the optimizer; `base_lrs`, one per group, replace the groups' own."""
         self.optimizer = base_optimizer(optimizer)
+        _check_has_effect(curve, self.optimizer.param_groups)
         self.curve = curve
         self.weight_decay_switch: WeightDecaySwitch | None = None
         if weight_decay_off_at is not None:
@@ -91,26 +98,26 @@ class RobustSchedule(LRScheduler):
         for group, lr in zip(self.optimizer.param_groups, base_lrs or (), strict=base_lrs is not None):
             group["initial_lr"] = lr
         self._rates = LearningRates(self.optimizer)
-        # Rates that no scheduler of this process has set are what an optimizer was made with, or loaded.
+        # Rates that no scheduler in this process has set come from the optimizer's constructor or a load.
         self._rates_are_initial = base_lrs is not None or not hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
         self._just_loaded = False
         attach(self.optimizer, self)
         super().__init__(self.optimizer, last_epoch)
         self._rates_are_initial = False
-        # One list: groups that are added later join it.
+        # The same list, so that groups added later join it.
         self.base_lrs = self._rates.base  # type: ignore[assignment]
 
     def step(self, epoch: int | None = None, **ignored: Any) -> None:
-        """Note that an optimizer step was made; set rate and decay of the next one.
+        """Count an optimizer step, and set the rate and decay of the next one.
 
         Args:
-            epoch: Go to this step instead, as torch's schedulers do.
-            **ignored: Some engines pass on what their caller gave.
+            epoch: Go to this step instead, as in torch's schedulers.
+            **ignored: Arguments that some engines pass on from their caller.
 
         Raises:
             RankDisagreementError: On every rank, if the ranks' settings, steps or groups differ.
-            RuntimeError: An engine steps a SequentialLR or ChainedScheduler that holds this once per process.
-            ValueError: `epoch` is no whole number.
+            RuntimeError: An engine steps a SequentialLR or ChainedScheduler that contains this once per process.
+            ValueError: `epoch` is not a whole number.
         """
         if is_repeated_call():
             return
@@ -125,19 +132,19 @@ class RobustSchedule(LRScheduler):
             self._advance()
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        # SequentialLR calls this in place of step() when a scheduler's turn comes; torch 2.6 calls step(0).
+        # SequentialLR calls this instead of step() when a scheduler's turn begins; torch 2.6 calls step(0).
         if not is_repeated_call():
             self._go_to(self.last_epoch + 1 if epoch is None else _step_number(epoch))
 
     def get_lr(self) -> list[float | Tensor]:
-        """Each group's present learning rate."""
+        """Each group's current learning rate."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the groups' base values and the switch's state; plain numbers and lists alone.
+        """The step, the groups' base values and the switch's state; only plain numbers and lists.
 
-        "on_curve" says for each group whether it carries this schedule's rate, and nobody else has set it since.
+        "on_curve" tells for each group whether its rate is the one that this schedule has set.
         """
         self._rates.update_groups()
         switch = self.weight_decay_switch
@@ -151,16 +158,16 @@ class RobustSchedule(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved step, and set the decay that it has, and the rate of the groups that were on the curve.
+        """Load a saved step, and set its decay, and its rate in the groups that were on the curve.
 
         Raises:
-            ValueError: It is no state of a RobustSchedule, or one of an optimizer with another number of groups.
+            ValueError: This is not a state of a RobustSchedule, or it has another number of groups.
         """
         missing = [key for key in _STATE_KEYS if key not in state_dict]
         if missing:
-            raise ValueError(f"this is no state of a RobustSchedule: it has no {', '.join(missing)}")
+            raise ValueError(f"this is not a state of a RobustSchedule: it has no {', '.join(missing)}")
         base, step = state_dict["base_lrs"], state_dict["last_epoch"]
-        # States of 0.4.4 and before lack it.
+        # States of 0.4.4 and older do not have it.
         on_curve = state_dict.get("on_curve", [step >= 0] * len(base))
         self._rates.take_up(base, on_curve, lambda base: self.curve.lr(step, base))
         switch = state_dict["weight_decay_switch"]
@@ -196,7 +203,7 @@ class RobustSchedule(LRScheduler):
             self.weight_decay_switch.step()
 
     def _follow_up(self) -> None:
-        """After a jump: what else depends on the step. One that waits in a SequentialLR is at -1."""
+        """Update everything else that depends on the step, after a jump; while waiting in a SequentialLR it is -1."""
         self._last_lr = self.get_lr()
         if self.weight_decay_switch is not None:
             self.weight_decay_switch._go_to(max(0, self.last_epoch))
@@ -209,20 +216,40 @@ class RobustSchedule(LRScheduler):
 
     def _before_step(self) -> None:
         self._rates.take_in_added_groups()
-        # Some loads replace all settings without a load hook; dry steps need their lr = 0.
+        # Some loads replace all settings without calling load hooks; dry steps need lr = 0.
         if self._just_loaded and not is_dry(self.optimizer):
             self._just_loaded = False
             self._rates.restore_on_curve(self._rate_of)
 
     def _after_load(self) -> None:
-        # One that waits in a SequentialLR sets no rate.
+        # A schedule that waits in a SequentialLR sets no rate.
         self._rates.after_load(None if self.last_epoch < 0 else self._rate_of)
         self._last_lr = self.get_lr()
+
+
+def _check_has_effect(curve: Curve, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a rate that changes where no group takes one; warn of one that falls beside an average."""
+    named = [f"warmup_steps={curve.warmup_steps}"] if curve.warmup_steps else []
+    named += [f"decay={curve.decay!r}"] if curve.decay != "constant" else []
+    if all_ignore_rate(groups) and curve.changes:
+        raise ValueError(
+            f"RobustSchedule({', '.join(named)}) has no effect on RAdaBeliefW's rate_guard=1, which takes no learning "
+            "rate: give decay='constant' and no warm-up, which still switches the weight decay off; or set rate_guard "
+            "above 1, within which the rate counts"
+        )
+    averaging = next(filter(None, (option(group, "averaging") for group in groups)), None)
+    if averaging is not None and curve.falls:
+        warnings.warn(
+            f"decay={curve.decay!r} lowers the learning rate, in place of which averaging={averaging!r} averages the "
+            "weights: give RobustSchedule decay='constant', which still switches the weight decay off",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _step_number(epoch: Any) -> int:
     try:
         return whole_number("epoch", epoch, 0)
     except TypeError as error:
-        # An engine may take a TypeError for a scheduler without this argument.
+        # An engine may interpret a TypeError as a scheduler without this argument.
         raise ValueError(str(error)) from error

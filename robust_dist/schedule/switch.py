@@ -1,4 +1,4 @@
-"""Weight decay off for the last part of training, at the same step on every rank."""
+"""Turns weight decay off for the last part of training, at the same step on every rank."""
 
 import math
 import warnings
@@ -18,55 +18,55 @@ from robust_dist.validate import one_of, real_number, whole_number
 
 _REDUCE = dict(zip(("any", "all", "majority"), TRIGGERS[1:], strict=True))
 _SUPERSEDED = (
-    "another WeightDecaySwitch or RobustSchedule was made on this optimizer since, and sets its weight decay; use one "
-    "of them: RobustSchedule(..., weight_decay_off_at=None) leaves the decay to a WeightDecaySwitch"
+    "another WeightDecaySwitch or RobustSchedule was created for this optimizer later and sets its weight decay; use "
+    "only one: RobustSchedule(..., weight_decay_off_at=None) leaves the decay to a WeightDecaySwitch"
 )
-# Optimizer steps before and after one that matters at which the ranks are compared closely.
+# Optimizer steps before and after the switch and the end at which the ranks are compared every time.
 _NEAR = (4, 2)
 _STATE_KEYS = ("step", "switch_step", "base_weight_decay", "verdict", "total_steps", "off_at")
 
 
 def first_step_off(off_at: float, total_steps: int) -> int:
-    """The first step s, from 0, with s >= off_at * total_steps; `off_at` counts as the decimal it is written as."""
+    """The first step s, from 0, with s >= off_at * total_steps; `off_at` means its exact decimal value."""
     return math.ceil(Fraction(repr(float(off_at))) * total_steps)
 
 
 class WeightDecaySwitch:
-    """Sets every group's weight decay to 0 once a share of the steps is done (the paper: 75 %).
+    """Sets every group's weight decay to 0 after a fraction of the steps (the paper: 75 %).
 
-    Call `step()` once per training step, after `optimizer.step()`. Afterwards the groups carry what the next
-    optimizer step uses: with total_steps=100 and off_at=0.75, steps 0 to 74 use the decay and steps 75 on use 0.
-    Each group's base decay is taken when this is made (a group added later: when it is first seen) and belongs to this
-    object from then on; values written into the groups by a load, or by hand, are replaced before the next step. One
-    optimizer has one switch: the one made last.
+    Call `step()` once per training step, after `optimizer.step()`. The groups then hold the decay of the next
+    optimizer step: with total_steps=100 and off_at=0.75, steps 0 to 74 use the base decay and steps 75 on use 0.
+    The base decays are read when the switch is created (for a group added later: when it is first seen) and belong to
+    the switch from then on; values written into the groups by a load, or by hand, are replaced before the next step. An
+    optimizer has one switch: the last one created.
 
-    Ranks compare their settings, step and groups: at the start, closely around the switch and the end, and about once a
-    second in between. That runs no collective, and no rank waits for another: they post what they have in the process
-    group's key-value store, and look later. Where two ranks differ, each rank that still runs raises
-    RankDisagreementError from a step soon after, of the optimizer or of this; only then ranks wait for each other, some
-    seconds at most. A rank that has ended, or has no switch on such an optimizer, is not waited for. Optimizers are
-    compared that have the same class and the same shapes of their first two parameters, and that begin after the same
-    number of the group's collectives. What cannot be seen is a rank that leaves out `optimizer.step()` and this
-    `step()` alike: that is also what a rank does that has run out of batches under torch's Join. Without such a store
-    (MPI), or once the rank that hosts it has ended, nothing is compared.
+    Ranks compare their settings, step and groups at the start, at every step around the switch and the end, and about
+    once a second in between. This needs no collective, and no rank waits for another: ranks post their values in the
+    process group's key-value store and look later. If two ranks differ, each rank that still runs raises
+    RankDisagreementError from a step soon after, of the optimizer or of the switch; only then do ranks wait for each
+    other, for a few seconds. Ranks that have ended, or have no switch for such an optimizer, are not waited for. Only
+    optimizers of the same class, with equal shapes of the first two parameters, that start after the same number of the
+    group's collectives are compared. A rank that skips both `optimizer.step()` and this `step()` is not detected,
+    because a rank that has run out of batches under torch's Join does the same. Without such a store (MPI), or after
+    the rank that hosts it has ended, nothing is compared.
 
-    With `should_switch` the decision is the ranks' own, `off_at` plays no part, and each call of `step()` is a vote
-    through the same store: the decay is off from optimizer step k + 1 on, where the k-th call of `step()` (from 1) was
-    the first whose votes sufficed. Where a rank is further than that as this is decided, it is off from the step after
-    the one that the foremost rank has reached, on every rank. One rank alone has the same delay. Once off, the decay
-    stays off, and nothing is asked any more. "all" and "majority" count every rank of the process group.
+    With `should_switch` the ranks decide, `off_at` is ignored, and each call of `step()` casts a vote through the same
+    store: decay is off from optimizer step k + 1 on, where the k-th call of `step()` (from 1) was the first with enough
+    votes. If a rank is already beyond that, decay is off, on every rank, from the step after the one reached by the
+    foremost rank. A single rank has the same delay. Once off, decay stays off, and there are no more votes. "all" and
+    "majority" count every rank of the process group.
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
         total_steps: Optimizer steps of the whole run.
-        off_at: Share of the steps after which the decay is off, in [0, 1]; 1 keeps it for the whole run.
-        should_switch: This rank's wish, asked once per `step()`; ranks may differ.
-        reduce: Whose wish decides: "any" rank's, "all" ranks', or the "majority"'s.
+        off_at: Fraction of the steps after which decay is off, in [0, 1]; 1 keeps it for the whole run.
+        should_switch: This rank's vote, called once per `step()`; ranks may differ.
+        reduce: Whose votes are needed: "any" rank's, "all" ranks' or the "majority"'s.
         process_group: The ranks that must agree; None is the default group.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: A setting outside its range.
+        TypeError: An argument has the wrong type.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -101,21 +101,21 @@ class WeightDecaySwitch:
 
     @property
     def switch_step(self) -> int | None:
-        """The first optimizer step (from 0) without decay; None while ranks' own triggers have not decided it."""
+        """The first optimizer step (from 0) without decay; None while the ranks' votes have not decided it."""
         return self._switch_step
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps done: calls of `step()`, across resumes."""
+        """Optimizer steps taken: calls of `step()`, across resumes."""
         return self._step
 
     def step(self) -> None:
-        """Note that an optimizer step was made; set the decay of the next one.
+        """Count an optimizer step, and set the decay of the next one.
 
         Raises:
             RankDisagreementError: On every rank that still runs, if the ranks' settings, steps or groups differed at an
-                earlier step; where `optimizer.step()` runs hooks, it is that call which raises.
-            RuntimeError: Another switch was made on this optimizer since.
+                earlier step; if `optimizer.step()` runs hooks, that call raises it instead.
+            RuntimeError: Another switch was created for this optimizer later.
         """
         if in_charge(self.optimizer) is not self:
             raise RuntimeError(_SUPERSEDED)
@@ -129,9 +129,9 @@ class WeightDecaySwitch:
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the base decays, and what the ranks have decided up to now.
+        """The step, the base decays, and the ranks' decision so far.
 
-        Before an own trigger has decided it waits, five seconds at most, for the votes of ranks that are at this step.
+        With `should_switch`, before a decision, it waits up to five seconds for the votes of ranks at this step.
         """
         self._decays.update_groups()
         self._take_in_decision(wait=True)
@@ -145,23 +145,23 @@ class WeightDecaySwitch:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved step, and set the decay that it has.
+        """Load a saved step, and set its decay.
 
-        The settings stay this object's own; a warning names those that were others when the state was saved.
+        The settings of this object are kept; a warning names those that differ from the saved ones.
 
         Raises:
-            ValueError: It is no state of a switch, or one of an optimizer with another number of groups.
+            ValueError: This is not a state of a switch, or it has another number of groups.
         """
         missing = [key for key in _STATE_KEYS if key not in state_dict]
         if missing:
-            raise ValueError(f"this is no state of a WeightDecaySwitch: it has no {', '.join(missing)}")
+            raise ValueError(f"this is not a state of a WeightDecaySwitch: it has no {', '.join(missing)}")
         self._decays.restore(state_dict["base_weight_decay"])
         self._warn_of_other_settings(state_dict)
         self._step = whole_number("step", state_dict["step"], 0)
         if self.should_switch is not None:
             self._switch_step = state_dict["switch_step"]
             if self._switch_step is None and state_dict["verdict"]:
-                # Written by a version that kept a decision apart until the step that applied it.
+                # From a version that stored a decision separately until it was applied.
                 self._switch_step = self._step + 1
         self._peers.vote.forget()
         self._write()
@@ -186,9 +186,9 @@ class WeightDecaySwitch:
     def _before_step(self) -> None:
         if in_charge(self.optimizer) is not self:
             return
-        # This also notices groups that were added since.
+        # This also covers groups that were added since.
         self._write()
-        # A rank may make a dry step alone, to save.
+        # A single rank may take a dry step, to save.
         if self._rates_are_on_device() or not is_dry(self.optimizer):
             self._peers.before_step(self.process_group, self._report, self._is_near())
 
@@ -199,7 +199,7 @@ class WeightDecaySwitch:
         self._write()
 
     def _rates_are_on_device(self) -> bool:
-        """Whether reading a rate would wait for a device, and fail in a graph's capture."""
+        """Whether reading a rate would synchronise, which fails during graph capture."""
         rates = (group.get("lr") for group in self.optimizer.param_groups)
         return any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
 
@@ -212,7 +212,7 @@ class WeightDecaySwitch:
         return Report(self.total_steps, self.off_at, self._step, trigger, self.is_off, tuple(self._decays.base))
 
     def _is_near(self) -> bool:
-        """Whether the switch or the end of the run is near."""
+        """Whether the switch or the end of the run is within a few steps."""
         before, after = _NEAR
         marks = (self._switch_step, self.total_steps)
         return any(mark is not None and mark - before <= self._step <= mark + after for mark in marks)
@@ -223,7 +223,7 @@ class WeightDecaySwitch:
             self._write()
 
     def _decide(self, call: int | None) -> None:
-        """Switch at the step whose decay this call of `step()` sets."""
+        """Switch at the step whose decay that call of `step()` sets."""
         if call is not None:
             self._switch_step = self._step + call - self._peers.vote.calls
 
@@ -231,8 +231,8 @@ class WeightDecaySwitch:
         if not self._warned and self._peers.has_no_store(self.process_group):
             self._warned = True
             warnings.warn(
-                "should_switch is not counted any more and the weight decay stays on: the process group has no "
-                "key-value store that its ranks can vote through, or the rank that hosted it has ended",
+                "should_switch is ignored from now on and the weight decay stays on: the process group has no "
+                "key-value store for its ranks' votes, or the rank that hosted it has ended",
                 UserWarning,
                 stacklevel=3,
             )
@@ -242,7 +242,7 @@ class WeightDecaySwitch:
             if saved[name] != getattr(self, name):
                 warnings.warn(
                     f"the checkpoint was written with {name}={saved[name]}, this run has {name}={getattr(self, name)}; "
-                    "this run's is used",
+                    "this run's value is used",
                     UserWarning,
                     stacklevel=3,
                 )

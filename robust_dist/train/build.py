@@ -130,11 +130,23 @@ def _with_head_apart(
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> RobustSchedule:
-    """Learning rate and weight decay of every step."""
+    """Learning rate and weight decay of every step.
+
+    Raises:
+        ValueError: The optimizer, which may be the user's own, takes no learning rate, and the schedule changes it.
+    """
     arguments = recipe.schedule.arguments
     if own_code.is_name(recipe.schedule.name):
         arguments["decay"] = own_decay(recipe.schedule.name, total_steps)
-    return RobustSchedule(optimizer, total_steps, **arguments)
+    try:
+        return RobustSchedule(optimizer, total_steps, **arguments)
+    except own_code.OwnCodeError:
+        raise
+    except ValueError as error:
+        section = recipe.schedule
+        raise ValueError(
+            f"schedule.name={section.name!r} with schedule.warmup_steps={section.warmup_steps}: {error}"
+        ) from error
 
 
 def own_decay(name: str, total_steps: int) -> OwnDecay:

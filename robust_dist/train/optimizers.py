@@ -21,6 +21,7 @@ a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoi
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ from robust_dist import own_code
 from robust_dist.extras import added
 from robust_dist.extras import require as require_package
 from robust_dist.optim import RAdaBeliefW
+from robust_dist.optim.settings import DEFAULTS, OPTIONS, check_constant, check_group
 from robust_dist.train.baselines import NAG, Mechanic, PaperAdam, ScheduleFreePlus
 from robust_dist.train.keys import COSTLY, NAMES_CODE, require, require_number
 
@@ -42,6 +44,7 @@ _KEY = "optimizer.name"
 # What the groups hold under lr: auto, where any rate above 0 does.
 ANY_RATE = 0.01
 AUTO_DECAY = 3.0
+_SETTINGS = (*DEFAULTS, *OPTIONS)
 
 
 @dataclass
@@ -119,7 +122,16 @@ def averages_weights(section: Mapping[str, Any]) -> bool:
 
 
 def decay_of(config: OptimizerConfig, total_steps: int) -> float:
-    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step."""
+    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step.
+
+    Raises:
+        ValueError: "auto", in a run of fewer than 3 steps.
+    """
+    if config.weight_decay == "auto" and total_steps < AUTO_DECAY:
+        raise ValueError(
+            f"optimizer.weight_decay='auto' needs at least {AUTO_DECAY:g} steps, and this run makes {total_steps}; "
+            "train longer, or give weight_decay as a number"
+        )
     return AUTO_DECAY / total_steps if config.weight_decay == "auto" else config.weight_decay
 
 
@@ -256,10 +268,14 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
     arguments = choice.arguments(config, (config.betas[0], second_beta(config, total_steps)))
     try:
         return choice.make(groups, **(arguments | config.options))
-    except TypeError as error:
-        raise ValueError(f"optimizer.options={config.options} do not suit {config.name}: {error}") from error
     except ImportError as error:
         raise ValueError(str(error)) from error
+    except own_code.OwnCodeError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not config.options and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"optimizer.options={config.options} do not suit {config.name}: {error}") from error
 
 
 def check_fits(recipe: "Recipe") -> None:
@@ -276,7 +292,7 @@ def _of_adam(recipe: "Recipe") -> str | None:
 
 def _of_radabeliefw(recipe: "Recipe") -> str | None:
     config = recipe.optimizer
-    wrong: list[str] = []
+    wrong = list(_of_options(config)) or list(_of_options_together(config))
     guard = config.options.get("rate_guard", 1.0 if config.lr == "auto" else None)
     averages = averages_weights({"name": config.name, "lr": config.lr, "options": config.options})
     if averages:
@@ -290,6 +306,40 @@ def _of_radabeliefw(recipe: "Recipe") -> str | None:
         what = "lr='auto'" if config.lr == "auto" else f"options.rate_guard={guard!r}"
         wrong += _of_no_rate(recipe, f"optimizer.{what}, which takes no rate", averages)
     return "; ".join(wrong) or None
+
+
+def _of_options(config: OptimizerConfig) -> Iterator[str]:
+    """RAdaBeliefW's options that are wrong by themselves, or say again what has a key of its own."""
+    for name, value in config.options.items():
+        setting = f"optimizer.options.{name}={value!r}"
+        if name == "weight_decay" or (name == "lr" and config.lr == "auto"):
+            yield f"{setting} has no effect: set optimizer.{name}, and leave it out here"
+        elif name not in _SETTINGS:
+            near = get_close_matches(name, _SETTINGS, 1)
+            yield f"{setting}: RAdaBeliefW has no such option" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif name == "averaging" and value is None and config.lr == "auto":
+            yield f"{setting} with optimizer.lr='auto', which averages weights: leave it out, or give lr as a number"
+        elif name == "decay_by_rate" and value is True and config.weight_decay == "auto":
+            yield f"{setting} with optimizer.weight_decay='auto', which is a share of each step: leave it out"
+        else:
+            try:
+                check_group({**DEFAULTS, name: value})
+            except (TypeError, ValueError) as error:
+                yield f"{setting}: {error}"
+
+
+def _of_options_together(config: OptimizerConfig) -> Iterator[str]:
+    """What RAdaBeliefW says of its options beside the recipe's keys; a beta2 that the steps decide is left to it."""
+    beta2 = config.betas[1] if config.beta2 in (None, "auto") else config.beta2
+    given = _radabeliefw_arguments(config, (config.betas[0], beta2)) | config.options
+    group = {**DEFAULTS, **given}
+    try:
+        check_group(group)
+        check_constant([group])
+    except (TypeError, ValueError) as error:
+        keys = ("lr", "betas", "weight_decay", "options")
+        settings = ", ".join(f"optimizer.{key}={getattr(config, key)!r}" for key in keys)
+        yield f"{settings}: {error}"
 
 
 def _of_averaging(recipe: "Recipe", what: str) -> Iterator[str]:

@@ -99,11 +99,17 @@ class ModelConfig:
             ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
         """
         from robust_dist.models import build_model
+        from robust_dist.models.registry import OptionsError
         from robust_dist.models.weights import implied_options
 
         options = implied_options(self.name, self.weights) | self.options
         torch.manual_seed(seed)
-        model = build_model(self.name, num_classes, in_channels=channels, **options)
+        try:
+            model = build_model(self.name, num_classes, in_channels=channels, **options)
+        except (OptionsError, RuntimeError) as error:
+            if not self.options:
+                raise
+            raise ValueError(self._of_options(getattr(error, "reason", str(error)))) from error
         if self.sync_batchnorm:
             if not torch.cuda.is_available():
                 raise ValueError("model.sync_batchnorm=True needs GPUs (torch.nn.SyncBatchNorm); set it to false")
@@ -111,6 +117,12 @@ class ModelConfig:
         if self.channels_last and not contiguous:
             return model.to(memory_format=torch.channels_last)
         return model
+
+    def _of_options(self, reason: str) -> str:
+        """A model's words about its options, under the names that the recipe has for them."""
+        named = [name for name in self.options if reason.startswith(f"{name}=")]
+        settings = ", ".join(f"model.options.{name}={self.options[name]!r}" for name in named or self.options)
+        return f"{settings} with model.name={self.name!r}: {reason}"
 
 
 @dataclass

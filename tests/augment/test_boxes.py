@@ -174,16 +174,16 @@ def key_points():
 @pytest.mark.parametrize(
     ("boxes", "settings", "error", "words"),
     [
-        (lambda: torch.zeros(1, 2, 4), {"cutmix": True}, ValueError, "boxes cannot follow CutMix.*set cutmix=False"),
+        (lambda: torch.zeros(1, 2, 4), {"cutmix": True}, ValueError, "boxes do not support CutMix.*set cutmix=False"),
         (lambda: [rotated("XYWHR")], {}, ValueError, "got XYWHR: rotated boxes are not supported"),
         (lambda: [rotated("XYXYXYXY")], {}, ValueError, "rotated boxes are not supported"),
         (lambda: [key_points()], {}, TypeError, "got KeyPoints"),
         (lambda: [torch.zeros(1, 4)], {}, TypeError, "must be tv_tensors.BoundingBoxes, got Tensor"),
         (lambda: torch.zeros(1, 4), {}, ValueError, r"boxes must have shape \[B, N, 4\]"),
         (lambda: torch.zeros(1, 2, 5), {}, ValueError, r"boxes must have shape \[B, N, 4\]"),
-        (lambda: torch.zeros(2, 2, 4), {}, ValueError, "boxes must belong to the samples of the keys, got 2"),
-        (lambda: torch.zeros(1, 2, 4).bool(), {}, TypeError, "boxes must be floating or integers"),
-        (lambda: [wrapped(torch.zeros(1, 4))], {"size": (8, 8)}, ValueError, r"one canvas_size.*\(8, 8\), \(30, 40\)"),
+        (lambda: torch.zeros(2, 2, 4), {}, ValueError, "boxes must match the samples of the keys, got 2"),
+        (lambda: torch.zeros(1, 2, 4).bool(), {}, TypeError, "boxes must be floating-point or integers"),
+        (lambda: [wrapped(torch.zeros(1, 4))], {"size": (8, 8)}, ValueError, r"the canvas_size.*\(8, 8\), \(30, 40\)"),
     ],
 )
 def test_what_cannot_follow_is_refused_by_name(boxes, settings, error, words):
@@ -193,7 +193,7 @@ def test_what_cannot_follow_is_refused_by_name(boxes, settings, error, words):
 
 
 def test_a_stage_needs_the_canvas_and_a_format_must_be_known():
-    with pytest.raises(ValueError, match="name it by canvas_size"):
+    with pytest.raises(ValueError, match="pass canvas_size"):
         augment_boxes(TrivialAugment(), torch.zeros(1, 2, 4), sample_keys(0, 0, [0]))
     with pytest.raises(ValueError, match="box_format must be one of XYXY, XYWH, CXCYWH, got YXYX"):
         augment_boxes(make(), torch.zeros(1, 2, 4), sample_keys(0, 0, [0]), box_format="YXYX")

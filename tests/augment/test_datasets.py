@@ -118,9 +118,9 @@ def test_stages_that_mix_samples_are_refused_by_name_when_they_are_given():
     for stage, name in zip(mixing, ("CutMix", "RobustAugment", "MixUp"), strict=True):
         with pytest.raises(TypeError, match=f"{name} mixes samples, .* call it with the batch"):
             Augmented(Rows(), [*STAGES, stage])
-    with pytest.raises(TypeError, match="stages must be called as stage\\(images, keys\\), got int"):
+    with pytest.raises(TypeError, match="stages must be callable as stage\\(images, keys\\), got int"):
         Augmented(Rows(), [3])
-    with pytest.raises(TypeError, match=r"ColorJitter gave tuple"):
+    with pytest.raises(TypeError, match=r"ColorJitter returned tuple"):
         Augmented(Rows(), [torchvision.ColorJitter()], image="image")[0]
 
 
@@ -153,7 +153,7 @@ def test_mappings_and_named_tuples_are_right_or_refused_by_name():
         assert type(augmented) is Pair
         assert torch.equal(augmented.image, expected)
         assert augmented.label == 7
-    with pytest.raises(TypeError, match="image=2 is no place in samples that are tuples of 2"):
+    with pytest.raises(TypeError, match="image=2 is not a position in samples that are tuples of 2"):
         Augmented([pair], STAGES, image=2)[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, backends, fused_cpu, sample_keys
+from robust_dist.augment import CutMix, RobustAugment, TrivialAugment, fused_cpu, sample_keys
 from tests.augment.reference import CELLS, pictures, plan_of
 from tests.forked import python
 
@@ -217,20 +217,3 @@ assert augmented() == alone
 def test_one_thread_two_threads_and_a_forked_child_give_the_same():
     code, said = python("-c", THREADS)
     assert code == 0, said
-
-
-def test_without_the_library_torch_takes_over_and_native_says_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(fused_cpu, "__file__", str(tmp_path / "fused_cpu.py"))
-    fused_cpu._load.cache_clear()
-    backends._found.cache_clear()
-    try:
-        module = RobustAugment(10, 8, [0.5], [0.2])
-        assert module.backend_for("cpu") == "torch"
-        with pytest.raises(RuntimeError, match='backend="native" cannot be used: it was not built'):
-            RobustAugment(10, 8, [0.5], [0.2], backend="native")
-        (tmp_path / "_fused.so").write_bytes(b"torn")
-        fused_cpu._load.cache_clear()
-        assert "_fused.so cannot be loaded" in str(fused_cpu.missing())
-    finally:
-        fused_cpu._load.cache_clear()
-        backends._found.cache_clear()

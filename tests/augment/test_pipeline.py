@@ -140,8 +140,8 @@ def test_a_function_is_applied_to_every_stage():
         ({"size": 0}, ValueError, "size=0 is below 1"),
         ({"crop": -4}, ValueError, "padding=-4 is below 0"),
         ({"fill": (1, 2, 3)}, ValueError, "set crop=None"),
-        ({"dtype": torch.uint8}, TypeError, "dtype must be a floating torch dtype"),
-        ({"dtype": "float32"}, TypeError, "dtype must be a floating torch dtype"),
+        ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point torch dtype"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a floating-point torch dtype"),
         ({"cutmix_mode": "all"}, ValueError, "mode='all' is unknown"),
         ({"cutmix_alpha": -1.0}, ValueError, "alpha=-1.0 is out of range"),
         ({"num_bins": 1}, ValueError, "num_bins=1 is below 2"),
@@ -155,8 +155,8 @@ def test_wrong_settings_are_refused_by_name(settings, error, words):
 @pytest.mark.parametrize(
     ("mean", "std", "words"),
     [
-        ((0.5,) * 2, (0.2,) * 2, "mean must hold one number for each of 1 or 3 channels"),
-        ((0.5,) * 3, (0.2,), "mean and std must have one length, got 3 and 1"),
+        ((0.5,) * 2, (0.2,) * 2, "mean must have one number for each of 1 or 3 channels"),
+        ((0.5,) * 3, (0.2,), "mean and std must have the same length, got 3 and 1"),
         ((0.5,) * 3, (0.2, 0.2, 0.0), "std must be above 0"),
         ((0.5, 0.5, float("nan")), (0.2,) * 3, "mean must be finite"),
     ],

@@ -233,9 +233,9 @@ def test_plans_that_cannot_be_are_refused(change, error, words):
         ({"num_bins": 1}, ValueError, "num_bins=1 is below 2"),
         ({"num_bins": 31.0}, TypeError, "num_bins=31.0 is a float"),
         ({"interpolation": "bicubic"}, ValueError, "interpolation='bicubic' is unknown"),
-        ({"fill": 256}, ValueError, r"fill must hold whole levels in \[0, 255\]"),
-        ({"fill": 0.5}, ValueError, "fill must hold whole levels"),
-        ({"fill": (1, 2)}, TypeError, "fill must be a number or one per channel"),
+        ({"fill": 256}, ValueError, r"fill must be integer levels in \[0, 255\]"),
+        ({"fill": 0.5}, ValueError, "fill must be integer levels"),
+        ({"fill": (1, 2)}, TypeError, "fill must be a number, or one per channel"),
         ({"fill": "black"}, TypeError, "fill must be"),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_fill_between_two_levels_is_rounded_as_torchvision_does(fill):
 
 
 def test_a_fill_above_1_of_a_floating_image_is_refused_in_its_own_units():
-    with pytest.raises(ValueError, match=r"fill of floating images must lie in \[0, 1\].*got 255$"):
+    with pytest.raises(ValueError, match=r"fill of floating-point images must be in \[0, 1\].*got 255$"):
         v2.TrivialAugmentWide(fill=255)(torch.rand(3, *SIZE))
 
 
@@ -182,11 +182,11 @@ def test_manual_seed_governs_and_calls_differ():
     ("make", "error", "words"),
     [
         (lambda: v2.TrivialAugmentWide(1), ValueError, "num_bins=1 is below 2"),
-        (lambda: v2.TrivialAugmentWide(fill=256), ValueError, r"fill must lie in \[0, 255\].*got 256"),
-        (lambda: v2.TrivialAugmentWide(fill=float("nan")), ValueError, r"fill must lie in \[0, 255\]"),
-        (lambda: v2.TrivialAugmentWide(fill=(1, 2)), TypeError, r"one for each channel \(1 or 3\), got \(1, 2\)"),
-        (lambda: v2.TrivialAugmentWide(fill="black"), TypeError, "fill must be a number or one for each channel"),
-        (lambda: v2.TrivialAugmentWide(fill={tv_tensors.Mask: 0.5}), TypeError, "fill of masks must be one whole"),
+        (lambda: v2.TrivialAugmentWide(fill=256), ValueError, r"fill must be in \[0, 255\].*got 256"),
+        (lambda: v2.TrivialAugmentWide(fill=float("nan")), ValueError, r"fill must be in \[0, 255\]"),
+        (lambda: v2.TrivialAugmentWide(fill=(1, 2)), TypeError, r"one per channel \(1 or 3\), got \(1, 2\)"),
+        (lambda: v2.TrivialAugmentWide(fill="black"), TypeError, "fill must be a number, or one per channel"),
+        (lambda: v2.TrivialAugmentWide(fill={tv_tensors.Mask: 0.5}), TypeError, "fill of masks must be an integer"),
         (lambda: v2.TrivialAugmentWide(interpolation="bicubic"), ValueError, "interpolation must be"),
         (lambda: v2.TrivialAugmentWide()({"label": 3}), TypeError, "exactly one image, batch or video, got 0"),
         (lambda: v2.TrivialAugmentWide()([tv_tensors.Image(noise())] * 2), TypeError, "exactly one image.*got 2"),
@@ -202,7 +202,7 @@ def test_manual_seed_governs_and_calls_differ():
         (
             lambda: v2.TrivialAugmentWide(fill=(1, 2, 3))(noise(), tv_tensors.Mask(torch.zeros(SIZE).long())),
             TypeError,
-            "fill of masks must be one whole number",
+            "fill of masks must be an integer",
         ),
         (
             lambda: v2.TrivialAugmentWide()(sample_with(tv_tensors.Image(noise(3)))),
@@ -278,9 +278,9 @@ MASK = {"images": name_tags(2, 3, *SIZE), "labels": torch.arange(2)}
     ("batch", "words"),
     [
         ((F.to_pil_image(noise()), torch.arange(2)), "does not support PIL images"),
-        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, *SIZE))}, "does not support .* floating masks"),
-        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, 5, *SIZE).long())}, "under CutMix, got 5 a sample"),
-        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(3, *SIZE).long())}, "as many as the images, 2: 3"),
+        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, *SIZE))}, "does not support .* floating-point masks"),
+        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(2, 5, *SIZE).long())}, "under CutMix, got 5 per sample"),
+        ({**MASK, "masks": tv_tensors.Mask(torch.zeros(3, *SIZE).long())}, "as images, 2, got 3"),
         (
             {**MASK, "boxes": tv_tensors.BoundingBoxes([[1, 1, 2, 2]], format="XYXY", canvas_size=SIZE)},
             "does not support PIL images, bounding boxes",

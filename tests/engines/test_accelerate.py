@@ -264,11 +264,11 @@ def check_what_check_refuses():
     accelerator = make_accelerator()
     model, optimizer, schedule = prepared(accelerator)
     text = message(RuntimeError, accelerator, optimizer, num_processes=world + 1)
-    assert f"num_processes={world + 1} were asked for, but {world} run" in text
+    assert f"num_processes={world + 1} were requested, but {world} run" in text
     assert "ACCELERATE_USE_CPU=true torchrun" in text
     text = message(ValueError, accelerator, optimizer, schedule=schedule, total_steps=TOTAL * world + 1)
     assert f"total_steps={TOTAL}, the run makes {TOTAL * world + 1}" in text
-    assert "prepare has not been given" in message(RuntimeError, accelerator, RAdaBeliefW(model.parameters()))
+    assert "not passed to accelerator.prepare" in message(RuntimeError, accelerator, RAdaBeliefW(model.parameters()))
     other = RobustSchedule(RAdaBeliefW(model.parameters()), TOTAL)
     assert "drives another RAdaBeliefW" in message(ValueError, accelerator, optimizer, schedule=other)
     plain = torch.optim.lr_scheduler.ConstantLR(base_optimizer(optimizer))
@@ -374,9 +374,9 @@ def launched(tmp_path_factory):
         ("launch --cpu", "asked for several processes and started ONE"),
         ("torchrun", "started 2 processes, but Accelerate trains in 1"),
         ("torchrun", "set ACCELERATE_USE_CPU=true"),
-        ("deepspeed on cpu", "DeepSpeed was asked for"),
-        ("deepspeed on cpu", "leave ACCELERATE_USE_CPU"),
-        ("fsdp", "FSDP was asked for"),
+        ("deepspeed on cpu", "DeepSpeed was requested"),
+        ("deepspeed on cpu", "leave out ACCELERATE_USE_CPU"),
+        ("fsdp", "FSDP was requested"),
     ],
 )
 def test_a_set_up_that_silently_runs_otherwise_is_an_error(launched, name, said):

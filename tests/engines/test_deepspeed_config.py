@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -98,6 +99,86 @@ def test_every_json_of_this_repository_passes(path):
 def test_a_wrong_json_is_an_error_that_names_setting_value_and_what_to_change(more, message):
     with pytest.raises(ValueError, match=f"^rank 0: the DeepSpeed JSON has .*{message}"):
         check_config({**GIVEN, **more})
+
+
+CONSTANT = {"scheduler": {"type": "RobustSchedule", "params": {"total_num_steps": 9, "decay": "constant"}}}
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+BEYOND = [
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": NVME}},
+        "zero_optimization.offload_optimizer.device='nvme'",
+    ),
+    ({"zero_optimization": {"stage": 3, "offload_param": NVME}}, "zero_optimization.offload_param.device='nvme'"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_optimization.zero_hpz_partition_size=2"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "zero_optimization.mics_shard_size=1"),
+    ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "zero_optimization.elastic_checkpoint=True"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size=2"),
+    ({"data_parallel_size": 1, "sequence_parallel_size": 2}, "sequence_parallel_size=2"),
+    ({"expert_parallel": {"enabled": True}}, "expert_parallel.enabled=True"),
+]
+
+
+@pytest.mark.parametrize(("more", "named"), BEYOND, ids=[named for _, named in BEYOND])
+@pytest.mark.parametrize("option", [{"averaging": "schedule_free"}, {"rate_guard": 2}])
+def test_an_engine_that_an_option_does_not_run_with_is_an_error(more, named, option):
+    ((name, value),) = option.items()
+    wanted = rf"{re.escape(named)}; RAdaBeliefW's {name}={value!r} cannot run with it: leave that out, or leave {name} "
+    with pytest.raises(ValueError, match=wanted):
+        check_config({**GIVEN, **CONSTANT, **more, **params("optimizer", **option)})
+    check_config({**GIVEN, **CONSTANT, **more})
+
+
+def test_a_measured_rate_does_not_run_with_autocast_in_float16():
+    for dtype in ("float16", "fp16", "torch.float16"):
+        autocast = {"torch_autocast": {"enabled": True, "dtype": dtype}}
+        with pytest.raises(ValueError, match=rf"torch_autocast.dtype='{dtype}'; RAdaBeliefW's rate_guard=2 cannot run"):
+            check_config({**GIVEN, **CONSTANT, **autocast, **params("optimizer", rate_guard=2)})
+        check_config({**GIVEN, **CONSTANT, **autocast, **params("optimizer", averaging="schedule_free")})
+        autocast["torch_autocast"]["enabled"] = False
+        check_config({**GIVEN, **CONSTANT, **autocast, **params("optimizer", rate_guard=2)})
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    check_config({**GIVEN, **CONSTANT, **autocast, **params("optimizer", rate_guard=2)})
+
+
+def test_all_that_options_do_not_run_with_is_in_one_message():
+    zero = {"stage": 3, "offload_param": NVME, "zero_hpz_partition_size": 2}
+    more = {"zero_optimization": zero, "torch_autocast": {"enabled": True, "dtype": "fp16"}}
+    options = {"averaging": "schedule_free", "rate_guard": 1}
+    with pytest.raises(ValueError, match=r"(?s)device='nvme'.*hpz_partition_size=2.*autocast.*takes no learning rate"):
+        check_config({**GIVEN, **more, **params("optimizer", **options)})
+
+
+SCHEDULES = [
+    ({"type": "WarmupCosineLR", "params": {}}, "scheduler.type='WarmupCosineLR'"),
+    ({"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}, "scheduler.type='WarmupLR'"),
+    ({"type": "RobustSchedule", "params": {"total_num_steps": "auto"}}, "scheduler.params={'total_num_steps': 'auto'}"),
+    (
+        {"type": "RobustSchedule", "params": {"total_steps": 9, "decay": "constant", "warmup_steps": 2}},
+        "scheduler.params=",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "named"), SCHEDULES)
+def test_a_schedule_of_rates_with_an_optimizer_that_takes_none_is_an_error(scheduler, named):
+    wanted = rf"{re.escape(named)}.*; RAdaBeliefW's rate_guard=1 takes no learning rate.*\"decay\": \"constant\""
+    with pytest.raises(ValueError, match=wanted):
+        check_config({**GIVEN, "scheduler": scheduler, **params("optimizer", rate_guard=1)}, auto=True)
+    check_config({**GIVEN, "scheduler": scheduler, **params("optimizer", rate_guard=2)}, auto=True)
+
+
+@pytest.mark.parametrize(
+    "right", [{}, {"total_num_steps": "auto", "decay": "constant", "warmup_num_steps": "auto", "warmup_max_lr": "auto"}]
+)
+def test_a_schedule_that_leaves_the_rate_alone_passes(right):
+    scheduler = {"type": "RobustSchedule", "params": right} if right else {}
+    check_config({**GIVEN, "scheduler": scheduler, **params("optimizer", rate_guard=1)}, auto=True)
+
+
+def test_a_constant_without_a_measured_rate_is_an_error():
+    with pytest.raises(ValueError, match=r"optimizer.params.rate_constant=2.0 has no effect without rate_guard"):
+        check_config({**GIVEN, **params("optimizer", rate_constant=2.0)})
+    check_config({**GIVEN, **CONSTANT, **params("optimizer", rate_constant=2.0, rate_guard=1)})
 
 
 def test_what_asks_an_adam_for_what_is_done_anyway_means_nothing_and_passes():
@@ -246,7 +327,7 @@ def test_a_forgotten_registration_is_an_error(monkeypatch):
 
 def test_a_file_that_is_no_json_object_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "config.json"
-    for text, message in (("{", "config.json is no JSON"), ("[1]", "config.json holds a list")):
+    for text, message in (("{", "config.json is no JSON"), ("[1]", "config.json contains a list")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             check_config(path)

@@ -124,7 +124,7 @@ def test_timms_name_takes_averaging_and_a_measured_rate():
 
 
 def test_timms_layer_decay_has_no_part_where_the_rate_is_measured_alone():
-    with pytest.raises(ValueError, match=r"layer_decay .* rate_guard=1 takes none; set rate_guard above 1"):
+    with pytest.raises(ValueError, match=r"layer_decay .* rate_guard=1 ignores learning rates; set rate_guard above 1"):
         by_name(layered(), lr=LR, layer_decay=0.5, rate_guard=1.0)
     rates = {group["lr"] for group in by_name(layered(), lr=LR, layer_decay=0.5, rate_guard=2.0).param_groups}
     assert rates == {LR, LR / 2}

@@ -80,5 +80,5 @@ def test_batch_normalisation_whose_statistics_are_not_the_averages_is_a_warning(
         self.body.append(nn.BatchNorm1d(3))
 
     monkeypatch.setattr(Classifier, "__init__", with_batch_norm)
-    with pytest.warns(UserWarning, match="batch normalisation keeps the statistics of those that are trained"):
+    with pytest.warns(UserWarning, match="batch normalisation keeps the statistics of the trained weights"):
         trainer_with(tmp_path, "constant").train()

@@ -175,7 +175,7 @@ def a_refused_load_leaves_state_gradients_and_what_is_frozen(folder):
     before, grads = {p: dict(s) for p, s in run.optimizer.state.items()}, run.gradients()
     groups[0]["params"], groups[1]["params"] = groups[1]["params"], groups[0]["params"]
     load = functools.partial(fsdp.load, path, run.model, run.optimizer, run.schedule)
-    refused(CheckpointError, load, "param group 0 holds other parameters")
+    refused(CheckpointError, load, "param group 0 has other parameters")
     assert run.optimizer.state.keys() == before.keys() < state.keys()
     assert all(run.optimizer.state[p][key] is value for p, one in before.items() for key, value in one.items())
     assert all(torch.equal(a, b) for a, b in zip(run.gradients().values(), grads.values(), strict=True))
@@ -339,7 +339,7 @@ def other_groups_are_refused(folder):
     named = [{**decaying, "label": "decaying"}, others]
     for groups, words in (
         (three, ("2 param groups", "has 3")),
-        (swapped, ("param group 0 holds other parameters", "gate.bias")),
+        (swapped, ("param group 0 has other parameters", "gate.bias")),
         (named, ("param group 0 has other settings", "label")),
     ):
         load = functools.partial(fsdp.load, path, run.model, RAdaBeliefW(groups))
@@ -352,7 +352,7 @@ def other_groups_on_one_rank_are_refused_on_both(folder):
     if dist.get_rank() == 1:
         groups = groups[::-1]
     load = functools.partial(fsdp.load, path, run.model, RAdaBeliefW(groups))
-    refused(CheckpointError, load, "rank 1: ", "param group 0 holds other parameters")
+    refused(CheckpointError, load, "rank 1: ", "param group 0 has other parameters")
 
 
 def accelerate_swaps_the_parameters_of_an_optimizer_made_before():

@@ -1,6 +1,8 @@
 """The host's side of the CUDA step in Triton: what it sends, what it remembers, when it takes another backend."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 
-from robust_dist.optim import RAdaBeliefW, backends, fused_triton, fused_triton_table
+from robust_dist import optim
+from robust_dist.optim import RAdaBeliefW, fused_triton, fused_triton_table
 from robust_dist.optim.fused_triton_table import upload, words_of, written
 from robust_dist.optim.reference import reference_step
 from tests.forked import python
@@ -26,11 +29,7 @@ def memory_of(optimizer, device):
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
-def test_a_moving_schedule_uploads_nothing(device, launches, monkeypatch, as_tensors):
-    planned, plan = [], fused_triton.plan
-    monkeypatch.setattr(fused_triton, "plan", lambda rows: planned.append(rows) or plan(rows))
-    uploaded, upload_ = [], fused_triton.upload
-    monkeypatch.setattr(fused_triton, "upload", lambda *args: uploaded.append(args) or upload_(*args))
+def test_a_moving_schedule_uploads_nothing(device, as_tensors):
     params, grads = leaves(device, [(4,)], torch.float64), gradients((4,), 7)
     settings_ = {"lr": 0.0, "weight_decay": 0.0}
     if as_tensors:
@@ -38,6 +37,7 @@ def test_a_moving_schedule_uploads_nothing(device, launches, monkeypatch, as_ten
     optimizer = RAdaBeliefW(params, capturable=as_tensors, **settings_)
     expected, m, v = start((4,)), torch.zeros(4).double(), torch.zeros(4).double()
     params[0].grad = torch.zeros(4, dtype=torch.float64, device=device)
+    sent = []
     for t, grad in enumerate(grads, 1):
         now = {"lr": 0.1 / t, "weight_decay": 0.3 if t < 5 else 0.0}
         for name, value in now.items():
@@ -47,10 +47,12 @@ def test_a_moving_schedule_uploads_nothing(device, launches, monkeypatch, as_ten
                 optimizer.param_groups[0][name] = value
         params[0].grad.copy_(grad)
         optimizer.step()
+        (plan,) = memory_of(optimizer, params[0].device).plans.values()
+        sent.append([plan.table, *(where for _, where in plan.sent.values())])
         expected, m, v = reference_step(expected, grad, m, v, t, **now)
     torch.testing.assert_close(params[0].detach().cpu(), expected, rtol=1e-12, atol=1e-13)
-    assert len(planned) == 1
-    assert len(uploaded) == 2  # addresses of gradients and settings, at the first step
+    assert len(sent[0]) == 3  # the table, addresses of gradients, settings: sent at the first step
+    assert all(one is first for later in sent for one, first in zip(later, sent[0], strict=True))
 
 
 def test_which_have_gradients_may_change_from_step_to_step(device, monkeypatch):
@@ -167,48 +169,49 @@ def test_dtensors_are_stepped_on_their_local_tensors(monkeypatch, launches, two_
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch):
-    """The backend asks whether Triton runs on the CPU, as it does on a GPU."""
+def kernels_are(monkeypatch):
+    """Puts a module in the place of the kernels', for a backend that takes CPU tensors as it takes a GPU's."""
     monkeypatch.setattr(fused_triton, "DEVICE_TYPES", frozenset({"cpu"}))
     monkeypatch.setattr(fused_triton, "_reasons", {})
-    monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(backends, "BACKENDS", [one for one in backends.BACKENDS if one.name != "fused_cpu"])
+    monkeypatch.delattr(optim, "fused_triton_kernel", raising=False)
+    fused_triton.kernels.cache_clear()
+    yield lambda module: monkeypatch.setitem(sys.modules, "robust_dist.optim.fused_triton_kernel", module)
+    fused_triton.kernels.cache_clear()
 
 
-def test_without_triton_foreach_takes_over_and_fused_says_what_is_missing(monkeypatch, on_the_cpu):
-    def missing():
-        raise ImportError("No module named 'triton'")
+# The pass in C does not take them, so that foreach is the next.
+ON_DEVICE = {"capturable": True}
 
-    monkeypatch.setattr(fused_triton, "kernels", missing)
-    with pytest.raises(ValueError, match=r"fused=True: .* on cpu \(Triton cannot be imported: No module named"):
-        RAdaBeliefW([start((3,)).requires_grad_()], fused=True)
+
+def test_without_triton_foreach_takes_over_and_fused_says_what_is_missing(kernels_are):
+    kernels_are(None)
+    with pytest.raises(ValueError, match=r"fused=True: .* on cpu \(Triton cannot be imported: import of"):
+        RAdaBeliefW([start((3,)).requires_grad_()], fused=True, **ON_DEVICE)
     params, grads = leaves(CPU, [(3,)], torch.float64), gradients((3,), 3)
-    with pytest.warns(UserWarning, match="Triton cannot be imported: No module named") as said:
-        optimizer = interpreted.train(params, [[g] for g in grads])
+    with pytest.warns(UserWarning, match="Triton cannot be imported: import of") as said:
+        optimizer = interpreted.train(params, [[g] for g in grads], **ON_DEVICE)
     assert len(said) == 1
     assert optimizer.backend_in_use() == "foreach"
     assert torch.allclose(params[0].detach(), reference(start((3,)), grads)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(("error", "trials"), [("Failed to find C compiler", 1), ("CUDA out of memory. Tried", 4)])
-def test_a_triton_that_cannot_run_is_told_once_and_asked_again_only_where_memory_was_short(
-    monkeypatch, on_the_cpu, error, trials
-):
+def test_a_triton_that_cannot_run_is_told_once_and_asked_again_only_where_memory_was_short(kernels_are, error, trials):
     tried = []
 
-    def launch(*_):
-        tried.append(1)
-        raise (torch.OutOfMemoryError if "memory" in error else RuntimeError)(error)
+    class Failing:
+        def __getitem__(self, grid):
+            tried.append(grid)
+            raise (torch.OutOfMemoryError if "memory" in error else RuntimeError)(error)
 
-    monkeypatch.setattr(fused_triton, "kernels", lambda: None)
-    monkeypatch.setattr(fused_triton, "_advance", launch)
+    kernels_are(SimpleNamespace(advance=Failing()))
     params = leaves(CPU, [(3,)], torch.float64)
     with pytest.warns(UserWarning, match=f"Triton cannot run a kernel: .*{error}") as said:
-        interpreted.train(params, [[g] for g in gradients((3,), 2)])
+        interpreted.train(params, [[g] for g in gradients((3,), 2)], **ON_DEVICE)
     assert len(said) == 1
     assert (len(tried) > 1) == (trials > 1)
     assert error in fused_triton.why_not(CPU)
-    assert interpreted.train(params, [], fused=False).backend_in_use() == "foreach"
+    assert interpreted.train(params, [], fused=False, **ON_DEVICE).backend_in_use() == "foreach"
 
 
 def test_a_step_on_the_cpu_imports_no_kernels():

@@ -140,7 +140,7 @@ def sharded_in_two_ways():
     model = net()
     model[0] = wrapped(model[0], ShardingStrategy.NO_SHARD)
     model = wrapped(model, ShardingStrategy.FULL_SHARD)
-    with pytest.raises(EngineError, match=r"FSDP1 shards parts of it over \[1, 2\] ranks; give all .* one sharding"):
+    with pytest.raises(EngineError, match=r"FSDP1 shards parts of it over \[1, 2\] ranks; give all .* same sharding"):
         check(model, RAdaBeliefW(model.parameters(), **SETTINGS))
     check(model, RAdaBeliefW(model.parameters()))
 
@@ -378,7 +378,7 @@ def universal(stage, folder):
 
 
 def refusals():
-    """A set-up that the options do not run with, and a step without a loss, are errors on every rank."""
+    """A step without a loss is an error on every rank."""
     engine, _ = deepspeed_engine("ZeRO 2")
     for _ in range(PARTS - 1):
         engine.backward(engine(torch.ones(2, 4)).sum())
@@ -386,9 +386,6 @@ def refusals():
     engine.backward(engine(torch.ones(2, 4)).sum())
     with pytest.raises(RuntimeError, match=r"rate_guard=1.0 needs the loss of every step: call optimizer.observe"):
         engine.step()
-    # The last: DeepSpeed keeps its autocast for all later engines.
-    with pytest.raises(ValueError, match="rate_guard does not run under DeepSpeed with torch_autocast in float16"):
-        deepspeed_engine("ZeRO 1", torch_autocast={"enabled": True, "dtype": "float16"}, bf16={"enabled": False})
 
 
 def observes_once():

@@ -161,9 +161,9 @@ def test_a_state_of_another_number_of_groups_is_an_error_that_names_both():
 
 def test_a_state_of_something_else_is_an_error_and_changes_nothing():
     optimizer, schedule, _ = run(torch.optim.AdamW, 3)
-    with pytest.raises(ValueError, match="no state of a RobustSchedule"):
+    with pytest.raises(ValueError, match="not a state of a RobustSchedule"):
         schedule.load_state_dict({"last_epoch": 9})
-    with pytest.raises(ValueError, match="no state of a WeightDecaySwitch"):
+    with pytest.raises(ValueError, match="not a state of a WeightDecaySwitch"):
         schedule.weight_decay_switch.load_state_dict({"step": 9})
     assert schedule.last_epoch == schedule.weight_decay_switch.num_steps == 3
     assert decays(optimizer) == wanted_decays(3, TOTAL)

@@ -118,7 +118,7 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_written(run):
 
 
 # MULTI_CPU: Accelerate before 1.13.
-NO_FSDP = r"error: FSDP was asked for \(ACCELERATE_USE_FSDP=true\), but the engine is (NO|MULTI_CPU): Accelerate has no"
+NO_FSDP = r"error: FSDP was requested \(ACCELERATE_USE_FSDP=true\), but the engine is (NO|MULTI_CPU): Accelerate"
 MESH = "error: parallelism_config: dp_replicate_size=2 x dp_shard_size=2 is a mesh of 4 ranks, but 2 were launched"
 
 

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from robust_dist.engines.accelerate import EngineError, check
+from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.reference import rectification, reference_step
 from robust_dist.train.baselines import NAG, PaperAdam, ScheduleFreePlus
 from robust_dist.train.build import build_optimizer, build_schedule
@@ -321,6 +322,78 @@ def test_lr_auto_measures_averages_and_takes_beta2_auto():
     assert (group["rate_guard"], group["averaging"], group["betas"]) == (1.0, "schedule_free", (0.9, 0.99))
     assert (group["weight_decay"], group["decay_by_rate"]) == (3 / 750, False)
     assert second_beta(OptimizerConfig(lr="auto", beta2=0.95), 750) == 0.95
+
+
+CONSTANT = ScheduleConfig(name="constant")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            {"options": {"averaging": "sf"}},
+            r"optimizer.options.averaging='sf': averaging must be None or 'sche",
+        ),
+        ({"options": {"rate_guard": "1"}}, r"optimizer.options.rate_guard='1': rate_guard must be a number"),
+        ({"options": {"rate_guard": 0.5}}, r"optimizer.options.rate_guard=0.5: .* of at least 1"),
+        ({"options": {"rate_gard": 1}}, r"optimizer.options.rate_gard=1: .* no such option; did you mean 'rate_guard'"),
+        (
+            {"options": {"exp_avg_dtype": "float16"}},
+            r"optimizer.options.exp_avg_dtype='float16': exp_avg_",
+        ),
+        ({"options": {"seed": -1}}, r"optimizer.options.seed=-1: seed=-1 is below 0"),
+        (
+            {"options": {"weight_decay": 0.1}},
+            r"optimizer.options.weight_decay=0.1 has no effect: set optimizer.weig",
+        ),
+        (
+            {"options": {"rate_constant": 2.0}},
+            r"optimizer.options=.*rate_constant=2.0 has no effect without",
+        ),
+        ({"options": {"foreach": True, "fused": True}}, r"optimizer.options=.*foreach=True and fused=True exclude"),
+        ({"lr": "auto", "options": {"lr": 0.1}}, r"optimizer.options.lr=0.1 has no effect"),
+        ({"lr": "auto", "options": {"averaging": None}}, r"optimizer.options.averaging=None with optimizer.lr='auto'"),
+        (
+            {"lr": "auto", "betas": (0.0, 0.9)},
+            r"optimizer.betas=\(0.0, 0.9\).*averaging=.* needs betas\[0\]",
+        ),
+        (
+            {"weight_decay": "auto", "options": {"decay_by_rate": True}},
+            r"decay_by_rate=True with optimizer.weight",
+        ),
+        ({"weight_decay": 1.5, "options": {"decay_by_rate": False}}, r"optimizer.weight_decay=1.5.*must be at most 1"),
+    ],
+)
+def test_a_wrong_option_is_named_as_the_recipe_has_it_before_the_data_is_opened(config, named):
+    with pytest.raises(ValueError, match=f"^{named}|^optimizer.*{named}"):
+        check_fits(Recipe(optimizer=OptimizerConfig(**config), schedule=CONSTANT))
+
+
+def test_all_wrong_options_come_in_one_message_and_right_ones_pass():
+    options = {"averaging": "sf", "rate_guard": 0.5, "sed": 1}
+    with pytest.raises(ValueError, match=r"averaging='sf'.*rate_guard=0\.5.*sed=1"):
+        check_fits(Recipe(optimizer=OptimizerConfig(options=options)))
+    right = {"averaging": "schedule_free", "rate_guard": 2, "rate_constant": 2.0, "fused": None, "decay_by_rate": False}
+    check_fits(Recipe(optimizer=OptimizerConfig(options=right), schedule=CONSTANT))
+
+
+def test_an_option_that_another_optimizer_refuses_is_named_with_it():
+    config = OptimizerConfig(name="nadamw", options={"momentum_decay": -1.0})
+    with pytest.raises(ValueError, match=r"optimizer.options=\{'momentum_decay': -1.0\} do not suit nadamw: .*-1.0"):
+        build_optimizer(Recipe(optimizer=config), nn.Linear(2, 2), STEPS)
+
+
+def test_a_share_of_each_step_needs_three_of_them():
+    recipe = Recipe(optimizer=OptimizerConfig(weight_decay="auto"))
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay='auto' needs at least 3 steps, and this run makes 2"):
+        build_optimizer(recipe, nn.Linear(2, 2), 2)
+
+
+def test_a_schedule_over_an_own_optimizer_that_takes_no_rate_is_named_as_the_recipe_has_it():
+    optimizer = RAdaBeliefW(nn.Linear(2, 2).parameters(), rate_guard=1.0)
+    with pytest.raises(ValueError, match=r"schedule.name='cosine' with schedule.warmup_steps=0: .*rate_guard=1, which"):
+        build_schedule(Recipe(), optimizer, 7)
+    build_schedule(Recipe(schedule=CONSTANT), optimizer, 7)
 
 
 def test_a_rate_that_is_trusted_within_a_factor_goes_with_schedule_and_warm_up():

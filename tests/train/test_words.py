@@ -109,7 +109,15 @@ def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command
         ("resnet18", {"weights": "DEFAULT"}, "model.options.weights='DEFAULT' cannot be set"),
         ("resnet8", {"pretrained": True}, "model.options.pretrained=True cannot be set"),
         ("timm/test_vit", {"in_chans": 1}, "model.options.in_chans=1 cannot be set: it follows from the data"),
-        ("resnet18", {"dropuot": 1}, r"model 'resnet18' does not take the options \{'dropuot': 1\}: .*'dropuot'"),
+        ("resnet18", {"dropuot": 1}, "^model.options.dropuot=1 with model.name='resnet18': .*'dropuot'"),
+        (
+            "mlp",
+            {"width": 0, "side": 32},
+            r"^model.options.width=0 with model.name='mlp': width=0 is below 1: it",
+        ),
+        ("resnet8", {"width": "wide"}, "^model.options.width='wide' with model.name='resnet8': width='wide' is a str"),
+        ("resnet18", {"groups": 0}, "^model.options.groups=0 with model.name='resnet18': "),
+        ("resnet50", {"width_per_group": -4}, "^model.options.width_per_group=-4 with model.name='resnet50': "),
     ],
 )
 def test_options_that_a_model_cannot_have_are_named_without_a_library_s_words(name, options, message):

@@ -1,4 +1,4 @@
-"""DeepSpeed: RAdaBeliefW and RobustSchedule as names for a JSON's "type", and what keeps them right there."""
+"""DeepSpeed: RAdaBeliefW and RobustSchedule as names for "type" in a JSON, with checks and patches."""
 
 import torch
 
@@ -13,17 +13,17 @@ __all__ = ["ENGINES", "check_checkpoint", "check_config", "register"]
 
 
 def register() -> None:
-    """Let a DeepSpeed JSON name RAdaBeliefW and RobustSchedule in "type", and keep DeepSpeed from harming them.
+    """Make RAdaBeliefW and RobustSchedule available as "type" in a DeepSpeed JSON, and patch DeepSpeed for them.
 
-    DeepSpeed looks an unknown optimizer up on `torch.optim` and an unknown scheduler up on `torch.optim.lr_scheduler`,
-    and ZeRO refuses optimizers that are not on its list. Besides, some methods of DeepSpeed are wrapped, and do what
-    they did for other optimizers: its engine begins with `check_config`'s checks of what it takes by name from its
-    JSON; it loads what `check_checkpoint` has passed; ZeRO-0's wrapper for bfloat16 and float16 leaves no trace of the
-    step that it makes at its start; a universal checkpoint gives each param group its own settings and each parameter
-    its own step count; `rate_guard` and `averaging` are given the gradients and weights that the wrappers hide.
+    DeepSpeed looks up unknown optimizers in `torch.optim` and unknown schedulers in `torch.optim.lr_scheduler`, and
+    ZeRO rejects optimizers that are not on its list. Some methods of DeepSpeed are also wrapped, without any change for
+    other optimizers: its engine first checks its JSON like `check_config`; it checks a checkpoint with
+    `check_checkpoint` before loading it; the initial step of ZeRO-0's wrapper for bfloat16 and float16 is undone; a
+    universal checkpoint restores each param group's settings and each parameter's step count; `rate_guard` and
+    `averaging` get access to the gradients and weights inside the wrappers.
 
-    Call this on every rank before `deepspeed.initialize` or `Accelerator.prepare`. It may be called again, and before
-    or after `import deepspeed`, which it does not import.
+    Call this on every rank before `deepspeed.initialize` or `Accelerator.prepare`. It may be called repeatedly, before
+    or after `import deepspeed`, which it does not import itself.
     """
     torch.optim.RAdaBeliefW = RAdaBeliefW  # type: ignore[attr-defined]
     torch.optim.lr_scheduler.RobustSchedule = DeepSpeedRobustSchedule  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A check, before any rank loads it, that an engine can go on from a DeepSpeed checkpoint."""
+"""A check, before any rank loads it, that an engine can continue from a DeepSpeed checkpoint."""
 
 import contextlib
 import math
@@ -18,39 +18,39 @@ LATEST = ("latest", "latest_universal")
 _UNIVERSAL_STATE = ("fp32", "exp_avg", "exp_avg_sq")
 # Settings that no other optimizer has.
 _OURS = ("rectify_threshold", "eps_placement", "accumulate_eps")
-# A save with elastic_checkpoint leaves the groups out, and its load needs none.
+# A save with elastic_checkpoint omits the groups, and its load does not need them.
 _UNSAVED = object()
-# Entries that torch loads whatever their shape, or does not need.
+# Entries that torch loads with any shape, or does not need.
 _FREE = ("_extra_state", "num_batches_tracked")
 
 
 class CheckpointMismatchError(RuntimeError):
-    """The checkpoint is torn, or of another run than this; the message names each rank that found something else."""
+    """The checkpoint is incomplete, or of a different run; the message gives the findings by rank."""
 
 
 def check_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> None:
     """Check, on every rank, that `engine.load_checkpoint(folder, tag)` will find what it needs.
 
-    After `register()` every `load_checkpoint` of a RAdaBeliefW's engine begins with this, unless it loads a part, or
-    there is no checkpoint at all, where DeepSpeed warns and starts anew. DeepSpeed alone silently takes another
-    optimizer's state, and ranks part or hang where the file of one is torn. Every rank reads the files that it will
-    load, tensors left on the disk, and all raise if one of them would; this is one collective. Extra state, and models
-    with load hooks of their own, are the load's to judge.
+    After `register()` every `load_checkpoint` of an engine with RAdaBeliefW starts with this, unless it loads only a
+    part, or there is no checkpoint, in which case DeepSpeed warns and starts from scratch. DeepSpeed alone silently
+    accepts another optimizer's state, and if one rank's file is damaged, ranks diverge or hang. Every rank reads the
+    files that it will load, with tensors left on disk, and all raise if one would fail; this is one collective. Extra
+    state, and models with their own load hooks, are left to the load.
 
     Args:
-        engine: What `deepspeed.initialize` returned, with RAdaBeliefW; no pipeline, expert or tensor parallelism.
-        folder: What will be given to `load_checkpoint`.
-        tag: The same; None: what `latest` (for a universal checkpoint, `latest_universal`) names.
+        engine: The engine from `deepspeed.initialize`, with RAdaBeliefW; no pipeline, expert or tensor parallelism.
+        folder: As for `load_checkpoint`.
+        tag: As for `load_checkpoint`; None reads it from `latest` (for a universal checkpoint, `latest_universal`).
 
     Raises:
-        CheckpointMismatchError: On every rank, if any finds no checkpoint, a torn one, or one of another model, another
-            optimizer, other param groups, another kind of ZeRO, or, unless it is universal, another number of ranks.
+        CheckpointMismatchError: On every rank, if any finds no checkpoint, an incomplete one, or one with another
+            model, optimizer, param groups, kind of ZeRO or, unless it is universal, number of ranks.
     """
     raise_problems(CheckpointMismatchError, _first(_findings(engine, Path(folder), tag)))
 
 
 def can_check(engine: Any) -> bool:
-    """Whether `check_checkpoint` knows this engine's files: RAdaBeliefW, data parallelism alone, torch's format."""
+    """Whether `check_checkpoint` supports this engine: RAdaBeliefW, only data parallelism, torch's file format."""
     if getattr(engine, "mp_world_size", 1) != 1 or getattr(engine, "has_moe_layers", False):
         return False
     if type(engine).__name__ == "PipelineEngine" or engine.zero_nvme_offload_optimizer():
@@ -79,7 +79,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise _UnreadableError(f"{path} is missing: the checkpoint is torn, or of fewer ranks; take the one before")
     try:
-        # DeepSpeed's own objects are in the file; it will load it in the same way.
+        # The file contains DeepSpeed's own objects; DeepSpeed will load it in the same way.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -129,7 +129,7 @@ def _of_another_world(engine: Any, model: Any, path: Path, universal: bool, stag
 
 
 def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterator[str]:
-    """Differences that the load would refuse or, at stage 3, which loads flat partitions, would misplace."""
+    """Differences that the load would reject or, at stage 3 with its flat partitions, would load wrongly."""
     own_way = loads_in_own_way(engine.module)
     if stage == 3:
         saved = _shapes(model.get("param_shapes") or [])
@@ -141,7 +141,7 @@ def _of_another_model(engine: Any, model: Any, stage: int, path: Path) -> Iterat
     else:
         mine = {name: _like(value) for name, value in engine.module.state_dict().items() if not _is_free(name)}
         saved = {name: _like(value, mine.get(name)) for name, value in model["module"].items() if not _is_free(name)}
-        # A save may have left frozen parameters out.
+        # A save may have omitted frozen parameters.
         frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
         mine = {name: shape for name, shape in mine.items() if name in saved or name not in frozen}
     for name in sorted(saved.keys() | mine.keys()):
@@ -157,7 +157,7 @@ def _other_model(path: Path, name: Any, saved: Mapping[Any, Any], mine: Mapping[
 
 
 def loads_in_own_way(module: nn.Module) -> bool:
-    """Whether a hook or an override decides what `load_state_dict` takes, which only the load itself can tell."""
+    """Whether a hook or an override changes what `load_state_dict` accepts, so that only the load can tell."""
     return any(_has_own_load(part) for part in module.modules())
 
 
@@ -166,7 +166,7 @@ def _has_own_load(module: nn.Module) -> bool:
         return True
     for name in ("load_state_dict", "_load_from_state_dict"):
         method = getattr(module, name)
-        # Batch normalisation's own method takes the same entries, except for `_FREE`.
+        # Batch normalisation's own method accepts the same entries, except for `_FREE`.
         if not getattr(method, "__module__", "").startswith(("torch.nn.modules.module", "torch.nn.modules.batchnorm")):
             return True
     return False
@@ -181,18 +181,18 @@ def _shapes(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
 
 
 def _owned_shapes(engine: Any) -> dict[Any, Any]:
-    """The shapes of the parameters that ZeRO's optimizer holds, by name and in its order."""
+    """The shapes of the parameters in ZeRO's optimizer, by name and in its order."""
     return _shapes(engine._get_zero_param_shapes())
 
 
 def _like(value: Any, wanted: Any = None) -> Any:
-    """The shape of a model's entry; a tensor of one element is loaded into a scalar."""
+    """The shape of a model's entry; a tensor with one element also fits a scalar."""
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     return () if shape == (1,) and wanted == () else shape
 
 
 def _lacking(engine: Any, zero: Path) -> Iterator[str]:
-    """Files that a universal load would miss: it reads them by name, at stages 1 and 2 those that are there."""
+    """Files missing for a universal load: it reads them by name, at stages 1 and 2 only those that exist."""
     owned, stage = _owned_shapes(engine), int(engine.zero_optimization_stage())
     moments = _UNIVERSAL_STATE[1:]
     stepped = stage == 3 or any((zero / name / f"{key}.pt").is_file() for name in owned for key in moments)
@@ -221,7 +221,7 @@ def _groups(engine: Any, model: Any, path: Path, universal: bool, stage: int) ->
 
 
 def _param_groups(state: Any) -> Any:
-    """The param groups inside the nested states of wrappers."""
+    """The param groups inside the wrappers' nested states."""
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         if isinstance(state, dict) and key in state:
             state = state[key]
@@ -249,10 +249,10 @@ def _of_another_optimizer(engine: Any, saved: Any, path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing_to_the_end(engine: Any) -> Iterator[None]:
-    """Inside, `engine.save_checkpoint` finishes on a rank that cannot write, whose first error is raised at the end.
+    """Inside, `engine.save_checkpoint` also finishes on a rank that cannot write; its first error is raised at the end.
 
-    DeepSpeed's ranks meet in barriers around their writes, where the others would wait for the one that has raised.
-    What is no DeepSpeed engine is left as it is.
+    DeepSpeed has barriers around its writes, where the other ranks would wait for the one that has raised. Any other
+    object than a DeepSpeed engine is not changed.
     """
     errors: list[Exception] = []
 

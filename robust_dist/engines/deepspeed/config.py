@@ -12,8 +12,10 @@ import torch
 from robust_dist.documents import read_json
 from robust_dist.engines.deepspeed import schedule
 from robust_dist.optim import RAdaBeliefW, fused_cpu
-from robust_dist.optim.settings import DEFAULTS, check_group
+from robust_dist.optim.rate import all_ignore_rate, ignores_rate
+from robust_dist.optim.settings import DEFAULTS, check_constant, check_group
 from robust_dist.ranks.talk import rank
+from robust_dist.schedule.curve import Curve
 from robust_dist.surroundings import usable_cores
 from robust_dist.validate import real_number
 
@@ -27,16 +29,16 @@ _NAMES = {
     "optimizer": tuple(inspect.signature(RAdaBeliefW).parameters)[1:],
     "scheduler": _SCHEDULE + schedule.NAMES,
 }
-# What Accelerate or Trainer fill in.
+# The values that Accelerate or Trainer fill in.
 _FILLED = {
     "optimizer": ("lr", "betas", "eps", "weight_decay"),
     "scheduler": ("total_num_steps", "warmup_num_steps", "warmup_min_lr", "warmup_max_lr"),
 }
-# Stands for an open total in checks of what must not exceed it.
+# Stands for an unknown total when checking values that must not exceed it.
 _ANY_TOTAL = 2**62
 
 _DECOUPLED = "RAdaBeliefW's weight decay is always decoupled, as AdamW's: set it to true or leave it out"
-# Parameters of DeepSpeed's and torch's Adams: the values that change nothing here, and what to say of others.
+# Parameters of DeepSpeed's and torch's Adam: the values that have no effect here, and the message for others.
 _NO_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_adam": ((True, False), "set it to true or false, or leave it out"),
     "set_grad_none": ((True, False), "set it to true or false, or leave it out"),
@@ -54,12 +56,14 @@ _NO_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
 _ELSEWHERE = {
     "max_grad_norm": 'DeepSpeed clips by "gradient_clipping" at the top level of the JSON: move the value there',
 }
+# Options of RAdaBeliefW that run under data parallelism in memory alone.
+_IN_MEMORY = ("averaging", "rate_guard")
 _LOG = logging.getLogger(__name__)
 _SIMILAR = ("radabeliefw", "robustschedule", "weightdecayswitch")
 
 
 def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator[Finding]:
-    """Everything that is wrong with the "params" of a section that names ours; `auto` as `check_config`'s."""
+    """All problems in the "params" of a section that names our class; `auto` as in `check_config`."""
     known: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in params.items():
@@ -83,7 +87,7 @@ def findings(section: str, params: Mapping[str, Any], *, auto: bool) -> Iterator
 
 
 def normalized(section: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The params as our classes take them: meaningless ones left out, step counts as whole numbers."""
+    """The params for our classes: those without effect removed, step counts as integers."""
     kept = params if section == "scheduler" else {n: v for n, v in params.items() if n not in _NO_MEANING}
     counts = (*schedule.COUNTS, "total_steps", "warmup_steps", "last_epoch")
     whole = schedule.whole
@@ -110,6 +114,8 @@ def _wrong_values(section: str, known: Mapping[str, Any], auto: bool) -> Iterato
     rest = {name: value for name, value in given.items() if name not in wrong}
     if section == "scheduler" and not {"total_steps", "total_num_steps"} & known.keys():
         yield f"{section}.params.total_num_steps", f"{section}.params={rest}; {schedule.NO_TOTAL}"
+    if section == "optimizer" and "rate_guard" not in wrong and (reason := _reason(_check_constant, rest)):
+        yield f"{section}.params.rate_constant", f"{section}.params.{reason}"
     if reason := _reason(check, rest):
         yield section, f"{section}.params={rest}; {OURS[section]} says: {reason}"
 
@@ -134,32 +140,43 @@ def _check_optimizer(given: Mapping[str, Any]) -> None:
     check_group({**DEFAULTS, **given})
 
 
+def _check_constant(given: Mapping[str, Any]) -> None:
+    check_constant([given])
+
+
 def _check_schedule(given: Mapping[str, Any]) -> None:
     off_at = given.get("weight_decay_off_at")
     if off_at is not None:
         real_number("weight_decay_off_at", off_at, 0.0, 1.0)
+    _curve(given)
+
+
+def _curve(given: Mapping[str, Any]) -> Curve:
+    """The curve of a section's settings; an open number of steps is a large one."""
     theirs = {name: value for name, value in given.items() if name in schedule.NAMES}
     total = given.get("total_steps", None if "total_num_steps" in theirs else _ANY_TOTAL)
     ours = (given.get("warmup_steps", 0), given.get("min_lr_ratio", 0.0), given.get("last_epoch", -1))
-    schedule.settings(total, *ours, theirs, given.get("decay", "cosine"))
+    return schedule.settings(total, *ours, theirs, given.get("decay", "cosine"))[0]
 
 
 def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) -> None:
     """Check a DeepSpeed JSON before `deepspeed.initialize`: our names, parameters and values, and what overrides them.
 
     A JSON that names another optimizer and another scheduler, or none, is left to DeepSpeed. Parameters of DeepSpeed's
-    own optimizers that ask for what RAdaBeliefW does anyway pass (`"torch_adam"`, `"adam_w_mode": true`,
-    `"bias_correction": true`, `"amsgrad": false`), and so do step counts such as 1000.0. With `offload_optimizer` the
-    log says how many threads a rank steps with, as a warning where it is one of many cores.
+    optimizers that request what RAdaBeliefW does anyway are accepted (`"torch_adam"`, `"adam_w_mode": true`,
+    `"bias_correction": true`, `"amsgrad": false`), as are step counts such as 1000.0. With `offload_optimizer` the
+    number of threads of a rank's step is logged, as a warning if it is one on a host with many cores. Settings that
+    `averaging` and `rate_guard` do not support are an error here if they are in the JSON, else when the engine starts.
 
     Args:
         config: The JSON as a dict, or the path of its file.
-        auto: Whether somebody (Accelerate, Trainer) will fill in each "auto". DeepSpeed alone does not.
+        auto: Whether Accelerate or Trainer will fill in each "auto". DeepSpeed alone does not.
 
     Raises:
         ValueError: A misspelt or unknown type or parameter, a value of the wrong type or out of its range, an
-            "auto" that nobody fills in, `register()` forgotten, or an offload that steps with another optimizer. The
-            message names the rank and everything that is wrong: setting, value and what to change.
+            "auto" that nobody fills in, `register()` forgotten, an offload that steps with another optimizer, or an
+            engine or a schedule that `averaging` or `rate_guard` does not go with. The message names the rank and
+            everything that is wrong: setting, value and what to change.
         FileNotFoundError: There is no such file.
     """
     loaded = config if isinstance(config, Mapping) else _read(Path(config))
@@ -170,9 +187,10 @@ def check_config(config: Mapping[str, Any] | str | Path, *, auto: bool = False) 
 
 
 def check_engine_config(engine: Any) -> None:
-    """Check what a starting engine takes by name from its JSON, and normalize the parameters.
+    """Check the sections of its JSON that a starting engine uses, and normalize the parameters.
 
-    What DeepSpeed does not use is not looked at: a section beside a client's object, a scheduler without an optimizer.
+    Sections that DeepSpeed does not use are not checked: those replaced by a client's object, a scheduler without an
+    optimizer.
 
     Raises:
         ValueError: As `check_config`, except for an "auto" in other sections and a client's optimizer.
@@ -183,8 +201,8 @@ def check_engine_config(engine: Any) -> None:
         return
     used = _used_sections(engine, config)
     found = list(_of_sections(written, used, auto=False))
-    if isinstance(engine.client_optimizer, RAdaBeliefW):
-        found += _of_other_steps(written)
+    if isinstance(client := engine.client_optimizer, RAdaBeliefW):
+        found += [*_of_other_steps(written), *_of_client(written, client, used)]
     _refuse(found)
     for section in used:
         params = getattr(config, f"{section}_params", None)
@@ -213,7 +231,7 @@ def _wrong(setting: str, value: Any, advice: str) -> Finding:
 def _read(path: Path) -> Mapping[str, Any]:
     loaded = read_json(path)
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}; a DeepSpeed JSON is an object")
+        raise ValueError(f"{path} contains a {type(loaded).__name__}; a DeepSpeed JSON must be an object")
     return loaded
 
 
@@ -234,6 +252,88 @@ def _of_sections(config: Mapping[str, Any], used: Collection[str], auto: bool) -
             yield from _of_another_name(section, _type_of(config, section))
     if "optimizer" in used and _type_of(config, "optimizer") == OURS["optimizer"]:
         yield from _of_other_steps(config)
+        params = (config["optimizer"] or {}).get("params")
+        params = params if isinstance(params, Mapping) else {}
+        yield from _of_options(config, {name: params[name] for name in _IN_MEMORY if params.get(name) is not None})
+        if "scheduler" in used and ignores_rate(params):
+            yield from _of_idle_schedule(config)
+
+
+def _of_client(config: Mapping[str, Any], optimizer: RAdaBeliefW, used: Collection[str]) -> Iterator[Finding]:
+    """What the options of a client's optimizer do not go with."""
+    groups = optimizer.param_groups
+    given = {name: group[name] for group in groups for name in _IN_MEMORY if group.get(name) is not None}
+    yield from _of_options(config, given)
+    if "scheduler" in used and all_ignore_rate(groups):
+        yield from _of_idle_schedule(config)
+
+
+def _of_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Settings of an engine that does more than data parallelism in memory, where options need that."""
+    for setting, value in _beyond_memory(config) if given else ():
+        yield _wrong(setting, value, _against(given))
+    autocast = config.get("torch_autocast")
+    if "rate_guard" in given and isinstance(autocast, Mapping) and autocast.get("enabled"):
+        dtype = str(autocast.get("dtype")).removeprefix("torch.")
+        if dtype in ("float16", "fp16", "half"):
+            yield _wrong("torch_autocast.dtype", autocast["dtype"], _against({"rate_guard": given["rate_guard"]}))
+
+
+def _against(given: Mapping[str, Any]) -> str:
+    named = " and ".join(f"{name}={value!r}" for name, value in given.items())
+    return (
+        f"RAdaBeliefW's {named} cannot run with it: leave that out, or leave {' and '.join(given)} out (in a recipe, "
+        "give optimizer.lr as a number)"
+    )
+
+
+def _beyond_memory(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    zero, where = _mapping(config, "zero_optimization"), "zero_optimization"
+    for name in ("offload_optimizer", "offload_param"):
+        if (device := _mapping(zero, name).get("device")) == "nvme":
+            yield f"{where}.{name}.device", device
+    if zero.get("elastic_checkpoint") is True:
+        yield f"{where}.elastic_checkpoint", True
+    if zero.get("stage") == 3 and _number(zero, "mics_shard_size") > 0:  # another wrapper, whatever its size
+        yield f"{where}.mics_shard_size", zero["mics_shard_size"]
+    if _number(zero, "zero_hpz_partition_size") > 1:
+        yield f"{where}.zero_hpz_partition_size", zero["zero_hpz_partition_size"]
+    if (size := _number(_mapping(config, "tensor_parallel"), "autotp_size")) > 1:
+        yield "tensor_parallel.autotp_size", size
+    # DeepSpeed takes the one beside the other alone.
+    if (size := _number(config, "sequence_parallel_size")) > 1 and "data_parallel_size" in config:
+        yield "sequence_parallel_size", size
+    if _mapping(config, "expert_parallel").get("enabled") is True:
+        yield "expert_parallel.enabled", True
+
+
+def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(config: Mapping[str, Any], name: str) -> int:
+    found = config.get(name)
+    return found if isinstance(found, int) else 0
+
+
+def _of_idle_schedule(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A schedule that sets a rate which `rate_guard=1` does not take."""
+    name, reason = _type_of(config, "scheduler"), "RAdaBeliefW's rate_guard=1 takes no learning rate"
+    right = f'"type": "{OURS["scheduler"]}" with "decay": "constant" and no warm-up still switches the weight decay off'
+    if not isinstance(name, str):
+        return
+    if name != OURS["scheduler"]:
+        yield _wrong("scheduler.type", name, f"{reason}: leave the scheduler out ({right})")
+        return
+    params = _mapping(config["scheduler"], "params")
+    given = {name: value for name, value in params.items() if value != AUTO and name in _NAMES["scheduler"]}
+    try:
+        changes = _curve(normalized("scheduler", given)).changes
+    except (TypeError, ValueError):  # said elsewhere
+        return
+    if changes:
+        yield _wrong("scheduler.params", dict(params), f"{reason}, and this schedule changes it: {right}")
 
 
 def _of_misspelt_sections(config: Mapping[str, Any], used: Collection[str]) -> Iterator[Finding]:
@@ -276,7 +376,7 @@ def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _of_other_steps(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Settings by which another optimizer would step some of the parameters."""
+    """Settings with which another optimizer would step some parameters."""
     offload, where = _offload(config), "zero_optimization.offload_optimizer"
     ratio = offload.get("ratio", 1.0)
     if ratio != 1.0:

@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO 0 to 3: their records under Accelerate, and what they hold and send in a plan.
+"""DeepSpeed's ZeRO 0 to 3: their records under Accelerate, and their memory and traffic in a plan.
 
-The plan's figures are read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py).
+The plan follows the code of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py).
 """
 
 import logging
@@ -46,14 +46,14 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroVariant(Variant):
-    """One stage of ZeRO with what configs/deepspeed/*.json decides (a test compares them with the files).
+    """A ZeRO stage with the settings of configs/deepspeed/*.json (a test compares them with the files).
 
     Attributes:
         stage: 1, 2 or 3.
-        reduce_bucket: Elements of a bucket of gradients.
-        prefetch: Elements that stage 3 gathers ahead.
-        persistent: Stage 3 leaves parameters of at most so many elements gathered.
-        max_live: Elements that stage 3 may have gathered at a time, and the distance up to which it keeps them.
+        reduce_bucket: Elements in a bucket of gradients.
+        prefetch: Elements that stage 3 gathers in advance.
+        persistent: Stage 3 keeps parameters of at most so many elements gathered.
+        max_live: Elements that stage 3 may gather at a time, and the reuse distance up to which it keeps them.
     """
 
     stage: int
@@ -69,7 +69,7 @@ class ZeroVariant(Variant):
         return self.overlap > 0
 
     def unfit(self, job: "Question") -> str | None:
-        """The reason why this is no candidate for these machines, or None."""
+        """The reason why this does not suit these machines, or None."""
         return ALONE if job.world_size == 1 and not self.offload else None
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
@@ -88,17 +88,17 @@ class ZeroVariant(Variant):
         return Held(size * own * shards, SINGLE * own, gradients, MOMENTS * own + STEP, own)
 
     def worst_rank(self, shapes: "Shapes", job: "Question") -> int:
-        """The first; under stages 1 and 2 the one whose part touches the largest gradients."""
+        """The first; under stages 1 and 2, the one whose part overlaps the largest gradients."""
         if self.stage == 3:
             return 0
         return max(range(job.world_size), key=lambda rank: self.held(shapes, job, rank).total)
 
     def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
-        """Activations beside buckets, and under stage 3 beside gathered parameters."""
+        """Activations together with buckets, and under stage 3 with gathered parameters."""
         if self.stage == 3:
             return self._passes_of_3(shapes, profile, job, batch)
         size, bucket = job.itemsize, self.reduce_bucket
-        # communication_data_type is fp32 in our JSONs: a bucket is flattened, and converted, before it is sent.
+        # communication_data_type is fp32 in our JSONs: a bucket is flattened and converted before it is sent.
         # A gradient that is larger than a bucket is sent alone.
         sending = min(max(bucket, max(p.numel for p in shapes.parameters)), shapes.numel) * (
             size + (SINGLE if size != SINGLE else 0)
@@ -124,16 +124,16 @@ class ZeroVariant(Variant):
         return Passes(profile.live(batch), in_flight, 0 if own.on_host else own.gradients)
 
     def step_bytes(self, own: Held, job: "Question", temporaries: int) -> float:
-        """Averaged gradients are made float32 beside the optimizer's temporaries."""
+        """Averaged gradients are converted to float32, in addition to the optimizer's temporaries."""
         if self.stage == 3:
             return own.gradients + SINGLE * (own.elements + self.reduce_bucket) + temporaries
-        # They are flattened first; both are gone before the optimizer runs.
+        # They are flattened first; both are freed before the optimizer runs.
         size = job.itemsize
         making = own.gradients + size * own.elements + (SINGLE * own.elements if size != SINGLE else 0)
         return max(making, SINGLE * own.elements + temporaries)
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """Stage 3 gathers parameters for every micro batch; 1 and 2 all-reduce float32 buckets, 2 for every one."""
+        """Stage 3 gathers parameters for every micro-batch; 1 and 2 all-reduce float32 buckets, 2 for each of them."""
         if self.stage == 3:
             yield from self._collectives_of_3(shapes, job, accumulation)
             return
@@ -145,7 +145,7 @@ class ZeroVariant(Variant):
         yield of_all(job, "parameters, after the step", "all-gather", job.itemsize * flat, 1, overlaps=False)
 
     def _collectives_of_3(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """Parameters stay gathered from forward to backward if the model is below max_live; else they come twice."""
+        """Parameters stay gathered from forward to backward if the model is below max_live, else are sent twice."""
         world, size = job.world_size, job.itemsize
         shared = [p for p in shapes.parameters if p.numel > self.persistent]
         flat = sum(-(-p.numel // world) * world for p in shared)
@@ -159,16 +159,16 @@ class ZeroVariant(Variant):
         yield of_all(job, "small parameters, after the step", "all-gather", kept, 1, overlaps=False)
 
     def _kept(self, shapes: "Shapes") -> int:
-        """Elements of the parameters that stage 3 leaves gathered."""
+        """Elements of the parameters that stage 3 keeps gathered."""
         return sum(p.numel for p in shapes.parameters if p.numel <= self.persistent)
 
     def with_buckets(self, elements: int) -> "ZeroVariant":
-        """The same with buckets of so many elements."""
+        """The same variant with buckets of so many elements."""
         return replace(self, reduce_bucket=elements)
 
     def start(self, model: nn.Module, job: "Question", batch: int) -> Run:
         """`deepspeed.initialize` with this variant's settings."""
-        # DeepSpeed asks for both.
+        # DeepSpeed requires both.
         os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(job.world_size))
         with _silence():
             import deepspeed
@@ -210,7 +210,7 @@ def partition(numel: int, shards: int) -> int:
 
 
 def _touched(shapes: "Shapes", own: int, rank: int) -> int:
-    """Elements of the gradients that a part begins, holds or ends in: a view of a piece keeps the whole alive."""
+    """Elements of all gradients that a part overlaps: a view of a piece keeps the whole gradient alive."""
     begin, end, start, elements = rank * own, (rank + 1) * own, 0, 0
     for parameter in shapes.parameters:
         stop = start + parameter.numel
@@ -227,7 +227,7 @@ class _ZeroRun(Run):
         self.model.step()
 
     def parameters(self) -> int:
-        """Bytes between steps, when stage 3 has only small ones gathered."""
+        """Bytes between steps, when stage 3 has only small parameters gathered."""
         if hasattr(self.optimizer, "lp_param_buffer"):
             kept = [p for p in self.model.parameters() if p.numel()]
             return storage_bytes([self.optimizer.lp_param_buffer, *kept])
@@ -274,14 +274,14 @@ class DeepSpeed(Engine):
     extra: str | None = "deepspeed"
 
     def runs(self, accelerator: Any) -> bool:
-        """Whether Accelerate hands the model to DeepSpeed with this stage."""
+        """Whether Accelerate passes the model to DeepSpeed with this stage."""
         if accelerator.distributed_type.value != "DEEPSPEED":
             return False
         config = accelerator.deepspeed_plugin.deepspeed_config
         return int(config.get("zero_optimization", {}).get("stage", 0)) == self.stage
 
     def fit(self, accelerator: Any, settings: RunSettings) -> None:
-        """Fill the open values of the DeepSpeed JSON, and take optimizer and schedule out of it: the run makes them.
+        """Fill in the DeepSpeed JSON's open values, and remove optimizer and schedule, which the run creates.
 
         Raises:
             ValueError: The JSON is wrong, or contradicts the run's settings.
@@ -289,7 +289,7 @@ class DeepSpeed(Engine):
         from robust_dist.engines.deepspeed import check_config, register
 
         register()
-        # Accelerate has silently kept the last of duplicate keys; reading the file again refuses them.
+        # Accelerate has silently kept the last of duplicate keys; reading the file again rejects them.
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
         if os.path.isfile(named):
             read_json(named)
@@ -312,7 +312,7 @@ class DeepSpeed(Engine):
         return next(model.parameters()).dtype
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.save_state`, but a rank that cannot write finishes, and raises only then."""
+        """Like `accelerator.save_state`, but a rank that cannot write finishes before it raises."""
         from robust_dist.checkpoint.zero_files import LATEST, TAG
         from robust_dist.engines.deepspeed.check_checkpoint import writing_to_the_end
 
@@ -325,7 +325,7 @@ class DeepSpeed(Engine):
             (folder / LATEST).write_text(TAG, encoding="utf-8")
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
-        """Write DeepSpeed's own files, which it loads with the JSON as it is."""
+        """Write DeepSpeed's own files, which it loads with an unchanged JSON."""
         from robust_dist.checkpoint.zero_write import write_zero
 
         write_zero(state, folder, stage=self.stage, world_size=world_size)
@@ -335,7 +335,7 @@ class DeepSpeed(Engine):
         """Weights on the first rank (stage 3: a share on each); float32 weights and moments in shares."""
         first = rank == 0
         if self.stage == 0:
-            # Under bf16 there are float32 weights beside the moments.
+            # Under bf16 there are float32 weights in addition to the moments.
             return sizes.elements * (sizes.bytes_each + sizes.moments + _MASTER_BYTES) * first
         share = -(-sizes.elements // world_size)
         weights = share if self.stage == 3 else sizes.elements * first
@@ -352,7 +352,7 @@ def _fill_batch(config: dict[str, Any], ranks: int, settings: RunSettings) -> No
 
 
 def _drop_named(config: dict[str, Any], section: str, name: str, params: dict[str, Any]) -> None:
-    """Take an optimizer or scheduler out of the JSON: the recipe makes it, and must not be contradicted."""
+    """Remove an optimizer or scheduler from the JSON: the recipe creates it, and must not be contradicted."""
     named = config.pop(section, None)
     if named is None:
         return
@@ -393,7 +393,7 @@ ENGINES = tuple(
         stage=stage,
         shards_weights=stage == 3,
         forward_is_collective=stage == 3,
-        # It keeps process groups of the first run, which end with it.
+        # It keeps the first run's process groups, which end with that run.
         trains_once=True,
         variants=tuple(variant for variant in _VARIANTS if variant.stage == stage),
     )

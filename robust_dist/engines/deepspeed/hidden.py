@@ -1,8 +1,8 @@
 """What DeepSpeed hides from RAdaBeliefW: the gradients of all groups before clipping, and its float32 weights.
 
-Its wrappers unscale and clip a group's gradient just before they step that group, so that `rate_guard` is given all of
-them when the wrapper's own step begins; a step that is skipped for an overflow takes them back. `averaging` changes the
-float32 weights that a wrapper keeps, which are then brought into the model as after a step.
+Its wrappers unscale and clip a group's gradient just before they step that group, so `rate_guard` gets all gradients
+when the wrapper's own step begins; if a step is skipped for an overflow, they are discarded. `averaging` changes the
+wrapper's float32 weights, which are then copied into the model as after a step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +24,9 @@ class Wrapper:
 
     Attributes:
         gradients: This rank's gradients, averaged over ranks and micro-batches, still scaled, not yet clipped.
-        publish: Brings the float32 weights into the model, on all ranks.
+        publish: Copies the float32 weights into the model, on all ranks.
         masters: The float32 weights that it steps, each with its param group.
-        sharded: Whether each rank holds other elements; padding is of zeros.
+        sharded: Whether the ranks hold different elements; padding consists of zeros.
     """
 
     gradients: Callable[[Any], Iterable[Tensor]]
@@ -63,27 +63,27 @@ def _gradients_of_3(wrapper: Any) -> Iterable[Tensor]:
 
 
 def _wait_for_copies() -> None:
-    """Gradients are copied to the host beside the computation."""
+    """Wait for gradients that are copied to the host asynchronously."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().synchronize()
 
 
 def _masters_of_3(wrapper: Any) -> Masters:
-    # Between two steps its param groups are empty.
+    # Its param groups are empty between steps.
     groups, partitions = wrapper.optimizer.param_groups, wrapper.fp32_partitioned_groups_flat
     return ((groups[wrapper.sub_group_to_group_id[index]], part) for index, part in enumerate(partitions))
 
 
 def _publish_3(wrapper: Any) -> None:
-    # Small parameters stay gathered, and so may those of the last forward pass.
+    # Small parameters stay gathered, and those of the last forward pass may be, too.
     wrapper.checkpoint_event_prologue()
     for low, high in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True):
         low.data.copy_(high.data)
     wrapper.checkpoint_event_epilogue()
 
 
-# By name: told without importing DeepSpeed.
+# By name, to recognise them without importing DeepSpeed.
 WRAPPERS = {
     "FP16_UnfusedOptimizer": Wrapper(_gradients_of_copies, _publish_copies, _in_groups, sharded=False),
     "BF16_Optimizer": Wrapper(
@@ -97,10 +97,10 @@ WRAPPERS = {
 
 
 def show(engine: Any) -> None:
-    """Give RAdaBeliefW what the engine hides from it, once the engine has wrapped it; nothing to any other optimizer.
+    """Give RAdaBeliefW access to what the engine hides, after the engine has wrapped it; no effect for others.
 
     Raises:
-        ValueError: As `check_options`.
+        ValueError: As in `check_options`.
     """
     base = getattr(engine, "basic_optimizer", None)
     if not isinstance(base, RAdaBeliefW):
@@ -117,10 +117,10 @@ def show(engine: Any) -> None:
 
 
 def check_options(engine: Any) -> None:
-    """Refuse `averaging` and `rate_guard` where the engine does more than data parallelism in memory.
+    """Reject `averaging` and `rate_guard` if the engine does more than data parallelism in memory.
 
     Raises:
-        ValueError: Names the option, what it does not run with, and what would be right.
+        ValueError: Names the option, what it does not support, and the remedy.
     """
     base = engine.basic_optimizer
     for name, used in (("averaging", base.averages_weights), ("rate_guard", base.measures_rate)):
@@ -133,7 +133,7 @@ def check_options(engine: Any) -> None:
 
 
 def _against(engine: Any, name: str) -> str | None:
-    """What this engine does that the option does not run with."""
+    """The engine's feature that the option does not support, or None."""
     wrapper = engine.optimizer
     if type(engine).__name__ == "PipelineEngine":
         return "pipeline parallelism"
@@ -169,7 +169,7 @@ def with_what_is_hidden(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_measured_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrapper's `step` that gives `rate_guard` the gradients first, and takes those of a skipped step back."""
+    """A wrapper's `step` that passes the gradients to `rate_guard` first, and discards those of a skipped step."""
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         base, found = self.optimizer, WRAPPERS.get(type(self).__name__)
@@ -185,7 +185,7 @@ def with_measured_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_unclipped_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`DeepSpeedEngine.clip_fp32_gradients`, of stage 0 in float32, that gives `rate_guard` the gradients first."""
+    """`DeepSpeedEngine.clip_fp32_gradients` (stage 0, float32) that passes the gradients to `rate_guard` first."""
 
     def clip(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.optimizer, RAdaBeliefW):

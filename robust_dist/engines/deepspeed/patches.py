@@ -1,6 +1,6 @@
-"""Patches of what DeepSpeed does wrong to RAdaBeliefW; other optimizers are left alone.
+"""Patches of DeepSpeed for RAdaBeliefW; other optimizers are not affected.
 
-Each patch is given a module of DeepSpeed and looks for what it changes: a version without it needs no patch.
+Each patch gets a module of DeepSpeed and looks for the code to change: a version without it needs no patch.
 """
 
 import functools
@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,6 +28,7 @@ from robust_dist.engines.deepspeed.hidden import (
 )
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.optim.dry_step import dry_step
+from robust_dist.optim.settings import telling_of_switches
 from robust_dist.optim.state import own_steps
 from robust_dist.ranks.talk import rank
 
@@ -43,7 +45,7 @@ def pass_gate(module: ModuleType) -> None:
 
 
 def patch_dry_step(module: ModuleType) -> None:
-    """Undo the step by which ZeRO-0's wrapper for bfloat16 and float16 makes state: it decays masters and counts."""
+    """Undo the step with which ZeRO-0's bfloat16 and float16 wrapper creates state: it decays masters and counts."""
     _wrap(getattr(module, "FP16_UnfusedOptimizer", None), DRY_STEP, _without_a_trace)
     _wrap(getattr(module, "FP16_Optimizer", None), DRY_STEP, _without_a_trace)
 
@@ -55,23 +57,23 @@ def patch_unfused(module: ModuleType) -> None:
 
 
 def patch_stage3(module: ModuleType) -> None:
-    """`patch_step`, and groups have their own settings and steps after a universal load, which gives the first's."""
+    """`patch_step`, and restore each group's settings and steps after a universal load, which uses the first's."""
     patch_step(module)
     _wrap(getattr(module, "DeepSpeedZeroOptimizer_Stage3", None), UNIVERSAL_LOAD, _with_own_settings)
 
 
 def patch_step(module: ModuleType) -> None:
-    """Give `rate_guard` the gradients of all groups, which the wrappers clip and step one by one."""
+    """Pass the gradients of all groups to `rate_guard`; the wrappers clip and step the groups one by one."""
     for name in WRAPPERS:
         _wrap(getattr(module, name, None), "step", with_measured_gradients)
 
 
 def patch_engine(module: ModuleType) -> None:
-    """Check JSON and checkpoint before an engine uses them, and show the optimizer what the engine hides from it.
+    """Check JSON and checkpoint before an engine uses them, and give the optimizer access to what the engine hides.
 
-    DeepSpeed accepts wrong ones, or fails on some ranks.
+    DeepSpeed accepts wrong ones, or fails only on some ranks.
     """
-    # Not where zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
+    # Not when zero.Init reads the JSON, which is before Accelerate and Trainer fill in each "auto".
     _wrap(getattr(module, "DeepSpeedEngine", None), "_do_sanity_check", _with_config_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "load_checkpoint", _with_checkpoint_check)
     _wrap(getattr(module, "DeepSpeedEngine", None), "_configure_optimizer", with_what_is_hidden)
@@ -104,9 +106,12 @@ def _with_checkpoint_check(original: Callable[..., Any]) -> Callable[..., Any]:
         goes_on = _goes_on(given.arguments)
         if goes_on and can_check(self):
             check_checkpoint(self, given.arguments["load_dir"], given.arguments["tag"])
-        result = original(self, *args, **kwargs)
-        if goes_on and isinstance(base := getattr(self, "basic_optimizer", None), RAdaBeliefW):
-            # A file brings its options; and a universal load writes the groups alone.
+        base = getattr(self, "basic_optimizer", None)
+        # A universal load writes the groups without calling the optimizer's own load.
+        with telling_of_switches(base) if isinstance(base, RAdaBeliefW) else nullcontext():
+            result = original(self, *args, **kwargs)
+        if goes_on and isinstance(base, RAdaBeliefW):
+            # A file may set the options, and a universal load writes only the groups.
             check_options(self)
             base.restore_measured()
         return result
@@ -134,7 +139,7 @@ def _without_a_trace(original: Callable[..., Any]) -> Callable[..., Any]:
             with dry_step(optimizer):
                 return original(self, *args, **kwargs)
         finally:
-            # State is made lazily: the first true step starts from nothing.
+            # State is created lazily: the first real step starts without any.
             optimizer.state.clear()
 
     return initialize_optimizer_states
@@ -158,21 +163,21 @@ def _with_own_settings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _saved_groups(checkpoint_dir: str, optimizer: Optimizer) -> list[dict[str, Any]]:
     path = os.path.join(checkpoint_dir, "zero", "optimizer_state.pt")
-    # DeepSpeed pickles objects of its own into this file, and has no other way to read it.
+    # DeepSpeed pickles its own objects into this file, so it cannot be read in any other way.
     saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
             f"rank {rank()}: the universal checkpoint {checkpoint_dir} has {len(saved)} param groups, the optimizer "
-            f"has {len(optimizer.param_groups)}; build the optimizer with the same groups as then"
+            f"has {len(optimizer.param_groups)}; build the optimizer with the checkpoint's groups"
         )
     return saved
 
 
 def when_imported(patches: dict[str, Patch]) -> None:
-    """Call `patches[name](module)` for each module: now where it is imported, else right after its import.
+    """Call `patches[name](module)` for each module: now if it is imported, else right after its import.
 
-    So nobody who does not use DeepSpeed waits for its import. A patch may be called for the same module again, and must
-    then do nothing.
+    So DeepSpeed is only imported by programs that use it. A patch may be called again for the same module, and must
+    then have no effect.
     """
     for name, patch in patches.items():
         module = sys.modules.get(name)

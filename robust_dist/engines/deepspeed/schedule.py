@@ -1,4 +1,4 @@
-"""RobustSchedule with the settings and the warm-ups that DeepSpeed's schedulers have in a JSON."""
+"""RobustSchedule with the settings and warm-ups of DeepSpeed's schedulers in a JSON."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NAMES = (
     "cos_min_ratio",
     "last_batch_iteration",
 )
-# Numbers of steps, which people also write as 1000.0 or 1e4.
+# Numbers of steps, which may also be written as 1000.0 or 1e4.
 COUNTS = ("total_num_steps", "warmup_num_steps", "last_batch_iteration")
 NO_TOTAL = (
     "total_steps is missing; give the number of optimizer steps of the whole run (in a DeepSpeed JSON as "
@@ -30,25 +30,25 @@ _OURS = "total_steps, warmup_steps, weight_decay_off_at, min_lr_ratio, decay, pr
 
 
 class DeepSpeedRobustSchedule(RobustSchedule):
-    """The schedule that a DeepSpeed JSON names as "RobustSchedule", also with DeepSpeed's names of settings.
+    """The schedule for "RobustSchedule" in a DeepSpeed JSON, which also accepts DeepSpeed's names of settings.
 
-    With any of DeepSpeed's names the warm-up is DeepSpeed's, step by step ("log" unless warmup_type is "linear");
+    With any of DeepSpeed's names the warm-up equals DeepSpeed's, step by step ("log" unless warmup_type is "linear");
     without warmup_num_steps there is none, and without warmup_max_lr the groups' own rates are the peak.
 
     Args:
         optimizer: Any torch optimizer, or an engine's wrapper of one.
-        total_steps: As RobustSchedule's, as are the next six; or total_num_steps.
+        total_steps: As in RobustSchedule, like the next six; or total_num_steps.
         warmup_steps: Or warmup_num_steps.
-        weight_decay_off_at: As RobustSchedule's.
+        weight_decay_off_at: As in RobustSchedule.
         min_lr_ratio: Or cos_min_ratio.
-        decay: As RobustSchedule's.
-        process_group: As RobustSchedule's.
+        decay: As in RobustSchedule.
+        process_group: As in RobustSchedule.
         last_epoch: Or last_batch_iteration.
         **theirs: DeepSpeed's names: the above, warmup_min_lr, warmup_max_lr, warmup_min_ratio, warmup_type.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An unknown name, a setting given under two names, or a value outside its range.
+        TypeError: An argument has the wrong type.
+        ValueError: An unknown name, a setting given under two names, or a value out of range.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class DeepSpeedRobustSchedule(RobustSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedCurve(Curve):
-    """A curve whose warm-up is DeepSpeed's, from a start to eta; its step s uses DeepSpeed's iteration s - 1.
+    """A curve with DeepSpeed's warm-up from a start to eta; its step s uses DeepSpeed's iteration s - 1.
 
     Attributes:
-        warmup: For s <= W, "log" has the share log(s)/log(W) of the way, "linear" (s - 1)/W.
-        start_ratio: Where the warm-up starts, in units of eta.
-        start_lr: The same as a learning rate; added to `start_ratio`'s.
+        warmup: For s <= W, the completed fraction is log(s)/log(W) for "log" and (s - 1)/W for "linear".
+        start_ratio: Start of the warm-up, as a fraction of eta.
+        start_lr: Start of the warm-up as a learning rate; added to that of `start_ratio`.
     """
 
     warmup: Literal["log", "linear"] = "log"
@@ -84,7 +84,7 @@ class DeepSpeedCurve(Curve):
     start_lr: float = 0.0
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
+        """The learning rate of optimizer step `step` (from 0) for the base learning rate `base_lr`."""
         if not self.warmup_steps or step > self.warmup_steps:
             return super().lr(step, base_lr)
         start = self.start_ratio * base_lr + self.start_lr
@@ -99,11 +99,11 @@ class DeepSpeedCurve(Curve):
 def settings(
     total_steps: Any, warmup_steps: Any, min_lr_ratio: Any, last_epoch: Any, theirs: dict[str, Any], decay: Any
 ) -> tuple[Curve, float | list[float] | None, int]:
-    """Check all settings and translate DeepSpeed's names; a TypeError or ValueError names the wrong one.
+    """Check all settings and translate DeepSpeed's names; raises TypeError or ValueError naming the wrong one.
 
     Returns:
-        The curve; the base learning rate for every group, one per group, or None (the groups' own); and torch's
-        last_epoch.
+        The curve; the base learning rates (one for all groups, a list with one per group, or None for the groups'
+        own); and torch's last_epoch.
     """
     unknown = [name for name in theirs if name not in NAMES]
     if unknown:
@@ -126,7 +126,7 @@ def settings(
 
 
 def whole(value: Any) -> Any:
-    """A float without a fraction as the int that it is; anything else unchanged."""
+    """Convert a float without a fraction to an int; return anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -134,7 +134,7 @@ def _either(ours: str, value: Any, default: Any, name: str, given: dict[str, Any
     if name not in given:
         return value
     if value != default:
-        raise ValueError(f"{ours}={value!r} and {name}={given[name]!r} are the same setting; give one of them")
+        raise ValueError(f"{ours}={value!r} and {name}={given[name]!r} are the same setting; give only one of them")
     return given[name]
 
 
@@ -143,11 +143,11 @@ def _with_warmup(curve: Curve, given: dict[str, Any]) -> DeepSpeedCurve:
     start_lr, start_ratio = given.get("warmup_min_lr", 0.0), given.get("warmup_min_ratio", 0.0)
     if start_lr and start_ratio:
         raise ValueError(
-            f"warmup_min_lr={start_lr!r} and warmup_min_ratio={start_ratio!r} both say where warm-up starts"
+            f"warmup_min_lr={start_lr!r} and warmup_min_ratio={start_ratio!r} both set the start of the warm-up"
         )
     return DeepSpeedCurve(
         total_steps=curve.total_steps,
-        # DeepSpeed's least number, for its logarithm.
+        # DeepSpeed's minimum, for its logarithm.
         warmup_steps=max(2, curve.warmup_steps) if curve.warmup_steps else 0,
         min_lr_ratio=curve.min_lr_ratio,
         decay=curve.decay,

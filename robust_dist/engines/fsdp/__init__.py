@@ -11,7 +11,7 @@ __all__ = ["ENGINES", "check", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    # The record is asked by programs that never import torch's distributed checkpoint, which takes seconds.
+    # Programs that only use the record need not import torch's distributed checkpoint, which takes seconds.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from robust_dist.engines.fsdp import plain_loop

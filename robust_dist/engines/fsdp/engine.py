@@ -1,6 +1,6 @@
-"""FSDP1, FSDP2 and HSDP: their record under Accelerate, and what they hold and send in a plan.
+"""FSDP1, FSDP2 and HSDP: their record under Accelerate, and their memory and traffic in a plan.
 
-The plan has rows of dimension 0, gathered unit by unit (torch 2.14, distributed/fsdp/_fully_shard).
+The plan assumes sharding along dimension 0, gathered unit by unit (torch 2.14, distributed/fsdp/_fully_shard).
 """
 
 import math
@@ -31,8 +31,8 @@ class FSDPVariant(Variant):
     """`fully_shard` over all ranks, or over those of a node.
 
     Attributes:
-        reshard: Gathered parameters are given back after the forward pass.
-        in_nodes: Shards over the GPUs of a node, replicas over nodes (HSDP).
+        reshard: Gathered parameters are freed after the forward pass.
+        in_nodes: Sharded over the GPUs of a node, replicated over nodes (HSDP).
     """
 
     overlap: float = 1.0
@@ -41,17 +41,17 @@ class FSDPVariant(Variant):
     in_nodes: bool = False
 
     def shards(self, job: "Question") -> int:
-        """Ranks that share one copy."""
+        """Number of ranks that share one copy."""
         return job.gpus_per_node if self.in_nodes else job.world_size
 
     def unfit(self, job: "Question") -> str | None:
-        """The reason why this is no candidate for these machines, or None."""
+        """The reason why this does not suit these machines, or None."""
         if job.world_size == 1:
             return ALONE
         if self.in_nodes and job.nodes == 1:
-            return "one node has nothing to replicate between: FSDP2 does the same"
+            return "with one node there is nothing to replicate: FSDP2 does the same"
         if self.in_nodes and job.gpus_per_node == 1:
-            return "nodes of one GPU have nothing to shard inside: DDP does the same"
+            return "with one GPU per node there is nothing to shard: DDP does the same"
         return None
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
@@ -66,8 +66,8 @@ class FSDPVariant(Variant):
         return Held(SINGLE * padded, 0, SINGLE * padded, MOMENTS * own + STEP * len(shapes.parameters), own)
 
     def passes(self, shapes: "Shapes", profile: "Profile", job: "Question", batch: int, *, accumulates: bool) -> Passes:
-        """The highest of the units' backward passes."""
-        # Without synchronisation whole gradients are added up until the last micro batch.
+        """The peak of the units' backward passes."""
+        # Without synchronisation, unsharded gradients are accumulated until the last micro-batch.
         whole = job.itemsize * shapes.numel if accumulates else 0
         moments = []
         for moment in _backward_moments(shapes, self.reshard):
@@ -77,7 +77,7 @@ class FSDPVariant(Variant):
         return max(moments, key=sum)
 
     def collectives(self, shapes: "Shapes", job: "Question", accumulation: int) -> Iterator[Collective]:
-        """Units are gathered for every micro batch, and reduced once a step."""
+        """Units are gathered for every micro-batch, and reduced once per step."""
         shards = self.shards(job)
         leaves = job.nodes > 1 and not self.in_nodes
 
@@ -89,14 +89,14 @@ class FSDPVariant(Variant):
         units = len(shapes.units)
         yield over("parameters, forward", "all-gather", accumulation * sum(padded), accumulation * units)
         yield over("parameters, backward", "all-gather", accumulation * sum(again), accumulation * len(again))
-        # accumulate() leaves the reduction out of all micro batches but the last.
+        # accumulate() reduces only in the last micro-batch.
         yield over("gradients", "reduce-scatter", sum(padded), units)
         if self.in_nodes:
             mine = job.itemsize * sum(padded) / shards
             yield Collective("gradients, between nodes", "all-reduce", mine, job.nodes, units, True, True)
 
     def words(self, job: "Question") -> list[str]:
-        """The mesh of several nodes' replicas, and whether to reshard."""
+        """The mesh for replicas on several nodes, and whether to reshard."""
         mesh = {"replicate": job.nodes, "shard": job.gpus_per_node} if self.in_nodes else {}
         words = [f"--parallelism_config_dp_{name}_size {size}" for name, size in mesh.items()]
         return words if self.reshard else [*words, "--fsdp_reshard_after_forward", "false"]
@@ -115,17 +115,17 @@ class FSDPVariant(Variant):
         low = job.dtype != torch.float32
         policy = MixedPrecisionPolicy(job.dtype, job.dtype, job.dtype) if low else MixedPrecisionPolicy()
         for module, reshards in unit_modules(model):
-            # The root is left to torch, as Accelerate does, which keeps it gathered.
+            # As in Accelerate, torch's default applies to the root, which stays gathered.
             after: dict[str, Any] = {} if module is model else {"reshard_after_forward": reshards and self.reshard}
             fully_shard(module, mesh=mesh, mp_policy=policy, **after)
         return model
 
 
 def unit_modules(model: nn.Module, min_numel: int = MIN_UNIT) -> list[tuple[nn.Module, bool]]:
-    """The modules to give to `fully_shard`, in this order, and whether each is resharded after its forward pass.
+    """The modules to pass to `fully_shard`, in order, and whether each is resharded after its forward pass.
 
-    As Accelerate's `fsdp2_prepare_model` chooses them for SIZE_BASED_WRAP: inner modules first, each with more than
-    `min_numel` elements in all; the last normalisation among the model's children; the model.
+    Chosen like Accelerate's `fsdp2_prepare_model` for SIZE_BASED_WRAP: inner modules first, each with more than
+    `min_numel` elements in total; the last normalisation among the model's children; the model.
     """
     chosen = [m for m in _bottom_up(model)[:-1] if sum(p.numel() for p in m.parameters()) > min_numel]
     norm = [child for child in model.children() if "Norm" in type(child).__name__][-1:]
@@ -143,13 +143,13 @@ def _bottom_up(model: nn.Module) -> list[nn.Module]:
 
 
 def padded_rows(shape: Sequence[int], shards: int) -> int:
-    """Elements that `fully_shard` stores of a parameter: the largest share of dimension 0 (torch.chunk's)."""
+    """Elements of a parameter that `fully_shard` stores: the largest chunk of dimension 0 (torch.chunk)."""
     rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     return -(-rows // shards) * rest
 
 
 def own_rows(shape: Sequence[int], shards: int, rank: int) -> int:
-    """Elements of a parameter that are this rank's; the last ranks may have fewer, or none."""
+    """Elements of a parameter on this rank; the last ranks may have fewer, or none."""
     rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     share = -(-rows // shards)
     return max(0, min(share, rows - rank * share)) * rest
@@ -160,9 +160,9 @@ class _Moment:
     """The backward pass of one unit, elements.
 
     Attributes:
-        born: Of the gradients that are finished before it.
-        born_after: And after it.
-        in_flight: Gathered parameters, this unit's gradients, and those before it, which are being scattered.
+        born: Gradients finished before it.
+        born_after: Gradients finished after it.
+        in_flight: Gathered parameters, this unit's gradients, and those of the previous unit, being scattered.
     """
 
     born: int
@@ -171,7 +171,7 @@ class _Moment:
 
 
 def _backward_moments(shapes: "Shapes", reshard: bool) -> list[_Moment]:
-    """Gradients are taken to be finished in the reverse of the parameters' order, units as their first parameter."""
+    """Assumes that gradients are finished in the parameters' reverse order, and units with their first parameter."""
     place = {parameter: index for index, parameter in enumerate(shapes.parameters)}
     behind = [0]
     for parameter in reversed(shapes.parameters):
@@ -220,7 +220,7 @@ class FSDP(Engine):
         return bool(accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT")
 
     def save(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.save_state`; parameters that were never stepped are saved as that."""
+        """Like `accelerator.save_state`; parameters that were never stepped are saved without state."""
         from robust_dist.checkpoint.dcp import plain_failures
         from robust_dist.engines.fsdp.state import only_stepped
         from robust_dist.optim.groups import reshard
@@ -233,15 +233,15 @@ class FSDP(Engine):
             accelerator.save_state(str(folder), **options)
 
     def load(self, accelerator: Any, folder: Path, **options: Any) -> None:
-        """Like `accelerator.load_state`; exactly the parameters of which the checkpoint has state get some.
+        """Like `accelerator.load_state`; exactly the parameters with state in the checkpoint get state.
 
-        torch and Accelerate 1.15 fail under FSDP2 ("Missing key") where a trainable parameter was never stepped; they
-        silently drop the state of parameters that are frozen now, and all of it where gradients are there, as under
-        FSDP1 before a first step. And torch 2.14's planner fails under FSDP1 ("Missing key ... optimizer.param_groups")
-        where a parameter has fewer rows than there are ranks.
+        torch and Accelerate 1.15 fail under FSDP2 ("Missing key") if a trainable parameter was never stepped; they
+        silently drop the state of parameters that are frozen now, and all state if there are gradients, as under FSDP1
+        before the first step. torch 2.14's planner fails under FSDP1 ("Missing key ... optimizer.param_groups") if a
+        parameter has fewer rows than there are ranks.
 
         Raises:
-            CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
+            CheckpointError: A file is missing or damaged, or contains more than tensors and plain values.
         """
         from robust_dist.checkpoint.dcp import plain_failures
         from robust_dist.engines.fsdp.state import load_sharded, only_saved, stepped_in
@@ -263,7 +263,7 @@ class FSDP(Engine):
             accelerator.load_state(str(folder), **options)
 
     def write(self, state: "TrainingState", folder: Path, world_size: int, *, whole: bool = False) -> list[str]:
-        """Write DCP's folders, or whole what FULL_STATE_DICT loads."""
+        """Write DCP's folders, or the full files for FULL_STATE_DICT."""
         from robust_dist.checkpoint.dcp import write_dcp
         from robust_dist.checkpoint.plain import write_full
 
@@ -278,7 +278,7 @@ class FSDP(Engine):
 
 
 def _fill_missing_state(state: "TrainingState") -> list[str]:
-    """Give parameters without state that of a first step, as FSDP2 loads a state for all of them; returns a note."""
+    """Give parameters without state that of a first step, because FSDP2 loads state for all; returns a note."""
     held = {*state.optimizer, *state.extra.get("frozen", ())}
     missing = [name for group in state.groups for name in group["params"] if name not in held]
     averages = any("z" in entry for entry in state.optimizer.values())
@@ -295,7 +295,7 @@ def _fill_missing_state(state: "TrainingState") -> list[str]:
 
 
 def _with_schedule_keys(state: "TrainingState") -> "TrainingState":
-    """The state with the groups' base values that a RobustSchedule keeps there; FSDP2 asks the file for them."""
+    """The state with the base values that a RobustSchedule keeps in the groups; FSDP2 requires them in the file."""
     schedule = state.schedule or {}
     switch = schedule.get("weight_decay_switch") or {}
     bases = {"initial_lr": schedule.get("base_lrs"), "initial_weight_decay": switch.get("base_weight_decay")}

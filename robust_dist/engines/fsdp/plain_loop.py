@@ -1,4 +1,4 @@
-"""FSDP1, FSDP2, HSDP (and DDP, and one process): a check before the first step, and whole checkpoints on DCP."""
+"""FSDP1, FSDP2, HSDP (and DDP, and one process): a check before the first step, and atomic checkpoints with DCP."""
 
 import shutil
 import weakref
@@ -31,18 +31,18 @@ _NAMES_SHOWN = 6
 def check(model: nn.Module, optimizer: Any) -> None:
     """Check, after wrapping and before the first step, that the optimizer trains this model's parameters.
 
-    Every trainable parameter must be in a param group, as the object that the model holds now: `fully_shard` and
-    FSDP1's flat parameters replace those that an optimizer was made with, and such an optimizer steps without an error
-    and trains nothing. Call it on every rank: where one fails, all raise. After an evaluation FSDP2's parameters are
-    sharded again. Under FSDP1 an optimizer with a `rate_guard` learns how many ranks hold the same shards.
+    Every trainable parameter must be in a param group, as the object in the model now: `fully_shard` and FSDP1's flat
+    parameters replace the ones with which an optimizer was created, and such an optimizer steps without an error and
+    trains nothing. Call it on every rank: if one fails, all raise. FSDP2's parameters are resharded, as is necessary
+    after an evaluation. Under FSDP1 an optimizer with `rate_guard` gets the number of copies of each shard.
 
     Args:
-        model: The model as it is trained.
+        model: The model in the form in which it is trained.
         optimizer: The optimizer, or an engine's wrapper of it.
 
     Raises:
-        EngineError: A stale optimizer, a parameter in no group, or several groups over flat parameters; or a
-            `rate_guard` over parts that FSDP1 shards in different ways.
+        EngineError: The optimizer has stale parameters, a parameter is in no group, several groups share flat
+            parameters, or FSDP1 shards parts of the model differently and there is a `rate_guard`.
     """
     raise_problems(EngineError, _problem(model, base_optimizer(optimizer)))
     tell_copies(model, base_optimizer(optimizer))
@@ -58,13 +58,13 @@ def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
     stale = sum(number not in known for number in held)
     if stale:
         return (
-            f"the optimizer holds {stale} parameters that are not the model's, and lacks {listed(lost) or 'none'}: "
-            "fully_shard and FSDP put new parameters in the place of the old ones, so make the optimizer (and its "
-            "param_groups) after wrapping, from the wrapped model; accelerator.prepare(model, optimizer) does so itself"
+            f"the optimizer has {stale} parameters that are not the model's, and lacks {listed(lost) or 'none'}: "
+            "fully_shard and FSDP replace the parameters, so create the optimizer (and its param_groups) after "
+            "wrapping, from the wrapped model; accelerator.prepare(model, optimizer) does so itself"
         )
     if lost:
         return (
-            f"parameters in no param group, which would never be trained: {listed(lost)}; give them to the optimizer, "
+            f"parameters in no param group, which would never be trained: {listed(lost)}; add them to the optimizer, "
             "or set requires_grad=False on them"
         )
     flat = [name for name, _ in trained if name.rpartition(".")[2].startswith("_flat_param")]
@@ -79,25 +79,25 @@ def _problem(model: nn.Module, optimizer: Optimizer) -> str | None:
 def save(
     folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = None, *, async_: bool = False
 ) -> "Future[None] | None":
-    """Write model, optimizer and schedule with torch's distributed checkpoint (DCP), whole or not at all.
+    """Write model, optimizer and schedule with torch's distributed checkpoint (DCP), atomically.
 
-    The files are written beside, into `.NAME.partial`; one rename by rank 0 makes them `folder`, in place of an older
-    one. Any number of ranks under any of these engines can load them. Call it on every rank.
+    The files are written to `.NAME.partial`, which rank 0 then renames to `folder`, replacing an older one. Any number
+    of ranks under any of these engines can load them. Call it on every rank.
 
     Args:
-        folder: Where the checkpoint will be; a file system that all ranks see.
-        model: The model as it is trained.
-        optimizer: The optimizer, or an engine's wrapper of it. What was never stepped, all of it or some parameters,
-            is saved as that: without state. Gradients that are there are not saved, and stay.
+        folder: Path of the checkpoint, on a file system shared by all ranks.
+        model: The model in the form in which it is trained.
+        optimizer: The optimizer, or an engine's wrapper of it. Parameters that were never stepped are saved without
+            state. Gradients are not saved, and are kept.
         schedule: RobustSchedule, WeightDecaySwitch, or anything with a `state_dict()` of plain values; or None.
-        async_: Copy the state, return at once, and write from a thread, with a process group of its own: on the
-            training's, its collectives would run into those of the training.
+        async_: Copy the state, return at once, and write in a thread, with a separate process group, so that its
+            collectives do not interfere with those of the training.
 
     Returns:
-        With `async_`, a future: its `result()` waits, and raises what went wrong. Wait for it before the next save.
+        With `async_`, a future whose `result()` waits and raises any error. Wait for it before the next save.
 
     Raises:
-        EngineError: As `check`.
+        EngineError: As in `check`.
         RankDisagreementError: The ranks are at different steps, or have different groups.
     """
     path, inner = Path(folder), base_optimizer(optimizer)
@@ -117,21 +117,21 @@ def save(
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: Any, schedule: Any = None) -> None:
-    """Load what `save` wrote, at any number of ranks; afterwards rate and decay are those of the saved step.
+    """Load what `save` wrote, on any number of ranks; afterwards rate and decay are those of the saved step.
 
-    What the folder says of itself is compared first: nothing is changed where it does not fit. Call it on every
-    rank: where one fails, all raise. State comes back for the parameters that had some, frozen ones too, and for no
-    other; gradients that are there stay.
+    The folder's metadata is compared first, and nothing is changed if it does not match. Call it on every rank: if one
+    fails, all raise. State is restored for exactly the parameters that had state, including frozen ones; gradients are
+    kept.
 
     Args:
         folder: The checkpoint.
-        model: The model, wrapped as it will be trained.
-        optimizer: The optimizer, or an engine's wrapper of it; with the same groups as then.
-        schedule: What was saved as `schedule`, made on this optimizer; or None.
+        model: The model, wrapped for training.
+        optimizer: The optimizer, or an engine's wrapper of it, with the groups of the checkpoint.
+        schedule: The counterpart of the saved `schedule`, created for this optimizer; or None.
 
     Raises:
-        EngineError: As `check`.
-        CheckpointError: The folder is torn, or of another model, optimizer, or groups; what differs is listed.
+        EngineError: As in `check`.
+        CheckpointError: The folder is incomplete, or of another model, optimizer or groups; lists the differences.
     """
     path, inner = Path(folder), base_optimizer(optimizer)
     check(model, inner)
@@ -159,7 +159,7 @@ def _copied(value: Any) -> Any:
         return {key: _copied(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_copied(part) for part in value]
-    # FSDP1's ShardedTensors are made anew for each state dict, so they are copies already.
+    # FSDP1 creates new ShardedTensors for each state dict, so they are already copies.
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().cpu() if value.device.type != "cpu" else value.detach().clone()
     return value
@@ -178,14 +178,14 @@ def _own_group() -> dist.ProcessGroup | None:
 
 
 def _agreed_step(optimizer: Optimizer, schedule: Any) -> int:
-    """The step that all ranks are at, by the schedule's count or else the optimizer's state."""
+    """The step of all ranks, from the schedule's count or else the optimizer's state."""
     counted = getattr(schedule, "last_epoch", getattr(schedule, "num_steps", None))
     if counted is None:
         counted = max((int(state[STEP]) for state in optimizer.state.values() if STEP in state), default=0)
     settings = [float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
     agree(
         {"step": int(counted), "weight decay of its groups": settings},
-        "the ranks are not at the same step with the same groups, so that nothing was saved; call save on every rank "
+        "the ranks are not at the same step with the same groups, so nothing was saved; call save on every rank "
         "after the same optimizer step",
         kind=RankDisagreementError,
     )
@@ -205,7 +205,7 @@ def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> N
 
 
 def _share(names: Iterable[str], group: dist.ProcessGroup | None) -> list[str]:
-    """This rank's part of the files, so that no rank reads them all."""
+    """This rank's share of the files, so that no rank reads them all."""
     return sorted(names)[rank(group) :: world_size(group)]
 
 
@@ -230,26 +230,26 @@ def _write(
 
 
 def _synced_together(partial: Path, group: dist.ProcessGroup | None) -> dict[str, list[int]]:
-    """Size and CRC-32 of all files, of which each rank brings its share to the disk."""
-    # On a shared file system a rank may see another rank's files late.
+    """Size and CRC-32 of all files; each rank syncs its share to disk."""
+    # On a shared file system a rank may see another rank's files with a delay.
     seen = gather([str(path.relative_to(partial)) for path in store.files_in(partial)], group)
     mine, problem = {}, None
     try:
         mine = store.synced(partial, _share(set().union(*seen), group))
     except OSError as error:
-        problem = f"the checkpoint could not be brought to the disk: {error}"
+        problem = f"the checkpoint could not be synced to disk: {error}"
     raise_problems(OSError, problem, group)
     return {name: entry for part in gather(mine, group) for name, entry in part.items()}
 
 
 def _checked_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a whole checkpoint; each rank checks its share of the files, and all raise where one fails."""
+    """The metadata of a complete checkpoint; each rank checks its share of the files, and all raise if one fails."""
     problem, metadata = None, {}
     try:
         manifest = store.read_manifest(folder)
         metadata = manifest.metadata
         if "groups" not in metadata:
-            raise CheckpointError(f"{folder}: was not written by robust_dist.engines.fsdp.save")
+            raise CheckpointError(f"{folder} was not written by robust_dist.engines.fsdp.save")
         store.check_files(folder, manifest, _share(manifest.files, None))
     except CheckpointError as error:
         problem = str(error)
@@ -265,16 +265,16 @@ def _leave_out_news(state: dict[str, Any], keys: Iterable[str]) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some of the names, and how many more there are."""
+    """The first names, and the number of others."""
     found = sorted(names)
     more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
     return ", ".join(found[:_NAMES_SHOWN]) + more
 
 
 def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Names, shapes, state keys and groups of a state_dict, in JSON's types.
+    """Names, shapes, state keys and groups of a state_dict, in JSON types.
 
-    `state` has "model" and "optimizer" as torch's `get_state_dict` gives them, and "schedule" where there is one.
+    `state` has "model" and "optimizer" from torch's `get_state_dict`, and "schedule" if there is one.
     """
     keys = {key for entry in state["optimizer"]["state"].values() for key in entry}
     groups = state["optimizer"]["param_groups"]
@@ -290,7 +290,7 @@ def describe(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """The reasons why a checkpoint described as `saved` does not fit `present`; empty if it does."""
+    """The reasons why a checkpoint described by `saved` does not match `present`; empty if it does."""
     return [*_model_misfits(saved["model"], present["model"]), *_optimizer_misfits(saved, present)]
 
 
@@ -309,7 +309,7 @@ def _model_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list
 
 def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     lines = []
-    # A checkpoint of before the first step has no state to compare.
+    # A checkpoint from before the first step has no state to compare.
     other_state = saved["state"] and saved["state"] != present["state"]
     if saved["optimizer"] != present["optimizer"] or other_state:
         lines.append(
@@ -318,12 +318,12 @@ def _optimizer_misfits(saved: Mapping[str, Any], present: Mapping[str, Any]) -> 
     if len(saved["groups"]) != len(present["groups"]):
         lines.append(
             f"the checkpoint has {len(saved['groups'])} param groups, this optimizer has {len(present['groups'])}; "
-            "build the optimizer with the same groups as then"
+            "build the optimizer with the checkpoint's groups"
         )
         return lines
     for index, (there, here) in enumerate(zip(saved["groups"], present["groups"], strict=True)):
         if moved := set(there) ^ set(here):
-            lines.append(f"param group {index} holds other parameters than in the checkpoint: {listed(moved)}")
+            lines.append(f"param group {index} has other parameters than in the checkpoint: {listed(moved)}")
     for index, (there, here) in enumerate(zip(saved["settings"], present["settings"], strict=True)):
         if other := set(there) ^ set(here):
             lines.append(f"param group {index} has other settings than in the checkpoint: {listed(other)}")

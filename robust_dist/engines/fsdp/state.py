@@ -1,8 +1,8 @@
-"""The optimizer's state as torch's state dict functions take it under FSDP.
+"""The optimizer's state for torch's state dict functions under FSDP.
 
-They fill an optimizer without state by a step of their own, which touches every trainable parameter, or no parameter
-where a gradient is there; at a load they want state of the trainable ones, all of them and them alone. A checkpoint
-holds state of what was stepped: fewer parameters, or some that are frozen now.
+If an optimizer has no state, they create it with a step, for every trainable parameter, or for none if there is a
+gradient; for a load they require state of exactly the trainable parameters. A checkpoint has state of the parameters
+that were stepped, which may be fewer, and some of which may be frozen now.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -30,22 +30,22 @@ _STATE = "optimizer.state."
 
 
 def names_with_state(keys: Iterable[str]) -> set[str]:
-    """The parameters of which a DCP folder with these keys holds the optimizer's state."""
+    """The parameters with optimizer state in a DCP folder with these keys."""
     return {key.removeprefix(_STATE).rpartition(".")[0] for key in keys if key.startswith(_STATE)}
 
 
 def stepped_in(folder: Path, index: int) -> set[str]:
-    """The parameters of which a whole optimizer file of Accelerate's folder, by its number, holds state."""
+    """The parameters with state in the full optimizer file, given by number, of an Accelerate folder."""
     return {str(name) for name in load_file(folder / f"optimizer{f'_{index}' if index else ''}.bin")["state"]}
 
 
 def load_sharded(folder: Path, index: int, model: nn.Module, optimizer: Any) -> None:
-    """Load the shards of a model and of its optimizer, which may be None, from an Accelerate folder by their number.
+    """Load the shards of a model and its optimizer (or None) with a given number from an Accelerate folder.
 
-    The model's parameters are sharded again.
+    The model's parameters are resharded.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or holds more than tensors and plain values.
+        CheckpointError: A file is missing or damaged, or contains more than tensors and plain values.
     """
     weights, moments = folder / f"pytorch_model_fsdp_{index}", folder / f"optimizer_{index}"
     if optimizer is None:
@@ -62,19 +62,19 @@ def load_sharded(folder: Path, index: int, model: nn.Module, optimizer: Any) -> 
 
 
 def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The sharded state as {"model": ..., "optimizer": ...}, by names without wrappers' components."""
+    """The sharded state as {"model": ..., "optimizer": ...}, with names without the wrappers' components."""
     parameters, moments = get_state_dict(model, optimizer)
     return {"model": parameters, "optimizer": moments}
 
 
 def set_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Give model and optimizer what `state_of` made room for and a load has filled."""
+    """Set model and optimizer to a state that was allocated by `state_of` and filled by a load."""
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 @contextmanager
 def only_stepped(optimizer: Any) -> Iterator[None]:
-    """Have torch's functions find state of the parameters that have some on this rank, and of no other."""
+    """Make torch's functions use exactly the parameters that have state on this rank."""
     optimizer = base_optimizer(optimizer)
     with _requiring_grad(optimizer, {param for param, state in optimizer.state.items() if state}):
         yield
@@ -82,14 +82,14 @@ def only_stepped(optimizer: Any) -> Iterator[None]:
 
 @contextmanager
 def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whole: bool = False) -> Iterator[None]:
-    """Have torch's functions load state of these parameters, and of no other; an error leaves all as it was.
+    """Make torch's functions load state of exactly these parameters; an error leaves everything unchanged.
 
     Args:
-        model: The model that the optimizer steps; its parameters are sharded again.
+        model: The model that the optimizer steps; its parameters are resharded.
         optimizer: The optimizer, or an engine's wrapper of it.
-        names: What a checkpoint holds state of, as torch's state dicts call it.
-        whole: Whether tensors are loaded whole. torch then fails where there is no state at all, so that one parameter
-            has some meanwhile.
+        names: The parameters with state in the checkpoint, by their names in torch's state dicts.
+        whole: Whether full tensors are loaded. torch then fails without any state, so one parameter gets state
+            temporarily.
     """
     reshard(model)
     optimizer = base_optimizer(optimizer)
@@ -115,7 +115,7 @@ def only_saved(model: nn.Module, optimizer: Any, names: Collection[str], *, whol
 
 @contextmanager
 def _requiring_grad(optimizer: Optimizer, wanted: Collection[Tensor]) -> Iterator[None]:
-    """Only `wanted` parameters require a gradient inside: torch takes these to have state."""
+    """Inside, only the `wanted` parameters require a gradient: torch assumes that these have state."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     before = [param.requires_grad for param in params]
     try:
