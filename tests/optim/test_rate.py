@@ -291,3 +291,49 @@ def test_a_steady_step_reads_the_gradients_in_one_call_and_gathers_none(monkeypa
         twin.observe_gradients()
         twin.step()
     assert list(map(bits, params)) == list(map(bits, twins))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_measured_rate_is_known_after_a_load_before_the_next_step(capturable):
+    param = torch.nn.Parameter(torch.ones(3))
+    falling = [3.0, 1.0, 0.2, 5.0]
+    settings = {"rate_guard": 1.0, "capturable": capturable}
+    optimizer = guarded([param], [[torch.ones(3)]] * 4, falling, **settings)
+    fresh = RAdaBeliefW([param], **settings)
+    assert fresh.measured_rate == 0.0
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.measured_rate == optimizer.measured_rate > 0.0
+    assert copy.deepcopy(optimizer).measured_rate == optimizer.measured_rate
+
+
+def test_a_step_without_any_gradient_measures_nothing():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = guarded([param], [[torch.ones(3)]], [1.0], rate_guard=1.0)
+    before = optimizer.state_dict()["param_groups"][0]
+    for _ in range(5):
+        _step_without_gradient(optimizer, param)
+    assert optimizer.state_dict()["param_groups"][0] == before
+    with pytest.raises(RuntimeError, match="needs the loss of every step"):  # what was observed belonged to that step
+        step(optimizer, [param], [torch.ones(3)])
+
+
+def _step_without_gradient(optimizer, param):
+    param.grad = None
+    optimizer.observe(2.0)
+    optimizer.step()
+
+
+def test_the_options_may_be_set_in_a_group_between_two_steps():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = RAdaBeliefW([param])
+    step(optimizer, [param], [torch.ones(3)])
+    optimizer.param_groups[0] |= {"averaging": "schedule_free", "rate_guard": 1.0}
+    optimizer.eval()
+    optimizer.train()
+    for _ in range(8):
+        optimizer.observe(1.0)
+        step(optimizer, [param], [torch.ones(3)])
+    trained = param.tolist()
+    optimizer.eval()
+    assert optimizer.measured_rate > 0.0
+    assert param.tolist() != trained
