@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One job on hosts that plain ssh reaches: one launcher a host, all output here with the host's name in front.
+# One job on hosts reachable by plain ssh: one launcher per host, all output here, prefixed with the host's name.
 #   bash launch/hosts.sh host1,host2 --config configs/recipes/R.yaml --run_dir /shared/runs/r1
-# The hosts need this folder (same path, same commit, same package versions) and, for run and data, a shared file system.
-# When one host's part fails, or this script ends in whatever way, all parts end; the exit status is the first bad one.
+# The hosts need this folder (same path, commit and package versions) and a shared file system for the run and the data.
+# When one host's part fails, or this script exits for any reason, all parts end; the exit status is the first bad one.
 # Variables: ENGINE (a configs/accelerate/multinode_*.yaml: ddp, fsdp2, hsdp, zero2, zero3), GPUS_PER_NODE, MASTER_ADDR,
-# MASTER_PORT, JOIN_SECONDS, RESTARTS (launch/NODES.md); RETRIES: whole starts after a failure that was no user's mistake;
-# REMOTE_DIR, REMOTE_PYTHON: where the hosts have the repository and its Python; SSH: what stands for ssh; and what is
-# named in PASS ("NCCL_SOCKET_IFNAME NCCL_DEBUG"), which is set on every host.
+# MASTER_PORT, JOIN_SECONDS, RESTARTS (launch/NODES.md); RETRIES: restarts after failures that are not user errors;
+# REMOTE_DIR, REMOTE_PYTHON: the repository and its Python on the hosts; SSH: the ssh command; and the variables
+# listed in PASS ("NCCL_SOCKET_IFNAME NCCL_DEBUG"), which are set on every host.
 set -euo pipefail
 usage() { sed -n '2,4p' "${BASH_SOURCE[0]}" >&2; }
 if [ $# -lt 2 ] || [ "${1:0:1}" = - ]; then usage; exit 2; fi
@@ -25,7 +25,7 @@ work="$(mktemp -d)"
 # Every host's part reads from this pipe and ends when it closes: with this script, or when `hold` is closed.
 mkfifo "$work/hold"
 
-# Words as one string that a remote shell takes apart again.
+# Words as one string that a remote shell splits again.
 quoted() { printf '%q ' "$@"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -40,7 +40,7 @@ probe_all() {
   done
   for place in "${!hosts[@]}"; do
     wait "${pids[$place]}" || fail "${hosts[$place]} cannot take part: $(tail -n 3 "$work/probe-errors.$place")"
-    # A host's login scripts may print, too.
+    # A host's login scripts may print too.
     sed -n 's/^probe //p' "$work/probe.$place" >"$work/answer.$place"
     [ -s "$work/answer.$place" ] || fail "${hosts[$place]} gave no answer: $(tail -n 3 "$work/probe.$place")"
     grep -q '"resolves": true' "$work/answer.$place" ||
@@ -48,7 +48,7 @@ probe_all() {
   done
 }
 
-# The part of a probe's JSON line that all hosts must have alike, or its port.
+# The part of a probe's JSON line that must be equal on all hosts, or its port.
 alike() { sed -E 's/.*"alike": (\{[^}]*\}).*/\1/' "$work/answer.$1"; }
 port() { sed -E 's/.*"port": ([0-9]+).*/\1/' "$work/answer.$1"; }
 
@@ -75,14 +75,14 @@ start_all() {
   done
 }
 
-# Waits for all; the first bad status makes the others end.
+# Wait for all; the first bad status ends the others.
 wait_all() {
   local code done_pid place
   status=0
   while [ ${#pids[@]} -gt 0 ]; do
     code=0
     wait -n -p done_pid "${pids[@]}" || code=$?
-    # Nobody ended: a trapped signal interrupted the wait.
+    # No part ended: a trapped signal interrupted the wait.
     [ -n "${done_pid:-}" ] || continue
     for place in "${!pids[@]}"; do
       [ "${pids[$place]}" != "$done_pid" ] || break
@@ -100,7 +100,7 @@ wait_all() {
 close_hold() { [ -z "$hold" ] || { exec {hold}>&-; hold=""; }; }
 
 run_once() {
-  # Opened for both, so that it does not wait for a reader; the readers see its end once this one closes.
+  # Opened for reading and writing, so that it does not wait for a reader; readers see its end once this one closes.
   exec {hold}<>"$work/hold"
   port="${MASTER_PORT:-$(port 0)}"
   start_all "$@"
@@ -120,7 +120,7 @@ retries="${RETRIES:-0}"
 while :; do
   run_once "$@"
   [ "$stopped" = 0 ] || exit "$stopped"
-  # 2 is a user's mistake, 3 a loss that is no longer finite, 75 a stop that was asked for.
+  # 2 is a user error, 3 a loss that is no longer finite, 75 a requested stop.
   case $status in 0 | 2 | 3 | 75) exit "$status" ;; esac
   [ "$retries" -gt 0 ] || exit "$status"
   retries=$((retries - 1))

@@ -1,8 +1,9 @@
-"""One host's part of a job on many: `accelerate launch`, told by the environment where this host stands in the job.
+"""One host's part of a multi-host job: `accelerate launch`, configured from the environment.
 
-SLURM, Kubernetes' training operator and launch/hosts.sh start this file once a host, with the words of `train.py`:
-`NODES=2 NODE_RANK=0 MASTER_ADDR=node-a python launch/node.py --config configs/recipes/R.yaml`. The exit status is that
-of the first rank of this host that failed (128 + N for signal N), which `accelerate launch` itself turns into 1.
+SLURM, Kubernetes' training operator and launch/hosts.sh start this file once per host, with the arguments of
+`train.py`: `NODES=2 NODE_RANK=0 MASTER_ADDR=node-a python launch/node.py --config configs/recipes/R.yaml`. The exit
+status is that of this host's first failed rank (128 + N for signal N), which `accelerate launch` itself would turn into
+1.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of each setting: the variables that give it, the first one that is set counts. RANK is a pod's number in a PyTorchJob.
+# For each setting, its variables; the first one set is used. RANK is a pod's number in a PyTorchJob.
 SOURCES = {
     "nodes": ("NODES", "SLURM_JOB_NUM_NODES"),
     "rank": ("NODE_RANK", "SLURM_NODEID", "RANK"),
@@ -27,25 +28,25 @@ SOURCES = {
     "address": ("MASTER_ADDR",),
     "port": ("MASTER_PORT",),
 }
-# Of each number that is passed on: the lowest, the highest, the default. Seconds: up to ten years.
+# For each number passed on: lowest, highest, default. Seconds: up to ten years.
 LIMITS = {
     "JOIN_SECONDS": (1, 315_360_000, "600"),
     "RESTARTS": (0, 1_000_000, "0"),
     "GRACE_SECONDS": (0, 315_360_000, "300"),
 }
 MOST_HOSTS, MOST_RANKS = 100_000, 1_024
-# What asks a run to save and to end.
+# Signals that ask a run to save and exit.
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PACKAGES = ("robust_dist", "torch", "torchvision", "accelerate", "deepspeed", "numpy")
 
 
 class PlaceError(ValueError):
-    """The environment does not say where this host stands in the job."""
+    """The environment does not define this host's place in the job."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this host stands.
+    """This host's place in the job.
 
     Attributes:
         nodes: Hosts of the job.
@@ -63,13 +64,13 @@ class Place:
 
 
 class _Reader:
-    """Reads the environment's variables, and keeps all that is wrong with them for one message."""
+    """Reads environment variables, and collects everything wrong with them for one message."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ, self.problems = environ, list[str]()
 
     def text(self, names: Sequence[str], default: str | None = None) -> tuple[str, str]:
-        """The first variable of `names` that is set, and its value; the first name with the default where none is."""
+        """The first variable of `names` that is set, and its value; the first name with the default if none is."""
         for name in names:
             if self.environ.get(name):
                 return name, self.environ[name]
@@ -87,16 +88,16 @@ class _Reader:
         return low
 
     def check(self) -> None:
-        """Raise a PlaceError that says all that is wrong."""
+        """Raise a PlaceError with everything that is wrong."""
         if self.problems:
             raise PlaceError("\n  ".join(self.problems))
 
 
 def place(environ: Mapping[str, str]) -> Place:
-    """Where this host stands, from its environment.
+    """This host's place, from its environment.
 
     Raises:
-        PlaceError: Every variable that is missing or makes no sense, by name.
+        PlaceError: Names every variable that is missing or invalid.
     """
     read = _Reader(environ)
     nodes = read.number(SOURCES["nodes"], 1, MOST_HOSTS, "1")
@@ -119,14 +120,14 @@ def _limit(environ: Mapping[str, str], name: str) -> str:
 
 
 def count_gpus() -> int:
-    """GPUs of this host; 0 where there is none."""
+    """GPUs of this host; 0 if there are none."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def options(here: Place, environ: Mapping[str, str]) -> list[str]:
-    """The words of `accelerate launch` before the script.
+    """The arguments of `accelerate launch` before the script.
 
     `same_network` and the rendezvous are ignored in Accelerate's YAML files, so they are given here.
     """
@@ -138,7 +139,7 @@ def options(here: Place, environ: Mapping[str, str]) -> list[str]:
     ranks = here.nodes * here.gpus
     words = ["--config_file", str(config), "--num_machines", str(here.nodes), "--machine_rank", str(here.rank)]
     words += ["--num_processes", str(ranks), "--main_process_ip", here.address, "--main_process_port", str(here.port)]
-    # A host that does not come ends the others' wait after so many seconds.
+    # If a host does not arrive, the others stop waiting after this many seconds.
     words += ["--same_network", "--rdzv_conf", f"timeout={_limit(environ, 'JOIN_SECONDS')}"]
     words += ["--max_restarts", _limit(environ, "RESTARTS")]
     if engine == "hsdp":
@@ -148,7 +149,7 @@ def options(here: Place, environ: Mapping[str, str]) -> list[str]:
 
 
 def probe(address: str) -> dict[str, object]:
-    """What all hosts of a job must have alike, a port that is free here, and whether `address` means anything here."""
+    """What must be equal on all hosts of a job, a free port here, and whether `address` is valid here."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -170,7 +171,7 @@ def probe(address: str) -> dict[str, object]:
 
 
 def _stop_ranks(number: int, grace: float) -> None:
-    """Hand a signal to the ranks, which save and end, and kill what is left of them later; without ranks, end here."""
+    """Forward a signal to the ranks, which save and exit, and kill the rest later; without ranks, exit here."""
     import psutil
 
     ranks = psutil.Process().children()
@@ -186,11 +187,11 @@ def _stop_ranks(number: int, grace: float) -> None:
 
 
 def _watch_signals(grace: float) -> None:
-    """Pass what asks for a stop on to the ranks, also while this process waits for other hosts in C++."""
+    """Forward stop signals to the ranks, also while this process waits for other hosts in C++."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    # nohup and a shell's background jobs start this ignoring what a terminal sends.
+    # nohup and a shell's background jobs start this process with terminal signals ignored.
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, lambda *_: None)
@@ -205,7 +206,7 @@ def _watch_signals(grace: float) -> None:
 
 
 def _watch_input(grace: float) -> None:
-    """End this host's part when its standard input ends: the connection that started it is gone."""
+    """End this host's part when its standard input closes, as the connection that started it is gone."""
 
     def listen() -> None:
         while os.read(0, 4096):
@@ -219,11 +220,11 @@ def launch(here: Place, words: Sequence[str]) -> int:
     """Start this host's ranks and wait for them.
 
     Args:
-        here: Where this host stands.
-        words: Those of `accelerate launch`.
+        here: This host's place.
+        words: Arguments of `accelerate launch`.
 
     Returns:
-        0, the exit status of the first rank here that failed, or 128 + N where signal N ended it.
+        0, the exit status of the first rank here that failed, or 128 + N if signal N ended it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
@@ -246,7 +247,7 @@ def launch(here: Place, words: Sequence[str]) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Take this host's part in the job, with the words of `train.py`; or answer `probe ADDRESS`."""
+    """Run this host's part of the job, with the arguments of `train.py`; or answer `probe ADDRESS`."""
     words = sys.argv[1:] if words is None else words
     os.chdir(ROOT)
     if len(words) == 2 and words[0] == "probe":
@@ -258,7 +259,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except PlaceError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    # torchrun takes its defaults from them: none but this one, which leaves the signals to the listener here.
+    # torchrun takes its defaults from them; all are removed except this one, which leaves signals to the listener here.
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"

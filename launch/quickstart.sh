@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a clone to a trained classifier: makes .venv, installs, trains the full recipe on handwritten digits on all GPUs
-# (or else on two CPU ranks), and shows the result. Run again, it goes on where it stopped, or shows what is there.
-# Words after the command override the recipe: bash launch/quickstart.sh --epochs 4 --run_dir runs/short
+# From a clone to a trained classifier: creates .venv, installs, trains the full recipe on handwritten digits on all
+# GPUs
+# (or else on two CPU ranks), and shows the result. Run again, it resumes where it stopped, or shows the result.
+# Arguments override the recipe: bash launch/quickstart.sh --epochs 4 --run_dir runs/short
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh train

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv beside the package and installs it with the given extras; quick when nothing has changed.
+# Creates .venv beside the package and installs it with the given extras; fast if nothing has changed.
 # Usage: source launch/setup.sh EXTRA[,EXTRA...]
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -16,7 +16,7 @@ if ! "$python" -c "import sys" 2>/dev/null; then
   rm -rf "$root/.venv"
   "$base" -m venv "$root/.venv"
 fi
-# The stamp holds the requirements and the C sources that were installed, and is written last.
+# The stamp records the installed requirements and C sources, and is written last.
 installs() (
   shopt -s nullglob
   cat "$root/pyproject.toml" "$root"/robust_dist/*/native/*

@@ -1,7 +1,7 @@
 """Train any recipe: `accelerate launch --config_file configs/accelerate/E.yaml launch/train.py --config R.yaml`."""
 
 if __name__ == "__main__":
-    # Here and not above: the server that forks the images' readers imports this file, and wants nothing of it.
+    # Here and not above: the server that forks the image readers imports this file, but needs nothing from it.
     from robust_dist.train.main import main
 
     main()

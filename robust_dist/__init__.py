@@ -1,4 +1,4 @@
-"""robust_dist: a robust image-classification recipe that stays right when training is sharded."""
+"""robust_dist: a robust image-classification recipe that stays correct when training is sharded."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 
 def load(path: "str | Path", *, checkpoint: str | int = "last", **options: Any) -> "tuple[nn.Module, Preprocess]":
-    """A trained model, and what makes its input of an image.
+    """Load a trained model and the preprocessing that turns an image into its input.
 
         model, preprocess = robust_dist.load("runs/quickstart")
         print(preprocess.classes[model(preprocess("digit.png")[None]).argmax()])
 
     Args:
-        path: A run's folder, under whatever engine it was trained, or what `robust-dist export` wrote.
-        checkpoint: Of a run: "last", "best" (by logged accuracy, of the checkpoints that are there), or a step.
-        **options: `model`, of a run whose model was given to `fit`, as it was given there; `kind`, the recipe's class,
-            for a run whose recipe has keys of your own.
+        path: The folder of a run, trained under any engine, or of an export (`robust-dist export`).
+        checkpoint: For a run: "last", "best" (highest logged accuracy among the checkpoints on disk), or a step.
+        **options: `model`, the model passed to `fit`, for a run whose model was passed that way; `kind`, the recipe's
+            class, for a run whose recipe has keys of your own.
 
     Returns:
-        The model in eval mode on the CPU in float32, with the weights that the run evaluated; and a callable that takes
-        a path, a PIL image or uint8 [3, H, W] and returns float32 [3, size, size], with the class names by number in
-        its `classes`.
+        The model in eval mode, float32 on the CPU, with the weights that the run evaluated; and a callable that maps a
+        path, a PIL image or uint8 [3, H, W] to float32 [3, size, size]. Its `classes` are the class names in label
+        order.
 
     Raises:
-        ValueError: No run, no checkpoint, a torn one, or weights that the run does not evaluate.
+        ValueError: There is no run or checkpoint, the checkpoint is torn, or it lacks the evaluated weights.
         ImportError: The extra "train" is not installed.
     """
     from robust_dist.inference.trained import load as read
@@ -56,7 +56,7 @@ def load(path: "str | Path", *, checkpoint: str | int = "last", **options: Any) 
 
 
 def __getattr__(name: str) -> str:
-    """The installed distribution's version, read when it is asked for; "0+unknown" in a bare folder."""
+    """The installed distribution's version, looked up on access; "0+unknown" if the package is not installed."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""`import robust_dist.autoregister` does what `robust_dist.register()` does, where no function can be called."""
+"""Importing this module calls `robust_dist.register()`, for places that can import but not call."""
 
 from robust_dist.engines import register
 

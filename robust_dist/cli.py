@@ -1,4 +1,4 @@
-"""The commands of `robust-dist`: training and what comes before and after."""
+"""The `robust-dist` commands."""
 
 import argparse
 import shlex
@@ -54,7 +54,7 @@ def _preview(words: argparse.Namespace) -> int:
     order = {"seed": recipe.seed, "epoch": words.epoch, "batch_size": recipe.batch_size}
     draw(columns(images, augment, rows=words.rows, before=own, **order), Path(words.out))
     if recipe.augment.after:
-        print(f"not shown, as it comes after the normalisation: {', '.join(recipe.augment.after)}")
+        print(f"not shown, because it runs after normalisation: {', '.join(recipe.augment.after)}")
     print(f"wrote {words.out}")
     return 0
 
@@ -66,14 +66,14 @@ def _recipe(words: argparse.Namespace) -> int:
     if words.out is not None:
         check_new(Path(words.out))
         if not Path(words.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {words.out}: there is no folder {Path(words.out).parent}; make it first")
+            raise ValueError(f"--out {words.out}: there is no folder {Path(words.out).parent}; create it first")
     text = suggest(words.folder)
     if words.out is None:
         print(text, end="")
         return 0
     with open(words.out, "x", encoding="utf-8") as file:
         file.write(text)
-    print(f"wrote {words.out}; train it: robust-dist train --config {shlex.quote(words.out)}")
+    print(f"wrote {words.out}; train with: robust-dist train --config {shlex.quote(words.out)}")
     return 0
 
 
@@ -102,26 +102,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"robust_dist {robust_dist.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    # The recipe's own parser has the help of all keys.
+    # The recipe's own parser prints the help for all keys.
     train = commands.add_parser("train", help="train a recipe (--help: its keys)", add_help=False, allow_abbrev=False)
     train.add_argument("--accelerate", metavar="FILE")
     train.set_defaults(run=_train, extra="train")
 
-    doctor = commands.add_parser("doctor", help="installed versions, devices, backends; problems and their fixes")
+    doctor = commands.add_parser("doctor", help="show versions, devices and backends, and how to fix problems")
     doctor.set_defaults(run=_doctor, extra="train")
 
-    recipe = commands.add_parser(
-        "recipe", help="look at a folder of images and write a recipe for it, with its reasons"
-    )
-    recipe.add_argument("folder", metavar="PATH", help="a folder with a sub-folder of images for each class")
+    recipe = commands.add_parser("recipe", help="inspect a folder of images and write a recipe for it, with reasons")
+    recipe.add_argument("folder", metavar="PATH", help="a folder with one subfolder of images per class")
     recipe.add_argument("--out", metavar="FILE", help="the file to write; must not exist (default: print)")
     recipe.set_defaults(run=_recipe, extra="train")
 
-    preview = commands.add_parser("preview", help="a PNG that shows what the augmentation does to your data")
+    preview = commands.add_parser("preview", help="write a PNG showing what the augmentation does to your data")
     preview.add_argument("--config", help="a recipe in YAML")
     preview.add_argument("--out", default="preview.png", help="the PNG to write; must not exist (default: %(default)s)")
     preview.add_argument("--rows", type=int, default=8, help="number of samples (default: %(default)s)")
-    preview.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default: %(default)s)")
+    preview.add_argument("--epoch", type=int, default=0, help="the epoch to show (default: %(default)s)")
     preview.set_defaults(run=_preview, extra="train")
 
     _add_measuring_commands(commands)
@@ -137,9 +135,9 @@ def _add_measuring_commands(commands: "argparse._SubParsersAction[argparse.Argum
     from robust_dist.verify import __main__ as verify
 
     helps = {
-        "verify": (verify, "train", "check that everything works here, and how fast; writes a report"),
-        "bench": (bench, "bench", "speed compared with other libraries and the hardware's limit"),
-        "plan": (plan, "train", "memory and traffic of a job under each engine, and which engine to use"),
+        "verify": (verify, "train", "check that everything works here and measure its speed; writes a report"),
+        "bench": (bench, "bench", "compare speed with other libraries and the hardware's limit"),
+        "plan": (plan, "train", "estimate a job's memory and traffic under each engine, and suggest an engine"),
     }
     for name, (module, extra, text) in helps.items():
         parser = commands.add_parser(name, help=text)
@@ -149,35 +147,33 @@ def _add_measuring_commands(commands: "argparse._SubParsersAction[argparse.Argum
 
 def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint to another engine or number of ranks")
-    convert.add_argument(
-        "src", metavar="SRC", help="a checkpoint of any engine, of Accelerate or Trainer, or of torch.save"
-    )
+    convert.add_argument("src", metavar="SRC", help="a checkpoint from any engine, Accelerate, Trainer or torch.save")
     convert.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine that another package adds"
+    engines = "ddp, fsdp, zero0, zero1, zero2, zero3, or an engine added by another package"
     convert.add_argument("--to", required=True, metavar="ENGINE", help=engines)
     convert.add_argument("--world-size", type=int, required=True, metavar="N", help="number of ranks that will load it")
     convert.add_argument(
-        "--full-state-dict", action="store_true", help="fsdp: for FULL_STATE_DICT in place of SHARDED_STATE_DICT"
+        "--full-state-dict", action="store_true", help="fsdp: write FULL_STATE_DICT instead of SHARDED_STATE_DICT"
     )
     convert.add_argument(
-        "--unwrap", action="store_true", help='remove the "module." that DDP puts before every name in a file'
+        "--unwrap", action="store_true", help='remove the "module." prefix that DDP adds to every name'
     )
     convert.add_argument(
         "--form",
         choices=["accelerate", "trainer"],
-        help="the loader it is written for: Accelerate's or Trainer's (default: as SRC)",
+        help="the loader to write for: Accelerate's or Trainer's (default: same as SRC)",
     )
     convert.set_defaults(run=_convert, extra="train")
 
     inspect = commands.add_parser(
-        "inspect", help="show what a checkpoint holds and whether it is complete (status 1: it is not)"
+        "inspect", help="show a checkpoint's contents and whether it is complete (exit status 1 if not)"
     )
-    inspect.add_argument("src", metavar="SRC", help="a checkpoint of any of these engines")
+    inspect.add_argument("src", metavar="SRC", help="a checkpoint from any of these engines")
     inspect.set_defaults(run=_inspect, extra="train")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (2 where the user has to change something)."""
+    """Run one command; returns its exit status (2 if the user has to change something)."""
     parser = _parser()
     given = list(sys.argv[1:] if args is None else args)
     try:

@@ -1,4 +1,4 @@
-"""`robust-dist doctor`: what is here, what would go wrong, and the command that fixes it."""
+"""`robust-dist doctor`: what is installed, what would go wrong, and the commands that fix it."""
 
 import os
 import platform
@@ -27,9 +27,9 @@ class Check:
     """One finding.
 
     Attributes:
-        name: Its subject.
-        status: "ok"; "warn": something would go wrong, or a part cannot be used; "fail": neither `import robust_dist`
-            nor training can work.
+        name: What was checked.
+        status: "ok"; "warn": something would go wrong, or a part cannot be used; "fail": `import robust_dist` or
+            training cannot work.
         detail: What was found.
         remedy: The command that fixes it, or None.
     """
@@ -41,12 +41,12 @@ class Check:
 
 
 def report() -> list[Check]:
-    """Every finding, in reading order; needs torch alone and changes nothing."""
+    """Every finding, in reading order; needs only torch and changes nothing."""
     return [check for group in GROUPS for check in _guarded(group)]
 
 
 def format_report(checks: Iterable[Check]) -> str:
-    """The findings as text, one a line with its remedy below, and a line of totals."""
+    """The findings as text: one per line, with the remedy on the next line, then a line of totals."""
     checks = list(checks)
     width = max((len(check.name) for check in checks), default=0)
     lines = [line for check in checks for line in _lines(check, width)]
@@ -55,7 +55,7 @@ def format_report(checks: Iterable[Check]) -> str:
 
 
 def exit_code(checks: Iterable[Check]) -> int:
-    """1 where a check failed, else 0."""
+    """1 if a check failed, else 0."""
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -66,11 +66,11 @@ def _lines(check: Check, width: int) -> Iterator[str]:
 
 
 def _guarded(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """A group's checks; one that breaks is itself a finding and stops no other."""
+    """A group's checks; a check that raises becomes a finding and does not stop the others."""
     try:
         yield from group()
     except Exception as error:
-        yield Check(group.__name__.lstrip("_"), "warn", f"this check broke: {type(error).__name__}: {error}")
+        yield Check(group.__name__.lstrip("_"), "warn", f"this check failed to run: {type(error).__name__}: {error}")
 
 
 def _versions() -> Iterator[Check]:
@@ -79,12 +79,12 @@ def _versions() -> Iterator[Check]:
     yield _at_least("torch", torch.__version__, LOWEST_TORCH, "pip install -U torch torchvision")
     found = {name: _installed(name) for name in VERSIONED}
     text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
-    yield Check("packages", "ok", text or "none of the optional ones")
+    yield Check("packages", "ok", text or "no optional packages")
     yield _trackers()
 
 
 def _trackers() -> Check:
-    """Which names `tracking.trackers` can hold here."""
+    """The names that `tracking.trackers` can use here."""
     found = {name: _installed(name) or (_installed("mlflow-skinny") if name == "mlflow" else None) for name in TRACKERS}
     there = [f"{name} {version}" for name, version in found.items() if version]
     missing = [name for name, version in found.items() if not version]
@@ -96,7 +96,7 @@ def _at_least(name: str, version: str, lowest: tuple[int, ...], remedy: str | No
     if version_tuple(version) >= lowest:
         return Check(name, "ok", version)
     wanted = ".".join(map(str, lowest))
-    return Check(name, "fail", f"{version}, but {wanted} or later is needed", remedy)
+    return Check(name, "fail", f"{version}, but {wanted} or later is required", remedy)
 
 
 def _installed(name: str) -> str | None:
@@ -107,7 +107,7 @@ def _installed(name: str) -> str | None:
 
 
 def _torchvision() -> Iterator[Check]:
-    """Torchvision's compiled part works only with the torch that it was built for."""
+    """Torchvision's compiled part works only with the torch version it was built for."""
     if _installed("torchvision") is None:
         return
     remedy = "pip install --force-reinstall torch torchvision"
@@ -115,14 +115,14 @@ def _torchvision() -> Iterator[Check]:
         import_module("torchvision")
         nms = torch.ops.torchvision.nms
     except Exception as error:
-        detail = f"does not load beside torch {torch.__version__}: {error}"
+        detail = f"does not load with torch {torch.__version__}: {error}"
         yield Check("torchvision", "warn", detail, remedy)
     else:
-        yield Check("torchvision", "ok", f"loads beside torch {torch.__version__}, {nms} is there")
+        yield Check("torchvision", "ok", f"loads with torch {torch.__version__}, {nms} is available")
 
 
 def _numpy() -> Iterator[Check]:
-    """A torch built for NumPy 1 cannot use NumPy 2, which shows only when data are read."""
+    """A torch built for NumPy 1 cannot use NumPy 2; otherwise this only shows when data are read."""
     if _installed("numpy") is None:
         return
     try:
@@ -133,7 +133,7 @@ def _numpy() -> Iterator[Check]:
 
 def _cpu() -> Iterator[Check]:
     cores, threads = surroundings.usable_cores(), torch.get_num_threads()
-    detail = f"{cores:g} usable cores, {threads} threads of torch, {torch.backends.cpu.get_cpu_capability()}"
+    detail = f"{cores:g} usable cores, {threads} torch threads, {torch.backends.cpu.get_cpu_capability()}"
     if threads <= max(1, cores):
         yield Check("cpu", "ok", detail)
     else:
@@ -142,18 +142,18 @@ def _cpu() -> Iterator[Check]:
 
 
 def _offload() -> Iterator[Check]:
-    """How many cores a step on the CPU takes, as ZeRO-Offload makes it while the GPU waits."""
+    """How many cores a CPU step takes, as in ZeRO-Offload, where the GPU waits for it."""
     from robust_dist.optim import fused_cpu
 
     cores, threads = int(surroundings.usable_cores()), fused_cpu.threads()
     if fused_cpu.why_not() is not None:
-        detail = f"ZeRO-Offload would step by torch's operations, several times as slow: {fused_cpu.why_not()}"
+        detail = f"ZeRO-Offload would step with torch's operations, several times slower: {fused_cpu.why_not()}"
         yield Check("offload", "warn", detail, "pip install --force-reinstall --no-deps robust_dist")
     elif threads == 1 < cores:
-        detail = f"ZeRO-Offload's step takes 1 of {cores} cores; a launched rank's takes its share of them"
+        detail = f"ZeRO-Offload's step takes 1 of {cores} cores; a launched rank uses its share of them"
         yield Check("offload", "warn", detail, f"export OMP_NUM_THREADS={cores}")
     else:
-        detail = f"ZeRO-Offload's step takes {threads} of {max(1, cores)} cores; of a launched rank, its share of them"
+        detail = f"ZeRO-Offload's step takes {threads} of {max(1, cores)} cores; a launched rank uses its share of them"
         yield Check("offload", "ok", detail)
 
 
@@ -177,7 +177,7 @@ def _cpu_only() -> Check:
 def _no_driver() -> Check:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if surroundings.has_nvidia_device():
-        detail = f"torch is built for {built} and there is an NVIDIA device, but no driver that it can use"
+        detail = f"torch is built for {built} and there is an NVIDIA device, but no usable driver"
         return Check("gpu", "warn", f"{detail}: training runs on the CPU", "nvidia-smi")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     because = f"CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else "no device or driver"
@@ -198,7 +198,7 @@ def _cuda_device(index: int) -> Check:
 
 
 def _optimizer_backends() -> Iterator[Check]:
-    """Each backend is asked from the optimizer itself, so that the answer cannot go stale."""
+    """Each backend's own answer, so the report cannot go stale."""
     from robust_dist.optim import RAdaBeliefW
 
     for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
@@ -215,7 +215,7 @@ def _optimizer_backends() -> Iterator[Check]:
 
 
 def _augment_backends() -> Iterator[Check]:
-    """Which code augments, asked from the choice itself."""
+    """The backend that the augmentation itself chooses."""
     from robust_dist.augment import backends
 
     for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
@@ -237,7 +237,7 @@ def _extras() -> Iterator[Check]:
     try:
         names = extra_names()
     except metadata.PackageNotFoundError:
-        detail = f"{PACKAGE} runs from its folder and is not installed, so its extras are unknown"
+        detail = f"{PACKAGE} runs from its source folder and is not installed, so its extras are unknown"
         yield Check("extras", "warn", detail, "pip install -e '.[train]'")
         return
     for name in names:
@@ -260,7 +260,7 @@ def _embedded_data() -> Iterator[Check]:
     except ImportError as error:
         yield Check("digits", "warn", str(error), f"pip install '{PACKAGE}[train]'")
     else:
-        yield Check("digits", "ok", f"the embedded data set loads, {sizes[0]} + {sizes[1]} images")
+        yield Check("digits", "ok", f"the bundled data set loads, {sizes[0]} + {sizes[1]} images")
 
 
 def _surroundings() -> Iterator[Check]:
@@ -269,7 +269,7 @@ def _surroundings() -> Iterator[Check]:
         yield Check(problem.name, "warn", problem.detail, problem.remedy)
     if not problems:
         looked = "shared memory, open files, temporary folder, port, host name, environment variables, build locks"
-        yield Check("surroundings", "ok", f"nothing in the way ({looked})")
+        yield Check("surroundings", "ok", f"no problems ({looked})")
 
 
 GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (

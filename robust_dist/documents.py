@@ -1,6 +1,6 @@
-"""The files that people and this package write: found by name, read as JSON or YAML, or an error that says where.
+"""Finding and reading JSON and YAML files, with errors that name the file and line.
 
-`robust_dist/configs` is the checkout's `configs`, which a wheel carries along.
+`robust_dist/configs` is the checkout's `configs` folder, which the wheel includes.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def find_config(kind: str, given: str | Path) -> Path:
-    """A file as given, or the package's file of that name.
+    """The path of a file, or of the package's own file with that name.
 
     Args:
         kind: "recipes", "studies" or "accelerate".
-        given: A path, or the name of one of the package's files, with or without `.yaml`. A file of the current folder
-            comes first.
+        given: A path, or the name of one of the package's files, with or without `.yaml`. A file in the current folder
+            takes precedence.
 
     Returns:
-        The path; as given where there is no such file, which its reader then reports.
+        The path. It is returned unchanged if there is no such file; the reader then reports that.
     """
     path = Path(given)
     if path.is_file() or len(path.parts) != 1:
@@ -54,30 +54,30 @@ def find_config(kind: str, given: str | Path) -> Path:
 
 
 def config_names(kind: str) -> list[str]:
-    """The names that `find_config` knows, sorted."""
+    """The names that `find_config` accepts, sorted."""
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
 class DocumentError(ValueError):
-    """A file that cannot be read as what it should be; the message names the file, and the line or the key."""
+    """A file with unreadable or wrong content; the message names the file, and the line or key."""
 
 
 def read_text(path: str | Path, most: int | None = None) -> str:
-    """The text of a regular file in UTF-8, with or without a byte-order mark, of at most `most` bytes.
+    """The text of a regular UTF-8 file, with or without a byte-order mark, of at most `most` bytes.
 
     Raises:
-        FileNotFoundError: There is none.
-        DocumentError: It is a folder or a device, cannot be read, is too long, or is not UTF-8.
+        FileNotFoundError: It does not exist.
+        DocumentError: It is a folder or device, cannot be read, is too long, or is not UTF-8.
     """
     try:
-        # A pipe of that name must not make it wait forever.
+        # Opening a pipe with this name must not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise DocumentError(f"{path}: is not a regular file")
+                raise DocumentError(f"{path}: not a regular file")
             if most is not None and found.st_size > most:
-                raise DocumentError(f"{path}: has {found.st_size} bytes, and at most {most} are read")
+                raise DocumentError(f"{path}: has {found.st_size} bytes, more than the limit of {most}")
             content = file.read()
     except FileNotFoundError:
         raise
@@ -90,7 +90,7 @@ def read_text(path: str | Path, most: int | None = None) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DocumentError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise DocumentError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> Any:
@@ -98,21 +98,21 @@ def read_json(path: str | Path, kind: Any = Any, *, most: int | None = None) -> 
 
     Args:
         path: The file.
-        kind: A type hint, or a dataclass whose fields the object has: checked, and returned.
-        most: Bytes that it may have.
+        kind: A type hint or a dataclass; the content is checked against it and returned as that type.
+        most: The largest size accepted, in bytes.
 
     Raises:
-        FileNotFoundError: There is none.
-        DocumentError: It is torn, or of another shape.
+        FileNotFoundError: It does not exist.
+        DocumentError: It is torn or has another shape.
     """
     return parse_json(read_text(path, most), str(path), kind)
 
 
 def parse_json(text: str, name: str, kind: Any = Any) -> Any:
-    """The JSON of a text, as `read_json` reads a file; messages begin with `name`.
+    """JSON text parsed and checked as by `read_json`; messages begin with `name`.
 
     Raises:
-        DocumentError: It is torn, has a key twice, or is of another shape.
+        DocumentError: It is torn, has a duplicate key, or has another shape.
     """
     try:
         data = json.loads(text, object_pairs_hook=_object)
@@ -121,9 +121,9 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
         raise DocumentError(f"{name}: {_both_lines(text, str(error))}") from None
     except json.JSONDecodeError as error:
         line = f", in line {error.lineno}" if "\n" in text.strip() else ""
-        raise DocumentError(f"{name} is no JSON: {error.msg}{line}") from None
+        raise DocumentError(f"{name} is not JSON: {error.msg}{line}") from None
     except RecursionError:
-        raise DocumentError(f"{name}: is nested too deeply") from None
+        raise DocumentError(f"{name}: nested too deeply") from None
     except ValueError as error:
         if isinstance(error, DocumentError):
             raise
@@ -131,7 +131,7 @@ def parse_json(text: str, name: str, kind: Any = Any) -> Any:
 
 
 class _TwiceError(Exception):
-    """A key that is given twice in an object."""
+    """A duplicate key in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _both_lines(text: str, key: str) -> str:
-    """The lines in which the first object that has a key twice has it."""
+    """The two lines of the first duplicate key."""
     open_objects: list[dict[str, int]] = []
     before, at = "", 0
     for token in _JSON_TOKEN.finditer(text):
@@ -162,17 +162,17 @@ def _both_lines(text: str, key: str) -> str:
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
-    """A plain value as a type hint says: ints become floats, lists tuples, dicts dataclasses; nothing else changes.
+    """Convert a plain value to a type hint: ints to floats, lists to tuples, dicts to dataclasses, nothing else.
 
-    Keys that a dataclass does not know are left out, so that files of later versions can be read.
+    Unknown dataclass keys are ignored, so files from later versions stay readable.
 
     Args:
-        value: Of YAML or JSON.
-        hint: bool, int, float, str, None, Any, Literal, a union, list, tuple, dict or a dataclass of such.
-        where: The key, for the message.
+        value: A YAML or JSON value.
+        hint: bool, int, float, str, None, Any, Literal, a union, list, tuple, dict or a dataclass of these.
+        where: The key, for messages.
 
     Raises:
-        DocumentError: It is of another type.
+        DocumentError: It has another type.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -205,7 +205,7 @@ def _leaf(value: Any, hint: Any, where: str) -> Any:
 
 
 def _one_of(value: Any, hint: Any, inner: tuple[Any, ...], where: str) -> Any:
-    # The exact type first: 1 is an int before it is a float.
+    # Exact type first: 1 is an int before it is a float.
     for kind in sorted(inner, key=lambda kind: kind is not type(value)):
         try:
             return typed(value, kind, where)
@@ -258,20 +258,20 @@ def described(hint: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file's content.
+    """The content of a YAML file.
 
     Attributes:
         data: dict, list, str, int, float, bool or None, nested.
         name: The file, for messages.
         lines: The line of each value's key, by its place: a tuple of keys and indices.
-        texts: The spelling of the unquoted scalars.
-        doubts: Why a scalar, such as 010, is not a number that everybody reads the same; only where asked for.
+        texts: The spelling of unquoted scalars.
+        doubts: Why a scalar such as 010 is ambiguous as a number; filled only on request.
     """
 
     data: Any
@@ -286,23 +286,23 @@ class Document:
 
 
 def read_yaml(path: str | Path, *, doubts: bool = False) -> Document:
-    """A YAML file; errors and `doubts` as in `read_text` and `parse_yaml`."""
+    """A YAML file; errors and `doubts` as for `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path, MOST_BYTES), str(path), doubts=doubts)
 
 
 def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
-    """YAML as plain data that can be read in one way only.
+    """Parse YAML that has only one reading into plain data.
 
-    Refused are keys that are given twice, tags, aliases or nesting beyond any use, and numbers that YAML 1.1 reads in
-    another base than people do: 010 (octal) and 1:30 (base 60).
+    Duplicate keys, tags, excessive aliases or nesting, and numbers that YAML 1.1 reads in a base other than ten, 010
+    (octal) and 1:30 (base 60), are rejected.
 
     Args:
-        text: The YAML; an empty one is None.
-        name: Its origin, for messages.
-        doubts: Keep such numbers as text, and note them: the caller knows where text is wanted.
+        text: The YAML; an empty text gives None.
+        name: Where it comes from, for messages.
+        doubts: Keep such numbers as text and record them, for a caller that knows where text is expected.
 
     Raises:
-        DocumentError: It is not such YAML.
+        DocumentError: The YAML is invalid or ambiguous.
     """
     import yaml
 
@@ -315,7 +315,7 @@ def parse_yaml(text: str, name: str, *, doubts: bool = False) -> Document:
         line = f", line {mark.line + 1}" if mark else ""
         raise DocumentError(f"{name}{line}: {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise DocumentError(f"{name}: is no YAML ({first_line(error)})") from None
+        raise DocumentError(f"{name}: is not YAML ({first_line(error)})") from None
     return dataclasses.replace(document, data=data)
 
 
@@ -329,10 +329,10 @@ def _loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
             if getattr(event, "tag", None) is not None:
-                raise yaml.MarkedYAMLError(None, None, f"tags are not taken: {event.tag!r}", event.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"tags are not supported: {event.tag!r}", event.start_mark)
             self.depth += 1
             if self.depth > _MOST_DEPTH:
-                raise yaml.MarkedYAMLError(None, None, f"nested in more than {_MOST_DEPTH} levels", event.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"nested more than {_MOST_DEPTH} levels deep", event.start_mark)
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
@@ -341,7 +341,7 @@ def _loader() -> Any:
 
 
 class _Reader:
-    """From YAML's nodes to plain data; notes lines and spellings in the document."""
+    """Converts YAML nodes to plain data, recording lines and spellings in the document."""
 
     def __init__(self, document: Document, doubts: bool) -> None:
         self.document, self.doubts, self.nodes = document, doubts, 0
@@ -350,9 +350,9 @@ class _Reader:
         self.nodes += 1
         self.document.lines.setdefault(place, node.start_mark.line + 1)
         if self.nodes > _MOST_NODES:
-            raise DocumentError(f"{self.document.name}: has more than {_MOST_NODES} values, its aliases written out")
+            raise DocumentError(f"{self.document.name}: has more than {_MOST_NODES} values after expanding aliases")
         if len(place) > _MOST_DEPTH:
-            raise DocumentError(f"{self.document.where(place)}: nested in more than {_MOST_DEPTH} levels")
+            raise DocumentError(f"{self.document.where(place)}: nested more than {_MOST_DEPTH} levels deep")
         if node.id == "sequence":
             return [self.value(inner, (*place, index)) for index, inner in enumerate(node.value)]
         if node.id == "mapping":
@@ -394,21 +394,21 @@ class _Reader:
 
     def _key(self, node: Any, here: str) -> Any:
         key = str(node.value) if node.style is not None else scalar(node.value, here)
-        # A number equal to a bool, or a NaN that equals nothing, would not be found again.
+        # A number equal to a bool, or NaN, could not be looked up again.
         return str(node.value) if isinstance(key, bool) or key != key else key
 
     def _merged(self, node: Any, place: Place, here: str) -> dict[Any, Any]:
         merged: dict[Any, Any] = {}
         for mapping in node.value if node.id == "sequence" else [node]:
             if mapping.id != "mapping":
-                raise DocumentError(f"{here}: << takes a mapping, or a list of them")
+                raise DocumentError(f"{here}: << takes a mapping or a list of mappings")
             self.nodes += 1
             merged = self._mapping(mapping, place) | merged
         return merged
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML that `parse_yaml` reads back the same: text that looks like a number is quoted."""
+    """Plain data as YAML that `parse_yaml` reads back unchanged: text that looks like a number is quoted."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -422,16 +422,16 @@ def dump_yaml(data: Any) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
 
     Dumper.add_representer(str, represent)
-    # No alias where two values are one object.
+    # No aliases for repeated objects.
     Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def scalar(text: str, where: str = "") -> Any:
-    """The value of an unquoted word of YAML: None, bool, int, float or str.
+    """The value of an unquoted YAML word: None, bool, int, float or str.
 
     Raises:
-        DocumentError: 010 or 1:30, which YAML 1.1 reads in another base; or too large a number.
+        DocumentError: 010 or 1:30, which YAML 1.1 reads in another base; or a number that is too large.
     """
     if text in _NULL:
         return None
@@ -441,17 +441,17 @@ def scalar(text: str, where: str = "") -> Any:
     if _OCTAL.fullmatch(text) or _BASE_60.fullmatch(text):
         base = "octal" if ":" not in text else "base 60"
         raise DocumentError(
-            f"{before}{text} is a number in {base} to YAML 1.1 and something else to people; write the number in "
-            "decimal, or quote it as text"
+            f"{before}{text} is read as {base} by YAML 1.1 but not by people; write the number in decimal, or quote "
+            "it as text"
         )
     if _INT.fullmatch(text):
         try:
             return int(text.replace("_", ""), 0)
         except ValueError:
-            raise DocumentError(f"{before}{reprlib.repr(text)} is too long a number, or none") from None
+            raise DocumentError(f"{before}{reprlib.repr(text)} is not a number, or too long") from None
     if _FLOAT.fullmatch(text):
         number = float(re.sub(r"\.(?=inf|nan)", "", text.replace("_", "").lower()))
         if math.isinf(number) and "inf" not in text.lower():
-            raise DocumentError(f"{before}{reprlib.repr(text)} is too large a number")
+            raise DocumentError(f"{before}{reprlib.repr(text)} is too large")
         return number
     return text

@@ -1,4 +1,4 @@
-"""What an installation may lack: optional packages and extras, what others add by entry points, compiled libraries."""
+"""Optional parts of an installation: packages, extras, entry points of other packages, compiled libraries."""
 
 import ctypes
 import re
@@ -17,7 +17,7 @@ EXTRA = re.compile(r"extra\s*==\s*[\"']([^\"']+)[\"']")
 
 @dataclass(frozen=True)
 class Requirement:
-    """One package that an extra asks for: its name, and the lowest version (None: any)."""
+    """A package required by an extra: its name and lowest version (None: any)."""
 
     name: str
     at_least: str | None
@@ -29,7 +29,7 @@ class Requirement:
         except metadata.PackageNotFoundError:
             return f"{self.name} is missing"
         if self.at_least and version_tuple(found) < version_tuple(self.at_least):
-            return f"{self.name} is {found}, {self.at_least} or later is needed"
+            return f"{self.name} is {found}, {self.at_least} or later is required"
         return None
 
 
@@ -37,7 +37,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional `module`.
 
     Raises:
-        ImportError: It is not installed; names the `purpose` and the pip command that installs it.
+        ImportError: It is not installed; the message names the `purpose` and the pip command that installs it.
     """
     try:
         return import_module(module)
@@ -50,14 +50,14 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def added(group: str, name: str, kind: type[T]) -> T | None:
-    """The object that an installed package adds under a name by an entry point; None where none does.
+    """The object registered under a name by an installed package's entry point, or None.
 
     Raises:
-        ValueError: As `load_entry_point`; or several packages add the name.
+        ValueError: As for `load_entry_point`, or several packages register the name.
     """
     found = metadata.entry_points(group=group, name=name)
     if len(found) > 1:
-        raise ValueError(f"several packages add {name!r} by entry points in the group {group!r}; leave one installed")
+        raise ValueError(f"several packages add {name!r} as entry points in {group!r}; keep only one installed")
     return load_entry_point(next(iter(found)), kind) if found else None
 
 
@@ -65,20 +65,20 @@ def load_entry_point(point: metadata.EntryPoint, kind: type[T], error: type[Exce
     """The value of an entry point.
 
     Raises:
-        ValueError: It cannot be loaded, or is of another class than `kind`; `error`, where that is given.
+        ValueError: It cannot be loaded or is not a `kind`; raised as `error` if given.
     """
     where = f"the entry point {point.name} = {point.value} in the group {point.group!r}"
     try:
         value = point.load()
     except Exception as cause:  # An import can raise anything.
-        raise error(f"{where} cannot be loaded ({cause}); repair or remove the package that has it") from cause
+        raise error(f"{where} cannot be loaded ({cause}); repair or remove the package that provides it") from cause
     if not isinstance(value, kind):
-        raise error(f"{where} is of the class {type(value).__name__}; it must be of the class {kind.__name__}")
+        raise error(f"{where} is a {type(value).__name__}; it must be a {kind.__name__}")
     return value
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """The release numbers of a version without trailing zeros: "2.10.0+cu130" is (2, 10)."""
+    """The release numbers of a version without trailing zeros: "2.10.0+cu130" gives (2, 10)."""
     numbers = re.match(r"[0-9.]*", version)
     parts = [int(part) for part in (numbers.group() if numbers else "").split(".") if part]
     while parts and parts[-1] == 0:
@@ -87,15 +87,15 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def extra_names() -> list[str]:
-    """The extras of the installed package; raises PackageNotFoundError where it runs from a bare folder."""
+    """The extras of the installed package; raises PackageNotFoundError if it is not installed."""
     return metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
 
 
 def extra_requirements(extra: str) -> list[Requirement]:
-    """The requirements of `extra` by the installed package's metadata; an extra of ours in it is resolved.
+    """The requirements of `extra` in the installed package's metadata, with our own extras resolved.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: The package runs from a bare folder.
+        importlib.metadata.PackageNotFoundError: The package is not installed.
     """
     return list(dict.fromkeys(_resolve(extra)))
 
@@ -126,22 +126,20 @@ def _normal(name: str) -> str:
 
 
 def load_library(folder: Path, declare: Callable[[Any], None]) -> Any:
-    """The library `_fused*.so` of a folder, or why there is none, as a str.
+    """The library `_fused*.so` in a folder, or a str that says why there is none.
 
     Args:
         folder: Where it was built.
-        declare: Sets the types of the functions that are called; a library of older sources lacks some.
+        declare: Sets the types of the functions to be called; a library built from older sources lacks some of them.
     """
     files = sorted(folder.glob("_fused*.so"))
     if not files:
-        return (
-            "it was not built: the installation found no C compiler with OpenMP; install gcc and then the package again"
-        )
+        return "it was not built: the installation found no C compiler with OpenMP; install gcc, then reinstall"
     try:
         found = ctypes.CDLL(str(files[0]))
         declare(found)
     except OSError as error:
         return f"{files[0].name} cannot be loaded: {error}"
     except AttributeError as error:
-        return f"{files[0].name} was built from other sources ({error}); install the package again"
+        return f"{files[0].name} was built from other sources ({error}); reinstall the package"
     return found

@@ -1,7 +1,7 @@
-"""`module:Name` in a recipe or a study: your own code is imported, and no other.
+"""Importing the user's own code, named as `module:Name` in a recipe or study, and nothing else.
 
-Allowed are files and packages in the current folder or in a folder of PYTHONPATH, and modules that the command line
-names with `--import`. Python's own modules and installed packages are refused, unless they are named there.
+Allowed are files and packages in the current folder or in a folder on PYTHONPATH, and modules named on the command
+line with `--import`. Python's own modules and installed packages are rejected unless they are named there.
 """
 
 import argparse
@@ -24,36 +24,36 @@ from typing import Any
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _NAME = re.compile(rf"{_MODULE.pattern}:[^\W\d]\w*")
 _INSTALLED = {"site-packages", "dist-packages"}
-# What makes a folder a run's, or an export's.
+# Files that mark a folder as a run or an export.
 _RUNS = (("recipe.yaml", "data.json", "checkpoints"), ("model.json", "model.safetensors"))
 _found: dict[str, Any] = {}
-# Modules that the command line has named.
+# Modules allowed on the command line.
 named: set[str] = set()
 
 
 class OwnCodeError(ValueError):
-    """A name of a recipe that cannot be imported, or whose value is not what the key wants."""
+    """A name in a recipe that cannot be imported, or whose value is not what the key needs."""
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare `--import MODULE` on a command's parser, as `imports`."""
+    """Add `--import MODULE` to a command's parser, stored as `imports`."""
     parser.add_argument(
         "--import",
         dest="imports",
         action="append",
         default=[],
         metavar="MODULE",
-        help="also allow MODULE:NAME of this installed module; otherwise only of your own files",
+        help="also allow MODULE:NAME from this installed module; by default only your own files are allowed",
     )
 
 
 def is_name(value: str) -> bool:
-    """Whether a value is written as `module:Name`."""
+    """Whether a value has the form `module:Name`."""
     return ":" in value
 
 
 def check_form(key: str, value: str) -> None:
-    """Refuse a misspelt `module:Name`; nothing is imported.
+    """Reject a malformed `module:Name`; nothing is imported.
 
     Raises:
         OwnCodeError: It is not a dotted module, a colon and a name.
@@ -63,10 +63,10 @@ def check_form(key: str, value: str) -> None:
 
 
 def allow(modules: Iterable[str]) -> None:
-    """Allow names of these modules, and of their submodules, wherever they are installed.
+    """Allow names from these modules and their submodules, wherever they are installed.
 
     Raises:
-        OwnCodeError: One is not the dotted name of a module.
+        OwnCodeError: One of them is not a dotted module name.
     """
     for module in modules:
         if not _MODULE.fullmatch(module):
@@ -75,10 +75,10 @@ def allow(modules: Iterable[str]) -> None:
 
 
 def load(key: str, value: str) -> Any:
-    """The object that a `module:Name` names; the module is imported where that is allowed. `key` is for messages.
+    """Import the object named by `module:Name`, if allowed. `key` is for messages.
 
     Raises:
-        OwnCodeError: The module is not the user's own, does not exist or cannot be imported; or it has no such name.
+        OwnCodeError: The module is not the user's own, does not exist or cannot be imported, or it lacks the name.
     """
     if value not in _found:
         check_form(key, value)
@@ -93,20 +93,20 @@ def load(key: str, value: str) -> Any:
 
 
 def call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the object that a name names.
+    """Call a user's object.
 
     Raises:
-        OwnCodeError: It does not take these arguments, or fails; names the line.
+        OwnCodeError: It does not accept these arguments, or it raises; the message names the line.
     """
     check_call(key, value, function, *args, **kwargs)
     try:
         return function(*args, **kwargs)
-    except Exception as error:  # The user's code can raise anything.
+    except Exception as error:  # User code can raise anything.
         raise OwnCodeError(f"{key}={value!r} failed: {_where(error)}") from error
 
 
 def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Refuse arguments that it does not take; it is not called."""
+    """Reject arguments that do not fit the signature, without calling."""
     signature = _signature(function)
     if signature is None:
         return
@@ -116,7 +116,7 @@ def check_call(key: str, value: str, function: Callable[..., Any], *args: Any, *
         words = [type(arg).__name__ for arg in args] + [f"{name}={arg!r}" for name, arg in kwargs.items()]
         name = value.partition(":")[2]
         raise OwnCodeError(
-            f"{key}={value!r} cannot be called as {name}({', '.join(words)}), as its signature is {name}{signature}: "
+            f"{key}={value!r} cannot be called as {name}({', '.join(words)}); its signature is {name}{signature}: "
             f"{error}"
         ) from None
 
@@ -128,7 +128,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def takes_any(function: Callable[..., Any]) -> bool:
-    """Whether a function or class takes keyword arguments of any name."""
+    """Whether a function or class accepts arbitrary keyword arguments."""
     signature = _signature(function)
     return signature is not None and any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()
@@ -143,16 +143,16 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def wrong(key: str, value: str, found: Any, wanted: str) -> OwnCodeError:
-    """The error of a name whose value is of another kind than the key wants."""
+    """The error for a name whose value is not of the kind that the key needs."""
     what = f"the {type(found).__name__} {found.__name__}" if hasattr(found, "__name__") else f"a {type(found).__name__}"
     return OwnCodeError(f"{key}={value!r} is {what}; it must be {wanted}")
 
 
 def source_of(value: str) -> tuple[str, str]:
-    """File and SHA-256 of the module that defines a loaded name; ("", "") where it has no file."""
+    """File and SHA-256 of the module that defines a loaded name; ("", "") if it has no file."""
     module = sys.modules[value.partition(":")[0]]
     defined = sys.modules.get(getattr(_found[value], "__module__", ""), module)
-    # Of a name that the module imports from an installed package, the module itself is the source.
+    # For a name imported from an installed package, the importing module is the source.
     ours = defined if defined.__name__.partition(".")[0] == module.__name__.partition(".")[0] else module
     if ours.__file__ is None:
         return "", ""
@@ -160,7 +160,7 @@ def source_of(value: str) -> tuple[str, str]:
 
 
 def folders() -> list[Path]:
-    """Folders of the user's own modules: the current one and those of PYTHONPATH, but none of a run or of Python."""
+    """Folders of the user's modules: the current one and those on PYTHONPATH, except runs and Python's own."""
     given = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
     return [folder for folder in dict.fromkeys(path.absolute() for path in given) if not _is_foreign(folder)]
 
@@ -186,28 +186,25 @@ def _imported(key: str, value: str, module: str) -> ModuleType:
 
 
 def _check_own(key: str, value: str, module: str) -> None:
-    """Refuse a module that is not the user's own, before anything is imported."""
+    """Reject a module that is not the user's own, before anything is imported."""
     top = module.partition(".")[0]
     folder = _folder_of(top)
     if folder is None:
         raise _refusal(key, value, top)
     if str(folder) not in sys.path:
-        # At the end: a file of this folder must not stand in for a package that others import.
+        # Last: a file in this folder must not shadow a package that others import.
         sys.path.append(str(folder))
     spec = _spec(top)
     if spec is None or not all(_lies_below(place, folder) for place in _places(spec)):
         other = f" ({', '.join(_places(spec))})" if spec and _places(spec) else ""
-        raise OwnCodeError(
-            f"{key}={value!r}: Python has another module {top!r}{other}, which comes before the one in {folder}; "
-            "rename yours"
-        )
+        raise OwnCodeError(f"{key}={value!r}: another module {top!r}{other} shadows the one in {folder}; rename yours")
 
 
 def _folder_of(top: str) -> Path | None:
     if top in sys.stdlib_module_names or top == "robust_dist":
         return None
     found = [(folder, PathFinder.find_spec(top, [str(folder)])) for folder in folders()]
-    # A folder without __init__.py is a package only where nothing else has its name.
+    # A folder without __init__.py is a package only if nothing else has its name.
     whole = [folder for folder, spec in found if spec is not None and spec.origin is not None]
     return next(iter(whole + [folder for folder, spec in found if spec is not None]), None)
 
@@ -229,10 +226,10 @@ def _lies_below(place: str, folder: Path) -> bool:
 
 
 def _refusal(key: str, value: str, top: str) -> OwnCodeError:
-    where = "in the current folder or in a folder of PYTHONPATH"
+    where = "in the current folder or in a folder on PYTHONPATH"
     if _spec(top) is None and top not in sys.modules:
         return OwnCodeError(
-            f"{key}={value!r}: there is no module {top!r}{_near(top)}. It must be a file or package of yours "
+            f"{key}={value!r}: there is no module {top!r}{_near(top)}. It must be your own file or package "
             f"{where} ({_listed()}), or an installed module that the command line allows: --import MODULE"
         )
     return OwnCodeError(
@@ -247,14 +244,14 @@ def _listed() -> str:
 
 
 def _near(module: str) -> str:
-    """The end of a message about a module that is not there: files with a name like it."""
+    """A suggestion of similar file names, for a message about a missing module."""
     there = [path.stem for folder in folders() for path in folder.glob("*.py")]
     close = get_close_matches(module, there, n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _where(error: BaseException) -> str:
-    """An error with the last line of the user's own code that it came through."""
+    """An error with the last line of the user's own code in its traceback."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{said.partition(' (')[0]} ({error.filename}, line {error.lineno})"

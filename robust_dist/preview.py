@@ -1,4 +1,4 @@
-"""`robust-dist preview`: a PNG of what the augmentation does to the user's own data."""
+"""`robust-dist preview`: a PNG showing what the augmentation does to the user's data."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +28,14 @@ ENHANCERS = {"Brightness", "Color", "Contrast", "Sharpness"}
 
 @dataclass(frozen=True)
 class Column:
-    """One stage's result for every sample shown.
+    """One stage's result for every sample.
 
     Attributes:
         title: The stage's name.
-        images: Of each row, uint8 [C, H, W].
+        images: One per row, uint8 [C, H, W].
         captions: What happened to each sample.
-        boxes: For each row (x1, y1, x2, y2) in pixels of what was cut out or pasted, or None.
-        stand_ins: Rows whose own image could not be read, so that another one is shown.
+        boxes: For each row (x1, y1, x2, y2) in pixels of the region cut out or pasted, or None.
+        stand_ins: Rows whose image could not be read, so that another one is shown.
     """
 
     title: str
@@ -55,24 +55,24 @@ def columns(
     batch_size: int = 128,
     before: Mapping[str, Stage] | None = None,
 ) -> list[Column]:
-    """The stages of `augment`, one after the other, on `rows` samples: stored, crop and flip, TrivialAugment, CutMix.
+    """The stages of `augment` on `rows` samples: stored, crop and flip, TrivialAugment, CutMix.
 
-    The samples are the first of the epoch's first global batch, with the keys that training gives them: what is seen is
-    what training sees, before normalisation. Of a set that is read while training, the whole image comes first, with
-    its random crop. A sample that cannot be read is crossed out and warned of; another one's image stands there, which
-    counts for nothing in training.
+    The samples are the first ones of the epoch's first global batch, with the same keys as in training, so the columns
+    show what training sees before normalisation. For a set that is read during training, the whole image comes first,
+    with its random crop outlined. A sample that cannot be read is crossed out and reported; the image shown in its
+    place has no weight in training.
 
     Args:
         image_set: The user's data.
-        augment: The pipeline of the recipe; stages that it leaves out have no column.
-        rows: Samples shown.
-        seed: Of the order and of the keys.
+        augment: The recipe's pipeline; stages that it leaves out have no column.
+        rows: Number of samples.
+        seed: Seed of the order and of the keys.
         epoch: The epoch shown.
-        batch_size: Samples of a batch, among which CutMix finds its partners.
-        before: The user's own stages before the crop, by their names; a column each.
+        batch_size: Samples per batch, among which CutMix finds partners.
+        before: The user's own stages before the crop, by name; one column each.
 
     Raises:
-        ValueError: rows is below 1, or more than the batch or the set holds.
+        ValueError: rows is below 1, or exceeds the batch or the set.
         DataError: None of the samples can be read.
     """
     size = min(batch_size, len(image_set))
@@ -134,14 +134,14 @@ def _tell_bad(bad: Mapping[int, BadImage], count: int, name: str) -> None:
 
 
 def _needed(cutmix: CutMix | None, rows: int, size: int) -> int:
-    """How many of a batch of `size` samples say what becomes of the first `rows`: whole blocks of partners."""
+    """How many samples of a batch of `size` determine the first `rows`: whole blocks of partners."""
     if cutmix is None:
         return rows
     return size if cutmix.mode == "batch" else min(size, -(-rows // cutmix.block) * cutmix.block)
 
 
 def _crop_and_flip(augment: RobustAugment, images: Tensor, keys: Tensor) -> tuple[Tensor, list[str]]:
-    """The images after both stages, and how each was moved (right, down) and whether it was mirrored."""
+    """The images after both stages, with each image's shift (right, down) and whether it was mirrored."""
     moved = mirrored = [""] * len(images)
     if augment.crop is not None:
         crop = augment.crop.plan(keys)
@@ -156,7 +156,7 @@ def _crop_and_flip(augment: RobustAugment, images: Tensor, keys: Tensor) -> tupl
 
 
 def operation(trivial: TrivialAugment, plan: Any, row: int) -> str:
-    """The operation drawn for a sample with its signed magnitude in its own unit, such as "Rotate -40.5°"."""
+    """The operation drawn for a sample with its signed magnitude and unit, such as "Rotate -40.5°"."""
     name = trivial.OPS[int(plan.op[row])]
     amount = _amount(name, int(plan.magnitude_bin[row]), bool(plan.negative[row]), trivial.num_bins)
     return f"{name} {amount}" if amount else name
@@ -192,7 +192,7 @@ def _cutmix_column(
 
 
 def mixture(own: str, partner: str, lam: float) -> str:
-    """The soft label in words: "0.62 ship + 0.38 cat"; one name where there is one class, numbers in quotes."""
+    """The soft label in words: "0.62 ship + 0.38 cat"; one name if there is one class, numbers in quotes."""
     first, second = (f"'{name}'" if name[:1].isdigit() else name for name in (own, partner))
     if own == partner or lam == 1:
         return f"1.00 {first}"
@@ -200,7 +200,7 @@ def mixture(own: str, partner: str, lam: float) -> str:
 
 
 def draw(shown: Sequence[Column], path: Path) -> None:
-    """Write the columns as a PNG, each image with its caption below it and the box of what was pasted outlined.
+    """Write the columns as a PNG, each image with its caption below and the pasted box outlined.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -223,7 +223,7 @@ def _draw_cell(place: Any, column: Column, row: int) -> None:
     place.imshow(image.expand(-1, -1, 3).numpy(), interpolation="nearest", vmin=0, vmax=255)
     if row in column.stand_ins:
         _cross_out(place)
-    # A class's name is no formula, whatever it holds.
+    # A class name must not be parsed as a formula.
     place.set_xlabel(printable(column.captions[row]), fontsize=8, parse_math=False)
     place.set(xticks=[], yticks=[])
     if column.boxes is not None:
@@ -238,7 +238,7 @@ def _cross_out(place: Any) -> None:
 
 
 def _outline(place: Any, box: tuple[float, ...]) -> None:
-    """A dashed rectangle around the box, whose pixels' centres lie on whole numbers."""
+    """A dashed rectangle around the box; pixel centres lie at whole numbers."""
     x1, y1, x2, y2 = box
     if x2 > x1 and y2 > y1:
         xs, ys = (x1 - 0.5, x2 - 0.5, x2 - 0.5, x1 - 0.5, x1 - 0.5), (y1 - 0.5, y1 - 0.5, y2 - 0.5, y2 - 0.5, y1 - 0.5)

@@ -1,4 +1,4 @@
-"""Values of settings that look like secrets, kept out of files, trackers and messages."""
+"""Keeping secrets in settings out of files, trackers and messages."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from robust_dist.documents import DocumentError, parse_yaml
 
 HIDDEN = "(hidden)"
-# A shorter value would also be found in ordinary words.
+# A shorter value would also match ordinary words.
 _TELLING = 8
 _remembered: set[str] = set()
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )[\w.~+/-]{8,}=*")
@@ -25,17 +25,17 @@ _IN_TEXT = re.compile(
 
 
 def is_secret(key: object) -> bool:
-    """Whether a setting's name, the last part of a dotted one, looks like that of a secret."""
+    """Whether a setting's name (the last part of a dotted one) looks like that of a secret."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key).rpartition(".")[2])
     words = [word for word in re.split(r"[^A-Za-z0-9]+", name.lower()) if word]
     return not _WORDS.isdisjoint(words) or not _PAIRS.isdisjoint(pairwise(words))
 
 
 def hidden(value: Any, key: object = "") -> Any:
-    """A copy of nested plain values with `HIDDEN` for what looks like a secret, and for passwords in URLs.
+    """A copy of nested plain values with `HIDDEN` for apparent secrets and for passwords in URLs.
 
-    Numbers and truth values of a model's `class_token`, say, are no secrets; those of a password are. `key` is the name
-    that the value has.
+    Numbers and booleans under a name such as `class_token` are kept; under a password's name they are hidden. `key` is
+    the name of the value.
     """
     if isinstance(value, Mapping):
         return {name: hidden(inner, name if not is_secret(key) else key) for name, inner in value.items()}
@@ -47,7 +47,7 @@ def hidden(value: Any, key: object = "") -> Any:
 
 
 def remember_secrets(value: Any, key: object = "") -> None:
-    """Remember the secrets among nested settings, so that `hidden_text` finds them in others' messages."""
+    """Remember the secrets in nested settings, so that `hidden_text` finds them in other packages' messages."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             remember_secrets(inner, name if not is_secret(key) else key)
@@ -59,10 +59,10 @@ def remember_secrets(value: Any, key: object = "") -> None:
 
 
 def hidden_text(text: str) -> str:
-    """A text, such as another package's error, without secrets.
+    """A text, such as another package's error, with secrets hidden.
 
-    Hidden are the settings given to `remember_secrets`, environment variables named like a secret, what follows such a
-    name and a colon or an equals sign, passwords in URLs, and tokens of the Hub.
+    Hidden are the settings given to `remember_secrets`, environment variables named like secrets, what follows such a
+    name and a colon or equals sign, passwords in URLs, and Hub tokens.
     """
     environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _TELLING}
     # The shell's working directories.
@@ -73,7 +73,7 @@ def hidden_text(text: str) -> str:
 
 
 def hidden_words(words: Sequence[str]) -> list[str]:
-    """A command line without secrets: of `--a.api_key X`, of `--a.api_key=X` and of `--a '{api_key: X}'`."""
+    """A command line with secrets hidden: in `--a.api_key X`, `--a.api_key=X` and `--a '{api_key: X}'`."""
     shown: list[str] = []
     before = ""
     for word in words:
@@ -100,13 +100,13 @@ def _hidden_word(option: str, value: str) -> str:
 
 
 def without_hidden(value: Any) -> Any:
-    """Nested values without the entries that `hidden` replaced, which must be given again."""
+    """Nested values without the entries replaced by `hidden`, which must be given again."""
     if isinstance(value, Mapping):
         return {key: without_hidden(inner) for key, inner in value.items() if inner != HIDDEN}
     return [without_hidden(inner) for inner in value if inner != HIDDEN] if isinstance(value, list) else value
 
 
 def has_options(recipe: Any) -> bool:
-    """Whether a recipe, as nested mappings, has options of a tracker, a model or an optimizer."""
+    """Whether a recipe, as nested mappings, has options for a tracker, model or optimizer."""
     sections = recipe.values() if isinstance(recipe, Mapping) else ()
     return any(isinstance(section, Mapping) and bool(section.get("options")) for section in sections)

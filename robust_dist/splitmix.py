@@ -1,4 +1,4 @@
-"""splitmix64's output function in wrapping int64 operations, which processors and devices do alike, bit for bit."""
+"""splitmix64's output function in wrapping int64 operations, bit-identical on every device."""
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mix_int(x: int) -> int:
-    """`mix` of a Python integer modulo 2**64; as an unsigned one."""
+    """`mix` of a Python integer modulo 2**64, as an unsigned integer."""
     x %= 2**64
     x = (x ^ (x >> 30)) * _MIX_1 % 2**64
     x = (x ^ (x >> 27)) * _MIX_2 % 2**64

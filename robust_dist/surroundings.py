@@ -1,4 +1,4 @@
-"""The surroundings of a training run that would make it fail: limits, ports, stale files, environment variables."""
+"""Problems of the environment that would make a run fail: limits, ports, stale files, environment variables."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-# What a run notes and `robust-dist doctor` tells, beside torch.
+# Packages whose versions a run records and `robust-dist doctor` shows, besides torch.
 PACKAGES = ("torchvision", "accelerate", "deepspeed", "numpy")
 MIN_SHARED_BYTES = 256 * 2**20
 MIN_TEMPORARY_BYTES = 512 * 2**20
@@ -25,7 +25,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that would go wrong: its subject, what it does to a run, and the command that fixes it."""
+    """A problem: its subject, its effect on a run, and the command that fixes it."""
 
     name: str
     detail: str
@@ -49,7 +49,7 @@ def problems(*, has_gpu: bool) -> list[Problem]:
 
 
 def processor() -> str | None:
-    """The processor's name by Linux; None elsewhere."""
+    """The processor's name on Linux; None elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -58,14 +58,14 @@ def processor() -> str | None:
 
 
 def usable_cores() -> float:
-    """Cores that this process may use: its affinity, at most the control group's quota."""
+    """Cores that this process may use: its affinity, capped by the cgroup quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(float(cores), quota(Path("/sys/fs/cgroup/cpu.max")))
 
 
 def quota(cpu_max: Path) -> float:
-    """Cores that a control group's file cpu.max grants; infinity where it sets no limit."""
+    """Cores granted by a cgroup's cpu.max file; infinity if it sets no limit."""
     try:
         limit, period = cpu_max.read_text().split()[:2]
     except (OSError, ValueError):
@@ -78,19 +78,19 @@ def has_nvidia_device() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/version").exists()
 
 
-def shared_memory(folder: Path) -> Problem | None:
-    """Too little shared memory kills loader workers and NCCL with a bus error (Docker grants 64 MB by default)."""
+def shared_memory(folder: Path, at_least: int = MIN_SHARED_BYTES) -> Problem | None:
+    """Too little shared memory kills loader workers and NCCL with a bus error (Docker's default is 64 MB)."""
     if not folder.is_dir():
         return None
     free = shutil.disk_usage(folder).free
-    if free >= MIN_SHARED_BYTES:
+    if free >= at_least:
         return None
     detail = f"{free / 2**20:.0f} MiB free in {folder}: loader workers and NCCL may die of a bus error"
     return Problem("shared memory", detail, "docker run --shm-size=8g ... (or: mount -o remount,size=8G /dev/shm)")
 
 
 def open_files() -> Problem | None:
-    """A low limit of open files ends loader workers with "Too many open files"."""
+    """A low limit on open files ends loader workers with "Too many open files"."""
     try:
         import resource
     except ImportError:
@@ -103,24 +103,24 @@ def open_files() -> Problem | None:
     return Problem("open files", detail, f"ulimit -n {most}")
 
 
-def temporary_folder(folder: Path) -> Problem | None:
-    """Torchrun's logs, builds and sockets need some room in the temporary folder."""
+def temporary_folder(folder: Path, at_least: int = MIN_TEMPORARY_BYTES) -> Problem | None:
+    """Torchrun's logs, builds and sockets need room in the temporary folder."""
     free = shutil.disk_usage(folder).free
-    if os.access(folder, os.W_OK) and free >= MIN_TEMPORARY_BYTES:
+    if os.access(folder, os.W_OK) and free >= at_least:
         return None
     state = f"{free / 2**20:.0f} MiB free" if os.access(folder, os.W_OK) else "not writable"
-    detail = f"{folder} is {state}: builds and launchers need it"
+    detail = f"{folder} is {state}; builds and launchers need it"
     return Problem("temporary folder", detail, "export TMPDIR=/a/folder/with/room")
 
 
 def port(number: int) -> Problem | None:
-    """Torchrun and accelerate meet on port 29500 unless told otherwise."""
+    """Torchrun and accelerate use port 29500 by default."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("", number))
         except OSError as error:
-            detail = f"port {number}, where ranks meet by default, cannot be bound ({error.strerror}): is a run alive?"
+            detail = f"port {number}, the ranks' default, cannot be bound ({error.strerror}): is another run using it?"
             return Problem("port", detail, "accelerate launch --main_process_port 29501 ...")
     return None
 
@@ -137,7 +137,7 @@ def host_name() -> Problem | None:
 
 
 def rank_variables(environ: Mapping[str, str]) -> Problem | None:
-    """Left-over variables of a launcher make a plain start wait for ranks that never come."""
+    """Leftover launcher variables make a plain start wait for ranks that never come."""
     found = [name for name in RANK_VARIABLES if name in environ]
     if not found:
         return None
@@ -182,27 +182,27 @@ def extension_folder(environ: Mapping[str, str]) -> Path:
 
 
 def extension_source() -> str:
-    """The source of torch's extension builder; empty where it cannot be read."""
+    """The source of torch's extension builder; empty if it cannot be read."""
     spec = find_spec("torch.utils.cpp_extension")
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
 
 
 def locks_outlive_builds(source: str) -> bool:
-    """Whether torch locks a build by the existence of a file; newer ones hold a lock that ends with the process."""
+    """Whether torch locks a build by a file's existence; newer versions hold a lock that ends with the process."""
     return "FileBaton(" in source
 
 
-def stale_locks(folder: Path) -> Iterator[Problem]:
-    """A killed build leaves a file `lock`, on which every later build waits forever.
+def stale_locks(folder: Path, processes: Path = Path("/proc")) -> Iterator[Problem]:
+    """A killed build leaves a `lock` file, and every later build waits for it forever.
 
-    A live build of this machine holds its lock open; where the processes cannot be seen, the lock's age decides.
+    A live build on this machine keeps its lock open; if processes cannot be seen, the lock's age decides.
     """
     for lock in sorted(folder.rglob("lock")):
         age = time.time() - lock.stat().st_mtime
-        held = is_open(lock)
+        held = is_open(lock, processes)
         if held or (held is None and age < STALE_LOCK_SECONDS):
             continue
-        detail = f"{lock}, {age / 60:.0f} minutes old, has no build on this machine: later builds wait on it forever"
+        detail = f"{lock}, {age / 60:.0f} minutes old, belongs to no live build: later builds wait for it forever"
         yield Problem("build lock", detail, f"rm {shlex.quote(str(lock))}")
 
 

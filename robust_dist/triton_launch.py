@@ -1,8 +1,8 @@
-"""Triton's kernels, launched again by what their first launch compiled: a tenth of the host's time.
+"""Repeated Triton launches through the compiled kernel, at a tenth of the host time.
 
-`kernel[grid](...)` binds and looks up all arguments at each launch, about 20 us; the `CompiledKernel` that it returns
-does the same launch in 2 us. That it takes all arguments in their order, constants included, is known of the releases
-in `KNOWN` (tests/test_triton_launch.py); others, and Triton's interpreter, launch as ever.
+`kernel[grid](...)` binds and looks up all arguments on each launch, about 20 us; the `CompiledKernel` that it returns
+launches in 2 us. That it takes all arguments in order, constants included, holds for the releases in `KNOWN`
+(tests/test_triton_launch.py); other releases and Triton's interpreter launch as usual.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from triton.language import dtype
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-KNOWN = ((3, 6), (3, 8))  # the oldest and the newest release whose CompiledKernel is launched so
+KNOWN = ((3, 6), (3, 8))  # oldest and newest release whose CompiledKernel is called directly
 
 
 def _is_known() -> bool:
@@ -23,13 +23,13 @@ def _is_known() -> bool:
 
 
 def _kind(argument: Any) -> Any:
-    """All that Triton may compile for: a pointer's type and alignment, the value of anything else."""
+    """Everything Triton may specialise on: a pointer's type and alignment, any other argument's value."""
     cls = type(argument)
     if cls is int or cls is bool:
         return argument
     if isinstance(argument, Tensor):
         return argument.dtype if argument.data_ptr() & 15 else (argument.dtype,)
-    return argument.name if cls is dtype else argument  # a dtype of Triton hashes slowly
+    return argument.name if cls is dtype else argument  # Triton's dtypes hash slowly
 
 
 def _is_narrow(number: int) -> bool:
@@ -37,14 +37,14 @@ def _is_narrow(number: int) -> bool:
 
 
 class Kernel:
-    """A kernel that launches as `jit`, the kernel that it wraps: `kernel[grid](*arguments, **options)`."""
+    """Launches like `jit`, the kernel that it wraps: `kernel[grid](*arguments, **options)`."""
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
         self._count = len(jit.arg_names)
         self._again: dict[Any, Any] | None = {} if isinstance(jit, JITFunction) and _is_known() else None
         self._last: tuple[Any, ...] | None = None
-        # Arguments for whose values nothing is compiled: whether 32 bits hold them is all that counts.
+        # Arguments without specialisation on their values: only whether 32 bits hold them matters.
         self._free = [i for i, parameter in enumerate(getattr(jit, "params", ())) if parameter.do_not_specialize]
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +75,7 @@ class Kernel:
         return compiled
 
     def _last_compiled(self, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """What was launched last, if it is asked for again: comparing is cheaper than hashing."""
+        """The kernel launched last, if the arguments are the same kind; comparing is cheaper than hashing."""
         if self._last is None:
             return None
         device, kinds, rest, last_options, compiled = self._last
@@ -83,19 +83,19 @@ class Kernel:
             return None
         if driver.active.get_current_device() != device:
             return None
-        # `_kind` of tensors, written out
+        # `_kind` for tensors, inlined
         found = [t.dtype if t.data_ptr() & 15 else (t.dtype,) for t in given[: len(kinds)]]
         return compiled if found == kinds else None
 
     def _rest(self, given: tuple[Any, ...], first: int) -> list[Any]:
-        """All arguments from `first` on, as far as something is compiled for them."""
+        """All arguments from `first` on, reduced to what Triton specialises on."""
         found = list(given[first:])
         for place in self._free:
             found[place - first] = _is_narrow(given[place])
         return found
 
     def _seen(self, given: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> tuple[Any, ...] | None:
-        """What `_last_compiled` compares: the tensors come before all other arguments, or nothing is."""
+        """What `_last_compiled` compares; None unless the tensors come before all other arguments."""
         first = next((place for place, argument in enumerate(given) if not isinstance(argument, Tensor)), len(given))
         if any(isinstance(argument, Tensor) for argument in given[first:]):
             return None

@@ -1,4 +1,4 @@
-"""Checks of settings: a ValueError or TypeError names the setting, its value and what would be right."""
+"""Checks of settings; a ValueError or TypeError names the setting, its value and what is allowed."""
 
 import math
 import operator
@@ -11,7 +11,7 @@ def whole_number(name: str, value: Any, low: int, high: int | None = None) -> in
     """`value` as an int in [low, high].
 
     Raises:
-        TypeError: It is no whole number.
+        TypeError: It is not a whole number.
         ValueError: It is outside the range.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -29,8 +29,8 @@ def real_number(name: str, value: Any, low: float, high: float = math.inf) -> fl
     """`value` as a finite float in [low, high].
 
     Raises:
-        TypeError: It is no real number.
-        ValueError: It is outside the range, infinite or not a number.
+        TypeError: It is not a real number.
+        ValueError: It is out of range, infinite or NaN.
     """
     wanted = f"a finite number >= {low}" + ("" if high == math.inf else f" and <= {high}")
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -42,10 +42,10 @@ def real_number(name: str, value: Any, low: float, high: float = math.inf) -> fl
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value`, which must be among `choices`.
+    """`value`, which must be one of `choices`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not one of them.
     """
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, choices))}")

@@ -1,9 +1,9 @@
-"""Markers that need asking for, threads that suit two cores, and the tables that a run of the tests writes."""
+"""Markers that are opt-in, threads suited to two cores, and tables written by test runs."""
 
 import os
 from pathlib import Path
 
-# Before torch loads it: MKL's kernels for AVX-512 round some of torchvision's shears otherwise.
+# Before torch loads it: otherwise MKL's AVX-512 kernels round some of torchvision's shears differently.
 os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from tests.engines import matrix
 from tests.multinode import table
 
-# The longest files, then the folders of tests that start processes: first, so that workers (pytest-xdist) end together.
+# The longest files first, then folders of tests that start processes, so that workers (pytest-xdist) end together.
 LONGEST = ("test_deepspeed.py", "test_torch_engines.py", "test_engines.py", "test_run.py", "test_compile.py")
 LONG = ("engines", "train", "checkpoint", "study", "launch")
 CELLS = pytest.StashKey[matrix.Cells]()
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
     }
     for item in items:
         for marker, run in wanted.items():
-            # Not `item.keywords`: a folder of the marker's name is among them.
+            # Not `item.keywords`, which includes a folder of the marker's name.
             if item.get_closest_marker(marker) and not run:
                 item.add_marker(pytest.mark.skip(reason=f"marked {marker}"))
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    # A test counts by its call; set-up counts where it never came to one.
+    # A test counts by its call; set-up counts if the call was never reached.
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         for marker in item.iter_markers("cell"):
             engine, column, *world = marker.args

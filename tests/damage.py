@@ -1,4 +1,4 @@
-"""Ways in which a file comes to be another than it was written, for hypothesis."""
+"""Ways in which a file can be damaged, for hypothesis."""
 
 from hypothesis import strategies as st
 

@@ -1,9 +1,9 @@
-"""Processes that are forked from a server that has done the imports: a start takes milliseconds, not seconds.
+"""Processes forked from a server that has done the imports, so that a start takes milliseconds, not seconds.
 
-The server is `multiprocessing`'s. It is started by the first process that is asked for, imports `tests.preload`, and
-ends when nothing holds it any more. Each process gets the environment and the working directory of its caller.
-`python` stands for the command of that name, where a test does not depend on which modules are imported; what it
-starts as further Python processes, as Accelerate's launcher and torchrun do, is forked, too.
+The server is `multiprocessing`'s. It is started by the first request, imports `tests.preload`, and ends when nothing
+holds it any more. Each process gets its caller's environment and working directory. `python` stands for the command
+of that name, for tests that do not depend on which modules are imported; Python processes that it starts in turn, as
+Accelerate's launcher and torchrun do, are forked too.
 """
 
 import atexit
@@ -28,8 +28,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-# No thread may be there when a process is forked, so no pool of OpenMP, OpenBLAS or, in torch 2.6, Inductor, and no
-# helper of pyarrow's jemalloc.
+# No thread may exist when a process is forked, so no pools of OpenMP, OpenBLAS or, in torch 2.6, Inductor, and no
+# helper thread of pyarrow's jemalloc.
 SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -56,14 +56,14 @@ def set_environment(env: Mapping[str, str]) -> None:
 
 
 def begin(env: Mapping[str, str]) -> None:
-    """Be in a forked process what a fresh one with this environment would be."""
+    """Make a forked process what a fresh one with this environment would be."""
     set_environment(env)
     # Python seeds its own generator anew in a fork, NumPy does not.
     np.random.seed()  # noqa: NPY002
 
 
 def ensure_server() -> None:
-    """Start the server where there is none; the code it imports is this repository's, whatever is installed."""
+    """Start the server if necessary; the code it imports is this repository's, whatever is installed."""
     with _lock:
         CONTEXT.set_forkserver_preload(["tests.preload"])
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -72,19 +72,19 @@ def ensure_server() -> None:
 
 
 def _lead(output: Connection, function: Callable[..., None], args: tuple) -> None:
-    """Be the first of a process group of its own, which prints into the pipe."""
+    """Become the leader of a new process group that prints into the pipe."""
     os.setsid()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
-    # As in a terminal, wherever the tests run: nohup and a background job ignore these.
+    # As in a terminal, however the tests run: nohup and background jobs ignore these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     function(*args)
 
 
 class Forked:
-    """A call in a forked process, with what `subprocess.Popen` has of methods."""
+    """A call in a forked process, with the methods of `subprocess.Popen`."""
 
     def __init__(self, function: Callable[..., None], *args: Any) -> None:
         ensure_server()
@@ -143,7 +143,7 @@ class Forked:
 
 
 def finish(process: "Forked | subprocess.Popen", timeout: float = 240) -> tuple[int, str]:
-    """Its exit status and what it printed; a process that takes longer is ended with its group."""
+    """Its exit status and output; a process that takes longer is killed with its group."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -152,12 +152,12 @@ def finish(process: "Forked | subprocess.Popen", timeout: float = 240) -> tuple[
     return process.returncode, output
 
 
-# What `subprocess.Popen` names the ends of its pipes.
+# `subprocess.Popen`'s names for the ends of its pipes.
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 
 
 def _fork_pythons() -> None:
-    """Let this process fork what it would start as `python WORDS`, and start everything else as before."""
+    """Make this process fork what it would start as `python WORDS`, and start everything else as before."""
     start = inspect.unwrap(subprocess.Popen._execute_child)
     names = inspect.signature(start).parameters
 
@@ -180,7 +180,7 @@ def _fork_pythons() -> None:
 
 
 def _be_child(words: list[str], ends: list[int], given: dict[str, Any]) -> None:
-    """Never returns; what the parent would do at its end, as removing its temporary folders, is not done here."""
+    """Never returns; the parent's exit handlers, such as removing temporary folders, do not run here."""
     if given["start_new_session"]:
         os.setsid()
     for stream, end in enumerate(ends):
@@ -191,7 +191,7 @@ def _be_child(words: list[str], ends: list[int], given: dict[str, Any]) -> None:
 
 
 def run_words(words: list[str], env: Mapping[str, str], cwd: str | Path | None = None) -> None:
-    """Be what `python WORDS` is with this environment: `[-u] [-c CODE | -m MODULE | SCRIPT] ...`."""
+    """Become `python WORDS` with this environment: `[-u] [-c CODE | -m MODULE | SCRIPT] ...`."""
     begin(env)
     os.chdir(cwd or ".")
     _fork_pythons()
@@ -221,7 +221,7 @@ def python(*words: str | Path, cwd: str | Path | None = None, timeout: float = 2
     return finish(start_python(*words, cwd=cwd, **env), timeout)
 
 
-# Asks for a process, waits for its end, and gives its output and status for its own.
+# Requests a process, waits for it, and passes on its output and status.
 PROGRAM = """#!/bin/sh
 call=$(mktemp -d {folder}/XXXXXX)
 env -0 > "$call/env"
@@ -236,7 +236,7 @@ exit "$status"
 
 @contextlib.contextmanager
 def python_program(path: Path) -> Iterator[None]:
-    """Let `path` be a program for scripts to run as `python`, whose processes are forked."""
+    """Make `path` a program that scripts run as `python`, and whose processes are forked."""
     over = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
 

@@ -1,4 +1,4 @@
-"""The package as `pip install` leaves it: a wheel of this checkout, and an environment that has it."""
+"""The package as `pip install` leaves it: a wheel of this checkout, and an environment with it."""
 
 import atexit
 import os
@@ -24,7 +24,7 @@ def folder() -> Path:
 
 @cache
 def wheel() -> Path:
-    """The wheel, of what git would take of this checkout: its build folder may hold another version's files."""
+    """The wheel, from the files git would include: the checkout's build folder may hold another version's files."""
     command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -45,7 +45,7 @@ def wheel() -> Path:
 
 @cache
 def interpreter() -> Path:
-    """The interpreter of an environment that has the wheel, and this one's other packages behind it."""
+    """The interpreter of an environment with the wheel, and this one's other packages behind it."""
     place = folder() / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
     packages = next(place.glob("lib/python*/site-packages"))
@@ -57,7 +57,7 @@ def interpreter() -> Path:
 
 
 def run(*words: str | Path, cwd: Path) -> tuple[int, str]:
-    """Run the environment's Python; returns its exit status and all that it printed."""
+    """Run the environment's Python; returns its exit status and output."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     command = [interpreter(), *words]

@@ -1,4 +1,4 @@
-"""The house in figures: `python -m tests.house` prints what the guide table of robust_dist/README.md holds."""
+"""Figures of the code base: `python -m tests.house` prints the guide table."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "robust_dist"
-# Private by name, and documented all the same; torch's own optimizers are written with its _foreach functions.
+# Private by name but documented; torch's own optimizers are written with its _foreach functions.
 DOCUMENTED = re.compile(r"_(asdict|exit|getframe|current_frames|fields|foreach_\w+)$")
 ENGINES = {"ddp", "fsdp", "fsdp1", "fsdp2", "hsdp", "deepspeed", "zero0", "zero1", "zero2", "zero3"}
 
@@ -38,7 +38,7 @@ def _for_types_alone(module: ast.Module) -> set[int]:
 
 @cache
 def imports(name: str) -> frozenset[str]:
-    """The package's modules that a module imports, in functions too; what is for types alone does not count."""
+    """The package's modules that a module imports, also inside functions; type-checking imports do not count."""
     found, skipped = set(), _for_types_alone(tree(name))
     for node in ast.walk(tree(name)):
         if id(node) in skipped:
@@ -53,7 +53,7 @@ def imports(name: str) -> frozenset[str]:
 
 
 def reached(name: str) -> set[str]:
-    """All modules that a module reaches by imports, itself included."""
+    """All modules reachable from a module by imports, including itself."""
     found, new = set(), {name}
     while new:
         found |= new
@@ -62,13 +62,13 @@ def reached(name: str) -> set[str]:
 
 
 def circles() -> list[tuple[str, str]]:
-    """Pairs of files that import each other; packages' own `__init__` files apart."""
+    """Pairs of files that import each other, except packages' own `__init__` files."""
     files = [name for name in modules() if modules()[name].name != "__init__.py"]
     return [(one, other) for one in files for other in imports(one) if one < other and one in imports(other)]
 
 
 def room(name: str) -> str:
-    """The folder of a module below robust_dist; "" for the files that stand there themselves."""
+    """The folder of a module below robust_dist; "" for files at the top."""
     parts = modules()[name].relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else ""
 
@@ -82,23 +82,23 @@ def arrows() -> dict[str, set[str]]:
 
 
 def naming_deepspeed() -> list[str]:
-    """Files in which DeepSpeed is named, in code or in words."""
+    """Files that mention DeepSpeed, in code or text."""
     return [name for name, path in modules().items() if "deepspeed" in path.read_text(encoding="utf-8").lower()]
 
 
 def with_engine_names() -> list[str]:
-    """Files with an engine's name as a string of the code."""
+    """Files with an engine's name as a string in the code."""
     return [name for name in modules() if any(_constants(name))]
 
 
 def with_object_collectives() -> list[str]:
-    """Files that call torch's or Accelerate's collectives of Python objects."""
+    """Files that call torch's or Accelerate's object collectives."""
     called = re.compile(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?")
     return [name for name in modules() if any(called.fullmatch(one) for one in _names(name))]
 
 
 def _names(name: str) -> Iterator[str]:
-    """All names of a module's code: variables, attributes, and what it imports."""
+    """All names in a module's code: variables, attributes and imports."""
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Attribute):
             yield node.attr
@@ -113,7 +113,7 @@ def _constants(name: str) -> Iterator[str]:
 
 
 def private_places() -> list[tuple[str, str]]:
-    """Where a private name of another package is used: (module, name)."""
+    """Uses of other packages' private names: (module, name)."""
     own = {found for name in modules() for found in _defined(name)}
     places = set()
     for name in modules():
@@ -148,7 +148,7 @@ def _defined(name: str) -> Iterator[str]:
 
 
 def import_share() -> float:
-    """Seconds of `import robust_dist` after `import torch`, over those of `import torch`; the least of five."""
+    """Time of `import robust_dist` after `import torch`, relative to that of `import torch`; the least of five."""
     code = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import robust_dist; "
         "print((time.perf_counter() - b) / (b - a))"
@@ -161,7 +161,7 @@ def import_share() -> float:
 
 
 def figures(*, timed: bool = True) -> dict[str, object]:
-    """The guide table; `timed`: the import time, too, which takes a while."""
+    """The guide table; `timed` includes the import time, which takes a while."""
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values())
     return {
         "lines of robust_dist, Python": lines,

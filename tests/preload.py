@@ -1,11 +1,11 @@
-"""What the fork server imports, so that the processes forked from it need not."""
+"""Imports of the fork server, which processes forked from it then need not repeat."""
 
 import contextlib
 import gc
 import importlib
 import os
 
-# What is missing is missing in the tests, too, and they say so. DeepSpeed is not here: it changes functions of torch.
+# Missing packages are missing in the tests too, which say so. DeepSpeed is not here: it changes functions of torch.
 MODULES = (
     "torch._dynamo",
     "torch._inductor.compile_fx",

@@ -24,7 +24,7 @@ TIMEOUT = 60.0
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago, below those that the system hands out to connections."""
+    """A TCP port that was free a moment ago, below the ephemeral range."""
     while True:
         with contextlib.suppress(OSError), socket.socket() as sock:
             sock.bind(("127.0.0.1", secrets.choice(range(15_000, 32_000))))
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def rank_environment(world_size: int) -> dict[str, str]:
-    """What the ranks of one launch find in their environment, but for each one's own rank."""
+    """The environment shared by the ranks of one launch, apart from each one's rank."""
     world = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     return world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
@@ -54,7 +54,7 @@ def _rank_main(
 
 
 def _free_shared_memory(port: str) -> None:
-    """Remove the buffers of DeepSpeed's CPU ranks, 69 MB each, which it leaves behind."""
+    """Remove the buffers, 69 MB each, that DeepSpeed's CPU ranks leave behind."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
         buffer.unlink(missing_ok=True)
 

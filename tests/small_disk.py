@@ -1,4 +1,4 @@
-"""A disk that is soon full: a small tmpfs, or a limit of this process."""
+"""A disk that fills up: a small tmpfs, or a limit on this process."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def _mount(place: Path, options: str) -> bool:
 
 @cache
 def can_mount() -> bool:
-    """Whether this user, in this container, may mount."""
+    """Whether this user may mount file systems here."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return False
     with tempfile.TemporaryDirectory() as place:
@@ -30,7 +30,7 @@ def can_mount() -> bool:
 
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """No file that this process writes may become longer; the write fails, as on a full disk."""
+    """Limit the length of files that this process writes; longer writes fail as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -42,7 +42,7 @@ def no_file_above(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Callable[[str], object]]:
-    """Mount a file system of this size (9m, say) at a new folder; yields what gives it another size."""
+    """Mount a file system of this size (9m, say) at a new folder; yields a function that resizes it."""
     place.mkdir(parents=True)
     assert _mount(place, f"size={size}")
     try:

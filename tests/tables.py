@@ -1,10 +1,10 @@
-"""Tables in the documentation that a run of the tests writes between two marks of a file."""
+"""Tables in the documentation that test runs write between two marks in a file."""
 
 from pathlib import Path
 
 
 def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between the file's two marks, which keep their lines."""
+    """Replace the text between the file's two marks, which stay on their lines."""
     page = path.read_text(encoding="utf-8")
     assert page.count(begin) == page.count(end) == 1, f"{path} lacks the marks {begin!r} and {end!r}"
     before, rest = page.split(begin)

@@ -1,4 +1,4 @@
-"""One live run for a folder, one live worker for a study's run: on one host, on several, whatever their clocks say."""
+"""One live run per folder, one live worker per study run: on one host or several, whatever their clocks say."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from robust_dist.ranks.claim import (
 )
 from tests.forked import start_python
 
-# A short beat, so that a test need not wait for the real one.
+# A short beat, so that tests need not wait for the real one.
 QUICK = {"beat": 0.1, "silence": 1.5}
 
 
 def start(folder, host, code, locks=False):
-    """A process with a `claim` on the folder as a host would make it whose locks do not reach this one."""
+    """A process that holds a `claim` on the folder as if on a host whose locks are not visible here."""
     load = "import os, pathlib, time; from robust_dist.ranks import claim as m\n"
     load += "claim = m.FolderClaim(pathlib.Path({!r}), host={!r}, locks={!r}, **{!r})\n"
     text = load.format(str(folder), host, locks, QUICK) + code

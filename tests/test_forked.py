@@ -1,4 +1,4 @@
-"""What is forked for tests is as real as what is started: its own environment, its exit status, and no process left."""
+"""Forked processes are as real as started ones: own environment, own exit status, and no process left behind."""
 
 import os
 import signal

@@ -1,7 +1,7 @@
-"""Settings and our own files, damaged in every way: a named error or the right value, never anything else.
+"""Settings and our own files, damaged in every way: the outcome is a named error or the right value.
 
-A few seconds by default. With --slow ROBUST_DIST_FUZZ examples of each kind are taken (2,000 where it is not set), from
-the seed ROBUST_DIST_FUZZ_SEED; what was counted is printed with -s.
+It takes a few seconds by default. With --slow, ROBUST_DIST_FUZZ examples of each kind are drawn (default 2,000) from
+the seed ROBUST_DIST_FUZZ_SEED; -s prints the counts.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database
     params=[False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(14_400)])], ids=["few", "many"]
 )
 def fuzz(request):
-    """Calls a check with a few examples, always the same, or with many from a seed; it returns what each came to."""
+    """Run a check on a few fixed examples, or on many from a seed; it returns the outcome of each."""
 
     def run(check, *strategies, few):
         counts = Counter()
@@ -96,7 +96,7 @@ def folder():
 
 
 def outcome(action):
-    """What a call came to: its value, or what a person is told."""
+    """The outcome of a call: its value, or the message for the user."""
     told, error = io.StringIO(), None
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
@@ -115,7 +115,7 @@ def outcome(action):
 
 
 def agrees(ours, theirs):
-    """Whether a recipe's value is what a plain YAML reader has in its place, or its spelling."""
+    """Whether a recipe's value is what a plain YAML reader finds in its place, or its spelling."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return ours.keys() == theirs.keys() and all(agrees(ours[key], theirs[key]) for key in theirs)
     if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)):
@@ -123,12 +123,12 @@ def agrees(ours, theirs):
     if ours == theirs or ours != ours or (not ours and theirs in (None, "")):
         return True
     if isinstance(ours, str) and not isinstance(theirs, str):
-        # 007 and no, where text is wanted, are as they are spelt.
+        # For text keys, 007 and no are kept as spelled.
         return theirs != theirs or yaml.safe_load(ours) == theirs
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         return float(ours) == float(theirs)
     if isinstance(theirs, str):
-        # 1e-3 and [1, 2] between quotes.
+        # 1e-3 and [1, 2] in quotes.
         return agrees(ours, parse_yaml(theirs, "").data) if parse_yaml(theirs, "").data != theirs else False
     return False
 
@@ -179,7 +179,7 @@ FITTING = {
 
 
 def fitting(key):
-    """A key, and values of which some are what it takes."""
+    """A key, and values of which some are valid for it."""
     hint = str(KNOWN.values.get(key, ""))
     texts = [text for kind, texts in FITTING.items() if kind in hint for text in texts]
     return st.tuples(st.just(key), st.sampled_from([*texts, "null"]))
@@ -326,7 +326,7 @@ def test_no_row_is_lost_and_what_is_odd_is_said(fuzz):
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """A run's folder and a study's, as they lie there."""
+    """The folders of a run and a study, as on disk."""
     home = tmp_path_factory.mktemp("homes")
     run = RunFolder(home / "run")
     run.claim(Recipe(run_dir=str(home / "run")), {"python": "3", "command": ["train.py"]})
@@ -427,7 +427,7 @@ def image_files(tmp_path_factory):
 
 
 def samples(source):
-    """Each sample's place, size and label; None in place of one that is named as bad."""
+    """Each sample's place, size and label; None for one reported as bad."""
     found = []
     for index in range(len(source)):
         try:
@@ -458,7 +458,7 @@ def test_a_damaged_shard_or_index_is_a_named_error_bad_images_or_the_same_sample
                 assert str(path) in error or "train-000000.tar" in error
                 return "named"
             left = [sample for sample in found if sample is not None]
-            # A label is text without a checksum: a digit of it may be another, its place and its image may not.
+            # A label is text without a checksum: one of its digits may change, its place and its image may not.
             assert {sample[:2] for sample in left} <= {sample[:2] for sample in whole}
             return "right" if found == whole else "bad images named, or a label's digit changed"
 

@@ -1,11 +1,11 @@
-"""The house stands as robust_dist/README.md draws it: rooms, arrows, no circles, and no more odd places than stated."""
+"""The code base is as robust_dist/README.md describes it: rooms, arrows, no circles, no more oddities than stated."""
 
 import re
 
 from tests import house
 
 README = (house.PACKAGE / "README.md").read_text(encoding="utf-8")
-# What may only become less.
+# May only decrease.
 LIMITS = {
     "import circles": 0,
     "files that name DeepSpeed": 19,

@@ -1,4 +1,4 @@
-"""`import robust_dist` needs torch alone, is quick, and changes nothing."""
+"""`import robust_dist` needs only torch, is fast, and changes nothing."""
 
 import subprocess
 import sys

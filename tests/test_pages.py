@@ -1,6 +1,6 @@
-"""Every command on every page works: each is run here in a small form, or by a test that is named.
+"""Every command on every page works: each is run here in a small form, or by a named test.
 
-A command that a page gains fails here until it has a form, and a form whose command is gone fails, too.
+A new command on a page fails here until it has a form, and so does a form whose command is gone.
 """
 
 import os
@@ -23,8 +23,8 @@ SMALL += "--tracking.progress false"
 PETS = f"{SMALL} --batch_size 8 --data.size 16 --data.eval_resize 16 --data.workers 0"
 QUICKSTART = f"--config quickstart {SMALL} --batch_size 512 --run_dir runs/quickstart"
 
-# Commands that train, in this order: what is put in place of some words, and what is added to make each small.
-# Launchers' words are read by the launcher's own parser, and the recipe's words train on one rank.
+# Commands that train, in order: replacements for some words, and additions that make each small.
+# Launchers' words go to the launcher's own parser, and the recipe's words train on one rank.
 TRAINED = {
     "robust-dist train --config imagefolder --data.root /data/pets --run_dir runs/pets": ({}, PETS),
     "robust-dist train --accelerate ddp --num_processes 8 --config imagefolder --data.root /data/pets "
@@ -46,7 +46,7 @@ TRAINED = {
         f"{SMALL} --batch_size 512 --data.name digits",
     ),
 }
-# Commands of `robust-dist` that are run after these: what is put in place of some words, and what is added.
+# Commands of `robust-dist` that run after these: replacements for some words, and additions.
 RUN = {
     "robust-dist evaluate runs/pets /data/pets/test": ({"/data/pets/test": "/data/pets/val"}, ""),
     "robust-dist predict runs/pets photo.jpg": ({}, ""),
@@ -73,7 +73,7 @@ RUN = {
     ),
     "robust-dist plan --model resnet50 --nodes 2 --batch-size 2048 --json": ({"resnet50": "resnet8"}, ""),
 }
-# Commands that other tests run: where, and a piece of the test's code that shows it.
+# Commands run by other tests: where, and a piece of the test's code that shows it.
 ELSEWHERE = {
     "bash launch/quickstart.sh": ("launch/test_scripts.py", '"quickstart.sh"'),
     "robust-dist doctor": ("test_cli.py", '"doctor"'),
@@ -108,7 +108,7 @@ PRINTED_BY_PLAN = "robust_dist/plan/README.md"
 
 
 def commands():
-    """(page, command) of every line of a block of commands; a line that ends in a backslash goes on in the next."""
+    """(page, command) for every line of a block of commands; a trailing backslash continues a line."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "*.md"], capture_output=True, text=True, check=True).stdout
     for page in listed.split():
         for block in BLOCK.findall((ROOT / page).read_text()):
@@ -123,7 +123,7 @@ COMMANDS = sorted(set(commands()))
 
 def is_known(page, command):
     forms = (TRAINED, RUN, ELSEWHERE)
-    # `bash tests/run.sh` is what runs this test; plan's own output is on its page.
+    # `bash tests/run.sh` runs this test; plan's output is on its page.
     simple = command.startswith(("bash tests/run.sh", "pip install ", ".venv/bin/python -m pytest "))
     return simple or any(command in form for form in forms) or (page == PRINTED_BY_PLAN and "accelerate" in command)
 
@@ -148,7 +148,7 @@ def test_every_extra_that_a_page_installs_is_there():
 
 
 def small(command, replaced):
-    """The command with other words in place of some."""
+    """The command with some words replaced."""
     for words, others in {**replaced, "/data/pets": "pets"}.items():
         assert words in command or words == "/data/pets"
         command = command.replace(words, others)
@@ -156,7 +156,7 @@ def small(command, replaced):
 
 
 def script_words(command):
-    """The recipe's words of a command that trains, after its launcher's own parser has taken the others."""
+    """The recipe's words of a training command, after its launcher's own parser has taken the others."""
     from accelerate.commands.launch import launch_command_parser
 
     from robust_dist.train.__main__ import launch_command
@@ -194,7 +194,7 @@ def train_all(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as the pages' reader has it: pictures, a photograph, the checkout's files, and what was trained."""
+    """The folder of a reader of the pages: pictures, a photograph, the checkout's files, and trained runs."""
     folder = tmp_path_factory.mktemp("reader")
     draw = np.random.default_rng(0)
     for part, count in (("train", 12), ("val", 4)):

@@ -1,4 +1,4 @@
-"""The preview shows what training does: the same samples, keys, stages and shares."""
+"""The preview shows what training does: the same samples, keys, stages and mixing ratios."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def test_a_streamed_set_s_preview_shows_the_first_training_batch_s_crops(mode, r
 
 
 def targets_of(caption):
-    """The soft label that a caption such as "0.62 ship + 0.38 cat" tells."""
+    """The soft label described by a caption such as "0.62 ship + 0.38 cat"."""
     shares = dict.fromkeys(("cat", "dog", "ship"), 0.0)
     for part in caption.split(" + "):
         share, name = part.split()
@@ -189,7 +189,7 @@ def test_the_crop_and_the_flip_are_told_as_they_happened(pets):
 
 
 class Junk:
-    """Images of which those at some places cannot be read."""
+    """Images, some of which cannot be read."""
 
     name, classes, group_sizes = "junk", ("a\nb", "caf\udce9", "$x_$"), (12,)
 

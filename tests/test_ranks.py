@@ -1,4 +1,4 @@
-"""What ranks tell each other: values, decisions, errors, and who said what."""
+"""What ranks exchange: values, decisions, errors, and their origin."""
 
 import threading
 
@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 
 
 class Unportable(Exception):
-    """An error that cannot be made anew from what it says, as some libraries' are."""
+    """An error that cannot be rebuilt from its message, like some libraries'."""
 
     def __init__(self, message, *, response):
         super().__init__(message)
@@ -37,7 +37,7 @@ def fail_unportably():
 
 
 def said(call):
-    """The error's class, text, and the rank that it came from (None: every rank's own)."""
+    """The error's class, text, and rank of origin (None: every rank's own)."""
     with pytest.raises(Exception) as caught:
         call()
     origin = origin_of(caught.value)

@@ -1,4 +1,4 @@
-"""A kernel's later launches give the driver what its first one gave, without Triton's binder."""
+"""A kernel's later launches pass the driver the same arguments as its first one, without Triton's binder."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.forked import python
 
 triton = pytest.importorskip("triton", minversion="3.3")
 
-# A driver that loads and launches nothing, in a process of its own: Triton has one driver a process.
+# A driver that loads and launches nothing, in its own process: Triton has one driver per process.
 SCRIPT = """
 import torch
 import triton
@@ -88,7 +88,7 @@ def test_what_was_compiled_is_launched_again_with_the_same_arguments_and_other_k
 
 
 def test_the_installed_triton_is_one_whose_compiled_kernels_are_known():
-    """A newer one launches by its binder until triton_launch.py says that it is known, too."""
+    """A newer release launches through its binder until triton_launch.py lists it as known."""
     from robust_dist.triton_launch import KNOWN
 
     assert tuple(int(part) for part in triton.__version__.split(".")[:2]) <= KNOWN[1]

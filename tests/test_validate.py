@@ -1,4 +1,4 @@
-"""A count that is no count is refused in one wording, wherever it is given."""
+"""An invalid count gives the same error everywhere."""
 
 import pytest
 import torch

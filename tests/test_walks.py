@@ -1,4 +1,4 @@
-"""New users' walks, in an environment that has the wheel and in a folder that holds the user's files and nothing else.
+"""New users' first steps, in an environment with the wheel and a folder with only the user's files.
 
 A student has a folder of pictures; an engineer a script and a DeepSpeed JSON (tests/walks); a researcher a model, data,
 an optimizer, a schedule and stages of their own (configs/examples), and a method for a study.
@@ -19,7 +19,7 @@ from robust_dist.train.recipe import parse_recipe
 from tests import fresh
 
 EXAMPLES = fresh.ROOT / "configs" / "examples"
-# What a user types; one process runs all of it, as the start of each would take seconds.
+# What a user types; one process runs all of it, as each start would take seconds.
 STUDENT = """
 robust-dist recipe pictures --out pictures.yaml
 robust-dist train --config pictures.yaml --model.name resnet8 --data.size 16 --epochs 8 --run_dir runs/pictures
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 
 def walk(folder, commands, afterwards=""):
-    """What the commands print, and then the piece of Python."""
+    """The commands' output, followed by the piece of Python."""
     (folder / "drive.py").write_text(DRIVER + afterwards)
     status, said = fresh.run("drive.py", commands, cwd=folder)
     assert status == 0, said
@@ -93,7 +93,7 @@ def test_an_engineer_s_script_with_a_deepspeed_json_leads_to_an_exported_model(t
 
 
 def words_of(path):
-    """The command of an example's first lines, without its folder."""
+    """The command in an example's first lines, without its folder."""
     said = ast.get_docstring(ast.parse(path.read_text())).partition("robust-dist train ")[2].replace("\\\n", " ")
     words = shlex.split(said)
     return words[: words.index("--run_dir")]
@@ -150,6 +150,6 @@ def test_an_own_method_stands_in_a_study_s_report_beside_the_built_in_ones(walke
     report = json.loads((folder / "runs/study/report/report.json").read_text())
     found = {run["labels"][0]: run["accuracy"] for run in report["runs"]}
     assert found.keys() == {"ours", "AdamW", "Lion"}
-    # Three epochs of digits, where guessing is right in 10 %.
+    # Three epochs of digits, where guessing gives 10 %.
     assert found["Lion"] > 0.2
     assert "[3/3]" in said

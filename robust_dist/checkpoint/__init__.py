@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and their conversion between engines."""
+"""Checkpoints that are either complete or absent, and their conversion between engines."""
 
 from robust_dist.checkpoint.conversion import convert, read
 from robust_dist.checkpoint.inspection import inspect

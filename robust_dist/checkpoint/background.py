@@ -1,8 +1,8 @@
-"""Checkpoints that are written while training goes on; free space, and what a checkpoint takes.
+"""Writing checkpoints while training continues; free space, and the size of a checkpoint.
 
-Files are staged on the host and copied by a thread of each rank, which calls no collective: a rank notes in the
-unfinished folder which files it has brought to the disk, and the first rank completes the checkpoint when all notes are
-there. Where one never comes, it is never completed.
+Files are staged on the host and copied by one thread per rank, which calls no collective: each rank records in the
+unfinished folder which of its files are on disk, and the first rank completes the checkpoint once every rank has done
+so. If one never does, the checkpoint is never completed.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ _SMALL = 1 << 20
 _STAGED = "robust_dist-staged-"
 _LOCK = ".lock"
 _CHUNK = 1 << 22
-# Seconds that a new staging folder has to get its lock and its final name.
+# Seconds in which a new staging folder must get its lock and its final name.
 _BIRTH = 60.0
-# How long a run that ends by an error waits for the notes of ranks that may be dead.
+# How long a run that ends with an error waits for the records of ranks that may be dead.
 _LAST_PATIENCE = 20.0
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the file system that holds `path`, or will hold it."""
+    """Free bytes on the file system that holds, or will hold, `path`."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -62,29 +62,29 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
         count = free_bytes(path.parent)
         free = f"{text_of(count)} ({count} bytes) are free there"
     except OSError as second:
-        free = f"its file system cannot be asked what is free ({second.strerror})"
+        free = f"the free space there is unknown ({second.strerror})"
     return CheckpointError(
-        f"{path} could not be written: {reason}; {free}. What was half-written is not used, whole checkpoints are "
-        "as they were: make room or mend the disk, and start the same command again"
+        f"{path} could not be written: {reason}; {free}. Half-written files are not used, complete checkpoints are "
+        "unchanged: make room or fix the disk, then start the same command again"
     )
 
 
 def _held(param: nn.Parameter) -> int:
-    """Elements of a parameter that this rank holds."""
+    """Elements of a parameter held by this rank."""
     local = param.to_local() if hasattr(param, "to_local") else param
     return int(local.numel())
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model on which those of its checkpoints depend.
+    """The parts of a model that determine the size of its checkpoints.
 
     Attributes:
         elements: Elements of all parameters.
-        held: Those that this rank holds.
-        bytes_each: Of one element.
+        held: Those held by this rank.
+        bytes_each: Bytes of one element.
         buffers: Bytes of all buffers.
-        moments: Bytes of the optimizer's state for one element: two float32 moments.
+        moments: Bytes of optimizer state per element: two float32 moments.
     """
 
     elements: int
@@ -98,7 +98,7 @@ class Sizes:
         """The sizes of a prepared model, without its outermost wrapper."""
         params = list(model.parameters())
         return cls(
-            # Under ZeRO-3 a shard notes the whole parameter's size.
+            # Under ZeRO-3 a shard records the size of the whole parameter.
             elements=sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
             held=sum(_held(param) for param in params),
             bytes_each=max((param.element_size() for param in params), default=4),
@@ -116,10 +116,10 @@ def checkpoint_bytes(
     averaged: bool = False,
     fast_weights: bool = False,
 ) -> int:
-    """An upper estimate of the bytes that this rank writes into one checkpoint.
+    """An upper bound on the bytes that this rank writes for one checkpoint.
 
     The model is the prepared one without its outermost wrapper; `whole` is `Engine.saves_whole`; `averaged`: an
-    exponential moving average of the weights is saved, too; `fast_weights`: RAdaBeliefW's averaging keeps them.
+    exponential moving average of the weights is saved too; `fast_weights`: RAdaBeliefW's averaging keeps them.
     """
     sizes = Sizes.of(model)
     if fast_weights:
@@ -130,12 +130,12 @@ def checkpoint_bytes(
 
 
 def unlike_memory(path: Path) -> bool:
-    """Whether files at `path` take none of the host's memory."""
+    """Whether files at `path` use none of the host's memory."""
     return SHARED_MEMORY not in (path, *path.parents)
 
 
 def room_for_staging(path: Path) -> int:
-    """Bytes that may be staged at `path`: at most half of the memory, or the system might kill training."""
+    """Bytes that may be staged at `path`: at most half of the memory, so that the system does not kill training."""
     free = free_bytes(path)
     return free if unlike_memory(path) else min(free, free_memory() // 2)
 
@@ -143,10 +143,10 @@ def room_for_staging(path: Path) -> int:
 class Staging:
     """A folder of this process below `root`, for files on their way to a checkpoint.
 
-    It is locked while the process lives. What a killed process left is removed when the next one stages there.
+    It is locked while the process lives. The next process that stages there removes the remains of killed ones.
 
     Raises:
-        OSError: There is no such place, or nothing can be written there.
+        OSError: The folder does not exist or is not writable.
     """
 
     def __init__(self, root: Path) -> None:
@@ -171,7 +171,7 @@ class Staging:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove the staged files of this user's dead processes; returns their folders."""
+    """Remove files staged by this user's dead processes; returns their folders."""
     removed = []
     for path in [*root.glob(f"{_STAGED}*"), *root.glob(f".{_STAGED}*")]:
         # Another process may be removing it.
@@ -183,7 +183,7 @@ def sweep(root: Path) -> list[Path]:
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether a staging folder is this user's, is not being made, and is locked by no process."""
+    """Whether a staging folder is this user's, is fully set up, and is locked by no process."""
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         return False
@@ -203,7 +203,7 @@ def _is_dead(path: Path) -> bool:
 
 
 def copy_synced(source: Path, target: Path) -> list[int]:
-    """Copy a file and bring it to the disk; returns [size, CRC-32]."""
+    """Copy a file and flush it to disk; returns [size, CRC-32]."""
     size = crc = 0
     with source.open("rb") as reader, target.open("wb") as writer:
         while chunk := reader.read(_CHUNK):
@@ -218,13 +218,13 @@ def copy_tree(source: Path, target: Path) -> dict[str, list[int]]:
     """Copy all files below `source` into the existing folder `target`; returns name -> [size, CRC-32].
 
     Raises:
-        CheckpointError: One could not be written; the message names it and what is free.
+        CheckpointError: A file could not be written; the message names it and the free space.
     """
     files = {}
     for path in files_in(source):
         name = path.relative_to(source)
         try:
-            # `target` itself is never made here: a process that lost its run must not bring it back.
+            # `target` itself is never created here: a process that lost its run must not bring it back.
             for parent in [*name.parents][-2::-1]:
                 (target / parent).mkdir(exist_ok=True)
             files[str(name)] = copy_synced(path, target / name)
@@ -240,13 +240,13 @@ class Pending:
 
     Args:
         store: The run's checkpoints.
-        staged: This rank's files; removed when they are copied, or when that failed.
-        partial: What `store.begin(step)` gave the first rank.
+        staged: This rank's files; removed once they are copied or copying failed.
+        partial: What `store.begin(step)` returned on the first rank.
         step: Optimizer steps done.
-        metadata: As `CheckpointStore.commit`.
+        metadata: As for `CheckpointStore.commit`.
         rank: This rank.
-        world_size: Ranks that write a part each.
-        patience: Seconds for which the first rank waits for parts that do not grow.
+        world_size: Number of ranks, each of which writes a part.
+        patience: Seconds that the first rank waits for parts that do not grow.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class Pending:
         self._thread.start()
 
     def wait_for_copy(self) -> Exception | None:
-        """Wait until this rank's part is on the disk; returns the error, if there was one."""
+        """Wait until this rank's part is on disk; returns the error, if any."""
         self._copied.wait()
         return self.error
 
@@ -320,7 +320,7 @@ class Pending:
         self._copied.set()
 
     def _all_parts(self) -> dict[str, list[int]]:
-        """The files of all ranks, once every rank has noted its own."""
+        """The files of all ranks, once every rank has recorded its own."""
         files: dict[str, list[int]] = {}
         missing, growth, changed = set(range(self._world_size)), -1, time.monotonic()
         while True:

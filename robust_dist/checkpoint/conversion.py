@@ -1,4 +1,4 @@
-"""A checkpoint of any engine and world size, written again for another."""
+"""Converting a checkpoint between engines and world sizes."""
 
 import json
 import os
@@ -28,15 +28,15 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
     """The training state in a checkpoint of any engine, whole and on the CPU.
 
     Args:
-        src: A folder of Accelerate's `save_state` (DDP, FSDP1, FSDP2, ZeRO) with or without our manifest, a
-            `checkpoint-N` of Trainer's under any of these, ZeRO's own folder, a `torch.distributed.checkpoint` folder,
-            or a `torch.save` file with "model" and "optimizer".
-        number: Call DDP's parameters "#0", "#1", ... where nothing names them, instead of an error.
-        unwrap: Take away the "module." that begins every name of a file of torch.save or a DCP folder: DDP's wrapper
-            put it there. Without this it is the model's own, unless names beside it prove that it is not.
+        src: An Accelerate `save_state` folder (DDP, FSDP1, FSDP2, ZeRO) with or without our manifest, a Trainer
+            `checkpoint-N` from any of these, ZeRO's own folder, a `torch.distributed.checkpoint` folder, or a
+            `torch.save` file with "model" and "optimizer".
+        number: Call DDP's parameters "#0", "#1", ... if nothing names them, instead of raising.
+        unwrap: Remove the "module." prefix that DDP's wrapper added to every name in a torch.save file or a DCP folder.
+            By default it is taken for the model's own, unless names beside it prove otherwise.
 
     Raises:
-        CheckpointError: It is no checkpoint, torn, of another optimizer, or its parameters have no names.
+        CheckpointError: Not a checkpoint, torn, from another optimizer, or its parameters have no names.
     """
     path = Path(src)
     found = verify(path) if (path / MANIFEST).is_file() else None
@@ -54,16 +54,16 @@ def read(src: str | Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
 
 def read_weights(src: str | Path, known: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The model's entries alone in a folder that `read` takes, of any optimizer, whole and on the CPU.
+    """The model's entries in a folder that `read` accepts, for any optimizer, whole and on the CPU.
 
-    `known` are the model's names, by which a wrapper's prefixes are told from the model's own.
+    `known` are the model's names, used to tell wrapper prefixes from the model's own names.
 
     Raises:
-        CheckpointError: It is no checkpoint, or torn.
+        CheckpointError: Not a checkpoint, or torn.
     """
     path, names = Path(src), list(known)
     if path.is_file():
-        raise CheckpointError(f"{path}: is a file; name a checkpoint's folder")
+        raise CheckpointError(f"{path}: is a file; name a checkpoint folder")
     if (path / MANIFEST).is_file():
         verify(path)
     place = find_layout(path)
@@ -91,7 +91,7 @@ def _read(place: Layout, number: bool, unwrap: bool) -> TrainingState:
 
 
 def _read_beside(state: TrainingState, place: Layout) -> None:
-    """The schedule, the ranks and the note of names that lie beside an Accelerate folder's model and optimizer."""
+    """Add the schedule, the ranks and the note of names that lie beside an Accelerate folder's model and optimizer."""
     folder = place.path
     if (folder / SCHEDULE_FILE).is_file():
         state.schedule = load_file(folder / SCHEDULE_FILE)
@@ -114,14 +114,14 @@ def _check(state: TrainingState, where: Path) -> None:
     unknown = [name for name in listed if name not in state.model and not name.startswith("#")]
     if unknown:
         raise CheckpointError(
-            f"{where}: the optimizer has {unknown[:5]}, which the model does not have; it has {list(state.model)[:5]}"
+            f"{where}: the optimizer has {unknown[:5]}, which are not in the model; it has {list(state.model)[:5]}"
         )
     for name, entry in state.optimizer.items():
         shape = state.model[name].shape if name in state.model else entry["exp_avg"].shape
         if not entry["exp_avg"].shape == entry["exp_avg_sq"].shape == shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(shape)}, but its state {tuple(entry['exp_avg'].shape)}: the model's "
-                "and the optimizer's files are not of one run, or a note of names is wrong"
+                "and the optimizer's files are from different runs, or a note of names is wrong"
             )
 
 
@@ -135,43 +135,43 @@ def convert(
     unwrap: bool = False,
     form: str | None = None,
 ) -> list[str]:
-    """Write a checkpoint again as the Accelerate or Trainer folder of another engine, whole or not at all.
+    """Write a checkpoint as the Accelerate or Trainer folder of another engine, completely or not at all.
 
-    What was Trainer's becomes Trainer's again: `trainer.train(resume_from_checkpoint=dst)` goes on from it. Else
-    `accelerator.load_state(dst)` takes it up; so do `engine.load_checkpoint(dst, tag="pytorch_model")` and
-    `torch.distributed.checkpoint`. (Under FSDP use `robust_dist.checkpoint.load_state`, which corrects faults of that
-    load.) Parameters, optimizer state, groups and schedule keep their bits.
+    A Trainer folder becomes a Trainer folder: `trainer.train(resume_from_checkpoint=dst)` resumes from it. Otherwise
+    `accelerator.load_state(dst)`, `engine.load_checkpoint(dst, tag="pytorch_model")` or `torch.distributed.checkpoint`
+    loads it. (Under FSDP use `robust_dist.checkpoint.load_state`, which fixes bugs of Accelerate's load.) Parameters,
+    optimizer state, groups and schedule are preserved bit for bit.
 
     Args:
-        src: As `read`.
-        dst: The folder to write; there must be none.
+        src: As for `read`.
+        dst: The folder to write; must not exist.
         to: "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", or the kind of an engine that was added.
-        world_size: Ranks that will load it: shards for ZeRO; what is kept of the ranks' random states for all.
-        full_state_dict: For FSDP, write what FULL_STATE_DICT loads, not SHARDED_STATE_DICT.
-        unwrap: As `read`.
-        form: "accelerate", "trainer", or None: as `src`. Where `src` is not Trainer's, "trainer" adds a
-            `trainer_state.json` that knows the step alone.
+        world_size: Number of ranks that will load it: shards for ZeRO; the random states kept for all.
+        full_state_dict: For FSDP, write FULL_STATE_DICT instead of SHARDED_STATE_DICT.
+        unwrap: As for `read`.
+        form: "accelerate", "trainer", or None: same as `src`. If `src` is not a Trainer folder, "trainer" adds a
+            `trainer_state.json` with only the step.
 
     Returns:
-        Notes for the person: what could not be carried over as it was.
+        Notes for the user: what could not be carried over unchanged.
 
     Raises:
-        CheckpointError: As `read`; or `dst` is there, `to` is no engine, `world_size` is below 1.
+        CheckpointError: As for `read`; or `dst` exists, `to` is not an engine, or `world_size` is below 1.
     """
     src, dst = Path(src), Path(dst)
     if to not in kinds():
-        raise CheckpointError(f"to={to!r} is none of {', '.join(kinds())}")
+        raise CheckpointError(f"to={to!r} is not one of {', '.join(kinds())}")
     engine = engine_named(to)
     try:
         whole_number("world_size", world_size, 1)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     if full_state_dict and not engine.has_full_state_dict:
-        raise CheckpointError(f"full_state_dict is a form of FSDP's; it has no meaning with to={to!r}")
+        raise CheckpointError(f"full_state_dict applies to FSDP only, not to={to!r}")
     if form not in (None, *FORMS):
-        raise CheckpointError(f"form={form!r} is none of {', '.join(FORMS)}")
+        raise CheckpointError(f"form={form!r} is not one of {', '.join(FORMS)}")
     if dst.exists():
-        raise CheckpointError(f"{dst}: is there already; name a folder that is not")
+        raise CheckpointError(f"{dst}: already exists; name a new folder")
     state = read(src, unwrap=unwrap)
     notes = _note_on_names(src, state)
     building = dst.absolute().parent / f".{dst.name}.partial"
@@ -194,7 +194,7 @@ def _write(
     full_state_dict: bool,
     for_trainer: bool,
 ) -> list[str]:
-    """Everything below `building`, then one rename; the store syncs the files to the disk."""
+    """Write everything into `building`, then rename once; the store flushes the files to disk."""
     store, step = CheckpointStore(building, keep=1), int(state.extra.get("step", 0))
     folder = store.begin(step)
     notes = engine.write(state, folder, world_size, whole=full_state_dict)
@@ -222,20 +222,20 @@ def _write_common(state: TrainingState, src: Path, folder: Path, world_size: int
 
 
 def _metadata(state: TrainingState, to: str, world_size: int) -> dict[str, Any] | None:
-    """The run's metadata for the new ranks; None where the source had none."""
+    """The run's metadata for the new ranks; None if the source had none."""
     before: dict[str, Any] | None = state.extra.get("metadata")
     if before is None:
         return None
     after = json.loads(json.dumps(before)) | {"engine": to, "num_processes": world_size}
     losses = before.get("loss_sums")
     if losses is not None and len(losses) != world_size:
-        # Only the sum over the ranks matters; the first one carries it.
+        # Only the sum over ranks matters; the first rank carries it.
         after["loss_sums"] = [sum(losses)] + [0.0] * (world_size - 1)
     return after
 
 
 def _note_on_names(src: Path, state: TrainingState) -> list[str]:
-    """A note if the writer is unknown and all names begin with "module.", which may be DDP's."""
+    """A note if the writer is unknown and all names begin with "module.", possibly added by DDP."""
     unknown = find_layout(src).kind in (layouts.FILE, layouts.DCP)
     if not (unknown and all(name.startswith(WRAPPED) for name in state.model)):
         return []
@@ -246,4 +246,4 @@ def _notes_on_ranks(src: Path, state: TrainingState, world_size: int) -> list[st
     before = state.world_size
     if before is None or before == world_size:
         return []
-    return [f"{src} is of {before} ranks, {world_size} were asked for: the run goes on, but its random states differ"]
+    return [f"{src} is from {before} ranks, not {world_size}: the run continues, but its random states differ"]

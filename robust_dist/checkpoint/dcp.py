@@ -1,4 +1,4 @@
-"""Folders of `torch.distributed.checkpoint` (DCP), as FSDP writes them, read without running what they hold."""
+"""`torch.distributed.checkpoint` (DCP) folders, as FSDP writes them, read without running any code in them."""
 
 import inspect
 import pickle
@@ -27,7 +27,7 @@ from robust_dist.engines.engine import UNNOTED_SHARDS
 from robust_dist.ranks.talk import by_rank, has_group
 
 METADATA = ".metadata"
-# What torch writes into `.metadata`, over all versions: classes of records, sizes, formats.
+# What torch writes into `.metadata` in any version: record classes, sizes, formats.
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
@@ -49,28 +49,28 @@ _SCHEDULES = ("lr_scheduler", "scheduler", "schedule")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows only torch's records of a checkpoint."""
+    """Accepts only torch's own checkpoint records."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "pathlib" or module.startswith("pathlib."):
-            # Where it was written; a plain path serves as well and runs nothing.
+            # The path it was written to; a plain path serves as well and runs nothing.
             if name in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
                 return PurePosixPath
         elif name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is nothing of a checkpoint, and was not run")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong in a checkpoint and was not run")
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The contents of a DCP folder, after every file that it names was found there in full; no code of it is run.
+    """The metadata of a DCP folder, after checking that every file it names is present in full; runs no code from it.
 
     Raises:
-        CheckpointError: There is no `.metadata`, it is torn, names anything but torch's own records, or a file outside
+        CheckpointError: `.metadata` is missing or torn, or names anything but torch's own records or a file outside
             the folder; or a file is missing or short.
     """
     path = folder / METADATA
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing: the folder was not written to its end")
+        raise CheckpointError(f"{path}: missing: the folder was not completely written")
     metadata = _unpickled(path)
     ends: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
@@ -88,16 +88,16 @@ def _unpickled(path: Path) -> Metadata:
             return _load(file)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: torn, or not of torch.distributed.checkpoint ({reason})") from None
+        raise CheckpointError(f"{path}: torn, or not from torch.distributed.checkpoint ({reason})") from None
 
 
 def _load(file: BinaryIO) -> Metadata:
     metadata = _Unpickler(file).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise ValueError(f"it holds a {type(metadata).__name__}")
+        raise ValueError(f"it contains a {type(metadata).__name__}")
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
-            raise ValueError(f"it describes {name!r} by a {type(entry).__name__}")
+            raise ValueError(f"it describes {name!r} with a {type(entry).__name__}")
     for info in (metadata.storage_data or {}).values():
         inside, numbers = PurePosixPath(info.relative_path), (info.offset, info.length)
         if inside.is_absolute() or ".." in inside.parts:
@@ -108,7 +108,7 @@ def _load(file: BinaryIO) -> Metadata:
 
 
 class _PlainReader(FileSystemReader):
-    """torch's reader, which would unpickle `.metadata`."""
+    """torch's reader, minus its unpickling of `.metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _unpickled(Path(self.path) / METADATA)
@@ -118,7 +118,7 @@ class _PlainReader(FileSystemReader):
 
 
 class _PlainPlanner(DefaultLoadPlanner):
-    """torch's planner, which would unpickle values that are no tensors."""
+    """torch's planner, minus its unpickling of values that are not tensors."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         found = torch.load(value, map_location="cpu", weights_only=True)
@@ -130,15 +130,15 @@ class _PlainPlanner(DefaultLoadPlanner):
 
 
 def load_into(folder: Path, state: dict[str, Any], *, alone: bool = False, flatten: bool = True) -> None:
-    """Fill a state dict from a DCP folder in place; no code of the files is run.
+    """Fill a state dict from a DCP folder in place; runs no code from the files.
 
-    `state` holds tensors of the right shapes, sharded or not, and values to be replaced; its keys are those of the file
-    where `flatten` is false. `alone`: this process reads for itself, whatever ranks there are.
+    `state` holds tensors of the right shapes, sharded or not, and values to be replaced; its keys are those in the file
+    if `flatten` is false. `alone`: this process reads independently of other ranks.
 
     Raises:
         CheckpointError: A value is missing, damaged, or holds more than tensors and plain values.
     """
-    # Flattening drops FSDP1's tensors that have no shard on this rank, and DCP then takes the file for an old one.
+    # Flattening drops FSDP1's tensors that have no shard on this rank; DCP then mistakes the file for an old one.
     planner = _PlainPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
     with torch.no_grad(), plain_failures(folder):
         _call(load, state, alone=alone, storage_reader=_PlainReader(folder), planner=planner)
@@ -149,10 +149,10 @@ def save_into(
 ) -> None:
     """Write a state dict of tensors, sharded or not, and plain values into an empty folder, the same on every rank.
 
-    `alone`: this process writes everything, whatever ranks there are.
+    `alone`: this process writes everything, independently of other ranks.
 
     Raises:
-        CheckpointError: A file could not be written; an OSError where the system said why.
+        CheckpointError: A file could not be written; an OSError if the system gave the reason.
     """
     with plain_failures(folder):
         where = {} if group is None else {"process_group": group}
@@ -160,12 +160,12 @@ def save_into(
 
 
 def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, **how: Any) -> None:
-    """Call DCP's `load` or `save`, and say so where no other rank takes part, for which torch 2.6 has no keyword."""
+    """Call DCP's `load` or `save`, if necessary without other ranks, for which torch 2.6 has no keyword."""
     if alone or not has_group():
         if "no_dist" in inspect.signature(function).parameters:
             how["no_dist"] = True
         elif alone:
-            # torch 2.6 leaves the other ranks out in its deprecated functions only.
+            # torch 2.6 can leave out the other ranks only in its deprecated functions.
             old: dict[Any, Any] = {load: state_dict_loader.load_state_dict, save: state_dict_saver.save_state_dict}
             function, how["no_dist"] = old[function], True
     with warnings.catch_warnings():
@@ -178,7 +178,7 @@ def _call(function: Callable[..., Any], state: dict[str, Any], *, alone: bool, *
 
 @contextmanager
 def plain_failures(folder: str | Path) -> Iterator[None]:
-    """Turn what DCP's `save` or `load` raises, which no `except Exception` sees, into an Exception."""
+    """Turn what DCP's `save` or `load` raises, which `except Exception` does not catch, into an Exception."""
     try:
         yield
     except CheckpointException as error:
@@ -201,20 +201,20 @@ def load_flat(folder: Path) -> dict[str, Any]:
                 flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
         load_into(folder, flat, alone=True, flatten=False)
     except Exception as error:
-        raise CheckpointError(f"{folder}: could not be read: torn, or not of plain values ({error})") from None
+        raise CheckpointError(f"{folder}: could not be read: torn, or not plain values ({error})") from None
     return flat
 
 
 def ranks_of(folder: Path) -> int:
-    """The number of ranks that wrote a DCP folder, from the names of its files."""
+    """The number of ranks that wrote a DCP folder, from its file names."""
     return len({path.name.split("_")[2] for path in folder.glob("__*_*.distcp")})
 
 
 def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
-    """The training state in one DCP folder, or in a model's and an optimizer's; `unwrap` as `bare_names`.
+    """The training state in one DCP folder, or in a model's and an optimizer's; `unwrap` as for `bare_names`.
 
     Raises:
-        CheckpointError: A folder is torn, holds no model or no optimizer, or another optimizer's state.
+        CheckpointError: A folder is torn, lacks a model or an optimizer, or has another optimizer's state.
     """
     flat: dict[str, Any] = {}
     paths: dict[str, tuple[str | int, ...]] = {}
@@ -226,7 +226,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
     if found is None:
         raise CheckpointError(
             f"{where}: no key begins with optimizer.state or optimizer.param_groups, as torch's get_state_dict makes "
-            f"them; there are {list(flat)[:3]}"
+            f"them; its keys include {list(flat)[:3]}"
         )
     before, root = found["before"], f"{found['before']}{found['name']}."
     found_model = _model(flat, before, root)
@@ -239,7 +239,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
         every = bare_names([*entries, *objects], bare_names(state), unwrap=unwrap)
         objects = dict(zip(every[len(entries) :], objects.values(), strict=True))
     if not model:
-        raise CheckpointError(f"{where}: holds an optimizer, but no model under {before + 'model.'!r}")
+        raise CheckpointError(f"{where}: has an optimizer but no model under {before + 'model.'!r}")
     check_keys(state, where)
     groups = _groups(_below(flat, root + "param_groups."), list(state))
     called = list(dict.fromkeys(name for group in groups for name in group["params"]))
@@ -253,7 +253,7 @@ def read_dcp(*folders: Path, unwrap: bool = False) -> TrainingState:
 
 
 def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
-    """The model's entries in a DCP folder, whatever else it holds; `known` are the model's names."""
+    """The model's entries in a DCP folder, whatever else it contains; `known` are the model's names."""
     flat = load_flat(folder)
     found = _below(flat, "model.") or flat
     return bare({name: value for name, value in found.items() if isinstance(value, Tensor)}, known)
@@ -264,7 +264,7 @@ def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _model(flat: Mapping[str, Any], before: str, optimizer: str) -> dict[str, Any]:
-    """The model's entries: under "model.", or (torchtitan's newer files) beside the optimizer without a prefix."""
+    """The model's entries: under "model.", or (newer torchtitan files) beside the optimizer without a prefix."""
     nested = _below(flat, before + "model.")
     if nested:
         return nested
@@ -273,7 +273,7 @@ def _model(flat: Mapping[str, Any], before: str, optimizer: str) -> dict[str, An
 
 
 def _extra_states(entries: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]) -> dict[str, Any]:
-    """Modules' extra state by name, put together again where DCP has taken it apart by `paths`."""
+    """Modules' extra state by name, reassembled if DCP has split it up by `paths`."""
     found: dict[str, Any] = {}
     inner: dict[str, tuple[str | int, ...]] = {}
     for path in paths.values():
@@ -295,7 +295,7 @@ def _state(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _groups(flat: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Groups by number; where keys carry names instead (flattened), those with equal settings are one group."""
+    """Groups by number; if keys carry names instead (flattened), entries with equal settings form one group."""
     if "0.params" in flat:
         numbered: dict[int, dict[str, Any]] = {}
         for key, value in flat.items():
@@ -333,7 +333,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(root: dict[str, Any], path: Sequence[str | int], value: Any) -> None:
-    """Put a value where a path of keys and list positions leads; what is missing on the way is made."""
+    """Put a value at a path of keys and list positions, creating what is missing on the way."""
     at: Any = root
     for key, following in zip(path, [*path[1:], None], strict=True):
         new = value if following is None else [] if isinstance(following, int) else {}

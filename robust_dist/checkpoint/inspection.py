@@ -1,4 +1,4 @@
-"""A report on what a checkpoint holds."""
+"""A report on the contents of a checkpoint."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,23 +17,24 @@ from robust_dist.checkpoint.training_state import TrainingState
 
 @dataclass(frozen=True)
 class Inspection:
-    """Lines for a person, and whether everything could be read."""
+    """A readable report, and whether everything could be read."""
 
     text: str
     whole: bool
 
 
 def inspect(path: str | Path) -> str:
-    """A report on the checkpoint at `path`: layout, engine, ranks, step, schedule, groups, parameters, whole or torn.
+    """A report on the checkpoint at `path`: layout, engine, ranks, step, schedule, groups, parameters, complete or
+    torn.
 
     Raises:
-        CheckpointError: There is nothing, or it is no checkpoint.
+        CheckpointError: The path does not exist or is not a checkpoint.
     """
     return examine(path).text
 
 
 def examine(path: str | Path) -> Inspection:
-    """Like `inspect`, with the verdict as a value of its own."""
+    """Like `inspect`, with the verdict as a separate value."""
     path = Path(path)
     place, reason = _place(path)
     head = [("checkpoint", str(path)), ("layout", _layout(path, place))]
@@ -49,7 +50,7 @@ def examine(path: str | Path) -> Inspection:
 
 
 def _place(path: Path) -> tuple[Layout | None, str | None]:
-    """The layout, or the reason why there is none: the manifest says that a file is torn or gone."""
+    """The layout, or why there is none: the manifest says that a file is torn or gone."""
     if (path / MANIFEST).is_file():
         try:
             verify(path)

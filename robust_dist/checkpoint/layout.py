@@ -1,8 +1,8 @@
-"""Telling the known layouts of checkpoints apart, and what `transformers.Trainer` adds to its folders.
+"""Recognising checkpoint layouts, and what `transformers.Trainer` adds to its folders.
 
-Trainer's folder holds an engine's own files, some under other names, and `trainer_state.json`. Under ZeRO it looks for
-a folder `global_step*` and then loads what `latest` names. Without ZeRO and FSDP it takes the optimizer's state from
-`optimizer.pt`, but only where `scheduler.pt` lies beside it, and else silently starts it anew.
+A Trainer folder holds an engine's own files, some under other names, and `trainer_state.json`. Under ZeRO, Trainer
+looks for a `global_step*` folder and then loads what `latest` names. Without ZeRO and FSDP it loads the optimizer
+state from `optimizer.pt`, but only if `scheduler.pt` is present; otherwise it silently starts from scratch.
 """
 
 import json
@@ -31,7 +31,7 @@ FSDP_SHARDED = "Accelerate folder (FSDP, sharded state dict)"
 FSDP_FULL = "Accelerate folder (FSDP, full state dict)"
 DCP = "torch.distributed.checkpoint folder"
 FILE = "file of torch.save"
-# Marks a folder of Trainer's, which is of any of the first four kinds.
+# Marks a Trainer folder, which is also one of the first four kinds.
 TRAINER_STATE = "trainer_state.json"
 KNOWN = (
     f"a folder of Accelerate's save_state ({MODEL_FILES[0]} or {MODEL_FILES[2]} with {OPTIMIZER_FILE}; "
@@ -43,7 +43,7 @@ TRAINERS_SCHEDULE = "scheduler.pt"
 RANDOM_STATES = "rng_state*.pth"
 _SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 _WEIGHTS = (*MODEL_FILES, *_SHARDS)
-# What an engine, Trainer's random states or this package wrote; everything else is the user's and goes along.
+# Written by an engine, this package, or Trainer (random states); everything else is the user's and is copied.
 _OWN = (
     *_WEIGHTS,
     *OPTIMIZER_FILES,
@@ -54,7 +54,7 @@ _OWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's kind (a constant of this module) and place, and whether a `manifest.json` vouches for it."""
+    """A checkpoint's kind (a constant of this module) and path, and whether a `manifest.json` vouches for it."""
 
     kind: str
     path: Path
@@ -65,7 +65,7 @@ def find_layout(path: str | Path) -> Layout:
     """The layout at `path`; nothing is loaded.
 
     Raises:
-        CheckpointError: Nothing is there, it is no checkpoint, several, or one of several models.
+        CheckpointError: The path does not exist, or is not a checkpoint, several, or one with several models.
     """
     path = Path(path)
     if path.is_file():
@@ -73,13 +73,13 @@ def find_layout(path: str | Path) -> Layout:
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if path.name.startswith(".") and path.name.endswith(".partial"):
-        raise CheckpointError(f"{path}: was not written to its end; name an earlier one")
+        raise CheckpointError(f"{path}: was not completely written; name an earlier one")
     _refuse_several(path)
     kinds = kinds_in(path)
     if len(kinds) > 1:
         raise CheckpointError(f"{path}: holds {' and '.join(kinds)}; move one of them to a folder of its own")
     if not kinds:
-        raise CheckpointError(f"{path}: is no checkpoint{_advice(path)}; looked for {KNOWN}")
+        raise CheckpointError(f"{path}: is not a checkpoint{_advice(path)}; looked for {KNOWN}")
     return Layout(kinds[0], path, (path / MANIFEST).is_file())
 
 
@@ -99,7 +99,7 @@ def kinds_in(path: Path) -> list[str]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether a model's file is only an export of the weights, beside an engine's own files."""
+    """Whether a model file is only an export of the weights, beside an engine's own files."""
     alone = not any((path / name).is_file() for name in OPTIMIZER_FILES)
     return alone or (path / TRAINER_STATE).is_file()
 
@@ -112,10 +112,10 @@ def _refuse_several(path: Path) -> None:
 
 
 def _advice(path: Path) -> str:
-    """A hint where a run's folder was named in place of one of its checkpoints."""
+    """A hint if a run's folder was named instead of one of its checkpoints."""
     steps = sorted(path.glob("step-*")) or sorted(path.glob("checkpoints/step-*"))
     steps = steps or sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
-    return f", but has some: name one, such as {steps[-1]}" if steps else ""
+    return f", but contains some: name one, such as {steps[-1]}" if steps else ""
 
 
 def is_trainers(folder: Path) -> bool:
@@ -132,15 +132,15 @@ def read_beside(state: TrainingState, folder: Path) -> None:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Refuse a folder of which Trainer would load only a part, in a CheckpointError that names the file."""
+    """Reject a folder that Trainer would load only in part; the CheckpointError names the missing file."""
     _read_state(folder)
     if kind == DDP and not any((folder / name).is_file() for name in OPTIMIZER_FILES):
         raise CheckpointError(
-            f"{folder / TRAINERS_OPTIMIZER}: is missing: torn, or saved with save_only_model=True, which leaves "
-            "out what a run needs to go on"
+            f"{folder / TRAINERS_OPTIMIZER}: missing: torn, or saved with save_only_model=True, which leaves "
+            "out what is needed to resume"
         )
     if kind != ZERO and not (folder / TRAINERS_SCHEDULE).is_file():
-        raise CheckpointError(f"{folder / TRAINERS_SCHEDULE}: is missing: Trainer would silently load only the weights")
+        raise CheckpointError(f"{folder / TRAINERS_SCHEDULE}: missing: Trainer would silently load only the weights")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -149,11 +149,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
         noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return noted | {"global_step": int(noted["global_step"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: torn, or not Trainer's ({error!r})") from None
+        raise CheckpointError(f"{path}: torn, or not from Trainer ({error!r})") from None
 
 
 def rows(state: TrainingState, folder: Path) -> list[tuple[str, str]]:
-    """Rows on a Trainer's folder for a report: names and texts."""
+    """Rows about a Trainer folder for a report: names and texts."""
     noted = state.extra["trainer"]
     epoch = noted.get("epoch")
     text = f"step {noted['global_step']} of {noted.get('max_steps') or 'an unknown number'}"
@@ -164,7 +164,7 @@ def rows(state: TrainingState, folder: Path) -> list[tuple[str, str]]:
 
 
 def switch_state(state: TrainingState) -> dict[str, Any] | None:
-    """The weight-decay switch that RobustTrainerCallback saved."""
+    """The weight-decay switch saved by RobustTrainerCallback."""
     callbacks = (state.extra.get("trainer") or {}).get("stateful_callbacks") or {}
     saved = callbacks.get("RobustTrainerCallback")
     found: dict[str, Any] | None = saved["attributes"]["switch_state"] if isinstance(saved, dict) else None
@@ -172,7 +172,7 @@ def switch_state(state: TrainingState) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """The files and folders in it; shards of weights and ranks' random states are only counted."""
+    """The files and folders in it; weight shards and ranks' random states are only counted."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     shards = [name for name in names if any(fnmatch(name, pattern) for pattern in _SHARDS)]
     states = [name for name in names if fnmatch(name, RANDOM_STATES)]
@@ -181,9 +181,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def turn_into_trainers(state: TrainingState, src: Path, folder: Path, world_size: int) -> None:
-    """Give a written Accelerate folder the names that Trainer looks for, and all that lies beside `src`.
+    """Give a written Accelerate folder the names that Trainer looks for, and everything that lies beside `src`.
 
-    Where `src`, from which it was read, is not Trainer's, the folder gets a `trainer_state.json` of its step.
+    If `src`, the source, is not a Trainer folder, the result gets a `trainer_state.json` with its step.
     """
     done = max((float(held["step"]) for held in state.optimizer.values()), default=0.0)
     step = int(state.extra.get("step") or done)
@@ -217,7 +217,7 @@ def _copy_beside(src: Path, folder: Path, *, with_weights: bool) -> None:
 
 
 def _copy_random_states(src: Path, folder: Path, world_size: int) -> None:
-    """Copy the files of the ranks that will load; of a single process Trainer has another form and name."""
+    """Copy the files for the ranks that will load; for a single process Trainer uses another format and name."""
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     for name in names:
         if (src / name).is_file():

@@ -1,4 +1,4 @@
-"""Checkpoints of whole tensors: Accelerate's folder under DDP, FSDP's full state dict, a file of `torch.save`."""
+"""Checkpoints of whole tensors: Accelerate's DDP folder, FSDP's full state dict, a `torch.save` file."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ from robust_dist.engines.engine import UNNOTED, UNNOTED_SHARDS
 from robust_dist.optim.state import MASTER, MOMENTS, STEP, Z
 
 OPTIMIZER_FILE = "optimizer.bin"
-# Accelerate's and Trainer's.
+# Names used by Accelerate and Trainer.
 OPTIMIZER_FILES = (OPTIMIZER_FILE, "optimizer.pt")
 SCHEDULE_FILE = "scheduler.bin"
 FULL_MODEL_FILE = "pytorch_model_fsdp.bin"
@@ -40,22 +40,22 @@ STATE_KEYS = (STEP, *MOMENTS)
 
 
 def load_file(path: Path) -> Any:
-    """The content of a file of `torch.save`, on the CPU; no code of the file is run.
+    """The contents of a `torch.save` file, on the CPU; runs no code from it.
 
     Raises:
-        CheckpointError: The file is torn, no file of `torch.save`, or holds more than tensors and plain values.
+        CheckpointError: It is torn, not a `torch.save` file, or holds more than tensors and plain values.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing") from None
+        raise CheckpointError(f"{path}: missing") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: torn, or not a file of tensors and plain values ({reason})") from None
 
 
 def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
-    """The model's entries in a folder as `read_folder` takes it; the optimizer's file is not read."""
+    """The model's entries in a folder that `read_folder` accepts; the optimizer file is not read."""
     full = folder / FULL_MODEL_FILE
     weights, _ = split_objects(_load_model(full if full.is_file() else _model_file(folder)))
     model, noted = bare(weights, known), read_names(folder)
@@ -63,18 +63,19 @@ def read_weights(folder: Path, known: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _with_shared(model: dict[str, Tensor], noted: ParameterNames | None) -> dict[str, Tensor]:
-    """The model with the further names of shared parameters, which safetensors files leave out."""
+    """The model with the other names of shared parameters, which safetensors files omit."""
     shared = {} if noted is None else noted.shared
     return model | {alias: model[name] for alias, name in shared.items() if name in model and alias not in model}
 
 
 def read_folder(folder: Path, *, number: bool = False, unwrap: bool = False) -> TrainingState:
-    """The training state in an Accelerate or Trainer folder of DDP, or of FSDP with a full state dict.
+    """The training state in an Accelerate or Trainer folder from DDP, or from FSDP with a full state dict.
 
-    With `number` parameters are called "#0", "#1", ... where nothing names them; `unwrap` as `bare_names`.
+    With `number`, parameters are called "#0", "#1", ... if nothing names them; `unwrap` as for `bare_names`.
 
     Raises:
-        CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another one.
+        CheckpointError: A file is missing or torn; the optimizer's parameters have no names, or it is another
+            optimizer.
     """
     full = (folder / FULL_MODEL_FILE).is_file()
     file = folder / FULL_MODEL_FILE if full else _model_file(folder)
@@ -111,7 +112,7 @@ def read_file(path: Path, *, number: bool = False, unwrap: bool = False) -> Trai
 
 
 def _own_names(optimizer: Any, noted: ParameterNames | None) -> list[str]:
-    """The names of all parameters from the note, or from the optimizer itself; none if neither has them."""
+    """The names of all parameters from the note, or from the optimizer itself; empty if neither has them."""
     if noted is not None:
         return [name for group in noted.groups for name in group]
     groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
@@ -127,11 +128,11 @@ def _first(content: Mapping[str, Any], keys: Iterable[str]) -> Any:
 def _model_file(folder: Path) -> Path:
     found = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
     if [path.name for path in found] == [MODEL_FILES[0], MODEL_FILES[2]]:
-        # As `write_ddp` leaves them; Accelerate takes the first, too.
+        # `write_ddp` leaves both; Accelerate also takes the first.
         return found[0]
     if len(found) != 1:
         raise CheckpointError(
-            f"{folder}: holds {[path.name for path in found] or 'no model file'}; wanted is one of {list(MODEL_FILES)}"
+            f"{folder}: holds {[path.name for path in found] or 'no model file'}; expected one of {list(MODEL_FILES)}"
         )
     return found[0]
 
@@ -140,12 +141,12 @@ def _load_model(path: Path) -> dict[str, Any]:
     if path.suffix != ".json":
         content = _load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
         if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-            raise CheckpointError(f"{path}: is not the state_dict of a model (a name and a tensor each)")
+            raise CheckpointError(f"{path}: is not a model's state_dict (names and tensors)")
         return dict(content)
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: torn, or no index of weights ({error!r})") from None
+        raise CheckpointError(f"{path}: torn, or not a weight index ({error!r})") from None
     model: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         model.update(_load_model(path.parent / name))
@@ -171,22 +172,22 @@ def named_optimizer(
     where: Path,
     number: bool = False,
 ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
-    """An optimizer's `state_dict`, with numbers or (of FSDP) names, as (state by name, groups with names in "params").
+    """An optimizer's `state_dict`, keyed by numbers or (FSDP) names, as (state by name, groups with names in "params").
 
     The arguments are those of `name_groups` and `read_folder`.
 
     Raises:
-        CheckpointError: It is no state_dict of an optimizer with step, exp_avg and exp_avg_sq, or nothing names its
+        CheckpointError: It is not an optimizer state_dict with step, exp_avg and exp_avg_sq, or nothing names its
             parameters.
     """
     if not isinstance(saved, Mapping) or not isinstance(saved.get("param_groups"), list) or "state" not in saved:
-        raise CheckpointError(f"{where}: holds no state_dict of an optimizer ('state' and 'param_groups')")
+        raise CheckpointError(f"{where}: has no optimizer state_dict ('state' and 'param_groups')")
     state, groups = saved["state"], saved["param_groups"]
     check_keys(state, where)
     names = _names_by_key(state, groups, model, noted, ordered=ordered, where=where, number=number)
     unknown = [key for key in state if key not in names]
     if unknown:
-        raise CheckpointError(f"{where}: has state of {unknown[:5]}, which no param group has")
+        raise CheckpointError(f"{where}: has state for {unknown[:5]}, which are in no param group")
     named = [{**group, "params": [names[key] for key in group["params"]]} for group in groups]
     return {names[key]: _tensors(entry) for key, entry in state.items()}, named
 
@@ -219,11 +220,11 @@ def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
-    """Refuse state of anything else than RAdaBeliefW (perhaps with averaging) and AdamW, and name its keys."""
+    """Reject state from optimizers other than RAdaBeliefW (with or without averaging) and AdamW, naming its keys."""
     for name, entry in state.items():
         if set(entry) - {Z} != set(STATE_KEYS):
             raise CheckpointError(
-                f"{where}: the state of parameter {name!r} has {sorted(entry)}, wanted is {sorted(STATE_KEYS)}: "
+                f"{where}: the state of parameter {name!r} has {sorted(entry)}, expected {sorted(STATE_KEYS)}: "
                 f"{_why_refused(entry)}"
             )
 
@@ -231,15 +232,15 @@ def check_keys(state: Mapping[Any, Mapping[str, Any]], where: Path) -> None:
 def _why_refused(entry: Mapping[str, Any]) -> str:
     if set(entry) == {*STATE_KEYS, MASTER}:
         return "a run with master_weights=True cannot be converted; its engine loads it at any world size"
-    hint = "; robust_dist.optim.convert takes timm's and adabelief-pytorch's" if "exp_avg_var" in entry else ""
-    return f"it is of another optimizer{hint}"
+    hint = "; robust_dist.optim.convert converts timm's and adabelief-pytorch's" if "exp_avg_var" in entry else ""
+    return f"it is from another optimizer{hint}"
 
 
 def _further_names(state: TrainingState) -> dict[str, str]:
-    """The first name of a shared tensor for each of its further names.
+    """The first name of a shared tensor for each of its other names.
 
-    Told by the memory; or, where a checkpoint of shards holds each apart, by a trained parameter's bits under a name
-    that the optimizer does not know.
+    Shared tensors are recognised by memory; or, if a sharded checkpoint stores each copy separately, by a trained
+    parameter's bits under a name that the optimizer does not know.
     """
     trained = {name for name, entry in state.optimizer.items() if float(entry[STEP]) > 0}
     known = {name for group in state.groups for name in group["params"]} | {*state.extra.get("frozen", ())}
@@ -257,7 +258,7 @@ def _further_names(state: TrainingState) -> dict[str, str]:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors requires; slices of one flat tensor share it."""
+    """Contiguous tensors that share no memory, as safetensors requires; slices of one flat tensor do share it."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -271,16 +272,16 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _has_bits_of(tensor: Tensor, other: Tensor) -> bool:
     if tensor.dtype != other.dtype or tensor.shape != other.shape or tensor.numel() < 2:
         return False
-    # Equal constants, such as biases of 0, prove nothing.
+    # Equal constants, such as zero biases, prove nothing.
     return torch.equal(tensor, other) and not torch.equal(other, other.flatten()[:1].expand_as(other))
 
 
 def write_ddp(state: TrainingState, folder: Path) -> None:
     """Write `model.safetensors` and `optimizer.bin` as Accelerate does under DDP; and `pytorch_model.bin`.
 
-    Accelerate refuses a `model.safetensors` with both names of a shared parameter: the further ones go into
-    `state.extra["shared"]`, which is noted beside it. With extra state that is no tensor only `pytorch_model.bin` is
-    written.
+    Accelerate rejects a `model.safetensors` with both names of a shared parameter, so the other names go into
+    `state.extra["shared"]`, which is recorded beside it. With extra state that is not a tensor, only
+    `pytorch_model.bin` is written.
     """
     shared = dict(state.extra.get("shared") or {}) | _further_names(state)
     state.extra["shared"] = shared
@@ -297,7 +298,7 @@ def write_ddp(state: TrainingState, folder: Path) -> None:
 
 
 def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
-    """Write the file, unless it cannot hold an entry; Accelerate then takes `pytorch_model.bin`."""
+    """Write the file unless it cannot hold an entry; Accelerate then uses `pytorch_model.bin`."""
     from safetensors.torch import save_file
 
     if not all(isinstance(value, Tensor) for value in entries.values()):
@@ -305,7 +306,7 @@ def _write_safetensors(entries: Mapping[str, Any], file: Path) -> None:
     try:
         save_file(_apart(entries), file, metadata={"format": "pt"})
     except KeyError:
-        # A dtype that safetensors does not have, such as complex128.
+        # A dtype that safetensors lacks, such as complex128.
         file.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Accelerate's save and load of a run's whole state, with what the engine needs besides."""
+"""Accelerate's save and load of a run's whole state, with each engine's additions."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -17,31 +17,31 @@ from robust_dist.schedule import base_optimizer
 
 
 def save_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
-    """Like `accelerator.save_state`, but right under every engine.
+    """Like `accelerator.save_state`, but correct under every engine.
 
-    Under FSDP, parameters that were never stepped are saved as that; under ZeRO, a rank that cannot write does not keep
+    Under FSDP, parameters that were never stepped are saved as such; under ZeRO, a rank that cannot write does not keep
     the others waiting.
 
     Args:
-        accelerator: The Accelerator, after `prepare`; every rank calls this.
-        folder: Where the checkpoint will be.
-        **options: Of `accelerator.save_state`.
+        accelerator: The Accelerator, after `prepare`; every rank must call this.
+        folder: The folder of the new checkpoint.
+        **options: Passed to `accelerator.save_state`.
     """
     engine_of(accelerator).save(accelerator, Path(folder), **options)
 
 
 def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
-    """Like `accelerator.load_state`, but right under every engine.
+    """Like `accelerator.load_state`, but correct under every engine.
 
-    Accelerate's own load is wrong under FSDP where parameters were never stepped or are frozen now (`FSDP.load`), and
-    it passes over a random state that it cannot read: here that is an error. Nothing that the files hold is run:
-    objects of `register_for_checkpointing` are read with weights_only, DCP folders by `dcp`; only ZeRO's files are
-    always unpickled.
+    Accelerate's own load is wrong under FSDP if parameters were never stepped or are now frozen (`FSDP.load`), and it
+    ignores a random state that it cannot read, which is an error here. No code in the files is run: objects of
+    `register_for_checkpointing` are read with weights_only, DCP folders by `dcp`; only ZeRO's files are always
+    unpickled.
 
     Args:
-        accelerator: The Accelerator, after `prepare`; every rank calls this.
-        folder: What `accelerator.save_state` or `convert` wrote.
-        **options: Of `accelerator.load_state`.
+        accelerator: The Accelerator, after `prepare`; every rank must call this.
+        folder: Written by `accelerator.save_state` or `convert`.
+        **options: Passed to `accelerator.load_state`.
 
     Raises:
         CheckpointError: A file holds more than tensors and plain values, or a random state is damaged.
@@ -53,7 +53,7 @@ def load_state(accelerator: Any, folder: str | Path, **options: Any) -> None:
 
 @contextmanager
 def _plain_objects() -> Iterator[None]:
-    """Accelerate reads registered objects with weights_only=False."""
+    """Read registered objects safely, which Accelerate reads with weights_only=False."""
     from accelerate import accelerator as module
 
     def load_plain(obj: Any, path: str, index: int = 0) -> None:
@@ -69,13 +69,13 @@ def _plain_objects() -> Iterator[None]:
 
 
 def _set_random_state(path: Path) -> None:
-    """Set the random state as Accelerate does, but fail loudly; a rank that is new has no file."""
+    """Set the random state as Accelerate does, but raise if it is unreadable; a new rank has no file."""
     import numpy as np
     from accelerate.utils import load
 
     if not path.exists():
         return
-    # NumPy 1 and 2 call it by two names, and Accelerate allows neither the other's nor the dtype of NumPy 1.24.
+    # NumPy 1 and 2 name it differently, and Accelerate allows neither the other's name nor NumPy 1.24's dtype.
     rebuild: Any = np.zeros(0).__reduce__()[0]
     allowed: list[Any] = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
@@ -85,7 +85,7 @@ def _set_random_state(path: Path) -> None:
         np.random.set_state(states["numpy_random_seed"])  # noqa: NPY002
         torch.set_rng_state(states["torch_manual_seed"])
         devices = states.get("torch_cuda_manual_seed", [])
-        # With another number of GPUs there is no state for each of them.
+        # With a different number of GPUs there is not a state for each.
         if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
     except Exception as error:
@@ -94,12 +94,12 @@ def _set_random_state(path: Path) -> None:
 
 
 def make_state(optimizer: Any, params: Iterable[Tensor] | None = None) -> None:
-    """Make parameters' state by a step with zero gradients and a learning rate of 0.
+    """Create parameters' state with one step of zero gradients and a learning rate of 0.
 
-    Gradients that are there stay, and no hook or schedule of the optimizer sees the step.
+    Existing gradients are kept, and no hook or schedule of the optimizer sees the step.
 
     Args:
-        optimizer: The optimizer, or an engine's wrapper of it.
+        optimizer: The optimizer, or an engine's wrapper around it.
         params: Some of its parameters; None: the trainable ones without state.
     """
     optimizer = base_optimizer(optimizer)
@@ -111,5 +111,5 @@ def make_state(optimizer: Any, params: Iterable[Tensor] | None = None) -> None:
         return
     with dry_step(optimizer, chosen):
         step = type(optimizer).step
-        # torch wraps a class's step in one that calls the hooks.
+        # torch wraps a class's step in a function that calls the hooks.
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)

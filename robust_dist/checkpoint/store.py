@@ -1,8 +1,8 @@
-"""A folder of checkpoints, each one whole or not there.
+"""A folder of checkpoints, each either complete or absent.
 
 A checkpoint is written into a `.partial` folder; a manifest with every file's size and CRC-32 comes last, then one
-rename makes it visible. A reader trusts what the manifest confirms and nothing else. The newest is the one of the
-highest step: no clock is asked.
+rename makes it visible. A reader trusts only what the manifest confirms. The newest checkpoint is the one with the
+highest step; clocks are not used.
 """
 
 import json
@@ -28,12 +28,12 @@ _CHUNK = 1 << 22
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with the file and the reason."""
+    """An unusable checkpoint, with the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint: its folder, the optimizer steps done, and what the writer noted beside the files."""
+    """One complete checkpoint: its folder, the optimizer steps taken, and the writer's metadata."""
 
     path: Path
     step: int
@@ -50,7 +50,7 @@ def file_crc32(path: Path) -> int:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,12 +59,12 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
-    """Replace a text file by a whole newer one; a crash leaves the old or the new, never a part.
+    """Replace a text file atomically; after a crash the old or the new text is there, never a part.
 
-    With `private` nobody else may read it, whatever the umask allows.
+    With `private`, nobody else may read it, whatever the umask.
     """
     beside = path.with_name(f".{path.name}.partial")
-    # A killed process may have left one that others can read; it is not reused.
+    # A killed process may have left a file that others can read; it is not reused.
     beside.unlink(missing_ok=True)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     with open(descriptor, "w", encoding="utf-8") as file:
@@ -76,18 +76,18 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint below `folder`, without what the store itself adds."""
+    """The files of a checkpoint below `folder`, without those added by the store itself."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return (path for path in found if path.name != MANIFEST and not path.name.startswith(PART))
 
 
 def part_path(folder: Path, rank: int) -> Path:
-    """The file in which a rank notes the files of an unfinished checkpoint that it has brought to the disk."""
+    """The file in which a rank records which of its files of an unfinished checkpoint are on disk."""
     return folder / f"{PART}{rank:05d}.json"
 
 
 def read_part(folder: Path, rank: int) -> dict[str, list[int]] | None:
-    """A rank's note: name -> [size, CRC-32]; None where it is not there yet."""
+    """A rank's record: name -> [size, CRC-32]; None if it is not there yet."""
     try:
         note: dict[str, list[int]] = read_json(part_path(folder, rank), dict[str, list[int]])
     except FileNotFoundError:
@@ -100,12 +100,12 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-        format: Of the manifest.
-        step: Optimizer steps done.
+        format: Version of the format.
+        step: Optimizer steps taken.
         files: Name -> (size, CRC-32).
-        metadata: JSON values that the writer noted.
-        crc32: Of the rest, as `signature` computes it; None in manifests before 0.4.5.
-        signed: Whether it was written with a checksum; one that has lost it is then no older version's.
+        metadata: The writer's JSON values.
+        crc32: Checksum of the rest, as computed by `signature`; None in manifests before 0.4.5.
+        signed: Whether it was written with a checksum; if so, a missing checksum does not mean an older version.
     """
 
     format: int
@@ -116,35 +116,35 @@ class Manifest:
     signed: bool = False
 
     def signature(self) -> int:
-        """The CRC-32 of the manifest's content, whatever its formatting."""
+        """The CRC-32 of the manifest's content, independent of its formatting."""
         said = [self.format, self.step, {name: list(entry) for name, entry in self.files.items()}, self.metadata]
-        # As it will be read: keys that are numbers become text, and sort differently.
+        # As it will be read back: numeric keys become text, and sort differently.
         return zlib.crc32(json.dumps(json.loads(json.dumps(said)), sort_keys=True).encode())
 
     def text(self) -> str:
-        """The file, with its checksum in the first line, so that no single cut removes the checksum and a value."""
+        """The file, with its checksum on the first line, so no single cut removes both the checksum and a value."""
         return json.dumps({"crc32": 0, **vars(self)} | {"crc32": self.signature(), "signed": True}, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after it was compared with its own checksum.
+    """The manifest of a checkpoint, checked against its own checksum.
 
     Raises:
-        CheckpointError: There is none, it is torn or changed, of another format, or names files outside the folder.
+        CheckpointError: It is missing, torn, changed or of another format, or names files outside the folder.
     """
     path = folder / MANIFEST
     try:
         text = read_text(path)
         kind: _Format = parse_json(text, str(path), _Format)
         if kind.format != FORMAT:
-            raise CheckpointError(f"{path}: format {kind.format} is not {FORMAT}, which this version reads")
+            raise CheckpointError(f"{path}: format {kind.format}, but this version reads {FORMAT}")
         found: Manifest = parse_json(text, str(path), Manifest)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {MANIFEST}; it was not written to its end") from None
+        raise CheckpointError(f"{folder}: has no {MANIFEST}; it was not completely written") from None
     except DocumentError as error:
-        raise CheckpointError(f"{error}; the {MANIFEST} is damaged, or was not written to its end") from None
+        raise CheckpointError(f"{error}; the {MANIFEST} is damaged, or was not completely written") from None
     if found.crc32 != (found.signature() if found.signed or found.crc32 is not None else None):
-        raise CheckpointError(f"{path}: changed since it was written (its checksum is another)")
+        raise CheckpointError(f"{path}: changed since it was written (its checksum differs)")
     outside = [name for name in found.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise CheckpointError(f"{path}: names {outside[0]}, which is outside the folder")
@@ -153,30 +153,30 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass
 class _Format:
-    """The part of a manifest that is read first: other formats may have other keys."""
+    """The part of a manifest that is read first, as other formats may have other keys."""
 
     format: int
 
 
 def verify(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, after every file's size and CRC-32 were compared with its manifest.
+    """The checkpoint in `folder`, after checking every file's size and CRC-32 against its manifest.
 
     Raises:
-        CheckpointError: No manifest, a damaged one, one of another format or of another step than the folder's name
-            says, or a file that is missing, short or changed.
+        CheckpointError: The manifest is missing, damaged, of another format or of another step than the folder's name
+            says; or a file is missing, short or changed.
     """
     manifest = read_manifest(folder)
     named = _NAMED.fullmatch(folder.name)
     if named is not None and int(named[1]) != manifest.step:
         raise CheckpointError(
-            f"{folder / MANIFEST}: says step {manifest.step}, and the folder is of step {int(named[1])}"
+            f"{folder / MANIFEST}: says step {manifest.step}, but the folder's name says step {int(named[1])}"
         )
     check_files(folder, manifest, manifest.files)
     return Checkpoint(folder, manifest.step, manifest.metadata)
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files' size and CRC-32 with the manifest; a CheckpointError names a missing, short or changed one."""
+    """Compare files' size and CRC-32 with the manifest; a CheckpointError names a missing, short or changed file."""
     for name in names:
         path, (size, crc) = folder / name, manifest.files[name]
         try:
@@ -188,7 +188,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def synced(folder: Path, names: Iterable[str] | None = None) -> dict[str, list[int]]:
-    """Bring files below `folder` (`names`, or all of them), and the folders that they are in, to the disk.
+    """Flush files below `folder` (`names`, or all), and the folders they are in, to disk.
 
     Returns:
         Name -> [size, CRC-32].
@@ -204,14 +204,14 @@ def synced(folder: Path, names: Iterable[str] | None = None) -> dict[str, list[i
 
 
 def partial_of(folder: Path, token: str = "") -> Path:
-    """The folder into which a checkpoint's files are written first; `token` marks the start that writes them."""
+    """The folder in which a checkpoint is built; `token` marks the start that writes it."""
     return folder.with_name(f".{folder.name}{'.' * bool(token)}{token}.partial")
 
 
 def sign(partial: Path, step: int, files: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> None:
-    """Write the manifest of a complete folder: from here on it is a checkpoint, whatever happens to the rename.
+    """Write the manifest of a finished folder, which is a checkpoint from now on, even if the rename fails.
 
-    `files` is what `synced` gave of all its files, `metadata` are JSON values to note beside them.
+    `files` is what `synced` returned for all its files, `metadata` are the writer's JSON values.
     """
     for note in partial.glob(f"{PART}*"):
         note.unlink()
@@ -221,20 +221,20 @@ def sign(partial: Path, step: int, files: Mapping[str, Sequence[int]], metadata:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a signed folder its name, in place of an older checkpoint of that name."""
+    """Give a signed folder its final name, replacing an older checkpoint of that name."""
     discard(folder)
     os.replace(partial, folder)
     fsync(folder.parent)
 
 
 def recover(partial: Path, folder: Path) -> None:
-    """Finish a publication that was cut off between the manifest and the rename."""
+    """Finish a publication interrupted between the manifest and the rename."""
     if not folder.exists() and (partial / MANIFEST).is_file():
         os.replace(partial, folder)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder in two moves, so that a half-removed one never has a checkpoint's name."""
+    """Remove a folder in two steps, so that a half-removed one never has a checkpoint's name."""
     if folder.exists():
         doomed = folder.with_name(f".{folder.name}.partial-removed")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -243,16 +243,16 @@ def discard(folder: Path) -> None:
 
 
 class CheckpointStore:
-    """Whole checkpoints under one folder: the newest `keep` of them and the best `keep_best`.
+    """Complete checkpoints in one folder: the newest `keep` and the best `keep_best`.
 
     Args:
-        folder: Where they lie; made when the first one is begun.
-        keep: How many of the newest stay after a newer one is complete.
-        keep_best: How many of the highest `metadata["eval_accuracy"]` stay beside these.
-        token: Marks the unfinished folders of this start, so that a process of an earlier one that is still alive
-            somewhere can never write into them.
-        guard: Called before a checkpoint is begun and before it becomes whole; raises where the folder has gone to
-            another run.
+        folder: The checkpoints' folder; created with the first checkpoint.
+        keep: Number of newest checkpoints kept.
+        keep_best: Number of checkpoints with the highest `metadata["eval_accuracy"]` kept in addition.
+        token: Marks the unfinished folders of this start, so that a process left over from an earlier one can never
+            write into them.
+        guard: Called before a checkpoint is begun and before it is completed; raises if another run has taken the
+            folder.
     """
 
     def __init__(
@@ -268,15 +268,15 @@ class CheckpointStore:
         self.keep, self.keep_best, self.token, self.guard = keep, keep_best, token, guard
 
     def path_of(self, step: int) -> Path:
-        """The folder of a step's checkpoint, once it is whole."""
+        """The folder of a step's completed checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, whole or torn, oldest first."""
+        """The steps of the checkpoints on disk, complete or torn, oldest first."""
         return [step for step, _ in map(_order, reversed(self._names())) if step >= 0]
 
     def begin(self, step: int) -> Path:
-        """An empty folder into which the files of step `step` are to be written."""
+        """An empty folder for the files of step `step`."""
         self.guard()
         partial = self._partial(step)
         shutil.rmtree(partial, ignore_errors=True)
@@ -284,16 +284,16 @@ class CheckpointStore:
         return partial
 
     def abandon(self, step: int) -> None:
-        """Remove what was written since `begin(step)`, so that its space is free again."""
+        """Remove what was written since `begin(step)` to free its space."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def commit(self, step: int, metadata: dict[str, Any], files: dict[str, list[int]] | None = None) -> Checkpoint:
-        """Make the files of `begin(step)` a checkpoint, and let go of the oldest ones.
+        """Turn the files of `begin(step)` into a checkpoint, and remove the oldest ones.
 
         Args:
-            step: Optimizer steps done.
-            metadata: JSON values to note beside the files.
-            files: Name -> [size, CRC-32] of all of them, where they were brought to the disk already; None: done here.
+            step: Optimizer steps taken.
+            metadata: JSON values stored with the files.
+            files: Name -> [size, CRC-32] of all files, if they have already been flushed; None: flush them here.
 
         Raises:
             CheckpointError: One of `files` is missing or short.
@@ -302,7 +302,7 @@ class CheckpointStore:
         if files is None:
             files = synced(partial)
         _check_sizes(partial, files)
-        # Once there is a manifest, readers take it for whole, even if the rename was cut off.
+        # With a manifest, readers take it as complete even if the rename is interrupted.
         self.guard()
         sign(partial, step, files, metadata)
         self.guard()
@@ -311,7 +311,7 @@ class CheckpointStore:
         return Checkpoint(final, step, metadata)
 
     def clean(self) -> None:
-        """Remove what dead processes left half-written or half-removed; only for the one that holds the folder."""
+        """Remove what dead processes left half-written or half-removed; only for the holder of the folder."""
         for pattern in (f".{_PREFIX}*.partial", f".{_PREFIX}*.partial-removed"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -319,7 +319,7 @@ class CheckpointStore:
     def newest(
         self, refuse: Callable[[Checkpoint], str | None] = lambda _: None
     ) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint that `refuse` gives no reason against, and why newer folders were skipped."""
+        """The newest complete checkpoint for which `refuse` gives no reason, and why newer folders were skipped."""
         rejected = []
         self._recover()
         for folder in self._names():
@@ -335,7 +335,7 @@ class CheckpointStore:
         return None, rejected
 
     def _recover(self) -> None:
-        """Finish a commit that was cut off between its manifest and its rename."""
+        """Finish commits interrupted between the manifest and the rename."""
         for partial in self.folder.glob(f".{_PREFIX}*.partial"):
             recover(partial, self.folder / partial.name[1:].partition(".")[0])
 
@@ -347,7 +347,7 @@ class CheckpointStore:
         return sorted(self.folder.glob(f"{_PREFIX}*"), key=_order, reverse=True)
 
     def _retire(self, final: Path) -> None:
-        # A torn folder of a later step must not push out what was just written.
+        # A torn folder of a later step must not push out the new checkpoint.
         known = [folder for folder in self._names() if _order(folder) <= _order(final)]
         kept = {*known[: self.keep], *self._best(known)}
         for folder in known:
@@ -355,7 +355,7 @@ class CheckpointStore:
                 discard(folder)
 
     def _best(self, folders: list[Path]) -> list[Path]:
-        """The `keep_best` of highest accuracy; the newer one where two are equal."""
+        """The `keep_best` of highest accuracy; ties go to the newer."""
         scored = [(score, *_order(folder), folder) for folder in folders if (score := _accuracy(folder)) is not None]
         return [folder for *_, folder in sorted(scored, reverse=True)[: self.keep_best]]
 
@@ -368,13 +368,13 @@ def _check_sizes(folder: Path, files: dict[str, list[int]]) -> None:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    """A sort key by step number, as names differ in digits; a folder of no step is the oldest."""
+    """A sort key by step number, since step names differ in digits; a folder without a step sorts first."""
     named = _NAMED.fullmatch(folder.name)
     return (int(named[1]) if named else -1), folder.name
 
 
 def _accuracy(folder: Path) -> float | None:
-    """The accuracy that a checkpoint notes; None for a torn one, and for one written within an epoch."""
+    """The accuracy recorded in a checkpoint; None for a torn one or one written within an epoch."""
     try:
         score = read_manifest(folder).metadata.get(ACCURACY)
     except CheckpointError:

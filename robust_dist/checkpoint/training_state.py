@@ -1,7 +1,7 @@
-"""A training state that belongs to no engine, and the names of its parameters.
+"""A training state independent of any engine, and the names of its parameters.
 
-DDP's files number the optimizer's parameters, every other engine's name them. `note_parameters` writes the names beside
-a checkpoint; without that note they are told from torch's `param_names`, or from order and shapes where these allow
+DDP's files number the optimizer's parameters; every other engine's name them. `note_parameters` writes the names
+beside a checkpoint; without it they are inferred from torch's `param_names`, or from order and shapes if these allow
 only one answer.
 """
 
@@ -31,19 +31,19 @@ Shape = tuple[int, ...] | None
 
 @dataclass
 class TrainingState:
-    """Everything a run needs to go on, whole and on the CPU.
+    """Everything needed to continue a run, whole and on the CPU.
 
     Attributes:
-        model: Every entry of the model's `state_dict` by its name without wrappers' prefixes: parameters (the
-            float32 master where the engine kept one) and buffers.
-        optimizer: For each parameter that has state: name -> {"step": 0-d float32, "exp_avg": shape of the
-            parameter, "exp_avg_sq": the same}, with averaging "z": the same, too.
+        model: Every entry of the model's `state_dict` by its name without wrapper prefixes: parameters (the float32
+            master if the engine kept one) and buffers.
+        optimizer: For each parameter with state: name -> {"step": 0-d float32, "exp_avg": shape of the parameter,
+            "exp_avg_sq": the same}, and with averaging "z": the same.
         groups: The optimizer's param groups, with parameter names in "params", in the optimizer's order.
         schedule: `state_dict()` of the schedule, or None.
         engine: The kind of checkpoint it was read from: "ddp", "fsdp", "zero0" ... "zero3".
-        world_size: How many ranks wrote it; None where nothing tells.
-        extra: JSON values to carry over (the run's recipe, its step); "objects" are the model's entries that are no
-            parameters or buffers, by name: what its modules' `get_extra_state` gave.
+        world_size: Number of ranks that wrote it; None if unknown.
+        extra: JSON values to carry over (the run's recipe, its step); "objects" are the model's entries that are not
+            parameters or buffers, by name: the return values of its modules' `get_extra_state`.
     """
 
     model: dict[str, Tensor]
@@ -55,18 +55,18 @@ class TrainingState:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def entries(self) -> dict[str, Any]:
-        """The model's whole `state_dict`, extra state too."""
+        """The model's whole `state_dict`, including extra state."""
         return {**self.model, **self.extra.get("objects", {})}
 
 
 def split_objects(module: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A model's `state_dict` as (tensors, what torch calls extra state and other entries that are no tensors)."""
+    """A model's `state_dict` as (tensors, torch's extra state and other entries that are not tensors)."""
     objects = {n: v for n, v in module.items() if not isinstance(v, Tensor) or n.rpartition(".")[2] == "_extra_state"}
     return {name: value for name, value in module.items() if name not in objects}, objects
 
 
 class UnnamedError(CheckpointError):
-    """A checkpoint only numbers its parameters, and order and shapes do not tell them apart."""
+    """A checkpoint numbers its parameters, and order and shapes do not identify them."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class ParameterNames:
     """The contents of `parameters.json`.
 
     Attributes:
-        groups: For each of the optimizer's groups the names of its parameters, in its order.
-        shared: For each further name of a shared parameter (which safetensors files leave out) its first name.
-        buffers: The model's buffers; None where it is not known.
-        frozen: Parameters that need no gradient; None where it is not known.
-        world_size: The ranks that the checkpoint is for; None where it is not known.
+        groups: The parameter names of each of the optimizer's groups, in its order.
+        shared: For each other name of a shared parameter (omitted in safetensors files), its first name.
+        buffers: The model's buffers; None if unknown.
+        frozen: Parameters that need no gradient; None if unknown.
+        world_size: Number of ranks that the checkpoint is for; None if unknown.
     """
 
     groups: list[list[str]]
@@ -94,10 +94,10 @@ class ParameterNames:
 
 
 def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool = False) -> list[str]:
-    """The names without what wrappers have added, as far as names can prove it.
+    """The names without wrapper prefixes, as far as names can prove them to be such.
 
-    A "module." in front of all of them may be DDP's, or the model's own only child. It goes where `known` (names of the
-    same model from elsewhere) proves that a wrapper added it, or where the caller says so by `unwrap`.
+    A "module." prefix on every name may come from DDP or be the model's own only child. It is removed if `known` (names
+    of the same model from elsewhere) proves that a wrapper added it, or if the caller passes `unwrap`.
     """
     given, others = list(names), set(known)
     bare = _without_wrappers(given, others)
@@ -109,7 +109,7 @@ def bare_names(names: Iterable[str], known: Iterable[str] = (), *, unwrap: bool 
 
 
 def _without_wrappers(given: list[str], others: set[str]) -> list[str]:
-    """The names without wrappers' components, unless names prove that these are the model's own."""
+    """The names without wrapper components, unless names prove that these are the model's own."""
     clean = [clean_name(name) for name in given]
     compiled = all(name.startswith(_COMPILED) for name in given)
     outer = [name.removeprefix(_COMPILED) for name in given] if compiled else given
@@ -119,7 +119,7 @@ def _without_wrappers(given: list[str], others: set[str]) -> list[str]:
 
 
 def _agree(names: set[str], others: set[str]) -> bool:
-    """Whether one set may be a part of the other, as an optimizer's names are of a model's."""
+    """Whether one set may be a subset of the other, as an optimizer's names are of a model's."""
     return names <= others or others <= names
 
 
@@ -131,17 +131,17 @@ def bare(model: Mapping[str, Tensor], known: Iterable[str] = (), *, unwrap: bool
 def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
     """Write `parameters.json`, which names the optimizer's parameters, into a checkpoint's folder.
 
-    DDP's `optimizer.bin` numbers the parameters; with this note beside it the checkpoint can be converted. It may be
-    written later, too, by a script that builds the same model and optimizer. Files of engines that shard carry the
-    names themselves. Rank 0 writes; under FSDP2 every rank calls this, under the others it may.
+    DDP's `optimizer.bin` numbers the parameters; with this note the checkpoint can be converted. It can also be written
+    later, by a script that builds the same model and optimizer. Files of sharding engines contain the names. Rank 0
+    writes; under FSDP2 every rank must call this, elsewhere every rank may.
 
     Args:
         folder: The checkpoint's folder.
-        model: The model that the optimizer steps, wrapped by DDP or FSDP, or not.
-        optimizer: The optimizer, or Accelerate's wrapper of it.
+        model: The model whose parameters the optimizer steps, with or without a DDP or FSDP wrapper.
+        optimizer: The optimizer, or Accelerate's wrapper around it.
 
     Raises:
-        CheckpointError: The optimizer has a parameter that the model does not have.
+        CheckpointError: The optimizer has a parameter that is not in the model.
     """
     # On every rank: otherwise only some ranks would gather in the next forward pass.
     reshard(model)
@@ -165,7 +165,7 @@ def note_parameters(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 def _name_of(param: Tensor, names: Mapping[int, str]) -> str:
     if id(param) not in names:
         raise CheckpointError(
-            f"the optimizer has a parameter of shape {tuple(param.shape)} that is none of the model's: give "
+            f"the optimizer has a parameter of shape {tuple(param.shape)} that is not in the model: pass "
             "note_parameters the model whose parameters the optimizer steps (under ZeRO no note is needed)"
         )
     return names[id(param)]
@@ -177,7 +177,7 @@ def write_names(folder: Path, names: ParameterNames) -> None:
 
 
 def read_names(folder: Path) -> ParameterNames | None:
-    """The note in `folder`, or None; a CheckpointError where it is not of the form {"groups": [[name, ...], ...]}."""
+    """The note in `folder`, or None; a CheckpointError if it does not have the form {"groups": [[name, ...], ...]}."""
     path = folder / SIDECAR
     if not path.is_file():
         return None
@@ -187,7 +187,7 @@ def read_names(folder: Path) -> ParameterNames | None:
         rest = {key: noted.get(key) for key in ("buffers", "frozen", "world_size")}
         return ParameterNames(groups, dict(noted.get("shared") or {}), **rest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{path}: is not of the form {{"groups": [[name, ...], ...]}} ({error!r})') from None
+        raise CheckpointError(f'{path}: does not have the form {{"groups": [[name, ...], ...]}} ({error!r})') from None
 
 
 def name_groups(
@@ -211,7 +211,7 @@ def name_groups(
 
     Raises:
         UnnamedError: Nothing names them, and order and shapes allow several answers or none.
-        CheckpointError: The note, or `param_names`, does not fit the groups.
+        CheckpointError: The note or `param_names` does not fit the groups.
     """
     names = [group.get("param_names") for group in groups]
     sizes = [len(group["params"]) for group in groups]
@@ -225,7 +225,7 @@ def name_groups(
         found = _tell(wanted, model, ordered)
     if found is None:
         raise UnnamedError(
-            f"{where}: numbers its parameters, and order and shapes do not tell their names beyond doubt; build the "
+            f"{where}: numbers its parameters, and order and shapes do not identify them uniquely; build the "
             f"model and the optimizer as in training and call robust_dist.checkpoint.note_parameters("
             f"{str(where.parent)!r}, model, optimizer), which writes {SIDECAR} beside it"
         )
@@ -269,7 +269,7 @@ def _by_shape(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, 
 def _by_order(wanted: list[list[Shape]], candidates: list[tuple[str, tuple[int, ...]]]) -> list[list[str]] | None:
     """The names, if exactly one merge of the groups gives the model's own order.
 
-    A state is how far each group is used up; `ways` counts, up to 2, how one comes there.
+    A state is the number of parameters consumed from each group; `ways` counts the paths to it, up to 2.
     """
     total = sum(len(group) for group in wanted)
     ways: dict[tuple[int, ...], int] = {(0,) * len(wanted): 1}

@@ -1,6 +1,6 @@
-"""The files of a DeepSpeed checkpoint: their names, how parameters lie in them, and reading without running them.
+"""The files of a DeepSpeed checkpoint: names, layout of parameters, and safe reading.
 
-ZeRO lays parameters out over ranks in flat partitions. Read from DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py,
+ZeRO lays parameters out over ranks in flat partitions. Based on DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py,
 stage3.py, bf16_optimizer.py).
 """
 
@@ -26,13 +26,13 @@ _TORN = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, Attr
 
 
 class _Opaque:
-    """A stand-in for classes of DeepSpeed whose objects are in the files and are not needed."""
+    """A stand-in for DeepSpeed classes whose objects are in the files but not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
 
-# By name: DeepSpeed need not be installed to read its files, and none of its code runs.
+# By name: the files are readable without DeepSpeed, and none of its code runs.
 _STAND_INS: list[Any] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
@@ -43,12 +43,12 @@ _STAND_INS: list[Any] = [
 
 @dataclass(frozen=True)
 class ZeroLayout:
-    """The settings of a DeepSpeed JSON that decide where numbers lie in the files.
+    """The settings of a DeepSpeed JSON that determine the layout of the files.
 
     Attributes:
-        bf16: Whether the engine computes in bfloat16; names and stage 0's contents differ.
+        bf16: Whether the engine computes in bfloat16; file names and stage 0's contents differ.
         round_robin_gradients: Stages 1 and 2: whether the group's order is changed.
-        sub_group_size: Stage 3: how many elements of a partition make a sub-group.
+        sub_group_size: Stage 3: number of partition elements in a sub-group.
     """
 
     bf16: bool = False
@@ -79,7 +79,7 @@ def kind_of(stage: int) -> str:
 
 
 def model_file(rank: int, stage: int) -> str:
-    """The name of a rank's model file; stages 0 to 2 have one for all."""
+    """The name of a rank's model file; stages 0 to 2 have one for all ranks."""
     return f"zero_pp_rank_{rank}_{_PLAIN_MODEL}" if stage == 3 else _PLAIN_MODEL
 
 
@@ -89,7 +89,7 @@ def optimizer_file(rank: int, bf16: bool) -> str:
 
 
 def tag_folder(path: Path) -> Path | None:
-    """The folder that holds the files: `path`, what its `latest` names, or Accelerate's; None if there is none."""
+    """The folder with the files: `path`, the one named by its `latest`, or Accelerate's; None if there is none."""
     if any(path.glob("*_model_states.pt")):
         return path
     if (path / LATEST).is_file():
@@ -105,9 +105,9 @@ def is_zero(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """A file's contents, on the CPU; a CheckpointError if it is missing, torn, or holds objects that would be run."""
+    """A file's contents, on the CPU; a CheckpointError if it is missing, torn, or holds objects that could run code."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; every rank's file is needed")
+        raise CheckpointError(f"{path}: missing; the files of all ranks are needed")
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -118,19 +118,19 @@ def load(path: Path) -> Any:
 def _reason(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if "GLOBAL" in line]
     if lines:
-        return f"holds an object that is not loaded for safety ({lines[0].strip()}); save it without such client state"
+        return f"contains an object that is not safe to load ({lines[0].strip()}); save it without such client state"
     first = (str(error) or type(error).__name__).splitlines()[0]
-    return f"torn, or no file of torch.save ({first})"
+    return f"torn, or not a torch.save file ({first})"
 
 
 def partition_size(numel: int, world_size: int, *, aligned: bool) -> int:
-    """Elements that each rank holds of `numel`; stages 1 and 2 align their flat groups, stage 3 nothing."""
+    """Elements per rank out of `numel`; stages 1 and 2 align their flat groups, stage 3 aligns nothing."""
     unit = _ALIGNMENT if aligned else 1
     return math.ceil(numel / (unit * world_size)) * unit
 
 
 def cut(tensor: Tensor, world_size: int, *, aligned: bool = False) -> list[Tensor]:
-    """The flat float partitions of a tensor, one a rank, the last ones padded with zeros."""
+    """The flat float partitions of a tensor, one per rank, the last ones padded with zeros."""
     size = partition_size(tensor.numel(), world_size, aligned=aligned)
     flat = tensor.new_zeros(size * world_size)
     flat[: tensor.numel()] = tensor.reshape(-1)
@@ -138,7 +138,7 @@ def cut(tensor: Tensor, world_size: int, *, aligned: bool = False) -> list[Tenso
 
 
 def cut_group(tensors: Sequence[Tensor], world_size: int, stage: int) -> list[Tensor]:
-    """Each rank's part of a group: a slice of it flattened (stages 1, 2), or a slice of each tensor (3)."""
+    """Each rank's part of a group: a slice of the flattened group (stages 1, 2), or a slice of each tensor (3)."""
     if stage < 3:
         return cut(torch.cat([tensor.reshape(-1) for tensor in tensors]), world_size, aligned=True)
     return [torch.cat(parts) for parts in zip(*(cut(tensor, world_size) for tensor in tensors), strict=True)]
@@ -149,11 +149,11 @@ def join_group(
 ) -> list[Tensor]:
     """The tensors of a group from every rank's flat part of it; the inverse of `cut_group`.
 
-    Parts of stages 1 and 2 may lack the padding at the group's end; `gaps` are elements of padding after each tensor
+    Parts of stages 1 and 2 may lack the padding at the group's end; `gaps` are the padding elements after each tensor
     (stages 1 and 2 with `parameter_alignment`).
 
     Raises:
-        ValueError: A part's size is not what the shapes ask for; the message names its rank.
+        ValueError: A part does not have the size given by the shapes; the message names its rank.
     """
     numels = [math.prod(shape) for shape in shapes]
     if stage == 3:
@@ -180,7 +180,7 @@ def _join_each(parts: Sequence[Tensor], shapes: Sequence[torch.Size], numels: li
 
 def _check_size(rank: int, part: Tensor, allowed: set[int]) -> None:
     if part.numel() not in allowed:
-        raise ValueError(f"rank {rank} holds {part.numel()} elements where {max(allowed)} belong")
+        raise ValueError(f"rank {rank} holds {part.numel()} elements, expected {max(allowed)}")
 
 
 def round_robin(items: Sequence[Any], world_size: int) -> list[Any]:
@@ -197,7 +197,7 @@ def undo_round_robin(items: Sequence[Any], world_size: int) -> list[Any]:
 
 
 def sub_groups(numels: Sequence[int], world_size: int, limit: int) -> list[list[int]]:
-    """Stage 3's sub-groups of a group, as indices: a sub-group ends where its partition reaches `limit` elements."""
+    """Stage 3's sub-groups of a group, as indices: a sub-group ends when its partition reaches `limit` elements."""
     sizes = [partition_size(numel, world_size, aligned=False) for numel in numels]
     if limit >= sum(sizes):
         return [list(range(len(sizes)))]
@@ -213,7 +213,7 @@ def sub_groups(numels: Sequence[int], world_size: int, limit: int) -> list[list[
 
 
 def same_memory(model: Mapping[str, Tensor], owned: Iterable[str]) -> dict[str, str]:
-    """Other names of the optimizer's parameters, where the model's entries are one tensor in memory."""
+    """Other names of the optimizer's parameters whose entries in the model are the same tensor in memory."""
     owned = set(owned)
     places = {(model[name].data_ptr(), model[name].shape): name for name in owned if model[name].numel()}
     pairs = ((name, places.get((model[name].data_ptr(), model[name].shape))) for name in model if name not in owned)

@@ -1,4 +1,4 @@
-"""Reading a DeepSpeed checkpoint of any stage and any number of ranks, as it lies on the disk."""
+"""Reading a DeepSpeed checkpoint from disk, for any stage and number of ranks."""
 
 import json
 import warnings
@@ -42,10 +42,10 @@ class _Shard:
 
     Attributes:
         path: The file.
-        fp32: The flat masters, one for each flat group (a param group, or a sub-group of stage 3).
-        states: The flat groups' state by their number.
+        fp32: The flat masters, one per flat group (a param group, or a sub-group of stage 3).
+        states: The state of each flat group, by number.
         groups: The param groups, with numbers of flat groups in "params".
-        gaps: Padding after each parameter of each flat group; empty where there is none.
+        gaps: Padding after each parameter of each flat group; empty if there is none.
         stage: 1, 2 or 3.
     """
 
@@ -58,18 +58,18 @@ class _Shard:
 
 
 def read_zero(path: Path) -> TrainingState:
-    """A DeepSpeed checkpoint of ZeRO stage 0, 1, 2 or 3 as a state that belongs to no engine.
+    """A DeepSpeed checkpoint of ZeRO stage 0, 1, 2 or 3 as an engine-independent state.
 
-    DeepSpeed need not be installed. Parameters are the float32 masters. `extra` says what a DeepSpeed writer wants to
-    know: "zero" (what of the JSON decides the layout, and the step counts), "buffers", "frozen" and "shared"
-    (names without state of their own; `shared` says which parameter each is), and "client_state".
+    DeepSpeed need not be installed. Parameters are the float32 masters. `extra` holds what a DeepSpeed writer needs:
+    "zero" (the JSON settings that determine the layout, and the step counts), "buffers", "frozen", "shared" (for each
+    name without state of its own, the parameter it is) and "client_state".
 
     Args:
         path: A folder with `latest`, a tag's folder, or an Accelerate `save_state` folder.
 
     Raises:
-        CheckpointError: A rank's file is missing, torn, or of another save; the optimizer is not RAdaBeliefW; the model
-            was split otherwise than over data-parallel ranks; or stage 0's parameters cannot be named.
+        CheckpointError: A rank's file is missing, torn, or from another save; the optimizer is not RAdaBeliefW; the
+            model was split other than over data-parallel ranks; or stage 0's parameters cannot be named.
     """
     folder, file, partitioned, content = _opened(path)
     content["module"], objects = split_objects(content["module"])
@@ -84,9 +84,9 @@ def read_zero(path: Path) -> TrainingState:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's entries in a folder as `read_zero` takes it, of any optimizer: those that the forward pass uses.
+    """The model's entries used by the forward pass, in a folder that `read_zero` accepts, for any optimizer.
 
-    Of stages 0 to 2 they have the dtype of training; of stage 3 parameters are the float32 masters.
+    For stages 0 to 2 they have the training dtype; for stage 3, parameters are the float32 masters.
     """
     folder, _, partitioned, content = _opened(path)
     model, _ = split_objects(content["module"])
@@ -101,10 +101,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _opened(path: Path) -> tuple[Path, Path, bool, dict[str, Any]]:
-    """A checkpoint's folder, its first model file, whether that holds a partition, and its content."""
+    """A checkpoint's folder, its first model file, whether that holds a partition, and its contents."""
     folder = tag_folder(path)
     if folder is None:
-        raise CheckpointError(f"{path}: no DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`")
+        raise CheckpointError(
+            f"{path}: not a DeepSpeed checkpoint: no *_model_states.pt in it, in {TAG}/ or by `latest`"
+        )
     file, partitioned = _first_model_file(folder)
     content = load(file)
     _check_model_file(file, content)
@@ -119,9 +121,9 @@ def _with_shared(whole: dict[str, Tensor], content: Mapping[str, Any]) -> dict[s
 def _first_model_file(folder: Path) -> tuple[Path, bool]:
     whole, partitioned = folder / model_file(0, 0), folder / model_file(0, 3)
     if whole.exists() and partitioned.exists():
-        raise CheckpointError(f"{folder}: has {whole.name} of stage 0 to 2 and {partitioned.name} of stage 3; keep one")
+        raise CheckpointError(f"{folder}: has {whole.name} (stage 0 to 2) and {partitioned.name} (stage 3); keep one")
     if (folder / "zero").is_dir() and not any(folder.glob("*_optim_states.pt")):
-        raise CheckpointError(f"{folder}: a universal checkpoint; give the checkpoint that it was made from")
+        raise CheckpointError(f"{folder}: a universal checkpoint; use the checkpoint it was made from")
     if any(folder.glob("zero_pp_rank_*_model_states.pt")):
         return partitioned, True
     return whole, False
@@ -129,13 +131,13 @@ def _first_model_file(folder: Path) -> tuple[Path, bool]:
 
 def _check_model_file(file: Path, content: Any) -> None:
     if not isinstance(content, dict) or "dp_world_size" not in content or "param_shapes" not in content:
-        raise CheckpointError(f"{file}: not a model file of DeepSpeed (no dp_world_size, no param_shapes)")
+        raise CheckpointError(f"{file}: not a DeepSpeed model file (no dp_world_size, no param_shapes)")
     if content["mp_world_size"] != 1:
         raise CheckpointError(f"{file}: mp_world_size {content['mp_world_size']}; only data-parallel runs are read")
     if content["module"] is None or "num_experts" in content:
-        raise CheckpointError(f"{file}: of a pipeline or with experts; only data-parallel runs are read")
+        raise CheckpointError(f"{file}: from a pipeline or with experts; only data-parallel runs are read")
     if content["param_shapes"] is None and content["optimizer"] is None:
-        raise CheckpointError(f"{file}: holds no optimizer state")
+        raise CheckpointError(f"{file}: has no optimizer state")
 
 
 def _extra(content: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
@@ -158,19 +160,19 @@ def _plain(client_state: dict[str, Any]) -> dict[str, Any]:
         try:
             kept[key] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
-            warnings.warn(f"client_state {key!r} is no JSON value and is not carried over", stacklevel=3)
+            warnings.warn(f"client_state {key!r} is not a JSON value and is not carried over", stacklevel=3)
     return kept
 
 
 def check_optimizer(file: Path, groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Refuse the state of another optimizer; AdamW's has the same keys, but its groups have other settings."""
+    """Reject another optimizer's state; AdamW's has the same keys, but its groups have other settings."""
     wanted = (STEP, EXP_AVG, EXP_AVG_SQ)
     keys = next(({k for k in wanted if k not in state} and sorted(state) for state in states.values() if state), None)
     lacking = next(([k for k in _OURS if k not in group] for group in groups), [])
     if keys or lacking:
-        has = f"has the state {keys}, not {list(wanted)}" if keys else f"groups have no {', '.join(lacking)}"
+        has = f"state has {keys}, not {list(wanted)}" if keys else f"groups have no {', '.join(lacking)}"
         settings = ", ".join(key for key in groups[0] if key != "params") if groups else "none"
-        raise CheckpointError(f"{file}: of another optimizer than RAdaBeliefW: it {has}; its settings are {settings}")
+        raise CheckpointError(f"{file}: not from RAdaBeliefW: its {has}; its settings are {settings}")
 
 
 def _read_shard(file: Path, world_size: int, any_optimizer: bool) -> _Shard:
@@ -182,9 +184,9 @@ def _read_shard(file: Path, world_size: int, any_optimizer: bool) -> _Shard:
         fp32 = held["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
         counts = held["partition_count"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not an optimizer file of ZeRO 1, 2 or 3 ({error} is missing)") from None
+        raise CheckpointError(f"{file}: not a ZeRO 1, 2 or 3 optimizer file ({error} is missing)") from None
     if isinstance(base, list):
-        raise CheckpointError(f"{file}: saved with elastic_checkpoint, which leaves out the groups' settings")
+        raise CheckpointError(f"{file}: saved with elastic_checkpoint, which omits the groups' settings")
     if any(count != world_size for count in (counts if isinstance(counts, list) else [counts])):
         raise CheckpointError(f"{file}: partition_count {counts} is not the number of ranks, {world_size}")
     if not any_optimizer:
@@ -199,7 +201,7 @@ def _read_shards(folder: Path, world_size: int, *, any_optimizer: bool = False) 
     first = shards[0]
     for shard in shards[1:]:
         if (shard.groups, len(shard.fp32), shard.stage) != (first.groups, len(first.fp32), first.stage):
-            raise CheckpointError(f"{shard.path}: its groups or stage are not those of {first.path.name}: another save")
+            raise CheckpointError(f"{shard.path}: its groups or stage differ from {first.path.name}: another save")
     return shards
 
 
@@ -208,7 +210,7 @@ def _read_partitioned(folder: Path, file: Path, content: Mapping[str, Any], part
     shards = _read_shards(folder, world_size)
     shapes: list[dict[str, torch.Size]] = content["param_shapes"]
     if len(shapes) != len(shards[0].fp32) or (shards[0].stage == 3) != partitioned:
-        raise CheckpointError(f"{shards[0].path}: its stage or groups are not those of {file.name}: another save")
+        raise CheckpointError(f"{shards[0].path}: its stage or groups differ from {file.name}: another save")
     masters, optimizer = _assemble(shards, shapes)
     whole = masters | (_frozen(folder, world_size, content) if partitioned else {})
     whole = _with_shared(whole, content)
@@ -274,7 +276,7 @@ def _read_stage0(path: Path, folder: Path, file: Path, content: Mapping[str, Any
     mixed = "fp32_groups" in held
     base = held["optimizer_state_dict"] if mixed else held
     if not isinstance(base, dict) or "param_groups" not in base:
-        raise CheckpointError(f"{file}: its optimizer is wrapped in a way that is not read ({', '.join(held)})")
+        raise CheckpointError(f"{file}: its optimizer is wrapped in an unsupported way ({', '.join(held)})")
     check_optimizer(file, base["param_groups"], base["state"])
     noted = next(filter(None, map(read_names, dict.fromkeys((path, folder, folder.parent)))), None)
     names = _stage0_names(file, base, content, noted)
@@ -303,5 +305,5 @@ def _stage0_names(
     numbers = (number for group in base["param_groups"] for number in group["params"])
     for name, number in zip((name for group in names for name in group), numbers, strict=True):
         if name not in parameters or tuple(parameters[name].shape) != shapes.get(number, parameters[name].shape):
-            raise CheckpointError(f"{file}: {name!r} is no parameter of the model with the shape of its state")
+            raise CheckpointError(f"{file}: {name!r} is not a model parameter with the shape of its state")
     return names

@@ -1,4 +1,4 @@
-"""Writing a checkpoint that DeepSpeed loads with the JSON it trains with, for any stage and number of ranks."""
+"""Writing a checkpoint that DeepSpeed loads with its training JSON, for any stage and number of ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,30 +25,30 @@ from robust_dist.checkpoint.zero_files import (
 from robust_dist.extras import require
 from robust_dist.optim.state import MOMENTS, STEP, Z
 
-# The DeepSpeed version whose format this is; DeepSpeed refuses a file without a version.
+# The DeepSpeed version of this format; DeepSpeed rejects a file without a version.
 _FORMAT = "0.19.8"
 _BUFFER_NAMES = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: int, bf16: bool | None = None) -> None:
-    """Write what `engine.load_checkpoint(folder, tag="pytorch_model")` and Accelerate's `load_state(folder)` take.
+    """Write what `engine.load_checkpoint(folder, tag="pytorch_model")` and Accelerate's `load_state(folder)` load.
 
-    The files are DeepSpeed's own format, so the JSON stays as it is, with `load_universal` off. The layout follows the
-    JSON's `round_robin_gradients` and `sub_group_size` as noted in `state.extra["zero"]`, and DeepSpeed's defaults
-    without it. Gradient clipping stays the engine's own. An fp16 engine's loss scale starts anew at stages 1 and 2;
-    for stages 0 and 3 under fp16 there is no writer. Stage 3 needs DeepSpeed installed.
+    The files are in DeepSpeed's own format, so the JSON stays unchanged, with `load_universal` off. The layout follows
+    `round_robin_gradients` and `sub_group_size` in `state.extra["zero"]`, or DeepSpeed's defaults without it. Gradient
+    clipping remains the engine's own. An fp16 engine's loss scale starts afresh at stages 1 and 2; stages 0 and 3 under
+    fp16 are not supported. Stage 3 needs DeepSpeed installed.
 
     Args:
-        state: What to write. `extra` may name "buffers" or "frozen", and "shared" ({alias: name}); stage 3 keeps frozen
-            parameters apart from buffers, which without these it tells by dtype and batch normalisation's names.
-        folder: An existing folder; gets `pytorch_model/`, `latest`, and `scheduler.bin` where there is a schedule.
-        stage: Of the engine that will load: 0, 1, 2 or 3.
+        state: What to write. `extra` may name "buffers" or "frozen", and "shared" ({alias: name}); stage 3 stores
+            frozen parameters apart from buffers, and without these keys uses dtype and batch normalisation's names.
+        folder: An existing folder; gets `pytorch_model/`, `latest`, and `scheduler.bin` if there is a schedule.
+        stage: Stage of the engine that will load it: 0, 1, 2 or 3.
         world_size: Its data-parallel ranks.
-        bf16: Whether it has bf16 enabled, which changes file names; None: as the engine that the state came from.
+        bf16: Whether it has bf16 enabled, which changes file names; None: same as the engine the state came from.
 
     Raises:
-        CheckpointError: A parameter without state, with a state of another shape, or with
-            another step than its group; stage 3 where buffers and frozen parameters cannot be told apart.
+        CheckpointError: A parameter has no state, state of another shape, or another step than its group; or stage 3
+            cannot tell buffers from frozen parameters.
     """
     writer = _Writer(state, stage, world_size, bf16)
     target = folder / TAG
@@ -63,7 +63,7 @@ def write_zero(state: TrainingState, folder: Path, *, stage: int, world_size: in
 
 
 class _Writer:
-    """The files of a checkpoint, made one at a time, so that only one rank's are in memory."""
+    """Builds the files of a checkpoint one at a time, so that only one rank's are in memory."""
 
     def __init__(self, state: TrainingState, stage: int, world_size: int, bf16: bool | None) -> None:
         self.state, self.stage, self.world_size = state, stage, world_size
@@ -74,7 +74,7 @@ class _Writer:
         self.owned = [name for group in self.groups for name in group["params"]]
         self._check_states()
         self.shared = dict(state.extra.get("shared") or same_memory(self.model, self.owned))
-        # safetensors files leave out further names, which DeepSpeed asks for.
+        # DeepSpeed needs the other names of shared parameters, which safetensors files omit.
         self.model |= {alias: self.model[name] for alias, name in self.shared.items() if name in self.model}
         self.buffers, self.frozen = self._others()
         self.flat_groups, self.members = self._flat_groups()
@@ -110,15 +110,15 @@ class _Writer:
             lacking = [name for name, step in steps.items() if step is None]
             if lacking and len(lacking) < len(steps):
                 raise CheckpointError(
-                    f"parameter {lacking[0]!r} has no optimizer state, others of its group have, and ZeRO keeps one"
-                    " for all: if it is frozen, note_parameters beside the source says so; else give it its own group"
+                    f"parameter {lacking[0]!r} has no optimizer state but others in its group do, and ZeRO keeps one"
+                    " for all: if it is frozen, say so with note_parameters beside the source; else give it its own one"
                 )
             first, *others = steps.items()
             differing = next((item for item in others if item[1] != first[1]), None)
             if differing:
                 raise CheckpointError(
                     f"parameters of one group at different steps ({first[0]!r} at {first[1]:g}, {differing[0]!r} at"
-                    f" {differing[1]:g}): ZeRO has one step a group; give them groups of their own"
+                    f" {differing[1]:g}): ZeRO has one step per group; give them their own groups"
                 )
 
     def _step(self, name: str) -> float | None:
@@ -126,12 +126,12 @@ class _Writer:
         return None if held is None else float(held[STEP])
 
     def names(self) -> ParameterNames:
-        """The note of names that stage 0 needs, as its file numbers the parameters."""
+        """The note of names needed by stage 0, as its file numbers the parameters."""
         groups = [group["params"] for group in self.groups]
         return ParameterNames(groups, self.shared, self.buffers, self.frozen, self.world_size)
 
     def _others(self) -> tuple[list[str], list[str]]:
-        """Buffers, and frozen parameters: the model's entries that the optimizer does not own."""
+        """Buffers and frozen parameters: the model's entries that the optimizer does not own."""
         extra, owned = self.state.extra, set(self.owned)
         rest = [name for name in self.model if name not in owned and name not in self.shared]
         if extra.get("buffers") is not None:
@@ -149,12 +149,12 @@ class _Writer:
     def _refuse_unclear(self, names: list[str]) -> None:
         if names and self.stage == 3:
             raise CheckpointError(
-                f"is {names[0]!r} a buffer or a frozen parameter? Stage 3 keeps them apart and the checkpoint does not"
-                " tell; robust_dist.checkpoint.note_parameters writes a note beside the source that does"
+                f"is {names[0]!r} a buffer or a frozen parameter? Stage 3 stores them apart and the checkpoint does not"
+                " say; robust_dist.checkpoint.note_parameters writes a note beside the source that does"
             )
 
     def _flat_groups(self) -> tuple[list[list[str]], list[list[int]]]:
-        """The names in each flat group, in the order of its memory, and each param group's flat groups."""
+        """The names in each flat group in memory order, and each param group's flat groups."""
         flat: list[list[str]] = []
         members = []
         for group in self.groups:
@@ -185,12 +185,12 @@ class _Writer:
         return self.model[name].detach().to(torch.float32)
 
     def _moment(self, name: str, key: str) -> Tensor:
-        # A load drops the state that an engine makes at its start, and parts of the engine need some.
+        # Loading drops the state that an engine creates at its start, and parts of the engine need some.
         held = self.state.optimizer.get(name)
         return torch.zeros_like(self._master(name)) if held is None else held[key].to(torch.float32)
 
     def _fast(self, name: str) -> Tensor:
-        # Averaging's fast weights begin as the trained ones.
+        # Averaging's fast weights start equal to the trained ones.
         return self.state.optimizer.get(name, {}).get(Z, self._master(name)).to(torch.float32)
 
     def _shard(self, parts: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class _Writer:
         if self.stage == 3:
             scaler = {"dynamic_loss_scale": False, "loss_scaler": _loss_scaler(), "partition_count": self.world_size}
             return common | scaler | {"optimizer_state_dict": base, "fp32_flat_groups": fp32}
-        # They keep the engine's own loss scale where the file says nothing.
+        # Without a value in the file, these stages keep the engine's own loss scale.
         counts = {"partition_count": [self.world_size] * len(fp32), "group_paddings": [0] * len(fp32)}
         return common | counts | {"base_optimizer_state": base, "single_partition_of_fp32_groups": fp32}
 

@@ -1,4 +1,4 @@
-"""Data sets that lie on the device or in the host's memory, and how an epoch is cut between ranks."""
+"""Labelled image sets, and how an epoch is divided among ranks."""
 
 from robust_dist.data.batches import Batch
 from robust_dist.data.errors import DataError

@@ -1,4 +1,4 @@
-"""How an epoch of any set is ordered, and cut into batches between ranks; a batch on its way to a step."""
+"""How an epoch of any set is ordered and divided into batches among ranks; a batch on its way to a step."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,24 +20,24 @@ Pipeline = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cut:
-    """How epochs are drawn, and cut into global batches, ranks and micro-batches.
+    """How epochs are ordered and divided into global batches, ranks and micro-batches.
 
-    A global batch is `batch_size` consecutive positions, cut into contiguous runs of whole blocks of `block`
-    positions, as even as possible: one a rank, and within a rank one a micro-batch. So 1, 2 or 4 ranks see the same
-    global batches, and CutMix of mode "elem", which draws partners within a block, the same pairs.
+    A global batch is `batch_size` consecutive positions, divided as evenly as possible into contiguous runs of whole
+    blocks of `block` positions: one run per rank, and within a rank one per micro-batch. So 1, 2 or 4 ranks see the
+    same global batches, and CutMix in mode "elem", which draws partners within a block, the same pairs.
 
     Attributes:
-        batch_size: samples of a global batch (all ranks, all micro-batches).
-        seed: of the order and of the keys.
+        batch_size: samples in a global batch (all ranks, all micro-batches).
+        seed: seed of the order and of the keys.
         rank: this process, 0 to world_size - 1.
         world_size: number of processes.
-        accumulation: micro-batches an optimizer step.
-        block: samples that are never parted.
-        drop_last: leave out the last, shorter global batch of an epoch; else every sample is seen once an epoch.
+        accumulation: micro-batches per optimizer step.
+        block: samples that are never separated.
+        drop_last: drop an epoch's last, shorter global batch; otherwise every sample is seen once per epoch.
 
     Raises:
-        TypeError: a count that is no int.
-        ValueError: a count below 1, or a rank outside the world.
+        TypeError: a count is not an int.
+        ValueError: a count is below 1, or the rank is outside the world.
     """
 
     batch_size: int
@@ -60,8 +60,9 @@ class Cut:
     def runs(self, size: int) -> list[Run]:
         """The rank's micro-batches as runs (start, stop) of positions in a global batch of `size` samples.
 
-        The batch is cut into blocks of `block` samples (the last one may be shorter), the blocks into one run a rank,
-        each rank's run into `accumulation` runs. So a block is never torn, and the ranks' runs in order are the batch.
+        The batch is divided into blocks of `block` samples (the last may be shorter), the blocks into one run per rank,
+        and each rank's run into `accumulation` runs. So a block is never split, and the ranks' runs in order form the
+        batch.
         """
         first, last = even_cuts(-(-size // self.block), self.world_size)[self.rank]
         runs = even_cuts(last - first, self.accumulation)
@@ -74,15 +75,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The positions in a set's epochs that a rank sees at each optimizer step.
+    """The positions of a set's epochs that a rank sees at each optimizer step.
 
     Attributes:
         name: what error messages call the set.
-        samples: samples of the set.
-        cut: how its epochs are cut; a number is the batch size of one process, as up to 0.6.0.
+        samples: number of samples in the set.
+        cut: how its epochs are divided; a number is the batch size of one process, as up to 0.6.0.
 
     Raises:
-        ValueError: a cut that leaves a rank or a micro-batch empty.
+        ValueError: the cut leaves a rank or a micro-batch empty.
     """
 
     name: str
@@ -102,7 +103,7 @@ class BatchPlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps (global batches) of an epoch."""
+        """Optimizer steps (global batches) per epoch."""
         full, rest = divmod(self.samples, self.cut.batch_size)
         return full + (rest > 0 and not self.cut.drop_last)
 
@@ -112,7 +113,7 @@ class BatchPlan:
         return min(self.steps * self.cut.batch_size, self.samples)
 
     def global_size(self, step: int) -> int:
-        """Samples of the global batch of `step`."""
+        """Samples in the global batch of `step`."""
         return min(self.cut.batch_size, self.samples - step * self.cut.batch_size)
 
     def runs(self, step: int) -> list[Run]:
@@ -120,9 +121,9 @@ class BatchPlan:
         return self.cut.runs(self.global_size(step))
 
     def check_start(self, start_step: int) -> None:
-        """Raise a ValueError where an epoch cannot start at `start_step` (at `steps` nothing is left)."""
+        """Raise a ValueError if an epoch cannot start at `start_step` (at `steps` nothing is left)."""
         if not 0 <= start_step <= self.steps:
-            raise ValueError(f"start_step must lie in 0 to {self.steps} (steps_per_epoch), not {start_step}")
+            raise ValueError(f"start_step must be from 0 to {self.steps} (steps_per_epoch), not {start_step}")
 
     def _check_size(self, size: int, *, last: bool) -> None:
         if self.cut.fits(size):
@@ -145,13 +146,13 @@ def _largest_block(size: int, cut: Cut) -> int:
 
 
 def even_cuts(count: int, parts: int) -> list[Run]:
-    """Cut range(count) into `parts` contiguous runs (start, stop) whose lengths differ by one at most."""
+    """Divide range(count) into `parts` contiguous runs (start, stop) whose lengths differ by at most one."""
     bounds = [part * count // parts for part in range(parts + 1)]
     return list(pairwise(bounds))
 
 
 def check_counts(**counts: int) -> None:
-    """Raise a TypeError for what is no whole number, and a ValueError for what is below 1, by its name."""
+    """Raise a TypeError for a count that is not a whole number, and a ValueError for one below 1, by name."""
     for name, value in counts.items():
         whole_number(name, value, 1)
 
@@ -159,7 +160,7 @@ def check_counts(**counts: int) -> None:
 def check_rank(rank: int, world_size: int) -> None:
     """Raise a ValueError for a rank outside the world."""
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank must lie in 0 to {world_size - 1} (world_size={world_size}), not {rank}")
+        raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size={world_size}), not {rank}")
 
 
 class Request(NamedTuple):
@@ -167,7 +168,7 @@ class Request(NamedTuple):
 
     Attributes:
         indices: int64 [b], the samples' numbers in the set.
-        keys: int64 [b], `sample_keys(seed, epoch, indices)`, which the crops are drawn from.
+        keys: int64 [b], `sample_keys(seed, epoch, indices)`, from which the crops are drawn.
     """
 
     indices: Tensor
@@ -178,11 +179,11 @@ class Pack(NamedTuple):
     """One micro-batch as it was read.
 
     Attributes:
-        images: uint8 [b, C, H, W]; of a whole set [N, C, H, W].
-        labels: int64 [b]; of a whole set [N].
-        weights: float32 [b], 0 where an image was bad; None where none was.
+        images: uint8 [b, C, H, W]; for a whole set [N, C, H, W].
+        labels: int64 [b]; for a whole set [N].
+        weights: float32 [b], 0 for bad images; None if there are none.
         bad: the bad images.
-        whole: images and labels are the whole set's, from which a pipeline gathers the samples.
+        whole: images and labels are those of the whole set, from which a pipeline gathers the samples.
     """
 
     images: Tensor
@@ -195,19 +196,19 @@ class Pack(NamedTuple):
 class Batch:
     """A micro-batch of b samples on the device; its length is b.
 
-    Where the set lies on the device, the batch holds it whole: `images` and `labels` are gathered when they are first
-    asked for, and `augmented` does not ask.
+    If the set lies on the device, the batch holds all of it: `images` and `labels` are gathered on first access, and
+    `augmented` does not need them.
 
     Args:
-        images: uint8 [b, C, H, W]; of a whole set [N, C, H, W].
-        labels: int64 [b]; of a whole set [N].
+        images: uint8 [b, C, H, W]; for a whole set [N, C, H, W].
+        labels: int64 [b]; for a whole set [N].
         indices: int64 [b], the samples' numbers in the set.
         keys: int64 [b], `sample_keys(seed, epoch, indices)`.
-        global_size: samples in the whole global batch: the sum over its ranks and micro-batches, by which the
-            summed loss is divided; bad images count in it, so that it does not depend on who read them.
-        weights: float32 [b], 1 for a sample and 0 for one that could not be read, whose place a copy of another
-            one holds; None where all count.
-        whole: images and labels are the whole set's.
+        global_size: samples in the whole global batch, over its ranks and micro-batches, by which the summed loss is
+            divided; it includes bad images, so that it does not depend on who read them.
+        weights: float32 [b], 1 for a sample and 0 for an unreadable one, whose place a copy of another sample takes;
+            None if all count.
+        whole: images and labels are those of the whole set.
     """
 
     def __init__(
@@ -235,13 +236,13 @@ class Batch:
         return self._own(self.source[1])
 
     def augmented(self, pipeline: Pipeline) -> tuple[Tensor, Tensor]:
-        """`pipeline(images, labels, keys)`; of a set on the device, the pipeline gathers what it reads.
+        """`pipeline(images, labels, keys)`; for a set on the device, the pipeline gathers what it reads.
 
         Args:
             pipeline: A RobustAugment, compiled or not.
 
         Returns:
-            Images and targets, as the pipeline gives them.
+            Images and targets, as returned by the pipeline.
         """
         images, labels = self.source
         if self.whole:
@@ -256,21 +257,21 @@ class Batch:
 
 
 class Order(Protocol):
-    """Every sample of a set once."""
+    """Every sample of a set, once."""
 
     def requests(self, start: int, stop: int, runs: Sequence[Run]) -> list[Request]:
-        """Runs of positions of the global batch that lies at the positions start to stop of the order."""
+        """For each run, its positions in the global batch that spans positions start to stop of the order."""
         ...
 
 
 class Permutation:
-    """The order of a set that lies whole in memory: drawn at once with its keys, of which requests are views.
+    """The order of a set held whole in memory: drawn at once with its keys; requests are views of it.
 
     Args:
-        seed: of the run.
-        epoch: which epoch.
-        count: samples of the set.
-        device: where indices and keys are made.
+        seed: seed of the run.
+        epoch: the epoch.
+        count: number of samples in the set.
+        device: where indices and keys are created.
     """
 
     def __init__(self, seed: int, epoch: int, count: int, device: torch.device) -> None:
@@ -284,22 +285,21 @@ class Permutation:
 
 
 class EpochOrder:
-    """The order of a set that lies in groups: shuffled, and yet a rank reads few groups at a time.
+    """The order of a set stored in groups: shuffled, but with few groups read at a time by each rank.
 
-    The groups (shards, row groups) are permuted and taken together, in that order, to windows of `window` samples or a
-    little more; the samples of a window are permuted. One group, or a window as large as the set, makes that a
-    permutation of the whole set, and `augment.keys.permutation` where there is one group. A batch's samples are then
-    sorted by their group, so that ranks, which take contiguous parts of it, read different groups, and the same ones
-    at the next step.
+    The groups (shards, row groups) are permuted and joined, in that order, into windows of at least `window` samples;
+    the samples of a window are permuted. With one group, or a window as large as the set, this is a permutation of the
+    whole set, and with one group it is `augment.keys.permutation`. A batch's samples are then sorted by group, so that
+    ranks, which take contiguous parts of it, read different groups, and the same ones at the next step.
 
-    It holds one window's indices at a time (4 or 8 bytes a sample, and some 50 for a moment while it is drawn), and
-    a number for each group.
+    It holds one window's indices at a time (4 or 8 bytes per sample, and briefly about 50 while it is drawn), and one
+    number per group.
 
     Args:
-        seed: of the run.
-        epoch: which epoch.
-        group_sizes: samples of each group of consecutive indices, see `ImageSource.group_sizes`.
-        window: samples that are shuffled among each other, at least.
+        seed: seed of the run.
+        epoch: the epoch.
+        group_sizes: number of samples in each group of consecutive indices, see `ImageSource.group_sizes`.
+        window: minimum number of samples shuffled together.
     """
 
     def __init__(self, seed: int, epoch: int, group_sizes: Sequence[int], window: int) -> None:
@@ -318,7 +318,7 @@ class EpochOrder:
         return [Request(indices[low:high], sample_keys(self.seed, self.epoch, indices[low:high])) for low, high in runs]
 
     def batch(self, start: int, stop: int) -> Tensor:
-        """The samples at the positions start to stop of the order, as one global batch: int64 [stop - start]."""
+        """The samples at positions start to stop of the order, as one global batch: int64 [stop - start]."""
         indices, places, found = [], [], start
         while found < stop:
             number = bisect_right(self.window_starts, found) - 1
@@ -332,7 +332,7 @@ class EpochOrder:
         return torch.cat(indices)[by_group].long()
 
     def _permuted_groups(self) -> list[int]:
-        # Groups are counted backwards from -1, so that no draw of theirs is a sample's.
+        # Groups are counted backwards from -1, so that their draws differ from all samples'.
         numbers = torch.arange(-1, -len(self.group_sizes) - 1, -1, dtype=torch.int64)
         drawn = bits(sample_keys(self.seed, self.epoch, numbers), Stream.ORDER)
         order: list[int] = torch.argsort(drawn, stable=True).tolist()
@@ -349,7 +349,7 @@ class EpochOrder:
         indices = torch.cat([torch.arange(self.group_starts[g], self.group_starts[g + 1]) for g in groups])
         order = torch.argsort(bits(sample_keys(self.seed, self.epoch, indices), Stream.ORDER), stable=True)
         indices = indices[order].to(self.dtype)
-        # `start` puts a later window's groups behind an earlier one's in a batch that has both.
+        # `start` puts a later window's groups after an earlier one's in a batch that has both.
         places = torch.arange(start, start + len(groups), dtype=self.dtype)
         if len(groups) == 1:
             return indices, places.expand(len(indices))
@@ -358,7 +358,7 @@ class EpochOrder:
 
 
 def _windows(groups: Sequence[int], sizes: Sequence[int], window: int) -> list[list[int]]:
-    """Consecutive groups together, until they hold `window` samples."""
+    """Join consecutive groups until they hold `window` samples."""
     windows: list[list[int]] = []
     room = 0
     for group in groups:

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through torchvision's classes; nothing is written over."""
+"""CIFAR-10 and CIFAR-100 through torchvision's classes; no file is overwritten."""
 
 import os
 import pickle
@@ -17,13 +17,13 @@ from robust_dist.extras import require
 
 @contextmanager
 def fetched_beside(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
-    """A new, empty folder to fetch into; at the end its files move to the same places below `folder`.
+    """A new, empty folder to download into; at the end its files move to the same places below `folder`.
 
-    A file that is there already stays as it is, and links are not moved. Whatever fails, the new folder is removed.
+    Existing files are kept, and links are not moved. The new folder is always removed.
 
     Args:
-        folder: made where it does not exist.
-        wanted: which files move, by their names.
+        folder: created if missing.
+        wanted: selects the files that move, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder) as beside:
@@ -56,19 +56,20 @@ def load_cifar100(root: Path, train: bool, download: bool, own_files: bool = Fal
 def load_with(dataset_class: Any, root: Path, *, train: bool, download: bool, own_files: bool = False) -> ImageSet:
     """Load a set through torchvision's `CIFAR10` or a subclass of it.
 
-    All files of both splits are compared with the published MD5 sums first. A file that differs is the user's and is
-    never written over; what is missing is fetched where `download` is true.
+    First, all files of both splits are compared with the published MD5 sums. A file that differs is the user's and is
+    never overwritten; missing files are downloaded if `download` is true.
 
     Args:
         dataset_class: the class.
-        root: the folder that holds the set's own folder.
-        train: the training split, else the test split.
-        download: fetch missing files.
-        own_files: take files that differ from the published ones as they are. They are pickles, which can run any
-            code: only for files that you trust.
+        root: the folder that contains the set's own folder.
+        train: the training split; otherwise the test split.
+        download: download missing files.
+        own_files: accept files that differ from the published ones. They are pickles, which can run any code: only for
+            files that you trust.
 
     Raises:
-        DataError: a file differs or is missing and cannot be fetched; names the files, the folder and what to do.
+        DataError: a file differs, or is missing and cannot be downloaded; the message names the files, the folder and
+        the remedy.
     """
     missing, differing = missing_files(dataset_class, root), differing_files(dataset_class, root)
     if differing and not own_files:
@@ -82,7 +83,7 @@ def load_with(dataset_class: Any, root: Path, *, train: bool, download: bool, ow
         data = found(str(root), train=train, download=False)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor(data.targets, dtype=torch.int64)
-    except Exception as error:  # Reading a pickle of unknown origin can raise anything.
+    except Exception as error:  # Unpickling can raise anything.
         folder = Path(root, dataset_class.base_folder).absolute()
         raise DataError(f"{dataset_class.__name__}: the files in {folder} cannot be read: {error!r}") from error
     name = f"{dataset_class.__name__} ({'train' if train else 'test'})"
@@ -90,13 +91,13 @@ def load_with(dataset_class: Any, root: Path, *, train: bool, download: bool, ow
 
 
 def missing_files(dataset_class: Any, root: Path) -> list[str]:
-    """Names of the set's files that are not there."""
+    """Names of the set's missing files."""
     folder = Path(root, dataset_class.base_folder)
     return [name for name, _ in _published(dataset_class) if not (folder / name).is_file()]
 
 
 def differing_files(dataset_class: Any, root: Path) -> list[str]:
-    """Names of the set's files that are there and are not the published ones, by their MD5."""
+    """Names of the set's files that differ from the published ones by MD5."""
     folder = Path(root, dataset_class.base_folder)
     found = [(name, md5) for name, md5 in _published(dataset_class) if (folder / name).is_file()]
     return [name for name, md5 in found if not _utils().check_integrity(str(folder / name), md5)]
@@ -109,7 +110,7 @@ def _published(dataset_class: Any) -> list[tuple[str, str]]:
 
 
 def _fetch(dataset_class: Any, root: Path, missing: list[str]) -> None:
-    """Put the missing files of the archive into their place; an archive that is there and whole is taken."""
+    """Put the archive's missing files in place; an existing, intact archive is used."""
     archive = Path(root, dataset_class.filename)
     try:
         with fetched_beside(Path(root)) as beside:
@@ -123,7 +124,7 @@ def _fetch(dataset_class: Any, root: Path, missing: list[str]) -> None:
 
 
 def _unchecked(dataset_class: Any) -> Any:
-    """The class without MD5 sums, which then takes any files."""
+    """The class without MD5 sums, so that it accepts any files."""
     lists = {key: [[name, None] for name, _ in getattr(dataset_class, key)] for key in ("train_list", "test_list")}
     return type(dataset_class.__name__, (dataset_class,), {**lists, "meta": {**dataset_class.meta, "md5": None}})
 
@@ -140,7 +141,7 @@ def _missing_cifar(dataset_class: Any, root: Path, missing: list[str]) -> str:
     folder = Path(root, dataset_class.base_folder).absolute()
     listed = ", ".join(f"{name} (missing)" for name in missing)
     return (
-        f"{dataset_class.__name__}: {listed} in {folder}. Allow the download, or fetch "
+        f"{dataset_class.__name__}: {listed} in {folder}. Allow the download, or get "
         f"{dataset_class.url}, put it into {Path(root).absolute()} and unpack it there."
     )
 
@@ -151,8 +152,8 @@ def _differs(dataset_class: Any, root: Path, differing: list[str]) -> str:
         f"{name} ({'torn' if _is_torn(folder / name) else 'not the published file'})" for name in differing
     )
     return (
-        f"{dataset_class.__name__}: {listed} in {folder}. Nothing was changed. Move them away to have the published "
-        "ones fetched; if they are your own, set data.own_files=true to train on them as they are."
+        f"{dataset_class.__name__}: {listed} in {folder}. Nothing was changed. Move them away to get the published "
+        "ones; if they are your own, set data.own_files=true to train on them as they are."
     )
 
 

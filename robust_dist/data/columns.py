@@ -1,4 +1,4 @@
-"""Which columns of a table of images count, and what its labels are, by the feature types of `datasets`."""
+"""Finding the columns of an image table, and reading its labels, by the feature types of `datasets`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 
     Args:
         features: `datasets.Features`: column to feature type.
-        image: the image column, or None for the only one whose type says so.
+        image: the image column, or None for the only one with an image type.
         label: the label column, or None for the only ClassLabel.
         name: what error messages call the set.
 
     Raises:
-        DataError: a named column does not exist or has no fitting type, or the types tell none or several; lists the
-            columns with their types.
+        DataError: a named column does not exist or has the wrong type, or no column or several could be meant; lists
+            the columns with their types.
     """
     return (
         _find(features, image, "image_column", _is_image, _can_be_image, name),
@@ -41,13 +41,12 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 def plain_labels(
     column: Any, classes: tuple[str, ...] | None, name: str, num_classes: int | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels int32 [N] and classes of a column of whole numbers or of strings, a `pyarrow.ChunkedArray`.
+    """Labels int32 [N] and classes of a column of whole numbers or strings, a `pyarrow.ChunkedArray`.
 
     See `number_classes` and `text_classes`.
 
     Raises:
-        DataError: a missing label, which an empty string is too (names the first row without one), or one that is
-            outside of the classes.
+        DataError: a label is missing or an empty string (names the first such row), or is outside the classes.
     """
     types = require("pyarrow", extra="data", purpose="labels from a table").types
     if types.is_dictionary(column.type):
@@ -67,10 +66,10 @@ def plain_labels(
 
 
 def class_labels(feature: Any, classes: tuple[str, ...] | None, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """For a ClassLabel: the label of each of its numbers, int32 [n], and the classes.
+    """Labels of a ClassLabel: the label of each of its numbers, int32 [n], and the classes.
 
     Raises:
-        DataError: other names than `classes`, where given.
+        DataError: its names are not `classes`, if given.
     """
     names = tuple(feature.names)
     if classes is None:
@@ -81,14 +80,14 @@ def class_labels(feature: Any, classes: tuple[str, ...] | None, name: str) -> tu
 
 
 def image_bytes(value: Any, beside: Sequence[str] = ()) -> bytes:
-    """The encoded image in a cell: bytes, a path of a local file, or a struct of bytes and path.
+    """The encoded image in a cell: bytes, a local file's path, or a struct of bytes and path.
 
     Args:
         value: the cell.
-        beside: the folders of the table's files, in which a relative path is looked for before the working folder.
+        beside: the folders of the table's files, where a relative path is looked up before the working folder.
 
     Raises:
-        BadImageError: the cell is empty, its file cannot be read, or several files fit.
+        BadImageError: the cell is empty, its file cannot be read, or several files match.
     """
     content, path = _parts(value)
     if content is not None:
@@ -103,12 +102,12 @@ def image_bytes(value: Any, beside: Sequence[str] = ()) -> bytes:
 
 
 def path_of(value: Any) -> str | None:
-    """The path that a cell names, if any."""
+    """The path named in a cell, if any."""
     return _parts(value)[1]
 
 
 def _parts(value: Any) -> tuple[Any, str | None]:
-    """A cell's bytes and path, of which each may be missing."""
+    """A cell's bytes and path, either of which may be missing."""
     if isinstance(value, Mapping):
         return value.get("bytes"), value.get("path")
     return (None, value) if isinstance(value, str) else (value, None)
@@ -119,12 +118,12 @@ def _found(path: str, beside: Sequence[str]) -> str:
         return path
     found = [file for folder in beside if os.path.exists(file := os.path.join(folder, path))]
     if len(found) > 1:
-        raise BadImageError(f"{path} is {found[0]} as well as {found[1]}: the table's files lie in several folders")
+        raise BadImageError(f"{path} matches both {found[0]} and {found[1]}: the table's files are in several folders")
     return found[0] if found else path
 
 
 def is_class_label(feature: Any) -> bool:
-    """Whether a feature is a ClassLabel, which knows its classes' names."""
+    """Whether a feature is a ClassLabel, which has its classes' names."""
     return isinstance(feature, _features().ClassLabel)
 
 
@@ -151,7 +150,7 @@ def _find(
             raise DataError(f"{name} has no column {setting}={wanted!r}; it has: {listed}")
         if not allowed(features[wanted]):
             raise DataError(
-                f"{name}: {setting}={wanted!r} has no type for that: it must be {RIGHT[setting]}; "
+                f"{name}: {setting}={wanted!r} has the wrong type: it must be {RIGHT[setting]}; "
                 f"the columns are: {listed}"
             )
         return wanted
@@ -160,8 +159,8 @@ def _find(
         return found[0]
     count = "none" if not found else f"{len(found)} ({', '.join(found)})"
     raise DataError(
-        f"{name}: {count} of the columns can be {setting} by type; set {setting}. It must be {RIGHT[setting]}. "
-        f"There are: {listed}"
+        f"{name}: {count} of the columns can be the {setting} by type; set {setting}. It must be {RIGHT[setting]}. "
+        f"The columns are: {listed}"
     )
 
 
@@ -174,11 +173,11 @@ def _can_be_image(feature: Any) -> bool:
 
 
 def _is_struct(feature: Any) -> bool:
-    """Whether a feature is a struct whose bytes and path, of which it has one at least, are of such types."""
+    """Whether a feature is a struct of bytes and path, or of one of them, with suitable types."""
     if not isinstance(feature, Mapping) or not {"bytes", "path"} & set(feature):
         return False
     wanted = {"bytes": BINARY, "path": TEXT}
-    # A column without one value has the type "null".
+    # A column without any value has the type "null".
     return all(_dtype(feature[key]) in (*types, "null") for key, types in wanted.items() if key in feature)
 
 
@@ -197,7 +196,7 @@ def _type_name(feature: Any) -> str:
 
 
 def _without_empty(column: Any) -> Any:
-    """A column of strings, empty ones turned to missing ones; views have no functions of their own."""
+    """A string column with empty strings turned into nulls; view types need a cast first."""
     compute = require("pyarrow.compute", extra="data", purpose="labels from a table")
     text = column.cast("large_string")
     return compute.if_else(compute.equal(compute.utf8_trim_whitespace(text), ""), None, text)

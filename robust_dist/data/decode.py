@@ -1,4 +1,4 @@
-"""Encoded images to 8-bit RGB, and the two crops that make them one size: a random one by key, the central one."""
+"""Decoding images to 8-bit RGB, and the two crops that give them one size: random by key, and central."""
 
 import math
 import os
@@ -17,14 +17,14 @@ from robust_dist.augment.keys import Stream, uniforms
 from robust_dist.data.errors import BadImageError
 from robust_dist.data.source import Upright
 
-# PIL's others would run Ghostscript (EPS), have no signature, or fill up a file that is cut off (JPEG 2000).
+# PIL's other formats would run Ghostscript (EPS), lack a signature, or pad a truncated file (JPEG 2000).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 2**30 // 12
 CROP_TRIES = 10
 
 Box = tuple[int, int, int, int]
 
-# What makes an image upright, by its EXIF orientation.
+# The transpositions that make an image upright, by EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,24 +38,24 @@ _ORIENTATION = 0x0112
 
 
 def decode_rgb(data: bytes, *, shrink: int = 1) -> Image.Image:
-    """Decode an image file's bytes to 8-bit RGB, whole or not at all.
+    """Decode an image file to 8-bit RGB, completely or not at all.
 
-    Grey, palette and CMYK images become RGB by PIL's rules (a JPEG of Adobe's with inverted CMYK is righted), 16-bit
-    ones keep the upper byte of each value, transparency is dropped as torchvision's ImageFolder drops it, and of an
-    animation the first frame counts. A colour profile (ICC) is not applied. EXIF orientation is applied to `Upright`
-    bytes alone, as `datasets` does; torchvision's ImageFolder does not, and the published figures and weights for
-    ImageNet were made so.
+    Grey, palette and CMYK images are converted to RGB by PIL's rules (Adobe's inverted CMYK JPEGs are corrected),
+    16-bit images keep the upper byte of each value, transparency is dropped as in torchvision's ImageFolder, and the
+    first frame of an animation is used. Colour profiles (ICC) are not applied. EXIF orientation is applied only to
+    `Upright` bytes, as in `datasets`; torchvision's ImageFolder ignores it, and so do the published figures and weights
+    for ImageNet.
 
-    What no decoder reports cannot be found: JPEG has no checksums, so bytes changed within a file may only change
+    Damage that no decoder reports goes unnoticed: JPEG has no checksums, so bytes changed inside a file may only change
     pixels.
 
     Args:
-        data: the whole file, of one of `FORMATS`.
-        shrink: 2, 4 or 8 has a JPEG decoded at that part of its width and height (rounded up), by its own transform.
+        data: the whole file, in one of `FORMATS`.
+        shrink: 2, 4 or 8 decodes a JPEG at that fraction of its width and height (rounded up), by its own transform.
 
     Raises:
-        BadImageError: the file is empty, no image, cut off, corrupt, of a pixel type without a known range (float,
-            32-bit integers), or has more than `MAX_PIXELS` pixels; says which.
+        BadImageError: the file is empty, not an image, truncated, corrupt, of a pixel type without a known range
+            (float, 32-bit integers), or has more than `MAX_PIXELS` pixels; says which.
     """
     if not data:
         raise BadImageError("an empty file")
@@ -64,53 +64,53 @@ def decode_rgb(data: bytes, *, shrink: int = 1) -> Image.Image:
             return as_rgb(_loaded(data, shrink), upright=isinstance(data, Upright))
         except (BadImageError, MemoryError):
             raise
-        except Exception as error:  # What a decoder raises over a bad file can be of any type.
+        except Exception as error:  # A decoder can raise anything for a bad file.
             raise BadImageError(_reason(error)) from error
 
 
 def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
-    """An image that is decoded already, as 8-bit RGB by the rules of `decode_rgb`.
+    """Convert a decoded image to 8-bit RGB by the rules of `decode_rgb`.
 
     `upright` applies its EXIF orientation.
 
     Raises:
-        BadImageError: a pixel type without a known range.
+        BadImageError: the pixel type has no known range.
     """
     turn = _TURNS.get(orientation(image)) if upright else None
     return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
 
 
 def is_turned(data: bytes) -> bool:
-    """Whether an image's EXIF orientation says that it does not stand upright; only its header is decoded."""
+    """Whether an image's EXIF orientation is other than upright; only its header is decoded."""
     with _strict_and_quiet:
         try:
             image = _open(data)
-            # Pillow turns TIFFs itself.
+            # Pillow itself turns TIFFs.
             return image.format != "TIFF" and orientation(image) in _TURNS
-        except Exception:  # What a decoder raises over a bad file can be of any type.
+        except Exception:  # A decoder can raise anything for a bad file.
             return False
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 0 where there is none, or none that can be read."""
+    """The EXIF orientation, 1 to 8; 0 if it is missing or unreadable."""
     with _strict_and_quiet:
         try:
             found = image.getexif().get(_ORIENTATION)
             return found if isinstance(found, int) else 0
-        except Exception:  # Of an image that is whole nothing is lost by a torn EXIF block.
+        except Exception:  # A torn EXIF block loses none of the image.
             return 0
 
 
 def check_header(data: bytes) -> None:
-    """`header`, for its errors alone."""
+    """Raise the errors of `header`."""
     header(data)
 
 
 def header(data: bytes) -> ImageFile.ImageFile:
-    """An image of which the header alone is decoded, which costs a hundredth of the whole.
+    """An image with only its header decoded, at a hundredth of the full cost.
 
     Raises:
-        BadImageError: as `decode_rgb`, as far as the header tells.
+        BadImageError: as for `decode_rgb`, as far as the header tells.
     """
     if not data:
         raise BadImageError("an empty file")
@@ -121,7 +121,7 @@ def header(data: bytes) -> ImageFile.ImageFile:
             return image
         except (BadImageError, MemoryError):
             raise
-        except Exception as error:  # What a decoder raises over a bad file can be of any type.
+        except Exception as error:  # A decoder can raise anything for a bad file.
             raise BadImageError(_reason(error)) from error
 
 
@@ -133,26 +133,27 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """RandomResizedCrop of torchvision for a PIL image, with draws that are a pure function of `key`.
+    """Torchvision's RandomResizedCrop for a PIL image, with draws that are a pure function of `key`.
 
     Args:
         image: RGB.
         size: height and width of the result in pixels.
-        key: of the sample, from `sample_keys`.
-        scale: lowest and highest share of the image's area.
-        ratio: lowest and highest width / height of the crop before it is resized.
+        key: the sample's, from `sample_keys`.
+        scale: lowest and highest fraction of the image's area.
+        ratio: lowest and highest width / height of the crop before resizing.
 
     Returns:
-        uint8 [3, size, size]; resized by PIL's bilinear filter, which averages over what it shrinks.
+        uint8 [3, size, size], resized by PIL's bilinear filter, which averages when shrinking.
     """
     box = crop_box(image.width, image.height, key, scale=scale, ratio=ratio)
     return to_tensor(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def crop_box(width: int, height: int, key: int, *, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Where `random_resized_crop` cuts: (left, top, right, bottom) in pixels, within the image.
+    """The box cut by `random_resized_crop`: (left, top, right, bottom) in pixels, within the image.
 
-    The first of ten draws that lies within the image; if none does, the central crop of the nearest allowed ratio.
+    It is the first of ten draws that lies within the image; if none does, the central crop of the nearest allowed
+    ratio.
     """
     draws = uniforms(key, Stream.RESIZED_CROP)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -167,19 +168,19 @@ def crop_box(width: int, height: int, key: int, *, scale: tuple[float, float], r
 
 
 def resize_center_crop(image: Image.Image, size: int, resize: int) -> Tensor:
-    """Resize(resize) and CenterCrop(size) of torchvision for a PIL image, for evaluation.
+    """Torchvision's Resize(resize) and CenterCrop(size) for a PIL image, for evaluation.
 
     Args:
         image: RGB.
         size: height and width of the result in pixels.
-        resize: what the image's shorter side becomes first, at least `size`.
+        resize: length that the image's shorter side is resized to first, at least `size`.
 
     Returns:
         uint8 [3, size, size].
 
     Raises:
-        BadImageError: an image so long and thin that it would have more than `MAX_PIXELS` pixels when resized.
-        ValueError: resize below size.
+        BadImageError: the image is so long and thin that it would have more than `MAX_PIXELS` pixels when resized.
+        ValueError: resize is below size.
     """
     if resize < size:
         raise ValueError(f"resize must be at least size={size}, got {resize}")
@@ -189,19 +190,19 @@ def resize_center_crop(image: Image.Image, size: int, resize: int) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W], contiguous, in memory of its own."""
+    """An RGB image as uint8 [3, H, W], contiguous, in its own memory."""
     return planes(np.asarray(image).transpose(2, 0, 1))
 
 
 def planes(pixels: np.ndarray) -> Tensor:
-    """A strided array as a contiguous tensor, in memory of its own; numpy takes half of torch's time for it."""
+    """A strided array as a contiguous tensor in its own memory; numpy takes half of torch's time."""
     return torch.from_numpy(np.array(pixels, order="C"))
 
 
 class _Strictness:
-    """PIL without warnings and without leave to fill up what is cut off, whatever the process has set.
+    """PIL without warnings and without padding of truncated files, whatever the process has set.
 
-    Both are settings of the whole process, so the first thread that decodes makes them and the last one puts them back.
+    Both settings are global to the process, so the first thread that decodes changes them and the last restores them.
     """
 
     def __init__(self) -> None:
@@ -229,7 +230,7 @@ class _Strictness:
 
 _strict_and_quiet = _Strictness()
 if hasattr(os, "register_at_fork"):
-    # A worker that is forked while another thread decodes must not wait for that thread, which it does not have.
+    # A worker forked while another thread decodes must not wait for that thread, which it does not have.
     os.register_at_fork(after_in_child=_strict_and_quiet.__init__)  # type: ignore[misc]
 
 
@@ -240,7 +241,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise BadImageError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        raise BadImageError(f"{image.width} x {image.height} pixels exceed the {MAX_PIXELS:,} allowed")
 
 
 def _loaded(data: bytes, shrink: int) -> Image.Image:
@@ -249,7 +250,7 @@ def _loaded(data: bytes, shrink: int) -> Image.Image:
     if shrink > 1 and image.format in ("JPEG", "MPO"):
         image.draft(None, (image.width // shrink, image.height // shrink))
     if image.format == "PNG":
-        # Loading does not look at PNG's checksums; verifying uses the image up.
+        # Loading does not check PNG's checksums; verifying uses up the image.
         image.verify()
         image = _open(data)
     image.load()
@@ -259,18 +260,18 @@ def _loaded(data: bytes, shrink: int) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    # Pillow before 10.3 has 16-bit PNGs in 32 bits, as all have such PGMs; neither format has more than 16.
+    # Pillow before 10.3 opens 16-bit PNGs as 32-bit, as all versions do such PGMs; neither format has more than 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImageError(f"values of 32 bits (PIL's mode {image.mode!r}) have no known range")
+        raise BadImageError(f"32-bit values (PIL mode {image.mode!r}) have no known range")
     return image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or cut off in its header"
+        return "not an image, or its header is truncated"
     return str(error) or type(error).__name__
 
 
@@ -285,10 +286,10 @@ def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
 
 
 def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Width and height of an image whose shorter side becomes `shorter` pixels.
+    """Width and height of an image resized so that its shorter side has `shorter` pixels.
 
     Raises:
-        BadImageError: they would have more than `MAX_PIXELS` pixels.
+        BadImageError: the result would have more than `MAX_PIXELS` pixels.
     """
     longer = int(shorter * max(width, height) / min(width, height))
     if shorter * longer > MAX_PIXELS:
@@ -300,12 +301,12 @@ def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Window:
-    """What a crop takes of an image.
+    """The part of an image used by a crop.
 
     Attributes:
-        box: left, top, right and bottom, in pixels of the image; whole numbers where it is cut out.
-        size: height and width of what it is resized to.
-        is_cut_out: whether the box is cut out before it is resized, so that the pixels around it do not count.
+        box: left, top, right and bottom, in pixels of the image; whole numbers if it is cut out.
+        size: height and width after resizing.
+        is_cut_out: whether the box is cut out before resizing, so that pixels around it do not contribute.
     """
 
     box: tuple[float, float, float, float]
@@ -314,18 +315,18 @@ class Window:
 
     @property
     def scale(self) -> float:
-        """How many times the box's shorter side is as long as the result's."""
+        """How many times longer the box's shorter side is than the result's."""
         left, top, right, bottom = self.box
         return min(right - left, bottom - top) / self.size
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """`random_resized_crop` by the sample's key.
+    """`random_resized_crop` with the sample's key.
 
     Attributes:
         size: height and width of the result.
-        scale: lowest and highest share of the image's area.
+        scale: lowest and highest fraction of the image's area.
         ratio: lowest and highest width / height before resizing.
     """
 
@@ -338,22 +339,22 @@ class RandomCrop:
         return random_resized_crop(image, self.size, key, scale=self.scale, ratio=self.ratio)
 
     def pixels_needed(self, width: int, height: int) -> int:
-        """So many pixels of an image are enough for every crop: the smallest one is not enlarged."""
+        """Number of pixels that suffices for every crop: the smallest one is not enlarged."""
         narrowest = min(self.ratio[0], 1 / self.ratio[1], 1.0)
         return min(width * height, math.ceil(self.size**2 / (self.scale[0] * narrowest)))
 
     def window(self, width: int, height: int, key: int) -> Window:
-        """The window of an image of that size."""
+        """The window for an image of this size."""
         return Window(crop_box(width, height, key, scale=self.scale, ratio=self.ratio), self.size, is_cut_out=True)
 
 
 @dataclass(frozen=True)
 class CentralCrop:
-    """`resize_center_crop`, which draws nothing.
+    """`resize_center_crop`, without randomness.
 
     Attributes:
         size: height and width of the result.
-        resize: the shorter side before the central crop.
+        resize: length of the shorter side before the central crop.
     """
 
     size: int
@@ -364,14 +365,14 @@ class CentralCrop:
         return resize_center_crop(image, self.size, self.resize)
 
     def pixels_needed(self, width: int, height: int) -> int:
-        """So many pixels of an image are enough: its shorter side is not enlarged."""
+        """Number of pixels that suffices: the image's shorter side is not enlarged."""
         return min(width * height, math.ceil(self.resize**2 * max(width / height, height / width)))
 
     def window(self, width: int, height: int, key: int) -> Window:
-        """The window of an image of that size.
+        """The window for an image of this size.
 
         Raises:
-            BadImageError: as `resize_center_crop`.
+            BadImageError: as for `resize_center_crop`.
         """
         wide, high = resized_size(width, height, self.resize)
         left, top = round((wide - self.size) / 2), round((high - self.size) / 2)

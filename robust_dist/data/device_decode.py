@@ -1,7 +1,7 @@
-"""JPEGs decoded on the device: workers read files and look at headers, the device decodes, crops and resizes.
+"""JPEGs decoded on the device: workers read files and inspect headers; the device decodes, crops and resizes.
 
-All else goes the CPU's way: other formats, JPEGs that are turned, cut off or of another colour space than grey and
-YCbCr, and what the device refuses. The order, the cuts and the keys are those of the CPU, and so are the crops' boxes.
+The CPU handles everything else: other formats, JPEGs that are turned, truncated or neither grey nor YCbCr, and those
+the device rejects. Order, cuts, keys and crop boxes are the same as on the CPU.
 """
 
 import warnings
@@ -21,15 +21,15 @@ from robust_dist.data.errors import BadImage, BadImageError
 from robust_dist.data.reading import ImageReader, filled, room
 from robust_dist.data.source import Upright
 
-# Whole files, uint8 [bytes] on the CPU, to RGB images, uint8 [3, H, W] on the device; a RuntimeError for a bad one.
+# Whole files, uint8 [bytes] on the CPU, to RGB images, uint8 [3, H, W] on the device; RuntimeError for a bad one.
 Decode = Callable[[list[Tensor]], list[Tensor]]
 
 
 def decoder(choice: str, device: torch.device) -> Decode | None:
-    """What decodes JPEGs on `device` for a recipe's `data.decode`; None where the CPU does.
+    """The JPEG decoder on `device` for a recipe's `data.decode`; None if the CPU decodes.
 
     Raises:
-        ValueError: "cuda" where the device cannot; says why.
+        ValueError: "cuda" is set and the device cannot decode; says why.
     """
     if choice not in ("cuda", "auto"):
         return None
@@ -37,7 +37,7 @@ def decoder(choice: str, device: torch.device) -> Decode | None:
     if why is None:
         return _on(device)
     if choice == "cuda":
-        raise ValueError(f"data.decode={choice!r} cannot be had: {why}; set data.decode to exact, fast or auto")
+        raise ValueError(f"data.decode={choice!r} is not available: {why}; set data.decode to exact, fast or auto")
     return None
 
 
@@ -46,7 +46,7 @@ def _on(device: torch.device) -> Decode:
 
     def decode(files: list[Tensor]) -> list[Tensor]:
         with warnings.catch_warnings():
-            # torchvision 0.29 announces that TorchCodec will take its decoders over.
+            # torchvision 0.29 announces that TorchCodec will replace its decoders.
             warnings.simplefilter("ignore", DeprecationWarning)
             return cast(list[Tensor], decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
 
@@ -54,7 +54,7 @@ def _on(device: torch.device) -> Decode:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why JPEGs cannot be decoded on the device; None where one was."""
+    """Why JPEGs cannot be decoded on the device; None if a trial worked."""
     if device.type != "cuda":
         return f"the images' device is {device}"
     file = BytesIO()
@@ -63,8 +63,8 @@ def why_not(device: torch.device) -> str | None:
         _on(device)([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)])
     except ImportError:
         return "torchvision is not installed"
-    except Exception as error:  # A torchvision that was built without nvJPEG says so in several ways.
-        return f"torchvision decodes no JPEG there ({error})"
+    except Exception as error:  # torchvision without nvJPEG raises various errors.
+        return f"torchvision cannot decode JPEGs there ({error})"
     return None
 
 
@@ -72,12 +72,12 @@ class Encoded(NamedTuple):
     """One micro-batch whose JPEGs are still to be decoded.
 
     Attributes:
-        images: uint8 [b, 3, size, size], zeros in the JPEGs' slots.
+        images: uint8 [b, 3, size, size], zero in the JPEGs' slots.
         labels: int64 [b].
         bad: the slots and images that could not be read.
-        slots: of the JPEGs.
-        files: their bytes, one behind the other, uint8.
-        sizes: how many bytes each has.
+        slots: slots of the JPEGs.
+        files: their bytes, concatenated, uint8.
+        sizes: number of bytes of each.
     """
 
     images: Tensor
@@ -89,13 +89,13 @@ class Encoded(NamedTuple):
 
 
 class EncodedReader(Dataset[Encoded]):
-    """What a worker does: as `reader`, but JPEGs that a device decodes are left as they are."""
+    """Reads like `reader` in a worker, but leaves JPEGs encoded that a device will decode."""
 
     def __init__(self, reader: ImageReader) -> None:
         self.reader = reader
 
     def __getitem__(self, request: tuple[list[int], list[int]]) -> Encoded:
-        """Read the images of the indices, and crop those that are decoded here by the keys."""
+        """Read the images of the indices, and crop by key those that are decoded here."""
         reader, (indices, keys) = self.reader, request
         images = room(len(indices), reader.size)
         labels = torch.zeros(len(indices), dtype=torch.int64)
@@ -116,7 +116,7 @@ class EncodedReader(Dataset[Encoded]):
 
 
 def is_for_devices(data: bytes) -> bool:
-    """Whether a file is a whole JPEG of grey or YCbCr that stands upright, as far as its header and end tell."""
+    """Whether a file is a complete, upright, grey or YCbCr JPEG, judging by its header and end."""
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
         return False
     try:
@@ -128,12 +128,12 @@ def is_for_devices(data: bytes) -> bool:
 
 
 class DeviceReader:
-    """Gives out packs on the device, decoded there.
+    """Yields packs on the device, decoded there.
 
     Args:
         workers: reads `Encoded` micro-batches.
-        reader: the workers', for what goes the CPU's way after all.
-        decode: what decodes.
+        reader: the workers' reader, for images left to the CPU.
+        decode: the decoder.
         device: where the packs lie.
     """
 
@@ -151,7 +151,7 @@ class DeviceReader:
         self.workers.close()
 
     def _pack(self, request: Request, encoded: Encoded) -> Pack:
-        # A stream of its own: the decoder waits for what it decodes, and not for the step that runs meanwhile.
+        # A stream of its own: decoding then waits only for itself, not for the step that runs meanwhile.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             pack = self._decoded(request, encoded)
         if self._stream is not None:
@@ -173,7 +173,7 @@ class DeviceReader:
         return filled(images, encoded.labels, bad, self.reader.block)
 
     def _images(self, files: list[Tensor]) -> list[Tensor | None]:
-        """The decoded images; None for one that the device refuses. One bad file spoils a call, but not its others."""
+        """The decoded images; None for one that the device rejects. One bad file fails the call but not the others."""
         if not files:
             return []
         try:
@@ -186,14 +186,14 @@ class DeviceReader:
 
 
 def cropped(image: Tensor, crop: Any, key: int) -> Tensor:
-    """What `crop` makes of an image, by torch's operations on the image's device, from the same box.
+    """`crop` applied to an image with torch operations on the image's device, with the same box.
 
-    Pillow rounds between its horizontal and its vertical pass, so that levels differ by one at most, rarely two.
+    Pillow rounds between its horizontal and vertical passes, so levels differ by at most one, rarely two.
 
     Args:
         image: uint8 [3, H, W].
         crop: `RandomCrop` or `CentralCrop`.
-        key: of the sample.
+        key: the sample's.
     """
     height, width = image.shape[1:]
     if isinstance(crop, RandomCrop):
@@ -206,7 +206,7 @@ def cropped(image: Tensor, crop: Any, key: int) -> Tensor:
 
 
 def _resized(image: Tensor, height: int, width: int) -> Tensor:
-    """By the bilinear filter that averages over what it shrinks."""
+    """Resize by the bilinear filter, which averages when shrinking."""
     options: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": True}
     scaled = torch.nn.functional.interpolate(image.unsqueeze(0).float(), (height, width), **options)
     return scaled.round_().clamp_(0, 255).to(torch.uint8).squeeze(0)

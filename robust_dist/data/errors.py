@@ -1,10 +1,10 @@
-"""What the data room raises, or notes, when a file is not what it should be."""
+"""What the data room raises or records when a file is wrong."""
 
 from typing import NamedTuple
 
 
 class DataError(ValueError):
-    """A data set's file is missing, torn or foreign, or the set does not fit the device."""
+    """A data set's file is missing, torn or not the expected one, or the set does not fit on the device."""
 
 
 class BadImageError(ValueError):
@@ -12,10 +12,10 @@ class BadImageError(ValueError):
 
 
 class BadImage(NamedTuple):
-    """What is noted of an image that was skipped.
+    """The record of an image that was skipped.
 
     Attributes:
-        where: `ImageSource.where` of it.
+        where: its `ImageSource.where`.
         reason: what was wrong.
     """
 
@@ -24,4 +24,4 @@ class BadImage(NamedTuple):
 
 
 class WorkersLostError(RuntimeError):
-    """A worker process that reads images ended in mid-epoch, or was killed."""
+    """A worker process that reads images died in mid-epoch."""

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, fetched or as Debian packages it; nothing is written over."""
+"""Fashion-MNIST, downloaded or from Debian's package; no file is overwritten."""
 
 import gzip
 import math
@@ -35,17 +35,17 @@ CLASSES = (
 
 
 def load_fashion_mnist(root: Path, train: bool, download: bool) -> ImageSet:
-    """Fashion-MNIST: 28x28 grey, padded with 2 black pixels to 32x32, three equal channels.
+    """Fashion-MNIST: 28x28 grey, padded with 2 black pixels to 32x32, in three equal channels.
 
     The files (plain or .gz) are looked for in this order: `root`/FashionMNIST/raw (torchvision's layout),
     `root`/fashion-mnist, /usr/share/datasets/fashion-mnist (Debian's package dataset-fashion-mnist). The first folder
-    that has both files of the split counts. Where none has and `download` is true, torchvision fetches them into the
-    first, and no file that is there is written over.
+    with both files of the split is used. If there is none and `download` is true, torchvision downloads them into the
+    first, without overwriting any file.
 
-    Magic numbers, shapes and counts are checked, not the .gz files' checksums: Debian's are recompressed.
+    Magic numbers, shapes and counts are checked, but not the .gz files' checksums: Debian's are recompressed.
 
     Raises:
-        DataError: no folder has the files and they cannot be fetched, or a file is torn; names what to do.
+        DataError: no folder has the files and they cannot be downloaded, or a file is torn; says what to do.
     """
     prefix = "train" if train else "t10k"
     folder = find_folder(root, prefix)
@@ -59,12 +59,12 @@ def load_fashion_mnist(root: Path, train: bool, download: bool) -> ImageSet:
 
 
 def folders(root: Path) -> list[Path]:
-    """Where the files are looked for, in order."""
+    """The folders to look in, in order."""
     return [Path(root, "FashionMNIST", "raw"), Path(root, "fashion-mnist"), DEBIAN_FOLDER]
 
 
 def find_folder(root: Path, prefix: str) -> Path | None:
-    """The first folder that has both files of the split, or None."""
+    """The first folder with both files of the split, or None."""
     complete = (folder for folder in folders(root) if not _missing(folder, prefix))
     return next(complete, None)
 
@@ -73,7 +73,7 @@ def read_pair(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
     """Images uint8 [count, 28, 28] and labels int64 [count] of one split.
 
     Raises:
-        DataError: a file is torn, or holds another shape or count.
+        DataError: a file is torn, or has another shape or count.
     """
     names = _names(prefix)
     images, labels = (read_idx(_file(folder, name), ndim) for name, ndim in zip(names, (3, 1), strict=True))
@@ -106,7 +106,7 @@ def _download(root: Path) -> None:
     raw = folders(root)[0]
     have = [name for prefix in COUNTS for name in _names(prefix) if _file(raw, name).is_file()]
     try:
-        # A file in one spelling, plain or .gz, is not joined by the other, which might be read in its place.
+        # Do not put a file beside its other spelling, plain or .gz, which might be read in its place.
         with fetched_beside(root, lambda name: name.removesuffix(".gz") not in have) as beside:
             datasets.FashionMNIST(str(beside), download=True)
     except (OSError, EOFError, RuntimeError) as error:
@@ -124,18 +124,17 @@ def _missing_fashion(root: Path, prefix: str) -> str:
 def read_idx(path: Path, ndim: int) -> Tensor:
     """Read a uint8 IDX file of `ndim` dimensions.
 
-    Nothing but the content counts: the magic number and the number of values are checked, no checksum is, since a
-    recompressed .gz has another one.
+    The magic number and the number of values are checked, but no checksum, since a recompressed .gz has another one.
 
     Raises:
-        DataError: no uint8 IDX file of so many dimensions, or fewer or more values than its header says.
+        DataError: not a uint8 IDX file with this many dimensions, or fewer or more values than its header says.
     """
     content = _content(path)
     shape = _shape(path, content, ndim)
     header = 4 + 4 * ndim
     found, wanted = len(content) - header, math.prod(shape)
     if found != wanted:
-        raise DataError(f"{path} is torn: its header says {wanted:,} values, it holds {found:,}. {_mend(path)}")
+        raise DataError(f"{path} is torn: its header says {wanted:,} values, but it has {found:,}. {_mend(path)}")
     return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)
 
 
@@ -152,7 +151,7 @@ def _shape(path: Path, content: bytes, ndim: int) -> tuple[int, ...]:
     magic = content[:4]
     if len(content) < header or magic != bytes((0, 0, UINT8_CODE, ndim)):
         raise DataError(
-            f"{path} is no IDX file of {ndim}-dimensional uint8 data: it begins with {magic.hex() or 'nothing'}, "
+            f"{path} is not an IDX file of {ndim}-dimensional uint8 data: it begins with {magic.hex() or 'nothing'}, "
             f"not 0000{UINT8_CODE:02x}{ndim:02x}. {_mend(path)}"
         )
     return struct.unpack(f">{ndim}I", content[4:header])

@@ -1,7 +1,7 @@
-"""JPEGs decoded only as large as their crop needs, and only down to it: `data.decode: fast`, with the boxes of exact.
+"""`data.decode: fast`: JPEGs decoded only as large, and only as far down, as their crop needs, with exact's boxes.
 
-By simplejpeg (libjpeg-turbo), or without it by Pillow, whose pixels are the same and take longer. All other files, and
-what simplejpeg finds fault with, are Pillow's, so that the rules for bad images are those of `decode_rgb`.
+simplejpeg (libjpeg-turbo) decodes them, or Pillow without it, more slowly but to the same pixels. All other files, and
+those that simplejpeg finds faulty, go to Pillow, so that the rules for bad images are those of `decode_rgb`.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ except ImportError:
     simplejpeg = None
 
 is_installed = simplejpeg is not None
-# What JPEG's cosine transform shrinks by on its way.
+# Factors by which JPEG's cosine transform can shrink an image.
 SHRINKS = (8, 4, 2)
-# What makes a stored image upright, by its EXIF orientation: mirrored along x, along y, and then transposed.
+# Transformations that make a stored image upright, by EXIF orientation: mirror along x, along y, then transpose.
 _TURNS = {
     2: (True, False, False),
     3: (True, True, False),
@@ -39,38 +39,38 @@ _TURNS = {
     8: (True, False, True),
 }
 _AS_STORED = (False, False, False)
-# Of JPEG: baseline, extended and progressive frames; and what may stand before them: tables, APP0 to APP15, a comment.
+# JPEG: baseline, extended and progressive frames; and what may precede them: tables, APP0 to APP15, a comment.
 _FRAMES, _FRAME = (0xC0, 0xC1, 0xC2), Struct(">BHHB")
 _PROGRESSIVE, _RESTARTS, _SCAN, _END = 0xC2, 0xDD, 0xDA, b"\xff\xd9"
 _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
-# Has the EXIF orientation, as EXIF or in XMP.
+# Markers that can hold the EXIF orientation, as EXIF or XMP.
 _APP1 = 0xE1
-# libjpeg's first warning about a file whose data go on below its frame and end there, without any other fault.
+# libjpeg's first warning if data continue below the frame, end there, and have no other fault.
 _GOES_ON = "extraneous bytes before marker 0xd9"
-# Rows below a row that count in its colours, where these have half the height.
+# Rows below a row that influence its colours, if these have half the height.
 _CONTEXT = 2
 
 Size = tuple[int, int]
 
 
 def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
-    """What `crop` makes of an image file's bytes, from the same box as of `decode_rgb(data)`.
+    """`crop` applied to an image file, with the same box as for `decode_rgb(data)`.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where its box is at least so many times as wide and as high as the result, and
-    no further down than the box, where that cannot take a torn file for a good one.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if its box is at least that many times as wide and high as the result, and no
+    further down than the box, unless a torn file could then pass for a good one.
 
     Args:
         data: the whole file.
         crop: a `RandomCrop` or `CentralCrop`.
-        key: of the sample.
+        key: the sample's.
 
     Returns:
-        uint8 [3, size, size]. Of JPEGs of grey or YCbCr: within 2 levels of the exact pixels where they are decoded at
-        full size, else blurred a little otherwise (robust_dist/data/README.md has the figures). Of all other files the
-        exact pixels.
+        uint8 [3, size, size]. For grey or YCbCr JPEGs: within 2 levels of the exact pixels if decoded at full size,
+        otherwise with slightly different blur (figures in robust_dist/data/README.md). For all other files, the exact
+        pixels.
 
     Raises:
-        BadImageError: as `decode_rgb`.
+        BadImageError: as for `decode_rgb`.
     """
     found = _jpeg(data)
     if found is None:
@@ -86,15 +86,15 @@ def fast_crop(data: bytes, crop: Any, key: int) -> Tensor:
 
 
 def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndarray, Size]:
-    """An image file's pixels, whole and upright where that is asked for, and its width and height.
+    """An image file's pixels, whole, and upright on request, with its width and height.
 
-    A JPEG's decoder leaves `needed(width, height)` pixels at least.
+    A JPEG is decoded to at least `needed(width, height)` pixels.
 
     Returns:
-        uint8 [H, W, 3], and the size that the file says.
+        uint8 [H, W, 3], and the size given in the file.
 
     Raises:
-        BadImageError: as `decode_rgb`.
+        BadImageError: as for `decode_rgb`.
     """
     found = _jpeg(data)
     if found is None or any(found[1]):
@@ -106,7 +106,7 @@ def fast_pixels(data: bytes, needed: Callable[[int, int], int]) -> tuple[np.ndar
 
 
 def _jpeg(data: bytes) -> tuple[Size, tuple[bool, bool, bool]] | None:
-    """Stored width and height of a JPEG of grey or three colours, and what makes it upright; None for other files."""
+    """Stored size of a JPEG with one or three colours, and what makes it upright; None for other files."""
     size = plain_size(data)
     if size is not None:
         return size, _AS_STORED
@@ -117,7 +117,7 @@ def _jpeg(data: bytes) -> tuple[Size, tuple[bool, bool, bool]] | None:
 
 
 def plain_size(data: bytes) -> Size | None:
-    """Width and height of a usual JPEG of grey or three colours; None where Pillow must look, which takes longer."""
+    """Width and height of an ordinary one- or three-colour JPEG; None if Pillow must look, which takes longer."""
     for marker, at in _segments(data):
         if marker in _FRAMES:
             bits, height, width, colours = _FRAME.unpack_from(data, at + 4)
@@ -129,7 +129,7 @@ def plain_size(data: bytes) -> Size | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Marker and place of each segment of a JPEG's header, the first scan's included, as far as they are whole."""
+    """Marker and position of each segment of a JPEG's header up to the first scan, as far as they are complete."""
     at = 2 if data.startswith(b"\xff\xd8") else len(data)
     while data[at : at + 1] == b"\xff" and len(data) > at + 10:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -140,10 +140,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _lowered(data: bytes, rows: int) -> tuple[bytes, int] | None:
-    """A JPEG whose header says `rows` rows, or a few more, and how many; None where the decoder may not stop there.
+    """A JPEG whose header says `rows` rows, or a few more, and how many; None if the decoder may not stop there.
 
-    Pillow refuses a file that ends before its last row, so there must be an end mark. With one, and with a single scan
-    and no restart marks, Pillow refuses no rows: it fills up what is missing.
+    Pillow rejects a file that ends before its last row, so there must be an end mark. With one, a single scan and no
+    restart marks, Pillow never rejects rows: it fills in what is missing.
     """
     frame = None
     for marker, at in _segments(data):
@@ -170,7 +170,7 @@ def decoder_name(choice: str = "fast") -> str:
 
 
 def _pixels(data: bytes, width: int, height: int, shrink: int, *, rows: int) -> np.ndarray:
-    """The stored image's first `rows` rows at least, uint8 [ceil(rows / shrink) or more, ceil(width / shrink), 3]."""
+    """The stored image's first `rows` rows or more, uint8 [ceil(rows / shrink) or more, ceil(width / shrink), 3]."""
     lowered = _lowered(data, rows)
     decode = _by_pillow if simplejpeg is None else _by_simplejpeg
     pixels = None if lowered is None else decode(lowered[0], width, lowered[1], shrink)
@@ -180,26 +180,26 @@ def _pixels(data: bytes, width: int, height: int, shrink: int, *, rows: int) -> 
 
 
 def _by_pillow(data: bytes, width: int, height: int, shrink: int) -> np.ndarray | None:
-    """None where it finds fault with the file."""
+    """None if it finds the file faulty."""
     with contextlib.suppress(BadImageError):
         return np.array(decode_rgb(data, shrink=shrink))
     return None
 
 
 def _by_simplejpeg(data: bytes, width: int, height: int, shrink: int) -> np.ndarray | None:
-    """None where it finds fault with the file: Pillow says whether there is one."""
+    """None if it finds the file faulty; Pillow then decides."""
     pixels = np.empty((-(-height // shrink), -(-width // shrink), 3), np.uint8)
     try:
         simplejpeg.decode_jpeg(data, "RGB", min_height=pixels.shape[0], min_width=pixels.shape[1], buffer=pixels)
     except MemoryError:
         raise
-    except Exception as error:  # What a decoder raises over a bad file can be of any type.
+    except Exception as error:  # A decoder can raise anything for a bad file.
         return pixels if _GOES_ON in str(error) else None
     return pixels
 
 
 def _stored(window: Window, width: int, height: int, turn: tuple[bool, bool, bool]) -> Window:
-    """The window in the stored image of `width` x `height`, of which `turn` makes the upright one."""
+    """The window in the stored image of `width` x `height`, which `turn` makes upright."""
     along_x, along_y, transposed = turn
     left, top, right, bottom = window.box
     if transposed:
@@ -219,15 +219,15 @@ def _turned(image: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
 
 
 def resized(pixels: np.ndarray, window: Window, x: float, y: float, *, first: int = 0, exact: bool = False) -> Tensor:
-    """A window of an image, of which smaller pixels are at hand.
+    """Resize a window of an image from a smaller version of its pixels.
 
     Args:
         pixels: uint8 [H, W, 3].
-        window: of the image.
-        x: how many times the image is as wide as `pixels`.
-        y: how many times it is as high.
-        first: the number of the first row in `pixels`, where it has but those of `rows_of`.
-        exact: whether Pillow resizes all of it.
+        window: in pixels of the image.
+        x: ratio of the image's width to that of `pixels`.
+        y: ratio of the heights.
+        first: number of the first row in `pixels`, if it has only those of `rows_of`.
+        exact: whether Pillow does all of the resizing.
 
     Returns:
         uint8 [3, size, size].
@@ -238,13 +238,13 @@ def resized(pixels: np.ndarray, window: Window, x: float, y: float, *, first: in
     begin, end = _reach(left, right, window)
     row, last = _reach(top, bottom, window)
     image = Image.fromarray(pixels[row - first : last - first, begin:end])
-    # A division may end a hair beyond the last pixel.
+    # Division may end slightly beyond the last pixel.
     box = (left - begin, top - row, min(right - begin, image.width), min(bottom - row, image.height))
     return to_tensor(image.resize((window.size, window.size), Image.Resampling.BILINEAR, box=box))
 
 
 def rows_of(window: Window, x: float, y: float, height: int) -> tuple[int, int]:
-    """The rows that `resized` looks at, of an image `height` pixels high: the first, and the one after the last."""
+    """The rows that `resized` needs, of an image `height` pixels high: the first, and one past the last."""
     _, top, _, bottom = _box(window, x, y)
     first, last = _reach(top, bottom, window)
     return first, min(last, height)
@@ -256,15 +256,15 @@ def _box(window: Window, x: float, y: float) -> tuple[float, float, float, float
 
 
 def _reach(low: float, high: float, window: Window) -> Size:
-    """The first pixel that counts along a side of the box, and the one after the last."""
-    # The filter reaches as far as it shrinks.
+    """The first pixel needed along a side of the box, and one past the last."""
+    # The filter's support grows with the shrinking factor.
     around = 0 if window.is_cut_out else math.ceil((high - low) / window.size) + 1
     return max(0, math.floor(low) - around), math.ceil(high) + around
 
 
 def _by_torch(pixels: np.ndarray, size: int) -> Tensor:
-    """By the bilinear filter that averages over what it shrinks; without Pillow's two copies."""
-    # torch's kernel for bytes is at its fastest where an image is channels last, and whole.
+    """Resize by the bilinear filter, which averages when shrinking, without Pillow's two copies."""
+    # torch's kernel for bytes is fastest for a whole, channels-last image.
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
     return planes(scaled[0].numpy())

@@ -1,4 +1,4 @@
-"""Image folders: a folder a class. Where there are no parts, a hash of each name says which are for evaluation."""
+"""Image folders: one folder per class. Without separate parts, a hash of each name selects images for evaluation."""
 
 import copy
 import hashlib
@@ -23,18 +23,18 @@ EXTENSIONS = (
     *(".gif", ".jfif", ".avif"),
 )
 SCANNERS = 16
-# Parts of a set, which are no classes.
+# Parts of a set, which are not classes.
 PARTS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing"}
-LAYOUT = "an image folder has one sub-folder a class: <folder>/<class>/<image>"
+LAYOUT = "an image folder has one sub-folder per class: <folder>/<class>/<image>"
 
 
 @dataclass(frozen=True)
 class Split:
-    """A choice of evaluation images.
+    """A selection of evaluation images.
 
     Attributes:
-        eval_share: Share of the images, above 0 and below 1.
-        seed: Another one chooses others.
+        eval_share: Fraction of the images, above 0 and below 1.
+        seed: Different seeds select different images.
     """
 
     eval_share: float
@@ -43,13 +43,13 @@ class Split:
     def evaluates(self, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
         """Bool [N]: which images are for evaluation.
 
-        A name's hash is below the share, or not. A class of two or more images has at least one in each part: where its
-        hashes alone would leave a part empty, the image of the lowest or of the highest hash goes there. The one of a
-        class of one image is for training.
+        An image is for evaluation if its name's hash is below the share. A class of two or more images has at least one
+        in each part: if hashes alone would leave a part empty, the image with the lowest or highest hash goes there. A
+        class's only image is for training.
 
         Args:
-            names: Of the images, each once.
-            labels: Of the images, whole numbers [N].
+            names: Unique names of the images.
+            labels: Labels of the images, whole numbers [N].
         """
         hashes = np.array([self._hash(name) for name in names], dtype=np.uint64)
         chosen = hashes < np.uint64(int(self.eval_share * _RANGE))
@@ -73,12 +73,12 @@ HIDDEN, LOOSE = "hidden", "outside of the class folders"
 
 
 class ImageFolderSource:
-    """The images of a folder of class folders; see `open_image_folder`, and `ImageSource` for what it can do.
+    """The images in a folder of class folders; see `open_image_folder`, and `ImageSource` for its methods.
 
     Attributes:
-        folder: which has the class folders.
-        left_out: reasons, each with how many files (or hidden folders) do not count for it.
-        split: by which these are one part of the folder's images; None where they are all of them.
+        folder: the folder that contains the class folders.
+        left_out: reasons, each with the number of files (or hidden folders) left out for it.
+        split: by which these are one part of the folder's images; None if they are all of them.
     """
 
     split: Split | None = None
@@ -95,7 +95,7 @@ class ImageFolderSource:
         left_out: Mapping[str, int] = MappingProxyType({}),
         upright: bool = False,
     ) -> None:
-        """Take the class folders `below` the folder, and for each of them its label and its files."""
+        """Scan the class folders `below` the folder, with each one's label and files."""
         self.name = name
         self.classes = classes
         self.folder = folder
@@ -119,7 +119,7 @@ class ImageFolderSource:
             raise BadImageError(error.strerror or str(error)) from error
 
     def glance(self, index: int) -> tuple[bytes, int]:
-        """See `ImageSource`: the file's path, size and times, which change where the file does."""
+        """See `ImageSource`: the file's path, size and times, which change when the file does."""
         check_index(index, self)
         path = os.path.realpath(self.where(index))
         try:
@@ -143,7 +143,7 @@ class ImageFolderSource:
         """The images for evaluation, or those for training.
 
         Raises:
-            DataError: there is none for evaluation, as each class has one image.
+            DataError: none is left for evaluation, because each class has one image.
         """
         labels = self.labels
         names = [f"{self.classes[label]}/{file}" for label, file in zip(labels, self._files, strict=True)]
@@ -166,24 +166,23 @@ class ImageFolderSource:
 def open_image_folder(
     folder: str | Path, *, classes: tuple[str, ...] | None = None, name: str | None = None, exif: str = "auto"
 ) -> ImageFolderSource:
-    """The images in a folder that has a sub-folder for each class, as torchvision's ImageFolder takes them.
+    """The images in a folder with one sub-folder per class, as in torchvision's ImageFolder.
 
-    Classes are the sub-folders, sorted; a class's images are sorted by folder, then by name, however the file system
-    lists them, and may lie in folders of their own below it. Links are followed. Files count by their extension
-    (ImageFolder's, and .gif, .jfif, .avif); hidden ones never do; `left_out` counts the others. Listing takes one look
-    at every folder and none at a file. All is in the order and with the labels of ImageFolder, where its extensions are
-    the only ones. Folders whose names are one in Unicode's two forms (NFC, NFD) are one class, here and in the training
-    split.
+    Classes are the sub-folders, sorted; a class's images are sorted by folder, then by name, independent of the file
+    system's order, and may be in sub-folders. Links are followed. Files are selected by extension (ImageFolder's, and
+    .gif, .jfif, .avif); hidden ones are always skipped; `left_out` counts the others. Listing reads every folder once
+    and opens no file. Order and labels are ImageFolder's if only its extensions occur. Folders whose names are equal up
+    to Unicode normalisation (NFC, NFD) are one class, here and in the training split.
 
     Args:
-        folder: which has the class folders.
-        classes: of the training split, which this one must have; a class's place in it is its label.
-        name: what error messages call the set; the folder where not given.
+        folder: the folder that contains the class folders.
+        classes: of the training split, which this one must have; a class's index in it is its label.
+        name: what error messages call the set; by default the folder.
         exif: "on" turns images upright by their EXIF orientation; "auto" and "off" leave them, as ImageFolder does.
 
     Raises:
-        DataError: no such folder, no class folders, a class without an image, a link that leads back into itself,
-            other classes than `classes`, or a folder above the one of the class folders; says what would be right.
+        DataError: the folder or its class folders do not exist, a class has no image, a link leads back into itself,
+            the classes are not `classes`, or the folder is one level too high; says what would be right.
     """
     root = os.path.expanduser(folder)
     name = name or root
@@ -212,13 +211,13 @@ def open_image_folder(
 
 
 def _check_level(classes: tuple[str, ...], files: list[list[str]], name: str) -> None:
-    """Refuse a folder whose sub-folders have the classes' folders, and none of the images, themselves."""
+    """Reject a folder whose sub-folders contain the class folders and no images of their own."""
     if len(classes) > 1 and not {one.lower() for one in classes} <= PARTS:
         return
     below = sorted({file.partition(os.sep)[0] for of_class in files for file in of_class if os.sep in file})
     if len(below) > 1 and all(os.sep in file for of_class in files for file in of_class):
         raise DataError(
-            f"{name} is one folder too high: its only class{'es' * (len(classes) > 1)} would be {some(classes)}, which "
+            f"{name} is one level too high: its only class{'es' * (len(classes) > 1)} would be {some(classes)}, which "
             f"has no images of its own and the sub-folders {some(below)}; name the folder that holds those. {LAYOUT}"
         )
 
@@ -245,7 +244,7 @@ def _class_folders(root: str, name: str) -> tuple[tuple[str, ...], Counter[str]]
 
 
 def _images(folder: str) -> tuple[list[str], Counter[str]]:
-    """Paths below a class folder, in torchvision's order: by the folder's path, then by name; and what is left out."""
+    """Image paths below a class folder in torchvision's order (folder's path, then name), and what is left out."""
     left_out: Counter[str] = Counter()
     listed = sorted(_walk(folder, "", (), left_out))
     return [os.path.join(below, file) for below, files in listed for file in files], left_out
@@ -254,12 +253,12 @@ def _images(folder: str) -> tuple[list[str], Counter[str]]:
 def _walk(
     folder: str, below: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Each folder's path below `folder`, with the sorted names of its images; `above` are the folders on the way."""
+    """Each folder's path below `folder`, with the sorted names of its images; `above` are its parent folders."""
     here = os.path.join(folder, below)
     stat = os.stat(here)
     identity = stat.st_dev, stat.st_ino
     if identity in above:
-        raise DataError(f"{here} lies below itself through a link; remove the link")
+        raise DataError(f"{here} contains itself through a link; remove the link")
     files, folders = _entries(here, left_out)
     yield below, files
     for one in folders:

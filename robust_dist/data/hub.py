@@ -1,4 +1,4 @@
-"""Image sets of the Hugging Face Hub and of its formats on a disk, through `datasets`; code of a set is never run."""
+"""Image sets from the Hugging Face Hub and in its formats on disk, through `datasets`; a set's code is never run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +30,10 @@ SPOOL = "robust_dist-row-groups"
 
 
 class TableSource:
-    """Samples of a `datasets.Dataset`, whose Arrow file is mapped; see `open_hub`, and `ImageSource` for the rest.
+    """Samples of a `datasets.Dataset` with a memory-mapped Arrow file; see `open_hub` and `ImageSource`.
 
     Attributes:
-        revision: the commit of a set of the Hub; None of others.
+        revision: the commit of a Hub set; None for others.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TableSource:
         return self._kind(image_bytes(value, self._beside)), int(self._labels[index])
 
     def where(self, index: int) -> str:
-        """The set and the row; and the file, where the row only names one."""
+        """The set and the row; and the file, if the row only names one."""
         (value,) = self._images[index].values()
         path = path_of(value)
         return f"{self.name}, row {index}" + (f" ({path})" if path else "")
@@ -99,36 +99,35 @@ def open_hub(
     spool_dir: str | Path | None = None,
     exif: str = "auto",
 ) -> ImageSource:
-    """One split of an image set that `datasets` can load: from the Hub, or from files on a disk.
+    """One split of an image set that `datasets` can load, from the Hub or from files on disk.
 
-    Images stay encoded as they are. Without streaming, `datasets` puts a set into its cache first (for local parquet
-    files a second copy, as one Arrow file), but takes a `save_to_disk` folder where it lies. With streaming, only the
-    footers of parquet files are read, and a row group when its samples come: once a node, to a temporary file.
+    Images stay encoded. Without streaming, `datasets` first puts a set into its cache (for local parquet files a second
+    copy, as one Arrow file), but uses a `save_to_disk` folder in place. With streaming, only the footers of parquet
+    files are read, and each row group when its samples are needed: once per node, into a temporary file.
 
     Args:
         path: a set's name on the Hub, a folder of parquet or other files that `datasets` knows, a `save_to_disk`
             folder, or with `data_files` a format: "parquet", "imagefolder".
         split: "train", "validation", ...; without streaming also a slice such as "train[:10%]". A `save_to_disk` folder
-            of one set without a split's name takes any name.
-        config_name: the set's configuration ("subset"), where it has several.
-        image_column: the column of images; found by its type where there is one only.
-        label_column: the column of labels (a ClassLabel, whole numbers from 0, or strings); a ClassLabel is found by
-            its type, where there is one only.
-        num_classes: how many classes there are, where labels are numbers and not all of them occur.
-        streaming: read parquet row groups on demand from where they lie.
-        revision: of the set on the Hub: a branch, tag or commit.
+            with one unnamed split accepts any name.
+        config_name: the set's configuration ("subset"), if it has several.
+        image_column: the image column; by default the only one with an image type.
+        label_column: the label column (a ClassLabel, whole numbers from 0, or strings); by default the only ClassLabel.
+        num_classes: number of classes, if labels are numbers and not all of them occur.
+        streaming: read parquet row groups on demand from their location.
+        revision: a branch, tag or commit of the set on the Hub.
         data_files: see `datasets.load_dataset`.
         cache_dir: see `datasets.load_dataset`.
-        download: with False a set that is not in the cache of `datasets` is an error, unless its files are local; the
-            Hub is still asked which version `revision` is (with HF_HUB_OFFLINE=1 in the environment it is not, and the
-            latest in the cache counts). Streaming fetches what it needs in any case.
-        classes: of the training split, which this one must fit.
-        spool_dir: for streaming, a folder on this node's own disk, in which a folder is made, see `Spool`.
+        download: if False, a set that is not in the cache of `datasets` is an error, unless its files are local; the
+            Hub is still asked for the version of `revision` (not with HF_HUB_OFFLINE=1 in the environment, when the
+            latest in the cache is used). Streaming always fetches what it needs.
+        classes: of the training split, which this one must match.
+        spool_dir: for streaming, a folder on this node's own disk, in which a subfolder is created, see `Spool`.
         exif: "auto" and "on" turn images upright by their EXIF orientation, as `datasets` does; "off" leaves them.
 
     Raises:
-        DataError: no such set, configuration or split, a set of other files than parquet for streaming, or columns or
-            labels that do not fit; says what there is.
+        DataError: the set, configuration or split does not exist, streaming is asked of files other than parquet, or
+            columns or labels do not fit; says what there is.
         ImportError: `datasets` is not installed.
     """
     name = f"{path} ({', '.join(part for part in (config_name, split) if part)})"
@@ -146,7 +145,7 @@ def open_hub(
                 num_classes=num_classes,
                 classes=classes,
                 features=features,
-                # The oldest tables in there are removed: what else lies in the user's folder must not be.
+                # Only our own folder: the oldest tables in it are removed, other files of the user's must not be.
                 spool_dir=None if spool_dir is None else Path(spool_dir, SPOOL),
                 upright=upright,
             )
@@ -179,7 +178,7 @@ class _Found(NamedTuple):
 def _from_table(
     table: Any, columns: tuple[str, str], classes: tuple[str, ...] | None, name: str, num_classes: int | None
 ) -> tuple[Any, np.ndarray, tuple[str, ...]]:
-    """The table's images alone, as they are stored, the labels int32 [N], and the classes."""
+    """The table's images alone, as stored, the labels int32 [N], and the classes."""
     if not len(table):
         raise DataError(f"{name} has no rows")
     image, label = columns
@@ -197,7 +196,7 @@ def _from_table(
 
 
 def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> _Found:
-    """A split from the cache of `datasets`, which gets it first where it may."""
+    """A split from the cache of `datasets`, which downloads it first if allowed."""
     builder = _datasets().load_dataset_builder(path, **words)
     of_splits = {
         str(key): [str(file) for file in of_split] for key, of_split in (builder.config.data_files or {}).items()
@@ -219,7 +218,7 @@ def _loaded(path: str, split: str, words: dict[str, Any], download: bool) -> _Fo
 
 
 def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[str], Any, str | None]:
-    """Addresses of a split's parquet files, the features as far as the set's description has them, the Hub's commit."""
+    """Addresses of a split's parquet files, the features in the set's description, the Hub's commit."""
     if _is_saved(path):
         raise DataError(f"{path} is a save_to_disk folder, which needs no streaming: set streaming=False")
     builder = _datasets().load_dataset_builder(path, **words)
@@ -230,7 +229,7 @@ def _parquet_files(path: str, split: str, words: dict[str, Any]) -> tuple[list[s
     other = next((url for url in urls if not url.split("?")[0].endswith((".parquet", ".parq", ".pq"))), None)
     if other:
         raise DataError(
-            f"only parquet files can be streamed, not {other}: set streaming=False, or for a set on the Hub "
+            f"only parquet files can be streamed, not {other}: set streaming=False, or for a Hub set "
             f"revision={CONVERTED!r}, where the Hub keeps a copy in parquet"
         )
     return urls, builder.info.features, None if builder.repo_id is None else builder.hash
@@ -241,7 +240,7 @@ def _is_saved(path: str) -> bool:
 
 
 def _saved(path: str, split: str) -> _Found:
-    """A split of a `save_to_disk` folder, or slices of splits; a folder of one without a name stands for any."""
+    """A split of a `save_to_disk` folder, or slices of splits; a folder with one unnamed split accepts any name."""
     loaded = _datasets().load_from_disk(path)
     unnamed = not isinstance(loaded, dict) and loaded.split is None
     if isinstance(loaded, dict):
@@ -263,7 +262,7 @@ def _saved(path: str, split: str) -> _Found:
 
 
 def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """The rows that "train[:80%]+test" names: split, first row, one more than the last."""
+    """The rows selected by "train[:80%]+test": split, first row, one past the last."""
     if split in counts:
         return [(split, 0, counts[split])]
     found = _datasets().ReadInstruction.from_spec(split).to_absolute(counts)
@@ -276,7 +275,7 @@ def _names(split: str) -> list[str]:
 
 
 def _sizes(images: Any) -> np.ndarray:
-    """Each image's size in bytes, int64 [N]; -1 where the column does not hold the image. Pixels are not touched."""
+    """Each image's size in bytes, int64 [N]; -1 if the column does not hold the image. Pixels are not read."""
     compute, types = (require(f"pyarrow.{one}", extra="data", purpose="tables") for one in ("compute", "types"))
     column = images.with_format("arrow")[:].column(0)
     if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
@@ -294,7 +293,7 @@ def _as_data_errors(name: str, path: str) -> Iterator[None]:
     except DataError:
         raise
     except (errors.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        # What `datasets` says of a torn file does not name it.
+        # The error of `datasets` for a torn file does not name it.
         check_whole(path, name)
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"{name}: {error}{cause}") from error

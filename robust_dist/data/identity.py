@@ -1,4 +1,4 @@
-"""What tells a set from another: a cheap fingerprint, and whether two parts of a set hold the same images."""
+"""Telling sets apart: a cheap fingerprint, and whether two parts of a set contain the same images."""
 
 import hashlib
 import os
@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-# Of a folder's images, so many are looked at one by one, and of two parts so many are compared byte by byte.
+# Number of a folder's images looked at one by one, and of two parts' images compared byte by byte.
 LOOKED_AT, COMPARED = 300, 16
 NAMED = 3
 
 
 class Stretch(NamedTuple):
-    """Consecutive images of one place, such as a file or a table.
+    """Consecutive images in one place, such as a file or a table.
 
     Attributes:
-        place: tells it from other places.
-        start: the first image's number in it.
-        stop: one more than the last one's.
-        name: of the place, for a person.
+        place: distinguishes it from other places.
+        start: number of the first image in it.
+        stop: one past the last.
+        name: readable name of the place.
     """
 
     place: tuple[Any, ...]
@@ -40,18 +40,18 @@ def fingerprint(*parts: Any) -> str:
 
 
 def stretches_of_files(files: Iterable[tuple[str, int]]) -> list[Stretch]:
-    """A stretch for each file and its number of images; a link is the file that it leads to."""
+    """One stretch per file with its number of images; a link stands for its target."""
     return [Stretch(_file_identity(file), 0, count, file) for file, count in files]
 
 
 def shared_images(train: Any, test: Any) -> str | None:
-    """Which images two sources both have, for a person; None where nothing is found.
+    """A description of the images that two sources share; None if none are found.
 
-    Found are the same files of shards or parquet, the same rows of a table, and folders and images of a folder that are
-    the same through links. Copies are not: see `are_copies`.
+    Found are shared shards or parquet files, shared rows of a table, and folders and images of a folder that are the
+    same through links. Copies are not found: see `are_copies`.
     """
     if getattr(train, "split", None) is not None:
-        # Two parts of one folder, told apart by their names.
+        # Two parts of one folder, distinguished by name.
         return None
     if hasattr(train, "folder") and hasattr(test, "folder"):
         return _linked(train, test)
@@ -74,7 +74,7 @@ def shared_images(train: Any, test: Any) -> str | None:
 
 
 def are_copies(train: Any, test: Any) -> bool:
-    """Whether two sets, each a `LabelledSet`, have the same names, labels and, as far as is looked, images."""
+    """Whether two `LabelledSet`s have the same names, labels and, as far as they are compared, images."""
     if len(train) != len(test) or train.fingerprint() != test.fingerprint():
         return False
     ours, theirs = getattr(train, "source", None), getattr(test, "source", None)
@@ -83,12 +83,12 @@ def are_copies(train: Any, test: Any) -> bool:
     try:
         return all(ours.read(index) == theirs.read(index) for index in spread(len(train), COMPARED))
     except ValueError:
-        # An image that cannot be read.
+        # An unreadable image.
         return False
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `count`, evenly spread."""
+    """At most `most` numbers below `count`, evenly spread."""
     return [k * count // most for k in range(most)] if count > most else list(range(count))
 
 
@@ -102,7 +102,7 @@ def _file_identity(file: str) -> tuple[Any, ...]:
 
 
 def _linked(train: Any, test: Any) -> str | None:
-    """`shared_images` of two image folders: whole folders, folders of classes and files may be links."""
+    """`shared_images` of two image folders: whole folders, class folders and files may be links."""
     ours, theirs = os.path.realpath(train.folder), os.path.realpath(test.folder)
     if ours == theirs:
         return f"{train.folder} and {test.folder} are one folder"
@@ -121,7 +121,7 @@ def _linked(train: Any, test: Any) -> str | None:
 
 
 def _is_twin(path: str, source: Any, other: Any) -> bool:
-    """Whether the file of the same name in the other folder is the same one, by a hard link."""
+    """Whether the file with the same name in the other folder is a hard link to this one."""
     stat = os.lstat(path)
     if stat.st_nlink == 1:
         return False
@@ -130,7 +130,7 @@ def _is_twin(path: str, source: Any, other: Any) -> bool:
 
 
 def source_fingerprint(source: Any) -> str:
-    """The source's own, or of one that has none a hash of its classes and groups."""
+    """The source's own fingerprint, or else a hash of its classes and groups."""
     own = getattr(source, "fingerprint", None)
     found: str = own() if own is not None else fingerprint(source.classes, source.group_sizes)
     return found

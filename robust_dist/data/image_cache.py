@@ -1,7 +1,7 @@
-"""`data.cache: disk`: decoded images on the host's disk, shrunk to what their crops need, for all that read there.
+"""`data.cache: disk`: decoded images on the host's disk, shrunk to what their crops need and shared by its processes.
 
-What is given out does not depend on what the cache holds: a sample is cropped from the shrunk image, whether that was
-made just now or lay there. So the folder may be deleted at any time, and a full disk costs speed alone.
+The result does not depend on what the cache holds: a sample is cropped from the shrunk image, whether that was just
+made or cached. So the folder may be deleted at any time, and a full disk costs only speed.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from robust_dist.data.fast_decode import Size, fast_pixels, resized, rows_of
 from robust_dist.data.source import ImageSource, Upright
 from robust_dist.data.spool import Spool, locked
 
-# Of the disk, what stays free.
+# Fraction of the disk that stays free.
 LEFT_FREE = 0.05
-# An image that would keep more than this part of its width is kept as it is.
+# An image that would keep more than this fraction of its width is stored as it is.
 AS_IT_IS = 0.8
-# So many of a set's first images are looked at for their size.
+# Number of a set's first images whose size is sampled.
 LOOKED_AT = 16
-# Of the folder of a set.
+# Files in a set's folder.
 PREFIX = "images-"
 _MAGIC, _HEADER = b"rd-rgb-1", struct.Struct("<8s4I")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A decoded image, perhaps shrunk, or some of its rows.
+    """A decoded image, possibly shrunk, or some of its rows.
 
     Attributes:
-        size: width and height of the image that it was made of.
-        height: of it, in rows.
+        size: width and height of the original image.
+        height: its height, in rows.
         rows: uint8 [rows, width, 3].
-        first: the number of the first row.
+        first: number of the first row.
     """
 
     size: Size
@@ -55,21 +55,22 @@ class Stored:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """How many times the image was as wide, and as high."""
+        """Ratios of the original's width and height to the stored ones."""
         return self.size[0] / self.rows.shape[1], self.size[1] / self.height
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """A folder of decoded images that processes share.
+    """A folder of decoded images shared by processes.
 
-    An image is written beside and renamed whole. Where all room is taken no more are added, and none goes for another:
-    an epoch comes back to each image once. Other sets' images go at a start, where more than half of the room is taken.
+    An image is written to a temporary file and renamed. When the room is used up, no more are added and none is
+    replaced: an epoch returns to each image once. At a start, other sets' images are removed if more than half of the
+        room is used.
 
     Attributes:
-        folder: of all sets.
-        name: of a set's images for one size and decoder: a folder below.
-        most_bytes: of all sets together.
+        folder: the folder for all sets.
+        name: a subfolder, for a set's images with one size and decoder.
+        most_bytes: limit for all sets together.
     """
 
     folder: Path
@@ -77,12 +78,12 @@ class ImageCache:
     most_bytes: int
 
     def get(self, image: str, rows: Callable[[Size, Size], tuple[int, int]]) -> Stored | None:
-        """The rows of an image that a crop needs; None where it is not there, or not whole.
+        """The rows of an image that a crop needs; None if it is missing or incomplete.
 
         Args:
             image: its name.
-            rows: takes the width and height of the image that it was made of, and its own; returns the number of the
-                first row, and of the one after the last.
+            rows: takes the width and height of the original image, and of the stored one; returns the number of the
+                first row, and one past the last.
         """
         with contextlib.suppress(OSError), open(self._path(image), "rb", buffering=0) as file:
             header = file.read(_HEADER.size)
@@ -100,7 +101,7 @@ class ImageCache:
         return None
 
     def put(self, image: str, stored: Stored) -> None:
-        """Keep a whole image, if there is room for it; whatever the disk says costs speed alone."""
+        """Store a whole image if there is room; a failing disk costs only speed."""
         path = self._path(image)
         beside = path.with_name(f".{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
@@ -117,16 +118,16 @@ class ImageCache:
                 raise
 
     def begin(self) -> None:
-        """Make the folder; where more than half of the room is taken, remove other sets, the oldest start first.
+        """Create the folder; if more than half of the room is used, remove other sets, oldest start first.
 
         Raises:
-            DataError: the folder cannot be made, is another user's, or a link that another user made.
+            DataError: the folder cannot be created, belongs to another user, or is a link made by another user.
         """
         try:
             Spool(self.folder).check_folder()
             (self.folder / self.name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise DataError(f"the folder {self.folder} cannot be written ({error}); set data.cache_dir") from error
+            raise DataError(f"the folder {self.folder} is not writable ({error}); set data.cache_dir") from error
         with contextlib.suppress(OSError), locked(self.folder / "lock"):
             ours = self.folder / self.name
             os.utime(ours)
@@ -138,14 +139,14 @@ class ImageCache:
                     used -= size
 
     def used(self) -> int:
-        """Bytes of all sets, as those that wrote them noted."""
+        """Bytes of all sets, as recorded by their writers."""
         return sum(size for size, _, _ in self._sets())
 
     def _path(self, image: str) -> Path:
         return self.folder / self.name / image[:2] / image[2:]
 
     def _take(self, size: int) -> bool:
-        """Whether there is room for so many bytes more; they count as taken then."""
+        """Whether there is room for this many more bytes; if so, they are counted as used."""
         disk = os.statvfs(self.folder)
         if disk.f_bavail * disk.f_frsize - size < LEFT_FREE * disk.f_blocks * disk.f_frsize:
             return False
@@ -167,7 +168,7 @@ class ImageCache:
 def cache_for(
     source: ImageSource, fingerprint: str, crop: Any, *, fast: bool, folder: Path | None, most_bytes: int
 ) -> ImageCache:
-    """The cache of a source's images, for one crop and decoder; without a folder in the system's temporary one."""
+    """The cache for a source's images, for one crop and decoder; by default in the system's temporary folder."""
     folder = folder or Path(tempfile.gettempdir(), f"robust_dist-{os.getuid()}-images")
     what = f"{source.name}\n{fingerprint}\n{crop.pixels_needed(1 << 15, 1 << 15)}\n{fast}"
     name = PREFIX + blake2b(what.encode(errors="surrogateescape"), digest_size=8).hexdigest()
@@ -183,13 +184,13 @@ def _number(path: Path) -> int:
 
 @dataclass(frozen=True)
 class CachedImages:
-    """A source's images, cropped from decoded ones that a cache keeps.
+    """A source's images, cropped from cached decoded ones.
 
     Attributes:
         source: the encoded images.
         crop: a `RandomCrop` or `CentralCrop`.
-        fast: whether JPEGs are decoded as `fast_crop` does; else by Pillow.
-        cache: the host's.
+        fast: whether JPEGs are decoded as by `fast_crop`; otherwise by Pillow.
+        cache: the host's cache.
     """
 
     source: ImageSource
@@ -223,10 +224,10 @@ class CachedImages:
 
 
 def bytes_kept(dataset: Any) -> int:
-    """About what a cache would keep of a `StreamSet`, by the headers of its first images."""
+    """An estimate of the bytes a cache would hold for a `StreamSet`, from the headers of its first images."""
     pixels: list[int] = []
     for index in range(min(LOOKED_AT, len(dataset))):
-        # What cannot be read is found, and counted, by those who need it.
+        # Unreadable images are found, and counted, by those who need them.
         with contextlib.suppress(BadImageError, OSError):
             width, height = header(dataset.source.read(index)[0]).size
             needed = dataset.crop.pixels_needed(width, height)
@@ -235,10 +236,10 @@ def bytes_kept(dataset: Any) -> int:
 
 
 def shrunk(data: bytes, pixels_needed: Callable[[int, int], int], *, fast: bool) -> Stored:
-    """An image file, decoded, and shrunk where it has far more pixels than are needed.
+    """A decoded image file, shrunk if it has far more pixels than needed.
 
     Raises:
-        BadImageError: as `decode_rgb`.
+        BadImageError: as for `decode_rgb`.
     """
     pixels, size = fast_pixels(data, pixels_needed) if fast else _exact(data)
     part = (pixels_needed(*size) / (size[0] * size[1])) ** 0.5

@@ -1,4 +1,4 @@
-"""Sets that lie whole on the device or in the host's memory, and which of them lies where."""
+"""Sets held whole on the device or in the host's memory, and the choice between the two."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,30 +14,30 @@ from robust_dist.data.loader import Direct, Prefetcher
 from robust_dist.data.sets import EvalBatch, LabelledSet
 from robust_dist.data.source import ImageSource
 
-# Images that a fingerprint looks at.
+# Images that a fingerprint samples.
 SPREAD = 64
 KeepOn = Literal["auto", "device", "host"]
 Place = Literal["device", "host"]
-# Of the device's free memory; the rest is for the model, its optimizer and its activations.
+# Fraction of the device's free memory; the rest is for the model, its optimizer and activations.
 SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(LabelledSet):
-    """A labelled image set that lies whole on one device.
+    """A labelled image set held whole on one device.
 
     Attributes:
         images: uint8 [N, C, H, W].
         labels: int64 [N], each in [0, len(classes)).
         classes: the name of each class, in the labels' order.
         name: what error messages call the set.
-        source: the files that the images were decoded from; None of a set by name.
+        source: the files that the images were decoded from; None for a set by name.
         unreadable: images of the source that were left out.
 
     Raises:
-        TypeError: images or labels of another dtype.
-        ValueError: wrong shapes, different counts, no image at all, different devices, or a label outside the
-            classes (named with its index).
+        TypeError: images or labels have the wrong dtype.
+        ValueError: wrong shapes, different counts, no images, different devices, or a label outside the classes (named
+            with its index).
     """
 
     images: Tensor
@@ -57,12 +57,12 @@ class ImageSet(LabelledSet):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, whether or not each of them occurs."""
+        """The number of classes, whether or not each occurs."""
         return len(self.classes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that images and labels take on their device."""
+        """Bytes of images and labels on their device."""
         return self.images.nbytes + self.labels.nbytes
 
     @property
@@ -77,12 +77,12 @@ class ImageSet(LabelledSet):
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """All images lie together."""
+        """One group: all images lie together."""
         return (len(self),)
 
     @property
     def stage(self) -> str:
-        """What the images given out are."""
+        """The form of the images yielded."""
         return "as stored"
 
     def order(self, seed: int, epoch: int) -> Order:
@@ -94,7 +94,7 @@ class ImageSet(LabelledSet):
         return Direct(lambda request: Pack(self.images, self.labels, whole=True))
 
     def prefetcher(self) -> Prefetcher:
-        """Nothing is copied: batches lie on the device."""
+        """No copying: batches are already on the device."""
         return Prefetcher(None)
 
     def filler(self) -> Tensor:
@@ -102,12 +102,12 @@ class ImageSet(LabelledSet):
         return self.images[:1]
 
     def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
-        """The samples start to stop in the set's own order, at most `batch_size` at a time, as views (no copy)."""
+        """The samples start to stop in the set's own order, at most `batch_size` at a time, as views."""
         bounds = ((low, min(low + batch_size, stop)) for low in range(start, stop, batch_size))
         return (EvalBatch(self.images[low:high], self.labels[low:high]) for low, high in bounds)
 
     def fingerprint(self) -> str:
-        """A hash of the labels and of a few of the images, evenly spread; the source's own, where it has one."""
+        """The source's own fingerprint, or else a hash of the labels and a few evenly spread images."""
         own = getattr(self.source, "fingerprint", None)
         if own is not None:
             return str(own())
@@ -115,22 +115,22 @@ class ImageSet(LabelledSet):
         return fingerprint(self.labels.cpu().numpy(), few.cpu().numpy(), list(self.images.shape))
 
     def fits_on(self, device: torch.device | str) -> None:
-        """Check that the set fits into the device's free memory (CUDA; other devices are not asked).
+        """Check that the set fits into the device's free memory (CUDA only).
 
         Raises:
-            DataError: it does not; names the bytes needed and the bytes free.
+            DataError: it does not fit; names the bytes needed and free.
         """
         free = free_bytes(torch.device(device))
         if free is not None and self.nbytes > free:
             raise DataError(
-                f"{self.name}: {self.nbytes:,} bytes are needed on {device}, where {free:,} are free. "
-                "Free that device's memory, take another device, stream the set from the host's memory "
-                "(data.keep_on=host), or have workers read the images from files while training: "
+                f"{self.name}: {self.nbytes:,} bytes are needed on {device}, but {free:,} are free. "
+                "Free that device's memory, use another device, stream the set from the host's memory "
+                "(data.keep_on=host), or have workers read the images from files during training: "
                 "data.name=imagefolder, hub or webdataset (configs/README.md)."
             )
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """The same set on `device`; itself where it lies there already.
+        """The same set on `device`; itself if it is already there.
 
         Raises:
             DataError: the set does not fit (see `fits_on`).
@@ -143,16 +143,16 @@ class ImageSet(LabelledSet):
 
 
 class HostSet(LabelledSet):
-    """A labelled set that lies whole in the host's memory, and whose batches are copied to a device a step ahead.
+    """A labelled set held whole in the host's memory, with batches copied to a device one step ahead.
 
-    Batches, their order and their keys are those of an ImageSet on the device.
+    Batches, order and keys are those of an ImageSet on the device.
 
     Args:
         image_set: the set, on the CPU.
         device: where batches are given out.
 
     Raises:
-        ValueError: the set does not lie on the CPU.
+        ValueError: the set is not on the CPU.
     """
 
     name: str
@@ -164,7 +164,7 @@ class HostSet(LabelledSet):
 
     def __init__(self, image_set: ImageSet, device: torch.device) -> None:
         if image_set.device.type != "cpu":
-            raise ValueError(f"{image_set.name} lies on {image_set.device}: a HostSet wants it on the CPU")
+            raise ValueError(f"{image_set.name} is on {image_set.device}: a HostSet needs it on the CPU")
         self.image_set, self.device = image_set, device
         self.name, self.classes, self.channels = image_set.name, image_set.classes, image_set.channels
         self.group_sizes, self.stage, self.nbytes = image_set.group_sizes, image_set.stage, image_set.nbytes
@@ -174,11 +174,11 @@ class HostSet(LabelledSet):
         return len(self.image_set)
 
     def order(self, seed: int, epoch: int) -> Order:
-        """The host's own permutation, which is the device's."""
+        """The host's own permutation, identical to the device's."""
         return self.image_set.order(seed, epoch)
 
     def reader(self, *, block: int = 1, workers: int | None = None) -> Direct:
-        """The samples, gathered into pinned memory where they go to a GPU."""
+        """The samples, gathered into pinned memory if bound for a GPU."""
         return Direct(self._gathered)
 
     def filler(self) -> Tensor:
@@ -198,14 +198,14 @@ class HostSet(LabelledSet):
         return Pack(self._rows(whole.images, indices), self._rows(whole.labels, indices))
 
     def _rows(self, values: Tensor, indices: Tensor) -> Tensor:
-        # Pinned memory comes from torch's cache, which gives none out again before its copy is done.
+        # torch's cache does not reuse pinned memory before its copy is done.
         pinned = self.device.type == "cuda"
         rows = torch.empty(len(indices), *values.shape[1:], dtype=values.dtype, pin_memory=pinned)
         return torch.index_select(values, 0, indices, out=rows)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a CUDA device in bytes; None for a device that cannot be asked."""
+    """Free memory of a CUDA device in bytes; None for other devices."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0]
@@ -230,9 +230,9 @@ def _check_shapes(image_set: ImageSet) -> None:
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"{name}: images must be [N, C, H, W] with no empty side, not {list(images.shape)}")
     if labels.ndim != 1 or len(labels) != len(images):
-        raise ValueError(f"{name}: labels must be [{len(images)}], one an image, not {list(labels.shape)}")
+        raise ValueError(f"{name}: labels must be [{len(images)}], one per image, not {list(labels.shape)}")
     if labels.device != images.device:
-        raise ValueError(f"{name}: images lie on {images.device} but labels on {labels.device}")
+        raise ValueError(f"{name}: images are on {images.device} but labels on {labels.device}")
 
 
 def _check_labels(image_set: ImageSet) -> None:
@@ -246,12 +246,12 @@ def _check_labels(image_set: ImageSet) -> None:
 
 
 def choose_places(sizes: Sequence[int], free: int | None, keep_on: KeepOn = "auto") -> list[Place]:
-    """Where sets of so many bytes are to lie; the first ones have the first choice.
+    """Where to put sets of these sizes; earlier ones have priority.
 
     Args:
         sizes: Bytes of each.
-        free: Bytes that the device has free; None where it cannot be asked, as a CPU, whose memory is the host's.
-        keep_on: "auto" takes the device for sets that together need at most half of its free memory, else the host.
+        free: Free bytes on the device; None if unknown, as for a CPU, whose memory is the host's.
+        keep_on: "auto" chooses the device for sets that together need at most half of its free memory, else the host.
     """
     places: list[Place] = []
     room = 0.0 if free is None else SHARE * free
@@ -263,10 +263,10 @@ def choose_places(sizes: Sequence[int], free: int | None, keep_on: KeepOn = "aut
 
 
 def place(sets: Sequence[ImageSet], device: torch.device, keep_on: KeepOn = "auto") -> list[ImageSet | HostSet]:
-    """The sets where they are to lie, given out on `device`.
+    """The sets in their places, yielding batches on `device`.
 
     Raises:
-        DataError: keep_on="device", and a set does not fit; names the bytes needed and the bytes free.
+        DataError: keep_on="device" and a set does not fit; names the bytes needed and free.
     """
     places = choose_places([one.nbytes for one in sets], free_bytes(device), keep_on)
     return [
@@ -279,7 +279,7 @@ def _on_device(image_set: ImageSet, device: torch.device, keep_on: KeepOn) -> Im
     free = free_bytes(device)
     if free is not None and image_set.nbytes > free:
         raise DataError(
-            f"data.keep_on={keep_on!r}: {image_set.name} needs {image_set.nbytes:,} bytes on {device}, where {free:,} "
-            "are free; set data.keep_on=host (or auto), which streams it from the host's memory, or free the device's"
+            f"data.keep_on={keep_on!r}: {image_set.name} needs {image_set.nbytes:,} bytes on {device}, but {free:,} "
+            "are free; set data.keep_on=host (or auto), which streams it from the host's memory, or free device memory"
         )
     return image_set.to(device)

@@ -1,4 +1,4 @@
-"""Image files of one size, decoded once and kept whole in memory: a source with the speed of a set by name."""
+"""Image files of one size, decoded once and kept in memory: a source with the speed of a set by name."""
 
 import os
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from robust_dist.data.image_set import ImageSet
 from robust_dist.data.reading import ImageReader, Workers
 from robust_dist.data.source import ImageSource, printable
 
-# Images of a request to a worker; and how many of a set's first images are tried for their size.
+# Images per request to a worker; number of a set's first images tried to find their size.
 AT_ONCE, TRIED = 512, 100
 NAMED = 5
 
 
 @dataclass(frozen=True)
 class AsStored:
-    """Images as they are decoded, all of one size.
+    """Images as decoded, all of one size.
 
     Attributes:
         size: height and width that each must have.
-        name: of the set, for the error.
+        name: the set's name, for the error.
     """
 
     size: int
@@ -51,18 +51,18 @@ def load_into_memory(
 
     Args:
         source: The images.
-        size: Height and width of all of them; checked before any worker starts, as is the room in memory.
-        workers: Processes that decode, at most one a core; 0 decodes in this one.
-        max_bad_share: The largest share of images that may be unreadable. They are left out and named in
+        size: Height and width of all of them; checked before any worker starts, as is the free memory.
+        workers: Processes that decode, at most one per core; 0 decodes in this one.
+        max_bad_share: The largest fraction of images that may be unreadable. They are left out and listed in
             `ImageSet.unreadable`.
-        free: Bytes of the host's memory that may be used; None where nothing tells.
+        free: Bytes of host memory that may be used; None if unknown.
 
     Returns:
         uint8 images and int64 labels in the source's order.
 
     Raises:
-        DataError: Images of another size, no room in the host's memory, or too many unreadable images; says what
-            would be right.
+        DataError: Images have another size, the host's memory is too small, or too many images are unreadable; says
+            what would be right.
     """
     count = len(source)
     _check_size(source, size)
@@ -95,13 +95,13 @@ def _requests(count: int) -> Iterator[Request]:
 
 
 def _useful(workers: int, count: int) -> int:
-    """No more workers than cores or requests; a small set is decoded sooner than a worker starts."""
+    """No more workers than cores or requests; a small set is decoded before a worker would start."""
     requests = -(-count // AT_ONCE)
     return 0 if requests < 4 else min(workers, requests, len(os.sched_getaffinity(0)))
 
 
 def _check_size(source: ImageSource, size: int) -> None:
-    """Refuse a set by its first readable image, before all of it is decoded."""
+    """Reject a set by its first readable image, before all of it is decoded."""
     for index in range(min(TRIED, len(source))):
         try:
             image = decode_rgb(source.read(index)[0])
@@ -115,9 +115,9 @@ def _check_size(source: ImageSource, size: int) -> None:
 def _other_size(name: str, found: tuple[int, int], size: int) -> str:
     width, height = found
     fitting = f"set data.size={width} (data.eval_size for evaluation) if all images have it" if width == height else ""
-    streaming = "or have workers crop them while training (data.keep_on=auto, data.crop_scale=[0.08, 1.0])"
+    streaming = "or have workers crop them during training (data.keep_on=auto, data.crop_scale=[0.08, 1.0])"
     return (
-        f"{name}: an image is {width}x{height} pixels, not {size}x{size}, but a set that is kept whole in memory has "
+        f"{name}: an image is {width}x{height} pixels, not {size}x{size}, but a set kept whole in memory needs "
         f"square images of one size: {', '.join(filter(None, (fitting, streaming)))}"
     )
 
@@ -125,8 +125,8 @@ def _other_size(name: str, found: tuple[int, int], size: int) -> str:
 def _check_room(name: str, needed: int, free: int | None) -> None:
     if free is not None and needed > free:
         raise DataError(
-            f"{name}: {needed:,} bytes are needed to keep the set whole in memory, and {free:,} are free; have workers "
-            "read the images while training (data.keep_on=auto, data.crop_scale=[0.08, 1.0])"
+            f"{name}: {needed:,} bytes are needed to keep the set whole in memory, but {free:,} are free; have workers "
+            "read the images during training (data.keep_on=auto, data.crop_scale=[0.08, 1.0])"
         )
 
 
@@ -137,5 +137,5 @@ def _check_share(name: str, unreadable: list[BadImage], count: int, max_bad_shar
     more = f"; and {len(unreadable) - NAMED:,} more" if len(unreadable) > NAMED else ""
     raise DataError(
         f"{name}: {len(unreadable):,} of {count:,} images could not be read, more than data.max_bad_share="
-        f"{max_bad_share} lets pass: {named}{more}. Mend them where they are, or raise data.max_bad_share"
+        f"{max_bad_share} allows: {named}{more}. Repair them in place, or raise data.max_bad_share"
     )

@@ -1,4 +1,4 @@
-"""Epochs of a set as batches on the device, copied there while the last step runs; its evaluation batches."""
+"""Epochs of a set as batches on the device, copied there during the previous step; evaluation batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Prefetcher:
-    """Gives items out on a device, and copies the next one while the last one is in use.
+    """Yields items on a device, copying the next one while the current one is in use.
 
     On a CPU nothing runs ahead.
 
@@ -32,13 +32,13 @@ class Prefetcher:
 
     @property
     def ahead(self) -> int:
-        """How many items are worth copying before they are asked for."""
+        """Number of items worth copying ahead."""
         return 0 if self._stream is None else 1
 
     def run(self, items: Iterable[list[T]]) -> Iterator[list[T]]:
-        """The items, named tuples each, with their tensors on the device; what is no tensor stays as it is.
+        """The items, each a list of named tuples, with their tensors on the device; other values are unchanged.
 
-        The copies do not wait where tensors lie in pinned memory.
+        Copies from pinned memory are asynchronous.
         """
         under_way: deque[list[tuple[T, torch.cuda.Event | None]]] = deque()
         for item in items:
@@ -58,7 +58,7 @@ class Prefetcher:
             return moved, self._stream.record_event()
 
     def _finish(self, part: T, arrived: torch.cuda.Event | None) -> T:
-        """The copies, for use on the current stream, which waits for them; this process does not."""
+        """The copies, ready for use on the current stream, which waits for them; this process does not."""
         if arrived is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(arrived)
@@ -86,12 +86,12 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None:
-        """End what reads."""
+        """Stop the reading."""
         ...
 
 
 class Direct:
-    """Reads in this process, when it is asked.
+    """Reads in this process, on demand.
 
     `fetch` makes the pack of a request.
     """
@@ -104,7 +104,7 @@ class Direct:
         return ((request, self.fetch(request)) for request in requests)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Nothing to stop."""
 
 
 class _Part(NamedTuple):
@@ -122,21 +122,21 @@ class _Part(NamedTuple):
 class Loader:
     """Training batches of a set, a pure function of (seed, epoch, step, rank, world size).
 
-    The order of an epoch is drawn from (seed, epoch) alone, and cut as `Cut` says: every rank takes the same number of
+    The order of an epoch depends on (seed, epoch) alone and is divided by `Cut`: every rank takes the same number of
     steps. Micro-batches may differ in size, so the loss is a sum divided by `Batch.global_size`.
 
-    A batch that lies elsewhere is copied to the set's device while the step before it runs. A resumed epoch reads
-    nothing of the steps that are done.
+    A batch that is not on the set's device is copied there during the previous step. A resumed epoch does not read the
+    steps already done.
 
-    A bad image is skipped: its slot holds a copy of a good one of the same block, or zeros where the micro-batch has
+    A bad image is skipped: its slot holds a copy of a good one from the same block, or zeros if the micro-batch has
     none, and `Batch.weights` is 0 there. The copies do count in batch normalisation's statistics.
 
     Args:
         dataset: the set.
-        cut: how its epochs are drawn and cut.
+        cut: how its epochs are ordered and divided.
 
     Raises:
-        ValueError: a cut that leaves a rank or a micro-batch empty.
+        ValueError: the cut leaves a rank or a micro-batch empty.
     """
 
     def __init__(self, dataset: "LabelledSet", cut: Cut) -> None:
@@ -147,33 +147,33 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps (global batches) of an epoch."""
+        """Optimizer steps (global batches) per epoch."""
         return self.plan.steps
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on, over all ranks, bad ones included."""
+        """Samples that an epoch trains on, over all ranks, including bad ones."""
         return self.plan.samples_per_epoch
 
     def take_bad(self) -> list[BadImage]:
-        """The bad images of this rank's steps since the last call."""
+        """The bad images in this rank's steps since the last call."""
         bad, self._bad = self._bad, []
         return bad
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """One item an optimizer step: this rank's `accumulation` micro-batches, from `start_step` to the epoch's end.
+        """This rank's `accumulation` micro-batches for each optimizer step, from `start_step` to the epoch's end.
 
-        Where workers read, a new epoch ends the one that was being read.
+        With workers, a new epoch ends the one being read.
 
         Raises:
-            ValueError: start_step outside 0 to steps_per_epoch (at which nothing is left).
+            ValueError: start_step is outside 0 to steps_per_epoch (where nothing is left).
             WorkersLostError: a worker was killed.
         """
         self.plan.check_start(start_step)
         return self._steps(epoch, range(start_step, self.plan.steps))
 
     def close(self) -> None:
-        """End the workers, where there are any."""
+        """Stop the workers, if any."""
         self.reader.close()
 
     def _steps(self, epoch: int, steps: range) -> Iterator[list[Batch]]:
@@ -197,11 +197,11 @@ class Loader:
 
 
 class DeviceLoader(Loader):
-    """The Loader of a set, whose batches lie on the set's device, with the fields of `Cut` as arguments.
+    """The Loader of a set whose batches lie on the set's device, with the fields of `Cut` as arguments.
 
     Raises:
-        TypeError: a count that is no int.
-        ValueError: a count below 1, a rank outside the world, or a cut that leaves a rank or a micro-batch empty.
+        TypeError: a count is not an int.
+        ValueError: a count is below 1, the rank is outside the world, or a rank or a micro-batch is left empty.
     """
 
     def __init__(
@@ -222,16 +222,16 @@ class DeviceLoader(Loader):
 def evaluation_batches(
     image_set: "LabelledSet", batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's contiguous share of the set, every sample on exactly one rank; of an ImageSet as views (no copy).
+    """This rank's contiguous share of the set, every sample on exactly one rank; for an ImageSet as views.
 
-    Shares differ by one sample at most, so ranks may have different numbers of batches, and with fewer samples than
-    ranks some have none: sum over ranks after the loop, not in it.
+    Shares differ by at most one sample, so ranks may have different numbers of batches, and with fewer samples than
+    ranks some have none: reduce over ranks after the loop, not inside it.
 
     Returns:
-        Iterator of (images uint8 [b, C, H, W], labels int64 [b]) in the set's own order, b at most `batch_size`.
+        Iterator of (images uint8 [b, C, H, W], labels int64 [b]) in the set's own order, with b at most `batch_size`.
 
     Raises:
-        ValueError: batch_size or world_size below 1, or a rank outside the world.
+        ValueError: batch_size or world_size is below 1, or the rank is outside the world.
     """
     check_counts(batch_size=batch_size, world_size=world_size)
     check_rank(rank, world_size)

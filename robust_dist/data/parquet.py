@@ -1,4 +1,4 @@
-"""Parquet files wherever they lie: row groups are fetched when a sample of theirs is read, nothing before."""
+"""Parquet files, local or remote: a row group is fetched when one of its samples is read, not before."""
 
 import hashlib
 import os
@@ -36,9 +36,9 @@ MAPPED_GROUPS = 8
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file's path or address, a digest that tells the file's versions, its number, its rows.
+    """A row group: its file's path or address, a digest that identifies the file's version, its number, its rows.
 
-    `content` is a digest of the footer alone, which a copy of the file has too.
+    `content` is a digest of the footer alone, which a copy of the file shares.
     """
 
     url: str
@@ -49,12 +49,12 @@ class RowGroup(NamedTuple):
 
 
 class ParquetSource:
-    """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for what it can do.
+    """Samples of parquet files, by row groups; see `open_parquet`, and `ImageSource` for its methods.
 
-    A row group is fetched once for the processes of a node, see `Spool`; each of them keeps a few mapped.
+    A row group is fetched once for all processes of a node, see `Spool`; each keeps a few of them mapped.
 
     Attributes:
-        revision: The commit of a set of the Hub; None of others.
+        revision: The commit of a Hub set; None for others.
     """
 
     revision: str | None = None
@@ -90,7 +90,7 @@ class ParquetSource:
         return {**self.__dict__, "_cache": None}
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """See `ImageSource.read`; where a remote host fails, its error comes after the retries of `datasets`."""
+        """See `ImageSource.read`; a remote host's error is raised after the retries of `datasets`."""
         group, row = self._place(index)
         table = self._table(group)
         url = self._groups[group].url
@@ -104,7 +104,7 @@ class ParquetSource:
         return f"{self._groups[group].url}, row group {self._groups[group].number}, row {row}"
 
     def fingerprint(self) -> str:
-        """A hash of the files' names and footers, and of the labels where they were read."""
+        """A hash of the files' names and footers, and of the labels if they were read."""
         groups = [(os.path.basename(group.url), group.content, group.number) for group in self._groups]
         return fingerprint(groups, *([] if self._labels is None else [self._labels]))
 
@@ -122,7 +122,7 @@ class ParquetSource:
 
     def _table(self, group: int) -> Any:
         if self._cache is None or self._cache[0] != os.getpid():
-            # Neither an open file nor a connection may be shared with the process that this one was forked from.
+            # A forked process must share neither an open file nor a connection with its parent.
             self._cache = os.getpid(), lru_cache(MAPPED_GROUPS)(self._load)
         return self._cache[1](group)
 
@@ -145,7 +145,7 @@ class ParquetSource:
         assert self._label_of is not None
         number = table[self._columns[1]][row].as_py()
         if number is None or not 0 <= number < len(self._label_of):
-            raise BadImageError(f"its label is {number}, outside of the {len(self.classes)} classes")
+            raise BadImageError(f"its label is {number}, outside the {len(self.classes)} classes")
         return int(self._label_of[number])
 
 
@@ -161,25 +161,25 @@ def open_parquet(
     spool_dir: str | Path | None = None,
     upright: bool = True,
 ) -> ParquetSource:
-    """Samples of parquet files in the order given, of which only the footers are read now.
+    """Samples of parquet files in the given order; only the footers are read now.
 
-    Labels that are a ClassLabel come with their row group; of a plain column of numbers or strings all labels (not
-    images) are read now, since no footer tells the classes.
+    ClassLabel labels come with their row group; for a plain column of numbers or strings all labels (not images) are
+    read now, since no footer gives the classes.
 
     Args:
-        urls: local paths, file:// or any address that fsspec and `datasets` open (hf://, https://, s3://).
+        urls: local paths, file:// or any address that fsspec and `datasets` can open (hf://, https://, s3://).
         name: what error messages call the set.
         image_column: see `find_columns`.
         label_column: see `find_columns`.
         num_classes: see `number_classes`.
         classes: see `number_classes`.
-        features: `datasets.Features`, where known from elsewhere than the files.
+        features: `datasets.Features`, if known from elsewhere.
         spool_dir: the folder of the `Spool`.
         upright: whether images are turned by their EXIF orientation.
 
     Raises:
-        DataError: no row, files that are no parquet files or have other columns than the first; or see `find_columns`,
-            `plain_labels` and `class_labels`.
+        DataError: there are no rows, files are not parquet or have other columns than the first; also see
+            `find_columns`, `plain_labels` and `class_labels`.
         OSError: a remote file cannot be reached.
     """
     with ThreadPoolExecutor(READERS) as pool:
@@ -209,14 +209,14 @@ def open_parquet(
 
 
 def read_columns(url: str, columns: list[str], group: int) -> Any:
-    """Some columns of one row group, as a `pyarrow.Table`; its file is opened for that and closed again."""
+    """Some columns of one row group, as a `pyarrow.Table`; its file is opened only for this."""
     with _opened(url) as source:
-        # One thread: a worker is one of many already.
+        # One thread: this worker is already one of many.
         return _parquet(source).read_row_group(group, columns=columns, use_threads=False)
 
 
 def is_remote(url: str) -> bool:
-    """Whether reading `url` takes a network that can fail and come back."""
+    """Whether reading `url` uses a network that can fail temporarily."""
     return "://" in url and not url.startswith("file://")
 
 
@@ -237,10 +237,10 @@ def _footer(url: str) -> _Footer | DataError:
             groups = [(k, metadata.row_group(k).num_rows) for k in range(metadata.num_row_groups)]
             return _Footer(content, digest, groups, file.schema_arrow)
     except (_pyarrow().ArrowException, OSError, ValueError) as error:
-        # A remote host that stays away says nothing about the file.
+        # An unreachable remote host says nothing about the file.
         if is_remote(url) and isinstance(error, OSError):
             raise
-        return DataError(f"{url} is no parquet file, or is cut off: {' '.join(str(error).split())}")
+        return DataError(f"{url} is not a parquet file, or is truncated: {' '.join(str(error).split())}")
 
 
 def _whole(footers: Sequence[_Footer | DataError], name: str) -> list[_Footer]:
@@ -251,10 +251,10 @@ def _whole(footers: Sequence[_Footer | DataError], name: str) -> list[_Footer]:
 
 
 def check_whole(path: str | Path, name: str) -> None:
-    """Look at the footers of a local parquet file, or of a folder's.
+    """Check the footers of a local parquet file, or of a folder's.
 
     Raises:
-        DataError: Names the files that are no parquet or are cut off.
+        DataError: Names the files that are not parquet or are truncated.
     """
     root = Path(path)
     files = (
@@ -264,7 +264,7 @@ def check_whole(path: str | Path, name: str) -> None:
 
 
 def _listed(faults: Sequence[str], name: str) -> str:
-    """What is wrong with the first few files, and with how many more."""
+    """What is wrong with the first few files, and the number of others."""
     more = f"; and {len(faults) - NAMED:,} more files" if len(faults) > NAMED else ""
     return f"{name}: " + "; ".join(faults[:NAMED]) + more
 
@@ -273,7 +273,7 @@ def _opened(url: str) -> Any:
     if not is_remote(url):
         return open(url.removeprefix("file://"), "rb")
     _leave_the_parents_loop()
-    # With the retries, and for the Hub the credentials, of `datasets`' own streaming.
+    # With the retries and, for the Hub, the credentials of `datasets`' own streaming.
     return require("datasets.utils.file_utils", extra="data", purpose="remote parquet files").xopen(url, "rb")
 
 
@@ -290,7 +290,7 @@ def _parquet(source: Any) -> Any:
 
 
 def _identity(url: str, source: Any) -> str:
-    """What tells a file from a later one of its name: size and time, or what the remote file system says of it."""
+    """What distinguishes a file from a later one of its name: size and time, or the remote system's identifier."""
     if is_remote(url):
         return repr(getattr(source, "details", None))
     stat = os.fstat(source.fileno())
@@ -302,7 +302,7 @@ def _features(schema: Any) -> Any:
 
 
 def _check_schemas(urls: Sequence[str], footers: Sequence[_Footer], columns: tuple[str, str], name: str) -> None:
-    """Compare the files' columns with the first one's; the widths of numbers, strings and offsets may differ."""
+    """Compare the files' columns with the first one's; widths of numbers, strings and offsets may differ."""
     first = footers[0].schema
     faults = []
     for url, footer in zip(urls, footers, strict=True):
@@ -311,15 +311,14 @@ def _check_schemas(urls: Sequence[str], footers: Sequence[_Footer], columns: tup
             if _sort(ours) != _sort(first.field(column).type):
                 has = "none of that name" if ours is None else str(ours)
                 faults.append(
-                    f"{url} has no column {column!r} of the type that it has in {urls[0]}, "
-                    f"{first.field(column).type}: it has {has}"
+                    f"{url} has no column {column!r} of the type in {urls[0]}, {first.field(column).type}: it has {has}"
                 )
     if faults:
         raise DataError(_listed(faults, name))
 
 
 def _sort(arrow_type: Any) -> str:
-    """A type without its width: one of "whole", "text" and "bytes", or the type itself."""
+    """A type regardless of width: "whole", "text" or "bytes", or the type itself."""
     if arrow_type is None:
         return ""
     types = _pyarrow().types
@@ -332,14 +331,14 @@ def _sort(arrow_type: Any) -> str:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The label columns of several files as one, of a type that holds all of them."""
+    """The label columns of several files as one, with a type that fits all of them."""
     pyarrow = _pyarrow()
     if len({part.type for part in parts}) > 1:
         text = _sort(parts[0].type) == "text"
         try:
             parts = [part.cast(pyarrow.large_string() if text else pyarrow.int64()) for part in parts]
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"labels that 64 bits do not hold: {error}") from error
+            raise DataError(f"labels do not fit into 64 bits: {error}") from error
     return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks])
 
 

@@ -1,4 +1,4 @@
-"""A small set to try a recipe on: `python -m robust_dist.data.pictures FOLDER` writes digits as files of images."""
+"""A small set to try a recipe on: `python -m robust_dist.data.pictures FOLDER` writes digits as image files."""
 
 import argparse
 from pathlib import Path
@@ -9,21 +9,21 @@ from PIL import Image
 
 from robust_dist.data.registry import load_digits
 
-# Scans of the digit that has the fewest.
+# Number of scans of the rarest digit.
 FEWEST = 174
 
 
 def write_pictures(folder: Path, count: int, side: int | None = None) -> int:
-    """Write files `folder`/DIGIT/NUMBER.png, as many scans of each digit; returns how many in all.
+    """Write files `folder`/DIGIT/NUMBER.png, the same number for each digit; returns the total.
 
     Args:
-        folder: Made here.
-        count: Of files; rounded down to a multiple of 10.
-        side: Makes them JPEGs of so many pixels a side, enlarged, with noise of a photograph's spectrum over them; PNGs
-            of 32x32 pixels where it is None.
+        folder: Created here.
+        count: Number of files; rounded down to a multiple of 10.
+        side: Makes them JPEGs with this many pixels per side, enlarged, with noise of a photograph's spectrum; if None,
+            PNGs of 32x32 pixels.
 
     Raises:
-        FileExistsError: `folder` is there.
+        FileExistsError: `folder` exists.
         ValueError: `count` is not between 10 and 1,740, or `side` not between 32 and 4096.
     """
     if not 10 <= count <= FEWEST * 10:
@@ -55,12 +55,12 @@ def _noisy(picture: Image.Image, side: int, rng: np.random.Generator) -> Image.I
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m robust_dist.data.pictures", description=__doc__)
     parser.add_argument("folder", type=Path, help="must not exist")
-    parser.add_argument("--count", type=int, default=300, help="pictures (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=300, help="number of pictures (default: %(default)s)")
     parser.add_argument(
-        "--jpeg", type=int, metavar="SIDE", help="JPEGs of SIDE pixels with noise (default: PNGs of 32)"
+        "--jpeg", type=int, metavar="SIDE", help="write noisy JPEGs of SIDE pixels (default: PNGs of 32 pixels)"
     )
     words = parser.parse_args()
     try:

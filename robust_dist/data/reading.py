@@ -23,27 +23,27 @@ from robust_dist.data.fast_decode import fast_crop
 from robust_dist.data.image_cache import CachedImages, ImageCache
 from robust_dist.data.source import ImageSource
 
-# What an image becomes: called with what `decode_rgb` gives and the sample's key.
+# Makes the final image; called with the result of `decode_rgb` and the sample's key.
 Crop = Callable[[Any, int], Tensor]
 T = TypeVar("T", bound=tuple[Any, ...])
-# Bytes up to which a tensor is sent to the rank as they are.
+# Tensors up to this many bytes are sent to the rank by value.
 BY_VALUE = 2**16
-# Seconds in which the end of a worker is known after what it left undone.
+# Seconds in which a worker's death is noticed after its missing results.
 GONE_WITHIN = 0.5
-# What is sent to ranks, to save or to stop; a rank's workers stay until the rank has no more use for them.
+# Signals sent to ranks, to save or stop; workers stay until their rank no longer needs them.
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class ImageReader(Dataset[Pack]):
-    """What a worker does: read, decode and crop the images of a request; a bad one's place is filled.
+    """A worker's job: read, decode and crop the images of a request; a bad one's place is filled.
 
     Args:
         source: the images.
-        crop: makes each of them uint8 [3, size, size].
-        size: height and width of the images given out.
-        block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
-        fast: whether JPEGs are decoded by `fast_crop`; the crop is then one that it takes.
-        cache: keeps decoded images; likewise.
+        crop: turns each of them into uint8 [3, size, size].
+        size: height and width of the result.
+        block: a bad image's place is filled with a copy of a good one from the same `block` slots, if there is one.
+        fast: whether JPEGs are decoded by `fast_crop`; the crop must then be one that it takes.
+        cache: keeps decoded images; requires the same crops.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ImageReader(Dataset[Pack]):
         """Read the images of the indices, cropped by the keys.
 
         Raises:
-            ValueError: the source gave a label outside its classes.
+            ValueError: the source returned a label outside its classes.
         """
         indices, keys = request
         images = room(len(indices), self.size)
@@ -103,7 +103,7 @@ class ImageReader(Dataset[Pack]):
 
 
 def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: int) -> Pack:
-    """The pack of images whose `bad` slots are to hold stand-ins and to count nothing; changes images and labels."""
+    """The pack of images, with stand-ins of weight 0 in the `bad` slots; changes images and labels."""
     if not bad:
         return Pack(images, labels)
     weights, slots = torch.ones(len(labels)), sorted(bad)
@@ -114,13 +114,13 @@ def filled(images: Tensor, labels: Tensor, bad: Mapping[int, BadImage], block: i
 
 
 def room(count: int, size: int) -> Tensor:
-    """Zeros for a batch of images, uint8 [count, 3, size, size]; in a worker in memory that its rank sees, too.
+    """Zeros for a batch of images, uint8 [count, 3, size, size]; in a worker, in memory shared with its rank.
 
-    So a batch is written where the rank reads it. torch copies what lies elsewhere when it hands it over.
+    So a batch is written where the rank reads it; torch copies other tensors when it sends them.
     """
     if get_worker_info() is None:
         return torch.zeros(count, 3, size, size, dtype=torch.uint8)
-    # The system gives new pages as zeros.
+    # The system provides new pages zeroed.
     storage = torch.UntypedStorage._new_shared(count * 3 * size * size)
     whole = torch.empty(0, dtype=torch.uint8)
     whole.set_(storage)
@@ -128,10 +128,10 @@ def room(count: int, size: int) -> Tensor:
 
 
 def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
-    """For each bad slot of `count` a good one whose image takes its place; none where all slots are bad.
+    """For each bad slot of `count`, a good one whose image takes its place; empty if all slots are bad.
 
-    It is one of the same block of `block` slots, so that what CutMix pastes from there is an image of the block; where
-    the whole block is bad it is of the nearest block that has one.
+    It is in the same block of `block` slots, so that CutMix still pastes from an image of the block; if the whole block
+    is bad, it is in the nearest block that has one.
     """
     spoiled = set(bad)
     good = [slot for slot in range(count) if slot not in spoiled]
@@ -141,17 +141,17 @@ def stand_ins(bad: Sequence[int], count: int, block: int) -> dict[int, int]:
 
 
 class Workers:
-    """Worker processes that read requests; they live from the first request to `close`.
+    """Worker processes that serve requests; they live from the first request to `close`.
 
-    They are forked from a server process that has none of this process's threads (multiprocessing's "forkserver"):
-    a fork of a process with a CUDA context, NCCL's or gloo's threads can take over a lock that nobody will open.
-    They ignore the signals that ask a rank to save or to stop, and end when this process ends, however it ends.
+    They are forked from a server process without this process's threads (multiprocessing's "forkserver"): a fork of a
+    process with a CUDA context or with NCCL's or gloo's threads can inherit a lock that is never released. They ignore
+    the signals that ask a rank to save or stop, and end when this process ends, however it ends.
 
     Args:
-        reader: what each of them does; it is pickled to them.
-        workers: how many; 0 reads in this process.
+        reader: what each of them runs; it is pickled.
+        workers: number of processes; 0 reads in this process.
         prefetch: requests read ahead by each.
-        pin: whether images are given out in pinned memory.
+        pin: whether images are returned in pinned memory.
     """
 
     def __init__(self, reader: Dataset[Any], *, workers: int, prefetch: int = 2, pin: bool = False) -> None:
@@ -170,7 +170,7 @@ class Workers:
             sampler=self.requests,
             num_workers=workers,
             pin_memory=pin,
-            # Its own generator: starting workers must not take a number from the one that dropout uses.
+            # Its own generator: starting workers must not consume a number from the one that dropout uses.
             generator=torch.Generator(),
             **options,
         )
@@ -178,17 +178,17 @@ class Workers:
         self._processes: list[BaseProcess] = []
 
     def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pack]]:
-        """Each request with its pack, in order. A new call ends the one before it.
+        """Each request with its pack, in order. A new call ends the previous one.
 
         Raises:
-            WorkersLostError: a worker was killed, or ended by itself.
+            WorkersLostError: a worker was killed or exited.
         """
         self._reading.close()
         self._reading = self._read(requests)
         return self._reading
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._reading.close()
         self._loader, self._processes = None, []
 
@@ -200,11 +200,11 @@ class Workers:
             for pack in self._started(self._loader):
                 yield asked.popleft(), _as_tensors(pack)
         except (RuntimeError, OSError, EOFError) as error:
-            # An error that a worker raised is raised here again, and that worker lives on.
+            # A worker's error is raised again here, and that worker lives on.
             if not (self._processes and wait([one.sentinel for one in self._processes], GONE_WITHIN)):
                 raise
             raise WorkersLostError(
-                f"a worker process that reads images is gone ({error}). Most often memory ran out and the system killed"
+                f"a worker process that reads images is gone ({error}). Usually memory ran out and the system killed"
                 " it, or /dev/shm is too small: set fewer data.workers or a smaller data.prefetch, or give the"
                 " container more shared memory"
             ) from error
@@ -217,7 +217,7 @@ class Workers:
 
 
 class _Requests(Sampler[tuple[list[int], list[int]]]):
-    """Hands requests to workers as they have room, and keeps those that are under way."""
+    """Hands requests to workers as they have room, and keeps those in flight."""
 
     def __init__(self) -> None:
         self.source: tuple[Iterator[Request], deque[Request]] = (iter(()), deque())
@@ -238,7 +238,7 @@ def _unchanged(pack: T) -> T:
 
 
 def _small_parts_by_value(pack: T) -> T:
-    """Of a worker's pack: a tensor that is handed over costs a file and several messages, so small ones are arrays."""
+    """For a worker's pack: sending a tensor costs a file and several messages, so small ones become arrays."""
     small = (isinstance(part, Tensor) and part.nbytes <= BY_VALUE for part in pack)
     return type(pack)(*(part.numpy() if is_small else part for part, is_small in zip(pack, small, strict=True)))
 
@@ -254,14 +254,14 @@ def _server() -> BaseContext:
 
 
 def shield(worker: int = 0) -> None:
-    """Make this process a worker: deaf to signals that are meant for ranks, and gone when its rank is."""
+    """Make this process a worker: deaf to signals meant for ranks, and gone when its rank is."""
     rank = multiprocessing.parent_process()
     if rank is None or rank.pid is None:
         return
     for number in SHIELDED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # For `_until_told` to take it; threads that are made later have it blocked, too.
+    # Left to `_until_told`; threads created later have it blocked too.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_until_told, args=(rank.pid,), daemon=True, name="told-to-end").start()
     threading.Thread(target=_until_alone, args=(rank.sentinel,), daemon=True, name="left-alone").start()
@@ -275,6 +275,6 @@ def _until_told(rank: int) -> None:
 
 
 def _until_alone(rank_ended: int) -> None:
-    """End this process with its rank: torch's own watchdog looks at the parent process, the server, which lives on."""
+    """End this process with its rank: torch's watchdog checks the parent, which is the server and lives on."""
     wait([rank_ended])
     os._exit(1)

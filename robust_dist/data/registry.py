@@ -1,4 +1,4 @@
-"""The data sets by name; the embedded one of scikit-learn's digits, which needs no network."""
+"""The data sets by name, including scikit-learn's digits, which need no network."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,13 +25,13 @@ CHECKED = ("cifar10", "cifar100")
 
 
 def load_digits(root: Path, train: bool, download: bool) -> ImageSet:
-    """1,797 scans of handwritten digits, 8x8 grey, as RGB 32x32; `root` and `download` have no meaning here.
+    """1,797 scans of handwritten digits, 8x8 grey, as RGB 32x32; `root` and `download` are not used.
 
-    Each scan (values 0 to 16) is scaled to 0..255 and enlarged 4 times (bilinear) in three equal channels. 20 % of
-    each class are held out by a hash of the scan's number, so that the split never changes: 1,438 / 359.
+    Each scan (values 0 to 16) is scaled to 0..255 and enlarged 4 times (bilinear) in three equal channels. 20 % of each
+    class are held out by a hash of the scan's number, so that the split never changes: 1,438 / 359.
 
-    The set is not hard: on this split 1-nearest-neighbour reaches 99.44 % and logistic regression 98.05 %. One held-out
-    image is 0.28 points, and the binomial error at 98.5 % is 0.64 points: it shows that a recipe runs and learns, it
+    The set is easy: on this split 1-nearest-neighbour reaches 99.44 % and logistic regression 98.05 %. One held-out
+    image is 0.28 points, and the binomial error at 98.5 % is 0.64 points: it shows that a recipe runs and learns, but
     cannot rank optimizers. Digits have a handedness, so no horizontal flip.
 
     Source: UCI's Optical Recognition of Handwritten Digits (CC BY 4.0), in scikit-learn (BSD-3).
@@ -70,7 +70,7 @@ def _hash(number: int) -> bytes:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the pipeline must know of a data set before it is loaded.
+    """What the pipeline needs to know about a data set before it is loaded.
 
     Attributes:
         num_classes: the number of classes.
@@ -80,7 +80,7 @@ class DatasetInfo:
         std: per channel, likewise.
         crop_padding: pixels of padding for the random crop.
         flip: whether a mirrored image keeps its meaning.
-        description: what the set is, in a sentence, with its source.
+        description: what the set is, in one sentence, with its source.
         loader: called as loader(root, train, download); for the sets in `CHECKED` also with own_files.
     """
 
@@ -139,7 +139,7 @@ DATASETS: dict[str, DatasetInfo] = {
         flip=False,
         description=(
             "scikit-learn's handwritten digits: 1,438 + 359 grey scans, 8x8 enlarged to 32x32 RGB. Needs no network. "
-            "Not CIFAR, not natural images, not hard: it shows that a recipe runs and learns, it ranks nothing"
+            "Not CIFAR, not natural images, not hard: it shows that a recipe runs and learns, but ranks nothing"
         ),
         loader=load_digits,
     ),
@@ -150,14 +150,14 @@ def dataset_info(name: str) -> DatasetInfo:
     """The record of a data set.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: the name is unknown; lists the known ones.
     """
     if name not in DATASETS:
         close = get_close_matches(name, DATASETS, n=1)
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}, and for your own images imagefolder, "
-            f"hub and webdataset, and the entry points {SOURCES!r} of installed packages.{guess}"
+            f"unknown data set {name!r}; known are {', '.join(sorted(DATASETS))}, for your own images imagefolder, "
+            f"hub and webdataset, and entry points {SOURCES!r} of installed packages.{guess}"
         )
     return DATASETS[name]
 
@@ -169,13 +169,13 @@ def load_dataset(
 
     Args:
         name: a key of `DATASETS`.
-        root: the folder of the sets' own folders.
-        train: the training split, else the test split.
-        download: fetch what is missing; no file that is there is written over. With False nothing is written anywhere.
-        own_files: for CIFAR, take files that differ from the published ones as they are.
+        root: the folder that contains the sets' own folders.
+        train: the training split; otherwise the test split.
+        download: download what is missing, without overwriting files. If False, nothing is written anywhere.
+        own_files: for CIFAR, accept files that differ from the published ones.
 
     Raises:
-        ValueError: unknown name, or (DataError) a file that is missing, torn or not the published one.
+        ValueError: the name is unknown, or (DataError) a file is missing, torn or not the published one.
         ImportError: a package that the set needs is not installed.
     """
     words = {"own_files": True} if own_files and name in CHECKED else {}

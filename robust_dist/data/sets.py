@@ -13,7 +13,7 @@ from robust_dist.data.loader import Loader, Prefetcher, Reader
 
 
 class EvalBatch(NamedTuple):
-    """Samples to evaluate, on the device: uint8 [b, C, H, W], int64 [b], and bool [b], or None where all count."""
+    """Samples to evaluate, on the device: uint8 [b, C, H, W], int64 [b], and bool [b], or None if all count."""
 
     images: Tensor
     labels: Tensor
@@ -27,7 +27,7 @@ class FirstSamples(NamedTuple):
         images: uint8 [count, C, H, W].
         labels: int64 [count].
         keys: int64 [count].
-        bad: by place, those that could not be read, whose image and label are a stand-in's.
+        bad: by position, the unreadable ones, whose image and label are a stand-in's.
         indices: int64 [count], the samples' numbers in the set.
     """
 
@@ -39,15 +39,15 @@ class FirstSamples(NamedTuple):
 
 
 class LabelledSet(ABC):
-    """A labelled image set, for training or evaluation. Sets differ in where their images lie and how they are read.
+    """A labelled image set for training or evaluation. Sets differ in where their images lie and how they are read.
 
     Attributes:
         name: what error messages call the set.
-        classes: the name of each class, in the labels' order.
-        channels: channels of the images given out.
-        device: where images are given out.
+        classes: the name of each class, in label order.
+        channels: channels of the images yielded.
+        device: where images are yielded.
         group_sizes: see `ImageSource.group_sizes`.
-        stage: what the images given out are: as they are stored, or what was made of them.
+        stage: the form of the images yielded: as stored, or which crop of them.
     """
 
     if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class LabelledSet(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are, the same on every rank."""
+        """The number of samples, the same on every rank."""
 
     @abstractmethod
     def order(self, seed: int, epoch: int) -> Order:
@@ -75,27 +75,27 @@ class LabelledSet(ABC):
 
     @abstractmethod
     def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
-        """What reads samples for training.
+        """A reader of training samples.
 
         Args:
-            block: a bad image's place is filled with a copy of a good one of the same `block` slots, if there is one.
-            workers: processes that read; None for the set's own number.
+            block: a bad image's place is filled with a copy of a good one from the same `block` slots, if there is one.
+            workers: number of reading processes; None for the set's own number.
         """
 
     @abstractmethod
     def filler(self) -> Tensor:
-        """An image that counts for nothing, uint8 [1, C, H, W]."""
+        """An image of weight 0, uint8 [1, C, H, W]."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A cheap hash of names and labels: a set that has another one is another set."""
+        """A cheap hash of names and labels; sets with different ones are different sets."""
 
     @abstractmethod
     def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
-        """`eval_batches`, where the set lies."""
+        """`eval_batches`, in the set's own memory."""
 
     def prefetcher(self) -> Prefetcher:
-        """What brings batches to the device."""
+        """Moves batches to the device."""
         return Prefetcher(self.device)
 
     def loader(self, cut: Cut) -> Loader:

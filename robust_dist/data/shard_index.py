@@ -1,4 +1,4 @@
-"""Where each sample lies in WebDataset tar shards: read once from the tars' headers, and kept in one file."""
+"""The position of each sample in WebDataset tar shards: read once from the tar headers and kept in one file."""
 
 import hashlib
 import itertools
@@ -29,24 +29,24 @@ MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 META = re.compile(r"(^|/)__[^/]*__($|/)")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
-COMPRESSED = "shards are compressed, so that no sample can be reached alone; unpack them to plain .tar files"
+COMPRESSED = "shards are compressed, so single samples cannot be reached; unpack them to plain .tar files"
 TWICE = "samples have a member twice"
-APART = "samples have members that are not next to each other; pack the shards again, with tar --sort=name"
-UNNAMED = "samples have images, but none whose ending image_keys names; set image_keys to the ending that counts"
+APART = "samples have members that are not next to each other; repack the shards with tar --sort=name"
+UNNAMED = "samples have images, but none with an ending in image_keys; set image_keys to the right ending"
 ENCODING = "labels are not UTF-8 text"
-KIND = "labels are a list, an object or a fraction, and must be a whole number or a name"
+KIND = "labels are a list, an object or a fraction; they must be a whole number or a name"
 VERSION = 2
 SCANNERS = 8
-Stamp = list[Any]  # A shard's file name, its size and its time of change in nanoseconds.
+Stamp = list[Any]  # A shard's file name, size and modification time in nanoseconds.
 
 
 class Keys(NamedTuple):
-    """Which members of a sample count, by their endings in small letters.
+    """The members of a sample that are used, by their lower-case endings.
 
     Attributes:
-        image: of images; the first that a sample has counts.
-        label: of the label.
-        path: the keys, one within the other, under which a .json member has it; empty where the member is the label.
+        image: endings of images; a sample's first match is used.
+        label: ending of the label.
+        path: the nested keys of the label within a .json member; empty if the member is the label.
     """
 
     image: tuple[str, ...]
@@ -55,10 +55,10 @@ class Keys(NamedTuple):
 
     @classmethod
     def of(cls, image_keys: Sequence[str], label_key: str) -> "Keys":
-        """The keys as a user writes them: in any case, with or without a leading dot, "json.KEY" for one in a .json.
+        """The keys as written by a user: in any case, with or without a leading dot, "json.KEY" for one in a .json.
 
         Raises:
-            DataError: a .json member without a key.
+            DataError: a .json member has no key.
         """
         parts = label_key.lstrip(".").split(".")
         images, small = tuple(key.lstrip(".").lower() for key in image_keys), [part.lower() for part in parts]
@@ -71,24 +71,24 @@ class Keys(NamedTuple):
 
 
 class Faults:
-    """What is wrong with samples: for each kind how many there are, and the first few of them."""
+    """What is wrong with samples: for each kind the number of them, and the first few."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, where: str, count: int = 1) -> None:
-        """One more of a kind."""
+        """Count one more of a kind."""
         self.counts[kind] += count
         if len(self.examples[kind]) < NAMED:
             self.examples[kind].append(where)
 
     @staticmethod
     def refuse(found: Iterable["Faults"], name: str) -> None:
-        """Say all that is wrong in one message.
+        """Report everything that is wrong in one message.
 
         Raises:
-            DataError: there is something.
+            DataError: something is wrong.
         """
         counts: Counter[str] = Counter()
         examples: defaultdict[str, list[str]] = defaultdict(list)
@@ -102,12 +102,12 @@ class Faults:
 
 
 class Sample(NamedTuple):
-    """A sample of a shard.
+    """A sample in a shard.
 
     Attributes:
         key: its members' common name.
-        name: its image's name in the shard; the key where it has none.
-        label: as text; empty where it has none.
+        name: its image's name in the shard; the key if there is no image.
+        label: as text; empty if there is none.
         place: the image's offset in the shard and its size in bytes, or `NOWHERE`.
         whole: whether it has both members.
     """
@@ -120,7 +120,7 @@ class Sample(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A file in a shard: its name, that before the first dot and that after it, its place, and a label's content."""
+    """A file in a shard: its name, the parts before and after the first dot, its place, and a label's content."""
 
     name: str
     key: str
@@ -130,7 +130,7 @@ class _Member(NamedTuple):
 
 
 def samples_of(shard: str, keys: Keys) -> tuple[list[Sample], int, Faults]:
-    """A shard's samples, the byte from which on it is torn (-1: it is whole), and what is wrong."""
+    """A shard's samples, the byte at which it is torn (-1: whole), and what is wrong."""
     faults = Faults()
     with open(shard, "rb") as file:
         if kind := _compression(file):
@@ -157,7 +157,7 @@ def first_members(shard: str, keys: Keys) -> str:
 
 
 class _Members:
-    """The files of an open tar file that belong to samples, and from which byte on it is torn (-1: it is whole)."""
+    """The files in an open tar file that belong to samples, and the byte at which it is torn (-1: whole)."""
 
     def __init__(self, file: Any, read: str) -> None:
         self.file = file
@@ -194,7 +194,7 @@ class _Members:
         return _Member(info.name, match[1], ending, (info.offset_data, info.size), content)
 
     def _check_end(self, offset: int) -> None:
-        """Whether the archive ends where tarfile stops, which it also does at a header that makes no sense."""
+        """Check that the archive ends where tarfile stops, since it also stops at an invalid header."""
         self.file.seek(offset)
         if self.file.read(BLOCK) != bytes(BLOCK):
             self.torn_at = offset
@@ -207,14 +207,14 @@ def _compression(file: Any) -> str | None:
 
 
 def _grouped(members: Iterable[_Member]) -> Iterator[list[_Member]]:
-    """Consecutive members of the same name before the first dot, as the webdataset package groups them."""
+    """Consecutive members with the same name before the first dot, grouped as in the webdataset package."""
     return (list(group) for _, group in itertools.groupby(members, key=lambda member: member.key))
 
 
 def _samples(shard: str, members: list[_Member], keys: Keys, faults: Faults) -> list[Sample]:
-    """The sample of a group, and those whose names have dots of their own, so that they share what is before the first.
+    """The sample of a group, and further ones whose names contain dots, and so share the part before the first.
 
-    Such are "dsc.0001.jpg" and "dsc.0001.cls"; "b.seg.png" beside "b.png" is no sample.
+    Such are "dsc.0001.jpg" and "dsc.0001.cls"; "b.seg.png" beside "b.png" is not a sample.
     """
     found = {member.ending: member for member in members}
     key = members[0].key
@@ -243,12 +243,12 @@ _Pair = tuple[_Member | None, _Member | None]
 
 
 def _pair(found: Mapping[str, _Member], keys: Keys) -> _Pair:
-    """The image and the label among members by their endings."""
+    """The image and the label among members, by ending."""
     return next((found[key] for key in keys.image if key in found), None), found.get(keys.label)
 
 
 def _dotted(found: Mapping[str, _Member], keys: Keys) -> dict[str, _Pair]:
-    """Images and labels whose endings have more dots than the keys, by what is before the keys."""
+    """Images and labels whose endings have more dots than the keys, by the part before the keys."""
     named = {*keys.image, keys.label}
     stems: defaultdict[str, dict[str, _Member]] = defaultdict(dict)
     for ending, member in found.items():
@@ -272,7 +272,7 @@ def _sample(shard: str, key: str, image: _Member | None, label: _Member | None, 
 
 
 def _label(content: bytes, path: Sequence[str]) -> tuple[str, str]:
-    """The label's text, empty where the member has none; and what is wrong with it, empty where nothing is."""
+    """The label's text, empty if the member has none; and what is wrong with it, empty if nothing is."""
     try:
         if not path:
             return content.decode("utf-8-sig").strip(), ""
@@ -287,7 +287,7 @@ def _label(content: bytes, path: Sequence[str]) -> tuple[str, str]:
 
 
 def _text(value: Any) -> tuple[str, str]:
-    """A value of a .json member as a label's text, and what is wrong with it; null, NaN and true are no labels."""
+    """A value in a .json member as a label's text, and what is wrong with it; null, NaN and true are not labels."""
     if value is None or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return "", ""
     if isinstance(value, str):
@@ -304,7 +304,7 @@ def _json_keys(content: bytes) -> str:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return " (no JSON)"
+        return " (not JSON)"
     return f" (with the keys {some(list(value))})" if isinstance(value, dict) else f" (a {type(value).__name__})"
 
 
@@ -313,11 +313,11 @@ class ShardIndex:
     """The samples of some shards, in order.
 
     Attributes:
-        names: of each sample's image member; of a sample without an image, its own name.
-        labels: each sample's label as text; empty where it has none.
-        places: int64 [N, 2], each image's offset in its shard and its size in bytes; -1 where there is none.
+        names: the name of each sample's image member; without an image, the sample's own name.
+        labels: each sample's label as text; empty if there is none.
+        places: int64 [N, 2], each image's offset in its shard and its size in bytes; -1 if there is none.
         counts: int64 [shards], samples in each shard.
-        torn_at: int64 [shards], the byte from which on a shard is no tar file; -1 where it is whole.
+        torn_at: int64 [shards], the byte at which a shard is torn; -1 if it is whole.
     """
 
     names: PackedStrings
@@ -338,7 +338,7 @@ class ShardIndex:
         )
 
     def shard(self, number: int) -> "ShardIndex":
-        """The index of one of the shards alone."""
+        """The index of one of the shards."""
         start, stop = bounds_of(self.counts)[[number, number + 1]]
         one = slice(number, number + 1)
         return ShardIndex(
@@ -351,12 +351,12 @@ class ShardIndex:
 
 
 def index_of(shards: Sequence[str], keys: Keys, folder: Path, name: str) -> ShardIndex:
-    """The index of shards: from its file in `folder` as far as their sizes and times are those in it, else by reading.
+    """The index of shards: from its file in `folder` if their sizes and times match it, otherwise by reading them.
 
-    What had to be read is written there, whole or not at all, so that any number of processes may do it at once.
+    The result is written there atomically, so that any number of processes may do this at once.
 
     Raises:
-        DataError: what is wrong with shards, samples and labels, all in one message; or the file cannot be written.
+        DataError: shards, samples or labels are wrong, all reported in one message; or the file cannot be written.
         OSError: a shard cannot be read.
     """
     stamps = [_stamp(shard) for shard in shards]
@@ -375,14 +375,14 @@ def index_of(shards: Sequence[str], keys: Keys, folder: Path, name: str) -> Shar
 
 
 def _file_name(shards: Sequence[str], keys: Keys) -> str:
-    """A name of its own for each list of shards, keys and version of the file; hosts may see the shards elsewhere."""
+    """A name specific to the list of shards, keys and file version; hosts may see the shards under other paths."""
     names = ["/".join(Path(shard).parts[-2:]) for shard in shards]
     stated = json.dumps([VERSION, names, *keys])
     return f".index-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.npz"
 
 
 def scan(shard: str, keys: Keys) -> tuple[ShardIndex, Faults]:
-    """Read one shard's headers and labels; what is no tar file at all is torn at byte 0."""
+    """Read one shard's headers and labels; a file that is not a tar file is torn at byte 0."""
     samples, torn_at, faults = samples_of(shard, keys)
     index = ShardIndex(
         PackedStrings.of(sample.name for sample in samples),
@@ -400,7 +400,7 @@ def _stamp(shard: str) -> Stamp:
 
 
 def _save(file: Path, stamps: Sequence[Stamp], index: ShardIndex) -> None:
-    """Write beside the file and rename: a reader sees the old file or the new one, complete."""
+    """Write to a temporary file and rename: a reader sees the old file or the new one, complete."""
     arrays = {
         "stamps": np.frombuffer(json.dumps(stamps).encode(), dtype=np.uint8),
         "names": index.names.data,
@@ -424,7 +424,7 @@ def _save(file: Path, stamps: Sequence[Stamp], index: ShardIndex) -> None:
 
 
 def _load(file: Path) -> tuple[list[Stamp], ShardIndex] | None:
-    """The stamps of the shards in the file, and their index; None where there is no file, or a torn one."""
+    """The stamps of the shards in the file, and their index; None if the file is missing or torn."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             stamps = json.loads(stored["stamps"].tobytes())

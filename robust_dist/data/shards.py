@@ -1,4 +1,4 @@
-"""WebDataset shards on a disk: tar files whose samples are read in any order, by an index made once."""
+"""WebDataset shards on disk: tar files whose samples are read in any order, by an index made once."""
 
 import glob
 import os
@@ -26,7 +26,7 @@ RIGHT = "shards must be plain .tar files on a disk that all ranks see"
 
 
 class ShardSource:
-    """Samples of tar shards; see `open_webdataset`, and `ImageSource` for what it can do.
+    """Samples of tar shards; see `open_webdataset`, and `ImageSource` for its methods.
 
     Files are read at given offsets (pread), so that forked processes do not disturb each other.
     """
@@ -88,7 +88,7 @@ class ShardSource:
         return f"{self._shards[shard]}: {self._index.names[number] if number is not None else '(torn)'}"
 
     def fingerprint(self) -> str:
-        """A hash of the samples' names and labels, and of how many each shard has."""
+        """A hash of the samples' names and labels, and of the number in each shard."""
         names = self._index.names
         return fingerprint(names.data, names.bounds, self._labels, self._index.counts)
 
@@ -97,7 +97,7 @@ class ShardSource:
         return stretches_of_files(zip(self._shards, self._index.counts.tolist(), strict=True))
 
     def _place(self, index: int) -> tuple[int, int | None]:
-        """The shard's number, and the sample's one in the index (None: the tear)."""
+        """The shard's number, and the sample's number in the index (None: the tear)."""
         check_index(index, self)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         within = index - int(self._starts[shard])
@@ -117,32 +117,32 @@ def open_webdataset(
     exif: str = "auto",
     name: str | None = None,
 ) -> ShardSource:
-    """Samples of WebDataset tar shards, which are reached alone by an index of them.
+    """Samples of WebDataset tar shards, accessed individually through an index.
 
-    The index is made once by reading the tars' headers and kept in one file, beside the shards or in `index_dir`. A
-    shard whose size or time has changed is read again. Any number of processes may make it at once; on many ranks, let
-    one of them be first and the headers are read once.
+    The index is made once by reading the tar headers and kept in one file, beside the shards or in `index_dir`. A shard
+    whose size or time has changed is read again. Any number of processes may make it at once; with many ranks, let one
+    go first so that the headers are read once.
 
     Args:
-        urls: paths of shards, with braces ("train-{000..146}.tar") and wildcards ("train-*.tar"), or a list of such.
-            What exists by the very name is taken for it, a folder on the way to the shards too.
+        urls: paths of shards, with braces ("train-{000..146}.tar") and wildcards ("train-*.tar"), or a list of these.
+            A path that exists literally is taken literally, including folders on the way to the shards.
         root: the folder that paths are relative to; it has no wildcards.
-        image_keys: endings of the image, in any case; the first that a sample has counts.
-        label_key: the ending, in any case, of the member that holds the label as text: a number, or a class's name. For
-            a key of the .json member "json.KEY" ("json.annotation.label" for one within another).
-        classes: the classes by number; of the training split, where this is another one. Where not given, names are
-            sorted, and numbers are named by themselves. Numbers are no places among classes that were names.
-        num_classes: how many classes there are, where labels are numbers and not all of them occur.
-        index_dir: the folder for the index, where the shards' own cannot be written.
-        allow_torn: take a torn shard's samples before the tear, with the tear as one more sample, which cannot be read
-            and so is counted; else it is an error.
+        image_keys: endings of the image, in any case; a sample's first match is used.
+        label_key: the ending, in any case, of the member that holds the label as text: a number, or a class name. For a
+            key of the .json member "json.KEY" ("json.annotation.label" for a nested one).
+        classes: the classes by number, those of the training split if this is another one. By default names are sorted,
+            and numbers are named after themselves. Numbers do not index classes that were names.
+        num_classes: number of classes, if labels are numbers and not all of them occur.
+        index_dir: the folder for the index, if the shards' own is not writable.
+        allow_torn: use a torn shard's samples before the tear; the tear is one more sample, which cannot be read and so
+            is counted as bad. Otherwise a torn shard is an error.
         exif: "on" turns images upright by their EXIF orientation; "auto" and "off" leave them, as the webdataset
             package does.
-        name: what error messages call the set; the urls where not given.
+        name: what error messages call the set; by default the urls.
 
     Raises:
-        DataError: no shard, one that is remote, compressed, torn or no tar file, no sample with such a member, samples
-            whose members cannot be told apart, or labels that are none or outside of the classes; says what would be
+        DataError: there is no shard; a shard is remote, compressed, torn or not a tar file; no sample has such members;
+            samples' members cannot be told apart; or labels are invalid or outside the classes. Says what would be
             right.
         ImportError: `braceexpand`, which comes with webdataset, is not installed.
     """
@@ -165,10 +165,10 @@ def open_webdataset(
 
 
 def expand(urls: str | Sequence[str], name: str, root: str | Path | None = None) -> list[str]:
-    """The shards' paths: what exists by the very name, else braces as in a shell, in order, then wildcards, sorted.
+    """The shards' paths: a literal name if it exists, else braces as in a shell, in order, then wildcards, sorted.
 
     Raises:
-        DataError: a remote address, a pipe, a compressed file, nothing that fits, or a shard twice.
+        DataError: a remote address, a pipe, a compressed file, no match, or a shard given twice.
     """
     braces = require("braceexpand", extra="data", purpose="WebDataset shards").braceexpand
     shards = []
@@ -180,12 +180,12 @@ def expand(urls: str | Sequence[str], name: str, root: str | Path | None = None)
         raise DataError(f"{name}: no shards are given; {RIGHT}")
     twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
     if twice:
-        raise DataError(f"{name} has shards more than once: {some(twice)}")
+        raise DataError(f"{name} has duplicate shards: {some(twice)}")
     return shards
 
 
 class _OpenFile:
-    """A file that is closed when nobody reads from it any more."""
+    """A file that is closed once nobody reads from it."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -201,12 +201,12 @@ class _OpenFile:
 def _local(url: str, name: str) -> str:
     url = url.removeprefix("file://").removeprefix("file:")
     if "://" in url or "::" in url or url.startswith("pipe:"):
-        raise DataError(f"{name}: {url} is no path; {RIGHT}: copy them there")
+        raise DataError(f"{name}: {url} is not a path; {RIGHT}: copy them there")
     return os.path.expanduser(url)
 
 
 def _literal(folder: str, path: str) -> tuple[str, str]:
-    """The longest way down to a path by folders that exist by the very name, and the rest, which may be a pattern."""
+    """The longest part of a path that exists literally as folders, and the rest, which may be a pattern."""
     folder, rest = ("/", path.lstrip("/")) if path.startswith("/") else (folder, path)
     while "/" in rest and os.path.isdir(os.path.join(folder, rest.partition("/")[0])):
         one, _, rest = rest.partition("/")
@@ -222,7 +222,7 @@ def _files(folder: str, pattern: str, name: str) -> list[str]:
         files = sorted(os.path.join(folder, one) for one in found) or files
     bad = next((file for file in files if not file.lower().endswith(".tar")), None)
     if bad is not None:
-        raise DataError(f"{name}: {bad} does not end in .tar; {RIGHT}: unpack what is compressed")
+        raise DataError(f"{name}: {bad} does not end in .tar; {RIGHT}: unpack compressed ones")
     missing = next((file for file in files if not os.path.isfile(file)), None)
     if missing is not None:
         raise DataError(f"{name}: there is no file {os.path.abspath(missing)}; {RIGHT}")
@@ -235,10 +235,10 @@ def _check_members(index: ShardIndex, keys: Keys, shards: Sequence[str], label_k
     images, labels = index.places[:, 0] >= 0, np.diff(index.labels.bounds) > 0
     lacking = []
     if not images.any():
-        lacking.append(f"an image: a member that ends in .{', .'.join(keys.image)} (image_keys)")
+        lacking.append(f"an image: a member ending in .{', .'.join(keys.image)} (image_keys)")
     if not labels.any():
         lacking.append(
-            f"a label at label_key={label_key!r}" + " (null, NaN, true and false are none)" * bool(keys.path)
+            f"a label at label_key={label_key!r}" + " (null, NaN, true and false are not labels)" * bool(keys.path)
         )
     if lacking or not (images & labels).any():
         shard = next(one for one, count in zip(shards, index.counts, strict=True) if count)
@@ -249,12 +249,12 @@ def _check_members(index: ShardIndex, keys: Keys, shards: Sequence[str], label_k
 def _labels(
     texts: PackedStrings, classes: tuple[str, ...] | None, num_classes: int | None, name: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels int32 [N], UNLABELLED where the text is empty, and the classes."""
+    """Labels int32 [N], UNLABELLED for empty text, and the classes."""
     codes: dict[str, int] = {}
     coded = np.fromiter((codes.setdefault(text, len(codes)) for text in texts), dtype=np.int64, count=len(texts))
     distinct = [text for text in codes if text]
     if all(NUMBER.fullmatch(text) for text in distinct) and not set(distinct) <= set(classes or ()):
-        # numpy makes objects of numbers beyond 64 bits.
+        # numpy turns numbers beyond 64 bits into objects.
         values = np.array([int(text) for text in distinct])
         classes, of_distinct = number_classes(np.unique(values), classes, name, num_classes), values
     else:

@@ -1,4 +1,4 @@
-"""Tables that are fetched once for all processes of a node: Arrow files in a temporary folder, mapped by each."""
+"""Tables fetched once for all processes of a node: Arrow files in a temporary folder, mapped by each process."""
 
 import contextlib
 import fcntl
@@ -21,15 +21,15 @@ LOCKS = 64
 
 
 class Spool:
-    """A folder of tables by name, which a node's processes share; the oldest go when it grows too large.
+    """A folder of named tables shared by a node's processes; the oldest are removed when it grows too large.
 
-    The workers of a node read the same row groups at about the same time, a sample here and there. Each of them is
-    fetched by one process, while the others that want it wait, and mapped by all. Files stay for the next run.
+    The workers of a node read the same row groups at about the same time, in scattered samples. Each is fetched by one
+    process while the others that want it wait, and mapped by all. Files stay for the next run.
 
     Args:
-        folder: which is made when it is used. Where not given: `robust_dist-UID` in the system's temporary folder, or,
-            where that name is a link or belongs to somebody else, a private folder that goes with this process.
-        most_bytes: what all tables may take up; never more than half of the space there is.
+        folder: created when it is used. By default `robust_dist-UID` in the system's temporary folder or, if that name
+            is a link or belongs to another user, a private folder removed with this process.
+        most_bytes: limit for all tables; never more than half of the free space.
     """
 
     def __init__(self, folder: str | Path | None = None, most_bytes: int = MOST_BYTES) -> None:
@@ -38,10 +38,10 @@ class Spool:
         self.most_bytes = most_bytes
 
     def table(self, name: str, fetch: Callable[[], Any]) -> Any:
-        """The `pyarrow.Table` of a name, from its file, or from `fetch` and then put there.
+        """The `pyarrow.Table` with this name, from its file, or from `fetch` and then stored.
 
         Raises:
-            DataError: the folder is another user's, or a link that another user made.
+            DataError: the folder belongs to another user, or is a link made by another user.
         """
         self.check_folder()
         file = self.folder / f"{name}.arrow"
@@ -58,7 +58,7 @@ class Spool:
             return table
 
     def _shared_or_private(self) -> Path:
-        """Anybody can make the shared name first, so it is used only where it is this user's own folder."""
+        """Anybody can create the shared name first, so it is used only if it is this user's own folder."""
         shared = Path(tempfile.gettempdir(), f"robust_dist-{os.getuid()}")
         reason = _not_ours(shared)
         if reason is None:
@@ -69,7 +69,7 @@ class Spool:
         return private
 
     def check_folder(self) -> None:
-        """Make the folder; raises a DataError where it is another user's, or a link that another user made."""
+        """Create the folder; raises a DataError if it is another user's, or a link made by another user."""
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = _not_ours(self.folder, links=self._named)
@@ -107,7 +107,7 @@ class Spool:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Keep other processes out; the system takes back the lock of one that is killed."""
+    """Keep other processes out; the system releases a killed process's lock."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -117,11 +117,11 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _not_ours(folder: Path, *, links: bool = False) -> str | None:
-    """Why `folder` cannot be trusted with files; None where it can, or is not there yet.
+    """Why `folder` cannot be trusted with files; None if it can, or does not exist yet.
 
     Args:
-        folder: which is looked at and not changed.
-        links: whether a link that this user made to a folder of theirs will do; they then named it themselves.
+        folder: the folder to inspect.
+        links: whether a link that this user made to a folder of theirs is acceptable; they then named it themselves.
     """
     try:
         found = folder.lstat()
@@ -131,14 +131,14 @@ def _not_ours(folder: Path, *, links: bool = False) -> str | None:
         return "it is a link"
     found = folder.stat()
     if not stat.S_ISDIR(found.st_mode):
-        return "it is no folder"
+        return "it is not a folder"
     if found.st_uid != os.getuid():
         return "it belongs to another user"
-    return "other users can write into it" if found.st_mode & 0o022 and not links else None
+    return "other users can write to it" if found.st_mode & 0o022 and not links else None
 
 
 def _remove_in(pid: int, folder: Path) -> None:
-    """A worker that was forked from the process that made the folder leaves it alone."""
+    """Remove the folder, unless this is a worker forked from the process that created it."""
     if os.getpid() == pid:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""StreamSet: an ImageSource with what is made of its images and where they go; an ImageSet's face for streamed sets."""
+"""StreamSet: an ImageSource with the crop applied to its images and their device."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,20 +23,20 @@ SHUFFLE_WINDOW = 16_384
 
 @dataclass(frozen=True, eq=False)
 class StreamSet(LabelledSet):
-    """A labelled set whose images are read, decoded and cropped when they are asked for.
+    """A labelled set whose images are read, decoded and cropped on demand.
 
     Workers decode, crop (in training at random, by the sample's key) and resize, to uint8.
 
     Attributes:
         source: the images.
-        crop: what is made of each.
-        device: where they are given out.
-        workers: processes that read; 0 reads in this one, between the steps.
+        crop: applied to each image.
+        device: where images are yielded.
+        workers: number of reading processes; 0 reads in this one, between the steps.
         prefetch: micro-batches that each worker reads ahead.
-        shuffle_window: samples that are shuffled among each other, at least, where the source has several groups.
-        decode: what decodes JPEGs on the device; None where workers do.
-        fast: whether the workers decode JPEGs by `fast_crop`; else exactly, by Pillow.
-        cache: keeps decoded images for the workers; None, with `decode`, where nothing does.
+        shuffle_window: minimum number of samples shuffled together, if the source has several groups.
+        decode: decodes JPEGs on the device; None if workers do.
+        fast: whether workers decode JPEGs by `fast_crop`; otherwise exactly, by Pillow.
+        cache: keeps decoded images for the workers; None without one, and with `decode`.
     """
 
     source: ImageSource
@@ -60,7 +60,7 @@ class StreamSet(LabelledSet):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each class, in the labels' order."""
+        """The name of each class, in label order."""
         return self.source.classes
 
     @property
@@ -74,11 +74,11 @@ class StreamSet(LabelledSet):
         return 3
 
     def order(self, seed: int, epoch: int) -> Order:
-        """A permutation where the source is one group, else shuffled within windows of groups."""
+        """A permutation if the source is one group, otherwise shuffled within windows of groups."""
         return EpochOrder(seed, epoch, self.group_sizes, self.shuffle_window)
 
     def reader(self, *, block: int = 1, workers: int | None = None) -> Reader:
-        """Worker processes; they live from the first request to `close`."""
+        """Worker processes, which live from the first request to `close`."""
         reader = ImageReader(self.source, self.crop, self.crop.size, block, fast=self.fast, cache=self.cache)
         read = Workers(
             reader if self.decode is None else EncodedReader(reader),
@@ -92,10 +92,10 @@ class StreamSet(LabelledSet):
         """Epochs of the set.
 
         Raises:
-            ValueError: The set is for evaluation, its crop is not random.
+            ValueError: The set is for evaluation: its crop is not random.
         """
         if not isinstance(self.crop, RandomCrop):
-            raise ValueError(f"{self.name} is for evaluation: training wants a RandomCrop, not {self.crop}")
+            raise ValueError(f"{self.name} is for evaluation: training needs a RandomCrop, not {self.crop}")
         return super().loader(cut)
 
     def filler(self) -> Tensor:
@@ -103,7 +103,7 @@ class StreamSet(LabelledSet):
         return torch.zeros(1, 3, self.crop.size, self.crop.size, dtype=torch.uint8, device=self.device)
 
     def evaluation(self, start: int, stop: int, batch_size: int) -> Iterator[EvalBatch]:
-        """The samples start to stop in the set's own order; bad ones are marked, and told by `take_bad`.
+        """The samples start to stop in the set's own order; bad ones are marked, and reported by `take_bad`.
 
         Its workers live as long as the iterator.
         """
@@ -117,16 +117,16 @@ class StreamSet(LabelledSet):
 
     @property
     def decoder(self) -> str:
-        """What decodes its JPEGs, in the words of a recipe's `data.decode`."""
+        """The decoder of its JPEGs, in the words of a recipe's `data.decode`."""
         return "cuda" if self.decode is not None else "fast" if self.fast else "exact"
 
     @property
     def stage(self) -> str:
-        """What the images given out are."""
+        """The form of the images yielded."""
         return "random crop" if isinstance(self.crop, RandomCrop) else "central crop"
 
     def fingerprint(self) -> str:
-        """The source's, or of one that has none a hash of its classes and groups."""
+        """The source's own fingerprint, or else a hash of its classes and groups."""
         return source_fingerprint(self.source)
 
     def take_bad(self) -> list[BadImage]:

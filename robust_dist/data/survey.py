@@ -1,4 +1,4 @@
-"""A look at a folder of images, before anything is trained: layout, classes, sizes, colours, files that are bad."""
+"""A survey of an image folder before training: layout, classes, sizes, colours, bad files."""
 
 import hashlib
 from collections import Counter
@@ -14,10 +14,10 @@ from robust_dist.data.folder import EXTENSIONS, LAYOUT, ImageFolderSource, open_
 from robust_dist.data.identity import spread
 
 TRAIN, EVAL = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test", "testing")
-# So many images of a folder are decoded.
+# Number of a folder's images that are decoded.
 LOOKED_AT = 1_000
 _OTHER_FORMATS = {".tar": "imagenet_resnet50_shards", ".parquet": "hub", ".arrow": "hub"}
-# Grey images that were saved as colour, lossily, have channels that differ by so much.
+# Grey images saved lossily as colour have channels that differ by up to this much.
 _GREY, _THUMBNAIL = 8, 64
 
 
@@ -26,10 +26,10 @@ class Layout:
     """Where the images of a folder are.
 
     Attributes:
-        root: The folder that has the parts or, where there are none, the class folders.
-        train: Name of the training part's folder; None where class folders lie in `root`.
-        eval: Name of the evaluation part's.
-        notes: What was passed over on the way there.
+        root: The folder that contains the parts or, without parts, the class folders.
+        train: Name of the training part's folder; None if class folders lie in `root`.
+        eval: Name of the evaluation part's folder.
+        notes: What was skipped on the way there.
     """
 
     root: Path
@@ -40,21 +40,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found.
+    """The findings.
 
     Attributes:
         layout: Where the images are.
         classes: Names of the classes.
-        train: Images of each class; of all where the folder has no parts.
-        eval: Images of each class in the evaluation part; empty where there is none.
-        left_out: Files that are no images, by reason.
-        sizes: Width and height of the images that were decoded.
+        train: Images per class; of all images if the folder has no parts.
+        eval: Images per class in the evaluation part; empty if there is none.
+        left_out: Number of files that are not images, by reason.
+        sizes: Width and height of the decoded images.
         bad: Images that cannot be decoded.
-        grey: How many have no colour.
-        turned: How many carry an EXIF orientation.
-        mean: Of each channel over the decoded images, on the scale 0 to 1.
-        std: Likewise.
-        copies: Files with the bytes of an earlier one, and that one.
+        grey: Number of images without colour.
+        turned: Number of images with an EXIF orientation.
+        mean: Per channel over the decoded images, on the scale 0 to 1.
+        std: Per channel, likewise.
+        copies: Duplicate files, each with the earlier file that it equals.
     """
 
     layout: Layout
@@ -72,12 +72,12 @@ class Survey:
 
     @property
     def looked_at(self) -> int:
-        """How many images were read."""
+        """Number of images read."""
         return len(self.sizes) + len(self.bad)
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images in all."""
         return sum(self.train) + sum(self.eval)
 
 
@@ -85,7 +85,7 @@ def find_layout(folder: Path) -> Layout:
     """Where a folder's images are: in parts, in class folders, or one folder further down.
 
     Raises:
-        DataError: There is no such folder, or it holds no class folders; says what would be right.
+        DataError: The folder does not exist or has no class folders; says what would be right.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'not there'}; name a folder; {LAYOUT}")
@@ -98,9 +98,9 @@ def find_layout(folder: Path) -> Layout:
         if len(below) != 1 or not _has_folders_alone(below[0]):
             break
         folder = below[0]
-        notes.append(f"{folder.parent} holds {folder.name} alone, and that the folders of images")
+        notes.append(f"{folder.parent} contains only {folder.name}, which contains the image folders")
     if not below:
-        raise DataError(f"{folder} has no sub-folders, and {_contents(folder)}; {LAYOUT}")
+        raise DataError(f"{folder} has no sub-folders and {_contents(folder)}; {LAYOUT}")
     return Layout(folder, notes=tuple(notes))
 
 
@@ -118,15 +118,15 @@ def _contents(folder: Path) -> str:
     images = sum(count for ending, count in endings.items() if ending in EXTENSIONS)
     other = next((ending for ending in _OTHER_FORMATS if endings[ending]), None)
     if other is not None:
-        return f"{endings[other]} {other} files: for these begin with the recipe {_OTHER_FORMATS[other]}"
-    return f"{images:,} images: put each into a sub-folder that is called as its class" if images else "no images"
+        return f"{endings[other]} {other} files: for these start from the recipe {_OTHER_FORMATS[other]}"
+    return f"{images:,} images: put each into a sub-folder named after its class" if images else "no images"
 
 
 def survey(folder: Path) -> Survey:
-    """Look at a folder; of a large one's images at `LOOKED_AT`, evenly spread.
+    """Survey a folder; in a large one, `LOOKED_AT` evenly spread images are decoded.
 
     Raises:
-        DataError: It is no folder of images in classes.
+        DataError: It is not a folder of images in classes.
     """
     layout = find_layout(folder)
     train = open_image_folder(layout.root / layout.train if layout.train else layout.root)
@@ -162,7 +162,7 @@ def _counts(source: ImageFolderSource) -> tuple[int, ...]:
 
 
 class _Looks:
-    """What single images add up to."""
+    """Accumulates statistics of single images."""
 
     def __init__(self) -> None:
         self.sizes: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""Imported by multiprocessing's fork server alone, before it forks: what workers need is loaded once for all of them.
+"""Imported only by multiprocessing's fork server, before it forks, so that workers' imports happen once.
 
-A scheduler may signal every process of a job, this one too, and its end would be the end of the workers.
+A scheduler may signal every process of a job, including this one, whose end would end the workers.
 """
 
 import os
@@ -10,13 +10,13 @@ from robust_dist.data import reading
 
 
 def _ignore() -> dict[signal.Signals, object]:
-    # Of SIGINT the server itself takes care.
+    # The server itself handles SIGINT.
     shielded = [number for number in reading.SHIELDED if number is not signal.SIGINT]
     return {number: signal.signal(number, signal.SIG_IGN) for number in shielded}
 
 
 def _restore() -> None:
-    """Processes that are forked for others than us get the signals as they were."""
+    """Restore the signals in processes forked for others."""
     for number, handler in _before.items():
         signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from robust_dist.validate import whole_number
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (option A).
 
-    Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of zeros;
+    Where the block halves the image and widens it, the shortcut takes every second pixel and appends zero channels;
     elsewhere it is the identity.
     """
 
@@ -36,18 +36,18 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of 6 * num_blocks + 2 layers: three stages of `num_blocks` blocks, then mean pooling and a linear layer.
 
-    With 10 classes and 3 channels: ResNet-8 75,290 parameters, ResNet-20 269,722, ResNet-56 853,018. Weights are drawn
-    as He et al. 2015 propose (normal, fan-out) for the convolutions; the linear layer keeps torch's own draw.
+    With 10 classes and 3 channels: ResNet-8 75,290 parameters, ResNet-20 269,722, ResNet-56 853,018. Convolution
+    weights are drawn as in He et al. 2015 (normal, fan-out); the linear layer keeps torch's initialisation.
 
     Args:
         num_blocks: n of 6n+2.
-        num_classes: Outputs.
+        num_classes: Number of outputs.
         in_channels: Channels of the images.
-        stem_stride: Stride of the first convolution; 1 is the paper's, 2 costs about a quarter of it.
-        width: Channels of the first stage; the next ones have two and four times as many.
+        stem_stride: Stride of the first convolution; 1 is the paper's, 2 costs about a quarter as much.
+        width: Channels of the first stage; the next two have two and four times as many.
 
     Raises:
-        TypeError: stem_stride or width is no whole number.
+        TypeError: stem_stride or width is not a whole number.
         ValueError: stem_stride or width is below 1.
     """
 
@@ -75,7 +75,7 @@ class CifarResNet(nn.Module):
 
 
 def init_conv(conv: nn.Conv2d) -> None:
-    """Draw a convolution's weights from the normal distribution that keeps a ReLU network's gradients even."""
+    """Initialise a convolution's weights with the normal distribution that preserves gradient scale through ReLU."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 

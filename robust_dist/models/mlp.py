@@ -1,4 +1,4 @@
-"""A perceptron without normalisation, on which a training method's own scale shows."""
+"""A perceptron without normalisation, to expose a training method's own scale."""
 
 from torch import Tensor, nn
 
@@ -6,17 +6,17 @@ from robust_dist.validate import whole_number
 
 
 class MLP(nn.Module):
-    """Two hidden layers of ReLU over all pixels, and a linear layer; torch's own initialisation.
+    """Two hidden ReLU layers over all pixels, and a linear layer; torch's own initialisation.
 
     Args:
-        num_classes: Outputs.
+        num_classes: Number of outputs.
         in_channels: Channels of the images.
         side: Height and width of the images.
         width: Units of a hidden layer.
 
     Raises:
-        TypeError: side or width is no whole number.
-        ValueError: side or width is below 1; in `forward`, images of another size.
+        TypeError: side or width is not a whole number.
+        ValueError: side or width is below 1; in `forward`, images have another size.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, *, side: int = 32, width: int = 256) -> None:

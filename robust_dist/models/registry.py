@@ -24,12 +24,12 @@ FAMILIES = (
 )
 _KEY = "model.name"
 TIMM_PREFIX = "timm/"
-# These two return tuples in training, and warn, unless told otherwise.
+# By default these two return tuples in training, and warn.
 SINGLE_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
 def torchvision_names() -> list[str]:
-    """Torchvision's classifiers; raises ImportError where torchvision is missing."""
+    """Torchvision's classifiers; raises ImportError if torchvision is missing."""
     models = torchvision_models()
     return models.list_models(module=models)
 
@@ -38,7 +38,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int = 3, **optio
     """Torchvision's model `name`, without weights.
 
     Raises:
-        ValueError: in_channels is not 3, which is all that torchvision's models take.
+        ValueError: in_channels is not 3, the only number that torchvision's models take.
     """
     if in_channels != 3:
         raise ValueError(f"torchvision's {name} takes in_channels=3, not {in_channels}; timm/{name} may take others")
@@ -47,7 +47,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int = 3, **optio
 
 
 def build_cifar_stem(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
-    """Torchvision's ResNet `name` with a stem for 32x32 images: a 3x3 convolution of stride 1 and no max-pooling."""
+    """Torchvision's ResNet `name` with a stem for 32x32 images: a 3x3 convolution of stride 1, no max-pooling."""
     model: Any = build_torchvision(name, num_classes, **options)
     model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -56,7 +56,7 @@ def build_cifar_stem(name: str, num_classes: int, in_channels: int = 3, **option
 
 
 def timm_names() -> list[str]:
-    """Timm's models with the prefix timm/; raises ImportError where timm is missing."""
+    """Timm's models with the prefix timm/; raises ImportError if timm is missing."""
     return [TIMM_PREFIX + name for name in timm_module().list_models()]
 
 
@@ -66,13 +66,13 @@ def build_timm(name: str, num_classes: int, in_channels: int = 3, **options: Any
 
 
 def torchvision_models() -> ModuleType:
-    """torchvision.models; raises ImportError where torchvision is missing."""
-    return require("torchvision.models", extra="train", purpose="a model of torchvision")
+    """torchvision.models; raises ImportError if torchvision is missing."""
+    return require("torchvision.models", extra="train", purpose="a torchvision model")
 
 
 def timm_module() -> ModuleType:
-    """The package timm; raises ImportError where it is missing."""
-    return require("timm", extra="bench", purpose="a model of timm")
+    """The package timm; raises ImportError if it is missing."""
+    return require("timm", extra="bench", purpose="a timm model")
 
 
 class OptionsError(ValueError):
@@ -89,7 +89,7 @@ class OptionsError(ValueError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model of ours.
+    """One of our own models.
 
     Attributes:
         description: What it is, and its source.
@@ -126,7 +126,7 @@ MODELS: dict[str, ModelInfo] = {
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` takes on this machine: ours, then torchvision's and timm's where installed."""
+    """Every name that `build_model` accepts here: ours, then torchvision's and timm's if installed."""
     return [*MODELS, *_installed(torchvision_names), *_installed(timm_names)]
 
 
@@ -134,20 +134,20 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
     """Build a classifier, float32 on the CPU, with fresh weights from torch's default generator.
 
     Args:
-        name: A key of `MODELS`; a classifier of torchvision by its name; timm/NAME; or `module:Name`, a class or
-            function of the user's own (`own_model`).
-        num_classes: Outputs.
+        name: A key of `MODELS`, a torchvision classifier, timm/NAME, or `module:Name`, a class or function of the
+            user's own (`own_model`).
+        num_classes: Number of outputs.
         in_channels: Channels of the images.
-        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets
-            take stem_stride and width, mlp takes side and width.
+        **options: Passed to torchvision's or timm's builder (for example dropout); the CIFAR ResNets take stem_stride
+            and width, mlp takes side and width.
 
     Returns:
         A module from [B, in_channels, H, W] to logits [B, num_classes].
 
     Raises:
-        ValueError: Unknown name (lists close matches), num_classes or in_channels below 1, or (OptionsError) an option
-            that the model does not take.
-        ImportError: torchvision or timm is needed and not installed.
+        ValueError: The name is unknown (the message lists close matches), num_classes or in_channels is below 1, or
+            (OptionsError) the model does not accept an option.
+        ImportError: torchvision or timm is needed but not installed.
     """
     whole_number("num_classes", num_classes, 1)
     whole_number("in_channels", in_channels, 1)
@@ -164,17 +164,17 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options:
 
 
 def _plain(error: Exception) -> str:
-    """The error without the name of a function that the user has not called."""
+    """The error without the name of a function that the user did not call."""
     said = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
     return re.sub(r"^\S+\(\) ", "it ", said).replace("keyword argument", "option")
 
 
 def own_model(name: str) -> Builder:
-    """The builder of a model that is named as `module:Name`.
+    """The builder of a model named as `module:Name`.
 
-    The class, or function that returns a module, is called with the number of classes (as num_classes, where it has
-    that parameter or takes any, else as its first argument), with in_channels where it has that parameter, and with the
-    options.
+    The class, or a function that returns a module, is called with the number of classes (as num_classes if it accepts
+    that, otherwise as its first argument), with in_channels if it has that parameter, and with the options.
+
 
     Raises:
         OwnCodeError: The name cannot be imported (`own_code.load`), or is not such a class or function.
@@ -204,23 +204,23 @@ def _build_own(name: str, made: Builder, *, num_classes: int, in_channels: int, 
 
 
 def _needs_one(made: Builder) -> bool:
-    """Whether the first argument must be given."""
+    """Whether the first argument is required."""
     first = next(iter(inspect.signature(made).parameters.values()))
     return first.default is first.empty and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
 
 
 def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
-    """Refuse a model that does not give one logit for each class.
+    """Reject a model that does not return one logit per class.
 
     Args:
         key: The setting that gave the model, for messages.
         name: Its value.
-        model: On the CPU; its mode is left as it was.
+        model: On the CPU; its mode is left unchanged.
         image: Channels, height and width of an image.
-        num_classes: Logits wanted.
+        num_classes: Expected number of logits.
 
     Raises:
-        ValueError: It gives another shape, or no tensor; or (OwnCodeError) it fails.
+        ValueError: It returns another shape, or no tensor; or (OwnCodeError) it raises.
     """
     was_training = model.training
     with torch.no_grad():
@@ -228,15 +228,15 @@ def check_output(key: str, name: str, model: nn.Module, image: tuple[int, ...], 
     model.train(was_training)
     shape = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
     if shape != [2, num_classes]:
-        raise ValueError(f"{key}={name!r} gives {shape} for 2 images, where [2, {num_classes}] is wanted")
+        raise ValueError(f"{key}={name!r} returns {shape} for 2 images, expected [2, {num_classes}]")
 
 
 def builder_of(name: str) -> Builder:
-    """What builds a model; see `build_model`.
+    """The builder of a model; see `build_model`.
 
     Raises:
-        ValueError: An unknown name; lists close ones.
-        ImportError: torchvision or timm is needed and not installed.
+        ValueError: The name is unknown; the message lists close matches.
+        ImportError: torchvision or timm is needed but not installed.
     """
     if own_code.is_name(name):
         return own_model(name)

@@ -1,4 +1,4 @@
-"""Published weights of torchvision's and timm's models, and the layer of a classifier that gives its classes."""
+"""Published weights of torchvision's and timm's models, and the layer that produces a classifier's logits."""
 
 import os
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from robust_dist.documents import first_line
 from robust_dist.models.registry import SINGLE_OUTPUT, TIMM_PREFIX, timm_module, torchvision_models, torchvision_names
 
 DEFAULT = "DEFAULT"
-# Of googlenet and inception_v3, for training alone; our models are built without them.
+# Of googlenet and inception_v3, for training only; our models are built without them.
 _FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
@@ -22,11 +22,11 @@ class Published:
     """Published weights of a model.
 
     Attributes:
-        title: Their name for a person.
+        title: A readable name.
         entries: The state dict.
-        num_classes: Of their head; 0 where they have none.
-        mean: Of each channel of their training images, on the scale 0 to 1.
-        std: Likewise.
+        num_classes: Outputs of their head; 0 if they have none.
+        mean: Per channel, of their training images, on the scale 0 to 1.
+        std: Per channel, likewise.
     """
 
     title: str
@@ -41,10 +41,10 @@ class FetchError(ValueError):
 
 
 def head_of(model: nn.Module, num_classes: int | None = None) -> tuple[str, ...]:
-    """Names of the modules that give the classes' logits; none where no layer fits.
+    """Names of the modules that produce the logits; empty if no layer fits.
 
-    They are those that timm names; else the last linear layer, or convolution of 1x1, with `num_classes` outputs (None:
-    with any).
+    They are those that timm names; otherwise the last linear layer or 1x1 convolution with `num_classes` outputs (None:
+    any number).
     """
     named = getattr(model, "pretrained_cfg", None)
     given = named.get("classifier") if isinstance(named, dict) else None
@@ -58,12 +58,12 @@ def head_of(model: nn.Module, num_classes: int | None = None) -> tuple[str, ...]
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Whether an entry of a state dict belongs to one of the modules."""
+    """Whether a state dict entry belongs to one of the modules."""
     return any(not module or name.startswith(f"{module}.") for module in modules)
 
 
 def published_names(name: str) -> list[str]:
-    """The names of the weights that a model's publisher offers; none of a model of ours or of an unknown one."""
+    """The names of the weights published for a model; none for our own models or an unknown one."""
     if name.startswith(TIMM_PREFIX):
         bare = name.removeprefix(TIMM_PREFIX)
         return [tagged.removeprefix(f"{bare}.") for tagged in timm_module().list_pretrained(f"{bare}.*")]
@@ -80,10 +80,10 @@ def implied_options(name: str, weights: str | None) -> dict[str, Any]:
 
 
 def check_published(name: str, weights: str) -> None:
-    """Refuse a name of weights that a model's publisher does not offer.
+    """Reject a name of weights that is not published for a model.
 
     Raises:
-        ValueError: Lists those that there are.
+        ValueError: The message lists the published names.
     """
     known = published_names(name)
     if not known or _tag(weights) not in (DEFAULT, *known):
@@ -96,18 +96,18 @@ def check_published(name: str, weights: str) -> None:
 
 
 def read_published(name: str, weights: str, num_classes: int, channels: int, options: dict[str, Any]) -> Published:
-    """Published weights, from this machine's cache or fetched into it; torch's generator is left as it was.
+    """Published weights, from this machine's cache or fetched into it; torch's generator is unchanged.
 
     Args:
-        name: The model's, as `build_model` takes it.
+        name: The model's name, as for `build_model`.
         weights: One of `published_names`, or DEFAULT.
-        num_classes: Outputs of the model that they are for.
+        num_classes: Outputs of the model they are for.
         channels: Channels of its images; timm's weights are adapted to them.
-        options: Of its constructor.
+        options: Its constructor's options.
 
     Raises:
-        FetchError: They are not here, and cannot be fetched.
-        ValueError: There are none of this name.
+        FetchError: They are not here and cannot be fetched.
+        ValueError: There are none with this name.
     """
     check_published(name, weights)
     tag = _tag(weights)
@@ -120,7 +120,7 @@ def read_published(name: str, weights: str, num_classes: int, channels: int, opt
 def _outputs(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features
-    # A wider one sees neighbours, so it is no classifier over pooled features.
+    # A wider one sees neighbours, so it does not classify pooled features.
     return module.out_channels if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) else None
 
 
@@ -140,7 +140,7 @@ def _of_torchvision(name: str, tag: str) -> Published:
     except Exception as error:
         if is_here:
             raise ValueError(
-                f"{file}: torn, or not {title} ({first_line(error)}); remove it to fetch it again"
+                f"{file}: torn, or not {title} ({first_line(error)}); delete it to fetch it again"
             ) from None
         raise _cannot_fetch(title, choice.url, f"put it at {file}", error) from None
     made = choice.transforms()

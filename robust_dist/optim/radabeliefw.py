@@ -407,7 +407,7 @@ class RAdaBeliefW(Optimizer):
         turning = [
             group
             for group in self.param_groups
-            if option(group, "averaging") is not None and group[TRAINS] is not trained
+            if option(group, "averaging") is not None and group.get(TRAINS, True) is not trained
         ]
         if not turning:
             return

@@ -129,9 +129,10 @@ class Measured:
     def restore(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Read the measurements from the groups, and discard what was observed since."""
         guarded = [group for group in groups if option(group, "rate_guard") is not None]
-        self._on_host = [float(guarded[0][name]) for name in MEASURED] if guarded else [0.0] * len(MEASURED)
+        saved = guarded[0] if guarded else {}  # a group given `rate_guard` between two steps has none yet
+        self._on_host = [float(saved.get(name, 0.0)) for name in MEASURED]
         self._on_device: Tensor | None = None  # the same as float64 [3], if measured on the gradients' device
-        self._ratio: float | Tensor = 0.0  # L / A of the current step
+        self._ratio: float | Tensor = _bounded_ratio(*self._on_host)  # L / A of the current step
         self._stepped: list[Sequence[Any]] = []  # parameters already stepped: engines step group by group
         self._idle: dict[int, float] = {}  # the first rate of each group that ignores it, by the group's id
         self.forget()
@@ -226,6 +227,9 @@ class Measured:
         params = [param for param, _ in _with_gradient(groups)] if found is None else found.params
         if self._loss is None and (not params or _is_dry(guarded)):
             return {}
+        if not params and self._gradient is None and self.ranks.world_size == 1:  # nothing to step or to measure
+            self.forget()
+            return {}
         if self._too_early and params:
             self.forget()
             raise RuntimeError(
@@ -315,10 +319,10 @@ class Measured:
         mean_gradient, mean_loss, smallest = self._values()
         mean_gradient = MEMORY * mean_gradient + (1 - MEMORY) * gradient
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * loss
-        ratio = max(mean_loss, 0.0) / mean_gradient if mean_gradient else 0.0
+        ratio = _ratio(mean_gradient, mean_loss)
         smallest = min(smallest or ratio, ratio)
         self._on_host, self._on_device = [mean_gradient, mean_loss, smallest], None
-        self._ratio = min(ratio, BOUND * smallest)
+        self._ratio = _bounded_ratio(*self._on_host)
 
     @torch.no_grad()
     def _advance_on_device(self, gradient: Tensor, loss: Tensor, found_inf: Tensor | None) -> None:
@@ -335,6 +339,15 @@ class Measured:
             new = torch.where(found_inf.reshape(()).to(new.device) == 0, new, self._on_device)
         self._on_device.copy_(new)
         self._ratio = torch.minimum(ratio, BOUND * smallest)
+
+
+def _ratio(mean_gradient: float, mean_loss: float) -> float:
+    return max(mean_loss, 0.0) / mean_gradient if mean_gradient else 0.0
+
+
+def _bounded_ratio(mean_gradient: float, mean_loss: float, smallest: float) -> float:
+    """L / A as a step takes it, from the `MEASURED` values after that step."""
+    return min(_ratio(mean_gradient, mean_loss), BOUND * smallest)
 
 
 def _readable(lr: float | Tensor) -> float:

@@ -73,8 +73,9 @@ class TensorLists:
             origins: Their origins, if these lists have any.
         """
         params, grads, m, v, *rest = map(list, columns)
-        masters = rest.pop(0) if self.masters else []
-        zs = rest.pop(0) if self.zs else []
+        # Not by `rest.pop`: to torch 2.6's compiler it is a tuple.
+        masters = rest[0] if self.masters else []
+        zs = rest[-1] if self.zs else []
         scalars = (self.step, self.inverse_scale, self.found_inf)
         return TensorLists(params, grads, m, v, [], *scalars, masters, list(origins) if self.origins else [], zs)
 

@@ -1,4 +1,4 @@
-"""Recipe, loop, evaluation; `fit` is the face for Python."""
+"""Recipe, loop, evaluation; `fit` is the Python interface."""
 
 import sys
 from types import ModuleType
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class _Room(ModuleType):
-    """This package: its `fit` is the function, imported when it is asked for, also beside the module of that name."""
+    """This package; its `fit` is the function, imported on access, although a module has the same name."""
 
     @property
     def fit(self) -> Any:
@@ -19,7 +19,7 @@ class _Room(ModuleType):
 
     @fit.setter
     def fit(self, module: ModuleType) -> None:
-        """The import system's word that the module `robust_dist.train.fit` is there."""
+        """Called by the import system once the module `robust_dist.train.fit` is loaded."""
 
 
 sys.modules[__name__].__class__ = _Room

@@ -1,6 +1,6 @@
 """`robust-dist train`, `python -m robust_dist.train` and `accelerate launch -m robust_dist.train`."""
 
-# Nothing else at the top: the server that forks the images' readers imports this file.
+# Nothing else at the top: the server that forks the image readers imports this file.
 import os
 import shlex
 import sys
@@ -12,12 +12,12 @@ def launch_command(file: str, words: Sequence[str]) -> list[str]:
     """The `accelerate launch` command that trains a recipe.
 
     Args:
-        file: A configuration of Accelerate's, or the name of one that comes with the package (ddp, fsdp2, zero2, ...).
-        words: The recipe's words; `--num_processes N` among them is the launcher's, too.
+        file: An Accelerate configuration, or the name of one in the package (ddp, fsdp2, zero2, ...).
+        words: The recipe's words; `--num_processes N` among them also goes to the launcher.
 
     Raises:
-        ValueError: There is no such file.
-        DocumentError: It is no YAML.
+        ValueError: The file does not exist.
+        DocumentError: It is not YAML.
     """
     from robust_dist.documents import CONFIGS, config_names, find_config, read_yaml
 
@@ -26,13 +26,11 @@ def launch_command(file: str, words: Sequence[str]) -> list[str]:
         data = read_yaml(path).data or {}
     except FileNotFoundError:
         known = ", ".join(config_names("accelerate"))
-        raise ValueError(
-            f"--accelerate {file}: there is no such file, and no configuration of that name; there are {known}"
-        ) from None
+        raise ValueError(f"--accelerate {file}: there is no such file or configuration; known are {known}") from None
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     json = (data.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if json is not None and not Path(json).exists() and (CONFIGS.parent / json).is_file():
-        # The package's files name it from the folder of a checkout.
+        # The package's files name it by its path in a checkout.
         command += ["--deepspeed_config_file", str(CONFIGS.parent / json)]
     for word, value in zip(words, [*words[1:], ""], strict=False):
         name, equals, given = word.partition("=")
@@ -42,7 +40,7 @@ def launch_command(file: str, words: Sequence[str]) -> list[str]:
 
 
 def launch(file: str, words: Sequence[str]) -> None:
-    """Become the launcher of a recipe's ranks; see `launch_command`."""
+    """Replace this process with the launcher of a recipe's ranks; see `launch_command`."""
     command = launch_command(file, words)
     print(shlex.join(command), flush=True)
     os.execv(command[0], command)

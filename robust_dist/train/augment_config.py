@@ -22,21 +22,21 @@ class AugmentConfig:
     """The training pipeline: crop, flip, TrivialAugment, CutMix, in this order.
 
     Attributes:
-        crop: Pixels of padding before the random crop; null takes the data set's own, 0 crops nothing.
-        flip: Mirror half of the images; null takes the data set's own (never for digits).
-        trivial: TrivialAugment, a draw per sample.
-        num_bins: Strengths of TrivialAugment.
+        crop: Pixels of padding before the random crop; null uses the data set's own, 0 disables the crop.
+        flip: Mirror half of the images; null uses the data set's own (never for digits).
+        trivial: TrivialAugment, with one draw per sample.
+        num_bins: Number of strengths of TrivialAugment.
         interpolation: nearest or bilinear, for TrivialAugment's warps.
         cutmix: CutMix.
         cutmix_mode: elem (a box and a partner per sample, independent of the world size) or batch (one box).
-        cutmix_alpha: Parameter of Beta(alpha, alpha), from which the share is drawn.
+        cutmix_alpha: Parameter of Beta(alpha, alpha), from which the mixing ratio is drawn.
         cutmix_p: Probability of CutMix.
         compile: Run the pipeline through torch.compile.
-        before: Stages of your own before the crop, as [MODULE:NAME, ...]: functions (or torch.nn.Module classes) from
-            images (uint8 [B, C, H, W]), labels (int64 [B]) and keys (int64 [B], one a sample and epoch) to images and
-            labels of the same kinds.
-        after: Stages of your own after CutMix: from images (floating, normalised), targets (float32 [B, classes]) and
-            keys to images and targets.
+        before: Your own stages before the crop, as [MODULE:NAME, ...]: functions (or torch.nn.Module classes) from
+            images (uint8 [B, C, H, W]), labels (int64 [B]) and keys (int64 [B], one per sample and epoch) to images and
+            labels of the same dtype and shape.
+        after: Your own stages after CutMix: from images (floating, normalised), targets (float32 [B, classes]) and keys
+            to images and targets.
     """
 
     crop: int | None = None
@@ -73,10 +73,10 @@ class AugmentConfig:
         flip: bool,
         **more: Any,
     ) -> RobustAugment:
-        """The pipeline for images of one data set, of `size` pixels a side; mean and std are each channel's.
+        """The pipeline for images of one data set, with `size` pixels per side; mean and std are per channel.
 
-        `crop` (padding in pixels) and `flip` are the data set's own, for a recipe that leaves them open; `more` is what
-        other sections say of the pipeline, under RobustAugment's names.
+        `crop` (padding in pixels) and `flip` are the data set's own, for a recipe that leaves them open; `more` holds
+        other sections' settings for the pipeline, under RobustAugment's names.
         """
         own = values_of(self, AugmentConfig, "compile", "before", "after")
         own |= {"crop": crop if self.crop is None else self.crop, "flip": flip if self.flip is None else self.flip}
@@ -87,7 +87,7 @@ class AugmentConfig:
 
 
 def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[str]) -> None:
-    """Put stages of the user's own into a pipeline, for training; an OwnCodeError names one that cannot be used."""
+    """Add the user's own stages to a training pipeline; an OwnCodeError names an unusable one."""
     first, last = [own_stage("augment.before", name) for name in before], [own_stage("augment.after", n) for n in after]
     for number, stage in enumerate(first + last):
         if isinstance(stage, nn.Module):
@@ -101,7 +101,7 @@ def add_stages(pipeline: RobustAugment, before: Sequence[str], after: Sequence[s
 
 
 def own_stage(key: str, name: str) -> Stage:
-    """The stage named as `module:Name`; an OwnCodeError if it cannot be imported, or is no stage."""
+    """The stage named as `module:Name`; an OwnCodeError if it cannot be imported or is not a stage."""
     made = own_code.load(key, name)
     if isinstance(made, type) and issubclass(made, nn.Module):
         made = own_code.call(key, name, made)
@@ -134,7 +134,7 @@ def _run_after(stages: Sequence[Stage], pipeline: Any, args: Any, outputs: Any) 
 
 
 def _try_stages(pipeline: RobustAugment, first: dict[str, Stage], last: dict[str, Stage]) -> None:
-    """Refuse stages that do not give what they must, on two grey images."""
+    """Try the stages on two grey images, and reject those that return the wrong thing."""
     images = torch.full((2, *pipeline.image_shape), 128, dtype=torch.uint8)
     labels, keys = torch.zeros(2, dtype=torch.int64), sample_keys(0, 0, torch.arange(2))
     for name, stage in first.items():
@@ -151,7 +151,7 @@ def _tried(key: str, name: str, stage: Stage, *given: Tensor) -> tuple[Tensor, T
     for what, before, after in zip(("images", "labels or targets"), given, found, strict=False):
         if (before.dtype, before.shape) != (after.dtype, after.shape):
             raise own_code.OwnCodeError(
-                f"{key}={name!r} made {what} of {before.dtype} {list(before.shape)} into {after.dtype} "
-                f"{list(after.shape)}; dtype and shape must stay the same"
+                f"{key}={name!r} turned {what} of {before.dtype} {list(before.shape)} into {after.dtype} "
+                f"{list(after.shape)}; dtype and shape must not change"
             )
     return found[0], found[1]

@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, their names kept, and too many of them an error."""
+"""Unreadable images: counted and listed, and an error if there are too many."""
 
 import random
 import time
@@ -16,24 +16,24 @@ from robust_dist.data.source import ImageSource, as_line, printable
 from robust_dist.ranks.talk import gather, on_rank_0, raise_together, rank, world_size
 
 SHOWN = 5
-# The check of evaluation images before the first step: threads, seconds, and images at most.
+# The check of evaluation images before the first step: threads, seconds, and maximum number of images.
 READERS, SECONDS, LOOKED_AT = 8, 5.0, 100_000
 
 
 class TooManyBadImagesError(DataError):
-    """More images cannot be read than data.max_bad_share allows."""
+    """More images are unreadable than data.max_bad_share allows."""
 
 
 class BadImages:
-    """Counts an epoch's bad images, over all ranks, and stops the run on every rank where there are too many.
+    """Counts an epoch's bad images over all ranks, and stops the run on every rank if there are too many.
 
-    The ranks exchange counts after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end. The limit is a
-    share of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
+    Ranks exchange counts after steps 1, 2, 4, 8, ... of an epoch, at checkpoints and at its end. The limit is a
+    fraction of the whole epoch's images, so the order in which an epoch meets its bad ones does not matter.
 
     Args:
-        path: The file of names, one bad image a line: where it is, a tab, what is wrong. The bytes are the names' own,
-            UTF-8 or not; a line feed, a tab and a backslash in one are written as in C.
-        max_share: The largest share of bad images that is allowed.
+        path: The list of bad images, one per line: where it is, a tab, what is wrong. Names keep their own bytes, UTF-8
+            or not, with line feeds, tabs and backslashes escaped as in C.
+        max_share: The largest fraction of bad images allowed.
     """
 
     def __init__(self, path: Path, max_share: float) -> None:
@@ -53,27 +53,27 @@ class BadImages:
         return sum(count for count, _ in ranks)
 
     def judge(self, total: int, of: int, name: str, *, forgiven: int = 0) -> None:
-        """Stop the run on every rank where there are too many; a collective.
+        """Stop the run on every rank if there are too many; a collective.
 
         Args:
             total: Bad images on all ranks.
             of: Images of the whole epoch or evaluation.
-            name: Of the set.
+            name: The set's name.
             forgiven: Number of them that stopped the run before; they do not stop it again.
 
         Raises:
-            TooManyBadImagesError: More than the allowed share.
+            TooManyBadImagesError: There are more than allowed.
         """
         if total - forgiven > self.max_share * of:
             error = TooManyBadImagesError(
                 f"{name}: {total} of {of} images could not be read, more than data.max_bad_share={self.max_share} "
                 f"allows; they are listed in {self.path}. Replace them, or raise data.max_bad_share, and start again: "
-                "the run goes on from here"
+                f"the run resumes from here"
             )
             raise_together(error)
 
     def count_evaluation(self, test_set: LabelledSet) -> int:
-        """Count, and judge, the bad images of an evaluation that has ended; a collective."""
+        """Count and judge the bad images of a finished evaluation; a collective."""
         found = test_set.take_bad()
         self.note(found)
         total = self.count(len(found))
@@ -81,7 +81,7 @@ class BadImages:
         return total
 
     def check_headers(self, test_set: LabelledSet) -> None:
-        """Check the headers of evaluation images, before an epoch is trained that could not be evaluated; a collective.
+        """Check evaluation images' headers, before an epoch is trained that could not be evaluated; a collective.
 
         The ranks share the images, and stop after a few seconds; evaluation finds the rest.
         """
@@ -99,7 +99,7 @@ class BadImages:
             print(f"{len(new)} images could not be read (see {self.path}): {_some(new)}")
 
     def _keep(self, found: Sequence[BadImage]) -> list[BadImage]:
-        """Write down those that the file does not name yet; returns them."""
+        """Write those that are not yet in the file; returns them."""
         if not found:
             return []
         known = self.path.read_bytes().split(b"\n") if self.path.exists() else []
@@ -117,7 +117,7 @@ def is_time_to_count(step: int) -> bool:
 
 
 def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECONDS) -> list[BadImage]:
-    """The images from start to stop whose headers say that they are bad, as far as `seconds` suffice."""
+    """The images from start to stop whose headers show that they are bad, as far as `seconds` allow."""
     end = time.monotonic() + seconds
 
     def check(index: int) -> BadImage | None:
@@ -129,7 +129,7 @@ def unreadable(source: ImageSource, start: int, stop: int, seconds: float = SECO
             return BadImage(source.where(index), str(error))
         return None
 
-    # In random order, so that a check that ends early has seen some of every part.
+    # In random order, so that an unfinished check has covered every part.
     indices = [start + index for index in spread(stop - start, LOOKED_AT)]
     random.Random(0).shuffle(indices)
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,4 +1,4 @@
-"""The optimizers that the paper compares its own with, as its equations write them, Mechanic and ScheduleFree+."""
+"""The paper's baseline optimizers, as its equations define them, Mechanic and ScheduleFree+."""
 
 import math
 from collections import defaultdict
@@ -15,7 +15,7 @@ from robust_dist.optim.reference import one_minus_power, rectification
 
 
 class _Foreach(Optimizer):
-    """Steps lists of tensors at once; a subclass has the names of its state and the arithmetic."""
+    """Steps lists of tensors at once; a subclass defines the names of its state and the arithmetic."""
 
     NAMES: tuple[str, ...] = ()
 
@@ -35,10 +35,10 @@ class _Foreach(Optimizer):
         return loss
 
     def _begin(self, loss: float | None) -> None:
-        """What a subclass does before the parameters move; `loss` is the closure's value, if any."""
+        """Runs before the parameters move; `loss` is the closure's value, if any."""
 
     def _by_step(self, params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
-        """Parameters with gradients by the number of their step, which is counted here."""
+        """Parameters with gradients by their step number, which is incremented here."""
         found: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:
             if param.grad is None:
@@ -57,17 +57,18 @@ class _Foreach(Optimizer):
 
 
 class NAG(_Foreach):
-    r"""Nesterov's accelerated gradient as the paper has it (eq. 3 to 5).
+    r"""Nesterov's accelerated gradient as in the paper (eq. 3 to 5).
 
     With d_0 = 0, momentum mu and learning rate eta::
 
         phi_t = theta_t - mu d_t                                  the look-ahead point (5)
         d_{t+1} = mu d_t + (1 - mu) eta g(phi_t),   theta_{t+1} = theta_t - d_{t+1}   (3, 4)
 
-    What the network holds, and what is evaluated, are the phi: phi -= (1 - mu) eta g + mu d_{t+1}. At a constant rate
-    that is torch's SGD(lr=(1 - mu) eta, momentum=mu, nesterov=True), so that the paper's eta = 0.1 is torch's 0.01;
-    where the rate changes, torch's momentum takes up the new rate at once and eq. 3's keeps the old ones. The paper
-    does not say how NAG takes its weight decay: here, as usual for SGD, it is added to the gradient.
+    The parameters, also in evaluation, are the phi: phi -= (1 - mu) eta g + mu d_{t+1}. At a constant rate this is
+    torch's SGD(lr=(1 - mu) eta, momentum=mu, nesterov=True), so the paper's eta = 0.1 is torch's 0.01; when the rate
+    changes, torch's momentum uses the new rate at once and eq. 3 keeps the old ones. The paper does not say how NAG
+    applies weight
+    decay: here, as usual for SGD, it is added to the gradient.
 
     Args:
         params: Parameters or param groups.
@@ -93,15 +94,15 @@ class NAG(_Foreach):
 
 
 class PaperAdam(_Foreach):
-    r"""Adam, AdamW, RAdam and AdaBelief as the paper has them; eps stands inside the root in all of them.
+    r"""Adam, AdamW, RAdam and AdaBelief as in the paper, all with eps inside the root.
 
     With m and v of eq. 6 and 7, bias corrections of eq. 8 and 9::
 
         theta -= eta (gamma m^ / sqrt(v^ + eps) + lambda theta)
 
     gamma is 1, or eq. 13's with `rectify`; there theta -= eta (m^ + lambda theta) until rho_t > 4 (RAdam, eq. 14, 15;
-    torch's waits for rho_t > 5). With `belief` v is eq. 16's: of (g - m)^2, and eps is added to it at every step.
-    lambda = 0 is Adam (eq. 10), lambda > 0 AdamW. torch's own have eps outside the root.
+    torch waits for rho_t > 5). With `belief`, v is eq. 16's: of (g - m)^2, with eps added at every step. lambda = 0 is
+    Adam (eq. 10), lambda > 0 AdamW. torch's own optimizers have eps outside the root.
 
     Args:
         params: Parameters or param groups.
@@ -155,22 +156,22 @@ def _dot(these: list[Tensor], others: list[Tensor]) -> float:
 
 
 class Mechanic(RAdaBeliefW):
-    r"""Mechanic (Cutkosky, Defazio and Mehta 2023, algorithm 1) around RAdaBeliefW: the scale of its moves is learned.
+    r"""Mechanic (Cutkosky, Defazio and Mehta 2023, algorithm 1) around RAdaBeliefW: learns the scale of its updates.
 
-    With D the sum of RAdaBeliefW's moves since theta_0, S the sum of the six s, one for each discount beta::
+    With D the sum of RAdaBeliefW's updates since theta_0, S the sum of the six s, one for each discount beta::
 
         h = <g + decay S |g| theta / |theta|, D>                                  over all parameters
         m = max(beta m, |h|),   v = beta^2 v + h^2,   r = max(beta r - s h, 0)
         s = (s_init m / 6 + r) / (sqrt(v) + 1e-8),   D = D + move,   theta = theta_0 + S D
 
-    State: theta_0 (`start`) and D (`moves`) for each parameter, and the discounts' numbers in the param groups.
+    State: theta_0 (`start`) and D (`moves`) per parameter, and the discounts' numbers in the param groups.
 
     Args:
         params: Parameters or param groups.
-        lr: Of RAdaBeliefW; S multiplies it.
-        s_init: The first scale.
+        lr: RAdaBeliefW's; multiplied by S.
+        s_init: The initial scale.
         mechanic_decay: The decay in h.
-        settings: Further ones of RAdaBeliefW.
+        settings: Further settings of RAdaBeliefW.
     """
 
     DISCOUNTS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
@@ -233,15 +234,16 @@ class ScheduleFreePlus(_Foreach):
         z <- z - alpha^2 lambda y - alpha (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         w = (max alpha)^2,   c = w / sum w,   x <- (1 - c) x + c z,   y <- b x + (1 - b) z
 
-    The paper also anneals b and weighs w by t^r in long runs; those parts are left out. The weights hold y; `eval()`
-    makes them x, and `train()` y again. F is the loss less the entropy of its targets where the loop gives that.
+    The paper also anneals b and weights w by t^r in long runs; those parts are omitted. The parameters hold y; `eval()`
+    turns them into x, and `train()` back into y. F is the loss minus the entropy of its targets if the loop provides
+    that.
 
     Args:
         params: Parameters or param groups.
-        lr: gamma, after the schedule; 1 is the paper's.
+        lr: gamma, after the schedule; the paper uses 1.
         betas: (b1, b2).
         eps: Added to the root.
-        weight_decay: lambda, in the paper's unit: 20 to 50 where AdamW has 0.1.
+        weight_decay: lambda, in the paper's unit: 20 to 50 where AdamW uses 0.1.
         average: b.
         polyak_beta: b_p.
     """
@@ -271,7 +273,7 @@ class ScheduleFreePlus(_Foreach):
         return float(self.param_groups[0]["rate"])
 
     def observe(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss, 0-d, to those of the next step, of which the mean counts."""
+        """Add a micro-batch's loss, 0-d; the next step uses the mean of them."""
         self._losses.append(loss.detach().double())
 
     def _begin(self, loss: float | None) -> None:
@@ -282,7 +284,7 @@ class ScheduleFreePlus(_Foreach):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in params:
             if "z" not in self.state[p]:
-                # _Foreach makes the rest where a parameter has no state.
+                # _Foreach creates the rest if a parameter has no state.
                 self.state[p] = {"step": torch.tensor(0.0), "z": p.clone()}
                 self.state[p] |= {name: torch.zeros_like(p) for name in self.NAMES}
         self._polyak = self._polyak_step(params)
@@ -334,12 +336,12 @@ class ScheduleFreePlus(_Foreach):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Have the parameters hold y; nothing where they do."""
+        """Make the parameters y, if they are not."""
         self._turn(True)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Have the parameters hold x; nothing where they do."""
+        """Make the parameters x, if they are not."""
         self._turn(False)
 
     def _turn(self, trains: bool) -> None:

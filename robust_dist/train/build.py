@@ -1,4 +1,4 @@
-"""From a recipe to the engine, the model, the optimizer and the pipeline of a run, and whether they go together."""
+"""From a recipe to a run's engine, model, optimizer and pipeline, and whether they fit together."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ from robust_dist.train.optimizers import (
 from robust_dist.train.recipe import Recipe
 from robust_dist.train.sources import check_own_data, preprocessing_of
 
-# The number of steps at which a user's schedule is tried.
+# Number of steps at which a user's schedule is tried.
 TRIED = 1000
 _SCHEME = "robust-dist"
 _meetings = itertools.count()
@@ -58,7 +58,7 @@ _ASKING = frozenset(
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The engine of the run; an EngineError for a configuration of GPUs or ranks that are not there."""
+    """The engine of the run; an EngineError for a configuration with GPUs or ranks that do not exist."""
     torch.backends.cudnn.deterministic = recipe.precision.deterministic
     torch.backends.cudnn.benchmark = not recipe.precision.deterministic
     return make_accelerator(
@@ -73,9 +73,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 def build_augment(
     recipe: Recipe, num_classes: int, *, evaluation: bool = False, dtype: torch.dtype = torch.float32
 ) -> RobustAugment:
-    """The training pipeline, with the data set's own crop and flip where the recipe leaves them open.
+    """The training pipeline, with the data set's own crop and flip if the recipe leaves them open.
 
-    For evaluation only its `normalize` is used. `dtype` is that of the images it returns; see `images_dtype`.
+    Evaluation uses only its `normalize`. `dtype` is that of the returned images; see `images_dtype`.
     """
     image = preprocessing_of(recipe.data, evaluation=evaluation)
     kept = {"block": recipe.data.block, "channels_last": recipe.model.channels_last}
@@ -86,7 +86,7 @@ def build_augment(
 
 
 def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contiguous: bool = False) -> nn.Module:
-    """The model of the recipe; see `ModelConfig.build`. One of the user's own must give a logit a class."""
+    """The model of the recipe; see `ModelConfig.build`. The user's own must return one logit per class."""
     model = recipe.model.build(num_classes, channels, seed=recipe.seed, contiguous=contiguous)
     if own_code.is_name(recipe.model.name):
         side = preprocessing_of(recipe.data).size
@@ -95,9 +95,9 @@ def build_classifier(recipe: Recipe, num_classes: int, channels: int, *, contigu
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_classes: int | None = None) -> Optimizer:
-    """The recipe's optimizer over the parameters of a model that no engine has wrapped yet.
+    """The recipe's optimizer over the parameters of a model not yet wrapped by an engine.
 
-    `total_steps` are those of the whole run (for `optimizer.beta2: auto`); `num_classes` tells which layer is the head.
+    `total_steps` is for the whole run (for `optimizer.beta2: auto`); `num_classes` determines which layer is the head.
     """
     check_fits(recipe)
     decay = decay_of(recipe.optimizer, total_steps)
@@ -110,7 +110,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int, *, num_c
 def _with_head_apart(
     groups: list[dict[str, Any]], model: nn.Module, config: OptimizerConfig, num_classes: int | None
 ) -> list[dict[str, Any]]:
-    """The groups without the head's parameters, then those of the head with its own rate; never an empty group."""
+    """The groups without the head's parameters, then the head's with its own rate; never an empty group."""
     names = head_of(model, num_classes)
     head = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
     assert config.lr != "auto"  # check_fits
@@ -123,7 +123,7 @@ def _with_head_apart(
     if not all(found):
         what = "no linear layer with as many outputs as classes" if not names else "nothing but its head"
         raise ValueError(
-            f"optimizer.head_lr_mult={config.head_lr_mult} needs a head with parameters of its own to train, and the "
+            f"optimizer.head_lr_mult={config.head_lr_mult} needs a head with trainable parameters of its own, but the "
             f"model has {what}; set it to 1"
         )
     return [*found[0], *found[1]]
@@ -150,42 +150,42 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> Ro
 
 
 def own_decay(name: str, total_steps: int) -> OwnDecay:
-    """The schedule named as `module:Name`: from a step (from 0) and the total to the share of the base rate.
+    """The schedule named as `module:Name`: from a step (from 0) and the total to the fraction of the base rate.
 
     Raises:
-        OwnCodeError: It cannot be imported, is no function of two numbers, or returns something else than shares.
+        OwnCodeError: It cannot be imported, is not a function of two numbers, or returns an invalid fraction.
     """
     key = "schedule.name"
     made = own_code.load(key, name)
     if isinstance(made, type) or not callable(made):
-        wanted = "a function of step and total_steps that returns the share of the learning rate"
+        wanted = "a function of step and total_steps that returns the fraction of the learning rate"
         raise own_code.wrong(key, name, made, wanted)
     for step in range(0, total_steps, -(-total_steps // TRIED)):
         share = own_code.call(key, name, made, step, total_steps)
         if not isinstance(share, (int, float)) or not 0 <= share < math.inf:
             raise own_code.OwnCodeError(
-                f"{key}={name!r} gives {share!r} at step {step} of {total_steps}; it must be finite and at least 0"
+                f"{key}={name!r} returns {share!r} at step {step} of {total_steps}; it must be finite and at least 0"
             )
     decay: OwnDecay = made
     return decay
 
 
 def init_method() -> str | None:
-    """The init_method for `init_process_group`; None where no launcher of torch started this rank.
+    """The init_method for `init_process_group`; None if no torch launcher started this rank.
 
-    torch's static rendezvous (the default of `torchrun` and `accelerate launch`) keeps one store over all restarts, and
-    gloo's and NCCL's addresses in it: restarted ranks then wait for dead ones (seen with torch 2.14).
+    torch's static rendezvous (the default of `torchrun` and `accelerate launch`) keeps one store over all restarts,
+    with gloo's and NCCL's addresses in it: restarted ranks then wait for dead ones (observed with torch 2.14).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    # A second run of this process finds it registered.
+    # A second run in this process finds it registered.
     with contextlib.suppress(RuntimeError):
         register_rendezvous_handler(_SCHEME, _meet)
     return f"{_SCHEME}://"
 
 
 def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    """As "env://", in a part of the store that no earlier attempt has used."""
+    """Like "env://", in a part of the store unused by earlier attempts."""
     for store, rank, world_size in rendezvous(url.replace(_SCHEME, "env", 1), timeout=timeout, **options):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # A store that remembers an earlier attempt of this launcher is shared by all its attempts.
@@ -198,21 +198,21 @@ def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store,
 
 
 def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Refuse what the engine cannot do, and complete its own configuration from the recipe.
+    """Reject what the engine cannot do, and complete its configuration from the recipe.
 
     Raises:
-        EngineError: An unknown engine.
+        EngineError: The engine is unknown.
         ValueError: The engine cannot do what the recipe asks for, or its configuration contradicts the recipe.
     """
     engine = engine_of(accelerator)
     if recipe.ema_decay is not None and engine.shards_weights:
         raise ValueError(
-            f"ema_decay={recipe.ema_decay} averages whole weights, and {engine.kind} shards them; set ema_decay to "
+            f"ema_decay={recipe.ema_decay} averages whole weights, but {engine.kind} shards them; set ema_decay to "
             "null, or use DDP or ZeRO 0 to 2"
         )
     if chosen(recipe.optimizer).needs_whole_parameters and not engine.steps_whole_parameters:
         raise ValueError(
-            f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, and {engine.kind} does not give them: "
+            f"optimizer.name={recipe.optimizer.name!r} needs whole parameters, which {engine.kind} does not provide: "
             "use DDP"
         )
     if recipe.precision.mixed == "fp16" and accelerator.device.type == "cpu":
@@ -225,14 +225,14 @@ def fit_engine(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 def check_model(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> None:
-    """Refuse batch normalisation on a CPU under an engine that casts its weights and not its running statistics."""
+    """Reject batch normalisation on a CPU under an engine that casts its weights but not its running statistics."""
     engine, low = engine_of(accelerator), accelerator.mixed_precision
     if accelerator.device.type != "cpu" or low == "no" or not engine.casts_batch_norm(accelerator):
         return
     if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise ValueError(
             f"precision.mixed={low!r}: model.name={recipe.model.name!r} normalises batches, which torch does on a CPU "
-            f"with float32 weights alone, and {engine.title(accelerator)} casts them; on a CPU set "
+            f"only with float32 weights, but {engine.title(accelerator)} casts them; on a CPU set "
             "precision.mixed to no, or use DDP or FSDP1"
         )
 
@@ -251,7 +251,7 @@ def _settings(recipe: Recipe) -> RunSettings:
 
 
 def fit_ranks(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """The recipe with the accumulation that `micro_batch_size` needs on these ranks; the engine is told.
+    """The recipe with the accumulation that `micro_batch_size` needs on these ranks, also set in the engine.
 
     Raises:
         ValueError: `micro_batch_size` is smaller than a block, or contradicts `accumulation`.
@@ -261,15 +261,15 @@ def fit_ranks(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     needed = accumulation_for(recipe, accelerator.num_processes)
     if recipe.accumulation not in (1, needed):
         raise ValueError(
-            f"accumulation={recipe.accumulation} contradicts micro_batch_size={recipe.micro_batch_size}, which makes "
-            f"it {needed} for batch_size={recipe.batch_size} on {accelerator.num_processes} ranks; set one of the two"
+            f"accumulation={recipe.accumulation} contradicts micro_batch_size={recipe.micro_batch_size}, which gives "
+            f"{needed} for batch_size={recipe.batch_size} on {accelerator.num_processes} ranks; set one of the two"
         )
     accelerator.gradient_accumulation_steps = needed
     return replace(recipe, accumulation=needed)
 
 
 def accumulation_for(recipe: Recipe, num_processes: int) -> int:
-    """The fewest parts of a rank's share of a batch that have at most `micro_batch_size` images each."""
+    """The smallest number of parts of a rank's share of a batch with at most `micro_batch_size` images each."""
     most, block = recipe.micro_batch_size, recipe.data.block
     assert most is not None
     if most < min(block, recipe.batch_size):
@@ -282,7 +282,7 @@ def accumulation_for(recipe: Recipe, num_processes: int) -> int:
 
 
 def largest_part(recipe: Recipe, num_processes: int) -> int:
-    """The most images that a rank holds at once."""
+    """The largest number of images that a rank holds at once."""
     share = -(-_blocks(recipe) // num_processes)
     return min(-(-share // recipe.accumulation) * recipe.data.block, recipe.batch_size)
 
@@ -292,11 +292,11 @@ def _blocks(recipe: Recipe) -> int:
 
 
 def images_dtype(mixed: str, model: nn.Module, channels: int, size: int) -> torch.dtype:
-    """The dtype of training images: bfloat16 under bf16 autocast where that changes no bit, else float32.
+    """The dtype of training images: bfloat16 under bf16 autocast if that changes no bit, else float32.
 
-    A convolution or matrix product under autocast casts its input first, so an image that is written in bfloat16 gives
-    the same result with a fifth of the bytes. A model that adds, scales or normalises images before gets float32. The
-    model (whole, not wrapped) is run on the meta device, on one image of `channels` x `size` x `size`.
+    A convolution or matrix product under autocast casts its input first, so an image written in bfloat16 gives the same
+    result with a fifth of the bytes. A model that first adds, scales or normalises images gets float32. The model
+    (whole, not wrapped) is run on the meta device, on one image of `channels` x `size` x `size`.
     """
     if mixed != "bf16" or not _casts_first(model, torch.empty(1, channels, size, size, device="meta")):
         return torch.float32
@@ -304,7 +304,7 @@ def images_dtype(mixed: str, model: nn.Module, channels: int, size: int) -> torc
 
 
 class _Uses(TorchFunctionMode):
-    """Notes whether images come to anything but a function that casts them."""
+    """Detects whether images reach anything but a function that casts them."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run `func` and note what it does with the images."""
+        """Run `func` and record what it does with the images."""
         result = func(*args, **(kwargs or {}))
         if any(one is image for one in _flat([args, kwargs or {}]) for image in self.images):
             self._note(_name(func), result)
@@ -340,13 +340,13 @@ def _flat(given: Any) -> Iterator[Any]:
 
 
 def _name(func: Callable[..., Any]) -> str:
-    """A function's name; a property's for its getter."""
+    """A function's name; for a property's getter, the property's."""
     name = func.__name__
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
 def _casts_first(model: nn.Module, images: Tensor) -> bool:
-    """Whether a model does nothing with images but cast them; False where it does not run on the meta device."""
+    """Whether a model only casts its images; False if it does not run on the meta device."""
     tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modes = {module: module.training for module in model.modules()}
     # In evaluation mode one image is enough for batch normalisation.
@@ -363,7 +363,7 @@ def _casts_first(model: nn.Module, images: Tensor) -> bool:
 
 
 def own_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys and values of a recipe that are written as `module:Name`."""
+    """Keys and values of a recipe that have the form `module:Name`."""
     values, kind = flatten(recipe_dict(recipe)), cast(type, type(recipe))
     for key in sorted(keys_of(kind).names_code):
         found = values[key] if isinstance(values[key], list) else [values[key]]
@@ -371,7 +371,7 @@ def own_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def check_own(recipe: Recipe) -> None:
-    """Import what a recipe names of the user's own code, and check that it is what its key takes.
+    """Import the user's own code named in a recipe, and check that it fits its key.
 
     Raises:
         OwnCodeError: Names the key, the value and what would be right.
@@ -399,14 +399,14 @@ def own_sources(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 def changed_sources(folder: RunFolder, here: dict[str, dict[str, str]]) -> list[str]:
-    """Warnings where the user's own code is no longer what the run's last start had."""
+    """Warnings about the user's own code that has changed since the run's last start."""
     try:
         starts: list[dict[str, Any]] = folder.starts()
     except DocumentError:
         return []
     there = (starts[-1].get("own_code") or {}) if starts else {}
     return [
-        f"{name}: {now['file']} has changed since this run was last started; it goes on with the file as it is now"
+        f"{name}: {now['file']} has changed since this run was last started; it continues with the current file"
         for name, now in here.items()
         if there.get(name, now)["sha256"] != now["sha256"]
     ]

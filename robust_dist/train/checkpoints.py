@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what each holds beside the engine's state, and how a start takes the newest one up."""
+"""The checkpoints of a run: what each holds besides the engine's state, and how a start resumes from the newest."""
 
 import math
 import os
@@ -36,22 +36,22 @@ _CONVERTED = ".converted"
 
 
 class DivergedError(RuntimeError):
-    """The training loss is no longer finite; nothing was saved after it."""
+    """The training loss is no longer finite; nothing was saved after that."""
 
 
 @dataclass
 class Progress:
-    """The position of a run on this rank; a checkpoint restores it.
+    """The position of a run on this rank, restored by a checkpoint.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Optimizer steps taken.
         loss_sum: 0-d float64: this rank's summed loss since the epoch began.
         lr: Learning rate of the last step.
         weight_decay: Weight decay of the last step.
-        bad_images: This rank's images since the epoch began that could not be read.
-        forgiven: Bad images of the epoch, on all ranks, over which the run was stopped before.
-        unfinished: Figures of an epoch that is trained and not yet recorded, as `metrics.jsonl` has them.
-        resumed_step: The step of the checkpoint that this start took up; -1 without one.
+        bad_images: This rank's unreadable images since the epoch began.
+        forgiven: Bad images of the epoch, on all ranks, that stopped the run before.
+        unfinished: Figures of an epoch that is trained but not yet recorded, as in `metrics.jsonl`.
+        resumed_step: The step of the checkpoint from which this start resumed; -1 without one.
     """
 
     step: int
@@ -64,14 +64,14 @@ class Progress:
     resumed_step: int = -1
 
     def begin_epoch(self) -> None:
-        """Forget the epoch that was recorded."""
+        """Reset what belongs to the recorded epoch."""
         self.unfinished = None
         self.loss_sum.zero_()
         self.bad_images = self.forgiven = 0
 
 
 def check_finite(loss: float, step: int, settings: OptimizerConfig) -> None:
-    """Raise a DivergedError that names the settings where the loss by optimizer step `step` is not finite."""
+    """Raise a DivergedError that names the settings if the loss by optimizer step `step` is not finite."""
     if not math.isfinite(loss):
         raise DivergedError(
             f"the training loss is {loss} by step {step} (optimizer.lr={settings.lr}, "
@@ -81,14 +81,14 @@ def check_finite(loss: float, step: int, settings: OptimizerConfig) -> None:
 
 
 class RunCheckpoints:
-    """Saves and takes up one run; every rank makes the same calls.
+    """Saves one run and resumes it; every rank makes the same calls.
 
     Args:
         recipe: All settings.
-        accelerator: The engine, after `prepare`, which made `model` and `optimizer` what they are here.
-        folder: The run's.
+        accelerator: The engine, after `prepare`, which produced `model` and `optimizer`.
+        folder: The run's folder.
         train_set: Training images.
-        progress: The run's position; a save reads it, `take_up` sets it.
+        progress: The run's position; saving reads it, `take_up` sets it.
         model: See `accelerator`.
         optimizer: See `accelerator`.
     """
@@ -114,7 +114,7 @@ class RunCheckpoints:
         )
 
     def saver(self) -> Saver:
-        """The writer of this start's checkpoints, in the background where the host has room."""
+        """The writer of this start's checkpoints, in the background if the host has room."""
         need = checkpoint_bytes(
             self.engine,
             self.bare_model,
@@ -127,10 +127,10 @@ class RunCheckpoints:
         return Saver(self.store, self.recipe.checkpoint, need=need, timeout=self.recipe.timeout_seconds)
 
     def take_up(self, total_steps: int, steps_per_epoch: int) -> None:
-        """Load the newest usable checkpoint, or start at step 0 where there is none, and fit `metrics.jsonl` to it.
+        """Load the newest usable checkpoint, or start at step 0 without one, and fit `metrics.jsonl` to it.
 
         Raises:
-            CheckpointError: Checkpoints are there, but none can be used.
+            CheckpointError: There are checkpoints, but none can be used.
         """
         accelerator, progress, world = self.accelerator, self.progress, self.accelerator.num_processes
         found = load_newest(accelerator, self.recipe, self.store, self.train_set, self.folder)
@@ -147,7 +147,7 @@ class RunCheckpoints:
             accelerator.print(f"warning: {line}")
 
     def finite_losses(self) -> list[float]:
-        """Every rank's summed loss since the epoch began; a DivergedError where it is no longer finite."""
+        """Every rank's summed loss since the epoch began; a DivergedError if it is no longer finite."""
         losses: list[float] = self.accelerator.gather(self.progress.loss_sum.reshape(1)).tolist()
         check_finite(sum(losses), self.progress.step, self.recipe.optimizer)
         return losses
@@ -155,14 +155,14 @@ class RunCheckpoints:
     def save(
         self, saver: Saver, losses: list[float], bad_images: int, accuracy: float | None, *, refused: bool = False
     ) -> None:
-        """Save; the checkpoint counts once it is whole.
+        """Save; the checkpoint counts once it is complete.
 
         Args:
-            saver: Of this start.
-            losses: Of `finite_losses`.
+            saver: This start's.
+            losses: From `finite_losses`.
             bad_images: The epoch's so far, on all ranks.
-            accuracy: Of the evaluation at this step, if there was one.
-            refused: Whether the run stops here over images that cannot be read, in an epoch or after it.
+            accuracy: From the evaluation at this step, if there was one.
+            refused: Whether the run stops here because of unreadable images, in an epoch or after it.
 
         Raises:
             CheckpointError: On every rank: this checkpoint or the previous one could not be written.
@@ -185,7 +185,7 @@ class RunCheckpoints:
             note_parameters(folder, self.model, self.optimizer)
 
     def _take_up_refused(self, metadata: dict[str, Any]) -> None:
-        """Go on with an epoch over whose images the run was stopped: they do not count again."""
+        """Resume an epoch in which bad images stopped the run: they do not count again."""
         progress = self.progress
         progress.forgiven, progress.unfinished = metadata["bad_images"], metadata["unfinished"]
         if on_rank_0(lambda: any(row["step"] == progress.step for row in self.folder.metrics())):
@@ -195,7 +195,7 @@ class RunCheckpoints:
 
 @dataclass
 class _Noted:
-    """The metadata of a run's checkpoint, as far as it is read again."""
+    """The part of a run's checkpoint metadata that is read back."""
 
     recipe: dict[str, Any]
     num_processes: int
@@ -208,12 +208,12 @@ class _Noted:
 def load_newest(
     accelerator: Accelerator, recipe: Recipe, store: CheckpointStore, train_set: LabelledSet, folder: RunFolder
 ) -> Checkpoint | None:
-    """Load the newest usable checkpoint into what the accelerator prepared; None where there is none at all.
+    """Load the newest usable checkpoint into what the accelerator prepared; None if there are no checkpoints.
 
-    What dead processes left unfinished beside the checkpoints is removed; this process holds the run's folder.
+    Unfinished checkpoints of dead processes are removed; this process holds the run's folder.
 
     Raises:
-        CheckpointError: On every rank: checkpoints are there, but none can be used; they are gone though epochs are
+        CheckpointError: On every rank: there are checkpoints, but none can be used; they are gone although epochs are
             recorded; or the newest was written while training on another number of images.
     """
     on_rank_0(lambda: check_not_lost(recipe, store, folder))
@@ -234,28 +234,28 @@ def load_newest(
 
 
 def loss_of(found: Checkpoint, rank: int, world_size: int) -> float:
-    """This rank's summed loss since the epoch began; at another world size the first one carries all of it."""
+    """This rank's summed loss since the epoch began; at another world size the first rank carries all of it."""
     losses, before = found.metadata["loss_sums"], found.metadata["num_processes"]
     return float(losses[rank] if before == world_size else sum(losses) * (rank == 0))
 
 
 def check_not_lost(recipe: Recipe, store: CheckpointStore, folder: RunFolder) -> None:
-    """Refuse to begin anew beside the record of a run whose checkpoints were taken away, or hidden.
+    """Refuse to start over beside the record of a run whose checkpoints were removed or hidden.
 
     Raises:
-        CheckpointError: Epochs are recorded, and their checkpoints are gone or cannot be read.
+        CheckpointError: Epochs are recorded, but their checkpoints are gone or unreadable.
     """
     rows = folder.metrics()
     if not rows:
         return
     missing = _what_is_missing(store.folder)
     due = [row for row in rows if row["epoch"] % recipe.checkpoint.every_epochs == 0 or row["epoch"] == recipe.epochs]
-    # The first one is complete before the second begins; a kill before that leaves none.
+    # The first checkpoint is complete before the second begins; a kill before that leaves none.
     if missing is None and (any(store.folder.iterdir()) or (len(due) < 3 and not folder.is_finished)):
         return
     raise CheckpointError(
         f"{folder.metrics_path} has {len(rows)} epochs, but {store.folder} {missing or 'holds no checkpoint'}: bring "
-        "it back (is a file system not mounted?), or, to begin anew on purpose, choose another run_dir or move this "
+        "it back (is a file system not mounted?), or, to start over on purpose, choose another run_dir or move this "
         "one away"
     )
 
@@ -277,18 +277,18 @@ def _find(accelerator: Accelerator, recipe: Recipe, store: CheckpointStore) -> C
         try:
             typed(checkpoint.metadata, _Noted, "its metadata")
         except DocumentError as error:
-            return f"of no run ({error})"
+            return f"not from a run ({error})"
         differing = conflicts(ours, checkpoint.metadata["recipe"], kind=type(recipe))
-        return "of another recipe (" + "; ".join(differing) + ")" if differing else None
+        return "from another recipe (" + "; ".join(differing) + ")" if differing else None
 
     found, rejected = store.newest(refuse)
     store.clean()
     shutil.rmtree(store.folder / _CONVERTED, ignore_errors=True)
     for reason in rejected:
-        accelerator.print(f"checkpoint passed over: {reason}")
+        accelerator.print(f"skipping checkpoint {reason}")
     if found is None and rejected:
         raise CheckpointError(
-            "no checkpoint of this run can be used, and starting again would write over them; move "
+            "no checkpoint of this run can be used, and starting over would overwrite them; move "
             f"{store.folder} away to start from the beginning:\n  " + "\n  ".join(rejected)
         )
     return found
@@ -298,13 +298,13 @@ def _check_same_set(found: Checkpoint, train_set: LabelledSet) -> None:
     before = found.metadata.get("train_images", len(train_set))
     if before != len(train_set):
         raise CheckpointError(
-            f"{found.path} was written while training on {before} images, and {train_set.name} has {len(train_set)}: "
-            "the order of an epoch would be different. Bring the old images back, or choose another run_dir"
+            f"{found.path} was written while training on {before} images, but {train_set.name} has {len(train_set)}: "
+            "the order of an epoch would differ. Restore the old images, or choose another run_dir"
         )
 
 
 def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint) -> Path:
-    """The checkpoint, or a conversion of it where another engine, or ZeRO at another world size, wrote it."""
+    """The checkpoint, or a conversion of it if another engine, or ZeRO at another world size, wrote it."""
     engine, ranks = engine_of(accelerator), accelerator.num_processes
     same_ranks = ranks == found.metadata["num_processes"]
     if found.metadata.get("engine", UNNOTED) == engine.kind and (same_ranks or engine.loads_on_any_ranks):
@@ -316,24 +316,24 @@ def _fitting(accelerator: Accelerator, store: CheckpointStore, found: Checkpoint
 
 
 def changes(recipe: Recipe, num_processes: int, engine: str, before: dict[str, Any], model: nn.Module) -> list[str]:
-    """Lines for the user where ranks, engine or the parts of a batch differ from the checkpoint's metadata, `before`.
+    """Lines for the user if ranks, engine or micro-batches differ from the checkpoint's metadata, `before`.
 
-    `recipe` is that of this start after `fit_ranks`, `engine` the kind of this start's engine.
+    `recipe` is this start's after `fit_ranks`, `engine` the kind of this start's engine.
     """
     was_ranks, was = int(before["num_processes"]), before["recipe"].get("accumulation", 1)
     was_engine = before.get("engine", UNNOTED)
     lines = []
     if was_engine != engine:
-        lines.append(f"the run was under {was_engine} and is under {engine}: it goes on, but not bit for bit")
+        lines.append(f"the run was under {was_engine} and is now under {engine}: it continues, but not bit for bit")
     if (was_ranks, was) == (num_processes, recipe.accumulation):
         return lines
     old = replace(recipe, accumulation=was)
     if was_ranks != num_processes:
-        lines.append(f"the run had {was_ranks} ranks and has {num_processes}: it goes on, but not bit for bit")
+        lines.append(f"the run had {was_ranks} ranks and now has {num_processes}: it continues, but not bit for bit")
     lines.append(
         f"the global batch stays {recipe.batch_size} images; accumulation {was} -> {recipe.accumulation}, a rank holds "
         f"at most {largest_part(old, was_ranks)} -> {largest_part(recipe, num_processes)} images at once"
     )
     if any(isinstance(part, BATCH_NORMS) for part in model.modules()):
-        lines.append("batch normalisation takes its statistics over what a rank holds at once, so these change, too")
+        lines.append("batch normalisation's statistics are over the images a rank holds at once, so they change too")
     return lines

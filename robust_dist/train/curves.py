@@ -1,4 +1,4 @@
-"""The curves of a run as a picture, and what tells lines apart in every picture of ours."""
+"""The curves of a run as a picture, and the line styles of all our pictures."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ _MOST_LETTERS = 60
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of a line by number; marker and line differ, too, for those who see no colours."""
+    """Colour, marker and dash pattern of a line by number, distinguishable without colours."""
     return {
         "color": f"C{number % 10}",
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -24,7 +24,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> None:
-    """Draw losses, accuracy, learning rate and weight decay over the epochs into a PNG; nothing without epochs."""
+    """Plot losses, accuracy, learning rate and weight decay over the epochs to a PNG; nothing without epochs."""
     rows = [row for row in rows if row.get("epoch") is not None]
     if not rows:
         return
@@ -84,7 +84,7 @@ def _mark_best(axes: Any, best: dict[str, Any]) -> None:
 
 
 def switch_epoch(rows: list[dict[str, Any]], recipe: Recipe) -> float | None:
-    """After how many epochs weight decay was switched off; None where it was not, or is none."""
+    """Number of epochs after which weight decay was switched off; None if it was not, or there is none."""
     if not recipe.optimizer.weight_decay:
         return None
     before = 0
@@ -97,9 +97,9 @@ def switch_epoch(rows: list[dict[str, Any]], recipe: Recipe) -> float | None:
 
 
 def decay_corners(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[float], list[float]]:
-    """The weight decay over the epochs as a step: where its corners lie, and how high.
+    """The weight decay over the epochs as a step function: positions and heights of its corners.
 
-    A row has the decay of its epoch's last step; where in the epoch it was switched off, the recipe tells.
+    A row has the decay of its epoch's last step; the recipe tells where in the epoch it was switched off.
     """
     off = switch_epoch(rows, recipe)
     there = [(row["epoch"], row["weight_decay"]) for row in rows if row.get("weight_decay") is not None]
@@ -130,6 +130,6 @@ def _title(rows: list[dict[str, Any]], path: str | Path, recipe: Recipe) -> str:
 
 
 def _short(text: str) -> str:
-    """The end of a name or a path, which tells more than its beginning."""
+    """The end of a name or path, which is more informative than its beginning."""
     text = printable(text)
     return text if len(text) <= _MOST_LETTERS else f"...{text[-_MOST_LETTERS:]}"

@@ -1,7 +1,7 @@
 """The section "data" of a recipe: sets by name, and the sources of image files that it can name.
 
 An installed package adds a source by an entry point of the group "robust_dist.sources" whose value is a `SourceChoice`
-(robust_dist/data/README.md); its name is then taken wherever a recipe or a study names data.
+(robust_dist/data/README.md); recipes and studies can then use its name.
 """
 
 import inspect
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from robust_dist.data.source import ImageSource
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Metadata of a key that all sources of image files use, and sets by name do not.
+# Metadata of a key used by all sources of image files, but not by sets by name.
 FOR_FILES: dict[str, Any] = {"for_files": True}
 _DECODE = synonyms(cpu="exact")
 Classes = tuple[str, ...] | None
@@ -31,74 +31,73 @@ Classes = tuple[str, ...] | None
 
 @dataclass
 class DataConfig:
-    """The training and evaluation images, and their way to the ranks.
+    """The training and evaluation images, and how they reach the ranks.
 
     The keys from `train` on are for image files: imagefolder, hub, webdataset and the sources of installed packages.
-    Workers read the images while training; images of one size may be decoded once and lie whole in memory, as sets by
-    name do (see `crop_scale` and `keep_on`).
+    Workers read the images during training; images of one size may be decoded once and kept in memory, like sets by
+    name (see `crop_scale` and `keep_on`).
 
     Attributes:
-        name: A data set that lies on the device, by name: digits, cifar10, cifar100 or fashion_mnist; or a source of
-            image files: imagefolder, hub (the Hub's sets, parquet and what else `datasets` reads), webdataset, or one
-            that an installed package adds; or your own, as MODULE:NAME: a Dataset class or function of train (bool),
-            whose images are read once and lie whole in memory, or a SourceChoice.
-        root: The folder of the data files; files that are there already are used. Of imagefolder, the folder that
-            holds those of `train` and `eval`; of webdataset, the folder that shards' paths are relative to. Not used by
-            hub.
-        download: Fetch missing files (one process a host does it, the others wait).
-        own_files: cifar10, cifar100: take files that differ from the published ones as they are; otherwise they are
-            refused. They are pickles, which can run any code.
-        block: Samples in a block; ranks get whole blocks, and CutMix in mode "elem" pairs inside one.
-        drop_last: Leave out the last global batch of an epoch where it is short.
-        keep_on: Where a set lies that is whole in memory: device; host, from which batches are copied a step ahead;
-            auto takes the device where the set needs at most half of its free memory, else the host. Of image files,
-            device and host keep the set whole in memory; with auto, crop_scale null does.
+        name: A data set by name, kept on the device: digits, cifar10, cifar100 or fashion_mnist; or a source of image
+            files: imagefolder, hub (the Hub's sets, parquet and whatever else `datasets` reads), webdataset, or one
+                added
+            by an installed package; or your own, as MODULE:NAME: a Dataset class or function of train (bool), whose
+            images are read once and kept in memory, or a SourceChoice.
+        root: The folder of the data files; existing files are used. For imagefolder, the folder that contains those of
+            `train` and `eval`; for webdataset, the folder that shard paths are relative to. Not used by hub.
+        download: Download missing files (one process per host does, the others wait).
+        own_files: cifar10, cifar100: accept files that differ from the published ones; by default they are rejected.
+            They are pickles, which can run any code.
+        block: Samples per block; ranks get whole blocks, and CutMix in mode "elem" pairs samples within one.
+        drop_last: Drop an epoch's last global batch if it is short.
+        keep_on: Where a set in memory lies: device; host, from which batches are copied one step ahead; auto uses the
+            device if the set needs at most half of its free memory, otherwise the host. For image files, device and
+            host keep the set in memory; with auto, crop_scale null does.
         eval_batch_size: Images that one rank evaluates at a time.
         train: The training images: a folder below root (imagefolder; default train), a split (hub; default train) or
             shards, with braces or wildcards (webdataset).
-        eval: The evaluation images, likewise (defaults: val for imagefolder, validation for hub).
-        eval_share: imagefolder: class folders lie directly below root, and about this share of each class's images is
-            for evaluation, chosen by a hash of the file's name. Another file moves no image to the other part.
-        split_seed: imagefolder, with eval_share: another number, another choice.
+        eval: The evaluation images, likewise (default: val for imagefolder, validation for hub).
+        eval_share: imagefolder: class folders lie directly below root, and about this fraction of each class's images
+            is for evaluation, selected by a hash of the file name. Adding a file moves no image to the other part.
+        split_seed: imagefolder, with eval_share: another number selects other images.
         path: hub: a set's name on the Hub, a folder, or with data_files a format such as parquet.
-        config: hub: the set's configuration ("subset"), where it has several.
-        revision: hub: a branch, tag or commit; name one, so that the set cannot change under a run.
-        data_files: hub: split to files, as `datasets.load_dataset` takes them.
-        image_column: hub: the column of images; found by its type where null.
-        label_column: hub: the column of labels; found by its type where null.
-        streaming: hub: read parquet row groups when they are needed, and copy nothing before.
+        config: hub: the set's configuration ("subset"), if it has several.
+        revision: hub: a branch, tag or commit; set it so that the set cannot change under a run.
+        data_files: hub: split to files, as for `datasets.load_dataset`.
+        image_column: hub: the image column; null finds it by type.
+        label_column: hub: the label column; null finds it by type.
+        streaming: hub: read parquet row groups on demand, without copying everything first.
         spool_dir: hub, with streaming: the folder on each host's own disk where row groups are kept once for all its
-            ranks; null takes the system's temporary one.
-        image_keys: webdataset: endings of the member that is the image, of which the first that a sample has counts;
-            the usual ones where null.
+            ranks; null uses the system's temporary folder.
+        image_keys: webdataset: endings of the image member; a sample's first match is used; null uses the usual ones.
         label_key: webdataset: ending of the member that holds the label, or json.KEY.
-        num_classes: hub, webdataset: how many classes there are, where labels are numbers and not all of them occur.
-        allow_torn: webdataset: train without what lies behind a shard's tear; else a torn shard is an error.
-        index_dir: webdataset: the folder for the shards' index, where their own cannot be written.
-        size: Height and width of training images, after a random resized crop; in memory, that of the files.
-        eval_size: Height and width of evaluation images, after a central crop; size where null.
-        eval_resize: Their shorter side before that crop; null takes eval_size * 256 / 224.
-        crop_scale: Lowest and highest share of an image's area that the random crop takes. null leaves images as they
-            are stored, all of one size: they are decoded once and lie whole in memory (keep_on).
+        num_classes: hub, webdataset: the number of classes, if labels are numbers and not all of them occur.
+        allow_torn: webdataset: train without the samples after a shard's tear; by default a torn shard is an error.
+        index_dir: webdataset: the folder for the shards' index, if their own is not writable.
+        size: Height and width of training images, after a random resized crop; in memory, those of the files.
+        eval_size: Height and width of evaluation images, after a central crop; null uses size.
+        eval_resize: Their shorter side before that crop; null uses eval_size * 256 / 224.
+        crop_scale: Lowest and highest fraction of an image's area that the random crop takes. null leaves images as
+            stored, all of one size: they are decoded once and kept in memory (keep_on).
         crop_ratio: Lowest and highest width / height of that crop.
-        mean: Of each channel, on the scale 0 to 1; ImageNet's where null.
-        std: Likewise.
-        workers: Processes a rank that read and decode; 0 does it between the steps.
+        mean: Per channel, on the scale 0 to 1; null uses ImageNet's.
+        std: Per channel, likewise.
+        workers: Processes per rank that read and decode; 0 does it between the steps.
         prefetch: Batches that each worker reads ahead.
-        decode: What decodes while training: exact, the workers by Pillow; fast, the workers, JPEGs only as large as
-            their crop needs them (pixels differ by a few levels); cuda, the GPU by torchvision, JPEGs alone (likewise);
-            auto, the GPU where it can, else fast, and what the run's folder notes where it goes on. Crops are the same.
-            cpu is another word for exact.
+        decode: The decoder during training: exact, workers with Pillow; fast, workers, JPEGs only as large as their
+            crop needs (pixels differ by a few levels); cuda, torchvision on the GPU, JPEGs only (likewise); auto, the
+            GPU if possible, otherwise fast, and for a resumed run the decoder recorded in its folder. Crops are the
+            same. cpu is a synonym of exact.
         cache: disk keeps decoded images, shrunk to what their crops need, for later epochs and runs; off keeps none.
-        cache_dir: The folder for them on each host's own disk, which its ranks share and which may be deleted; null
-            takes one in the system's temporary folder.
-        cache_gib: The most that it holds, in GiB.
-        max_bad_share: The largest share of an epoch's images that may be unreadable; more is an error.
-        shuffle_window: Images that are shuffled among each other, at least, where they lie in shards or row groups;
-            larger mixes better, smaller reads fewer groups at a time.
-        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so for hub alone, as
-            `datasets` does; imagefolder and webdataset leave images as they are stored.
-        options: Settings of your own data, or of a source that an installed package adds.
+        cache_dir: The folder for them on each host's own disk, shared by its ranks; it may be deleted; null uses one in
+            the system's temporary folder.
+        cache_gib: Its maximum size in GiB.
+        max_bad_share: The largest fraction of an epoch's images that may be unreadable; more is an error.
+        shuffle_window: Minimum number of images shuffled together, if they lie in shards or row groups; larger mixes
+            better, smaller reads fewer groups at a time.
+        exif: Turn images upright by their EXIF orientation: on, off, or auto, which does so only for hub, like
+            `datasets`; imagefolder and webdataset leave images as stored.
+        options: Settings of your own data, or of a source added by an installed package.
     """
 
     name: str = field(default="digits", metadata=COSTLY | NAMES_CODE)
@@ -146,7 +145,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.exif, bool):
-            # YAML reads a plain on or off so.
+            # YAML reads a plain on or off as a boolean.
             self.exif = "on" if self.exif else "off"
         if isinstance(self.cache, bool):
             self.cache = "disk" if self.cache else "off"
@@ -177,31 +176,31 @@ class DataConfig:
 
     @property
     def source(self) -> "SourceChoice | None":
-        """The source of image files that the section names; None where it names none."""
+        """The source of image files that the section names; None if it names none."""
         return source_choice(self.name)
 
     @property
     def title(self) -> str:
-        """What a person knows the images by: the path of a set of the Hub, the folder of files, or the set's name."""
+        """A readable name of the images: the path of a Hub set, the folder of files, or the set's name."""
         return self.path or (self.name if own_code.is_name(self.name) or self.source is None else self.root)
 
     @property
     def streamed(self) -> bool:
-        """Whether workers read the images while training."""
+        """Whether workers read the images during training."""
         return self.source is not None and not self.in_memory
 
     @property
     def in_memory(self) -> bool:
-        """Whether files are decoded once, and lie whole in memory as a set by name does."""
+        """Whether files are decoded once and kept in memory like a set by name."""
         return self.source is not None and (self.keep_on != "auto" or self.crop_scale is None)
 
     @property
     def own_keys(self) -> dict[str, Any]:
-        """Values of the keys that belong to this source and not to all of them, by name."""
+        """Values of the keys that belong to this source only, by name."""
         return {of.name: getattr(self, of.name) for of in fields(self) if self.name in of.metadata.get("only_for", ())}
 
     def part(self, part: str) -> Any:
-        """`train` or `eval`, or what the source takes in its place where it is null."""
+        """`train` or `eval`, or the source's default if it is null."""
         return getattr(self, part) or getattr(self.source, part)
 
     @property
@@ -211,7 +210,7 @@ class DataConfig:
         return size, self.eval_resize or round(size * 256 / 224)
 
     def check_keys(self) -> None:
-        """Refuse what the set would not look at, and ask for what it cannot do without."""
+        """Reject keys that the set does not use, and require those it needs."""
         defaults = {of.name: default_of(of) for of in fields(self)}
         if self.in_memory:
             self._check_in_memory(defaults)
@@ -223,7 +222,7 @@ class DataConfig:
                 owners = (*_OWN, *sorted(entry_points(group=SOURCES).names))
             if owners and self.name not in owners and value != defaults[of.name]:
                 raise ValueError(
-                    f"data.{of.name}={hidden(value)!r} is for data.name={' or '.join(owners)}, and data.name is "
+                    f"data.{of.name}={hidden(value)!r} is for data.name={' or '.join(owners)}, but data.name is "
                     f"{self.name!r}: leave data.{of.name} out, or change data.name"
                 )
         if self.own_files:
@@ -234,28 +233,26 @@ class DataConfig:
             self._check_source(self.source)
 
     def _check_split(self) -> None:
-        """Refuse a share that leaves nothing, and parts that have a folder each."""
+        """Reject a share that leaves nothing, and parts with a folder each."""
         require_number("data.split_seed", self.split_seed, 0, 2**63 - 1)
         if self.eval_share is None:
             require(self.split_seed == 0, "data.split_seed", self.split_seed, "left out without data.eval_share")
             return
         require(0 < self.eval_share < 1, "data.eval_share", self.eval_share, "above 0 and below 1, or null")
         for part in ("train", "eval"):
-            wanted = "left out: with data.eval_share both parts are of the folder data.root"
+            wanted = "left out: with data.eval_share both parts come from data.root"
             require(getattr(self, part) is None, f"data.{part}", getattr(self, part), wanted)
 
     def _check_in_memory(self, defaults: dict[str, Any]) -> None:
-        """Refuse crops of a set whose images stay as they are stored."""
+        """Reject crops for a set whose images are kept as stored."""
         why = "data.crop_scale=null" if self.crop_scale is None else f"data.keep_on={self.keep_on}"
         for key in ("crop_scale", "crop_ratio", "eval_resize"):
             value = getattr(self, key)
-            wanted = (
-                f"left out: {why} keeps images whole in memory, as they are stored; augment.crop crops on the device"
-            )
+            wanted = f"left out: {why} keeps images in memory as stored; augment.crop crops on the device"
             require(value is None or value == defaults[key], f"data.{key}", value, wanted)
         require(self.cache == "off", "data.cache", self.cache, f"off: with {why} each image is decoded once")
         require(self.decode == "exact", "data.decode", self.decode, f"exact: with {why} each image is decoded once")
-        # One spelling: data.keep_on may change when a run goes on, the preparation of images may not.
+        # One spelling: data.keep_on may change when a run resumes, the preparation of images may not.
         self.crop_scale = None
 
     def _check_source(self, source: "SourceChoice") -> None:
@@ -294,11 +291,11 @@ class SourceChoice:
 
     Attributes:
         open: Called with the section, "train" or "eval", the training part's classes (None for the training part
-            itself), whether missing files may be fetched, and `data.options` by name; returns an `ImageSource`.
-        train: `data.train` where it is null; None where it must be given.
-        eval: `data.eval`, likewise.
-        wanted: What `data.train` and `data.eval` are, for the error where they are not.
-        takes_lists: They may be lists.
+            itself), whether missing files may be downloaded, and `data.options` as keywords; returns an `ImageSource`.
+        train: Default of `data.train`; None if it must be given.
+        eval: Default of `data.eval`, likewise.
+        wanted: What `data.train` and `data.eval` must be, for error messages.
+        takes_lists: Whether they may be lists.
     """
 
     open: "Callable[..., ImageSource]"
@@ -310,7 +307,7 @@ class SourceChoice:
 
 @cache
 def source_choice(name: str) -> SourceChoice | None:
-    """The source of a name: of this package, of another one's entry points, or your own; None where there is none."""
+    """The source with this name: ours, an entry point's, or the user's own; None if there is none."""
     if own_code.is_name(name):
         found = own_code.load("data.name", name)
         return found if isinstance(found, SourceChoice) else None
@@ -333,14 +330,14 @@ def _folder(data: DataConfig, part: str, classes: Classes, download: bool) -> "I
 
 
 def _flat_hint(root: Path, missing: Path) -> str:
-    """What to do where a part has no folder, and class folders lie in its place."""
+    """What to do if a part has no folder, and class folders lie in its place."""
     from robust_dist.data.folder import EXTENSIONS
 
     images = (path for path in root.glob("*/*") if path.suffix.lower() in EXTENSIONS)
     if missing.exists() or next(images, None) is None:
         return ""
     return (
-        f". The sub-folders of {root} hold images themselves: data.eval_share=0.2 takes a part of them for evaluation"
+        f". The sub-folders of {root} have images directly: data.eval_share=0.2 holds out part of them for evaluation"
     )
 
 

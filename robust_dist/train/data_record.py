@@ -1,4 +1,4 @@
-"""`data.json` of a run's folder: what the run is trained on, and whether a later start brings the same."""
+"""`data.json` in a run's folder: what the run is trained on, and whether a later start uses the same data."""
 
 import json
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
     """The content of `data.json`, as plain JSON values.
 
     Returns:
-        The data's name; the classes, by number; of both parts the name, the number of images, the revision (of a set of
-        the Hub), the fingerprint, and what was left out; the preprocessing; and the decoder of images that are read
-        while training.
+        The data's name; the classes, in label order; for both parts the name, the number of images, the revision (of a
+        Hub set), the fingerprint, and what was left out; the preprocessing; and the decoder of images that are read
+        during training.
     """
     record = {
         "name": recipe.data.name,
@@ -39,14 +39,14 @@ def data_record(recipe: Recipe, sets: Sequence[LabelledSet], image: Preprocessin
 
 
 def left_out(dataset: LabelledSet) -> dict[str, int]:
-    """The number of a set's files that do not count, by reason."""
+    """The number of a set's files that are left out, by reason."""
     found = dict(getattr(getattr(dataset, "source", None), "left_out", ()))
     unreadable = len(getattr(dataset, "unreadable", ()))
     return found | ({"that cannot be read": unreadable} if unreadable else {})
 
 
 def differences(here: Record, there: Record) -> list[str]:
-    """Differences between the record of this start's data and the folder's, a line each."""
+    """Differences between this start's data and the folder's record, one per line."""
     lines = _classes(here["classes"], there.get("classes", []))
     for part in PARTS:
         lines += part_differences(part, here[part], there.get(part, {}))
@@ -59,10 +59,10 @@ def differences(here: Record, there: Record) -> list[str]:
 
 
 def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
-    """Refuse training and evaluation images that are the same ones.
+    """Reject training and evaluation images that overlap.
 
     Returns:
-        Warnings: the parts are one because the recipe says so, or one looks like a copy of the other.
+        Warnings: the parts are the same because the recipe says so, or one looks like a copy of the other.
 
     Raises:
         ValueError: Images are in both parts; names both settings, what they share and what would be right.
@@ -74,7 +74,7 @@ def check_parts(data: DataConfig, sets: Sequence[LabelledSet]) -> list[str]:
         if names[0] == names[1]:
             return [f"evaluation is on the training images: data.train and data.eval are both {names[0]!r}"]
         raise ValueError(
-            f"data.train={names[0]!r} and data.eval={names[1]!r} have the same images ({shared}), so that evaluation "
+            f"data.train={names[0]!r} and data.eval={names[1]!r} share images ({shared}), so evaluation "
             f"would use training images; give parts without common images{_advice(data)}, or the same name twice "
             "if that is what you want"
         )
@@ -96,7 +96,7 @@ def _advice(data: DataConfig) -> str:
 
 
 def part_record(dataset: LabelledSet) -> Record:
-    """What `data.json` holds of one part."""
+    """The entry of one part in `data.json`."""
     source = getattr(dataset, "source", None)
     made: Record = {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()}
     revision, split = getattr(source, "revision", None), getattr(source, "split", None)
@@ -109,7 +109,7 @@ def part_record(dataset: LabelledSet) -> Record:
 
 
 def _sizes(recipe: Recipe, image: Preprocessing) -> Record:
-    """Sides in pixels, crops and flip; the padding of the random crop on the device where there is one."""
+    """Sides in pixels, crops and flip; the padding of the random crop on the device, if any."""
     data, augment = recipe.data, recipe.augment
     common = {
         "crop_padding": image.crop if augment.crop is None else augment.crop,
@@ -139,13 +139,13 @@ def _classes(here: list[str], there: list[str]) -> list[str]:
 
 
 def part_differences(part: str, here: Record, there: Record) -> list[str]:
-    """Differences between one part's record here and the folder's, a line each."""
+    """Differences between one part here and its record in the folder, one per line."""
     if there.get("images", here["images"]) != here["images"]:
         doing = {"train": "training", "eval": "evaluating"}[part]
-        return [f"{part}: the run was {doing} on {there['images']} images, and {here['name']} has {here['images']}"]
+        return [f"{part}: the run was {doing} on {there['images']} images, but {here['name']} has {here['images']}"]
     if there.get("fingerprint", here["fingerprint"]) != here["fingerprint"]:
         ours, theirs = here.get("revision"), there.get("revision")
-        # Another commit with the same images (of a set's description, say) is no difference.
-        moved = f" (the Hub's revision is {ours}, and was {theirs}: set data.revision)" if ours != theirs else ""
+        # Another commit with the same images (changing a set's description, say) is not a difference.
+        moved = f" (the Hub's revision is {ours} and was {theirs}: set data.revision)" if ours != theirs else ""
         return [f"{part}: {here['name']} has as many images as before, but other names or labels{moved}"]
     return []

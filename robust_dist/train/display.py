@@ -1,4 +1,4 @@
-"""What a run shows of its speed: a bar, a line per epoch, figures by host clocks alone, and a trace of a few steps."""
+"""Progress bar, epoch lines, speed figures from host clocks, and a profiler trace of a few steps."""
 
 import os
 import sys
@@ -30,9 +30,9 @@ class Figures:
     """Measurements of a stretch of training.
 
     Attributes:
-        seconds: Its length.
-        images: Images that all ranks trained on.
-        wait_seconds: The part of the time in which this rank's loop waited for its loader.
+        seconds: Its duration.
+        images: Images trained on by all ranks.
+        wait_seconds: Time that this rank's loop waited for its loader.
     """
 
     seconds: float = 0.0
@@ -41,22 +41,22 @@ class Figures:
 
     @property
     def images_per_second(self) -> float:
-        """Over all ranks."""
+        """Images per second over all ranks."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
 
 def data_wait_share(figures: Figures) -> float:
-    """The share of the time that this rank's loop waited for its loader, 0 to 1."""
+    """The fraction of the time that this rank's loop waited for its loader."""
     return min(1.0, figures.wait_seconds / figures.seconds) if figures.seconds > 0 else 0.0
 
 
 class Meter:
-    """Counts images and seconds of an epoch, and of the time since the last look; no step waits for a device.
+    """Counts images and seconds of an epoch, and since the last reading; no step waits for a device.
 
     Args:
-        world_size: Ranks of the run.
+        world_size: Number of ranks.
         flops_per_image: The model's, or None.
-        peak: FLOP/s of one device at most, or None.
+        peak: Peak FLOP/s of one device, or None.
     """
 
     def __init__(self, world_size: int, flops_per_image: int | None = None, peak: float | None = None) -> None:
@@ -64,13 +64,13 @@ class Meter:
         self.begin()
 
     def begin(self) -> None:
-        """An epoch, or what is left of it, begins."""
+        """Begin an epoch, or the rest of one."""
         self._began = self._looked = time.perf_counter()
         self._images = self._images_then = 0
         self._waited = self._waited_then = 0.0
 
     def fetch(self, loader: Iterable[T]) -> Iterator[T]:
-        """The loader's batches; the time until each is there counts as waiting."""
+        """The loader's batches; the time until each arrives counts as waiting."""
         batches = iter(loader)
         while True:
             began = time.perf_counter()
@@ -83,22 +83,22 @@ class Meter:
             yield batch
 
     def count(self, images: int) -> None:
-        """A step over so many images of all ranks was begun."""
+        """Count a step over this many images of all ranks."""
         self._images += images
 
     def epoch(self) -> Figures:
-        """Since `begin`; on a GPU, once its work has been waited for."""
+        """Figures since `begin`; on a GPU, after waiting for its work."""
         return Figures(time.perf_counter() - self._began, self._images, self._waited)
 
     def recent(self) -> Figures:
-        """Since the last call, or `begin`."""
+        """Figures since the last call, or `begin`."""
         now, then = time.perf_counter(), self._looked
         images, waited = self._images - self._images_then, self._waited - self._waited_then
         self._looked, self._images_then, self._waited_then = now, self._images, self._waited
         return Figures(now - then, images, waited)
 
     def mfu(self, figures: Figures) -> float | None:
-        """Model FLOPs utilisation: the model's own arithmetic over what the devices could do; None where unknown."""
+        """Model FLOPs utilisation: the model's own arithmetic over the devices' peak; None if unknown."""
         if self.flops_per_image is None or self.peak is None:
             return None
         return self.flops_per_image * figures.images_per_second / self.world_size / self.peak
@@ -107,7 +107,7 @@ class Meter:
 def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, image_shape: tuple[int, ...]) -> Meter:
     """A meter that knows the whole, unwrapped model and the device.
 
-    `tracking.peak_tflops` goes before the device's data sheet; `image_shape` is [C, H, W].
+    `tracking.peak_tflops` takes precedence over the device's data sheet; `image_shape` is [C, H, W].
     """
     peak = recipe.tracking.peak_tflops
     if peak is None and accelerator.device.type == "cuda":
@@ -117,7 +117,7 @@ def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, imag
     try:
         flops = training_flops(model, image_shape)
     except Exception as error:
-        # No run should end for the sake of a figure.
+        # A missing figure must not end a run.
         accelerator.print(f"no MFU: the model's operations cannot be counted ({type(error).__name__}: {error})")
         return Meter(accelerator.num_processes)
     return Meter(accelerator.num_processes, flops, peak * 1e12)
@@ -126,7 +126,7 @@ def build_meter(recipe: Recipe, accelerator: Accelerator, model: nn.Module, imag
 def measured(meter: Meter, figures: Figures, accelerator: Accelerator) -> dict[str, float | None]:
     """The measured figures of an epoch, equal on all ranks; a collective.
 
-    The wait is that of the rank that waited longest, the memory that of the rank that used most.
+    Waiting time and memory are the maximum over ranks.
     """
     mine = torch.tensor(
         [data_wait_share(figures), peak_memory(accelerator.device) / GIB, figures.seconds],
@@ -145,14 +145,14 @@ def measured(meter: Meter, figures: Figures, accelerator: Accelerator) -> dict[s
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
+    """Whether this process is a notebook kernel."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return "IPKernelApp" in getattr(shell, "config", {})
 
 
 class Display:
-    """Progress bar and epoch lines on the main process; `done` steps were made before this start."""
+    """Progress bar and epoch lines on the main process; `done` steps were taken before this start."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, total_steps: int, done: int, meter: Meter) -> None:
         self.epochs, self.accelerator, self.meter = recipe.epochs, accelerator, meter
@@ -161,7 +161,7 @@ class Display:
         self.bar = tqdm(
             total=total_steps,
             initial=done,
-            # A notebook's cell is no terminal, and shows a bar all the same.
+            # A notebook cell is not a terminal, but can show a bar.
             disable=hidden or (False if in_notebook() else None),
             unit="step",
             dynamic_ncols=True,
@@ -176,14 +176,14 @@ class Display:
         self.bar.close()
 
     def step(self) -> None:
-        """One optimizer step was begun; the figures beside the bar are made anew only as often as they are seen."""
+        """Count an optimizer step; the figures beside the bar are computed only as often as it is drawn."""
         if not self.bar.disable and time.perf_counter() - self._looked >= SECONDS_BETWEEN_LOOKS:
             self._looked = time.perf_counter()
             self.bar.set_postfix_str(self._postfix(self.meter.recent()), refresh=False)
         self.bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Show the object of one epoch."""
+        """Show the row of one epoch."""
         if self.accelerator.is_main_process:
             tqdm.write(
                 f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  "
@@ -208,7 +208,7 @@ def _mfu(share: float | None, before: str = "  ") -> str:
 def window(setting: bool | tuple[int, int], steps_left: int) -> tuple[int, int] | None:
     """The traced steps of this start: (steps before them, their number); None for none.
 
-    `steps_left` are those from this start to the run's end; the window is moved forward until it fits.
+    `steps_left` are those from this start to the run's end; the window is moved earlier until it fits.
     """
     if not setting or steps_left < 2:
         return None
@@ -219,7 +219,7 @@ def window(setting: bool | tuple[int, int], steps_left: int) -> tuple[int, int] 
 
 
 class Profiling:
-    """Traces a few steps of the first host's ranks into RUN/profile, and tells where the trace lies."""
+    """Traces a few steps of the first host's ranks into RUN/profile, and prints where the trace is."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path, total_steps: int, done: int) -> None:
         self.folder, self.accelerator = folder / "profile", accelerator
@@ -240,7 +240,7 @@ class Profiling:
             self.profiler.stop()
 
     def step(self) -> None:
-        """One optimizer step was begun."""
+        """Count an optimizer step."""
         if self.profiler is not None:
             self.profiler.step()
 
@@ -257,7 +257,7 @@ class Profiling:
         )
 
     def _write(self, profiler: profile) -> None:
-        """The trace under a name that TensorBoard's profiler tab knows, and a table on the main process."""
+        """Write the trace under a name known to TensorBoard's profiler tab, and print a table on the main process."""
         rank = self.accelerator.process_index
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank-{rank}.{self.first}.pt.trace.json"

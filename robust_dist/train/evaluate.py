@@ -1,4 +1,4 @@
-"""Evaluation that counts every sample once, whatever the world size, of the weights and statistics that count."""
+"""Evaluation that counts every sample once at any world size, with the right weights and statistics."""
 
 import math
 from collections.abc import Callable
@@ -28,11 +28,11 @@ class Score:
     """The result of an evaluation.
 
     Attributes:
-        accuracy: Share of samples whose class has the largest logit.
+        accuracy: Fraction of samples whose class has the largest logit.
         samples: Number of samples counted, over all ranks.
         loss: Mean cross-entropy.
-        top5: Share of samples whose class is among the five largest logits; None below six classes.
-        class_accuracy: The accuracy on each class's samples, in the classes' order; None for a class without any.
+        top5: Fraction of samples whose class is among the five largest logits; None for fewer than six classes.
+        class_accuracy: Accuracy on each class's samples, in label order; None for a class without samples.
     """
 
     accuracy: float
@@ -82,10 +82,10 @@ def evaluate(
     world_size: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Score:
-    """Score a classifier on a whole data set, shared between the ranks; the model is left in its mode.
+    """Score a classifier on a whole data set, shared between the ranks; the model's mode is left unchanged.
 
-    Every rank makes as many forward passes, because a sharded model's need the other ranks; a rank that has run out
-    repeats an image and does not count it. What cannot be read is not counted.
+    Every rank makes the same number of forward passes, because a sharded model's need the other ranks; a rank that has
+    run out repeats an image without counting it. Unreadable images are not counted.
 
     Args:
         model: From normalised images [B, C, H, W] to logits [B, num_classes].
@@ -94,10 +94,10 @@ def evaluate(
         batch_size: Images at a time on each rank.
         rank: This rank.
         world_size: Ranks that share the work.
-        dtype: Of the images; None leaves them as `augment` makes them.
+        dtype: Dtype of the images; None leaves them as `augment` returns them.
 
     Returns:
-        The score; accuracy and loss are nan where no image could be read.
+        The score; accuracy and loss are NaN if no image could be read.
     """
     training = model.training
     model.eval()
@@ -118,12 +118,12 @@ def evaluate(
 
 
 def no_totals(num_classes: int, device: torch.device) -> Tensor:
-    """Zeros to which the `count_batch` of each batch is added, float64."""
+    """Initial totals, to which `count_batch` of each batch is added: zeros, float64."""
     return torch.zeros(4 + 2 * num_classes, dtype=torch.float64, device=device)
 
 
 def score_of(totals: Tensor) -> Score:
-    """The score of the sum of what `count_batch` gave."""
+    """The score from the sum of `count_batch` results."""
     correct, samples, loss, top5, *by_class = totals.tolist()
     counted = samples or math.nan
     num_classes = len(by_class) // 2
@@ -138,16 +138,16 @@ def score_of(totals: Tensor) -> Score:
 
 
 def count_batch(logits: Tensor, batch: EvalBatch, num_classes: int) -> Tensor:
-    """What one batch adds to the totals; nothing of it waits for the device.
+    """One batch's contribution to the totals, without waiting for the device.
 
     Args:
         logits: [B, at least num_classes].
         batch: The images that gave them.
-        num_classes: Classes of the data.
+        num_classes: Number of classes in the data.
 
     Returns:
-        Float64: correct, samples, summed loss, correct among the five largest logits, then the correct ones and
-        the samples of each class. All but the loss are whole numbers, so their sums are exact.
+        Float64: correct, samples, summed loss, correct among the five largest logits, then correct and samples of each
+        class. All but the loss are whole numbers, so their sums are exact.
     """
     labels = batch.labels
     if batch.good is not None:
@@ -162,9 +162,9 @@ def count_batch(logits: Tensor, batch: EvalBatch, num_classes: int) -> Tensor:
 
 
 def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """The number of classes that come before each sample's own, int64 [B].
+    """The number of classes ranked before each sample's own, int64 [B].
 
-    Equal logits come in the classes' order, as in `argmax`; one that is no number counts as the largest.
+    Equal logits rank in class order, as in `argmax`; NaN counts as the largest.
     """
     logits = torch.where(logits.isnan(), math.inf, logits)
     own = logits.gather(1, labels[:, None])
@@ -177,13 +177,13 @@ def use_averaged_weights(
 ) -> None:
     """Make a schedule-free optimizer's average the model's weights, until the next `optimizer.train()`.
 
-    Batch normalisation's statistics are collected anew, from the first training batches of the epoch, each brought to
-    the model's input by `prepare`; those that are there belong to the weights that were trained.
+    Batch normalisation's statistics are recomputed from the epoch's first training batches, each turned into the
+    model's input by `prepare`; the existing ones belong to the trained weights.
     """
     base: Any = base_optimizer(optimizer)
     if not (callable(getattr(base, "eval", None)) and getattr(base, "averages_weights", True)):
         return
-    # Accelerate's wrapper of another wrapper passes it on from some release on only.
+    # Accelerate's wrapper of another wrapper forwards it only from some release on.
     base.eval()
     batches = chain.from_iterable(loader.epoch(epoch) for _ in count())
     with torch.no_grad():
@@ -191,5 +191,5 @@ def use_averaged_weights(
             tick("collecting the statistics of batch normalisation")
             for batch in parts:
                 model(prepare(batch))
-    # Bad images were counted when they were trained on.
+    # Bad images were counted during training.
     loader.take_bad()

@@ -1,8 +1,8 @@
 """A rank of the run, and the report of its end: every error once, and the first cause before its consequences.
 
-A rank that fails writes RUN/errors/rank-N.json. The ranks that then lose it raise errors of their own, about
-connections; they are told by what they say, not by clocks, which differ between hosts, and each of them prints one
-line that names the rank that failed first, or those that left no word at all.
+A rank that fails writes RUN/errors/rank-N.json. Ranks that then lose it raise connection errors of their own; these are
+recognised by their text, not by clocks, which differ between hosts, and each of these ranks prints one line naming the
+rank that failed first, or those that left no record.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from robust_dist.documents import read_json
 from robust_dist.private import hidden_text
 from robust_dist.ranks.talk import Origin, ranks_text
 
-# "failed": by itself. "hang": ended by its watchdog. "lost": it lost a peer. "waited": for a peer, until the timeout.
+# "failed": on its own. "hang": ended by its watchdog. "lost": lost a peer. "waited": for a peer, until the timeout.
 Kind = Literal["failed", "hang", "lost", "waited"]
 _CAUSES: tuple[Kind, ...] = ("failed", "hang")
 SECONDS_FOR_WORD = 3.0
@@ -47,11 +47,11 @@ def _number(name: str, default: int) -> int:
 
 @dataclass
 class Rank:
-    """One rank of the run, as its launcher's environment tells it before there is a process group.
+    """One rank of the run, as given by its launcher's environment before there is a process group.
 
     Attributes:
         number: 0 to world_size - 1.
-        world_size: Ranks of the run.
+        world_size: Number of ranks.
         host: The machine's name.
         folder: The run's folder, None until it is claimed.
     """
@@ -62,7 +62,7 @@ class Rank:
     folder: Path | None = None
 
     def claimed(self, folder: Path) -> None:
-        """The run's folder belongs to this run from now on."""
+        """Called once the run's folder belongs to this run."""
         self.folder = folder
 
     def __str__(self) -> str:
@@ -74,13 +74,13 @@ class Record:
     """The content of RUN/errors/rank-N.json.
 
     Attributes:
-        rank: Who wrote it.
-        host: On which machine.
+        rank: The rank that wrote it.
+        host: Its machine.
         kind: Whether the error is a cause or follows from another rank's.
-        type: The exception's.
-        message: What it says.
+        type: The exception's type.
+        message: The exception's message.
         traceback: The rank's own, or empty.
-        time: ISO 8601, of the host's clock.
+        time: ISO 8601, by the host's clock.
     """
 
     rank: int
@@ -101,7 +101,7 @@ class Record:
 
 def kind_of(error: BaseException) -> Kind:
     """Whether an error says that another rank is gone or silent, or is this rank's own."""
-    # Torch's transports raise RuntimeErrors; an OSError about a connection is a file system's or a Hub's.
+    # Torch's transports raise RuntimeErrors; an OSError about a connection comes from a file system or a Hub.
     if not isinstance(error, RuntimeError) or type(error).__module__.startswith("robust_dist"):
         return "failed"
     text = str(error)
@@ -109,7 +109,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, origin: Origin | None = None) -> Record:
-    """Write down why this rank ends, for the other ranks and for who reads it later; never raises for the disk."""
+    """Record why this rank ends, for other ranks and later readers; never raises because of the disk."""
     own = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     record = Record(
         rank=rank.number,
@@ -123,14 +123,14 @@ def record_failure(error: BaseException, rank: Rank, kind: Kind | None = None, o
     if rank.folder is not None:
         with contextlib.suppress(OSError):
             folder = rank.folder / "errors"
-            # A run's folder that was removed is not made again.
+            # Do not recreate a run folder that was removed.
             folder.mkdir(exist_ok=True)
             write_atomically(folder / f"rank-{rank.number}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record
 
 
 def read_records(run_dir: str | Path) -> list[Record]:
-    """The records of a run's last start, first cause first; files that cannot be read are left out."""
+    """The records of a run's last start, first cause first; unreadable files are skipped."""
     records: list[Record] = []
     for path in sorted(Path(run_dir, "errors").glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -140,7 +140,7 @@ def read_records(run_dir: str | Path) -> list[Record]:
 
 
 def set_aside(run_dir: str | Path) -> None:
-    """Move the records of an earlier start into a folder of their own, so that none is taken for one of this start."""
+    """Move an earlier start's records into a folder of their own, so that none is taken for one of this start."""
     folder = Path(run_dir, "errors")
     old = sorted(folder.glob("rank-*.json"))
     if old:
@@ -151,9 +151,9 @@ def set_aside(run_dir: str | Path) -> None:
 
 
 def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) -> str:
-    """One line of a rank that lost the others: what it follows from.
+    """One line from a rank that lost the others: the cause.
 
-    `loss` is the rank's own record; it waits for `seconds` for the word of a rank that failed by itself.
+    `loss` is the rank's own record; it waits `seconds` for the record of a rank that failed on its own.
     """
     cause = _await_cause(rank, seconds)
     if cause is not None:
@@ -165,9 +165,9 @@ def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) ->
     heard = {record.rank for record in read_records(rank.folder)}
     silent = [number for number in range(rank.world_size) if number not in heard]
     if not silent:
-        return f"{rank}: {begun}, as every rank did: look at the network between the hosts: {said}"
+        return f"{rank}: {begun}, as did every rank: check the network between the hosts: {said}"
     why = "stopped, stuck, or cut off" if loss.kind == "waited" else "killed (out of memory?), or cut off"
-    return f"{rank}: {begun}; {ranks_text(silent)} left no word: {why}. It said: {said}"
+    return f"{rank}: {begun}; {ranks_text(silent)} left no record: {why}. The error: {said}"
 
 
 def _await_cause(rank: Rank, seconds: float) -> Record | None:
@@ -183,21 +183,21 @@ def _await_cause(rank: Rank, seconds: float) -> Record | None:
 
 
 def tell_launcher(summary: str, details: str, *, cause: bool = True) -> None:
-    """Write the file from which torchrun and `accelerate launch` make their own summary, where they asked for one.
+    """Write the file from which torchrun and `accelerate launch` build their summary, if they asked for one.
 
-    `summary` is one line, `details` are shown with it, and without `cause` this follows from another rank's error.
+    `summary` is one line, `details` are shown with it; `cause=False` means that another rank's error caused this one.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     summary, details = hidden_text(summary), hidden_text(details)
     if path:
-        # In whole seconds; the earliest is taken for the root cause, and the lowest rank of equal ones.
+        # In whole seconds; the earliest is taken as the root cause, and the lowest rank among equals.
         extra = {"py_callstack": details, "timestamp": str(int(time.time()) + (not cause))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": extra}}), encoding="utf-8")
 
 
 def report_shared(error: BaseException, origin: Origin, rank: Rank) -> None:
-    """Say once why all ranks end that raise one rank's error: the rank it came from does."""
+    """Report once why all ranks end with the same error; its rank of origin does so."""
     if rank.number == origin.rank:
         record_failure(error, rank, "failed", origin)
         said = hidden_text(origin.traceback)
@@ -208,7 +208,7 @@ def report_shared(error: BaseException, origin: Origin, rank: Rank) -> None:
 
 
 def report_failure(error: BaseException, rank: Rank) -> None:
-    """Say on this rank's stderr why it ends: a traceback where the error is its own, else one line."""
+    """Report on this rank's stderr why it ends: a traceback if the error is its own, else one line."""
     record = record_failure(error, rank)
     if record.kind in _CAUSES:
         place = "" if rank.folder is None else f" (also in {rank.folder / 'errors' / f'rank-{rank.number}.json'})"

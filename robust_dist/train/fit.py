@@ -1,4 +1,4 @@
-"""A run with your own model, images, optimizer or augmentation: in a script, a notebook or `accelerate launch`."""
+"""Training with your own model, images, optimizer or augmentation, in a script, a notebook or `accelerate launch`."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from robust_dist.train.optimizers import OPTIMIZERS, OptimizerChoice
 from robust_dist.train.recipe import Recipe, load_recipe
 from robust_dist.train.sources import image_set, info_of_sets, preprocessing_of
 
-# The engine under which this process has trained, if that engine takes one run a process.
+# The engine that this process has trained under, if it allows only one run per process.
 _spent: list[str] = []
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,8 +37,8 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-        rows: The epochs, as `metrics.jsonl` has them, oldest first.
-        best: The row with the highest eval_accuracy; the newest of several.
+        rows: The epochs, as in `metrics.jsonl`, oldest first.
+        best: The row with the highest eval_accuracy; the newest in a tie.
         run_dir: The run's folder.
         checkpoint: Its newest checkpoint.
     """
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """What lies in the folder, by name: run_dir, checkpoint, recipe, data, metrics, curves and log."""
+        """The folder's contents by name: run_dir, checkpoint, recipe, data, metrics, curves and log."""
         files = {"recipe": "recipe.yaml", "data": "data.json", "metrics": "metrics.jsonl"}
         files |= {"curves": "curves.png", "log": "log.txt"}
         places = {"run_dir": self.run_dir, "checkpoint": self.checkpoint}
@@ -68,28 +68,28 @@ def fit(
     augment: Augment | None = None,
     run_dir: str | Path | None = None,
 ) -> Result:
-    """Train a recipe, with parts of your own in place of those that it names.
+    """Train a recipe, with your own parts in place of those that it names.
 
-    The run is the recipe's in all else: checkpoints, metrics and curves in its folder; the same call goes on where it
-    stopped; under `accelerate launch` every rank calls it. A process may call it again, also in another precision, but
-    not for two runs at a time; some engines take one run a process, and a second call is an error.
+    Otherwise the run follows the recipe: checkpoints, metrics and curves in its folder; the same call resumes it; under
+    `accelerate launch` every rank calls it. A process may call it again, also in another precision, but not for two
+    runs at a time; some engines allow one run per process, and a second call is an error.
 
     Args:
         recipe: All settings; or a YAML file; or the name of one of the package's recipes.
         model: From float images [B, C, H, W] to logits [B, classes]: a module, or a function of the number of classes,
-            which is called with torch seeded by the recipe's seed. A module must have the same weights on every rank.
+            called with torch seeded by the recipe's seed. A module must have the same weights on every rank.
         train_set: An `ImageSet`; or a pair of images (uint8 [N, C, H, H]) and labels (int64 [N]); or a map-style data
-            set of (PIL image or uint8 [C, H, H], label), whose images have one size: it is read once, into memory. Its
+            set of (PIL image or uint8 [C, H, H], label) with images of one size, which is read once into memory. Its
             mean and standard deviation normalise the images, and random crops are padded by an eighth of the side.
-        eval_set: The same for evaluation; needed with `train_set`, and only with it.
+        eval_set: The same for evaluation; required with `train_set`, and not allowed without it.
         optimizer: From param groups, which have the recipe's weight decay, to the optimizer; its rates are scheduled.
-        augment: From images (uint8 [B, C, H, H]), labels (int64 [B]) and keys (int64 [B]; one a sample and epoch) to
-            float images and targets (int64 [B] or float [B, classes]), on the images' device, in place of the recipe's
+        augment: From images (uint8 [B, C, H, H]), labels (int64 [B]) and keys (int64 [B]; one per sample and epoch) to
+            float images and targets (int64 [B] or float [B, classes]) on the images' device, in place of the recipe's
             pipeline.
         run_dir: In place of the recipe's.
 
     Raises:
-        ValueError: A setting or a part that cannot be used, before the first step.
+        ValueError: A setting or a part cannot be used; raised before the first step.
         DivergedError: The loss is no longer finite.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -97,7 +97,7 @@ def fit(
         recipe = replace(recipe, run_dir=str(run_dir))
     if (train_set is None) != (eval_set is None):
         given, missing = ("train_set", "eval_set") if eval_set is None else ("eval_set", "train_set")
-        raise ValueError(f"{given} is given and {missing} is not; give both, or leave both to the recipe's data")
+        raise ValueError(f"{given} is given but {missing} is not; give both, or neither to use the recipe's data")
     with contextlib.ExitStack() as parts:
         if train_set is not None:
             first = image_set(train_set, "train_set")
@@ -118,7 +118,7 @@ def fit(
             stages = recipe.augment.before + recipe.augment.after
             if stages:
                 raise ValueError(
-                    f"augment is given, and the recipe has stages of its own ({', '.join(stages)}); leave one"
+                    f"augment is given, but the recipe has stages of its own ({', '.join(stages)}); drop one of them"
                 )
             recipe = replace(recipe, augment=_with_pipeline(recipe.augment, augment))
         rows = _train(recipe)
@@ -128,18 +128,18 @@ def fit(
 
 
 def _train(recipe: Recipe) -> list[dict[str, Any]]:
-    """Train in a process that may train again in another precision, of which Accelerate's state has only one."""
+    """Train in a process that may train again in another precision, although Accelerate's state is per process."""
     if is_initialized():
         found = AcceleratorState().mixed_precision
         if found != recipe.precision.mixed:
             raise ValueError(
-                f"precision.mixed={recipe.precision.mixed!r}, and this process has an Accelerator of its own with "
-                f"mixed_precision={found!r}: set the same, or let fit make the only one"
+                f"precision.mixed={recipe.precision.mixed!r}, but this process has an Accelerator of its own with "
+                f"mixed_precision={found!r}: set the same, or let fit create the only one"
             )
         return train(recipe)
     if _spent:
         raise ValueError(
-            f"this process has trained under {_spent[0]}, which takes one run a process: start a process for each run"
+            f"this process has trained under {_spent[0]}, which allows one run per process: start one process per run"
         )
     try:
         accelerator = build_accelerator(recipe)
@@ -148,7 +148,7 @@ def _train(recipe: Recipe) -> list[dict[str, Any]]:
         return train(recipe, accelerator)
     finally:
         if is_initialized():
-            # The end of the run has closed the process group; the next run opens its own.
+            # The run's end closed the process group; the next run opens its own.
             vars(AcceleratorState()).clear()
             vars(PartialState()).clear()
 
@@ -156,7 +156,7 @@ def _train(recipe: Recipe) -> list[dict[str, Any]]:
 def _builder(model: nn.Module | Callable[[int], nn.Module], side: int) -> Callable[..., nn.Module]:
     def build(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
         if options:
-            raise ValueError(f"model.options={options} are for a model that the recipe names; leave them out")
+            raise ValueError(f"model.options={options} are for a model named in the recipe; leave them out")
         made = model if isinstance(model, nn.Module) else model(num_classes)
         check_output("model", type(made).__name__, made, (in_channels, side, side), num_classes)
         return made
@@ -174,7 +174,7 @@ def _named(registry: dict[str, Any], entry: Any) -> Iterator[None]:
 
 
 class _OwnPipeline(nn.Module):
-    """The caller's augmentation, with all else of the recipe's pipeline."""
+    """The caller's augmentation, with the rest of the recipe's pipeline."""
 
     def __init__(self, pipeline: RobustAugment, own: Augment) -> None:
         super().__init__()

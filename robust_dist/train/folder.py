@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its recipe, its environment, its metrics."""
+"""The folder of a run: its lock, recipe, environment and metrics."""
 
 import json
 import os
@@ -56,16 +56,16 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run came to its end here: the curves are drawn then."""
+        """Whether a run finished here: the curves are drawn then."""
         return (self.path / "curves.png").exists()
 
     @property
     def data_path(self) -> Path:
-        """The note of what the run is trained on."""
+        """The record of what the run is trained on."""
         return self.path / "data.json"
 
     def decoder(self) -> str | None:
-        """The decoder of the images that the run was trained on; "" where none is noted, None before any training."""
+        """The decoder of the images that the run was trained on; "" if none is recorded, None before any training."""
         if not self._has_begun():
             return None
         try:
@@ -75,16 +75,16 @@ class RunFolder:
         return noted if isinstance(noted, str) else ""
 
     def claim(self, recipe: Recipe, environment: dict[str, Any], data: Record | None = None) -> None:
-        """Take the folder for this process, or say why not; nothing is written unless all is well.
+        """Take the folder for this process, or raise why not; nothing is written unless everything fits.
 
         Args:
-            recipe: The recipe that is to run here.
-            environment: The note of this start in `environment.json`.
-            data: The content of `data.json`; None leaves it as it is.
+            recipe: The recipe to run here.
+            environment: This start's entry in `environment.json`.
+            data: The content of `data.json`; None leaves it unchanged.
 
         Raises:
-            RunFolderError: Another live run holds the folder, it holds a run with other settings or on other data,
-                or files that are no run's.
+            RunFolderError: Another live run holds the folder, or it contains a run with other settings or data, or
+                files that are not from a run.
         """
         try:
             self._claim_for(recipe, environment, data)
@@ -93,7 +93,7 @@ class RunFolder:
             raise self._unwritable(error) from None
 
     def check_usable(self, recipe: Recipe) -> None:
-        """Raise as `claim` would over the folder and the settings that it holds; nothing is taken or written."""
+        """Raise as `claim` would for the folder and its settings; nothing is taken or written."""
         try:
             self._check_is_run_or_empty()
             if self._recipe_path.exists():
@@ -102,16 +102,16 @@ class RunFolder:
             raise self._unwritable(error) from None
 
     def check(self) -> None:
-        """Raise a FolderLostError if another run took the claimed folder over, as this one gave no sign of life."""
+        """Raise a FolderLostError if another run took over the claimed folder without sign of life from this one."""
         if self._claim is not None:
             self._claim.check()
 
     def note_stop(self, note: dict[str, Any]) -> None:
-        """Say in `stopped.json` that a signal stopped the run."""
+        """Record in `stopped.json` that a signal stopped the run."""
         write_atomically(self.path / STOPPED, json.dumps(note, indent=1) + "\n")
 
     def stop_note(self) -> dict[str, Any]:
-        """The content of `stopped.json`; empty where no signal stopped the run."""
+        """The content of `stopped.json`; empty if no signal stopped the run."""
         try:
             note: _Stop = read_json(self.path / STOPPED, _Stop)
         except (OSError, ValueError):
@@ -126,9 +126,9 @@ class RunFolder:
         if self._recipe_path.exists():
             self._check_same(ours, self._recipe_path, type(recipe))
         is_new_data = data is not None and self._is_new_data(data)
-        # Others may read what became of a run, but not the accounts and hosts that its options name.
+        # Others may read how a run went, but not the accounts and hosts in its options.
         private = has_options(ours)
-        # Written first: it makes the folder a run's.
+        # Written first: it marks the folder as a run's.
         write_atomically(self._recipe_path, dump_yaml(hidden(ours)), private=private)
         if is_new_data:
             write_atomically(self.data_path, json.dumps(data, indent=1) + "\n")
@@ -145,17 +145,17 @@ class RunFolder:
             self._claim = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, oldest first; lines that are no epoch's are left out."""
+        """The epochs recorded so far, oldest first; lines that are not epochs are skipped."""
         return read_rows(self.metrics_path)[0]
 
     def rewind(self, step: int, steps_per_epoch: int | None = None) -> list[str]:
-        """Bring `metrics.jsonl` to the step of the checkpoint that is taken up: later epochs are trained again.
+        """Rewind `metrics.jsonl` to the step of the checkpoint being resumed: later epochs are trained again.
 
-        What is taken out (later epochs, lines that are no rows, rows of one step or of no epoch's end) is first added
-        to `metrics.erased.jsonl`. Without `steps_per_epoch`, missing and odd rows are not looked for.
+        What is removed (later epochs, lines that are not rows, rows of repeated steps or not at an epoch's end) is
+        first appended to `metrics.erased.jsonl`. Without `steps_per_epoch`, missing and odd rows are not looked for.
 
         Returns:
-            A line for each thing that is not as it should be.
+            A line for each irregularity.
         """
         rows, faults = read_rows(self.metrics_path)
         kept, erased, notes = sort_rows(rows, step, steps_per_epoch)
@@ -168,16 +168,16 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         if notes:
-            notes.append(f"what was taken out of {self.metrics_path.name} is in {self.path / 'metrics.erased.jsonl'}")
+            notes.append(f"what was removed from {self.metrics_path.name} is in {self.path / 'metrics.erased.jsonl'}")
         write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         return notes
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one epoch's object and bring it to the disk.
+        """Append one epoch's row and flush it to disk.
 
         Raises:
-            CheckpointError: The disk does not take it.
-            FolderLostError: The folder is another run's by now.
+            CheckpointError: The disk cannot store it.
+            FolderLostError: Another run has taken the folder.
         """
         self.check()
         try:
@@ -190,22 +190,22 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> RunFolderError:
         return RunFolderError(
-            f"run_dir={str(self.path)!r} cannot be written: {error}; fix that, or choose another run_dir"
+            f"run_dir={str(self.path)!r} is not writable: {error}; fix that, or choose another run_dir"
         )
 
     def _check_is_run_or_empty(self) -> None:
         path = self.path.absolute()
         there = next(place for place in (path, *path.parents) if place.exists())
         if not there.is_dir():
-            which = "is a file" if there == path else f"lies below {there}, which is a file"
+            which = "is a file" if there == path else f"is below {there}, which is a file"
             raise RunFolderError(f"run_dir={str(self.path)!r} {which}; name a folder")
         if not os.access(there, os.W_OK):
-            raise PermissionError(f"{there} may not be written to")
+            raise PermissionError(f"no permission to write to {there}")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         foreign = {name for name in names if name not in _LEFT_OVER and not name.startswith(".owner-")}
         if foreign and "recipe.yaml" not in names:
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds files but no recipe.yaml, so it is no run's folder; "
+                f"run_dir={str(self.path)!r} contains files but no recipe.yaml, so it is not a run's folder; "
                 "choose an empty or a new one"
             )
 
@@ -224,20 +224,20 @@ class RunFolder:
         except DocumentError as error:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds a damaged recipe.yaml, which says what runs there: {error}; bring "
-                f"it back from a copy, or choose another run_dir"
+                f"run_dir={str(self.path)!r} has a damaged recipe.yaml, which says what runs there: {error}; restore "
+                f"it from a copy, or choose another run_dir"
             ) from None
         spelt = {k: fitted(kind, document, tuple(k.split(".")), value, k) for k, value in flatten(there).items()}
         differing = conflicts(recipe, spelt, kind=kind)
         if differing:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds a run with other settings; give the same ones, or another "
+                f"run_dir={str(self.path)!r} contains a run with other settings; use the same ones, or another "
                 "run_dir:\n  " + "\n  ".join(differing)
             )
 
     def _is_new_data(self, data: Record) -> bool:
-        """Whether the folder does not say yet what it is trained on; other data than it says is an error."""
+        """Whether the folder does not record its data yet; data other than the recorded one is an error."""
         if not self.data_path.exists() or not self._has_begun():
             return True
         try:
@@ -248,8 +248,8 @@ class RunFolder:
         if differing:
             self.release()
             raise RunFolderError(
-                f"run_dir={str(self.path)!r} holds a run on other data; bring its data back, or choose another run_dir "
-                f"(to go on with these all the same, remove {self.data_path}):\n  " + "\n  ".join(differing)
+                f"run_dir={str(self.path)!r} contains a run on other data; restore its data, or choose another run_dir "
+                f"(to continue with the new data, remove {self.data_path}):\n  " + "\n  ".join(differing)
             )
         return False
 
@@ -259,7 +259,7 @@ class RunFolder:
         return bool(self.metrics()) or any(step.strip("0") for step in steps)
 
     def starts(self) -> list[dict[str, Any]]:
-        """The starts noted in `environment.json`, oldest first; a damaged one is a DocumentError."""
+        """The starts recorded in `environment.json`, oldest first; a damaged file is a DocumentError."""
         try:
             noted: _Starts = read_json(self.path / "environment.json", _Starts)
         except FileNotFoundError:
@@ -305,7 +305,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """The commit of this package's checkout, where it is one."""
+    """The commit of this package's checkout, if it is one."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

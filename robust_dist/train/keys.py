@@ -1,4 +1,4 @@
-"""The keys of a recipe: what its dataclasses' fields say of them, its values as a tree or flat, and their checks."""
+"""The keys of a recipe: their dataclass metadata, their values as a tree or flat, and their checks."""
 
 import math
 import reprlib
@@ -11,15 +11,15 @@ from typing import Any, get_origin, get_type_hints
 from robust_dist.validate import whole_number
 
 # Metadata of a key's field, or of a whole section's.
-# It may change between two starts of one run, because it moves no weight by more than rounding.
+# It may change between two starts of a run, because it changes the weights by no more than rounding.
 FREE: dict[str, Any] = {"free": True}
 # It changes how long a training step takes.
 COSTLY: dict[str, Any] = {"costly": True}
-# Its value may be the name of the user's own code, `module:Name` (robust_dist/own_code.py).
+# Its value may name the user's own code, `module:Name` (robust_dist/own_code.py).
 NAMES_CODE: dict[str, Any] = {"names_code": True}
-# The name in a recipe of a part that `fit` was given.
+# The name in a recipe of a part passed to `fit`.
 OWN = "own"
-# Above any count or size of a run; beyond it tensors and file names overflow.
+# Above any count or size in a run; beyond it tensors and file names overflow.
 MOST = 2**31 - 1
 
 
@@ -29,12 +29,12 @@ def only_for(*names: str) -> dict[str, Any]:
 
 
 def synonyms(**words: str) -> dict[str, Any]:
-    """Metadata of a key that takes other words for a value, which recipes of older versions may have."""
+    """Metadata of a key that accepts synonyms for a value, as older versions' recipes may have."""
     return {"synonyms": words}
 
 
 def default_of(of: "Field[Any]") -> Any:
-    """The default of a dataclass's field."""
+    """The default of a dataclass field."""
     return of.default if of.default_factory is MISSING else of.default_factory()
 
 
@@ -44,12 +44,12 @@ class Keys:
 
     Attributes:
         sections: The class of each section.
-        mappings: Type hints of keys that take names and values of the user's choice, as `model.options`.
+        mappings: Type hints of keys that take names and values of the user's choice, such as `model.options`.
         values: Type hints of all other keys.
-        free: Keys and sections that may change between two starts of one run.
+        free: Keys and sections that may change between two starts of a run.
         costly: Keys and sections that change how long a training step takes.
         names_code: Keys whose value may be a `module:Name`.
-        synonyms: Other words for values, of each key that takes some.
+        synonyms: For each key that has some, its values' synonyms.
     """
 
     sections: dict[str, type]
@@ -61,7 +61,7 @@ class Keys:
     synonyms: dict[str, dict[str, str]]
 
     def owner(self, name: str) -> str | None:
-        """The mapping that a dotted name below it belongs to."""
+        """The mapping that contains a dotted name."""
         return next((mapping for mapping in self.mappings if name.startswith(f"{mapping}.")), None)
 
     def is_known(self, name: str) -> bool:
@@ -69,23 +69,23 @@ class Keys:
         return any(name in part for part in (self.sections, self.mappings, self.values)) or self.owner(name) is not None
 
     def in_our_words(self, flat: dict[str, Any]) -> dict[str, Any]:
-        """Dotted keys and values, with the word that a recipe has for each of the other ones."""
+        """Dotted keys and values, with synonyms replaced by the recipe's own values."""
         others = {key: words for key, words in self.synonyms.items() if isinstance(flat.get(key), str)}
         return flat | {key: words.get(flat[key], flat[key]) for key, words in others.items()}
 
     def is_free(self, name: str) -> bool:
-        """Whether a key may change between two starts of one run; a section that it lies in may say so."""
+        """Whether a key, or a section containing it, may change between two starts of a run."""
         return _says(self.free, name)
 
     def is_costly(self, name: str) -> bool:
-        """Whether a key changes how long a training step takes; a section that it lies in may say so."""
+        """Whether a key, or a section containing it, changes how long a training step takes."""
         return _says(self.costly, name)
 
     def did_you_mean(self, name: str, prefix: str = "") -> str:
-        """The end of a message about an unknown key: the nearest ones, each after `prefix`; "" without any."""
+        """The end of a message about an unknown key: the nearest ones, each after `prefix`, or ""."""
         known = [*self.values, *self.mappings, *self.sections]
         near = get_close_matches(name, known, n=2)
-        # Right but for the section, as in `lr`.
+        # Right except for the section, as in `lr`.
         near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
         return f"; did you mean {' or '.join(repr(prefix + other) for other in near[:3])}?" if near else ""
 
@@ -143,7 +143,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def values_of(section: Any, kind: type, *left_out: str) -> dict[str, Any]:
-    """A section's values by name, without those `left_out`; of the keys of `kind` alone, where it is a subclass."""
+    """A section's values by name, without those in `left_out`; for a subclass, only the keys of `kind`."""
     return {of.name: getattr(section, of.name) for of in fields(kind) if of.name not in left_out}
 
 
@@ -154,11 +154,11 @@ def require(ok: bool, setting: str, value: object, wanted: str) -> None:
 
 
 def require_number(setting: str, value: float, low: float, high: float | None = None) -> None:
-    """Raise a ValueError unless `value` is finite and in low to high (`MOST` for whole numbers where None)."""
+    """Raise a ValueError unless `value` is finite and from low to high (None: `MOST` for whole numbers)."""
     most = (MOST if isinstance(value, int) else math.inf) if high is None else high
     bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
     bound += f", and at most {MOST}" if high is None and isinstance(value, int) and value > MOST else ""
     if isinstance(value, int) and not isinstance(value, bool):
         whole_number(setting, value, math.ceil(low), MOST if high is None else math.floor(high))
-    # Not math.isfinite, which fails for ints beyond a float.
+    # Not math.isfinite, which fails for ints too large for a float.
     require(low <= value <= most and value != math.inf, setting, value, f"a finite number, {bound}")

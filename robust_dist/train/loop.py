@@ -1,4 +1,4 @@
-"""The training loop: small enough to read in one sitting; and the same over random images, for measurements."""
+"""The training loop, short enough to read in one sitting; and the same over random images, for measurements."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ from robust_dist.train.trackers import Trackers
 from robust_dist.train.watchdog import tick
 from robust_dist.train.weights import begin
 
-# More than anyone measures, so that the schedule does not end.
+# Longer than any measurement, so that the schedule does not end.
 _EPOCHS = 10_000
 
 
@@ -49,7 +49,7 @@ class Trainer:
     """One run of a recipe on this rank, in a folder that the main process has claimed or will claim.
 
     Raises:
-        ValueError: A setting that cannot work, before the first step.
+        ValueError: A setting cannot work; raised before the first step.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trainer:
             optimizer_class=type(optimizer),
         )
         self.bare_model: nn.Module = accelerator.unwrap_model(self.model)
-        # Equal weights on all ranks, but dropout masks of each rank's own.
+        # Equal weights on all ranks, but each rank's own dropout masks.
         set_seed(recipe.seed % 2**31, device_specific=True)
         self.ema = self._build_ema()
         self.early_stop: str | None = None
@@ -119,10 +119,10 @@ class Trainer:
         """Train from the folder's newest checkpoint to the last epoch; returns the rows of `metrics.jsonl`.
 
         Raises:
-            CheckpointError: There are checkpoints, but none can be used, or one cannot be written.
+            CheckpointError: There are checkpoints but none can be used, or one cannot be written.
             DivergedError: The loss is no longer finite.
-            Stopped: A signal asked for it; all is saved.
-            TooManyBadImagesError: More images cannot be read than are allowed; all is saved.
+            Stopped: A signal asked for it; everything is saved.
+            TooManyBadImagesError: More images are unreadable than allowed; everything is saved.
         """
         tick("taking up the run", may_be_slow=True)
         self.checkpoints.take_up(self.total_steps, self.loader.steps_per_epoch)
@@ -139,7 +139,7 @@ class Trainer:
             try:
                 self._run(display, profiling)
             except TooManyBadImagesError:
-                # The run goes on here once they are replaced. Before its first step a sharded optimizer has no state.
+                # The run resumes here once they are replaced. Before its first step a sharded optimizer has no state.
                 begun = self.progress.step > 0 or self.engine.steps_whole_parameters
                 if begun and self.progress.step not in (self.saver.saved, self.progress.resumed_step):
                     self._save(refused=True)
@@ -176,10 +176,10 @@ class Trainer:
                 self._leave()
 
     def _train_epoch(self, epoch: int, start: int, display: Display, profiling: Profiling) -> Figures:
-        """The rest of an epoch; returns what was measured in it."""
+        """Train the rest of an epoch; returns what was measured."""
         every = self.recipe.checkpoint.every_steps
         self.model.train()
-        # After an evaluation FSDP2 holds whole weights, in which a change of its shards would not be seen.
+        # After an evaluation FSDP2 holds whole weights, in which changes to its shards would not be seen.
         reshard(self.bare_model)
         self.optimizer.train()
         self.meter.begin()
@@ -200,7 +200,7 @@ class Trainer:
         return self.meter.epoch()
 
     def train_step(self, parts: list[Batch]) -> None:
-        """One optimizer step: the mean loss over the global batch, however it is cut up."""
+        """One optimizer step: the mean loss over the global batch, however it is divided."""
         group = max(self.optimizer.param_groups, key=lambda group: float(group["weight_decay"]))
         self.progress.lr, self.progress.weight_decay = float(group["lr"]), float(group["weight_decay"])
         if not self.engine.broadcasts_buffers:
@@ -211,7 +211,7 @@ class Trainer:
         self.progress.step += 1
 
     def _note_bad_images(self) -> None:
-        """Count the last step's bad images; now and then the ranks tell each other."""
+        """Count the last step's bad images; at some steps the ranks exchange counts."""
         if self.bad is not None:
             found = self.loader.take_bad()
             self.progress.bad_images += len(found)
@@ -251,11 +251,11 @@ class Trainer:
             raise
 
     def _record_epoch(self, figures: Figures | None) -> dict[str, Any]:
-        """Evaluate, record and save the epoch that is trained; `figures` are None where it was measured before."""
+        """Evaluate, record and save the trained epoch; `figures` is None if it was measured before."""
         trained, accelerator = self.progress.unfinished, self.accelerator
         assert trained is not None
         if self.ema is not None:
-            # Each rank averages statistics of its own; a checkpoint holds the first one's.
+            # Each rank averages its own statistics; a checkpoint holds the first rank's.
             broadcast_buffers(self.ema.module)
         score = self.evaluate()
         row = {
@@ -289,13 +289,13 @@ class Trainer:
         return row
 
     def _consider_early_stop(self) -> None:
-        """After an epoch that is recorded; the same decision on every rank, at this start and at the next one."""
+        """After a recorded epoch: the same decision on every rank, at this start and the next."""
         config = self.recipe.early_stopping
         if config.patience is not None:
             self.early_stop = on_rank_0(lambda: early_stop(self.folder.metrics(), config))
 
     def evaluate(self) -> Score:
-        """The score of the weights that count: their average where there is one."""
+        """The score of the weights to evaluate: their average if there is one."""
         whole = self.ema.module if self.ema is not None else self.bare_model
         return evaluate(
             self.model if self.engine.forward_is_collective else whole,
@@ -316,9 +316,9 @@ class Trainer:
         return ema
 
     def _save(self, accuracy: float | None = None, *, refused: bool = False) -> None:
-        """Save; the checkpoint counts once it is whole.
+        """Save; the checkpoint counts once it is complete.
 
-        `accuracy` is that of the evaluation at this step, if there was one. With `refused` the run stops over bad
+        `accuracy` is from the evaluation at this step, if there was one. With `refused` the run stops because of bad
         images.
         """
         tick(f"the checkpoint of step {self.progress.step}")
@@ -327,7 +327,7 @@ class Trainer:
         if not refused:
             self._judge_bad_images(bad_images)
         if not self.engine.broadcasts_buffers:
-            # A sharded checkpoint takes a buffer from any rank; the next step begins with the first one's.
+            # A sharded checkpoint takes a buffer from any rank; the next step starts from the first rank's.
             broadcast_buffers(self.bare_model)
         self.checkpoints.save(self.saver, losses, bad_images, accuracy, refused=refused)
 
@@ -340,7 +340,7 @@ class Trainer:
 
 
 def random_set(count: int, shape: Sequence[int], num_classes: int, device: torch.device) -> ImageSet:
-    """A set of noise on the device, the same at each call: uint8 [count, *shape] (C, H, W) and int64 labels."""
+    """A set of noise on the device, the same on each call: uint8 [count, *shape] (C, H, W) and int64 labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
@@ -359,7 +359,7 @@ class Trial:
     ) -> None:
         tracking = replace(recipe.tracking, trackers=[], progress=False)
         recipe = replace(recipe, run_dir=str(folder), epochs=_EPOCHS, num_processes=None, tracking=tracking)
-        # The initial weights change no step's cost.
+        # The initial weights do not affect a step's cost.
         model = replace(recipe.model, weights=None)
         recipe = replace(recipe, model=model, init_from=None, init_checkpoint="last")
         self.trainer = Trainer(recipe, accelerator, RunFolder(folder), train_set, test_set)
@@ -373,11 +373,11 @@ class Trial:
         self.trainer.train_step(next(self.parts))
 
     def augment(self) -> tuple[Tensor, Tensor]:
-        """The augmentation of one batch, always the same."""
+        """The augmentation of one batch, always the same one."""
         return self.batch.augmented(self.trainer.step.pipeline)
 
     def evaluate(self) -> None:
-        """One evaluation of all evaluation images."""
+        """One evaluation over all evaluation images."""
         self.trainer.evaluate()
 
     def _parts(self) -> Iterator[list[Batch]]:

@@ -1,4 +1,4 @@
-"""The entry of `launch/train.py`: from the command line to a finished run."""
+"""The entry point of `launch/train.py`: from the command line to a finished run."""
 
 import contextlib
 import faulthandler
@@ -42,24 +42,24 @@ from robust_dist.train.weights import check_there
 # Raised on every rank, wherever they come from.
 _FOR_ALL = (DivergedError, EngineError, FolderLostError, RankDisagreementError)
 _SECONDS_TO_LEAVE, _SECONDS_TO_END = 60.0, 5.0
-# Exit status of a run whose loss is no longer finite: a result rather than a mistake.
+# Exit status of a run whose loss is no longer finite: a result, not a mistake.
 DIVERGED = 3
 
 
 def train(
     recipe: Recipe, accelerator: Accelerator | None = None, on_claim: Callable[[Path], None] = lambda folder: None
 ) -> list[dict[str, Any]]:
-    """Run a recipe on this rank, or go on with it where its folder stands; returns the rows of `metrics.jsonl`.
+    """Run a recipe on this rank, or resume it from its folder; returns the rows of `metrics.jsonl`.
 
     Args:
         recipe: All settings.
-        accelerator: The engine; made from the recipe where None.
+        accelerator: The engine; None creates it from the recipe.
         on_claim: Called with the run's folder once it belongs to this run.
 
     Raises:
-        ValueError: A setting, a file or a folder that cannot be used; on every rank, before the first step.
+        ValueError: A setting, file or folder cannot be used; raised on every rank, before the first step.
         DivergedError: The loss is no longer finite.
-        Stopped: A signal asked for it; all is saved.
+        Stopped: A signal asked for it; everything is saved.
     """
     accelerator = accelerator or build_accelerator(recipe)
     attempt(lambda: check_own(recipe))
@@ -102,7 +102,7 @@ def train(
 
 
 def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse what cannot be used of the things that a recipe names, in one message, before the data is opened."""
+    """Report every unusable thing that a recipe names, in one message, before the data is opened."""
     found: list[ValueError] = []
     for check in (
         lambda: folder.check_usable(recipe),
@@ -122,18 +122,18 @@ def _check_begins(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def check_ranks_agree(recipe: Recipe) -> None:
-    """Compare the recipe, and the user's own code that it names, between the ranks.
+    """Compare the recipe, and the user's own code that it names, between ranks.
 
     Raises:
         ValueError: On every rank, with each differing setting and its values.
     """
-    problem = "the ranks were started with different settings; start all with the same"
+    problem = "the ranks were started with different settings; start all with the same ones"
     sources = {f"the source of {name}": found["sha256"] for name, found in own_sources(recipe).items()}
     agree(flatten(hidden(recipe_dict(recipe))) | sources, problem)
 
 
 def _parse(args: Sequence[str] | None, kind: type[Recipe]) -> Recipe:
-    """Every rank parses; the first one of each host tells what is wrong."""
+    """Parse on every rank; the first rank of each host reports errors."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         recipe = parse_recipe(args, kind)
@@ -145,13 +145,13 @@ def main(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe) -> None
     """Train from the command line, under a watchdog.
 
     Args:
-        args: Command-line words; `sys.argv` where None.
-        kind: The recipe's class: Recipe, or a subclass with keys of your own.
+        args: Command-line words; None: `sys.argv`.
+        kind: The recipe's class: Recipe, or a subclass with your own keys.
 
     Raises:
-        SystemExit: 2 after a user's error, in one message; `DIVERGED` where the loss is no longer finite; 75 after a
-            signal stopped the run and it was saved; 1 after any other error, in one traceback. The watchdog ends a rank
-            that hangs with `watchdog.HANG_STATUS`.
+        SystemExit: 2 after a user error, with one message; `DIVERGED` if the loss is no longer finite; 75 after a
+            signal stopped and saved the run; 1 after any other error, with one traceback. The watchdog ends a hanging
+            rank with `watchdog.HANG_STATUS`.
     """
     rank = Rank()
     if not faulthandler.is_enabled():
@@ -191,7 +191,7 @@ def _say_end(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
 
 
 def _fail(error: Exception, rank: Rank) -> int:
-    """Say once what went wrong; returns the exit status."""
+    """Report an error once; returns the exit status."""
     origin = origin_of(error)
     users = isinstance(error, (ValueError, *_FOR_ALL))
     if users and (rank.folder is None or origin is not None or isinstance(error, _FOR_ALL)):
@@ -201,7 +201,7 @@ def _fail(error: Exception, rank: Rank) -> int:
             print(f"error: {hidden_text(str(error))}", file=sys.stderr, flush=True)
         tell_launcher(str(error), f"error: {error}")
         return DIVERGED if isinstance(error, DivergedError) else 2
-    # A rank that has lost its peers may wait for them once more while it takes its process group down.
+    # A rank that has lost its peers may wait for them again while it shuts down its process group.
     faulthandler.dump_traceback_later(_SECONDS_TO_LEAVE, exit=True, file=STDERR)
     if users and type(error).__module__.startswith("robust_dist."):
         record = record_failure(error, rank)
@@ -213,7 +213,7 @@ def _fail(error: Exception, rank: Rank) -> int:
     else:
         report_failure(error, rank)
     if rank.world_size > 1:
-        # Everything is reported; ranks that still wait for this one see only its exit.
+        # Everything is reported; ranks still waiting for this one see only its exit.
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True, file=STDERR)
     return 1
 

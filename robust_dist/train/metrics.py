@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`, read and fitted to a step, and what follows from them: the best, the last, the end."""
+"""The rows of `metrics.jsonl`: reading, fitting to a step, best, last and early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ MEASURED = frozenset(
 
 @dataclass
 class EarlyStoppingConfig:
-    """The end of a run that no longer improves.
+    """When to end a run that no longer improves.
 
     Attributes:
-        patience: Stop after so many epochs in a row without an improvement; null trains all epochs.
+        patience: Stop after this many epochs in a row without an improvement; null trains all epochs.
         metric: The key of metrics.jsonl that must improve: an accuracy upwards, a loss downwards.
-        min_delta: By how much the metric must improve on its best value (accuracies are shares: 0.001 is 0.1 %).
+        min_delta: The least improvement that counts, over the best value (accuracies are fractions: 0.001 is 0.1 %).
     """
 
     patience: int | None = None
@@ -54,9 +54,9 @@ class EarlyStoppingConfig:
 
 
 def early_stop(rows: list[dict[str, Any]], config: EarlyStoppingConfig) -> str | None:
-    """The reason to train no further after the last of the rows (oldest first), or None.
+    """The reason to stop training after the last of the rows (oldest first), or None.
 
-    A value that is missing or no number is no improvement.
+    A missing value or NaN is not an improvement.
     """
     best: float | None = None
     best_epoch, waited = 0, 0
@@ -99,7 +99,7 @@ class _Row:
 
 
 def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
-    """The rows of a file, in its order, and for each line that is none what is wrong with it, and the line.
+    """The rows of a file, in order, and for each line that is not a row what is wrong with it, and the line.
 
     Raises:
         DocumentError: The file cannot be read.
@@ -123,12 +123,12 @@ def read_rows(path: Path) -> tuple[Rows, list[tuple[str, str]]]:
 
 
 def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows, Rows, list[str]]:
-    """The rows of a run at an optimizer step.
+    """Sort the rows of a run at an optimizer step.
 
     Without `steps_per_epoch`, missing and odd rows are not looked for.
 
     Returns:
-        The rows to keep, one an epoch, oldest first; those to take out; and a line for each thing that is odd.
+        The rows to keep, one per epoch, oldest first; those to remove; and a line for each irregularity.
     """
     erased: Rows = [row for row in rows if row["step"] > step]
     notes: list[str] = []
@@ -137,7 +137,7 @@ def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows,
         if row["step"] > step:
             continue
         if steps_per_epoch and not _is_end(row, steps_per_epoch):
-            notes.append(f"a row of epoch {row.get('epoch')} and step {row['step']} is of no epoch's end")
+            notes.append(f"a row of epoch {row.get('epoch')} and step {row['step']} is not at an epoch's end")
             erased.append(row)
             continue
         if row["step"] in kept:
@@ -149,7 +149,7 @@ def sort_rows(rows: Rows, step: int, steps_per_epoch: int | None) -> tuple[Rows,
         missing = [str(end // steps_per_epoch) for end in ends if end not in kept]
         if missing:
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-            notes.append(f"has no row of epoch {shown}, and the checkpoint is of step {step}")
+            notes.append(f"has no row for epoch {shown}, but the checkpoint is at step {step}")
     return [kept[end] for end in sorted(kept)], erased, notes
 
 
@@ -166,11 +166,11 @@ def last_row(rows: Rows, epochs: int, stops: EarlyStoppingConfig | None = None) 
 
 
 def without_measured(row: dict[str, Any]) -> dict[str, Any]:
-    """An epoch's object without its measured figures: two equal runs agree on it to the bit."""
+    """An epoch's row without its measured figures: two equal runs agree on it bit for bit."""
     return {key: value for key, value in row.items() if key not in MEASURED}
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest eval_accuracy, the newest of several; None where no row has one."""
+    """The row with the highest eval_accuracy, the newest in a tie; None if no row has one."""
     there = [row for row in rows if row.get("eval_accuracy") is not None and not math.isnan(row["eval_accuracy"])]
     return max(reversed(there), key=lambda row: row["eval_accuracy"], default=None)

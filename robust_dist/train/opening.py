@@ -1,4 +1,4 @@
-"""The first lines of a run: the data it found, the work it will do, the backends it takes, and warnings."""
+"""The first lines of a run: the data found, the work ahead, the backends used, and warnings."""
 
 import os
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Backends:
-    """The backends of a run, by the names that its first line and `environment.json` give them.
+    """The backends of a run, by the names in its first line and in `environment.json`.
 
     Attributes:
-        optimizer: Of RAdaBeliefW: "fused (Triton)", "fused (C)", "foreach" or "single-tensor"; None for another
-            optimizer, and under an engine that fills the param groups for a step alone.
+        optimizer: RAdaBeliefW's: "fused (Triton)", "fused (C)", "foreach" or "single-tensor"; None for another
+            optimizer, and under an engine that fills the param groups only during a step.
         augmentation: "triton", "native", "torch" or "torch.compile".
     """
 
@@ -40,11 +40,11 @@ class Backends:
 
 
 def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augment: RobustAugment) -> Backends:
-    """The backends that this run takes; `optimizer` is what the engine made of it.
+    """The backends that this run uses; `optimizer` is as returned by the engine.
 
     Raises:
-        ValueError: On every rank, where ranks would take different ones: backends round differently, so that whole
-            weights, which each rank steps for itself, would drift apart.
+        ValueError: On every rank, if ranks would use different ones: backends round differently, so whole weights,
+            which each rank updates itself, would drift apart.
     """
     compiled = recipe.augment.compile
     found = Backends(
@@ -52,7 +52,7 @@ def backends_of(recipe: Recipe, accelerator: Accelerator, optimizer: Any, augmen
     )
     agree(
         asdict(found),
-        "the ranks would take different backends, which round differently; make every rank able to take the same (see "
+        "the ranks would use different backends, which round differently; make the same one available to all (see "
         "robust-dist doctor on each host), or set optimizer.options.fused=false for all",
     )
     return found
@@ -66,7 +66,7 @@ def optimizer_backend(optimizer: Any) -> str | None:
 
 
 def part_lines(sets: Sequence[LabelledSet]) -> list[str]:
-    """A line each for the training and the evaluation images: how many, of which classes, what was left out."""
+    """One line each for training and evaluation images: their number, classes, and what was left out."""
     train, test = sets
     first = f"train: {_count(len(train), 'image')} of {_classes(train.classes)}, {train.name}{_left_out(train)}"
     return [printable(line) for line in (first, f"eval: {_count(len(test), 'image')}, {test.name}{_left_out(test)}")]
@@ -80,7 +80,7 @@ def say_run(
     backends: Backends,
     warnings: Sequence[str],
 ) -> None:
-    """Print what will be done, and after `warnings` what else is odd; `trainer` is the run's Trainer."""
+    """Print the work ahead and, after `warnings`, anything else that is odd; `trainer` is the run's Trainer."""
     ranks_here = 0 if accelerator.device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     odd = [*warnings, *trainer.begun.warnings, *oddities(recipe, sets, trainer.total_steps, ranks_here)]
     print(
@@ -93,7 +93,7 @@ def say_run(
 
 
 def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: Backends) -> str:
-    """A line for what will be done with them: model, steps, devices and backends; `trainer` is the run's Trainer."""
+    """One line for the work ahead: model, steps, devices and backends; `trainer` is the run's Trainer."""
     steps, epochs = trainer.loader.steps_per_epoch, recipe.epochs
     ranks, device = accelerator.num_processes, accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -107,17 +107,17 @@ def run_line(recipe: Recipe, accelerator: Accelerator, trainer: Any, backends: B
 
 
 def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, ranks_here: int) -> list[str]:
-    """Likely mistakes where nothing is wrong, a line each.
+    """Likely mistakes that are not errors, one per line.
 
-    `ranks_here` are the ranks that share this host's processor, 0 where they have GPUs.
+    `ranks_here` is the number of ranks sharing this host's processor, 0 if they have GPUs.
     """
     train = sets[0]
     classes, cores = len(train.classes), cores_here()
     found = []
     if classes == 1:
-        found.append(f"there is one class, {train.classes[0]!r}: whatever the model answers is right ({train.name})")
+        found.append(f"there is one class, {train.classes[0]!r}: every answer of the model is right ({train.name})")
     elif classes >= len(train):
-        found.append(f"{len(train):,} training images are of {classes:,} classes: is one image per class right?")
+        found.append(f"{len(train):,} training images have {classes:,} classes: is one image per class right?")
     if recipe.early_stopping.patience is not None:
         found += _early_stopping_doubts(recipe)
     given = "init_from" if recipe.init_from is not None else "model.weights" if recipe.model.weights else None
@@ -140,7 +140,7 @@ def oddities(recipe: Recipe, sets: Sequence[LabelledSet], total_steps: int, rank
 
 
 def _early_stopping_doubts(recipe: Recipe) -> list[str]:
-    """What is planned for the full length, and so is missing from a run that ends before."""
+    """What is planned for the full length, and so is cut short in a run that ends earlier."""
     schedule = recipe.schedule
     planned = [] if schedule.name == "constant" else [f"the learning rate's decay (schedule.name={schedule.name})"]
     if recipe.optimizer.weight_decay and schedule.weight_decay_off_at < 1:
@@ -150,12 +150,12 @@ def _early_stopping_doubts(recipe: Recipe) -> list[str]:
     return [
         f"early_stopping.patience={recipe.early_stopping.patience}: {' and '.join(planned)} "
         f"{'is' if len(planned) == 1 else 'are'} planned over all {_count(recipe.epochs, 'epoch')}, so a run that "
-        "stops early does not get to the end of it; a run of fewer epochs costs as little and completes its schedule"
+        "stops early does not reach its end; a run of fewer epochs costs as little and completes its schedule"
     ]
 
 
 def _steps_needed(recipe: Recipe, total_steps: int) -> int:
-    """About how many steps the rectification of eq. 13 holds the optimizer back, 0 for those that have none."""
+    """Roughly how many steps eq. 13's rectification holds the optimizer back; 0 if it has none."""
     if not chosen(recipe.optimizer).is_rectified:
         return 0
     return round(1 / (1 - second_beta(recipe.optimizer, total_steps)))
@@ -179,10 +179,10 @@ def _left_out(dataset: LabelledSet) -> str:
 
 
 def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
-    """The notes of each set in memory in `environment.json`.
+    """The entries in `environment.json` for each set in memory.
 
     Returns:
-        For each: its name, images, bytes, where it lies, and how many of its bytes lie on the training device.
+        For each: its name, images, bytes, location, and how many of its bytes lie on the training device.
     """
     return [
         {
@@ -198,7 +198,7 @@ def data_notes(sets: Sequence[LabelledSet]) -> list[dict[str, Any]]:
 
 
 def decoder_note(train: LabelledSet) -> dict[str, str]:
-    """The note of `environment.json` on what decodes JPEGs while training; empty where nothing does."""
+    """The entry in `environment.json` for the JPEG decoder during training; empty if nothing is decoded."""
     decoder = getattr(train, "decoder", None)
     if decoder is None:
         return {}
@@ -208,14 +208,14 @@ def decoder_note(train: LabelledSet) -> dict[str, str]:
 
 
 def data_lines(sets: Sequence[LabelledSet], keep_on: str) -> list[str]:
-    """A line for each memory in which sets lie; `keep_on` is the recipe's."""
+    """One line for each memory that holds sets; `keep_on` is the recipe's."""
     placed = [dataset for dataset in sets if isinstance(dataset, ImageSet)]
     streamed = [dataset for dataset in sets if isinstance(dataset, HostSet)]
     lines = []
     if placed:
         device = placed[0].device
         free = free_bytes(device)
-        left = "" if free is None else f" ({text_of(free)} are free there)"
+        left = "" if free is None else f" ({text_of(free)} free there)"
         lines.append(f"{_total(placed)} of data on {device}{left}: {_listed(placed)}")
     if streamed:
         where = f"in the host's memory{_reason(streamed[0].device, keep_on)}"
@@ -227,7 +227,7 @@ def _reason(device: torch.device, keep_on: str) -> str:
     free = free_bytes(device)
     if keep_on == "host" or free is None:
         return f" (data.keep_on={keep_on})"
-    return f", too much for {SHARE:.0%} of the {text_of(free)} that are free on {device} (data.keep_on={keep_on})"
+    return f", too much for {SHARE:.0%} of the {text_of(free)} free on {device} (data.keep_on={keep_on})"
 
 
 def _total(sets: Sequence[ImageSet | HostSet]) -> str:

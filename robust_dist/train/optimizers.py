@@ -14,8 +14,8 @@
 | mechanic | Mechanic (Cutkosky, Defazio and Mehta 2023), which learns the scale of RAdaBeliefW's moves | decoupled |
 
 An installed package adds one by an entry point of the group "robust_dist.optimizers" whose value is an
-`OptimizerChoice`; its name is then taken wherever a recipe or a study names an optimizer. `module:Name` names your own:
-a torch.optim.Optimizer class, a function that returns one, or an `OptimizerChoice`.
+`OptimizerChoice`; recipes and studies can then use its name. `module:Name` names your own: a torch.optim.Optimizer
+class, a function that returns one, or an `OptimizerChoice`.
 """
 
 import math
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 GROUP = "robust_dist.optimizers"
 _KEY = "optimizer.name"
-# What the groups hold under lr: auto, where any rate above 0 does.
+# The groups' rate under lr: auto, where any rate above 0 does the same.
 ANY_RATE = 0.01
 AUTO_DECAY = 3.0
 _SETTINGS = (*DEFAULTS, *OPTIONS)
@@ -53,25 +53,25 @@ class OptimizerConfig:
 
     Attributes:
         name: RAdaBeliefW; the paper's baselines nag, adam, adamw, radam, adabelief; nadamw (torch's); mechanic;
-            schedulefree_plus; schedulefree_adamw, schedulefree_radam and prodigy (of the extra "study"); one that an
-            installed package adds; or your own, as MODULE:NAME. robust_dist/train/optimizers.py says what each is.
-        lr: Learning rate before the schedule. auto, of RAdaBeliefW: the run measures its rate from its loss and its
-            gradients, and averages its weights; with schedule.name: constant. (Numbers go with both, too: options:
+            schedulefree_plus; schedulefree_adamw, schedulefree_radam and prodigy (need the extra "study"); one added by
+            an installed package; or your own, as MODULE:NAME. robust_dist/train/optimizers.py describes each.
+        lr: Learning rate before the schedule. auto, for RAdaBeliefW: the run measures its rate from its loss and its
+            gradients, and averages its weights; with schedule.name: constant. (Both also work with a number: options:
             {averaging: schedule_free, rate_guard: 2} trusts lr within a factor of 2.)
-        head_lr_mult: Factor of the head's learning rate, which is then a param group of its own; the head is the layer
-            that gives the classes.
-        betas: Decay rates of the two moments; nag has only the first, as its momentum.
-        beta2: In place of the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps). Null with
-            lr: auto is auto, too.
-        beta2_steps: What auto divides by the run's optimizer steps.
+        head_lr_mult: Factor of the head's learning rate, which then has a param group of its own; the head is the layer
+            that produces the logits.
+        betas: Decay rates of the two moments; nag uses only the first, as its momentum.
+        beta2: Replaces the second of betas: a number, or auto: 1 - max(0.001, beta2_steps/total_steps). Null with
+            lr: auto means auto too.
+        beta2_steps: auto divides it by the run's optimizer steps.
         eps: Added to the variance every step, and under the root.
-        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none. auto, of
-            RAdaBeliefW: a share of 3/total_steps a step, not multiplied by the learning rate.
-        no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays all.
-        clip_norm: Largest norm of the whole gradient; none clips nothing.
-        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). With
-            RAdaBeliefW, exp_avg_dtype: bfloat16 keeps the first moment in half the memory, rounded to the nearest, or
-            by chance with stochastic_rounding: true (and a seed).
+        weight_decay: Decoupled decay, until the switch; nag adds it to the gradient, adam has none. auto, for
+            RAdaBeliefW: a fraction of 3/total_steps per step, not multiplied by the learning rate.
+        no_decay: What is not decayed: "bias", "norm" or a part of a parameter's name. The paper decays everything.
+        clip_norm: Largest norm of the whole gradient; null does not clip.
+        options: Further keyword arguments of the optimizer (prodigy: d_coef, schedulefree_adamw: r, ...). For
+            RAdaBeliefW, exp_avg_dtype: bfloat16 keeps the first moment in half the memory, rounded to nearest, or
+            stochastically with stochastic_rounding: true (and a seed).
     """
 
     name: str = field(default="RAdaBeliefW", metadata=COSTLY | NAMES_CODE)
@@ -91,7 +91,7 @@ class OptimizerConfig:
             own_code.check_form(_KEY, self.name)
         else:
             wanted = (
-                f"one of {', '.join(OPTIMIZERS)}, a name of the entry points {GROUP!r} of an installed package, or "
+                f"one of {', '.join(OPTIMIZERS)}, an entry point {GROUP!r} of an installed package, or "
                 "your own as MODULE:NAME"
             )
             require(choice_of(self.name) is not None, _KEY, self.name, wanted)
@@ -114,7 +114,7 @@ class OptimizerConfig:
 
 
 def averages_weights(section: Mapping[str, Any]) -> bool:
-    """Whether the optimizer of a recipe's section, as a mapping, evaluates an average of what it trains."""
+    """Whether the optimizer in a recipe's section (a mapping) evaluates an average of what it trains."""
     name = section.get("name", "")
     choice = choice_of(name) if name else None
     asked = section.get("lr") == "auto" or (section.get("options") or {}).get("averaging") is not None
@@ -122,10 +122,10 @@ def averages_weights(section: Mapping[str, Any]) -> bool:
 
 
 def decay_of(config: OptimizerConfig, total_steps: int) -> float:
-    """The weight decay, or for "auto" 3 / total_steps, which is then a share of each step.
+    """The weight decay; for "auto" 3 / total_steps, as a fraction per step.
 
     Raises:
-        ValueError: "auto", in a run of fewer than 3 steps.
+        ValueError: "auto" in a run of fewer than 3 steps.
     """
     if config.weight_decay == "auto" and total_steps < AUTO_DECAY:
         raise ValueError(
@@ -146,12 +146,12 @@ def _radabeliefw_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> d
 
 
 def adam_arguments(config: OptimizerConfig, betas: tuple[Any, Any]) -> dict[str, Any]:
-    """The recipe's settings under torch's names for AdamW's."""
+    """The recipe's settings under the names of torch's AdamW."""
     return {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
 def _plus_arguments(config: OptimizerConfig, betas: tuple[float, float]) -> dict[str, Any]:
-    """The rate alone: its betas are other ones, which go as options, and the groups have their weight decay."""
+    """The rate alone: its betas differ in meaning and go as options, and the groups have their weight decay."""
     return {"lr": config.lr}
 
 
@@ -164,12 +164,12 @@ class OptimizerChoice:
     """An optimizer that a recipe can name.
 
     Attributes:
-        make: Called with the param groups, the `arguments` and the recipe's `optimizer.options`, by name.
-        arguments: From the recipe's section and its betas, the second one settled, to keyword arguments of `make`.
+        make: Called with the param groups, and with `arguments` and the recipe's `optimizer.options` as keywords.
+        arguments: From the recipe's section and its betas, with the second one settled, to keyword arguments of `make`.
         needs_whole_parameters: It sums over, or exchanges, whole parameters, which sharding engines hide.
         is_rectified: It takes short steps until its second moment is known (RAdam's rectification).
-        averages_weights: Its `eval()` puts an average in the place of the weights that it trains.
-        problem: What of a recipe it cannot go with: a message that names the setting and what would be right, or None.
+        averages_weights: Its `eval()` replaces the trained weights with an average.
+        problem: Why a recipe does not fit it: a message that names the setting and what would be right, or None.
     """
 
     make: Callable[..., Optimizer]
@@ -181,7 +181,7 @@ class OptimizerChoice:
 
 
 def choice_of(name: str) -> OptimizerChoice | None:
-    """The optimizer of a name: ours, an entry point's, or the user's own, which is imported; None if there is none."""
+    """The optimizer with this name: ours, an entry point's, or the user's own, which is imported; None if unknown."""
     if own_code.is_name(name):
         return own_choice(name)
     return OPTIMIZERS.get(name) or _added(name)
@@ -196,10 +196,10 @@ def own_choice(name: str) -> OptimizerChoice:
     """The optimizer named as `module:Name`.
 
     A class or function is called with the param groups (each with its weight decay), with those of lr, betas, eps and
-    weight_decay that it has as parameters, and with `optimizer.options`.
+    weight_decay that are among its parameters, and with `optimizer.options`.
 
     Raises:
-        OwnCodeError: It cannot be imported, or is no optimizer.
+        OwnCodeError: It cannot be imported, or is not an optimizer.
     """
     made = own_code.load(_KEY, name)
     if isinstance(made, OptimizerChoice):
@@ -224,7 +224,7 @@ def _make_own(name: str, made: Callable[..., Any], groups: list[dict[str, Any]],
         wanted = "it must return a torch.optim.Optimizer"
         raise own_code.OwnCodeError(f"{_KEY}={name!r} returned a {type(optimizer).__name__}; {wanted}")
     if not all("lr" in group for group in optimizer.param_groups):
-        wanted = 'put "lr" into the defaults, which the schedule sets'
+        wanted = 'put "lr" into the defaults, for the schedule to set'
         raise own_code.OwnCodeError(f"{_KEY}={name!r} has param groups without a learning rate; {wanted}")
     return optimizer
 
@@ -237,13 +237,13 @@ def chosen(config: OptimizerConfig) -> OptimizerChoice:
 
 
 def second_beta(config: OptimizerConfig, total_steps: int) -> float:
-    """The decay of the second moment: the one given, or for "auto" 1 - max(0.001, beta2_steps/total_steps).
+    """The decay of the second moment: the given one, or for "auto" 1 - max(0.001, beta2_steps/total_steps).
 
-    The rectification of eq. 13 is a warm-up of some 1/(1 - beta2) steps, which a short run never leaves; "auto" gives
-    it the same share of every run shorter than 1000 beta2_steps steps, and the paper's 0.999 to longer ones.
+    The rectification of eq. 13 is a warm-up of about 1/(1 - beta2) steps, which a short run never leaves; "auto" gives
+    it the same fraction of every run shorter than 1000 beta2_steps steps, and the paper's 0.999 to longer ones.
 
     Raises:
-        ValueError: "auto", in a run of no more than beta2_steps steps.
+        ValueError: "auto" in a run of at most beta2_steps steps.
     """
     beta2 = config.beta2
     if beta2 is None:
@@ -252,8 +252,8 @@ def second_beta(config: OptimizerConfig, total_steps: int) -> float:
         return beta2
     if total_steps <= config.beta2_steps:
         raise ValueError(
-            f"optimizer.beta2='auto' needs more than optimizer.beta2_steps={config.beta2_steps:g} steps, and this run "
-            f"makes {total_steps}; train longer, or give beta2 as a number"
+            f"optimizer.beta2='auto' needs more than optimizer.beta2_steps={config.beta2_steps:g} steps, but this run "
+            f"has {total_steps}; train longer, or give beta2 as a number"
         )
     return 1 - max(0.001, config.beta2_steps / total_steps)
 
@@ -262,7 +262,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
     """The optimizer over param groups that have their weight decay, for a run of `total_steps`.
 
     Raises:
-        ValueError: Its package is missing, it does not take an option, or a setting is out of its range.
+        ValueError: Its package is missing, it does not accept an option, or a setting is out of range.
     """
     choice = chosen(config)
     arguments = choice.arguments(config, (config.betas[0], second_beta(config, total_steps)))
@@ -279,7 +279,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], total_
 
 
 def check_fits(recipe: "Recipe") -> None:
-    """Refuse a recipe whose optimizer cannot go with its other settings; the ValueError says what would be right."""
+    """Reject a recipe whose optimizer does not fit its other settings; the ValueError says what would be right."""
     problem = chosen(recipe.optimizer).problem(recipe)
     if problem is not None:
         raise ValueError(problem)
@@ -350,7 +350,7 @@ def _of_averaging(recipe: "Recipe", what: str) -> Iterator[str]:
 
 
 def _of_no_rate(recipe: "Recipe", what: str, averages: bool) -> Iterator[str]:
-    """What would change a rate that has no part in the step; of averaged weights the schedule is named already."""
+    """Settings that change a rate which the step does not use; for averaged weights the schedule is already named."""
     schedule = recipe.schedule
     if schedule.name != "constant" and not averages:
         yield f"schedule.name={schedule.name!r} with {what}: set schedule.name=constant"

@@ -1,4 +1,4 @@
-"""The run's output: kept in RUN/log.txt, and free to end before the run does (a full disk, a terminal that is gone)."""
+"""The run's output: copied to RUN/log.txt, and allowed to fail (a full disk, a closed terminal) before the run ends."""
 
 import contextlib
 import os
@@ -15,17 +15,17 @@ from robust_dist.private import hidden_text, hidden_words
 from robust_dist.train.failures import Rank
 
 LOG = "log.txt"
-# Of the output before the run's folder exists; an error before that belongs to no run.
+# Limit for output from before the run's folder exists; an earlier error belongs to no run.
 _MOST_LINES = 10_000
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class LastingOutput:
-    """While it is entered, the first rank's stdout and stderr are also kept in RUN/log.txt, without secrets.
+    """While entered, also writes the first rank's stdout and stderr to RUN/log.txt, without secrets.
 
-    The file begins once the run has its folder, with what was printed until then; each start adds to it. A write to
-    stdout or stderr that fails ends that stream's output and nothing else; the first failure is noted in the file, by
-    any rank. Where the file takes no more, the console says so once.
+    The file is opened once the run has its folder, and starts with what was printed before; each start appends to it. A
+    failed write to stdout or stderr ends that stream's output and nothing else; any rank records the first failure in
+    the file. If the file itself cannot be written, the console says so once.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -39,30 +39,32 @@ class LastingOutput:
         _occupy_descriptors()
         for name in ("stdout", "stderr"):
             stream = self._streams[name] = getattr(sys, name)
-            # None where the process was started with the descriptor closed.
+            # None if the process was started with the descriptor closed.
             shown = stream if stream is not None else open(os.devnull, "w")
             setattr(sys, name, _Stream(shown, name, self, self._log))
         return self
 
     def __exit__(self, *error: object) -> None:
         for name, stream in self._streams.items():
-            # What is still buffered would otherwise fail at the interpreter's end, with an exit status of its own.
+            # Buffered output would otherwise fail at interpreter exit, with an exit status of its own.
             getattr(sys, name).flush()
             setattr(sys, name, stream)
         if self._log is not None:
             self._log.close()
 
     def claimed(self, folder: Path) -> None:
-        """The run's folder belongs to this run from now on."""
+        """Called once the run's folder belongs to this run."""
         self.rank.claimed(folder)
         if self._log is not None:
             self._log.open(folder / LOG)
         self._write_note()
 
     def ended(self, name: str, error: Exception) -> None:
-        """Note that a stream takes no more."""
+        """Record that a stream cannot be written any more."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._note = self._note or f"{now} {self.rank}: {name} takes no more output ({error}); training goes on\n"
+        self._note = (
+            self._note or f"{now} {self.rank}: {name} cannot be written any more ({error}); training continues\n"
+        )
         self._write_note()
 
     def _write_note(self) -> None:
@@ -74,7 +76,7 @@ class LastingOutput:
 
 
 class _Log:
-    """Whole lines of what is printed, in a file; those from before `open` are kept until then."""
+    """Writes whole lines of output to a file; those from before `open` are kept until then."""
 
     def __init__(self) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -85,10 +87,10 @@ class _Log:
         self._lock = threading.RLock()
 
     def open(self, path: Path) -> None:
-        """Begin to write, with what was kept."""
+        """Start writing, beginning with what was kept."""
         waiting, self._waiting = self._waiting or [], None
         try:
-            # Line-buffered: a process that is killed leaves each line in the file.
+            # Line-buffered: a killed process leaves every line in the file.
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             self._end(path, error)
@@ -96,7 +98,7 @@ class _Log:
             self._put(line)
 
     def add(self, name: str, text: str) -> None:
-        """Take what a stream printed; of a line that was overwritten, as a bar's, its last state."""
+        """Add what a stream printed; of a line that was overwritten, such as a bar, only its last state."""
         with self._lock:
             *lines, self._begun[name] = (self._begun.get(name, "") + text).split("\n")
             self._begun[name] = self._begun[name].rpartition("\r")[2]
@@ -104,7 +106,7 @@ class _Log:
                 self._keep(line)
 
     def close(self) -> None:
-        """Write what no line's end followed."""
+        """Write an unfinished last line."""
         for name, rest in self._begun.items():
             if rest:
                 self.add(name, "\n")
@@ -132,18 +134,21 @@ class _Log:
             self._end(Path(file.name), error)
 
     def _end(self, path: Path, error: OSError) -> None:
-        print(f"warning: {path} takes no more ({error.strerror}); the run goes on without it", file=sys.stderr)
+        print(
+            f"warning: {path} cannot be written any more ({error.strerror}); the run continues without it",
+            file=sys.stderr,
+        )
 
 
 def _occupy_descriptors() -> None:
-    """Open descriptors 0, 1 and 2 where they are closed: a file would get the number, and the prints of C code."""
+    """Open descriptors 0, 1 and 2 if they are closed: another file would get the number, and C code's output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
 
 
 class _Stream:
-    """A text stream whose text goes into the log, too, and whose failures are told to its `LastingOutput`, once."""
+    """A text stream copied into the log; its first failure is reported to its `LastingOutput`."""
 
     def __init__(self, stream: Any, name: str, owner: LastingOutput, log: _Log | None) -> None:
         self._stream, self._name, self._owner, self._log = stream, name, owner, log
@@ -153,19 +158,19 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As the stream's own; what it does not take is dropped."""
+        """Like the stream's own; text that it cannot write is dropped."""
         self._attempt(lambda: self._stream.write(text))
         if self._log is not None:
             self._log.add(self._name, text)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """As `write`, for each."""
+        """Call `write` for each."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """As the stream's own; what it does not take is dropped."""
+        """Like the stream's own; text that it cannot write is dropped."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
@@ -175,14 +180,14 @@ class _Stream:
             action()
         except UnicodeError:
             raise
-        # A ValueError is a stream that somebody has closed.
+        # A ValueError means that somebody has closed the stream.
         except (OSError, ValueError) as error:
             self._ended = True
             self._discard()
             self._owner.ended(self._name, error)
 
     def _discard(self) -> None:
-        """Let what is buffered, and what C code prints, go nowhere."""
+        """Discard buffered output and what C code prints."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -1,4 +1,4 @@
-"""From YAML files and a command line to a recipe. A recipe is data: reading it imports and calls nothing."""
+"""From YAML files and a command line to a recipe, which is data: reading it imports and calls nothing."""
 
 import argparse
 import inspect
@@ -45,24 +45,22 @@ class Settings:
         self.problems: list[str] = []
 
     def read(self, path: str | Path) -> None:
-        """Take a YAML file, or one of the package's recipes by name.
+        """Read a YAML file, or one of the package's recipes by name.
 
         Raises:
-            DocumentError: It is missing, not YAML, or has a key twice.
+            DocumentError: It is missing, not YAML, or has a duplicate key.
         """
         try:
             document = read_yaml(find_config("recipes", path), doubts=True)
         except FileNotFoundError:
             known = ", ".join(config_names("recipes"))
-            raise DocumentError(
-                f"--config {path}: there is no such file, and no recipe of that name; there are {known}"
-            ) from None
+            raise DocumentError(f"--config {path}: there is no such file or recipe; known are {known}") from None
         self.take(document, document.data, (), "")
 
     def take(
         self, document: Document, data: Any, place: Place, prefix: str, seen: dict[str, str] | None = None
     ) -> None:
-        """Take a mapping at a place of a document; `prefix` is its section, `seen` where earlier keys are."""
+        """Add a mapping at a place in a document; `prefix` is its section, `seen` has the places of earlier keys."""
         if data is None:
             return
         if not isinstance(data, Mapping):
@@ -83,7 +81,7 @@ class Settings:
                 self.set(name, document, value, below)
 
     def set(self, name: str, document: Document, value: Any, place: Place = ()) -> None:
-        """Set one key to a value of a document, in its spelling there where the key takes text."""
+        """Set one key to a document's value, as spelled there if the key takes text."""
         where = document.where(place)
         owner = self.keys.owner(name)
         if name in self.keys.values:
@@ -98,7 +96,7 @@ class Settings:
             self.problems.append(f"{where}: a recipe has no key {name!r}{self.keys.did_you_mean(name)}")
 
     def word(self, name: str, raw: str) -> None:
-        """Set one key from a word of the command line."""
+        """Set one key from a command-line word."""
         option = f"--{name}"
         if not self.keys.is_known(name):
             hint = self.keys.did_you_mean(name, "--")
@@ -114,16 +112,16 @@ class Settings:
             document = Document(raw, option) if text else parse_yaml(raw, option)
             self.set(name, document, document.data)
         else:
-            # An option of an option: text, unless it is written as a number, a truth value, a list or a mapping.
+            # An option of an option: text, unless written as a number, boolean, list or mapping.
             value = parse_yaml(raw, option).data if raw[:1] in ("[", "{", '"', "'") else scalar(raw, option)
             self.set(name, Document(value, option), value)
 
     def recipe(self) -> Any:
-        """The recipe.
+        """Build the recipe.
 
         Raises:
-            SettingsError: Unknown or empty keys, or wrong types, with values out of range if there are any.
-            ValueError: Only values out of range; or options that name code.
+            SettingsError: Unknown or empty keys, or wrong types, with out-of-range values if there are any.
+            ValueError: Only out-of-range values; or options that name code.
         """
         found: dict[str, Any] = {}
         for name, value in self._given.items():
@@ -135,7 +133,9 @@ class Settings:
                 else:
                     found[name] = self._checked(name, value)
                 if HIDDEN in str(found[name]):
-                    raise DocumentError(f"{name} has {HIDDEN} for a password in a URL; give the whole URL again")
+                    raise DocumentError(
+                        f"{name} has {HIDDEN} in place of a password in a URL; give the whole URL again"
+                    )
             except _CodeError:
                 raise
             except DocumentError as error:
@@ -166,7 +166,7 @@ class Settings:
 
 
 class SettingsError(DocumentError):
-    """Keys that a recipe does not have, and values of another type; all of them."""
+    """Unknown keys and values of the wrong type; all of them."""
 
 
 class _CodeError(DocumentError):
@@ -174,19 +174,19 @@ class _CodeError(DocumentError):
 
 
 def _with(before: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """The mapping with one more entry at the end of a path; the one given is left as it is."""
+    """The mapping with one more entry at the end of a path; the argument is not changed."""
     copy = dict(before) if isinstance(before, Mapping) else {}
     copy[path[0]] = value if len(path) == 1 else _with(copy.get(path[0]), path[1:], value)
     return copy
 
 
 def check_plain(value: Any, key: str, where: str) -> None:
-    """Refuse options that are no plain values, and `class_path`, by which libraries import what a file names."""
+    """Reject options that are not plain values, and `class_path`, which makes libraries import what a file names."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name in _CODE:
                 raise _CodeError(
-                    f"{where}: {key}.{name} is not taken: a recipe is data, and nothing that it names is imported or "
+                    f"{where}: {key}.{name} is not allowed: a recipe is data, and nothing named in it is imported or "
                     "called"
                 )
             check_plain(inner, f"{key}.{name}", where)
@@ -194,7 +194,7 @@ def check_plain(value: Any, key: str, where: str) -> None:
         for index, inner in enumerate(value):
             check_plain(inner, f"{key}[{index}]", where)
     elif not isinstance(value, (str, int, float, NoneType)):
-        raise DocumentError(f"{key} must be of plain values, not {type(value).__name__}")
+        raise DocumentError(f"{key} must consist of plain values, not {type(value).__name__}")
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def _takes_text(hint: Any, text: str) -> bool:
 
 
 def _is_list(raw: str, hint: Any) -> bool:
-    """Whether a word for a key that takes text or a list is a list; [0-9]*.tar is none."""
+    """Whether a word for a key that takes text or a list is a list; [0-9]*.tar is not."""
     if not raw.startswith("[") or not any(get_origin(member) is list for member in _kinds(hint)):
         return False
     try:
@@ -216,7 +216,7 @@ def _is_list(raw: str, hint: Any) -> bool:
 
 
 def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
-    """A value as its key takes it: `no` and 007 are text where text is wanted, and "0.1" is a number elsewhere."""
+    """A value in the form its key takes: `no` and 007 are text for a text key, and "0.1" is a number elsewhere."""
     if isinstance(value, list):
         inner = next((get_args(member) for member in _kinds(hint) if get_origin(member) in (list, tuple)), ())
         hints = [inner[min(index, len(inner) - 1)] if inner else Any for index in range(len(value))]
@@ -234,7 +234,7 @@ def _fitted(document: Document, place: Place, value: Any, hint: Any) -> Any:
 
 
 def fitted(kind: type, document: Document, place: Place, value: Any, key: str) -> Any:
-    """A value of a document as a key of the recipe's class takes it; see `Settings.set`."""
+    """A document's value in the form a key of the recipe's class takes; see `Settings.set`."""
     hint = keys_of(kind).values.get(key)
     return value if hint is None else _fitted(document, place, value, hint)
 
@@ -246,7 +246,7 @@ def _refuse_doubts(document: Document, place: Place) -> None:
 
 
 def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
-    """The dataclass from dotted keys; what its parts refuse is said together."""
+    """The dataclass from dotted keys; errors of its sections are reported together."""
     refused: list[str] = []
     hints = get_type_hints(kind)
     given: dict[str, Any] = {}
@@ -269,11 +269,11 @@ def _build(kind: type, found: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def parse(kind: type, words: Sequence[str] | None) -> Any:
-    """A recipe of class `kind` from a command line (`sys.argv`'s where None); later words replace earlier ones.
+    """A recipe of class `kind` from a command line (None: `sys.argv`); later words replace earlier ones.
 
     Raises:
-        SystemExit: Unknown keys or wrong types, which stderr names; or `--help`, `--print_config`.
-        ValueError: A file that is no recipe, options that name code, or values out of range.
+        SystemExit: Unknown keys or wrong types, named on stderr; or `--help`, `--print_config`.
+        ValueError: A file that is not a recipe, options that name code, or values out of range.
     """
     words = sys.argv[1:] if words is None else list(words)
     parser = _parser(kind, words)
@@ -297,11 +297,11 @@ def parse(kind: type, words: Sequence[str] | None) -> Any:
 
 
 def check_recipe_is_named(words: Sequence[str]) -> None:
-    """Refuse a command line without `--config`, `--model.name` or `--data.name`; the ValueError lists the recipes."""
+    """Reject a command line without `--config`, `--model.name` or `--data.name`; the ValueError lists the recipes."""
     if any(word.partition("=")[0] in _NAMES_A_RECIPE for word in words):
         return
     known = ", ".join(config_names("recipes"))
-    raise ValueError(f"no recipe is given: name one with --config, a file or one of the package's: {known}")
+    raise ValueError(f"no recipe is given: set --config to a file or one of the package's: {known}")
 
 
 class _Collect(argparse.Action):
@@ -319,16 +319,16 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="RECIPE",
-        help="a YAML file, or a recipe of the package by name",
+        help="a YAML file, or the name of one of the package's recipes",
         **options,
     )
     parser.add_argument(
         "--import",
         metavar="MODULE",
-        help="take names (MODULE:NAME) of this installed module, too; without it only your own files' names are taken",
+        help="also allow MODULE:NAME from this installed module; by default only your own files are allowed",
         **options,
     )
-    parser.add_argument("--print_config", action="store_true", help="print the whole recipe, and stop")
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe and exit")
     keys = keys_of(kind)
     _add_options(parser, kind, "", options)
     for name, section in keys.sections.items():
@@ -337,7 +337,7 @@ def _parser(kind: type, words: Sequence[str]) -> argparse.ArgumentParser:
         _add_options(group, section, f"{name}.", options)
     known = {"--", "--help", "--config", "--import", "--print_config"}
     known |= {f"--{name}" for part in (keys.sections, keys.mappings, keys.values) for name in part}
-    # Names below a mapping, and unknown ones, which `Settings` refuses with all else that is wrong.
+    # Names below a mapping, and unknown ones, which `Settings` reports with all other errors.
     for word in sorted({word.partition("=")[0] for word in words if word.startswith("--")} - known):
         nargs = None if keys.is_known(word[2:]) else "?"
         parser.add_argument(word, dest=word[2:], nargs=nargs, help=argparse.SUPPRESS, **options)
@@ -357,7 +357,7 @@ def _first_paragraph(kind: type) -> str:
 
 
 def _attributes(kind: type) -> dict[str, str]:
-    """The attributes' texts in the docstrings of a class and its bases."""
+    """The attribute descriptions in the docstrings of a class and its bases."""
     said: dict[str, str] = {}
     for cls in reversed(kind.__mro__[:-1]):
         block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]

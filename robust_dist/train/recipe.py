@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run, as one nested dataclass that YAML and the command line fill."""
+"""The recipe: every setting of a run, as one nested dataclass filled from YAML and the command line."""
 
 import math
 import os
@@ -30,12 +30,12 @@ from robust_dist.train.metrics import EarlyStoppingConfig
 from robust_dist.train.optimizers import OptimizerConfig
 from robust_dist.train.parse import parse
 
-# Arguments of a model's constructor that the run itself gives.
+# Constructor arguments of a model that the run itself provides.
 _GIVEN = {
-    **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "model.weights says it"),
+    **dict.fromkeys(("pretrained", "weights", "pretrained_cfg", "checkpoint_path"), "use model.weights"),
     **dict.fromkeys(("num_classes", "in_channels", "in_chans"), "it follows from the data"),
-    "name": "model.name says it",
-    "model_name": "model.name says it",
+    "name": "use model.name",
+    "model_name": "use model.name",
 }
 __all__ = [
     "AugmentConfig",
@@ -54,7 +54,7 @@ __all__ = [
     "parse_recipe",
     "recipe_dict",
 ]
-# 23 days: transports and system count milliseconds in 32 bits.
+# 23 days: transports and the system count milliseconds in 32 bits.
 _MOST_SECONDS = 2_000_000
 
 
@@ -66,9 +66,10 @@ class ModelConfig:
         name: resnet8/20/32/44/56/110, resnet18_cifar, resnet34_cifar, a torchvision model or timm/NAME; or your own
             class, or function of the number of classes, as MODULE:NAME.
         options: Further keyword arguments of the model's constructor.
-        weights: What a new run begins with: DEFAULT or a name of torchvision's or timm's weights of this model; or a
-            path: a run's folder, an export, a checkpoint, a .safetensors or .pt file of a state dict. Where their
-            classes are others the head is a new one. null draws all weights by the seed.
+        weights: Initial weights of a new run: DEFAULT or a name of torchvision's or timm's weights for this model; or a
+            path: a run's folder, an export, a checkpoint, or a .safetensors or .pt file of a state dict. If their
+                classes
+            differ, the head is new. null draws all weights by the seed.
         channels_last: Keep images, and weights that no engine shards, in torch.channels_last.
         sync_batchnorm: Normalise over the batches of all ranks (torch.nn.SyncBatchNorm; GPUs only).
     """
@@ -93,10 +94,10 @@ class ModelConfig:
     def build(self, num_classes: int, channels: int, *, seed: int, contiguous: bool = False) -> nn.Module:
         """The model, with the same initial weights on every rank; `weights` are loaded later (`weights.begin`).
 
-        `contiguous` is for engines that take contiguous weights alone; then only images are channels_last.
+        `contiguous` is for engines that only take contiguous weights; then only images are channels_last.
 
         Raises:
-            ValueError: An unknown model, options that it does not take, or batch normalisation over ranks on a CPU.
+            ValueError: Unknown model, options that it does not accept, or batch normalisation over ranks on a CPU.
         """
         from robust_dist.models import build_model
         from robust_dist.models.registry import OptionsError
@@ -127,15 +128,15 @@ class ModelConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning-rate decay and the weight-decay switch.
+    """Learning-rate schedule and the weight-decay switch.
 
     Attributes:
         name: cosine (paper, eq. 17, per step); step: a tenth from 50 % of all steps and a hundredth from 75 % on (the
-            paper's baseline); constant; or your own function of step and total steps, as MODULE:NAME, which gives the
-            share of the learning rate after the warm-up.
+            paper's baseline); constant; or your own function of step and total steps, as MODULE:NAME, which returns the
+            fraction of the learning rate after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
-        weight_decay_off_at: Share of all steps after which weight decay is 0 (paper: 0.75).
-        min_lr_ratio: Where the cosine ends, as a share of the learning rate.
+        weight_decay_off_at: Fraction of all steps after which weight decay is 0 (paper: 0.75).
+        min_lr_ratio: Final value of the cosine, as a fraction of the learning rate.
     """
 
     name: str = field(default="cosine", metadata=NAMES_CODE)
@@ -166,8 +167,8 @@ class PrecisionConfig:
     """Number formats.
 
     Attributes:
-        mixed: Autocast of the forward pass: no, bf16 or fp16 (fp16 scales the loss, and is refused on a CPU).
-        deterministic: Choose kernels that give the same bits every time, so that a resumed run is the same run.
+        mixed: Autocast of the forward pass: no, bf16 or fp16 (fp16 scales the loss, and is not allowed on a CPU).
+        deterministic: Use kernels that give the same bits every time, so that a resumed run is reproduced exactly.
     """
 
     mixed: Literal["no", "bf16", "fp16"] = "no"
@@ -179,13 +180,13 @@ class CheckpointConfig:
     """Checkpoints of the run.
 
     Attributes:
-        every_epochs: Save at the end of every so many epochs; the last epoch is always saved.
-        every_steps: Also save every so many optimizer steps, in mid-epoch.
-        keep: How many of the newest checkpoints stay.
-        keep_best: How many of those with the highest eval_accuracy stay beside them.
-        background: Stage a checkpoint in the host's memory and write it while training goes on; where it does not fit
+        every_epochs: Save every this many epochs; the last epoch is always saved.
+        every_steps: Also save every this many optimizer steps, in mid-epoch.
+        keep: Number of newest checkpoints to keep.
+        keep_best: Number of checkpoints with the highest eval_accuracy to keep in addition.
+        background: Stage a checkpoint in the host's memory and write it while training continues; if it does not fit
             there, training waits as with false.
-        staging: Folder of each host to stage in (variables such as $TMPDIR are filled in); null is /dev/shm.
+        staging: Staging folder on each host (variables such as $TMPDIR are expanded); null is /dev/shm.
     """
 
     every_epochs: int = 1
@@ -205,14 +206,15 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Trackers and display beside `metrics.jsonl`.
+    """Trackers and display, besides `metrics.jsonl`.
 
     Attributes:
         trackers: Accelerate's trackers: tensorboard, wandb, mlflow, trackio, ...
         project: The trackers' project (MLflow: experiment; TensorBoard: a folder under `trackers/`).
-        options: Further keyword arguments of a tracker's start, by its name: {wandb: {entity: us}}.
-        progress: A progress bar on the main process.
-        peak_tflops: What one device does at most, for MFU; null takes a known GPU's data sheet, and no MFU elsewhere.
+        options: Further keyword arguments for starting a tracker, by its name: {wandb: {entity: us}}.
+        progress: Show a progress bar on the main process.
+        peak_tflops: Peak performance of one device, for MFU; null uses a known GPU's data sheet, and shows no MFU
+            elsewhere.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -227,7 +229,7 @@ class TrackingConfig:
         inside = ".." not in place.parts and not ("tensorboard" in self.trackers and place.is_absolute())
         require(inside, "tracking.project", self.project, "a name, or a path below the run's folder")
         for name, given in self.options.items():
-            wanted = "of one of tracking.trackers"
+            wanted = "for one of tracking.trackers"
             require(name in self.trackers, f"tracking.options.{name}", hidden(given, name), wanted)
             require(isinstance(given, dict), f"tracking.options.{name}", hidden(given, name), "a mapping of options")
         if self.peak_tflops is not None:
@@ -242,32 +244,31 @@ class Recipe:
     Attributes:
         data: The images.
         model: The classifier.
-        optimizer: RAdaBeliefW, or what it is compared with.
-        schedule: Learning rate and decay over the run.
-        augment: What is done to training images.
+        optimizer: RAdaBeliefW, or an optimizer to compare it with.
+        schedule: Learning rate and weight decay over the run.
+        augment: Augmentation of training images.
         precision: Number formats.
         checkpoint: When the run is saved.
-        tracking: What is shown.
+        tracking: What is displayed and logged.
         early_stopping: Whether the run may end before its last epoch.
         epochs: Passes over the training images.
-        batch_size: Global batch: images per optimizer step over all ranks and accumulated parts.
-        accumulation: Parts into which a rank cuts its share of a batch.
-        micro_batch_size: Most images that a rank holds at once: accumulation is then computed from it and the number of
-            ranks at every start, and batch_size stays. Null leaves accumulation as it is.
-        label_smoothing: Share of the target spread over all classes (paper: 0).
+        batch_size: Global batch: images per optimizer step over all ranks and micro-batches.
+        accumulation: Number of micro-batches into which a rank divides its share of a batch.
+        micro_batch_size: Largest number of images that a rank holds at once: accumulation is then computed from it and
+            the number of ranks at every start, and batch_size stays. Null leaves accumulation unchanged.
+        label_smoothing: Fraction of the target spread over all classes (paper: 0).
         ema_decay: Evaluate an exponential moving average of the weights; null (paper) evaluates the weights.
         cuda_graph: Replay a whole optimizer step (augmentation, forward and backward pass, clipping, update) as one
             CUDA graph, with the same numbers. For one process on one GPU, without accumulation.
         seed: Seed of the initial weights, the order and every draw.
-        init_from: A run's folder, or an export: begin with its weights, batch statistics and (where both have one)
-            moving average, and with a new optimizer and schedule. The classes must be the same; model.weights is for
-            others.
-        init_checkpoint: Which checkpoint of the run that init_from or model.weights names: last, best (by its logged
+        init_from: A run's folder, or an export: start from its weights, batch statistics and (if both have one) moving
+            average, with a new optimizer and schedule. The classes must be the same; otherwise use model.weights.
+        init_checkpoint: The checkpoint to use of the run named by init_from or model.weights: last, best (by logged
             accuracy) or a step.
-        run_dir: The folder of the run; the same command on the same folder goes on where it stopped.
-        num_processes: Ranks that must be there; any number where null.
-        timeout_seconds: How long a rank waits for the others (a download among them) before it gives up; a step, a
-            batch of evaluation or a checkpoint must take less.
+        run_dir: The folder of the run; the same command on the same folder resumes it.
+        num_processes: Required number of ranks; null allows any number.
+        timeout_seconds: How long a rank waits for the others (including downloads) before it gives up; a step, an
+            evaluation batch or a checkpoint must take less.
         profile: Write a torch.profiler trace of a few steps into the run's folder: true, or [steps to skip, steps].
     """
 
@@ -297,7 +298,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.run_dir = os.path.expanduser(self.run_dir)
-        wanted = "a folder, below a home that is there where it begins with ~"
+        wanted = "a folder, below an existing home if it begins with ~"
         require(bool(self.run_dir) and not self.run_dir.startswith("~"), "run_dir", self.run_dir, wanted)
         require_number("epochs", self.epochs, 1)
         require_number("batch_size", self.batch_size, 1)
@@ -318,26 +319,24 @@ class Recipe:
             require(fits, "profile", self.profile, "true, false or [steps to skip, steps], both at least 1")
 
     def _check_start(self) -> None:
-        """Refuse weights to begin with from two places, and a checkpoint of none."""
+        """Reject two sources of initial weights, and a checkpoint without a source."""
         weights, source = self.model.weights, self.init_from
         require(source != "", "init_from", source, "a run's folder, or null")
-        wanted = f"left out with model.weights={weights!r}, or that set to null"
+        wanted = f"left out with model.weights={weights!r}, or set that to null"
         require(source is None or weights is None, "init_from", source, wanted)
         fits = self.init_checkpoint in ("last", "best") or self.init_checkpoint.isdigit()
         require(fits, "init_checkpoint", self.init_checkpoint, "last, best or a step")
         named = source is not None or weights is not None or self.init_checkpoint == "last"
-        require(
-            named, "init_checkpoint", self.init_checkpoint, "last, where neither init_from nor model.weights is set"
-        )
+        require(named, "init_checkpoint", self.init_checkpoint, "last, as neither init_from nor model.weights is set")
 
     def _check_crop(self) -> None:
-        """Refuse padding that leaves next to nothing of an image."""
-        # The size of the user's own data is known when they are read.
+        """Reject padding that leaves next to nothing of an image."""
+        # The size of the user's own data is known only when they are read.
         if not self.augment.crop or is_name(self.data.name):
             return
         from robust_dist.data import DATASETS
 
-        # An unknown name is an error where the set is opened.
+        # An unknown name is reported when the set is opened.
         named = DATASETS.get(self.data.name)
         side = named.size if named else self.data.size if self.data.source else None
         if side is not None:
@@ -348,19 +347,19 @@ class Recipe:
 def conflicts(
     ours: dict[str, Any], theirs: dict[str, Any], where: str = "the folder", kind: type = Recipe
 ) -> list[str]:
-    """Settings that differ between two recipes and change the result, one line each.
+    """Settings that differ between two recipes and change the result, one per line.
 
     Args:
-        ours: `recipe_dict` of the run that starts.
+        ours: `recipe_dict` of the run being started.
         theirs: `recipe_dict` of what `where` names; keys that an older version did not have count as their defaults.
         where: For the lines.
-        kind: The class of the recipe that starts.
+        kind: The class of the recipe being started.
     """
     defaults = flatten(recipe_dict(kind()))
     known = keys_of(kind)
     here, there = flatten(hidden(ours)), known.in_our_words(defaults | flatten(hidden(theirs)))
     keys = sorted(k for k in here.keys() | there.keys() if not known.is_free(k))
-    # No file tells which secret a run had, and the next start may have it from the environment.
+    # No file records a run's secrets, and the next start may get them from the environment.
     keys = [k for k in keys if HIDDEN not in (here.get(k), there.get(k))]
     missing = "(not set)"
     return [
@@ -374,19 +373,19 @@ def parse_recipe(args: Sequence[str] | None = None, kind: type[Recipe] = Recipe)
     """A recipe from a command line: `--config FILE.yaml`, and overrides such as `--optimizer.lr 0.05`.
 
     Reading it imports and calls nothing. The run that it starts imports what it names as `module:Name`, if that is the
-    user's own code (`robust_dist.own_code`); `--import MODULE` adds a module to that.
+    user's own code (`robust_dist.own_code`) or in a module allowed by `--import MODULE`.
 
     Args:
-        args: Command-line words; `sys.argv` where None.
+        args: Command-line words; None: `sys.argv`.
         kind: The recipe's class.
 
     Raises:
         SystemExit: An unknown or empty key or a wrong type; the message names it, and the file's line.
-        ValueError: A file that is no recipe, options that name code to run, or a value out of its range.
+        ValueError: A file that is not a recipe, options that name code to run, or a value out of range.
     """
     return cast(Recipe, parse(kind, args))
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe of a YAML file, with the defaults for what it leaves out."""
+    """The recipe in a YAML file, with defaults for what it leaves out."""
     return parse_recipe(["--config", str(path)])

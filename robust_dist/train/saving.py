@@ -1,4 +1,4 @@
-"""Saving by all ranks together: in the background where the host has room, else at once."""
+"""Saving by all ranks together: in the background if the host has room, otherwise at once."""
 
 import os
 import time
@@ -27,15 +27,15 @@ class Saver:
     """Saves a run's checkpoints, one at a time; every rank makes the same calls.
 
     Args:
-        store: Where checkpoints lie; the first rank alone changes it.
+        store: The checkpoint store; only the first rank changes it.
         settings: The recipe's.
-        need: An upper bound of the bytes that this rank writes into a checkpoint.
-        timeout: Seconds for which the first rank waits for another one that writes nothing.
+        need: An upper bound on the bytes that this rank writes for a checkpoint.
+        timeout: Seconds that the first rank waits for another one that writes nothing.
 
     Attributes:
-        saved: The step of the last save, complete or on its way; -1 before the first.
+        saved: The step of the last save, complete or in progress; -1 before the first.
         count: Checkpoints saved by this start.
-        seconds: Time that training lost to them.
+        seconds: Training time lost to them.
         waited: The part of it spent waiting for the previous checkpoint.
     """
 
@@ -55,7 +55,7 @@ class Saver:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Complete what is on its way as far as that needs no other rank, and let go of the staged files."""
+        """Complete the pending checkpoint as far as possible without other ranks, and remove staged files."""
         if self._pending is not None:
             self._pending.close()
             if self._pending.error is not None:
@@ -67,9 +67,9 @@ class Saver:
         """Save once the previous checkpoint is complete.
 
         Args:
-            step: Optimizer steps done.
+            step: Optimizer steps taken.
             write: Writes this rank's part of the engine's state into a folder; called on every rank.
-            metadata: JSON values to note beside the files.
+            metadata: JSON values stored with the files.
 
         Raises:
             CheckpointError: On every rank: this checkpoint or the previous one could not be written.
@@ -82,14 +82,14 @@ class Saver:
         self.seconds += time.perf_counter() - began
 
     def has_failed(self) -> bool:
-        """Whether this rank's part of the checkpoint on its way has failed."""
+        """Whether this rank's part of the pending checkpoint has failed."""
         return self._pending is not None and self._pending.error is not None
 
     def wait(self) -> None:
-        """Wait until the checkpoint on its way is complete.
+        """Wait until the pending checkpoint is complete.
 
         Raises:
-            CheckpointError: On every rank, where it could not be written on one of them; what was written is removed.
+            CheckpointError: On every rank, if one of them could not write it; what was written is removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -106,12 +106,12 @@ class Saver:
         self.written += pending.seconds
 
     def take_seconds(self) -> float:
-        """Seconds lost since this was asked last."""
+        """Seconds lost since the last call."""
         since, self._reported = self.seconds - self._reported, self.seconds
         return since
 
     def summary(self) -> str:
-        """The cost of checkpoints to this start, in a line; only after the first save."""
+        """The cost of checkpoints to this start, in one line; only after the first save."""
         each = f"{self.seconds / self.count:.3f} s"
         if not self.background:
             return f"checkpoints: {self.count}, training waited {each} for each"
@@ -121,11 +121,11 @@ class Saver:
         )
 
     def _check_room(self) -> None:
-        """Refuse a disk on which not one checkpoint fits; say so where it will not hold all that are to stay."""
+        """Reject a disk too small for one checkpoint; warn if it will not hold all that are to be kept."""
         free, folder = free_bytes(self.store.folder), self.store.folder
         if free < self.need:
             raise CheckpointError(
-                f"{folder}: {text_of(free)} are free, and a checkpoint of this run takes about {text_of(self.need)}; "
+                f"{folder}: {text_of(free)} are free, but a checkpoint of this run takes about {text_of(self.need)}; "
                 "make room, or choose another run_dir"
             )
         kept = self.settings.keep + self.settings.keep_best
@@ -169,7 +169,7 @@ class Saver:
         return not reasons
 
     def _stage(self, step: int, write: Write, metadata: dict[str, Any]) -> bool:
-        """Put the state where a thread can take it from; False where there is no room for it this time."""
+        """Put the state where a thread can take it; False if there is no room this time."""
         if not self._all_can(self._too_full()):
             return False
         assert self._staging is not None
@@ -209,13 +209,13 @@ class Saver:
 
 
 def _explained(path: Path, action: Callable[[], Any]) -> Any:
-    """Call `action`; what a disk refuses becomes an error that a person can act on."""
+    """Call `action`, turning disk errors into ones that a person can act on."""
     try:
         return action()
     except OSError as error:
         raise write_failure(Path(error.filename or path), error) from None
     except Exception as error:
-        # torch.save and safetensors have errors of their own for a write that fails.
+        # torch.save and safetensors have their own errors for a failed write.
         if type(error).__name__ in ("SafetensorError", "CheckpointException") or "inline_container" in str(error):
             raise write_failure(path, error) from None
         raise

@@ -1,4 +1,4 @@
-"""From the recipe's section "data" to the image sets of a run, and how their images are prepared."""
+"""From the recipe's section "data" to a run's image sets, and the preparation of their images."""
 
 import shutil
 import time
@@ -31,14 +31,14 @@ from robust_dist.train.recipe import Recipe
 if TYPE_CHECKING:
     from robust_dist.data.image_cache import ImageCache
 
-# How many of a set's first images are checked for an EXIF orientation.
+# Number of a set's first images checked for an EXIF orientation.
 LOOKED_AT = 16
 _KEY = "data.name"
 _read: dict[str, DatasetInfo] = {}
 
 
 def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images for this rank's device; one process a host fetches, the others wait.
+    """Training and evaluation images for this rank's device; one process per host downloads, the others wait.
 
     Raises:
         ValueError: On every rank: files are missing, torn, too large for the device, or not the same on all ranks.
@@ -56,7 +56,7 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
     check_ranks_see_the_same(*loaded)
     if recipe.data.in_memory:
         images = sum(map(len, loaded))
-        accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay whole in memory")
+        accelerator.print(f"decoded {images:,} images in {time.monotonic() - began:.1f} s; they stay in memory")
     on_rank_0(lambda: tell_exif(recipe.data, *loaded))
     on_rank_0(lambda: tell_decoder(loaded[0]))
     on_rank_0(lambda: tell_cache(*loaded))
@@ -64,10 +64,10 @@ def load_sets(recipe: Recipe, accelerator: Accelerator) -> tuple[LabelledSet, La
 
 
 def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tuple[LabelledSet, LabelledSet]:
-    """Training and evaluation images: read while training, or whole in memory where `data.keep_on` says."""
+    """Training and evaluation images: read during training, or kept in memory if `data.keep_on` says so."""
     if own_code.is_name(data.name):
         check_own_data(data)
-    # The training images come first: they are read more often.
+    # Training images have priority: they are read more often.
     if data.source is None:
         sets = [_set_by_name(data, train=part, download=download) for part in (True, False)]
     else:
@@ -81,7 +81,7 @@ def open_sets(data: DataConfig, device: torch.device, *, download: bool) -> tupl
 
 
 def open_eval_set(data: DataConfig, device: torch.device, classes: tuple[str, ...], *, download: bool) -> LabelledSet:
-    """The evaluation images alone, as `open_sets` gives them; `classes` are those of the training images."""
+    """The evaluation images alone, as from `open_sets`; `classes` are those of the training images."""
     if data.source is None:
         return place([_set_by_name(data, train=False, download=download)], device, data.keep_on)[0]
     source = open_source(data, "eval", classes, download=download)
@@ -98,10 +98,10 @@ def _set_by_name(data: DataConfig, *, train: bool, download: bool) -> ImageSet:
 
 
 def _stream(data: DataConfig, device: torch.device, source: ImageSource, *, evaluation: bool = False) -> LabelledSet:
-    """Images of one part, as they are read while training; nothing is decoded yet.
+    """Images of one part, to be read during training; nothing is decoded yet.
 
-    Where they are to be decoded on a GPU and cannot, that is a ValueError for training images; evaluation images are
-    decoded on the CPU then, as a trained model is evaluated anywhere.
+    If they should be decoded on a GPU and cannot, that is a ValueError for training images; evaluation images are then
+    decoded on the CPU, as a trained model is evaluated anywhere.
     """
     from robust_dist.data.decode import CentralCrop, RandomCrop
     from robust_dist.data.device_decode import decoder
@@ -136,7 +136,7 @@ def _cache(data: DataConfig, source: ImageSource, crop: Any) -> "ImageCache | No
 
 
 def tell_cache(*sets: LabelledSet) -> None:
-    """Print what keeping decoded images costs."""
+    """Print the cost of keeping decoded images."""
     from robust_dist.data.image_cache import bytes_kept
 
     cache = getattr(sets[0], "cache", None)
@@ -152,14 +152,14 @@ def tell_cache(*sets: LabelledSet) -> None:
 
 
 def _is_fast(data: DataConfig) -> bool:
-    """Whether what the GPU does not decode is decoded by `fast_crop`."""
+    """Whether images not decoded by the GPU are decoded by `fast_crop`."""
     return data.decode in ("fast", "auto")
 
 
 def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> DataConfig:
-    """The section with `decode: auto` resolved, to the same on every rank.
+    """The section with `decode: auto` resolved, identically on every rank.
 
-    `noted` is `RunFolder.decoder`: a run that goes on keeps its decoder.
+    `noted` is `RunFolder.decoder`: a resumed run keeps its decoder.
     """
     from robust_dist.data.device_decode import why_not
 
@@ -172,23 +172,23 @@ def with_decoder(data: DataConfig, device: torch.device, noted: str | None) -> D
         return replace(data, decode="cuda")
     if noted == "cuda" and reasons and rank() == 0:
         print(
-            f"warning: the run's images were decoded by the GPU so far, which cannot be done here ({reasons[0]}): "
-            "it goes on with data.decode=fast, whose levels differ by a few",
+            f"warning: the run's images were decoded by the GPU so far, which is not possible here ({reasons[0]}): "
+            "it continues with data.decode=fast, whose levels differ by a few",
             flush=True,
         )
-    # Versions that noted nothing decoded exactly, on the CPU.
+    # Versions that recorded nothing decoded exactly, on the CPU.
     return replace(data, decode="exact" if noted == "" else "fast")
 
 
 def tell_decoder(train: LabelledSet) -> None:
-    """Print what decodes JPEGs, unless that is Pillow, exactly."""
+    """Print what decodes JPEGs, unless it is Pillow, exactly."""
     from robust_dist.data.fast_decode import decoder_name, is_installed
 
     found = getattr(train, "decoder", "exact")
     if found == "cuda":
         print("JPEGs are decoded by the GPU (data.decode=cuda)")
     elif found == "fast":
-        advice = "" if is_installed else "; simplejpeg takes less time: pip install 'robust_dist[data]'"
+        advice = "" if is_installed else "; simplejpeg is faster: pip install 'robust_dist[data]'"
         print(f"JPEGs are decoded by {decoder_name()} (data.decode=fast){advice}")
 
 
@@ -205,7 +205,7 @@ def open_source(data: DataConfig, part: str, classes: Classes, *, download: bool
 
 
 def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
-    """Print what is done with the EXIF orientation of sets whose first images have one."""
+    """Print how EXIF orientation is handled in sets whose first images have one."""
     sources = [getattr(dataset, "source", None) for dataset in sets]
     for line in [exif_line(data, source) for source in sources if source is not None]:
         if line is not None:
@@ -213,7 +213,7 @@ def tell_exif(data: DataConfig, *sets: LabelledSet) -> None:
 
 
 def exif_line(data: DataConfig, source: ImageSource) -> str | None:
-    """A line on the EXIF orientation of a set's images, if the first ones carry one."""
+    """A line on the EXIF orientation of a set's images, if the first ones have one."""
     from robust_dist.data.decode import is_turned
     from robust_dist.data.errors import BadImageError
     from robust_dist.data.source import Upright
@@ -226,7 +226,7 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
     turned = sum(map(is_turned, first))
     if not turned:
         return None
-    done, other = ("turned upright", "off") if isinstance(first[0], Upright) else ("left as they are stored", "on")
+    done, other = ("turned upright", "off") if isinstance(first[0], Upright) else ("left as stored", "on")
     return (
         f"{source.name}: {turned} of the first {len(first)} images carry an EXIF orientation; they are {done} "
         f"(data.exif={data.exif}; set data.exif={other} for the opposite)"
@@ -234,7 +234,7 @@ def exif_line(data: DataConfig, source: ImageSource) -> str | None:
 
 
 def check_ranks_see_the_same(*sets: LabelledSet) -> None:
-    """Compare the sets between ranks; a ValueError on every rank says where hosts have other files."""
+    """Compare the sets between ranks; a ValueError on every rank says where hosts have different files."""
     if not taking_part():
         return
     for dataset in sets:
@@ -264,7 +264,7 @@ def build_loader(recipe: Recipe, accelerator: Accelerator, train_set: LabelledSe
 
 
 class Preprocessing(NamedTuple):
-    """How a set's images are prepared on the device: side in pixels, mean and std of each channel, own crop and flip.
+    """Preparation of a set's images on the device: side in pixels, mean and std per channel, own crop and flip.
 
     `crop` is padding in pixels: 0 for images cropped by workers, an eighth of the side for files kept in memory.
     """
@@ -277,7 +277,7 @@ class Preprocessing(NamedTuple):
 
 
 def preprocessing_of(data: DataConfig, *, evaluation: bool = False) -> Preprocessing:
-    """The preparation of training images, or of evaluation images; an unknown data set is a ValueError."""
+    """The preparation of training or evaluation images; an unknown data set is a ValueError."""
     if data.streamed or data.in_memory:
         size = data.eval_sides[0] if evaluation else data.size
         padding = round(size / 8) if data.in_memory else 0
@@ -290,7 +290,7 @@ def info_of(data: DataConfig) -> DatasetInfo:
     """The record of a set by name, or of the user's own, whose images are read for it.
 
     Raises:
-        ValueError: An unknown name, or a set of the user's own that cannot be imported or used.
+        ValueError: The name is unknown, or the user's own set cannot be imported or used.
     """
     if not own_code.is_name(data.name):
         return dataset_info(data.name)
@@ -308,15 +308,15 @@ def info_of(data: DataConfig) -> DatasetInfo:
 
 
 def known_info(data: DataConfig) -> DatasetInfo | None:
-    """As `info_of`; None for image files."""
+    """Like `info_of`; None for image files."""
     return info_of(data) if own_code.is_name(data.name) and data.source is None else DATASETS.get(data.name)
 
 
 def check_own_data(data: DataConfig) -> None:
-    """Import data of the user's own, and check the keys that other data have checked when they are read.
+    """Import the user's own data, and check the keys that other data have checked when they are read.
 
     Raises:
-        OwnCodeError: It cannot be imported, or is no data.
+        OwnCodeError: It cannot be imported, or is not data.
         ValueError: Keys that it does not use.
     """
     data.check_keys()
@@ -325,7 +325,7 @@ def check_own_data(data: DataConfig) -> None:
 
 
 def check_own_set(name: str, found: Any, data: DataConfig) -> None:
-    """Refuse with an OwnCodeError what is no set of images or does not take its arguments; nothing is read."""
+    """Raise an OwnCodeError for what is not a set of images or does not take its arguments; nothing is read."""
     if isinstance(found, DatasetInfo):
         return
     is_model = isinstance(found, nn.Module) or (isinstance(found, type) and issubclass(found, nn.Module))
@@ -348,7 +348,8 @@ def _made(data: DataConfig, found: Any, *, train: bool, classes: Sequence[str] |
 def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> DatasetInfo:
     """The record of two sets in memory: the training images' mean and deviation, crops padded by an eighth, flips.
 
-    `again(train=..., classes=...)` makes a part that was already given out; without it the same one is given out again.
+    `again(train=..., classes=...)` rebuilds a part that was already handed out; without it the same one is returned
+    again.
     """
     kept: dict[bool, ImageSet] = {True: train_set, False: eval_set}
     classes = train_set.classes
@@ -368,22 +369,22 @@ def info_of_sets(train_set: ImageSet, eval_set: ImageSet, again: Any = None) -> 
         std=tuple(deviation or 1.0 for deviation in scaled.std((0, 2, 3)).tolist()),
         crop_padding=round(train_set.images.shape[-1] / 8),
         flip=True,
-        description="of the user's own",
+        description="the user's own",
         loader=load,
     )
 
 
 def image_set(given: Any, name: str, classes: Sequence[str] | None = None) -> ImageSet:
-    """Images of the user's own as an ImageSet on the CPU.
+    """Convert the user's own images to an ImageSet on the CPU.
 
     Args:
         given: An ImageSet; a pair of images (uint8 [N, C, H, H]) and labels (int64 [N]); or a map-style data set of
             (PIL image or uint8 [C, H, H], label), which is read once.
         name: For messages.
-        classes: Names for a set without `classes` of its own; numbers up to the highest label where None.
+        classes: Names for a set without its own `classes`; None: numbers up to the highest label.
 
     Raises:
-        ValueError: Images of several sizes or not square, or no set of images.
+        ValueError: Images have several sizes or are not square, or this is not a set of images.
     """
     if isinstance(given, ImageSet):
         return given
@@ -393,7 +394,7 @@ def image_set(given: Any, name: str, classes: Sequence[str] | None = None) -> Im
         images, labels = _stacked([given[index] for index in range(len(given))], name)
     else:
         raise ValueError(
-            f"{name}: a {type(given).__name__} is no set of images; give a pair of images (uint8 [N, C, H, H]) and "
+            f"{name}: a {type(given).__name__} is not a set of images; give a pair of images (uint8 [N, C, H, H]) and "
             "labels (int64 [N]), or a data set with __len__ and __getitem__ of (PIL image or uint8 [C, H, H], label)"
         )
     if images.ndim == 4 and images.shape[2] != images.shape[3]:
@@ -409,7 +410,7 @@ def _stacked(samples: list[Any], name: str) -> tuple[Tensor, Tensor]:
     other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
         raise ValueError(
-            f"{name}: image {other} is {sizes[other]}, and image 0 is {sizes[0]}; give images of one size, or "
+            f"{name}: image {other} is {sizes[other]}, but image 0 is {sizes[0]}; give images of one size, or "
             "train from files of any size with data.name=imagefolder, hub or webdataset"
         )
     return torch.stack(tensors), torch.tensor([int(sample[1]) for sample in samples])

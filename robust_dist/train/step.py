@@ -19,9 +19,9 @@ def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None, label_s
 
     Args:
         logits: [B, C], of any floating dtype.
-        targets: [B, C], floating, each row of sum 1; or int64 classes [B].
-        weights: float32 [B], factors of the samples' losses; None where all count.
-        label_smoothing: Share of a target spread over all classes.
+        targets: [B, C], floating, each row summing to 1; or int64 classes [B].
+        weights: float32 [B], factors of the samples' losses; None if all count.
+        label_smoothing: Fraction of a target spread over all classes.
     """
     logits = logits.float()
     if weights is None:
@@ -31,7 +31,7 @@ def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None, label_s
 
 
 def summed_entropy(targets: Tensor, num_classes: int, weights: Tensor | None, label_smoothing: float) -> Tensor | float:
-    """The summed entropy of the targets of `summed_loss`, which is left of it where the model is right."""
+    """The summed entropy of the targets of `summed_loss`, the loss that remains for a perfect model."""
     if not targets.is_floating_point():
         if label_smoothing == 0.0:
             return 0.0
@@ -42,17 +42,17 @@ def summed_entropy(targets: Tensor, num_classes: int, weights: Tensor | None, la
 
 
 class TrainStep:
-    """Augmentation, forward and backward pass, clipping and update: the mean loss over the global batch, however cut.
+    """Augmentation, forward and backward pass, clipping and update: the mean loss over the global batch.
 
     Args:
         recipe: All settings.
-        accelerator: The engine, which made `model`, `optimizer` and `schedule` what they are here.
+        accelerator: The engine, which produced `model`, `optimizer` and `schedule`.
         model: See `accelerator`.
         optimizer: See `accelerator`.
         schedule: See `accelerator`.
         pipeline: The augmentation, compiled or not.
         loss_sum: 0-d float64 on the device; this rank's summed loss is added to it.
-        full_size: Samples of a batch that is not an epoch's last, with which `cuda_graph` captures its graph.
+        full_size: Number of samples in a batch other than an epoch's last, with which `cuda_graph` captures its graph.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TrainStep:
         self.input_dtype = engine.input_dtype(accelerator.unwrap_model(model))
         self._base: Any = base_optimizer(optimizer)
         self._measures_rate = getattr(self._base, "measures_rate", False)
-        # Where backward steps, the engine gives the optimizer its gradients.
+        # If backward steps, the engine gives the optimizer its gradients.
         self._shows_gradients = self._measures_rate and not engine.steps_in_backward
         self._static: StaticStep | None = None
         if recipe.cuda_graph:
@@ -91,7 +91,7 @@ class TrainStep:
 
     @property
     def measured_rate(self) -> float | None:
-        """The learning rate of the last step, where the optimizer measures it; waits for the device."""
+        """The learning rate of the last step, if the optimizer measures it; waits for the device."""
         return self._base.measured_rate if self._measures_rate else None
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class TrainStep:
         images, targets = self.inputs(batch)
         logits = self.model(images)
         loss = summed_loss(logits, targets, batch.weights, self.recipe.label_smoothing)
-        # Engines average over ranks and accumulated parts; samples must count equally in uneven ones, too.
+        # Engines average over ranks and micro-batches; samples must count equally even if these are uneven.
         parts_in_all = self.accelerator.num_processes * parts
         if self._measures_rate:
             entropy = summed_entropy(targets, logits.shape[1], batch.weights, self.recipe.label_smoothing)

@@ -1,4 +1,4 @@
-"""A signal that asks the run to stop: all ranks save at one step and leave, and the next start goes on from there."""
+"""Stopping on a signal: all ranks save at the same step and exit, and the next start resumes there."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from robust_dist.ranks.talk import Ballot, gather, on_rank_0
 from robust_dist.train.folder import RunFolder
 from robust_dist.train.saving import Saver
 
-# EX_TEMPFAIL of sysexits.h: not done; the same command goes on.
+# EX_TEMPFAIL of sysexits.h: not done; the same command resumes.
 STOPPED_STATUS = 75
-# Sent by SLURM's --signal, Kubernetes, spot notices and launchers; then by a terminal: Ctrl-C, and its end.
+# Sent by SLURM's --signal, Kubernetes, spot notices and launchers; and by a terminal: Ctrl-C, and hang-up.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# SLURM may signal every process of a step, and a launcher then forwards the same notice once more.
+# SLURM may signal every process of a step, and a launcher then forwards the same notice again.
 _ECHO_SECONDS = 10.0
-# A launcher passes a terminal's first Ctrl-C on within this time; a later one is a person's second.
+# A launcher forwards a terminal's first Ctrl-C within this time; a later one is a person's second.
 _TYPED_ECHO_SECONDS = 1.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal of this name and has saved, at `step` of `total_steps`, in `checkpoint`."""
+    """The run was asked to stop by the signal `name` and has saved, at `step` of `total_steps`, in `checkpoint`."""
 
     def __init__(self, name: str, step: int, total_steps: int, checkpoint: str) -> None:
         super().__init__(name, step, total_steps, checkpoint)
@@ -33,7 +33,7 @@ class Stopped(Exception):
     def __str__(self) -> str:
         return (
             f"stopped by {self.name} at step {self.step} of {self.total_steps}; saved in {self.checkpoint}; "
-            "the same command goes on from there"
+            "the same command resumes from there"
         )
 
 
@@ -43,24 +43,24 @@ def launcher() -> list[Any]:
 
 
 def launchers() -> list[list[Any]]:
-    """The launchers of all ranks, each one once."""
+    """The distinct launchers of all ranks."""
     return [list(pair) for pair in sorted({tuple(pair) for pair in gather(launcher())})]
 
 
 def check_not_stopped(note: dict[str, Any]) -> None:
-    """Leave again (raise Stopped) where a launcher starts its ranks once more after a signal stopped the run."""
+    """Exit again (raise Stopped) if a launcher restarts its ranks after a signal stopped the run."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and launcher() in note.get("launchers", []):
         raise Stopped(note["signal"], note["step"], note["total_steps"], note["checkpoint"])
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is entered; a second one ends the process at once.
+    """Records SIGTERM, SIGUSR1, SIGINT and SIGHUP while entered; a second one ends the process at once.
 
-    A second SIGINT counts from 1 s after the first, any other pair from 10 s: launchers pass the same notice on. What
-    the process was started ignoring (nohup, a shell's background job) stays ignored. A thread does the noting, so that
-    the second signal also ends a rank whose main thread hangs in a collective. Outside the main thread nothing is
-    noted.
+    A second SIGINT counts from 1 s after the first, any other pair from 10 s: launchers forward the same notice.
+    Signals that the process was started ignoring (nohup, a shell's background job) stay ignored. A thread does the
+    recording, so that the second signal also ends a rank whose main thread hangs in a collective. Outside the main
+    thread nothing is recorded.
 
     Attributes:
         received: The first signal, or None.
@@ -111,12 +111,12 @@ class StopSignals:
             return
         typed = received is self.received is signal.SIGINT
         if time.monotonic() - self._at > (_TYPED_ECHO_SECONDS if typed else _ECHO_SECONDS):
-            print(f"a second {received.name}: leaving at once, nothing more is saved", file=sys.stderr, flush=True)
+            print(f"a second {received.name}: exiting at once, nothing more is saved", file=sys.stderr, flush=True)
             os._exit(128 + received)
 
 
 def _forget_in_child() -> None:
-    """A forked child (a data worker) ends by a signal as ever, and does not speak for its parent."""
+    """Restore default signals in a forked child (a data worker), which does not speak for its parent."""
     if StopSignals._entered is not None:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
@@ -126,13 +126,13 @@ def _forget_in_child() -> None:
 
 
 class Stopper:
-    """Brings all ranks to one step where one of them was signalled, or could not write its part of a checkpoint.
+    """Pauses all ranks at the same step if one was signalled, or could not write its part of a checkpoint.
 
-    The ranks vote at each step on whether any of them wants all to pause. None waits for the others: the answer comes
-    one step later, and is the same on all of them.
+    At each step the ranks vote on whether any of them wants to pause. None waits for the others: the answer comes one
+    step later, and is the same on all of them.
 
     Attributes:
-        stop: The signal's name once the ranks agree that the run is to stop.
+        stop: The signal's name once the ranks agree to stop.
     """
 
     def __init__(self, saver: Saver) -> None:
@@ -151,10 +151,10 @@ class Stopper:
         self._signals.__exit__(*error)
 
     def ask(self) -> bool:
-        """After each step: whether the run is to stop; the same on every rank.
+        """After each step: whether the run should stop; the same on every rank.
 
         Raises:
-            CheckpointError: On every rank: the last checkpoint could not be written on one of them.
+            CheckpointError: On every rank: one of them could not write the last checkpoint.
         """
         signalled = self._signals.received is not None and self.stop is None
         is_wanted = self._is_pause_wanted()
@@ -164,7 +164,7 @@ class Stopper:
         return self.stop is not None
 
     def _is_pause_wanted(self) -> bool:
-        """Count the vote of the step before."""
+        """Read the vote of the previous step."""
         vote, self._vote = self._vote, None
         return vote is not None and vote.count() > 0
 
@@ -176,7 +176,7 @@ class Stopper:
             self.saver.wait()
 
     def leave(self, folder: RunFolder, step: int, total_steps: int) -> None:
-        """Note the stop in the run's folder, and raise Stopped."""
+        """Record the stop in the run's folder, and raise Stopped."""
         assert self.stop is not None
         checkpoint = str(self.saver.store.path_of(step))
         note = {"signal": self.stop, "step": step, "total_steps": total_steps, "checkpoint": checkpoint}

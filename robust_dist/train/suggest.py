@@ -1,4 +1,4 @@
-"""`robust-dist recipe`: a recipe for a folder of images, with the reason for each setting beside it."""
+"""`robust-dist recipe`: a recipe for a folder of images, with the reason beside each setting."""
 
 import json
 import math
@@ -17,26 +17,26 @@ from robust_dist.train.parse import Settings
 from robust_dist.train.recipe import Recipe
 
 EVAL_SHARE = 0.2
-# Images up to this side are for ResNets without a stem; larger ones for torchvision's.
+# Images up to this side use ResNets without a stem; larger ones torchvision's.
 _SMALL_SIDE = 64
 _SIDES = (32, 64, 96, 128, 160, 192, 224)
-# Below so many steps the full augmentation costs accuracy (configs/studies/results).
+# Below this many steps the full augmentation costs accuracy (configs/studies/results).
 _LONG = 7_500
 _WANTED_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1_500, 30, 100
-# Most images, and the batch size for them.
+# Largest numbers of images, each with its batch size.
 _BATCHES = ((64, 8), (1_000, 16), (5_000, 32), (20_000, 64), (100_000, 128))
 _LARGEST_BATCH = 256
 _NAMED = 5
-# Words that YAML does not take for text.
+# Words that YAML does not read as text.
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 
 
 def suggest(folder: str | Path) -> str:
-    """The YAML text of a recipe that trains on a folder of images as it is: class folders, or train and val with those.
+    """The YAML text of a recipe for a folder of images as it is: class folders, or train and val with class folders.
 
     Raises:
-        DataError: It is no folder of images in classes.
+        DataError: It is not a folder of images in classes.
     """
     found = survey(Path(folder).expanduser().absolute())
     if found.layout.eval is None and max(found.train) < 2:
@@ -51,10 +51,10 @@ def suggest(folder: str | Path) -> str:
 
 
 def _findings(found: Survey) -> list[str]:
-    """What was seen, as comments."""
+    """The findings, as comments."""
     total, looked_at = found.images, found.looked_at
     counts = [sum(pair) for pair in zip(found.train, found.eval or (0,) * len(found.train), strict=True)]
-    of_all = "" if looked_at == total else f" of {looked_at:,} that were looked at"
+    of_all = "" if looked_at == total else f" of {looked_at:,} that were examined"
     widths, heights = zip(*found.sizes, strict=True)
     lines = [
         f"{total:,} images of {len(found.classes):,} classes below {found.layout.root}",
@@ -65,12 +65,12 @@ def _findings(found: Survey) -> list[str]:
     if max(counts) >= 3 * max(1, min(counts)):
         largest = found.classes[counts.index(max(counts))]
         lines.append(
-            f"unbalanced: {largest!r} is the class of {max(counts) / total:.0%} of them; look at the accuracy of each "
+            f"unbalanced: {largest!r} has {max(counts) / total:.0%} of them; check the accuracy of each "
             "class (robust-dist evaluate)"
         )
     if found.left_out:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items()))
-        lines.append(f"files that are no images, left out: {listed}")
+        lines.append(f"files left out because they are not images: {listed}")
     lines += [f"cannot be read: {bad.where}: {bad.reason}" for bad in found.bad[:_NAMED]]
     lines += [f"... and {len(found.bad) - _NAMED:,} more"] * (len(found.bad) > _NAMED)
     lines += [f"the same file twice: {one} and {other}" for one, other in found.copies[:_NAMED]]
@@ -95,7 +95,7 @@ def _sections(found: Survey) -> list[str]:
         "  lr: 0.01",
         *([] if is_long else warm_up),
         *_augment(is_long, steps),
-        f"# About {steps:,} steps; the accuracy of the last epochs tells whether more would help.",
+        f"# About {steps:,} steps; the accuracy of the last epochs shows whether more would help.",
         f"epochs: {epochs}",
         f"batch_size: {batch}",
         *_precision(),
@@ -113,7 +113,7 @@ def _side(found: Survey) -> int:
 
 
 def _is_uniform(found: Survey) -> bool:
-    """Whether all images are small squares of one size, so that they can stay whole in memory."""
+    """Whether all images are small squares of one size, so that they can stay in memory."""
     width, height = found.sizes[0]
     same = len(set(found.sizes)) == 1 and found.looked_at == found.images
     return same and width == height and width <= _SMALL_SIDE
@@ -126,7 +126,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
     if split:
         smallest = min(found.train)
         lines += [
-            "  # There is no evaluation folder: this share of each class is held out, by a hash of the file's name"
+            "  # There is no evaluation folder: this fraction of each class is held out, by a hash of the file name"
             + (f" (the smallest class has {smallest:,})." if smallest < 20 else "."),
             f"  eval_share: {EVAL_SHARE}",
         ]
@@ -134,7 +134,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
         lines += [f"  train: {_value(str(layout.train))}", f"  eval: {_value(str(layout.eval))}"]
     if _is_uniform(found):
         lines += [
-            f"  # All are {side}x{side}: decoded once, they stay in memory, and are cropped there (augment.crop).",
+            f"  # All are {side}x{side}: they are decoded once, stay in memory and are cropped there (augment.crop).",
             f"  size: {side}",
             "  crop_scale: null",
         ]
@@ -151,7 +151,7 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
             ]
     if side <= _SMALL_SIDE or found.grey > len(found.sizes) / 2:
         lines += [
-            "  # Measured here. With model.weights take those of the weights (ImageNet's: leave both out).",
+            "  # Measured here. With model.weights use those of the weights (for ImageNet's, leave both out).",
             f"  mean: {list(found.mean)}",
             f"  std: {list(found.std)}",
         ]
@@ -159,28 +159,28 @@ def _data(found: Survey, side: int, split: bool, is_long: bool, images: int, bat
         lines += [f"  # {found.turned:,} images carry an EXIF orientation: turn them upright.", "  exif: 'on'"]
     if found.bad:
         share = min(0.5, math.ceil(200 * len(found.bad) / found.looked_at) / 100)
-        lines += ["  # Named above: mend or remove them. They are skipped and counted.", f"  max_bad_share: {share}"]
+        lines += ["  # Named above: repair or remove them. They are skipped and counted.", f"  max_bad_share: {share}"]
     # A split by hashes may leave fewer training images than expected.
     if images >= 2 * batch:
-        lines += ["  # The rest of an epoch, of a few images, would upset batch normalisation.", "  drop_last: true"]
+        lines += ["  # A last batch of only a few images would upset batch normalisation.", "  drop_last: true"]
     lines += [f"  # Up to {max(1, batch // 2)} ranks share a batch.", "  block: 2"]
     return [*lines, f"  workers: {min(8, max(1, cores_here() - 1))}"]
 
 
 def _model(side: int, images: int) -> list[str]:
     if side <= _SMALL_SIDE:
-        return ["model:", "  # For small images; resnet56 where there are tens of thousands.", "  name: resnet20"]
+        return ["model:", "  # For small images; use resnet56 with tens of thousands of them.", "  name: resnet20"]
     name = "resnet18" if images < 20_000 else "resnet50"
     return [
         "model:",
         f"  name: {name}",
-        "  # Begin with ImageNet's weights, which helps most where images are few; it needs a network once:",
+        "  # Start from ImageNet's weights, which helps most with few images; needs a network once:",
         "  # weights: DEFAULT",
     ]
 
 
 def _augment(is_long: bool, steps: int) -> list[str]:
-    lines = ["augment:", "  # true where a mirrored image keeps its meaning, as of most photographs.", "  flip: false"]
+    lines = ["augment:", "  # true if a mirrored image keeps its meaning, as with most photographs.", "  flip: false"]
     if is_long:
         return [*lines, f"  # {steps:,} steps are enough for TrivialAugment and CutMix, which are on."]
     return [
@@ -198,7 +198,7 @@ def _precision() -> list[str]:
 
 
 def _value(text: str) -> str:
-    """Text as YAML: plain where it can be nothing else."""
+    """Text as YAML: plain if it has no other reading."""
     plain = _PLAIN.fullmatch(text) is not None and text.lower() not in _WORDS
     return text if plain else json.dumps(text, ensure_ascii=False)
 

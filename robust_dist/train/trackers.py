@@ -1,4 +1,4 @@
-"""Experiment trackers by Accelerate's names: checked before the run, started once, and never the end of a run."""
+"""Experiment trackers, by Accelerate's names: checked before the run, started once, never fatal to a run."""
 
 import difflib
 import json
@@ -21,7 +21,7 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that is unknown, or whose package is broken or missing (Accelerate would silently leave it out).
+    """Reject a tracker that is unknown, or whose package is broken or missing (Accelerate would silently skip it).
 
     Raises:
         ValueError: Names it, and what would be right.
@@ -31,7 +31,7 @@ def check_trackers(names: list[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"tracking.trackers={names!r}: no tracker {name!r}; {hint}there are {', '.join(known)}")
+            raise ValueError(f"tracking.trackers={names!r}: no tracker {name!r}; {hint}known are {', '.join(known)}")
     there = {str(name) for name in get_available_trackers()}
     builtin = {name for name, kind in LOGGER_TYPE_TO_CLASS.items() if kind.__module__ == GeneralTracker.__module__}
     missing = [name for name in names if name in builtin and name not in there]
@@ -54,7 +54,7 @@ def check_trackers(names: list[str]) -> None:
 class Trackers:
     """The trackers of one run; only the main process logs.
 
-    Their runs are noted in `trackers/runs.json`, so that the next start of the same folder goes on in the same ones.
+    Their runs are recorded in `trackers/runs.json`, so that the next start in the same folder continues them.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path) -> None:
@@ -63,11 +63,11 @@ class Trackers:
         self._silent: set[str] = set()
 
     def start(self, done: int) -> None:
-        """Start every tracker, or go on in its run after `done` steps; a ValueError on every rank if one cannot."""
+        """Start every tracker, or resume its run after `done` steps; a ValueError on every rank if one cannot start."""
         on_rank_0(lambda: self._start(done))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Hand an epoch's object on; a tracker that fails is named once, and the run goes on without it."""
+        """Log an epoch's row; a tracker that fails is named once, and the run continues without it."""
         values = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
         for tracker in self.accelerator.trackers:
             try:
@@ -80,7 +80,7 @@ class Trackers:
         settings = {key: _scalar(value) for key, value in flatten(hidden(recipe_dict(self.recipe))).items()}
         for name in names:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One at a time, so that an error can be blamed on the right one.
+            # One at a time, so that an error can be attributed.
             self.accelerator.log_with, self.accelerator.trackers = [name], []
             options = {name: self._options(name, known.get(name), done)}
             try:
@@ -105,20 +105,20 @@ class Trackers:
             return {}
         except (OSError, ValueError) as error:
             self.accelerator.print(
-                f"the trackers begin new runs, because the note of this run's own is damaged: {error}"
+                f"the trackers start new runs, because the record of this run's own is damaged: {error}"
             )
             return {}
         return found
 
     def _options(self, name: str, run: str | None, done: int) -> dict[str, Any]:
-        """The options of a tracker's start: ours, and over them the user's."""
+        """The options for starting a tracker: ours, overridden by the user's."""
         label = self.folder.resolve().parent.name
         ours: dict[str, dict[str, Any]] = {
-            # Hides what an interrupted start logged after the step from which this one goes on.
+            # Hides what an interrupted start logged after the step from which this one resumes.
             "tensorboard": {"purge_step": done + 1},
             "wandb": {"name": label, "dir": str(self.folder), "resume": "allow"} | ({"id": run} if run else {}),
             "mlflow": {"run_id": run} if run else {"run_name": label},
-            # Trackio knows runs by name only.
+            # Trackio identifies runs only by name.
             "trackio": {"name": run or f"{label}-{uuid.uuid4().hex[:6]}", "resume": "allow"},
         }
         return ours.get(name, {}) | self.recipe.tracking.options.get(name, {})
@@ -131,7 +131,7 @@ class Trackers:
 
 
 def _run_of(tracker: GeneralTracker) -> str | None:
-    """By which name the tracker takes the same run up again, where it has one."""
+    """The name by which the tracker resumes a run, if it has one."""
     if tracker.name == "mlflow":
         return str(tracker.tracker.info.run_id)
     if tracker.name == "wandb":

@@ -1,13 +1,13 @@
-"""The end of a rank that hangs, with the stacks of its threads.
+"""Ending a rank that hangs, with the stacks of its threads.
 
-`tick(what)` is called wherever a run makes progress. When no tick has come for DUMP_SHARE of `timeout_seconds`, the
-rank writes the stacks of all its threads to RUN/stacks/rank-N.txt, before the collectives' own timeout ends it without
-saying where it was. A rank in a collective is ended by that timeout; one that is stuck elsewhere (a dead file
-system, a loader, a lock) has no such timeout, and is ended here with HANG_STATUS.
+`tick(what)` is called wherever a run makes progress. If there is no tick for DUMP_SHARE of `timeout_seconds`, the rank
+writes the stacks of all its threads to RUN/stacks/rank-N.txt, before the collectives' own timeout ends it without
+saying where it was. A rank in a collective is ended by that timeout; one that is stuck elsewhere (a dead file system, a
+loader, a lock) has no such timeout, and is ended here with HANG_STATUS.
 
-A Python thread watches, and needs the interpreter's lock for it; where a stuck extension holds that, the C timer of
-`faulthandler`, which the thread keeps winding up, dumps the stacks to stderr. Time in which the whole process was
-stopped (SIGSTOP, a debugger, a starved machine) does not count: its peers answer for it.
+A Python thread does the watching, which needs the interpreter lock; if a stuck extension holds that, the C timer of
+`faulthandler`, which the thread keeps resetting, dumps the stacks to stderr. Time in which the whole process was
+stopped (SIGSTOP, a debugger, a starved machine) does not count: its peers report that.
 """
 
 import contextlib
@@ -29,28 +29,28 @@ HANG_STATUS = 124
 STDERR = 2
 # Modules in which a main thread waits for other ranks (`graph` runs the backward pass, in which DDP and FSDP reduce).
 _WAITING = ("torch.distributed", "torch.nn.parallel", "torch.autograd.graph", "accelerate.utils", "deepspeed.comm")
-# The disk to which a dump or an error is written may be what hangs.
+# Time limit for writing a dump or an error, as the disk may be what hangs.
 _SECONDS_TO_WRITE = 5.0
 
 _active: "Watchdog | None" = None
 
 
 class HangError(RuntimeError):
-    """Nothing was done for longer than the timeout, and no collective was there to end it."""
+    """No progress for longer than the timeout, and no collective to end the wait."""
 
 
 def tick(what: str, *, may_be_slow: bool = False) -> None:
-    """Tell this process's watchdog, if there is one, that the run makes progress.
+    """Tell this process's watchdog, if any, that the run makes progress.
 
-    `what` begins now, as it should stand in a report: "step 12". With `may_be_slow` (a download, a first compilation)
-    it may take longer than the timeout: then the stacks are dumped, but the process is not ended.
+    `what` starts now, worded for a report: "step 12". With `may_be_slow` (a download, a first compilation) it may take
+    longer than the timeout: then the stacks are dumped, but the process is not ended.
     """
     if _active is not None:
         _active.note(what, may_be_slow)
 
 
 class Watchdog:
-    """Watches this process from `with` on.
+    """Watches this process while entered.
 
     Args:
         rank: This process, and its run's folder once that is claimed.
@@ -81,7 +81,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def note(self, what: str, may_be_slow: bool = False) -> None:
-        """Note progress; see `tick`."""
+        """Record progress; see `tick`."""
         self._last = what, may_be_slow
 
     def _watch(self) -> None:
@@ -90,7 +90,7 @@ class Watchdog:
             now, last = time.monotonic(), self._last
             if last is not seen:
                 seen, silent, dumped = last, 0.0, False
-            # In a longer gap between two looks this process did not run at all.
+            # After a longer gap between two looks, this process was not running at all.
             silent += min(now - before, 2 * self._poll)
             before = now
             faulthandler.dump_traceback_later(self.timeout, file=STDERR)
@@ -107,7 +107,7 @@ class Watchdog:
 
     def _dump(self, what: str, silent: float) -> None:
         where = describe(_main_frame())
-        say(f"{self.rank}: nothing done for {silent:.0f} s, since the start of {what}; it is in {where}")
+        say(f"{self.rank}: no progress for {silent:.0f} s, since the start of {what}; it is in {where}")
         if not _within(_SECONDS_TO_WRITE, lambda: self._write(f"{what}, for {silent:.0f} s, in {where}")):
             say(f"{self.rank}: {self._path} cannot be written; the stacks:")
             faulthandler.dump_traceback(file=STDERR, all_threads=True)
@@ -117,7 +117,7 @@ class Watchdog:
         return self.rank.folder and self.rank.folder / "stacks" / f"rank-{self.rank.number}.txt"
 
     def _write(self, what: str) -> None:
-        """Dump into the run's folder; while there is none, the notice must do."""
+        """Dump into the run's folder; without one, the notice must do."""
         path = self._path
         if path is None:
             return
@@ -132,7 +132,7 @@ class Watchdog:
 
     def _end(self, what: str, silent: float) -> None:
         reason = (
-            f"nothing was done for {silent:.0f} s (timeout_seconds={self.timeout:g}), since the start of {what}; "
+            f"no progress for {silent:.0f} s (timeout_seconds={self.timeout:g}), since the start of {what}; "
             f"it is in {describe(_main_frame())}"
         )
         _within(_SECONDS_TO_WRITE, lambda: self.on_end(reason))
@@ -140,7 +140,7 @@ class Watchdog:
 
 
 def _within(seconds: float, action: Callable[[], None]) -> bool:
-    """Whether an action that may hang or fail was done in time."""
+    """Run an action that may hang or fail; returns whether it finished in time."""
     done = threading.Event()
 
     def act() -> None:
@@ -155,7 +155,7 @@ def _within(seconds: float, action: Callable[[], None]) -> bool:
 
 
 def say(text: str) -> None:
-    """A line to the process's real stderr, at once and in one piece."""
+    """Write a line to the process's real stderr, at once and in one piece."""
     stream = sys.__stderr__
     if stream is not None:
         stream.write(f"{text}\n")
@@ -172,7 +172,7 @@ def is_waiting(frame: FrameType | None) -> bool:
 
 
 def describe(frame: FrameType | None) -> str:
-    """The function that runs, and the innermost one of this package or of the user's that led to it."""
+    """The running function, and the innermost caller from this package or the user's code."""
     if frame is None:
         return "an unknown place"
     text, outer = _place(frame), frame
@@ -192,7 +192,7 @@ def _place(frame: FrameType) -> str:
 
 
 def _children() -> str:
-    """The loader's workers among others: a process in "disk-sleep" waits for a disk or a dead file system."""
+    """Lists children such as loader workers; one in "disk-sleep" waits for a disk or a dead file system."""
     try:
         import psutil
 

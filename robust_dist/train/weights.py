@@ -1,4 +1,4 @@
-"""The weights of runs, exports and files: which of them count, and those that a run begins with."""
+"""The weights of runs, exports and files: which of them to use, and a run's initial weights."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from robust_dist.train.sources import preprocessing_of
 
 # Files of `robust-dist export`: the weights, and a record for their use.
 WEIGHTS, RECORD = "model.safetensors", "model.json"
-# Accelerate's name for the moving average, the one object that a run registers with it.
+# Accelerate's name for the moving average, the only object that a run registers with it.
 _AVERAGE = "custom_checkpoint_0.pkl"
 _NAMED = 5
 _STATE_DICTS = ("model", "model_state_dict", "state_dict")
@@ -39,27 +39,27 @@ _SAME = 2e-3
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or lies in."""
+    """The run that contains, or is, a folder."""
     places = (folder.absolute(), *folder.absolute().parents)
     return next((place for place in places if (place / "recipe.yaml").is_file()), None)
 
 
 def why_none(folder: Path) -> str:
-    """The reason why a folder is neither a run's nor an export."""
+    """Why a folder is neither a run's nor an export."""
     if not folder.exists():
         return "there is no such folder"
     above = run_of(folder)
     hint = "" if above is None else f"; it belongs to a run: name {above}"
-    return f"holds no recipe.yaml of a run and no {RECORD} of an export{hint}"
+    return f"has neither a run's recipe.yaml nor an export's {RECORD}{hint}"
 
 
 def data_of(run: RunFolder) -> dict[str, Any]:
-    """The content of a run's `data.json`; a ValueError where there is none."""
+    """The content of a run's `data.json`; a ValueError if there is none."""
     try:
         data: dict[str, Any] = read_json(run.data_path, dict[str, Any])
     except FileNotFoundError:
         raise ValueError(
-            f"{run.path} has no data.json, which names the classes: start the run's command once more, which writes it"
+            f"{run.path} has no data.json, which names the classes: run its command once more to write it"
         ) from None
     return data
 
@@ -68,13 +68,13 @@ def choose(run: RunFolder, checkpoint: str | int) -> tuple[Path, Manifest]:
     """A run's checkpoint ("last", "best", or a step) and its manifest.
 
     Raises:
-        CheckpointError: There is none, not this one, or it is torn.
+        CheckpointError: There is no such checkpoint, or it is torn.
         ValueError: `checkpoint` is none of these.
     """
     store = CheckpointStore(run.checkpoints)
     steps = store.steps()
     if not steps:
-        raise CheckpointError(f"{run.checkpoints} holds no checkpoint yet")
+        raise CheckpointError(f"{run.checkpoints} has no checkpoint yet")
     there = f"there are those of step {', '.join(map(str, steps))}"
     if checkpoint == "best":
         step = _best(store, steps, run)
@@ -83,9 +83,9 @@ def choose(run: RunFolder, checkpoint: str | int) -> tuple[Path, Manifest]:
     elif str(checkpoint).isdigit():
         step = int(checkpoint)
     else:
-        raise ValueError(f"checkpoint={checkpoint!r} is none of last, best and a step; {there}")
+        raise ValueError(f"checkpoint={checkpoint!r} is not last, best or a step; {there}")
     if step not in steps:
-        raise CheckpointError(f"{run.checkpoints} holds no checkpoint of step {step}; {there}")
+        raise CheckpointError(f"{run.checkpoints} has no checkpoint of step {step}; {there}")
     try:
         verify(store.path_of(step))
         return store.path_of(step), read_manifest(store.path_of(step))
@@ -103,12 +103,14 @@ def _best(store: CheckpointStore, steps: list[int], run: RunFolder) -> int:
         if accuracy is not None:
             scored.append((accuracy, step))
     if not scored:
-        raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint of an epoch's end, so none has an accuracy")
+        raise CheckpointError(
+            f"{run.checkpoints} has no complete checkpoint of an epoch's end, so none has an accuracy"
+        )
     return max(scored)[1]
 
 
 def check_evaluated(place: Path, manifest: Manifest, recipe: dict[str, Any]) -> None:
-    """Refuse the weights that a schedule-free optimizer trains, in place of their average."""
+    """Reject the weights that a schedule-free optimizer trains, as opposed to their average."""
     if manifest.metadata.get(ACCURACY) is not None:
         return
     section = recipe.get("optimizer") or {}
@@ -127,7 +129,7 @@ def read_average(place: Path) -> dict[str, Any]:
 
 
 def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str]) -> dict[str, Tensor]:
-    """The weights that a run evaluated, from a checkpoint: the moving average where its recipe has one.
+    """The weights that a run evaluated, from a checkpoint: the moving average if its recipe has one.
 
     `known` are the model's names. A missing or torn file is a CheckpointError.
     """
@@ -137,8 +139,8 @@ def evaluated_weights(place: Path, recipe: dict[str, Any], known: Iterable[str])
 
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """What weights lack, have beyond a model's entries, and have in other shapes; a text for each, names listed."""
-    # safetensors omits further names of a shared tensor, and old files have no counter of batches.
+    """What weights lack, have in addition to a model's entries, and have in other shapes; one text each, with names."""
+    # safetensors omits other names of a shared tensor, and old files have no counter of batches.
     there = {tensor.data_ptr() for name, tensor in own.items() if name in given}
     lacking = [
         name
@@ -147,7 +149,7 @@ def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[s
     ]
     strange = [name for name in given if name not in own]
     shapes = [
-        f"{name} {list(given[name].shape)} in place of {list(own[name].shape)}"
+        f"{name} {list(given[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in given and own[name].shape != given[name].shape
     ]
@@ -162,15 +164,15 @@ def _listed(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights from elsewhere; None where nothing says a value.
+    """Weights from elsewhere; None for unknown values.
 
     Attributes:
-        title: What a person knows them by.
+        title: A readable name.
         entries: The state dict.
-        classes: Names of their classes, by number.
+        classes: Names of their classes, in label order.
         num_classes: Number of their classes.
-        mean: Of each channel of the images that they were trained on, on the scale 0 to 1.
-        std: Likewise.
+        mean: Per channel, of their training images, on the scale 0 to 1.
+        std: Per channel, likewise.
         model: The recipe's name of their model.
         average: The state of a moving average beside them.
     """
@@ -185,7 +187,7 @@ class Weights:
     average: dict[str, Any] | None = None
 
 
-# From the whole model with fresh weights, and its classes, to the weights that are loaded into it.
+# From the whole model with fresh weights, and its classes, to the weights to be loaded into it.
 Reader = Callable[[nn.Module, int], Weights]
 
 
@@ -194,9 +196,9 @@ class Begun:
     """The outcome of `begin`.
 
     Attributes:
-        lines: For the user, where weights were loaded.
+        lines: For the user, if weights were loaded.
         warnings: Likely mistakes.
-        average: The state that the run's own moving average goes on from.
+        average: The state from which the run's own moving average continues.
     """
 
     lines: Sequence[str] = ()
@@ -209,18 +211,18 @@ def begin(
 ) -> Begun:
     """Fill a new run's model with the weights that its recipe names; a collective, before any engine wraps the model.
 
-    A run that has a checkpoint goes on from that, and what it began with is not looked at again.
+    A run that has a checkpoint resumes from that and ignores its initial weights.
 
     Args:
-        recipe: Of the run.
+        recipe: The run's.
         accelerator: The engine.
         folder: The run's.
         model: Whole, with fresh weights.
         classes: Names of the run's classes.
 
     Raises:
-        ValueError: On every rank: the weights are missing, cannot be fetched, do not fit the model, or are not the same
-            on all ranks.
+        ValueError: On every rank: the weights are missing, cannot be downloaded, do not fit the model, or differ
+            between ranks.
     """
     if not on_rank_0(lambda: _are_wanted(recipe, folder)):
         return Begun()
@@ -229,20 +231,20 @@ def begin(
     def read() -> Weights:
         return _reader(recipe, folder)(model, len(classes))
 
-    # The first rank of a host fetches what is missing.
+    # The first rank of a host downloads what is missing.
     one = attempt(read, here=first)
     other = attempt(read, here=not first)
     found = one or other
     assert found is not None
     begun = attempt(lambda: load(recipe, model, found, classes))
     assert begun is not None
-    problem = "the ranks begin with different weights; give every host the same files"
+    problem = "the ranks start from different weights; give every host the same files"
     agree({_setting(recipe): _checksum(model)}, problem)
     return begun
 
 
 def check_there(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse weights to begin with that are not there; the ValueError names the setting."""
+    """Reject initial weights that do not exist; the ValueError names the setting."""
     if _are_wanted(recipe, folder):
         _reader(recipe, folder)
 
@@ -253,7 +255,7 @@ def _are_wanted(recipe: Recipe, folder: RunFolder) -> bool:
 
 
 def load(recipe: Recipe, model: nn.Module, found: Weights, classes: tuple[str, ...]) -> Begun:
-    """Copy weights into a model; where their classes are others, the head stays. A ValueError lists what differs."""
+    """Copy weights into a model; if their classes differ, the head stays. A ValueError lists mismatches."""
     own, head = model.state_dict(), head_of(model, len(classes))
     keeps, why = _keeps_head(found, classes, own, head)
     strict = recipe.init_from is not None
@@ -287,30 +289,30 @@ def _head_line(head: tuple[str, ...], num_classes: int) -> str:
 def _keeps_head(
     found: Weights, classes: tuple[str, ...], own: Mapping[str, Tensor], head: tuple[str, ...]
 ) -> tuple[bool, str]:
-    """Whether the head of the weights is of the run's classes; and, for a person, why not."""
+    """Whether the head of the weights is for the run's classes; and, for a person, why not."""
     if found.classes is not None:
         return found.classes == classes, _classes_differ(found.classes, classes)
     if found.num_classes:
-        return found.num_classes == len(classes), f"it has {found.num_classes:,} classes, and this run {len(classes):,}"
+        return found.num_classes == len(classes), f"it has {found.num_classes:,} classes, this run {len(classes):,}"
     entries = {name: value for name, value in own.items() if is_below(name, head)}
     there = [name for name in entries if name in found.entries]
     if not there or found.num_classes == 0:
         return False, f"it has no head for the {len(classes):,} classes of this run"
     other = next((name for name in there if found.entries[name].shape != entries[name].shape), None)
     return other is None and len(there) == len(entries), "" if other is None else (
-        f"it has {found.entries[other].shape[0]:,} classes, and this run {len(classes):,}"
+        f"it has {found.entries[other].shape[0]:,} classes, this run {len(classes):,}"
     )
 
 
 def _classes_differ(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     if len(theirs) != len(ours):
-        return f"it has {len(theirs):,} classes, and this run {len(ours):,}"
+        return f"it has {len(theirs):,} classes, this run {len(ours):,}"
     number = next((number for number, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]), 0)
-    return f"its classes are different: {number} is {theirs[number]!r}, and in this run {ours[number]!r}"
+    return f"its classes differ: {number} is {theirs[number]!r}, but {ours[number]!r} in this run"
 
 
 def _warnings(recipe: Recipe, found: Weights) -> list[str]:
-    """A line where the run normalises images in another way than the weights were trained with."""
+    """A warning if the run normalises images differently than in the training of the weights."""
     image = preprocessing_of(recipe.data)
     pairs = {"mean": (found.mean, tuple(image.mean)), "std": (found.std, tuple(image.std))}
     if all(theirs is None or _are_close(theirs, ours) for theirs, ours in pairs.values()):
@@ -338,13 +340,13 @@ def _checksum(model: nn.Module) -> str:
 
 
 def _reader(recipe: Recipe, folder: RunFolder) -> Reader:
-    """What reads the weights that a recipe names; all that can be wrong with the name is said before."""
+    """The reader of the weights that a recipe names; anything wrong with the name is reported before."""
     given = recipe.init_from or recipe.model.weights
     assert given is not None
     path = Path(given).expanduser()
     is_run = (path / "recipe.yaml").is_file() and not (path / RECORD).is_file()
     if recipe.init_checkpoint != "last" and not is_run:
-        raise ValueError(f"init_checkpoint={recipe.init_checkpoint!r} is for a run, and {_setting(recipe)} is none")
+        raise ValueError(f"init_checkpoint={recipe.init_checkpoint!r} is for a run, which {_setting(recipe)} is not")
     if not path.exists() and recipe.init_from is None and not _is_path(given):
         check_published(recipe.model.name, given)
         return partial(_read_published, recipe, given)
@@ -381,13 +383,13 @@ def _reader_of_path(recipe: Recipe, path: Path, folder: RunFolder) -> Reader:
         if recipe.init_from is not None:
             raise ValueError("is a file; name a run's folder, or set model.weights instead of init_from")
         if path.suffix not in _FILES:
-            raise ValueError(f"{path}: weights are files that end in {', '.join(_FILES)}")
+            raise ValueError(f"{path}: weight files end in {', '.join(_FILES)}")
         return lambda model, _: Weights(str(path), _bare(_FILES[path.suffix](path), model))
     if (path / RECORD).is_file():
         return lambda *_: _read_export(path)
     if (path / "recipe.yaml").is_file():
         if path.resolve() == folder.path.resolve():
-            raise ValueError("is the folder of this run, which goes on by itself; give another run_dir")
+            raise ValueError("is the folder of this run, which resumes by itself; give another run_dir")
         return _reader_of_run(recipe, path)
     if recipe.init_from is None and path.is_dir() and run_of(path) is None:
         return lambda model, _: Weights(str(path), read_weights(path, model.state_dict()))
@@ -431,7 +433,7 @@ def _read_export(path: Path) -> Weights:
 
 
 def _noted_pixels(noted: Any) -> dict[str, Any]:
-    """Mean and standard deviation, as far as they are noted."""
+    """Mean and standard deviation, as far as they are recorded."""
     values = noted if isinstance(noted, dict) else {}
     return {key: tuple(values[key]) for key in ("mean", "std") if isinstance(values.get(key), list)}
 
@@ -440,9 +442,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(path)
     except FileNotFoundError:
-        raise ValueError(f"{path}: is missing") from None
+        raise ValueError(f"{path}: missing") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: torn, or no safetensors file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: torn, or not a safetensors file ({str(error).splitlines()[0]})") from None
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -453,12 +455,12 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     found = {str(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         has = f"it has {', '.join(list(found)[:5])}" if found else f"it is a {type(content).__name__}"
-        raise ValueError(f"{path}: holds no state dict, nor one called {', '.join(_STATE_DICTS)}; {has}")
+        raise ValueError(f"{path}: has no state dict, nor one called {', '.join(_STATE_DICTS)}; {has}")
     return found
 
 
 def _bare(entries: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The entries without the "module." that DDP puts in front of all names."""
+    """The entries without the "module." prefix that DDP adds to all names."""
     wrapped = all(name.startswith(_WRAPPED) for name in entries)
     if wrapped and not any(name.startswith(_WRAPPED) for name in model.state_dict()):
         return {name.removeprefix(_WRAPPED): value for name, value in entries.items()}

@@ -11,7 +11,7 @@ import torch
 from robust_dist.augment import RobustAugment, TrivialAugment, backends, checks, fused_triton, pipeline, sample_keys
 from tests.augment.kernels import CAPABILITIES, KERNELS, Machine, launch, launch_alone, recorders
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.3")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The course of `tests.engines.course` under torch's and Accelerate's engines, with the checkpoints of every form."""
+"""The course of `tests.engines.course` under torch's and Accelerate's engines, with checkpoints in every form."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def _whole(model):
 
 
 class CourseRun:
-    """One run of the course; what is built on it sets model, optimizer and schedule."""
+    """One run of the course; subclasses set model, optimizer and schedule."""
 
     def whole(self):
         if not isinstance(self.model, FSDP):
@@ -49,7 +49,7 @@ class CourseRun:
             return _whole(self.model)
 
     def go(self, first, last=course.TOTAL):
-        """Steps [first, last), each with its decay and rate; then the parameters are those of one process."""
+        """Steps [first, last), checking each one's decay and rate; the parameters then equal those of one process."""
         for step in range(first, last):
             course.assert_settings(self.optimizer.param_groups, step)
             for index in range(course.ACCUMULATION):
@@ -75,7 +75,7 @@ class CourseRun:
 
 
 class TorchRun(CourseRun):
-    """Under torch alone: "one process", "DDP", "FSDP1" or "FSDP2"; sharded ones are saved by DCP."""
+    """Under torch alone: "one process", "DDP", "FSDP1" or "FSDP2"; sharded ones save with DCP."""
 
     def __init__(self, kind):
         self.model = getattr(self, "_" + kind.lower().replace(" ", "_"))(course.Net())
@@ -164,7 +164,7 @@ def run_of(kind):
 
 
 def write(kind, folder):
-    """Train under an engine and leave its checkpoints of before and after the switch in `folder`."""
+    """Train under an engine and leave checkpoints from before and after the switch in `folder`."""
     run = TorchRun("DDP") if kind == "file" else run_of(kind)
     for first, last in zip((0, *SAVED[:-1]), SAVED, strict=True):
         run.go(first, last)
@@ -173,7 +173,7 @@ def write(kind, folder):
 
 
 def go_on(kind, path, step):
-    """Load a converted checkpoint under an engine, and stay on the track of one process to the end."""
+    """Load a converted checkpoint under an engine, and follow one process's course to the end."""
     run = run_of(kind)
     run.load(Path(path))
     course.assert_settings(run.optimizer.param_groups, step)
@@ -181,14 +181,14 @@ def go_on(kind, path, step):
 
 
 def fsdp1_loads_nothing_into_an_optimizer_without_state(path):
-    """The silence that `load_state` ends: Accelerate raises nothing, and the state is gone."""
+    """Accelerate's silent failure that `load_state` fixes: nothing is raised, and the state is gone."""
     run = run_of("accelerate fsdp1")
     run.accelerator.load_state(str(path))
     assert not run.optimizer.optimizer.state
 
 
 class SpareRun(AcceleratedRun):
-    """Of a model with a layer that takes no part until it is asked to."""
+    """A model with a layer that takes no part until asked to."""
 
     def __init__(self, kind):
         self.net = SpareNet(torch.float32)
@@ -218,13 +218,13 @@ class SpareRun(AcceleratedRun):
 
 
 def odd_moments(kind, folder):
-    """After an evaluation, with a parameter never stepped, with gradients that are there, and frozen at the load."""
+    """After an evaluation, with a parameter never stepped, with existing gradients, and frozen at the load."""
     run, path = SpareRun(kind), Path(folder, f"{kind} at an odd moment")
     save_state(run.accelerator, f"{path}, step 0")
     run.train(0, 3)
     run.lose(3)
     before, steps = [_bits(param.grad) for param in run.model.parameters()], run.steps()
-    # FSDP1 gives zeros to what took no part in a unit that did, and steps it.
+    # FSDP1 gives zero gradients to unused parameters of a used unit, and steps them.
     assert "fsdp1" in kind or steps == dict.fromkeys([n for n, _ in course.Net().named_parameters()], 3.0)
     run.evaluate()
     run.save(path)

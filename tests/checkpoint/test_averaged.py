@@ -1,4 +1,4 @@
-"""Conversion carries what averaging and a measured rate keep, to every engine and back."""
+"""Conversion preserves the state of averaging and of a measured rate, to every engine and back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints written by threads: whole or not there, whatever happens to the disk and to the other ranks."""
+"""Checkpoints written by threads: complete or absent, whatever happens to the disk and to other ranks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A checkpoint of any engine goes on under any other, at any number of ranks, with nothing lost."""
+"""A checkpoint of any engine can be resumed under any other, on any number of ranks, with nothing lost."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ SOURCES = (
     "accelerate fsdp2",
     "accelerate fsdp2 full",
 )
-# (what wrote, what reads)
+# (writer, reader)
 PAIRS = (
     ("accelerate ddp", "FSDP2"),
     ("accelerate ddp", "accelerate fsdp1"),
@@ -100,7 +100,7 @@ def _converted(folder, writer, reader, step):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder, and what became of writing every engine's checkpoints into it."""
+    """A folder, and the result of writing every engine's checkpoints into it."""
     if not TORCH_2_7:
         pytest.skip("needs torch 2.7")
     folder = tmp_path_factory.mktemp("written")
@@ -119,7 +119,7 @@ def written(two):
 
 @pytest.fixture(scope="module")
 def outcomes(written):
-    """What became of every pair."""
+    """The result of every pair."""
     for writer, reader in PAIRS:
         (to, full), where = _target(reader), functools.partial(_converted, written, writer, reader)
         for step in SAVED:
@@ -160,7 +160,7 @@ def test_a_run_of_2_ranks_goes_on_under_another_engine_at_3_on_the_track_of_one_
 
 
 def test_accelerates_fsdp1_loads_nothing_into_an_optimizer_without_state(outcomes):
-    """The fault that `load_state` of ours mends; where this fails, Accelerate's own load will do."""
+    """The bug that our `load_state` fixes; once this fails, Accelerate's own load suffices."""
     assert_passed(outcomes, "fsdp1 without state")
 
 
@@ -169,7 +169,7 @@ def test_one_rank_of_several_converts_while_the_others_wait(written):
 
 
 def same(mine, theirs):
-    """Whether two values, with all in them, are equal bit for bit."""
+    """Whether two nested values are equal bit for bit."""
     if isinstance(mine, torch.Tensor):
         return mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
     if isinstance(mine, dict):
@@ -238,7 +238,7 @@ def _train(model):
 
 
 def save_plainly(folder, trained, **more):
-    """As Accelerate's DDP saves, in torch's own format."""
+    """Saved in torch's own format, as by Accelerate under DDP."""
     folder.mkdir(parents=True, exist_ok=True)
     model, optimizer, schedule = trained
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -299,7 +299,7 @@ def test_a_swapped_order_is_not_guessed(tmp_path):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     folder = save_plainly(tmp_path / "two", (model, optimizer, course.schedule_of(optimizer)))
-    with pytest.raises(CheckpointError, match="do not tell their names beyond doubt"):
+    with pytest.raises(CheckpointError, match="do not identify them uniquely"):
         read(folder)
 
 
@@ -310,7 +310,7 @@ def test_a_shape_that_a_frozen_parameter_has_too_names_nothing(tmp_path):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     folder = save_plainly(tmp_path / "frozen", (model, optimizer, course.schedule_of(optimizer)))
-    with pytest.raises(CheckpointError, match="do not tell their names beyond doubt"):
+    with pytest.raises(CheckpointError, match="do not identify them uniquely"):
         read(folder)
     note_parameters(folder, model, optimizer)
     assert names_of(folder) == [["1.weight"]]
@@ -330,7 +330,7 @@ def test_what_goes_to_ddp_is_the_safetensors_file_that_accelerate_writes(tmp_pat
         assert set(found) == {name for name in model.state_dict() if not name.startswith("again")}
         fresh = copy.deepcopy(model)
         torch.nn.init.zeros_(fresh[2].weight)
-        # As Accelerate's load_state does; it refuses a file with both names.
+        # As Accelerate's load_state does; it rejects a file with both names.
         load_model(fresh, folder / "model.safetensors")
         assert same(dict(fresh.state_dict()), dict(model.state_dict()))
         assert same(dict(torch.load(folder / "pytorch_model.bin")), dict(model.state_dict()))
@@ -401,7 +401,7 @@ def test_names_lose_what_a_wrapper_has_surely_added_and_nothing_else():
 
 
 class Child(torch.nn.Module):
-    """All that it has is in one child of this name."""
+    """A model with everything inside one child of this name."""
 
     def __init__(self, name):
         super().__init__()
@@ -427,14 +427,14 @@ def test_a_model_whose_only_child_is_called_module_comes_back_with_its_own_names
     found = read(tmp_path / "to")
     assert set(found.model) == set(model.state_dict())
     assert sorted(found.optimizer) == sorted(model.state_dict())
-    # A folder of Accelerate's has the model's own names, and nothing to say about them.
+    # An Accelerate folder has the model's own names; there is nothing to report.
     plain = save_plainly(tmp_path / "plain", (model, optimizer, course.schedule_of(optimizer)))
     assert not convert(plain, tmp_path / "again", to, 1)
     assert set(read(tmp_path / "again").model) == set(model.state_dict())
 
 
 def test_names_beside_a_file_prove_that_a_wrapper_added_module(tmp_path):
-    """By the note of names, or by the names that torch puts into the optimizer's groups."""
+    """Named by the note, or by the names that torch puts into the optimizer's groups."""
     model = Child("net")
     wrapped = torch.nn.DataParallel(model)
     optimizer = _stepped(model, model.named_parameters())
@@ -492,7 +492,7 @@ def test_the_flattened_optimizer_of_torchtitan_is_read(tmp_path, trained):
 
 @pytest.fixture
 def run_checkpoint(tmp_path, trained):
-    """A checkpoint of our training loop's, of two ranks."""
+    """A checkpoint from our training loop, on two ranks."""
     store = CheckpointStore(tmp_path / "run")
     folder = save_plainly(store.begin(2), trained)
     note_parameters(folder, *trained[:2])
@@ -504,7 +504,7 @@ def run_checkpoint(tmp_path, trained):
 
 def test_a_runs_checkpoint_stays_one_with_its_recipe_and_all_that_lies_beside(tmp_path, run_checkpoint):
     notes = convert(run_checkpoint, tmp_path / "converted", "fsdp", 3)
-    assert "2 ranks, 3 were asked for" in notes[-1]
+    assert "2 ranks, not 3" in notes[-1]
     found = verify(tmp_path / "converted")
     assert found.step == 2
     assert found.metadata == {
@@ -569,7 +569,7 @@ def test_a_missing_shard_is_an_error_that_names_it(written, tmp_path, source, fi
 def test_no_checkpoint_and_no_folder_are_told_apart(tmp_path, run_checkpoint):
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
         read(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"is no checkpoint; looked for .*DeepSpeed.*\.metadata"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint; looked for .*DeepSpeed.*\.metadata"):
         read(_folder(tmp_path / "empty"))
     with pytest.raises(CheckpointError, match=r"name one, such as .*step-00000002"):
         read(run_checkpoint.parent)
@@ -588,7 +588,7 @@ def _folder(path):
 
 def test_an_interrupted_save_is_refused(tmp_path, trained):
     folder = save_plainly(tmp_path / ".step-00000002.partial", trained)
-    with pytest.raises(CheckpointError, match="not written to its end"):
+    with pytest.raises(CheckpointError, match="not completely written"):
         read(folder)
 
 
@@ -607,7 +607,7 @@ def test_another_optimizers_state_is_refused_with_its_keys(tmp_path, trained, st
     model, optimizer, schedule = trained
     optimizer.state[model[0].weight][state] = optimizer.state[model[0].weight].pop("exp_avg_sq")
     folder = save_plainly(tmp_path / "foreign", (model, optimizer, schedule))
-    with pytest.raises(CheckpointError, match=rf"has \['exp_avg', '{state}', 'step'\], wanted is .*another optimizer"):
+    with pytest.raises(CheckpointError, match=rf"has \['exp_avg', '{state}', 'step'\], expected .*another optimizer"):
         read(folder)
 
 
@@ -618,7 +618,7 @@ def test_files_of_two_runs_are_refused(tmp_path, trained):
     with pytest.raises(CheckpointError, match=r"2\.weight has shape \(4, 4\), but its state \(4, 3\)"):
         read(folder)
     (folder / "parameters.json").write_text(json.dumps({"groups": [["a", "b"], names[1]]}))
-    with pytest.raises(CheckpointError, match=r"the optimizer has \['a', 'b'\], which the model does not have"):
+    with pytest.raises(CheckpointError, match=r"the optimizer has \['a', 'b'\], which are not in the model"):
         read(folder)
     (folder / "parameters.json").write_text(json.dumps({"groups": [names[0]]}))
     with pytest.raises(
@@ -626,22 +626,22 @@ def test_files_of_two_runs_are_refused(tmp_path, trained):
     ):
         read(folder)
     (folder / "parameters.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"parameters.json: is not of the form"):
+    with pytest.raises(CheckpointError, match=r"parameters.json: does not have the form"):
         read(folder)
 
 
 def test_a_note_for_another_model_is_refused(tmp_path, trained):
-    with pytest.raises(CheckpointError, match="none of the model's"):
+    with pytest.raises(CheckpointError, match="not in the model"):
         note_parameters(tmp_path, torch.nn.Linear(3, 4), trained[1])
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"to": "zero4"}, "to='zero4' is none of ddp, fsdp"),
+        ({"to": "zero4"}, "to='zero4' is not one of ddp, fsdp"),
         ({"world_size": 0}, "world_size=0 is below 1: it must be a whole number in range"),
-        ({"full_state_dict": True}, "full_state_dict is a form of FSDP's"),
-        ({"dst": "."}, "is there already"),
+        ({"full_state_dict": True}, "full_state_dict applies to FSDP only"),
+        ({"dst": "."}, "already exists"),
     ],
 )
 def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, run_checkpoint, how, message):
@@ -664,7 +664,7 @@ def test_the_command_converts_and_says_where_it_cannot(tmp_path, run_checkpoint,
     assert main(words) == 0
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     assert main(words) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*words[:-3], "deepspeed", *words[-2:]]) == 2
     assert "engine 'deepspeed' is none of ddp, fsdp, zero0" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""DCP as torch 2.6 has it, where no keyword says that this process is alone; and folders that hold code."""
+"""DCP as in torch 2.6, where no keyword says that this process is alone; and folders that contain code."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ def test_one_process_writes_and_reads_whatever_ranks_there_are(tmp_path, monkeyp
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -53,7 +53,7 @@ def test_no_code_of_a_dcp_folder_is_run_by_whoever_reads_it(tmp_path):
     made, folder = tmp_path / "made", tmp_path / "dcp"
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(made)))
-    with pytest.raises(CheckpointError, match=r"mkdir, which is nothing of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"mkdir, which does not belong in a checkpoint"):
         dcp.load_flat(folder)
     assert not made.exists()
     value = tmp_path / "value"

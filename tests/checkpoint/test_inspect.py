@@ -1,4 +1,4 @@
-"""The report names what is in a checkpoint, and says whether it is whole."""
+"""The report lists a checkpoint's contents, and says whether it is complete."""
 
 import re
 
@@ -15,7 +15,7 @@ TOTAL = 8
 
 
 def save(folder, steps, *, dtype=torch.float32):
-    """A DDP folder after some steps of a run with decay for 6 of 8 steps."""
+    """A DDP folder after some steps of a run with decay during 6 of 8 steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).to(dtype)
     optimizer = RAdaBeliefW(param_groups(model, 0.25), lr=0.5)
@@ -138,7 +138,7 @@ def test_a_torn_folder_without_a_manifest_is_reported_too(tmp_path, capsys):
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         inspect(tmp_path)
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err

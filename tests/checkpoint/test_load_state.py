@@ -1,4 +1,4 @@
-"""What a resumed run reads runs no code, and a random state that is damaged is an error."""
+"""Reading a checkpoint to resume runs no code, and a damaged random state is an error."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Checkpoints that 0.4.4 wrote (tests/checkpoint/old) go on as they would have under 0.4.4."""
+"""Checkpoints written by 0.4.4 (tests/checkpoint/old) resume as they would have under 0.4.4."""
 
 import shutil
 from pathlib import Path

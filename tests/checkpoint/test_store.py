@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there."""
+"""A checkpoint is either complete or absent."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_the_best_stay_beside_the_newest(tmp_path):
     store = CheckpointStore(tmp_path, keep=1, keep_best=2)
     for step, accuracy in enumerate([0.5, 0.9, None, 0.7, 0.6, None, 0.9, 0.1], start=1):
         scored(store, step, accuracy)
-    # Of the two with 0.9 and the one with 0.7 the first two, and the newest.
+    # The first two of those with 0.9 and 0.7, and the newest.
     assert names(tmp_path) == [2, 7, 8]
     assert store.newest()[0].step == 8
 

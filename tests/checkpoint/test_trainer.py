@@ -1,4 +1,4 @@
-"""Trainer's checkpoints are read, reported and written under its own names; test_transformers.py goes on from them."""
+"""Trainer's checkpoints are read, reported and written under its own names; test_transformers.py resumes from them."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ STATE = {"global_step": 2, "max_steps": 8, "epoch": 0.25, "train_batch_size": 4,
 
 
 def as_trainer(folder, weights="model.safetensors"):
-    """What save() left, as Trainer writes it on two ranks, with a tokenizer of the user's."""
+    """The output of save(), in the form Trainer writes on two ranks, with a user's tokenizer."""
     (folder / "optimizer.bin").rename(folder / "optimizer.pt")
     (folder / "scheduler.bin").rename(folder / "scheduler.pt")
     model = torch.load(folder / "pytorch_model.bin")
@@ -73,13 +73,13 @@ def test_a_report_names_the_switch_of_the_callback(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("optimizer.pt", None, "optimizer.pt: is missing: torn, or saved with save_only_model=True"),
-        ("scheduler.pt", None, "scheduler.pt: is missing: Trainer would silently load only the weights"),
-        ("model.safetensors", None, "is no checkpoint"),
+        ("optimizer.pt", None, "optimizer.pt: missing: torn, or saved with save_only_model=True"),
+        ("scheduler.pt", None, "scheduler.pt: missing: Trainer would silently load only the weights"),
+        ("model.safetensors", None, "is not a checkpoint"),
         ("optimizer.pt", "torn", "optimizer.pt: torn"),
         ("scheduler.pt", "torn", "scheduler.pt: torn"),
-        ("trainer_state.json", "{", "trainer_state.json: torn, or not Trainer's"),
-        ("trainer_state.json", "{}", "trainer_state.json: torn, or not Trainer's"),
+        ("trainer_state.json", "{", "trainer_state.json: torn, or not from Trainer"),
+        ("trainer_state.json", "{}", "trainer_state.json: torn, or not from Trainer"),
     ],
 )
 def test_a_torn_folder_is_reported_with_its_file(checkpoint, file, text, message):
@@ -101,7 +101,7 @@ TARGETS = {
 @pytest.mark.parametrize("to", TARGETS)
 def test_what_was_trainers_becomes_trainers_again_with_all_that_lies_beside(tmp_path, checkpoint, capsys, to):
     notes = convert(checkpoint, tmp_path / "to", to, 1)
-    assert "is of 2 ranks, 1 were asked for" in notes[-1]
+    assert "is from 2 ranks, not 1" in notes[-1]
     there = {path.name for path in (tmp_path / "to").iterdir()}
     assert there >= TARGETS[to] | {"trainer_state.json", "config.json", "tokenizer", "training_args.bin"}
     assert not there & {"optimizer.bin", "scheduler.bin", "rng_state_0.pth", "rng_state_1.pth", "pytorch_model"}
@@ -127,7 +127,7 @@ def test_the_other_form_is_written_where_it_is_asked_for(tmp_path, checkpoint):
     assert (tmp_path / "trainer" / "latest").read_text() == "global_step2"
     assert json.loads((tmp_path / "trainer" / "trainer_state.json").read_text())["global_step"] == 2
     assert_same_state(read(tmp_path / "trainer"), read(checkpoint))
-    with pytest.raises(CheckpointError, match="form='lightning' is none of accelerate, trainer"):
+    with pytest.raises(CheckpointError, match="form='lightning' is not one of accelerate, trainer"):
         convert(checkpoint, tmp_path / "no", "ddp", 1, form="lightning")
 
 

@@ -1,4 +1,4 @@
-"""An ImageSource whose images are one colour each, which tells the sample's number and outlives any crop."""
+"""An ImageSource whose images have one colour each, which encodes the sample's number and survives any crop."""
 
 import io
 import os
@@ -15,7 +15,7 @@ CLASSES = tuple("abcdefg")
 
 
 class Coloured:
-    """Sample i is a PNG of the colour (i // 256, i % 256, label) with the label i % 7; those in `bad` are no PNG."""
+    """Sample i is a PNG of the colour (i // 256, i % 256, label) with the label i % 7; those in `bad` are not PNGs."""
 
     def __init__(self, *group_sizes, bad=(), gone=(), log=None):
         self.name, self.classes, self.group_sizes = "coloured", CLASSES, group_sizes
@@ -36,21 +36,21 @@ class Coloured:
         return f"sample {index}"
 
     def note(self, index):
-        """Append the number to the log file, in one write, so that workers may share it."""
+        """Append the number to the log file in one write, so that workers may share it."""
         if self.log is not None:
             with open(self.log, "ab", buffering=0) as file:
                 file.write(b"%d\n" % index)
 
 
 def stream_loader(source, *, workers=0, device="cpu", prefetch=2, shuffle_window=24, **cut):
-    """The Loader of a set that is read while training, images of 4 x 4."""
+    """The Loader of a set that is read during training, with images of 4 x 4."""
     crop = RandomCrop(4, (0.08, 1.0), (3 / 4, 4 / 3))
     reading = {"workers": workers, "prefetch": prefetch, "shuffle_window": shuffle_window}
     return StreamSet(source, crop, torch.device(device), **reading).loader(Cut(**cut))
 
 
 class Deadly(Coloured):
-    """Sample 0 ends the process that reads it, as the system does that is out of memory."""
+    """Sample 0 kills the process that reads it, as the system does when out of memory."""
 
     def read(self, index):
         if index == 0:
@@ -59,7 +59,7 @@ class Deadly(Coloured):
 
 
 class Failing(Coloured):
-    """Reading any sample is an error that is no sample's, in words like those of a lost worker."""
+    """Reading any sample raises an error unrelated to samples, worded like that of a lost worker."""
 
     def read(self, index):
         raise RuntimeError(f"the archive of sample {index} exited unexpectedly")
@@ -75,19 +75,19 @@ def colour(index):
 
 
 def numbers(images):
-    """The samples' numbers that images [b, 3, H, W] show."""
+    """The sample numbers shown by images [b, 3, H, W]."""
     assert all(torch.equal(image, image[:, :1, :1].expand_as(image)) for image in images)
     red, green, _ = images[:, :, 0, 0].long().unbind(1)
     return red * 256 + green
 
 
 def logged(path):
-    """The numbers that were read, in order."""
+    """The numbers read, in order."""
     return [int(line) for line in path.read_text().split()]
 
 
 class Telling(Coloured):
-    """Writes down which process reads, and its parent's number, in place of what it reads."""
+    """Records the reading process and its parent instead of the sample."""
 
     def note(self, index):
         with open(self.log, "ab", buffering=0) as file:
@@ -95,6 +95,6 @@ class Telling(Coloured):
 
 
 def processes(path):
-    """The numbers of the processes that read, and of their parents."""
+    """The ids of the processes that read, and of their parents."""
     pairs = {tuple(map(int, line.split())) for line in path.read_text().splitlines()}
     return {pid for pid, _ in pairs}, {parent for _, parent in pairs}

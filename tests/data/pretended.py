@@ -1,4 +1,4 @@
-"""Pretended CUDA tensors, on any machine: they have no values, so that whoever asks for one fails."""
+"""Fake CUDA tensors, on any machine: they have no values, so that reading one fails."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses what moves values between the host and the device; numbers that ride on a kernel's launch are none."""
+    """Reject operations that move values between host and device; kernel arguments are allowed."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -27,13 +27,13 @@ class NoCopies(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretending():
-    """What is made on `DEVICE` within has no values, and what would wait for it raises."""
+    """Tensors created on `DEVICE` within have no values, and waiting for them raises."""
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
         yield
 
 
 def image_set(count, size):
-    """A set on `DEVICE`, of three classes; made past the checks, which look at the labels."""
+    """A set on `DEVICE` with three classes, built without the checks, which read the labels."""
     made = object.__new__(ImageSet)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8, device=DEVICE)
     labels = torch.empty(count, dtype=torch.int64, device=DEVICE)
@@ -43,7 +43,7 @@ def image_set(count, size):
 
 
 def move(pipeline):
-    """A pipeline's tables to `DEVICE`."""
+    """Move a pipeline's tables to `DEVICE`."""
     for module in pipeline.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)

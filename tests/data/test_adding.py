@@ -51,7 +51,7 @@ def installed(install):
 
 @pytest.fixture
 def words(tmp_path):
-    """The words of a run on an archive of its own."""
+    """The arguments of a run on its own archive."""
     # Accelerate keeps the precision of the process's first run.
     AcceleratorState._reset_state(True)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
@@ -72,7 +72,7 @@ def test_a_source_from_outside_trains_and_its_run_goes_on(words, more, tmp_path,
     run = tmp_path / "run"
     words += [*more, "--data.options.ending", "png", "--run_dir", str(run)]
     rows = train(parse_recipe(words))
-    # Three steps and one for the rest; in memory what cannot be read is left out before.
+    # Three steps and one for the rest; in memory, unreadable images are left out beforehand.
     assert [row["step"] for row in rows] == ([4, 8] if more[:1] != ["--data.crop_scale"] else [3, 6])
     assert [row["eval_samples"] for row in rows] == [TEST] * 2
     record = json.loads((run / "data.json").read_text())
@@ -90,7 +90,7 @@ def test_a_source_from_outside_trains_and_its_run_goes_on(words, more, tmp_path,
     [
         ({"name": "zip", "options": {"suffix": "png"}}, r"data.options=.*'suffix'.* do not suit data.name='zip'"),
         ({"name": "zip", "train": ["a", "b"]}, "data.train=.*it must be a folder of the archive"),
-        ({"name": "zip", "streaming": True}, "data.streaming=True is for data.name=hub, and data.name is 'zip'"),
+        ({"name": "zip", "streaming": True}, "data.streaming=True is for data.name=hub, but data.name is 'zip'"),
         ({"name": "imagefolder", "options": {"ending": 1}}, "data.options=.* do not suit data.name='imagefolder'"),
         (
             {"options": {"token": "abc"}},
@@ -113,7 +113,7 @@ def test_a_source_from_outside_is_taken_by_studies(tmp_path):
     ("code", "match"),
     [
         ("import no_such_package", "zip = zip_source:ZIP in the group 'robust_dist.sources' cannot be loaded.*no_such"),
-        ("ZIP = print", "is of the class builtin_function_or_method; it must be of the class SourceChoice"),
+        ("ZIP = print", "is a builtin_function_or_method; it must be a SourceChoice"),
     ],
 )
 def test_an_entry_point_that_is_no_source_is_an_error_that_names_it(install, code, match):

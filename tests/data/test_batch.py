@@ -1,4 +1,4 @@
-"""A batch of a set on the device: gathered by the pipeline, or when someone looks, with the same numbers."""
+"""A batch of a set on the device: gathered by the pipeline, or on first access, with the same values."""
 
 import pytest
 import torch

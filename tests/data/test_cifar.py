@@ -142,7 +142,7 @@ def test_own_files_that_are_no_set_are_named(small):
 
 
 def archive(dataset_class, root, path):
-    """Pack the set's folder, and let the class know the archive; no address answers."""
+    """Pack the set's folder, and register the archive with the class; no address responds."""
     with tarfile.open(path, "w:gz") as tar:
         tar.add(root / dataset_class.base_folder, dataset_class.base_folder)
     dataset_class.url, dataset_class.filename = "http://127.0.0.1:1/none", path.name

@@ -1,4 +1,4 @@
-"""A global batch is cut into contiguous runs of whole blocks, as even as possible."""
+"""A global batch is divided into contiguous runs of whole blocks, as evenly as possible."""
 
 import itertools
 

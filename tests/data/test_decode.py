@@ -1,4 +1,4 @@
-"""Odd images become right RGB, bad ones an error, and the crops are torchvision's."""
+"""Unusual images become correct RGB, bad ones an error, and the crops are torchvision's."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""JPEGs decoded on the device: the CPU's boxes, order and bad images; torchvision's decoder for CPUs stands in."""
+"""JPEGs decoded on the device: the CPU's boxes, order and bad images; torchvision's CPU decoder stands in."""
 
 import io
 
@@ -17,12 +17,12 @@ from robust_dist.train.data_config import DataConfig
 
 CPU = torch.device("cpu")
 TRAIN, EVAL = RandomCrop(24, (0.08, 1.0), (3 / 4, 4 / 3)), CentralCrop(24, 28)
-# Formats and modes that samples take in turn, and those of them that a device decodes.
+# Formats and modes that samples cycle through, and those that a device decodes.
 KINDS = [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "RGB"), ("WEBP", "RGB")]
 
 
 def picture(index, format="JPEG", mode="RGB", **options):
-    """A smooth picture of a size of its own, encoded."""
+    """A smooth, encoded picture with its own size."""
     height, width = 40 + index % 7, 50 - index % 5
     y, x = np.mgrid[:height, :width]
     levels = np.stack([(3 * x + index * 11) % 256, 4 * y + x, 255 - 2 * x - y + index % 13], 2) % 256
@@ -33,7 +33,7 @@ def picture(index, format="JPEG", mode="RGB", **options):
 
 
 class Pictures:
-    """Sample i is of KINDS[i % 6]; those in `torn` are cut off, those in `spoiled` have a header and an end alone."""
+    """Sample i is of KINDS[i % 6]; those in `torn` are truncated, those in `spoiled` have only a header and an end."""
 
     def __init__(self, count, torn=(), spoiled=()):
         self.name, self.classes, self.group_sizes = "pictures", ("a", "b", "c"), (count,)
@@ -55,7 +55,7 @@ class Pictures:
 
 
 class Decoder:
-    """torchvision's decoder for CPUs, where the device's stands; counts its calls and files."""
+    """torchvision's CPU decoder in place of the device's; counts its calls and files."""
 
     def __init__(self, refused=0):
         self.calls, self.files, self.refused = 0, 0, refused
@@ -87,7 +87,7 @@ def batches(source, decode, *, crop=TRAIN, workers=0, start=0, **cut):
 
 
 def apart(one, other):
-    """The largest difference of levels, and the mean one."""
+    """The largest and the mean difference of levels."""
     distance = (one.short() - other.short()).abs().float()
     return distance.max().item(), distance.mean().item()
 
@@ -152,7 +152,7 @@ def test_what_the_device_refuses_is_decoded_by_the_cpu_in_its_place(refused):
 
 def test_bad_images_are_the_cpus_and_their_places_are_filled_alike():
     source = Pictures(50, torn=(0, 6, 7, 8), spoiled=(12, 18))
-    # 12 and 18 look whole to a worker; the device refuses all, and the CPU finds what is wrong.
+    # 12 and 18 look complete to a worker; the device rejects all, and the CPU finds what is wrong.
     found, bad = batches(source, Decoder(refused=1))
     expected, theirs = batches(source, None)
     assert_alike(found, expected)
@@ -202,7 +202,7 @@ def test_whole_upright_jpegs_alone_are_for_devices(data, expected):
 def test_a_device_that_cannot_decode_is_an_error_where_it_is_demanded_and_the_cpus_turn_where_it_is_not():
     assert decoder("cpu", CPU) is None
     assert decoder("auto", CPU) is None
-    with pytest.raises(ValueError, match=r"data\.decode='cuda' cannot be had: .* device is cpu; set data\.decode"):
+    with pytest.raises(ValueError, match=r"data\.decode='cuda' is not available: .* device is cpu; set data\.decode"):
         decoder("cuda", CPU)
 
 

@@ -1,4 +1,4 @@
-"""The embedded set is what its docstring says."""
+"""The bundled digits are as their docstring says."""
 
 import hashlib
 

@@ -79,8 +79,9 @@ def test_missing_files_are_named_with_every_folder_and_what_to_do(tmp_path):
 
 
 def test_a_failed_download_keeps_the_advice(tmp_path, monkeypatch):
-    torchvision_class = pytest.importorskip("torchvision.datasets").FashionMNIST
-    monkeypatch.setattr(torchvision_class, "mirrors", ["http://127.0.0.1:1/"])
+    pytest.importorskip("torchvision.datasets")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     with pytest.raises(DataError, match=r"(?s)lacks train-images.*The download failed: .*train-images-idx3-ubyte.gz"):
         load_dataset("fashion_mnist", tmp_path / "data", train=True)
 
@@ -148,7 +149,7 @@ def test_extra_bytes_are_refused(tmp_path):
     path.write_bytes(idx_bytes(torch.arange(6, dtype=torch.uint8).reshape(2, 3)))
     assert read_idx(path, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DataError, match="its header says 6 values, it holds 7"):
+    with pytest.raises(DataError, match="its header says 6 values, but it has 7"):
         read_idx(path, 2)
 
 

@@ -1,4 +1,4 @@
-"""`data.decode: fast`: the exact way's boxes, bad images and order, and its pixels but for a stated bound."""
+"""`data.decode: fast`: exact's boxes, bad images and order, and its pixels within a stated bound."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from robust_dist.train.sources import with_decoder
 
 CPU = torch.device("cpu")
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-# Of pictures of 260 x 194: at full size, and at a half, a quarter and an eighth.
+# For pictures of 260 x 194: at full size, and at a half, a quarter and an eighth.
 FULL = [RandomCrop(160, SCALE, RATIO), CentralCrop(190, 194)]
 SHRUNK = {2: RandomCrop(70, (0.8, 1.0), RATIO), 4: RandomCrop(36, (0.8, 1.0), RATIO), 8: CentralCrop(20, 23)}
 KINDS = [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}, {"mode": "L"}, {"format": "MPO"}]
@@ -39,7 +39,7 @@ def package(request, monkeypatch):
 
 
 def photograph(seed=0, width=260, height=194):
-    """Noise whose amplitudes fall with frequency as those of photographs do."""
+    """Noise whose amplitudes fall with frequency like those of photographs."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     falling = 1 / np.maximum(frequency, 1 / width) ** 1.1
@@ -48,7 +48,7 @@ def photograph(seed=0, width=260, height=194):
 
 
 def ramp(width=260, height=194):
-    """Levels that rise evenly, so that a box's place shows in them."""
+    """Levels that rise evenly, so that a shift of the box shows in them."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(
         np.stack([250 * x / width, 250 * y / height, 125 * (x / width + y / height)], 2).astype("u1")
@@ -65,7 +65,7 @@ def encoded(image, format="JPEG", mode="RGB", orientation=None, **options):
 
 
 def apart(data, crop, key):
-    """The largest difference to the exact pixels, and the mean one."""
+    """The largest and the mean difference from the exact pixels."""
     distance = (fast_crop(data, crop, key).short() - crop(decode_rgb(data), key).short()).abs().float()
     return distance.max().item(), distance.mean().item()
 
@@ -97,7 +97,7 @@ def test_a_box_is_the_exact_ways_box_upright_or_as_stored_at_any_shrinking(orien
     for file in (data, Upright(data)):
         for crop in (*FULL, *SHRUNK.values()):
             most, mean = apart(file, crop, 11)
-            # A pixel aside would be four levels and more at 1/4, and two of them.
+            # A shift by one pixel would be four levels or more at 1/4, and two of them.
             assert most <= 4, crop
             assert mean < 0.6, crop
 
@@ -122,7 +122,6 @@ def test_each_usual_jpeg_is_decoded_once_and_no_further_than_its_box(monkeypatch
             return simplejpeg.decode_jpeg(data, space, buffer=buffer, **options)
 
     monkeypatch.setattr(fast_decode, "simplejpeg", Counting())
-    monkeypatch.setattr(fast_decode, "decode_rgb", None)
     crop = RandomCrop(40, (0.1, 0.3), RATIO)
     for kind in ({}, {"subsampling": 0}, {"mode": "L"}, {"quality": 30}):
         data = encoded(photograph(), **kind)
@@ -174,7 +173,7 @@ def test_all_other_files_have_the_exact_pixels_to_the_bit(format, mode, package)
 
 
 def outcome(decode):
-    """Pixels, or why there are none."""
+    """Pixels, or the reason for having none."""
     try:
         return decode()
     except BadImageError as error:
@@ -182,7 +181,7 @@ def outcome(decode):
 
 
 def damaged(data, rng):
-    """A file that is cut off, or some bytes of which are changed, gone or new."""
+    """A file that is truncated, or in which some bytes are changed, missing or new."""
     data, at = bytearray(data), rng.randrange(len(data))
     kind = rng.randrange(5)
     if kind == 0:
@@ -192,7 +191,7 @@ def damaged(data, rng):
     elif kind == 2:
         data[at:at] = rng.randbytes(rng.randrange(1, 40))
     else:
-        # The header is where most can go wrong.
+        # Most can go wrong in the header.
         for _ in range(rng.choice((1, 1, 20))):
             data[rng.randrange(700 if kind == 3 else len(data))] = rng.randrange(256)
     return bytes(data)
@@ -226,7 +225,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(package):
     data = bytearray(encoded(ramp()))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = b"\x2e\xe0\x2e\xe0"
-    with pytest.raises(BadImageError, match=f"more than the {MAX_PIXELS:,} allowed"):
+    with pytest.raises(BadImageError, match=f"exceed the {MAX_PIXELS:,} allowed"):
         fast_crop(bytes(data), FULL[0], 1)
 
 
@@ -237,14 +236,14 @@ def test_pillow_looks_at_every_header_that_is_not_a_usual_one():
     assert plain_size(turned) == (260, 194)
     unusual = [Upright(turned), encoded(ramp(), mode="CMYK"), encoded(ramp(), "PNG"), usual[:100], b"\xff\xd8" + usual]
     at = usual.index(b"\xff\xc0")
-    # 12 bits a value, arithmetic coding, no height.
+    # 12 bits per value, arithmetic coding, no height.
     unusual += [usual[: at + 4] + b"\x0c" + usual[at + 5 :], usual.replace(b"\xff\xc0", b"\xff\xc9")]
     unusual += [usual[: at + 5] + b"\x00\x00" + usual[at + 7 :]]
     assert [plain_size(data) for data in unusual] == [None] * len(unusual)
 
 
 class Pictures:
-    """Sample i is a JPEG, a PNG, a grey JPEG or a torn one in turn."""
+    """Samples cycle through a JPEG, a PNG, a grey JPEG and a torn one."""
 
     name, classes = "pictures", ("a", "b")
     group_sizes = (40,)
@@ -264,7 +263,7 @@ class Pictures:
 
 @pytest.fixture(scope="module")
 def epochs():
-    """Batches and bad images: exact; fast, in this process; fast by two workers; fast, from the third step on."""
+    """Batches and bad images: exact; fast, in this process; fast with two workers; fast, from the third step on."""
     found = {}
     for name, fast, workers, start in [("exact", 0, 0, 0), ("fast", 1, 0, 0), ("workers", 1, 2, 0), ("rest", 1, 0, 2)]:
         loader = StreamSet(Pictures(), RandomCrop(20, SCALE, RATIO), CPU, workers=workers, fast=bool(fast)).loader(
@@ -324,7 +323,9 @@ def test_auto_is_what_the_folder_notes_and_fast_in_a_new_one(noted, expected):
 
 def test_auto_without_the_runs_gpu_warns_and_goes_on(capsys):
     assert with_decoder(DataConfig(name="imagefolder", decode="auto"), CPU, "cuda").decode == "fast"
-    assert "decoded by the GPU so far, which cannot be done here (the images' device is cpu)" in capsys.readouterr().out
+    assert (
+        "decoded by the GPU so far, which is not possible here (the images' device is cpu)" in capsys.readouterr().out
+    )
 
 
 def test_a_folder_tells_what_decoded_as_soon_as_something_was_trained(tmp_path):

@@ -1,4 +1,4 @@
-"""An image folder's samples are torchvision's ImageFolder's, and what is wrong with a folder is named."""
+"""An image folder's samples are those of torchvision's ImageFolder, and faults of a folder are named."""
 
 import os
 import pickle
@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
 def test_a_folder_one_level_too_high_is_an_error(tmp_path, parts):
     for part in parts:
         write_image_folder(tmp_path / part, [0, 1])
-    with pytest.raises(DataError, match=rf"one folder too high.*{parts[0]}.* the sub-folders 'ant', 'bee'"):
+    with pytest.raises(DataError, match=rf"one level too high.*{parts[0]}.* the sub-folders 'ant', 'bee'"):
         open_image_folder(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_class_folders_in_both_forms_of_unicode_are_one_class(tmp_path):
     val = open_image_folder(tmp_path / "val", classes=(composed, "zoo"))
     assert [val.read(i)[1] for i in range(2)] == [0, 1]
     assert val.where(0) == str(tmp_path / "val" / parted / "1.jpg")
-    with pytest.raises(DataError, match="lacks 'zoo' and has 'ant' beyond them"):
+    with pytest.raises(DataError, match="lacks 'zoo' and also has 'ant'"):
         open_image_folder(tmp_path / "one", classes=train.classes)
 
 
@@ -160,8 +160,8 @@ def test_the_training_splits_classes_give_the_labels(tmp_path):
     ("classes", "words"),
     [
         (("ant", "bee", "dog"), r"val must have the training split's classes, but lacks 'dog'$"),
-        (("ant",), r"has 'bee' beyond them"),
-        (("ant", *"abcdefg"), r"lacks 'a', 'b', 'c', 'd', 'e' and 2 more and has 'bee' beyond them"),
+        (("ant",), r"also has 'bee'"),
+        (("ant", *"abcdefg"), r"lacks 'a', 'b', 'c', 'd', 'e' and 2 more and also has 'bee'"),
     ],
 )
 def test_other_classes_than_the_training_splits_are_named(tmp_path, classes, words):
@@ -191,5 +191,5 @@ def test_a_folder_that_is_none_or_has_no_images_says_what_would_be_right(tmp_pat
 def test_a_link_to_a_folder_above_is_an_error_and_not_an_endless_walk(tmp_path):
     write_image_folder(tmp_path, [0, 1])
     (tmp_path / "ant" / "loop").symlink_to(tmp_path)
-    with pytest.raises(DataError, match=r"loop.* lies below itself through a link"):
+    with pytest.raises(DataError, match=r"loop.* contains itself through a link"):
         open_image_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""A set in the host's memory gives out what a set on the device does: the same batches, keys and evaluation."""
+"""A set in the host's memory yields the same batches, keys and evaluation as one on the device."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def noise():
 
 @pytest.fixture(params=[0, 1, 2])
 def ahead(request, monkeypatch):
-    """How many batches are under way: 0 on a CPU, 1 on a GPU."""
+    """Number of batches in flight: 0 on a CPU, 1 on a GPU."""
     monkeypatch.setattr(Prefetcher, "ahead", request.param)
     return request.param
 
@@ -71,12 +71,12 @@ def test_it_has_the_face_of_a_set_and_its_samples_to_look_at(noise):
 
 def test_a_start_outside_the_epoch_and_a_set_elsewhere_are_refused(noise):
     loader = HostSet(noise, CPU).loader(Cut(32, seed=0))
-    with pytest.raises(ValueError, match="start_step must lie in 0 to 3"):
+    with pytest.raises(ValueError, match="start_step must be from 0 to 3"):
         loader.epoch(0, 4)
     elsewhere = ImageSet.__new__(ImageSet)
     for name, value in vars(noise).items():
         object.__setattr__(elsewhere, name, value.to("meta") if isinstance(value, torch.Tensor) else value)
-    with pytest.raises(ValueError, match="noise lies on meta: a HostSet wants it on the CPU"):
+    with pytest.raises(ValueError, match="noise is on meta: a HostSet needs it on the CPU"):
         HostSet(elsewhere, CPU)
 
 

@@ -1,4 +1,4 @@
-"""`data.cache: disk`: the same samples with and without what is kept, by any number of writers, on any disk."""
+"""`data.cache: disk`: the same samples with and without cached images, with any number of writers, on any disk."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from tests.small_disk import can_mount, small_disk
 
 CPU = torch.device("cpu")
 CROP, CENTRAL = RandomCrop(20, (0.25, 1.0), (3 / 4, 4 / 3)), CentralCrop(20, 24)
-# Pixels that CROP needs, of images far larger and of smaller ones.
+# Pixels that CROP needs, from images far larger and from smaller ones.
 LARGE, SMALL = (160, 120), (50, 40)
 
 
@@ -41,7 +41,7 @@ def images(tmp_path):
 
 
 class Counted:
-    """A source that counts what is read."""
+    """A source that counts reads."""
 
     def __init__(self, source):
         self.source, self.reads = source, 0

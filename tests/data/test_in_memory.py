@@ -1,4 +1,4 @@
-"""Files of one size are decoded once; from then on they are a set by name: the same batches, bits and places."""
+"""Files of one size are decoded once and then behave like a set by name: the same batches, bits and places."""
 
 import io
 import json
@@ -24,7 +24,7 @@ LABELS = [0, 1, 2, 1, 0, 2, 2]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A class folder of 24x24 images, PNG; returns its path."""
+    """A class folder of 24x24 PNGs; returns its path."""
     for index, label in enumerate(LABELS):
         path = tmp_path / "set" / "abc"[label] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def test_streaming_is_not_taken_up_by_a_run_that_began_in_memory(folder):
 
 @pytest.fixture(scope="module")
 def digits_as_parquet(tmp_path_factory):
-    """The embedded digits as train.parquet and test.parquet of PNGs, in the set's own order; returns the folder."""
+    """The digits as train.parquet and test.parquet of PNGs, in the set's own order; returns the folder."""
     import pyarrow.parquet as pq
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
@@ -107,7 +107,7 @@ def digits_as_parquet(tmp_path_factory):
 
 
 def as_hub(folder, run_dir):
-    """What makes the files the set by name."""
+    """Settings that make the files equivalent to the set by name."""
     words = ["--data.name", "hub", "--data.path", str(folder), "--data.eval", "test", "--data.size", "32"]
     words += ["--data.crop_scale", "null", "--data.mean", str([0.3051] * 3), "--data.std", str([0.3237] * 3)]
     return [*words, "--augment.flip", "false", "--run_dir", str(run_dir)]
@@ -120,7 +120,7 @@ def test_a_killed_run_on_files_in_memory_ends_with_the_bits_of_an_undisturbed_ru
     assert code == 0, output
     words = [*as_hub(digits_as_parquet, tmp_path / "files"), "--checkpoint.every_steps", "2"]
     kill_after(start(1, *words), tmp_path / "files", 2)
-    # Where the set lies may change when a run goes on.
+    # Where the set lies may change when a run resumes.
     code, output = train(1, *words, "--data.keep_on", "host")
     assert code == 0, output
     assert "decoded 1,797 images" in output

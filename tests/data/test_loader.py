@@ -17,7 +17,7 @@ CUTS = list(itertools.product((1, 2, 3, 4), (1, 2, 4)))
 
 @pytest.fixture(scope="module")
 def numbers():
-    """Each image's first pixel is its own number, so that a wrong gather shows."""
+    """Each image's first pixel is its own number, so that a wrong gather is visible."""
     images = torch.randint(0, 256, (N, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 0, 0, 0] = torch.arange(N)
     return ImageSet(images, torch.arange(N) % 7, tuple("abcdefg"), "numbers")
@@ -29,7 +29,7 @@ def loaders(numbers, world_size=1, **options):
 
 
 def global_batches(numbers, epoch, world_size=1, **options):
-    """Per step, the micro-batches of all ranks in order."""
+    """For each step, the micro-batches of all ranks in order."""
     steps = zip(*(loader.epoch(epoch) for loader in loaders(numbers, world_size, **options)), strict=True)
     return [[batch for rank in step for batch in rank] for step in steps]
 
@@ -119,7 +119,7 @@ def same_step(step, other):
 
 @pytest.mark.parametrize("start_step", [-1, 4])
 def test_a_start_step_outside_the_epoch_is_refused_before_the_first_batch(numbers, start_step):
-    with pytest.raises(ValueError, match=f"start_step must lie in 0 to 3 .*not {start_step}"):
+    with pytest.raises(ValueError, match=f"start_step must be from 0 to 3 .*not {start_step}"):
         loaders(numbers)[0].epoch(0, start_step=start_step)
 
 
@@ -141,8 +141,8 @@ def test_a_micro_batch_of_one_sample_is_allowed(numbers):
         ({"block": 0}, "block=0 is below 1"),
         ({"accumulation": 0}, "accumulation=0 is below 1"),
         ({"world_size": 0}, "world_size=0 is below 1"),
-        ({"rank": 1}, r"rank must lie in 0 to 0 \(world_size=1\), not 1"),
-        ({"rank": -1, "world_size": 2}, r"rank must lie in 0 to 1 \(world_size=2\), not -1"),
+        ({"rank": 1}, r"rank must be from 0 to 0 \(world_size=1\), not 1"),
+        ({"rank": -1, "world_size": 2}, r"rank must be from 0 to 1 \(world_size=2\), not -1"),
         ({"batch_size": 100, "drop_last": True}, "drop_last=True with batch_size=100 leaves no batch of the 75"),
         (
             {"batch_size": 32, "block": 8, "world_size": 2, "accumulation": 2},
@@ -190,7 +190,7 @@ def test_evaluation_counts_every_sample_once_whatever_the_world_size(numbers, wo
 
 
 @pytest.mark.parametrize(
-    ("args", "match"), [((0, 0, 1), "batch_size=0 is below 1"), ((8, 2, 2), "rank must lie in 0 to 1")]
+    ("args", "match"), [((0, 0, 1), "batch_size=0 is below 1"), ((8, 2, 2), "rank must be from 0 to 1")]
 )
 def test_evaluation_refuses_settings_before_the_first_batch(numbers, args, match):
     with pytest.raises(ValueError, match=match):

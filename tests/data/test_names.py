@@ -1,4 +1,4 @@
-"""Names are bytes: shown and written down in one line, whatever is in them, and compared in one form."""
+"""Names are bytes: shown and recorded on one line, whatever they contain, and compared in one form."""
 
 import os
 import unicodedata
@@ -62,7 +62,7 @@ def test_the_start_says_what_is_done_with_exif_where_the_first_images_have_it(tm
     (tmp_path / "train" / "a").mkdir(parents=True)
     for name, content in {"0": b"junk", "1": turned_image(), "2": encoded(0, 0), "3": turned_image(8)}.items():
         (tmp_path / "train" / "a" / f"{name}.jpg").write_bytes(content)
-    for exif, words in {"auto": "left as they are stored", "off": "left as", "on": "turned upright"}.items():
+    for exif, words in {"auto": "left as stored", "off": "left as", "on": "turned upright"}.items():
         data = DataConfig("imagefolder", str(tmp_path), exif=exif)
         line = sources.exif_line(data, sources.open_source(data, "train", None, download=False))
         assert f"2 of the first 4 images carry an EXIF orientation; they are {words}" in line

@@ -1,4 +1,4 @@
-"""An epoch on a device asks it nothing: shown on pretended CUDA tensors, which hold no value to ask for."""
+"""An epoch on a device never reads from it: shown with fake CUDA tensors, which have no values."""
 
 import pytest
 import torch

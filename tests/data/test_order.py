@@ -80,7 +80,7 @@ def test_samples_leave_their_groups_and_groups_their_places():
 
 @pytest.mark.parametrize("sizes", [(200,), (20,) * 10])
 def test_places_are_uniform_over_many_epochs(sizes):
-    """The mean place of a sample over 300 epochs is the middle, within five standard errors."""
+    """The mean position of a sample over 300 epochs is the middle, within five standard errors."""
     places = torch.stack([torch.argsort(torch.cat(whole(0, e, sizes, 60, 10))) for e in range(300)]).double()
     error = 200 / 12**0.5 / 300**0.5
     assert (places.mean(0) - 99.5).abs().max() < 5 * error

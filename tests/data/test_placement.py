@@ -1,4 +1,4 @@
-"""Where a set lies: a decision by its bytes and the device's free ones, and what is said of it."""
+"""Where a set lies, decided by its size and the device's free memory, and what the start says about it."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_set_that_does_not_fit_stays_on_the_host_and_says_so(monkeypatch):
     assert streamed.device == GPU
     (line,) = data_lines([streamed], "auto")
     assert line == (
-        "400 bytes of data in the host's memory, too much for 50% of the 700 bytes that are free on cuda:0 "
+        "400 bytes of data in the host's memory, too much for 50% of the 700 bytes free on cuda:0 "
         "(data.keep_on=auto); batches are copied a step ahead: pets, 400 bytes in 5 images"
     )
     assert data_notes([streamed]) == [
@@ -60,7 +60,7 @@ def test_a_set_that_does_not_fit_stays_on_the_host_and_says_so(monkeypatch):
 
 def test_a_set_that_is_to_lie_on_the_device_and_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
     free(monkeypatch, 399)
-    message = r"data.keep_on='device': pets needs 400 bytes on cuda:0, where 399 are free; set data.keep_on=host"
+    message = r"data.keep_on='device': pets needs 400 bytes on cuda:0, but 399 are free; set data.keep_on=host"
     with pytest.raises(DataError, match=message):
         place([pets()], GPU, "device")
 
@@ -77,7 +77,7 @@ def test_sets_on_the_device_are_told_with_their_bytes():
 def test_one_set_may_lie_on_the_device_and_the_other_on_the_host(monkeypatch):
     free(monkeypatch, 1000)
     first, second = data_lines([pets(), HostSet(pets(3), GPU)], "auto")
-    assert first == "400 bytes of data on cpu (1000 bytes are free there): pets, 400 bytes in 5 images"
+    assert first == "400 bytes of data on cpu (1000 bytes free there): pets, 400 bytes in 5 images"
     assert second.startswith("240 bytes of data in the host's memory, too much for 50%")
     assert data_lines([HostSet(pets(), GPU)], "host")[0].startswith(
         "400 bytes of data in the host's memory (data.keep_on=host); "
@@ -99,4 +99,4 @@ def test_a_small_set_lies_on_the_gpu():
     (kept,) = place([pets()], torch.device("cuda"))
     assert isinstance(kept, ImageSet)
     assert kept.device.type == "cuda"
-    assert "are free there" in data_lines([kept], "auto")[0]
+    assert "free there" in data_lines([kept], "auto")[0]

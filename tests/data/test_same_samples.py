@@ -1,4 +1,4 @@
-"""Ranks, micro-batches and resumes see the augmented samples of one process, bit for bit, over whole epochs."""
+"""Augmented samples do not depend on ranks, micro-batches and resuming, bit for bit, over whole epochs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def noise():
 
 
 def augmented(noise, epoch, world_size=1, accumulation=1):
-    """Per global batch (images, targets), the ranks' micro-batches joined in order."""
+    """For each global batch (images, targets), the ranks' micro-batches joined in order."""
     augment = RobustAugment(5, SIZE, (0.5,) * 3, (0.25,) * 3, crop=2, cutmix_mode="elem", block=BLOCK)
     options = {"batch_size": BATCH, "seed": 11, "block": BLOCK, "accumulation": accumulation}
     loaders = [DeviceLoader(noise, rank=rank, world_size=world_size, **options) for rank in range(world_size)]

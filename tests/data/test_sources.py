@@ -1,4 +1,4 @@
-"""What every source promises a loader, whatever the files are."""
+"""The contract of every source with the loader, for all kinds of files."""
 
 import multiprocessing
 import pickle
@@ -14,7 +14,7 @@ KINDS = ("folder", "table", "saved", "imagefolder", "parquet", "shards")
 
 
 def open_source(kind, root, labels=LABELS):
-    """The same samples in the same order from every kind of files."""
+    """The same samples in the same order from every kind of file."""
     if kind == "folder":
         return open_image_folder(write_image_folder(root, labels))
     if kind == "shards":

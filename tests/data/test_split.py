@@ -1,4 +1,4 @@
-"""A folder without parts is split by a hash of each image's name, the same everywhere and for ever."""
+"""A folder without parts is split by a hash of each image's name, the same everywhere and always."""
 
 import numpy as np
 import pytest
@@ -83,10 +83,10 @@ def test_a_folder_of_the_other_layout_is_named_with_the_remedy(tmp_path):
     write_image_folder(tmp_path / "flat", [0, 1])
     write_image_folder(tmp_path / "parts" / "train", [0, 1])
     write_image_folder(tmp_path / "parts" / "val", [0, 1])
-    with pytest.raises(DataError, match=r"there is no folder .*train.*data\.eval_share=0\.2 takes a part of them"):
+    with pytest.raises(DataError, match=r"there is no folder .*train.*data\.eval_share=0\.2 holds out part of them"):
         open_source(DataConfig("imagefolder", root=str(tmp_path / "flat")), "train", None, download=False)
     data = DataConfig("imagefolder", root=str(tmp_path / "parts"), eval_share=0.2)
-    with pytest.raises(DataError, match="is one folder too high"):
+    with pytest.raises(DataError, match="is one level too high"):
         open_source(data, "train", None, download=False)
     with pytest.raises(DataError, match="each class has one image, so none is left for evaluation"):
         open_image_folder(tmp_path / "flat").part(Split(0.2), evaluation=True)

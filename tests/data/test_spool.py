@@ -1,4 +1,4 @@
-"""A spool gives what was fetched, fetches it once for all processes, and stays within its bounds."""
+"""A spool returns what was fetched, fetches it once for all processes, and stays within its limit."""
 
 import multiprocessing
 import os
@@ -102,7 +102,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
-    """The name in the temporary folder that anybody could have made first."""
+    """The name in the temporary folder that anybody could have created first."""
     monkeypatch.setattr(spool_module.tempfile, "tempdir", str(tmp_path))
     return tmp_path / f"robust_dist-{os.getuid()}"
 

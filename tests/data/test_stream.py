@@ -1,4 +1,4 @@
-"""The Loader of a StreamSet: DeviceLoader's promises for images that workers read, and what becomes of bad ones."""
+"""The Loader of a StreamSet: DeviceLoader's guarantees for images read by workers, and the handling of bad ones."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def loaders(source, world_size=1, **options):
 
 
 def global_batches(source, epoch, world_size=1, start=0, **options):
-    """Per step, the micro-batches of all ranks in order."""
+    """For each step, the micro-batches of all ranks in order."""
     steps = zip(*(one.epoch(epoch, start) for one in loaders(source, world_size, **options)), strict=True)
     return [[batch for rank in step for batch in rank] for step in steps]
 
@@ -93,7 +93,7 @@ def test_a_set_of_one_group_comes_in_device_loaders_batches():
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_resumed_epoch_gives_the_rest_and_reads_nothing_else(tmp_path, start, world_size):
-    """Steps done by one process and taken up by any number of them: each sample is read once in all."""
+    """Steps done by one process and continued by any number of them: each sample is read exactly once."""
     source = Coloured(*GROUPS, log=tmp_path / "log")
     done = list(itertools.islice(loaders(source)[0].epoch(1), start))
     rest = global_batches(source, 1, world_size, start)
@@ -105,7 +105,7 @@ def test_a_resumed_epoch_gives_the_rest_and_reads_nothing_else(tmp_path, start, 
 
 @pytest.mark.parametrize("start", [-1, 4])
 def test_a_start_step_outside_the_epoch_is_refused_before_the_first_batch(start):
-    with pytest.raises(ValueError, match=f"start_step must lie in 0 to 3 .*not {start}"):
+    with pytest.raises(ValueError, match=f"start_step must be from 0 to 3 .*not {start}"):
         loaders(Coloured(*GROUPS))[0].epoch(0, start_step=start)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: the same batches as without, and their ends: killed, signalled, or left alone by their rank."""
+"""Worker processes: the same batches as without, and their ends: killed, signalled, or abandoned by their rank."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ OPTIONS = {"batch_size": 8, "seed": 5, "block": 2}
 
 @pytest.fixture
 def loader():
-    """Makes loaders with two workers, which end with the test."""
+    """Creates loaders with two workers, which end with the test."""
     ensure_server()
     made = []
 
@@ -60,7 +60,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_text(loader):
     assert caught.type is RuntimeError
 
 
-# A server of its own, which no other test's processes come from.
+# Its own server, from which no other test's processes come.
 RANK = """
 import sys, time
 from tests.data.coloured import Telling, stream_loader

@@ -1,6 +1,6 @@
-"""Tiny image sets of every format that the sources read, made on the spot, and images that are odd or bad.
+"""Tiny image sets in every format that the sources read, created on the spot, and unusual or bad images.
 
-Every set is made from a list of labels: sample i is `encoded(i, labels[i])`, so two formats of the same labels hold
+Every set is built from a list of labels: sample i is `encoded(i, labels[i])`, so two formats of the same labels contain
 the same images. Class c of a set is called `CLASSES[c]`.
 """
 
@@ -20,7 +20,7 @@ HUES = ((220, 40, 40), (40, 200, 60), (50, 70, 220), (210, 200, 50), (200, 60, 2
 
 
 def picture(index, label, width=48, height=40):
-    """A PIL image, RGB, that differs from sample to sample; its hue tells the label, so that a model can learn it."""
+    """A PIL image, RGB, that differs from sample to sample; its hue encodes the label, so that a model can learn it."""
     rng = np.random.default_rng([index, label])
     slope = np.linspace(0.6, 1.0, width)[None, :, None] * np.linspace(1.0, 0.7, height)[:, None, None]
     noise = rng.integers(-20, 21, (height, width, 1))
@@ -78,7 +78,7 @@ def write_arrow(dataset, path, group):
 
 
 def metadata(dataset):
-    """The schema metadata by which `datasets` knows the features again."""
+    """The schema metadata by which `datasets` recognises the features."""
     return {"huggingface": json.dumps({"info": {"features": dataset.features.to_dict()}})}
 
 
@@ -114,7 +114,7 @@ def add_member(tar, name, content):
 
 
 def odd_images():
-    """Name to (bytes, the PIL image in RGB that it must decode to, the largest difference that encoding allows)."""
+    """Name to (bytes, the PIL image in RGB that it must decode to, the largest difference that the encoding allows)."""
     rgb = picture(3, 1)
     grey = rgb.convert("L")
     wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 77)
@@ -153,7 +153,7 @@ def odd_images():
 
 
 def bad_images():
-    """Name to bytes that no loader may take for an image."""
+    """Name to bytes that no loader may accept as an image."""
     jpeg, png = encode(picture(0, 0, 200, 160)), encoded(0, 0, "PNG")
     broken = bytearray(png)
     broken[len(png) // 2] ^= 0xFF
@@ -174,7 +174,7 @@ def bad_images():
 
 
 def turned_image(orientation=6, format="JPEG"):
-    """A file of 48 x 40 pixels that its EXIF tag says how to turn: 6 makes it 40 x 48."""
+    """A file of 48 x 40 pixels with an EXIF tag: 6 makes it 40 x 48."""
     return encode(picture(3, 1), format, exif=_turned(orientation))
 
 

@@ -327,7 +327,7 @@ def test_a_forgotten_registration_is_an_error(monkeypatch):
 
 def test_a_file_that_is_no_json_object_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "config.json"
-    for text, message in (("{", "config.json is no JSON"), ("[1]", "config.json contains a list")):
+    for text, message in (("{", "config.json is not JSON"), ("[1]", "config.json contains a list")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             check_config(path)

@@ -267,11 +267,11 @@ def _change_a_step(path):
 
 
 TEARS = {
-    "another step": (_change_a_step, "its checksum is another"),
+    "another step": (_change_a_step, "its checksum differs"),
     "cut short": (_cut_short, "__1_0.distcp"),
     "changed": (_change_a_bit, "__0_0.distcp"),
     "a file gone": (lambda path: next(path.glob("__1_*")).unlink(), "__1_0.distcp"),
-    "not to its end": (lambda path: (path / "manifest.json").unlink(), "not written to its end"),
+    "not to its end": (lambda path: (path / "manifest.json").unlink(), "not completely written"),
 }
 
 

@@ -112,7 +112,7 @@ def test_of_a_checkpoint_that_no_run_of_ours_wrote_the_weights_are_exported(trai
     assert main(["export", str(tmp_path / "ddp"), str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
     assert main(["evaluate", str(tmp_path / "fsdp2")]) == 2
-    assert "holds no recipe.yaml of a run" in capsys.readouterr().err
+    assert "has neither a run's recipe.yaml" in capsys.readouterr().err
 
 
 def test_a_run_with_a_model_and_images_of_your_own_is_loaded_into_that_model(trained, tmp_path):
@@ -303,9 +303,9 @@ def test_the_best_checkpoint_is_that_of_the_highest_logged_accuracy_and_the_last
     assert choose(run, "best")[1].step == 10
     assert choose(run, "last")[1].step == 25
     assert choose(run, 20)[1].step == choose(run, "20")[1].step == 20
-    with pytest.raises(CheckpointError, match="holds no checkpoint of step 7; there are those of step 5, 10, 20, 25"):
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 7; there are those of step 5, 10, 20, 25"):
         choose(run, 7)
-    with pytest.raises(ValueError, match="'newest' is none of last, best and a step"):
+    with pytest.raises(ValueError, match="'newest' is not last, best or a step"):
         choose(run, "newest")
 
 
@@ -326,9 +326,9 @@ def without(name):
     ("damage", "said"),
     [
         (torn, "model.safetensors: missing, short or changed since it was written; name another checkpoint"),
-        (without("checkpoints"), "holds no checkpoint yet"),
+        (without("checkpoints"), "has no checkpoint yet"),
         (without("data.json"), "has no data.json, which names the classes"),
-        (without("recipe.yaml"), "holds no recipe.yaml of a run and no model.json of an export"),
+        (without("recipe.yaml"), "has neither a run's recipe.yaml nor an export's model.json"),
     ],
 )
 def test_a_run_that_cannot_be_used_says_why_in_one_message(trained, tmp_path, damage, said):
@@ -365,7 +365,7 @@ def test_wrong_images_are_refused_with_what_would_be_right(trained, tmp_path, ca
     (folder / "bee").rename(folder / "wasp")
     words = ["--out", str(tmp_path / "new")]
     for named, said in [
-        ([run, str(folder)], "lacks 'bee' and has 'wasp' beyond them"),
+        ([run, str(folder)], "lacks 'bee' and also has 'wasp'"),
         ([run, str(tmp_path / "none")], "there is no folder"),
         ([run, str(folder), "--data.root", "x"], "both name images"),
         ([run, "--data.rot", "x"], "did you mean '--data.root'"),

@@ -1,4 +1,4 @@
-"""Stand-ins for ssh, srun and scontrol that note what they are asked and run it on this machine."""
+"""Stand-ins for ssh, srun and scontrol that record requests and run them on this machine."""
 
 import importlib.util
 import os
@@ -14,14 +14,14 @@ echo "$1" >>"$STATE/reached"
 [ ! -e "$STATE/unreachable.$1" ] || { echo "ssh: connect to host $1: No route to host" >&2; exit 255; }
 exec bash -c "$2"
 """
-# A host's Python: answers `probe`, else does what the test wrote for this host.
+# A host's Python: answers `probe`, otherwise does what the test wrote for this host.
 PYTHON = """#!/bin/bash
 if [ "$2" = probe ]; then cat "$STATE/probe.$HOST"; exit; fi
 printf '%s\\n' "$@" >"$STATE/words.${HOST:-$SLURM_NODEID}"
 env >"$STATE/env.${HOST:-$SLURM_NODEID}"
 [ ! -e "$STATE/does.${HOST:-$SLURM_NODEID}" ] || . "$STATE/does.${HOST:-$SLURM_NODEID}"
 """
-# srun OPTIONS COMMAND: one task a node at once, signals passed on to all, the highest status.
+# srun OPTIONS COMMAND: one task per node at once, signals forwarded to all, the highest status.
 SRUN = """#!/bin/bash
 while [[ "$1" == --* ]]; do echo "$1" >>"$STATE/srun"; shift; done
 tasks=()
@@ -63,7 +63,7 @@ def node_module():
 
 
 class Stage:
-    """A folder of stand-ins, and the scripts run against them."""
+    """A folder of stand-ins, and the scripts run with them."""
 
     def __init__(self, folder):
         self.state = folder / "state"
@@ -78,14 +78,14 @@ class Stage:
         self.env |= {"SSH": str(self.ssh), "REMOTE_PYTHON": str(self.python), "PYTHON": str(self.python)}
 
     def host(self, name, does="", probe='probe {"alike": {"commit": "c1"}, "port": 40001, "resolves": true}\n'):
-        """Let a host answer `probe` so, and do so when its part is started."""
+        """Set a host's answer to `probe`, and what it does when its part is started."""
         (self.state / f"probe.{name}").write_text("Welcome to the cluster\n" + probe)
         (self.state / f"does.{name}").write_text(does)
 
     def start(self, script, *words, cwd=None, **env):
         command = ["bash", str(ROOT / "launch" / script), *words]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # Where the tests run in the background SIGINT is ignored, and bash cannot trap what it was started ignoring.
+        # Background test runs ignore SIGINT, and bash cannot trap a signal that was ignored at its start.
         heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         return subprocess.Popen(command, env=self.env | env, cwd=cwd or ROOT, start_new_session=True, **pipe, **heard)
 

@@ -48,7 +48,7 @@ def test_a_hosts_place_is_read_from_each_scheduler(environ, place):
     ],
 )
 def test_a_place_that_makes_no_sense_is_named(change, said, monkeypatch):
-    monkeypatch.setattr(node, "count_gpus", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(node.PlaceError, match=said):
         node.place(HOSTS | change)
 
@@ -85,7 +85,7 @@ def manifest():
     return yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
 
 
-# What kubeflow.org/v1's PyTorchJob knows; the API server drops or refuses other keys.
+# Keys of kubeflow.org/v1's PyTorchJob; the API server drops or rejects others.
 RUN_POLICY = {"activeDeadlineSeconds", "backoffLimit", "cleanPodPolicy", "managedBy", "schedulingPolicy", "suspend"}
 SPEC = {"elasticPolicy", "nprocPerNode", "pytorchReplicaSpecs", "runPolicy"}
 CONTAINER = {"name", "image", "imagePullPolicy", "workingDir", "command", "args", "ports", "env", "resources"}

@@ -1,4 +1,4 @@
-"""The two commands of the README, without their installation."""
+"""The two commands in the README, without their installation."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The scripts and configs of the repository, with a .venv that is this interpreter's and counts as installed."""
+    """The repository's scripts and configs, with this interpreter as a .venv that counts as installed."""
     for name in ("launch", "configs", "pyproject.toml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -81,7 +81,7 @@ def test_the_tests_of_a_gpu_run_alone_in_parallel_and_within_a_limit(checkout, h
 
 
 def test_one_process_where_two_were_asked_for_is_refused():
-    # Accelerate's own launcher starts one process here, and says nothing.
+    # Accelerate's own launcher silently starts one process here.
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     code, said = python(*launch, ROOT / "launch" / "train.py", "--epochs", "1", "--tracking.trackers", "[]", cwd=ROOT)

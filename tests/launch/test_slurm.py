@@ -21,7 +21,7 @@ def stage(tmp_path):
 
 
 def submit(stage, *does):
-    """Run the batch script with what each node's task does; the exit status, the output and whether it requeued."""
+    """Run the batch script with a command for each node's task; returns exit status, output and whether it requeued."""
     for node, text in enumerate(does):
         (stage.state / f"does.{node}").write_text(text)
     env = JOB | {"SLURM_SUBMIT_DIR": str(stage.repository)}
@@ -62,7 +62,7 @@ def test_failures_without_a_newer_checkpoint_stop_the_queueing_and_progress_star
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_notice_of_the_time_limit_reaches_the_tasks_and_the_saved_run_is_queued_again(stage, number):
     name = number.name.removeprefix("SIG")
-    # A task that takes its time to save, as a trap in the middle of `wait` must not hide its status.
+    # A task that takes time to save: a trap in the middle of `wait` must not hide its status.
     task = f"trap 'sleep 0.3; exit 75' {name}; touch \"$STATE/up.$SLURM_NODEID\"; while :; do sleep 0.05; done"
     for node in (0, 1):
         (stage.state / f"does.{node}").write_text(task)

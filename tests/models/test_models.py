@@ -1,4 +1,4 @@
-"""Every model of the registry: size, shapes, formats, and what a wrong name says."""
+"""Every model in the registry: size, shapes, formats, and the error for a wrong name."""
 
 import sys
 

@@ -161,7 +161,7 @@ def test_runs_of_an_earlier_report_are_not_trained_again(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("{}", "'study' is missing"), ("no json", "report.json is no JSON"), ('{"a": 1, "a": 2}', "is given twice")],
+    [("{}", "'study' is missing"), ("no json", "report.json is not JSON"), ('{"a": 1, "a": 2}', "is given twice")],
 )
 def test_what_is_no_report_is_refused(tmp_path, capsys, text, named):
     config = write(tmp_path / "rows.yaml", axes={"row": ROWS})

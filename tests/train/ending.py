@@ -1,4 +1,4 @@
-"""Runs whose second rank comes to grief at a chosen step, several at once, each rank with an output of its own."""
+"""Runs whose second rank fails at a chosen step, several at once, with separate output for each rank."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ FAULTS = {
 
 
 def _break(fault):
-    """Let the first rank but one come to grief when it has done STEP steps; a full disk is told to all."""
+    """Make the second rank fail once it has done STEP steps; a full disk affects all ranks."""
     from robust_dist.train.loop import Trainer
 
     step = Trainer.train_step
@@ -61,7 +61,7 @@ def _break(fault):
 
 
 def print_into(path):
-    """Let all that this process prints go into a file, from C too."""
+    """Redirect everything this process prints, also from C, to a file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(file, number)
@@ -83,11 +83,11 @@ def _rank(rank, folder, fault, words, env):
 
 @dataclass
 class Ending:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         folder: Where its files are.
-        codes: Exit statuses in rank order, minus a signal's number; None where a rank lived on.
+        codes: Exit statuses in rank order, negative for signals; None if a rank stayed alive.
         outputs: What each rank printed.
     """
 
@@ -101,7 +101,7 @@ class Ending:
 
 
 def run_faults(folder: Path, faults: dict[str, list[str]], world_size: int = 2, patience: float = 120.0):
-    """Run one training a fault, all at once: name -> Ending."""
+    """Run one training per fault, all at once: name -> Ending."""
     ensure_server()
     running = {}
     for fault, words in faults.items():

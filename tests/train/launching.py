@@ -1,4 +1,4 @@
-"""Runs of `launch/train.py`, as a user starts them, in processes of their own."""
+"""Runs of `launch/train.py`, started as by a user, in separate processes."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from robust_dist.train.metrics import without_measured
 from tests.forked import ROOT, Forked, finish, start_python
 
 SCRIPT = str(ROOT / "launch" / "train.py")
-# Small enough for a test: 12 optimizer steps an epoch.
+# Small enough for a test: 12 optimizer steps per epoch.
 TINY = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
 TINY += ["--batch_size", "128", "--epochs", "3", "--optimizer.lr", "0.05"]
 TINY += ["--tracking.trackers", "[]", "--tracking.progress", "false", "--timeout_seconds", "60"]
@@ -28,7 +28,7 @@ def command(world_size: int, *words: str) -> list[str]:
 
 
 def start(world_size: int, *words: str) -> Forked:
-    """The command in a process group of its own."""
+    """The command in its own process group."""
     return start_python(*command(world_size, *words), OMP_NUM_THREADS="1")
 
 
@@ -37,13 +37,13 @@ def train(world_size: int, *words: str) -> tuple[int, str]:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
+    """The step of the newest checkpoint, 0 if there is none."""
     names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
 def wait_for_step(process: Forked, run_dir: Path, step: int, timeout: float = 120) -> None:
-    """Wait until the checkpoint of `step`, or a later one, is there."""
+    """Wait until the checkpoint of `step`, or a later one, exists."""
     deadline = time.monotonic() + timeout
     while newest_step(run_dir) < step:
         assert process.poll() is None, process.stdout.read()
@@ -52,15 +52,15 @@ def wait_for_step(process: Forked, run_dir: Path, step: int, timeout: float = 12
 
 
 def ranks_of(process: Forked) -> list[int]:
-    """The pids of the run's ranks: the launcher's children, or the process where it is the only rank."""
+    """The pids of the run's ranks: the launcher's children, or the process if it is the only rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children] or [process.pid]
 
 
 def kill_after(process: Forked, run_dir: Path, step: int, timeout: float = 120) -> None:
-    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, is there."""
+    """SIGKILL every process of the run once the checkpoint of `step`, or a later one, exists."""
     wait_for_step(process, run_dir, step, timeout)
-    # The ranks of a launcher are in sessions of their own, and would train on without it.
+    # A launcher's ranks are in sessions of their own, and would continue training without it.
     ranks = ranks_of(process)
     os.killpg(process.pid, signal.SIGKILL)
     for rank in ranks:
@@ -70,5 +70,5 @@ def kill_after(process: Forked, run_dir: Path, step: int, timeout: float = 120) 
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The run's rows without the figures that are measured."""
+    """The run's rows without measured figures."""
     return [without_measured(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What the ranks of test_streamed.py run: recipes for streamed sets, on tiny sets, with training reads logged."""
+"""Code of test_streamed.py's ranks: recipes for streamed sets, on tiny sets, with training reads logged."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ SMALL += ["--data.workers", "0", "--data.block", "2", "--data.shuffle_window", "
 SMALL += ["--schedule.warmup_steps", "0", "--optimizer.no_decay", "[]"]
 EXACT = ["--precision.mixed", "no"]
 RESNET = ["--model.name", "resnet8", "--model.options", "{stem_stride: 2}"]
-# No batch normalisation, whose statistics are each rank's own; its tokens are averaged, so that any size will do.
+# No batch normalisation, whose statistics are each rank's own; its tokens are averaged, so any size will do.
 VIT = ["--model.name", "timm/test_vit3", "--model.options", "{dynamic_img_size: true, img_size: 32, global_pool: avg}"]
 
 
 def recipes(sets):
-    """Recipe and format to the words that put the tiny set and model in the place of the real ones."""
+    """Recipe and format to the arguments that substitute the tiny set and model."""
     shards = ["--data.root", f"{sets}/shards", "--data.train", "train-*.tar", "--data.eval", "val-*.tar"]
     whole = ["--data.root", f"{sets}/folder", "--data.eval_share", "null"]
     table = ["--data.path", f"{sets}/parquet"]
@@ -43,7 +43,7 @@ def recipes(sets):
 
 
 def write_sets(folder):
-    """A tiny set of each format, of the same images in groups of several sizes."""
+    """A tiny set in each format, with the same images in groups of several sizes."""
     for part, labels in {"train": LABELS, "val": LABELS[:EVAL]}.items():
         tiny_sets.write_image_folder(f"{folder}/folder/{part}", labels)
         tiny_sets.write_shards(f"{folder}/shards", labels, prefix=part)
@@ -52,7 +52,7 @@ def write_sets(folder):
 
 
 class Logged:
-    """A source that writes down what is read of it."""
+    """A source that records what is read from it."""
 
     def __init__(self, source, log):
         self.source, self.log = source, log
@@ -71,7 +71,7 @@ class Logged:
 
 
 def log_reads(log):
-    """From now on this process's training reads are added to the file; returns what undoes that."""
+    """Log this process's training reads to the file from now on; returns a function that undoes this."""
     from robust_dist.train import sources
 
     real, told = sources.open_source, sources.tell_exif
@@ -84,7 +84,7 @@ def log_reads(log):
         sources.open_source, sources.tell_exif = real, told
 
     sources.open_source = logging
-    # The start's look at the first images is no reading of an epoch's.
+    # The look at the first images at the start does not belong to an epoch.
     sources.tell_exif = lambda *args: None
     return undo
 
@@ -126,7 +126,7 @@ def on_first_rank(action):
 
 
 def cut_back(run_dir, step):
-    """Make the run one that was killed after step `step` and before its next checkpoint."""
+    """Turn the run into one that was killed after step `step` and before its next checkpoint."""
     for later in steps(run_dir):
         if later > step:
             shutil.rmtree(Path(run_dir, "checkpoints", f"step-{later:08d}"))

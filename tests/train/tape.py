@@ -1,4 +1,4 @@
-"""A CUDA graph's twin on the CPU: the operations of one call, repeated over the same memory."""
+"""A CPU counterpart of a CUDA graph: the operations of one call, repeated over the same memory."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,13 +12,13 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        # Its tensors stay alive, so that no memory is given out twice.
+        # Its tensors stay alive, so that no memory is reused.
         self.operations.append((function, args, kwargs or {}, found))
         return found
 
 
 class Tape:
-    """Calls a function once, which makes what it keeps; records the next call; repeats the record from then on."""
+    """Calls a function once to create what it keeps, records the next call, and replays the record from then on."""
 
     def __init__(self, function):
         self.function, self.calls, self.operations = function, 0, []
@@ -47,6 +47,6 @@ def _repeat(function, args, kwargs, found):
     memory = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
     new = function(*args, **kwargs)
     for old, value in zip(tree_leaves(found), tree_leaves(new), strict=True):
-        # Views and in-place operations have written where they should.
+        # Check that views and in-place operations wrote to the right place.
         if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in memory:
             old.copy_(value)

@@ -37,7 +37,7 @@ signed = OptimizerChoice(
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A package with the optimizer, as pip would install it."""
+    """A package with the optimizer, as installed by pip."""
     (tmp_path / "signed_package.py").write_text(SIGNED)
     info = tmp_path / "signed_package-1.0.dist-info"
     info.mkdir()
@@ -49,7 +49,7 @@ def installed(tmp_path, monkeypatch):
 
 @dataclass
 class BrightAugment(AugmentConfig):
-    """The training pipeline, and how bright its images are.
+    """The training pipeline, with adjustable brightness.
 
     Attributes:
         brightness: Factor of every training image.

@@ -49,7 +49,7 @@ def score(rank, world_size):
 
 
 def fetched(accelerator):
-    """Which rank was told to download, and whether the files were there when the others looked."""
+    """The rank that was told to download, and whether the files existed when the others looked."""
     calls = []
 
     def loader(root, train, download):
@@ -72,7 +72,7 @@ PIPELINE = RobustAugment(3, 8, (0.5,), (0.2,))
 
 
 def copies_of_buffers(norm):
-    """How often averaging and broadcasting copy, for the buffers of ten layers."""
+    """Number of copies made by averaging and broadcasting the buffers of ten layers."""
     layers = nn.Sequential(*(copy.deepcopy(norm) for _ in range(10)))
     calls = Calls()
     with calls:

@@ -1,4 +1,4 @@
-"""Bad images cost no epoch: evaluation's are looked for before the first step, and a refusal saves before it ends."""
+"""Bad images cost no epoch: evaluation's are checked before the first step, and a failing run saves before it ends."""
 
 import json
 
@@ -20,10 +20,10 @@ from tests.data.coloured import Coloured
 from tests.data.tiny_sets import encoded, write_image_folder
 from tests.train.launching import newest_step
 
-# Two steps an epoch.
+# Two steps per epoch.
 LABELS = [0, 1] * 8
 GOOD = encoded(0, 0)
-# Whole in its header alone.
+# Intact only in its header.
 CUT_OFF = GOOD[:-100]
 
 
@@ -35,7 +35,7 @@ def images(tmp_path):
 
 
 def run(images, folder, **changes):
-    """The rows of three epochs, of which the second and the third are saved, in this process."""
+    """The rows of three epochs, of which the second and third are saved, in this process."""
     AcceleratorState._reset_state(True)
     data = DataConfig("imagefolder", str(images), size=16, eval_batch_size=8, workers=0, block=2, max_bad_share=0.05)
     settings = {
@@ -52,7 +52,7 @@ def run(images, folder, **changes):
 
 
 def spoil(images, part, *, header):
-    """One image of sixteen, either of which the header tells nothing."""
+    """One image of sixteen, whose fault does not show in its header."""
     path = images / part / "ant" / "00000.jpg"
     path.write_bytes(b"" if header else CUT_OFF)
     return path
@@ -84,7 +84,7 @@ def test_a_refusal_after_an_epoch_saves_it_and_the_mended_run_is_an_undisturbed_
     assert (folder / "metrics.jsonl").read_text() == ""
     assert named(folder) == [str(path)]
     if part == "val":
-        # Nothing was replaced: the same refusal, and no epoch more is trained.
+        # Nothing was replaced: the same error, and no further epoch is trained.
         with pytest.raises(TooManyBadImagesError):
             run(images, folder)
         assert newest_step(folder) == 2

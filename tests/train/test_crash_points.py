@@ -1,4 +1,4 @@
-"""A run that is killed before any one change of its files ends, started again, as an undisturbed run."""
+"""A run killed before any single change to its files, then restarted, ends like an undisturbed run."""
 
 import os
 import random
@@ -25,7 +25,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def _watch(run, number, log):
-    """Before each change of a file below `run`: count it, and end the whole process group at the `number`-th."""
+    """Before each change of a file below `run`: count it, and kill the whole process group at the `number`-th."""
     counted, file = 0, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(event, args):
@@ -68,7 +68,7 @@ def _lead(engine, world_size, words, env, run, number, log, output):
 
 
 def start(folder: Path, engine: str, world_size: int, number: int = 0) -> int | None:
-    """Train in `folder`/run; rank 0's `number`-th change of a file there does not happen, and ends all ranks."""
+    """Train in `folder`/run; rank 0 is killed before its `number`-th change of a file there, with all ranks."""
     ensure_server()
     run = str(folder / "run")
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
@@ -83,7 +83,7 @@ def start(folder: Path, engine: str, world_size: int, number: int = 0) -> int | 
 
 
 def ended(folder: Path) -> tuple[list[dict], bytes]:
-    """What a run recorded, and the bytes of its last weights where one file holds them."""
+    """What a run recorded, and the bytes of its last weights if they are in one file."""
     last = sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
     weights = last / "model.safetensors"
     return metrics(folder / "run"), weights.read_bytes() if weights.exists() else b""

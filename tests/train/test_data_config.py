@@ -1,4 +1,4 @@
-"""The data keys: what each kind of set takes, and errors that name the key."""
+"""The data keys: those that each kind of set accepts, and errors that name the key."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_each_kind_of_set_takes_its_own_keys(settings):
         ({**FOLDER, "keep_on": "host", "crop_scale": (0.5, 1.0)}, "data.crop_scale=.*left out: data.keep_on=host"),
         ({**FOLDER, "crop_scale": None, "crop_ratio": (1.0, 2.0)}, "data.crop_ratio=.*data.crop_scale=null keeps"),
         ({**FOLDER, "crop_scale": None, "eval_resize": 300}, "data.eval_resize=300.*augment.crop crops on the device"),
-        ({**FOLDER, "streaming": True}, "data.streaming=True is for data.name=hub, and data.name is 'imagefolder'"),
+        ({**FOLDER, "streaming": True}, "data.streaming=True is for data.name=hub, but data.name is 'imagefolder'"),
         ({**FOLDER, "path": "a/b"}, "data.path='a/b' is for data.name=hub"),
         ({**FOLDER, "num_classes": 3}, "data.num_classes=3 is for data.name=hub or webdataset"),
         ({**HUB, "image_keys": ["jpg"]}, r"data.image_keys=\['jpg'\] is for data.name=webdataset"),

@@ -1,4 +1,4 @@
-"""A run's folder says what it is trained on, and a start with other data, or with parts that are one, is refused."""
+"""A run's folder records what it is trained on; a start with other data, or overlapping parts, is an error."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LABELS = {"train": [0, 1, 0, 1, 1], "val": [1, 0]}
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Of an image folder with the classes ant and bee; val's images are none of train's."""
+    """A recipe for an image folder with the classes ant and bee; val's images are not in train."""
     for part, labels in LABELS.items():
         write_image_folder(tmp_path / "set" / part, labels)
     for number, path in enumerate(sorted((tmp_path / "set" / "val").rglob("*.jpg"))):
@@ -73,7 +73,7 @@ def test_the_same_data_elsewhere_and_mended_images_are_the_same(recipe, tmp_path
 
 
 def contents(folder):
-    """All files but the lock, which names the last process that looked."""
+    """All files except the lock, which names the last process that looked."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -92,7 +92,7 @@ CHANGES = {
     "a class comes in": (add_class, r"classes: 3 here, 2 in the folder; new: 'cat'"),
     "an image goes": (
         lambda root: (root / "train/ant/00000.jpg").unlink(),
-        r"train: the run was training on 5 images, and .*set/train has 4",
+        r"train: the run was training on 5 images, but .*set/train has 4",
     ),
     "a label changes": (
         lambda root: os.rename(root / "train/ant/00000.jpg", root / "train/bee/00000.jpg"),
@@ -100,7 +100,7 @@ CHANGES = {
     ),
     "evaluation images come": (
         lambda root: shutil.copy(root / "val/ant/00001.jpg", root / "val/ant/7.jpg"),
-        r"eval: the run was evaluating on 2 images, and .*set/val has 3",
+        r"eval: the run was evaluating on 2 images, but .*set/val has 3",
     ),
 }
 
@@ -111,10 +111,10 @@ def test_a_start_with_other_data_is_refused_with_the_difference(recipe, tmp_path
     alter, message = CHANGES[change]
     alter(tmp_path / "set")
     before = contents(tmp_path / "run")
-    with pytest.raises(RunFolderError, match=rf"(?s)holds a run on other data.*remove .*data.json.*{message}"):
+    with pytest.raises(RunFolderError, match=rf"(?s)contains a run on other data.*remove .*data.json.*{message}"):
         claim(recipe, tmp_path / "run")
     assert contents(tmp_path / "run") == before
-    # Whoever insists removes the file.
+    # Removing the file overrides this.
     (tmp_path / "run" / "data.json").unlink()
     claim(recipe, tmp_path / "run")
 
@@ -149,7 +149,7 @@ def test_another_revision_of_the_hub_counts_where_the_data_are_other_ones():
     assert differences(commit, there) == []
     moved = {**there, "train": {**part, "revision": "2", "fingerprint": "b"}}
     (line,) = differences(moved, there)
-    assert line.endswith("(the Hub's revision is 2, and was 1: set data.revision)")
+    assert line.endswith("(the Hub's revision is 2 and was 1: set data.revision)")
 
 
 def changed_labels(one):
@@ -193,7 +193,7 @@ def hard_link(root):
 def test_an_image_folder_that_is_linked_to_the_training_images_is_refused(recipe, tmp_path, link):
     assert parts(recipe) == []
     link(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"data.train='train' and data.eval='val' have the same images .*/val"):
+    with pytest.raises(ValueError, match=r"data.train='train' and data.eval='val' share images .*/val"):
         parts(recipe)
 
 
@@ -223,7 +223,7 @@ def test_shards_in_both_parts_are_refused_unless_both_are_named_the_same(tmp_pat
     write_shards(tmp_path, LABELS["train"] * 2, per_shard=4)
     os.symlink(tmp_path / "train-000001.tar", tmp_path / "val-000000.tar")
     data = DataConfig("webdataset", str(tmp_path), train="train-*.tar", eval="val-000000.tar", num_classes=2, workers=0)
-    with pytest.raises(ValueError, match=r"have the same images \(4 images: 0 to 3 of .*tar\)"):
+    with pytest.raises(ValueError, match=r"share images \(4 images: 0 to 3 of .*tar\)"):
         parts(Recipe(data=data))
     data.eval = ["train-*.tar"]
     assert "both" in parts(Recipe(data=data))[0]

@@ -1,4 +1,4 @@
-"""Early stopping: decided by `metrics.jsonl` alone, so that any start and any rank decides alike."""
+"""Early stopping is decided by `metrics.jsonl` alone, so that every start and rank decides the same."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def rows(*values, metric="eval_accuracy"):
 
 
 def stops_after(values, **config):
-    """The epoch after which a run ends, None where it does not."""
+    """The epoch after which a run ends, None if it does not."""
     given = EarlyStoppingConfig(**config)
     found = rows(*values, metric=given.metric)
     ends = (end for end in range(1, len(found) + 1) if early_stop(found[:end], given))
@@ -63,7 +63,7 @@ RECIPE = Recipe(
     epochs=4,
     batch_size=16,
 )
-# No accuracy is higher than another by more than 1.
+# No accuracy exceeds another by more than 1.
 STOPPING = EarlyStoppingConfig(patience=2, min_delta=1)
 
 

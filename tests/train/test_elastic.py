@@ -1,4 +1,4 @@
-"""The global batch stays on any number of ranks; a launcher that starts a stopped run once more is left alone."""
+"""The global batch is the same on any number of ranks; a launcher that restarts a stopped run achieves nothing."""
 
 import pytest
 

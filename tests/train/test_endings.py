@@ -1,4 +1,4 @@
-"""A rank that hangs or fails is named, by whom it takes with it, too; the others end within the timeout."""
+"""A rank that hangs or fails is named, also by the ranks it takes down; the others end within the timeout."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_every_rank_that_runs_dumps_its_stacks_before_the_collectives_give_up(en
 def test_a_stopped_rank_is_named_by_those_that_waited_for_it(endings):
     ending = endings["stops"]
     assert ending.codes == [1, None]
-    assert "waited in vain for the other ranks; rank 1 left no word: stopped, stuck" in ending.outputs[0]
+    assert "waited in vain for the other ranks; rank 1 left no record: stopped, stuck" in ending.outputs[0]
     assert "Traceback" not in ending.outputs[0]
 
 
@@ -72,7 +72,7 @@ def test_a_killed_rank_is_named_by_the_survivors(endings):
     ending = endings["is killed"]
     assert ending.codes == [1, -9]
     line = ending.outputs[0].strip().splitlines()[-1]
-    assert "lost another rank; rank 1 left no word: killed (out of memory?)" in line
+    assert "lost another rank; rank 1 left no record: killed (out of memory?)" in line
 
 
 def test_an_error_that_all_ranks_share_is_told_by_the_rank_it_came_from(endings):
@@ -132,10 +132,10 @@ def test_an_earlier_start_s_errors_are_kept_but_not_taken_for_this_one_s(tmp_pat
     kept = list((tmp_path / "errors").glob("before-*/rank-1.json"))
     assert "before" in kept[0].read_text()
     lost = record_failure(RuntimeError("Connection closed by peer"), Rank(0, 2, "host", tmp_path))
-    assert "rank 1 left no word" in explain_loss(Rank(0, 2, "host", tmp_path), lost, seconds=0)
+    assert "rank 1 left no record" in explain_loss(Rank(0, 2, "host", tmp_path), lost, seconds=0)
 
 
 def test_where_every_rank_lost_its_peers_the_network_is_named(tmp_path):
     ranks = [Rank(number, 2, "host", tmp_path) for number in range(2)]
     records = [record_failure(RuntimeError("Connection reset by peer"), rank) for rank in ranks]
-    assert "look at the network" in explain_loss(ranks[0], records[0])
+    assert "check the network" in explain_loss(ranks[0], records[0])

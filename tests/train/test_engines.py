@@ -1,4 +1,4 @@
-"""Every file of configs/accelerate trains a recipe, goes on bit for bit, and takes up another engine's run."""
+"""Every file in configs/accelerate trains a recipe, resumes bit for bit, and resumes another engine's run."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def rows(folder):
 
 @contextlib.contextmanager
 def expecting():
-    """The bytes that all ranks expected to write into a checkpoint."""
+    """The number of bytes that all ranks expected to write into a checkpoint."""
     real, needs = run_checkpoints.checkpoint_bytes, []
 
     def noted(*args, **options):
@@ -73,7 +73,7 @@ def on_first_rank(action):
 
 
 def cut_back(folder):
-    """Make the run one that was killed between step 10 and its end."""
+    """Turn the run into one that was killed between step 10 and its end."""
     shutil.rmtree(Path(folder, "checkpoints", f"step-{TOTAL:08d}"))
     Path(folder, "metrics.jsonl").unlink()
 
@@ -82,13 +82,14 @@ def close(mine, theirs):
     assert len(mine) == len(theirs) == 1
     assert mine[0].keys() == theirs[0].keys()
     for key, value in theirs[0].items():
-        # The accuracy is chance's, where rounding decides between classes: one image of a class's 36.
+        # The accuracy is at chance level, where rounding decides between classes: one of a class's 36 images.
         slack = 0.03 if "accuracy" in key else 0.0
         assert mine[0][key] == pytest.approx(value, rel=2e-4, abs=slack), (key, mine, theirs)
 
 
 def assert_room(run, needs):
-    """What was set aside holds a checkpoint, and beside what each rank gets for small files it is not far too much."""
+    """The saved folder has a checkpoint, and with each rank's allowance for small files the estimate is not far
+    above."""
     files = (path for path in Path(f"{run}/checkpoints/step-{TOTAL:08d}").rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
     assert size <= sum(needs), needs
@@ -106,7 +107,7 @@ def trains(name, folder):
 
 
 def measures(name, folder):
-    """With a measured rate and averaged weights: the figures of DDP, and it goes on bit for bit."""
+    """With a measured rate and averaged weights: the figures of DDP, and resuming bit for bit."""
     run = f"{folder}/{name}-auto"
     with expecting() as needs:
         out = train_under(name, run, *AUTO)
@@ -130,7 +131,8 @@ def goes_on(name, folder, config=None):
 
 
 def stops(name, folder):
-    """Rank 1 alone is signalled; all stop at one step, staged checkpoints arrive, and the run goes on bit for bit."""
+    """Only rank 1 is signalled; all stop at the same step, staged checkpoints are completed, and the run resumes
+    exactly."""
     run, words = f"{folder}/{name}-stopped", ("--checkpoint.every_steps", "2")
     if dist.get_rank() == 1:
         threading.Thread(target=signal_after, args=(run, 2), daemon=True).start()
@@ -145,14 +147,14 @@ def stops(name, folder):
 
 
 def full_disk(name, folder):
-    """A rank's thread runs out of room: one error on all ranks, and every checkpoint that is there is whole."""
+    """A rank's thread runs out of space: one error on all ranks, and every existing checkpoint is complete."""
     place = Path(f"{folder}/{name}-disk")
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(small_disk(place, "9m")))
         words = ("--checkpoint.every_steps", "1", "--checkpoint.keep", "100")
         out = train_under(name, str(place / "run"), *words)
         assert dist.get_rank() or "could not be written: No space left on device" in out, out
-        # The first rank removes what was half-written while the others leave.
+        # The first rank removes what was half-written while the others exit.
         dist.barrier()
         steps = [verify(path).step for path in sorted(Path(place, "run", "checkpoints").iterdir())]
         assert steps == [*range(1, len(steps) + 1)]
@@ -161,7 +163,7 @@ def full_disk(name, folder):
 
 
 def one_rank_cannot_write(name, folder):
-    """Rank 1 alone fails, in the middle of a save for which all wait: one error on all ranks, long before a timeout."""
+    """Only rank 1 fails, in the middle of a save that all wait for: one error on all ranks, long before a timeout."""
     real, run = torch.save, f"{folder}/{name}-refusing"
 
     def refusing(value, file, *args, **kwargs):
@@ -176,13 +178,13 @@ def one_rank_cannot_write(name, folder):
         torch.save = real
     assert dist.get_rank() or "could not be written: No space left on device" in out, out
     assert dist.get_rank() or "waited in vain" not in out, out
-    # The first rank removes what was half-written while the others leave.
+    # The first rank removes what was half-written while the others exit.
     dist.barrier()
     assert checkpoints(run) == []
 
 
 def install_added_engine(place):
-    """What the page says of adding an engine, as an installed distribution."""
+    """The page's instructions for adding an engine, as an installed distribution."""
     page = Path(ROOT, "robust_dist", "engines", "README.md").read_text().partition("## Adding an engine")[2]
     code, entry = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "toml"))
     Path(place, "compressed_ddp-1.dist-info").mkdir(parents=True)
@@ -195,7 +197,7 @@ def install_added_engine(place):
 
 
 def added_engine(folder):
-    """An engine of somebody else's file trains, is noted in its checkpoints, and FSDP takes its run up."""
+    """An engine from someone else's file trains, is recorded in its checkpoints, and FSDP resumes its run."""
     run = f"{folder}/compressed_ddp"
     on_first_rank(lambda: install_added_engine(f"{folder}/outside"))
     sys.path.insert(0, f"{folder}/outside")
@@ -206,7 +208,7 @@ def added_engine(folder):
         assert dist.get_rank() or "checkpoints: 3" in out, out
         assert verify(Path(run, "checkpoints", f"step-{TOTAL:08d}")).metadata["engine"] == "compressed_ddp"
         loss, plain = rows(run)[0]["train_loss"], rows(f"{folder}/ddp")[0]["train_loss"]
-        # The gradients went another way than DDP's.
+        # The gradients took another path than DDP's.
         assert loss != plain
         assert loss == pytest.approx(plain, rel=0.02)
         goes_on("compressed_ddp", folder, "ddp")
@@ -232,7 +234,7 @@ def takes_up(source, target, folder, copy, words=()):
     on_first_rank(prepare)
     out = train_under(target, copy, *words)
     assert dist.get_rank() or f"at step {STEP} of {TOTAL}" in out, out
-    assert dist.get_rank() or "it goes on, but not bit for bit" in out
+    assert dist.get_rank() or "it continues, but not bit for bit" in out
     close(rows(copy), rows(f"{folder}/{source}"))
     assert checkpoints(copy) == [f"step-{STEP:08d}", f"step-{TOTAL:08d}"]
 
@@ -280,7 +282,7 @@ REFUSALS = list(refusals(""))
 
 
 def possible(names):
-    """Those that this torch has: 2.6 runs FSDP2 on GPUs alone."""
+    """Those available in this torch: 2.6 runs FSDP2 only on GPUs."""
     return [name for name in names if TORCH_2_7 or not {"fsdp2", "hsdp"} & {*name.split()}]
 
 
@@ -387,7 +389,7 @@ def test_four_ranks_train_and_take_up_the_run_of_two(four, name):
 
 def test_every_config_is_started_by_a_test():
     names = {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
-    # tests/multinode starts those of several hosts.
+    # tests/multinode starts those for several hosts.
     several = {f"multinode_{name}" for name in ("ddp", "fsdp2", "hsdp", "zero2", "zero3")}
     assert names == {*ON_TWO, "hsdp", "cpu"} | several
     used = {path.stem for path in (ROOT / "configs" / "deepspeed").glob("*.json")}

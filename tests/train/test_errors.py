@@ -1,4 +1,4 @@
-"""What a user can get wrong is one clear message, on every rank, before the first step."""
+"""User errors give one clear message, on every rank, before the first step."""
 
 import contextlib
 import re
@@ -76,7 +76,7 @@ def names(run):
 
 
 def contents(run):
-    """All files but the lock, which names the last process that looked."""
+    """All files except the lock, which names the last process that looked."""
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -95,7 +95,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(run):
     (run / "checkpoints" / "step-00000012" / "optimizer.bin").write_bytes(b"torn")
     code, output = train(1, *SAVING, "--run_dir", str(run))
     assert code == 0, output
-    assert "checkpoint passed over" in output
+    assert "skipping checkpoint" in output
     assert "step 6 of 12" in output
 
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_recipe_is_named_and_not_used(run):
     before = names(run)
     code, output = train(1, *SAVING, "--seed", "5", "--run_dir", str(run))
     assert code == 2
-    assert "of another recipe (seed: 5 here, 0 in the folder)" in output
+    assert "from another recipe (seed: 5 here, 0 in the folder)" in output
     assert names(run) == before
 
 

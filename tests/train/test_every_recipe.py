@@ -1,4 +1,4 @@
-"""Every shipped recipe under every config, with its own precision and memory format; its data and model made small."""
+"""Every shipped recipe under every config, with its own precision and memory format, but small data and models."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.train.under_engines import ROOT, train_under
 
 pytest.importorskip("datasets")
 pytest.importorskip("deepspeed")
-# Engines that cast the weights of batch normalisation, which torch on a CPU refuses, have a model without it.
+# Engines that cast batch normalisation's weights, which torch does not support on a CPU, use a model without it.
 ENGINES = {"ddp": [], "fsdp1": []} | dict.fromkeys(("fsdp2", "zero1", "zero2", "zero3", "zero3_offload"), streamed.VIT)
 DIGITS = ["--data.name", "digits", "--batch_size", "256", "--epochs", "1", "--schedule.warmup_steps", "0"]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""What happens to a run's processes and disk from outside: it goes on, or it says why not, and loses nothing whole."""
+"""Outside faults of a run's processes and disk: it continues, or says why not, and loses nothing complete."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.train.launching import command, finish, metrics, ranks_of, train, wai
 
 
 def whole_steps(run_dir):
-    """The steps of the checkpoints, all of which must be whole, with nothing else beside them."""
+    """The steps of the checkpoints, all of which must be complete, with nothing else beside them."""
     return [verify(path).step for path in sorted((run_dir / "checkpoints").iterdir())]
 
 
@@ -55,7 +55,7 @@ def test_a_full_disk_stops_the_run_with_one_error_and_costs_no_whole_checkpoint(
     assert code == (1 if background == "true" else 2), output
     assert "warning" in output
     assert "checkpoint.keep=100" in output
-    # The launcher says it again.
+    # The launcher repeats it.
     assert output.partition("torch/distributed/elastic")[0].count("could not be written") == 1, output
     error = output[output.index("error:") :]
     assert "No space left on device" in error or "inline_container" in error or "os error 28" in error, output
@@ -95,11 +95,11 @@ def test_a_host_without_room_to_stage_saves_at_once_and_says_so_once(tmp_path, d
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     code, output = train(1, "--run_dir", "/proc/nowhere/run")
     assert code == 2, output
-    assert "run_dir='/proc/nowhere/run' cannot be written" in output
+    assert "run_dir='/proc/nowhere/run' is not writable" in output
 
 
 def hang(number, seconds_ago):
-    """Be signalled twice while the main thread hangs in C code, as in a collective."""
+    """Receive two signals while the main thread hangs in C code, as in a collective."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignals() as signals:
         os.kill(os.getpid(), number)
@@ -113,7 +113,7 @@ def hang(number, seconds_ago):
 
 
 def fork():
-    """Have a child, as a loader has workers, and be told nothing when it is signalled."""
+    """Have a child process, like a loader with workers, that is not signalled."""
     with StopSignals() as signals:
         child = os.fork()
         if child == 0:
@@ -138,7 +138,7 @@ def status_of(function, *args):
     [
         (signal.SIGTERM, 0.0, 3),
         (signal.SIGTERM, 11.0, 143),
-        # A launcher passes a Ctrl-C on within moments; a person presses it again later.
+        # A launcher forwards Ctrl-C within moments; a person presses it again later.
         (signal.SIGINT, 0.0, 3),
         (signal.SIGINT, 1.5, 130),
     ],
@@ -148,7 +148,7 @@ def test_a_second_signal_is_an_echo_at_first_and_then_ends_a_rank_at_once(number
 
 
 def heed():
-    """What nohup made this process ignore stays ignored; SIGTERM is still heard."""
+    """Signals ignored because of nohup stay ignored; SIGTERM still works."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""`fit`: a recipe with a model, images, an optimizer or an augmentation of one's own (robust_dist/train/README.md)."""
+"""`fit`: a recipe with your own model, images, optimizer or augmentation (robust_dist/train/README.md)."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def digits(part):
 
 @pytest.fixture(scope="module")
 def by_name(tmp_path_factory):
-    """What the recipe's own parts come to."""
+    """The results with the recipe's own parts."""
     return fit(parse_recipe(NAMED), run_dir=tmp_path_factory.mktemp("by") / "name")
 
 
@@ -118,7 +118,7 @@ def test_an_own_augmentation_is_called_with_bytes_labels_and_keys(tmp_path):
     assert set(seen) == {(torch.uint8, (3, 32, 32), torch.int64, torch.int64, True)}
     assert len(seen) == 24
     assert json.loads((tmp_path / "environment.json").read_text())["starts"][0]["backends"]["augmentation"] == "own"
-    # As it had never stopped: the same call finds a finished run.
+    # As if it had never stopped: the same call finds a finished run.
     assert rows(fit(parse_recipe(NAMED), augment=halved, run_dir=tmp_path)) == rows(result)
     assert len(seen) == 24
 
@@ -138,14 +138,14 @@ def test_a_folder_of_other_parts_is_refused(by_name):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (lambda: {"train_set": digits("train")}, "train_set is given and eval_set is not"),
-        (lambda: {"eval_set": digits("test")}, "eval_set is given and train_set is not"),
+        (lambda: {"train_set": digits("train")}, "train_set is given but eval_set is not"),
+        (lambda: {"eval_set": digits("test")}, "eval_set is given but train_set is not"),
         (lambda: {"train_set": oblong(), "eval_set": oblong()}, "train_set: images of 8x9 are not square"),
         (
             lambda: {"train_set": mixed(), "eval_set": mixed()},
-            r"train_set: image 1 is \(3, 9, 9\), and image 0 is \(3, 8, 8\)",
+            r"train_set: image 1 is \(3, 9, 9\), but image 0 is \(3, 8, 8\)",
         ),
-        (lambda: {"model": lambda classes: nn.Flatten()}, r"gives \[2, 3072\] for 2 images, where \[2, 10\] is wanted"),
+        (lambda: {"model": lambda classes: nn.Flatten()}, r"returns \[2, 3072\] for 2 images, expected \[2, 10\]"),
     ],
 )
 def test_parts_that_cannot_be_used_are_refused_before_the_first_step(parts, message, tmp_path):
@@ -227,14 +227,14 @@ def test_a_process_may_train_again_in_another_precision_unless_its_own_accelerat
         "train_set": (images, labels),
         "eval_set": (images, labels),
     }
-    # Runs by the command line's function leave their precision behind.
+    # Runs started by the command line's function leave their precision behind.
     AcceleratorState._reset_state(True)
     for precision in ("no", "bf16"):
         recipe = parse_recipe([*WORDS, "--epochs", "1", "--batch_size", "32", "--precision.mixed", precision])
         assert fit(recipe, **words, run_dir=tmp_path / precision).rows[0]["eval_samples"] == 64
     Accelerator(cpu=True)
     try:
-        with pytest.raises(ValueError, match=r"precision.mixed='bf16', and this process has an Accelerator of its own"):
+        with pytest.raises(ValueError, match=r"precision.mixed='bf16', but this process has an Accelerator of its own"):
             fit(recipe, **words, run_dir=tmp_path / "third")
         assert fit(replace(recipe, precision=PrecisionConfig()), **words, run_dir=tmp_path / "third").rows
     finally:
@@ -249,5 +249,5 @@ def test_fit_is_one_function_by_both_of_its_paths():
 
 
 def test_stages_of_a_recipe_and_an_augmentation_of_a_call_do_not_go_together():
-    with pytest.raises(ValueError, match=r"augment is given, and the recipe has stages of its own \(mine:stage\)"):
+    with pytest.raises(ValueError, match=r"augment is given, but the recipe has stages of its own \(mine:stage\)"):
         fit(parse_recipe([*NAMED, "--augment.before", "[mine:stage]"]), augment=lambda images, labels, keys: None)

@@ -1,4 +1,4 @@
-"""A run's folder is taken by one live run, and by the run whose settings it holds."""
+"""A run's folder is held by one live run, and belongs to the run with its settings."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_folder_of_another_recipe_is_refused_and_left_as_it_was(tmp_path):
 def test_a_folder_with_other_files_is_no_run_s(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     thesis = tmp_path / "thesis.tex"
-    for path, said in ((tmp_path, "no run's folder"), (thesis, "is a file"), (thesis / "run", "lies below")):
+    for path, said in ((tmp_path, "not a run's folder"), (thesis, "is a file"), (thesis / "run", "is below")):
         for ask in (lambda folder: folder.claim(Recipe(), {}), lambda folder: folder.check_usable(Recipe())):
             with pytest.raises(RunFolderError, match=said):
                 ask(RunFolder(path))
@@ -132,7 +132,7 @@ def test_secrets_reach_no_file_and_files_with_options_are_the_owner_s_alone(tmp_
             store = CheckpointStore(folder.checkpoints)
             store.begin(1)
             store.commit(1, {"recipe": hidden(recipe_dict(recipe))})
-            # The same command goes on.
+            # The same command resumes.
             folder.claim(recipe, {})
             folder.release()
             files = [path for path in folder.path.rglob("*") if path.is_file()]
@@ -184,20 +184,25 @@ def row(epoch, step=None, **more):
     ("lines", "step", "kept", "said"),
     [
         ([row(1), row(2), row(3)], 20, [1, 2], []),
-        ([row(1), row(3)], 30, [1, 3], ["has no row of epoch 2, and the checkpoint is of step 30"]),
+        ([row(1), row(3)], 30, [1, 3], ["has no row for epoch 2, but the checkpoint is at step 30"]),
         ([row(1), row(2), row(2, eval_accuracy=0.9)], 20, [1, 2], ["step 20 has several rows"]),
-        ([row(1), row(2, 19)], 20, [1], ["a row of epoch 2 and step 19 is of no epoch's end", "has no row of epoch 2"]),
+        (
+            [row(1), row(2, 19)],
+            20,
+            [1],
+            ["a row of epoch 2 and step 19 is not at an epoch's end", "has no row for epoch 2"],
+        ),
         ([row(2), row(1)], 20, [1, 2], []),
-        ([row(1), "{torn", row(2)], 20, [1, 2], ["line 2 is no JSON"]),
-        ([row(1), row(2, "20")], 20, [1], ["line 2: step='20' is not valid", "has no row of epoch 2"]),
-        ([row(1, eval_accuracy="high"), row(2)], 20, [2], ["eval_accuracy='high'", "has no row of epoch 1"]),
+        ([row(1), "{torn", row(2)], 20, [1, 2], ["line 2 is not JSON"]),
+        ([row(1), row(2, "20")], 20, [1], ["line 2: step='20' is not valid", "has no row for epoch 2"]),
+        ([row(1, eval_accuracy="high"), row(2)], 20, [2], ["eval_accuracy='high'", "has no row for epoch 1"]),
         (
             ["[]", "7", '{"step": 1, "step": 2}'],
             0,
             [],
             ["line 1=[]", "line 2=7", "line 3: the key 'step' is given twice"],
         ),
-        ([], 20, [], ["has no row of epoch 1, 2,"]),
+        ([], 20, [], ["has no row for epoch 1, 2,"]),
     ],
 )
 def test_rows_are_compared_with_the_step_and_none_is_lost(tmp_path, lines, step, kept, said):

@@ -1,4 +1,4 @@
-"""A step over tensors that keep their places: the ordinary loop's numbers, called and recorded, to the bit."""
+"""A step over tensors with fixed addresses gives the ordinary loop's numbers, called and recorded, bit for bit."""
 
 import copy
 import json
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_loaded_into_a_static_step_goes_on_bit_for_bit():
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """As on a GPU: augmentation decides nothing on the host, the optimizer counts in place, a capture is seen."""
+    """As on a GPU: augmentation decides nothing on the host, the optimizer counts in place, a capture is detected."""
     monkeypatch.setattr(group_values, "_capturing", lambda: True)
     for name, module in list(sys.modules.items()):
         if name.startswith("robust_dist.augment") and hasattr(module, "readable"):
@@ -192,7 +192,7 @@ def test_a_step_asks_the_device_nothing():
         for (batch,) in DeviceLoader(pretended.image_set(N, 8), batch_size=BATCH, seed=0, block=2).epoch(0):
             images, targets = batch.augmented(pipeline)
             assert nn.functional.cross_entropy(model(images), targets).device == pretended.DEVICE
-            # A backward pass would need a real device; it asks for nothing.
+            # A backward pass would need a real device; nothing is read from it.
             for param in model.parameters():
                 param.grad = torch.empty_like(param)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -211,17 +211,17 @@ class Fake:
 @pytest.mark.parametrize(
     ("accelerator", "changes", "match"),
     [
-        (Fake(device="cpu"), {}, "with the device cpu: run on a CUDA device, or set cuda_graph=false"),
-        (Fake(DistributedType.MULTI_GPU, 2), {}, r"with 2 rank\(s\) under MULTI_GPU: start one process"),
-        (Fake(DistributedType.FSDP, 1), {}, r"with 1 rank\(s\) under FSDP"),
-        (Fake(DistributedType.DEEPSPEED, 4), {}, r"with 4 rank\(s\) under DEEPSPEED"),
-        (Fake(), {"accumulation": 2}, "with accumulation=2: set accumulation=1 and micro_batch_size=null"),
+        (Fake(device="cpu"), {}, "the device cpu: run on a CUDA device, or set cuda_graph=false"),
+        (Fake(DistributedType.MULTI_GPU, 2), {}, r"2 rank\(s\) under MULTI_GPU: start one process"),
+        (Fake(DistributedType.FSDP, 1), {}, r"1 rank\(s\) under FSDP"),
+        (Fake(DistributedType.DEEPSPEED, 4), {}, r"4 rank\(s\) under DEEPSPEED"),
+        (Fake(), {"accumulation": 2}, "accumulation=2: set accumulation=1 and micro_batch_size=null"),
         (Fake(), {"precision": PrecisionConfig(mixed="fp16")}, "precision.mixed='fp16'.* set precision.mixed=bf16"),
         (Fake(), {"optimizer": OptimizerConfig(name="nag")}, "optimizer.name='nag'.* set RAdaBeliefW"),
     ],
 )
 def test_what_cannot_be_captured_is_refused_with_setting_value_and_remedy(accelerator, changes, match):
-    with pytest.raises(ValueError, match=f"cuda_graph=True captures a whole step of one GPU, and cannot .*{match}"):
+    with pytest.raises(ValueError, match=f"cuda_graph=True cannot capture a whole step with .*{match}"):
         check_graph(accelerator, Recipe(cuda_graph=True, **changes))
     check_graph(accelerator, Recipe(**changes))
 
@@ -320,7 +320,7 @@ def ask_while_capturing():
 
 @pytest.mark.gpu
 def test_a_step_that_asks_the_device_cannot_be_captured_and_is_told_so():
-    # A capture that failed may leave its process's generator unusable.
+    # A failed capture may leave its process's generator unusable.
     child = multiprocessing.get_context("spawn").Process(target=ask_while_capturing)
     child.start()
     child.join()

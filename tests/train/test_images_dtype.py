@@ -1,14 +1,13 @@
-"""Under bf16 autocast images are written as bfloat16 where that changes no bit of a run."""
+"""Under bf16 autocast images are written as bfloat16 if that changes no bit of a run."""
 
 import pytest
 import torch
 from torch import nn
 
 from robust_dist.models import build_model
-from robust_dist.train import loop
 from robust_dist.train.build import images_dtype
 from robust_dist.train.metrics import without_measured
-from robust_dist.train.recipe import PrecisionConfig
+from robust_dist.train.recipe import ModelConfig, PrecisionConfig
 from tests.train.test_options import run_few
 
 
@@ -24,7 +23,7 @@ class Scaled(nn.Module):
 
 
 class Joined(nn.Linear):
-    """Casts images in its layer, and also puts them beside others."""
+    """Casts images in its layer, and also combines them with other tensors."""
 
     def __init__(self):
         super().__init__(192, 3)
@@ -68,12 +67,24 @@ def test_a_model_of_bfloat16_images_gives_the_bits_of_one_that_casts_them_later(
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_a_run_under_bf16_has_the_losses_of_one_whose_images_are_cast_later(tmp_path, monkeypatch):
-    half, given = {"batch_size": 32, "precision": PrecisionConfig(mixed="bf16")}, []
-    build = loop.build_augment
-    monkeypatch.setattr(loop, "build_augment", lambda *a, **k: given.append(k.get("dtype")) or build(*a, **k))
-    rows = run_few(tmp_path / "written", **half)
-    monkeypatch.setattr(loop, "images_dtype", lambda *_: torch.float32)
-    later = run_few(tmp_path / "cast", **half)
-    assert given == [None, torch.bfloat16, None, torch.float32]
-    assert list(map(without_measured, rows)) == list(map(without_measured, later))
+class Seeing(nn.Module):
+    """A ResNet that records the dtypes of its training images, and may add 0 to them before its first layer."""
+
+    def __init__(self, adds):
+        super().__init__()
+        self.net, self.adds, self.seen = build_model("resnet8", 10, stem_stride=2), adds, set()
+
+    def forward(self, images):
+        if self.training:
+            self.seen.add(images.dtype)
+        return self.net(images + 0 if self.adds else images)
+
+
+def test_a_run_under_bf16_has_the_losses_of_one_whose_images_are_cast_later(tmp_path):
+    half, rows = {"batch_size": 32, "precision": PrecisionConfig(mixed="bf16")}, []
+    for adds, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        torch.manual_seed(0)
+        model = Seeing(adds)
+        rows.append(run_few(tmp_path / str(adds), {"model": model}, model=ModelConfig(), **half))
+        assert model.seen == {dtype}
+    assert list(map(without_measured, rows[0])) == list(map(without_measured, rows[1]))

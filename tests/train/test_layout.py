@@ -1,4 +1,4 @@
-"""model.channels_last: weights that an engine may shard are contiguous, and convolutions in channels_last even so."""
+"""model.channels_last: weights that an engine may shard are contiguous, yet convolutions run in channels_last."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a start says of the data and of the run, and what it finds odd."""
+"""What a start reports about the data and the run, and its warnings."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ LONG = Recipe(optimizer=OptimizerConfig(name="adamw"))
     ("count", "classes", "ranks", "words"),
     [
         (5, 1, 1, "there is one class, 'c0'"),
-        (5, 5, 1, "5 training images are of 5 classes"),
+        (5, 5, 1, "5 training images have 5 classes"),
         (5, 2, 10_000, "10000 ranks share "),
         (5, 2, 1, None),
     ],

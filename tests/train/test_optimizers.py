@@ -1,4 +1,4 @@
-"""The optimizers that a recipe can name: each is its equation, and none is taken for another."""
+"""The optimizers that a recipe can name: each follows its equation, and none is mistaken for another."""
 
 import io
 import math
@@ -40,7 +40,7 @@ def start():
 
 
 def trained(name, **settings):
-    """The recipe's optimizer over gradients that do not depend on the parameter, under a falling rate."""
+    """The recipe's optimizer with gradients independent of the parameter, under a falling rate."""
     param = nn.Parameter(start())
     config = OptimizerConfig(name=name, betas=(B1, B2), eps=EPS, **settings)
     optimizer = make_optimizer(config, [{"params": [param], "weight_decay": config.weight_decay}], STEPS)
@@ -155,7 +155,7 @@ def test_schedule_free_plus_is_its_equations():
         y = beta * x + (1 - beta) * z
         optimizer.param_groups[0]["lr"] = gamma
         param.grad = slope(param.detach())
-        # Micro-batches: their mean counts.
+        # Micro-batches: their mean is used.
         for part in (0.5, 1.5):
             optimizer.observe(part * loss_of(param))
         optimizer.step()
@@ -182,7 +182,7 @@ def test_every_named_optimizer_learns_under_the_schedule_and_goes_on_from_its_st
         optimizer = build_optimizer(recipe, model, 40)
         schedule = build_schedule(recipe, optimizer, 40)
         if state is not None:
-            # What a checkpoint does: only plain numbers and tensors come back.
+            # As in a checkpoint: only plain numbers and tensors come back.
             file = io.BytesIO()
             torch.save(state[1:], file)
             model.load_state_dict(state[0])

@@ -1,4 +1,4 @@
-"""Output that ends before the run does."""
+"""Output that fails before the run ends."""
 
 import contextlib
 import os
@@ -34,8 +34,8 @@ def test_output_that_fails_ends_alone_and_is_noted_once(made, reason, name, tmp_
             print("afterwards", file=getattr(sys, name), flush=True)
         assert getattr(sys, name) is stream
     _, *lines = (tmp_path / LOG).read_text().splitlines()
-    (note,) = [line for line in lines if "takes no more output" in line]
-    assert f"rank 0 on host: {name} takes no more output" in note
+    (note,) = [line for line in lines if "cannot be written any more" in line]
+    assert f"rank 0 on host: {name} cannot be written any more" in note
     assert reason in note
     assert [line for line in lines if line != note] == ["before the folder is there", "afterwards"]
 
@@ -93,7 +93,8 @@ def test_a_log_that_a_full_disk_takes_no_more_of_is_told_once_and_ends_nothing(t
             print(number)
     out, err = capsys.readouterr()
     assert out == "0\n1\n2\n"
-    assert err == f"warning: {tmp_path / LOG} takes no more (No space left on device); the run goes on without it\n"
+    said = "cannot be written any more (No space left on device); the run continues without it"
+    assert err == f"warning: {tmp_path / LOG} {said}\n"
 
 
 def _train_into_a_full_disk(words):

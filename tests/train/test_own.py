@@ -1,4 +1,4 @@
-"""`module:Name` in a recipe: the user's own code is imported, no other, and each mistake is told with its key."""
+"""`module:Name` in a recipe: only the user's own code is imported, and each mistake is reported with its key."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def recipe(*words):
         ("model.name", "json:loads", r"'json' is not yours.*--import json"),
         ("model.name", "torchvision.models:resnet18", r"is not yours.*--import torchvision.models"),
         ("model.name", "robust_dist.cli:main", r"'robust_dist' is not yours"),
-        ("model.name", "yaml:Net", r"Python has another module 'yaml' \(.*site-packages.*rename yours"),
+        ("model.name", "yaml:Net", r"another module 'yaml' \(.*site-packages.*rename yours"),
         ("model.name", "mycod:Net", r"there is no module 'mycod'; did you mean mycode\?.*--import MODULE"),
         ("model.name", "nets.outer.small:Net", r"there is no module 'nets.outer'"),
         ("model.name", "mycode:Nett", r"mycode.py has no name 'Nett'; did you mean mycode:Net"),
@@ -173,8 +173,8 @@ def recipe(*words):
         ("data.name", "mycode:line", r"cannot be called as line\(train=True\).*signature is line\(step, total_steps\)"),
         ("schedule.name", "mycode:Net", r"it must be a function of step and total_steps"),
         ("schedule.name", "mycode:flipped", r"cannot be called as flipped\(int, int\).*missing a required argument"),
-        ("schedule.name", "mycode:negative", r"gives -1.0 at step 0 of 1000; it must be finite and at least 0"),
-        ("schedule.name", "mycode:nothing", r"gives None at step 0"),
+        ("schedule.name", "mycode:negative", r"returns -1.0 at step 0 of 1000; it must be finite and at least 0"),
+        ("schedule.name", "mycode:nothing", r"returns None at step 0"),
         ("data.name", "mycode:net", r"is a Net; it must be a Dataset class"),
         ("data.name", "mycode:Net", r"is the type Net; it must be a Dataset class"),
         ("augment.before", "[mycode:line]", r"cannot be called as line\(Tensor, Tensor, Tensor\)"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_taken_is_refused_with_key_value_and_what_would_be_right(
     ("words", "said"),
     [
         (["--model.name", "mycode:Net", "--model.options.depth", "3"], r"unexpected keyword argument 'depth'"),
-        (["--model.name", "mycode:Shapeless"], r"gives \[2, 11\] for 2 images, where \[2, 10\] is wanted"),
+        (["--model.name", "mycode:Shapeless"], r"returns \[2, 11\] for 2 images, expected \[2, 10\]"),
         (["--model.name", "mycode:Narrow"], r"failed: RuntimeError: mat1 and mat2"),
         (["--model.name", "mycode:Broken"], r"failed: KeyError: 'width' \(.*mycode.py, line \d+: raise KeyError"),
         (["--model.name", "mycode:system"], r"model.name='mycode:system'"),
@@ -200,9 +200,9 @@ def test_what_cannot_be_taken_is_refused_with_key_value_and_what_would_be_right(
         (["--optimizer.name", "mycode:nothing"], r"returned a NoneType; it must return a torch.optim.Optimizer"),
         (["--optimizer.name", "mycode:no_rate"], r"param groups without a learning rate"),
         (["--optimizer.name", "mycode:Signed", "--optimizer.options.r", "1"], r"unexpected keyword argument 'r'"),
-        (["--data.name", "mycode:nothing"], r"a NoneType is no set of images"),
+        (["--data.name", "mycode:nothing"], r"a NoneType is not a set of images"),
         (["--data.name", "mycode:squares", "--data.size", "64"], r"data.size=64 is for data.name=imagefolder"),
-        (["--augment.before", "[mycode:floats]"], r"made images of torch.uint8 .* into torch.float32"),
+        (["--augment.before", "[mycode:floats]"], r"turned images of torch.uint8 .* into torch.float32"),
         (["--augment.after", "[mycode:nothing]"], r"returned a NoneType; it must return two tensors"),
     ],
 )
@@ -226,7 +226,7 @@ def test_reading_a_recipe_imports_nothing(folder):
 
 
 def test_names_are_taken_at_the_keys_of_names_alone_and_never_from_options_or_a_file_s_import(folder):
-    with pytest.raises(ValueError, match=r"class_path is not taken: a recipe is data"):
+    with pytest.raises(ValueError, match=r"class_path is not allowed: a recipe is data"):
         recipe("--model.options", "{a: {class_path: 'mycode:Net'}}")
     assert recipe("--model.options.a", "mycode:Net").model.options == {"a": "mycode:Net"}
     (folder / "r.yaml").write_text("import: os\n")

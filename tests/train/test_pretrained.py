@@ -1,4 +1,4 @@
-"""A run begins with weights from elsewhere, and its head has a learning rate of its own."""
+"""A run starts from existing weights, and its head has its own learning rate."""
 
 import json
 import shutil
@@ -69,13 +69,13 @@ def test_a_resume_of_a_run_that_began_with_another_s_weights_never_reads_them_ag
 def test_other_classes_get_a_new_head_and_all_else_is_taken(source, tmp_path, capsys):
     words = ["--optimizer.lr", "0", "--model.weights", str(source)]
     made = train(tmp_path / "three", *words, classes=3)
-    said = "it has 4 classes, and this run 3: the head (5) is new, with 3 outputs"
+    said = "it has 4 classes, this run 3: the head (5) is new, with 3 outputs"
     assert f"weights: {source}, step 4; {said}" in capsys.readouterr().out
     (there,) = source.glob("checkpoints/step-*04/model.safetensors")
     before, after = load_file(there), load_file(made.checkpoint / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in ("0.weight", "0.bias", "1.weight"))
     assert after["5.weight"].shape == (3, 16)
-    with pytest.raises(ValueError, match=r"it has 4 classes, and this run 3; to keep all but the head, set model"):
+    with pytest.raises(ValueError, match=r"it has 4 classes, this run 3; to keep all but the head, set model"):
         train(tmp_path / "refused", "--init_from", str(source), classes=3)
     assert not (tmp_path / "refused").exists()
 
@@ -93,7 +93,7 @@ def test_one_error_lists_everything_that_does_not_fit():
     for part in (
         "it lacks 1.running_mean",
         "it has in addition 9.bias",
-        "0.weight [8, 3, 3, 3] in place of [4, 3, 3, 3]",
+        "0.weight [8, 3, 3, 3] instead of [4, 3, 3, 3]",
     ):
         assert part in str(caught.value)
 
@@ -123,7 +123,7 @@ def test_a_file_of_a_state_dict_is_taken_and_a_torn_one_named(form, tmp_path):
 
 
 def put_weights_of_torchvision(home, monkeypatch):
-    """Write what would have been fetched; returns the state dict."""
+    """Write what would have been downloaded; returns the state dict."""
     from torchvision.models import get_model_weights
 
     monkeypatch.setenv("TORCH_HOME", str(home))
@@ -143,7 +143,7 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("classifier.1"))
-    assert "it has 1,000 classes, and this run 10: the head (classifier.1) is new, with 10 outputs" in begun.lines[0]
+    assert "it has 1,000 classes, this run 10: the head (classifier.1) is new, with 10 outputs" in begun.lines[0]
     (warning,) = begun.warnings
     assert "std [0.229, 0.224, 0.225]; this run has mean [0.3051, 0.3051, 0.3051]" in warning
     assert read_published(SMALL, "SqueezeNet1_1_Weights.IMAGENET1K_V1", 10, 3, {}).num_classes == 1000
@@ -153,10 +153,16 @@ def test_published_weights_fill_all_but_the_head_and_warn_of_other_pixels(tmp_pa
         read_published("resnet20", "DEFAULT", 10, 3, {})
 
 
-def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """What HF_HUB_OFFLINE=1 and HF_HUB_CACHE set when the Hub's package is first imported."""
     huggingface = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(huggingface, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path):
     entries = build_model("timm/test_vit", 1000).state_dict()
     place = tmp_path / "models--timm--test_vit.r160_in1k"
     for folder in ("refs", f"snapshots/{'a' * 40}"):
@@ -168,15 +174,15 @@ def test_weights_of_timm_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     head = model.head.weight.clone()
     found = read_published("timm/test_vit", "DEFAULT", 10, 3, {})
     begun = load(recipe, model, Weights(**vars(found)), tuple("0123456789"))
-    assert "it has 1,000 classes, and this run 10: the head (head) is new, with 10 outputs" in begun.lines[0]
+    assert "it has 1,000 classes, this run 10: the head (head) is new, with 10 outputs" in begun.lines[0]
     assert "trained on images with mean [0.5, 0.5, 0.5]" in begun.warnings[0]
     assert torch.equal(model.head.weight, head)
     weights = model.state_dict()
     assert all(torch.equal(weights[key], entries[key]) for key in entries if not key.startswith("head."))
 
 
+@pytest.mark.usefixtures("offline")
 def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
-    huggingface = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="could not be fetched") as caught:
@@ -184,8 +190,6 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_
     url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
     place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     assert f"Fetch {url} where there is a network, put it at {place}" in str(caught.value)
-    # What HF_HUB_OFFLINE=1 sets when the package is first imported.
-    monkeypatch.setattr(huggingface, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError, match=r"Fetch https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.saf"
     ):
@@ -248,7 +252,7 @@ def test_a_head_without_a_rate_of_its_own_is_refused(optimizer, model, named):
         (["--init_checkpoint", "best"], "init_checkpoint='best'"),
         (["--init_checkpoint", "first", "--init_from", "a"], "it must be last, best or a step"),
         (["--optimizer.head_lr_mult", "-1"], "optimizer.head_lr_mult"),
-        (["--model.options", "{weights: DEFAULT}", "--model.name", "resnet8"], "model.weights says it"),
+        (["--model.options", "{weights: DEFAULT}", "--model.name", "resnet8"], "use model.weights"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words, named):

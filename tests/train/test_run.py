@@ -1,4 +1,4 @@
-"""Whole runs: their folder, their resume, their independence of the world size."""
+"""Whole runs: their folder, resuming, and independence of the world size."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_a_run_killed_at_a_random_step_then_stopped_by_a_signal_equals_an_undist
     process = start(world_size, *words, "--run_dir", str(killed))
     kill_after(process, killed, step)
     process = start(world_size, *words, "--run_dir", str(killed))
-    # All the ranks stop where one of them is asked to; a launcher makes 1 of their status 75.
+    # All ranks stop when one of them is asked to; a launcher turns their status 75 into 1.
     wait_for_step(process, killed, newest_step(killed) + 1)
     rank = ranks_of(process)[-1]
     os.kill(rank, signal.SIGHUP if world_size == 2 else signal.SIGINT)
@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     kill_after(process, tmp_path, 16)
     code, output = train(1, *words)
     assert code == 0, output
-    assert "the run had 2 ranks and has 1" in output
+    assert "the run had 2 ranks and now has 1" in output
     assert "the global batch stays 128 images; accumulation 1 -> 2, a rank holds at most 64 -> 64 images" in output
     assert "batch normalisation" in output
     assert [row["step"] for row in metrics(tmp_path)] == [11, 22, 33]

@@ -1,4 +1,4 @@
-"""Schedule-free training: its average is what is evaluated and saved at an epoch's end, and it goes on bit for bit."""
+"""Schedule-free training: its average is evaluated and saved at an epoch's end, and it resumes bit for bit."""
 
 import pytest
 import schedulefree

@@ -1,4 +1,4 @@
-"""What a run shows and records of itself: figures, trackers, a profile; none of it changes the run."""
+"""What a run displays and records about itself: figures, trackers, a profile; none of it changes the run."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ def run(folder, *, profile=False, epochs=1, **tracking):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run of two epochs with TensorBoard, taken up again from its first one."""
+    """A run of two epochs with TensorBoard, resumed from its first one."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     rows = run(folder, epochs=2, trackers=["tensorboard"])
     shutil.rmtree(folder / "checkpoints" / "step-00000024")
@@ -105,7 +105,7 @@ def test_every_measured_figure_is_recorded(plain, profiled):
         assert row["peak_memory_gib"] > 0
     assert {row["mfu"] for row in plain[1]} == {None}
     ratios = [row["mfu"] / row["images_per_second"] for row in profiled[1]]
-    # ResNet-8 at 32x32 does 12.5 M multiply-adds an image forward, and twice that backward.
+    # ResNet-8 at 32x32 does 12.5 M multiply-adds per image forward, and twice that backward.
     assert ratios == pytest.approx([3 * 2 * 12.5e6 / 0.5e12] * 2, rel=0.05)
 
 
@@ -149,7 +149,7 @@ def test_options_of_a_tracker_that_is_not_used_are_refused():
 
 
 class Unreachable(GeneralTracker):
-    """A tracker whose server goes away after the start."""
+    """A tracker whose server disappears after the start."""
 
     name = "unreachable"
     requires_logging_directory = False
@@ -173,12 +173,12 @@ def test_a_tracker_that_fails_on_the_way_is_named_once_and_ends_nothing(tmp_path
     assert scalars(tmp_path, "train_loss")[1] == 2
 
 
-# What these packages warn of is theirs.
+# These packages' own warnings.
 FOREIGN = pytest.mark.filterwarnings("ignore")
 
 
 def twice(folder, tracker):
-    """A run of two epochs, taken up again from its first one."""
+    """A run of two epochs, resumed from its first one."""
     run(folder, epochs=2, trackers=[tracker])
     shutil.rmtree(folder / "checkpoints" / "step-00000024")
     run(folder, epochs=2, trackers=[tracker])
@@ -220,7 +220,7 @@ def test_only_waiting_for_the_loader_counts_as_waiting(monkeypatch):
     meter = Meter(world_size=2, flops_per_image=10, peak=1000.0)
     for images in meter.fetch([32, 32, 16]):
         meter.count(images)
-    # Every look at the clock is a second: the start, two around each of three batches and the end, and the last.
+    # Every reading of the clock is a second: the start, two around each of three batches and the end, and the last.
     figures = meter.epoch()
     assert figures == Figures(seconds=9, images=80, wait_seconds=4)
     assert meter.mfu(figures) == pytest.approx(10 * (80 / 9) / 2 / 1000)
@@ -239,7 +239,7 @@ def test_the_bar_shows_rate_wait_memory_and_mfu():
 
 
 def decays(*values, epochs, off_at=0.75, decay=0.01):
-    """The corners of a run that has such decays after its epochs."""
+    """The corners for a run with these decays after its epochs."""
     recipe = Recipe(
         optimizer=OptimizerConfig(weight_decay=decay),
         schedule=ScheduleConfig(weight_decay_off_at=off_at),
@@ -250,12 +250,12 @@ def decays(*values, epochs, off_at=0.75, decay=0.01):
 
 
 def test_weight_decay_is_drawn_as_a_step_where_it_was_switched_off():
-    # A row is of its epoch's last step: the switch lies before it, where the recipe says.
+    # A row has its epoch's last step; the switch came before it, where the recipe says.
     assert decays(0.01, 0.01, 0.0, epochs=3) == ([0, 2.25, 2.25, 3], [0.01, 0.01, 0, 0])
     assert decays(0.01, 0.01, 0.01, 0.0, epochs=4) == ([0, 3, 3, 4], [0.01, 0.01, 0, 0])
     assert decays(0.0, epochs=1) == ([0, 0.75, 0.75, 1], [0.01, 0.01, 0, 0])
     assert decays(0.01, 0.01, epochs=30) == ([0, 2], [0.01, 0.01])
-    # A trigger of one's own switches at another step than the recipe's.
+    # A custom trigger switches at another step than the recipe's.
     assert decays(0.01, 0.0, 0.0, epochs=3) == ([0, 1, 1, 3], [0.01, 0.01, 0, 0])
     assert decays(0.0, 0.0, epochs=2, decay=0.0) == ([0, 2], [0, 0])
     assert decays(None, epochs=2) == ([], [])
@@ -272,7 +272,7 @@ def test_curves_are_drawn_of_one_epoch_many_and_rows_without_numbers(rows, tmp_p
     recipe = Recipe(epochs=300, run_dir=str(tmp_path / "$x_$"))
     plot_curves(found, tmp_path / "curves.png", recipe)
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    # As `--checkpoint best`: the newest of those that are equal.
+    # As with `--checkpoint best`: the newest in a tie.
     assert best_row(found)["epoch"] == max(row["epoch"] for row in found if row["eval_accuracy"] == 0.5)
     plot_curves([], tmp_path / "none.png", recipe)
     assert not (tmp_path / "none.png").exists()

@@ -1,4 +1,4 @@
-"""Every recipe for streamed sets on a tiny set of its format: whole runs, killed ones, on one rank and on two."""
+"""Every recipe for streamed sets on a tiny set of its format: whole and killed runs, on one rank and on two."""
 
 import contextlib
 import shutil
@@ -18,7 +18,7 @@ from tests.train.streamed import EPOCHS, EVAL, STEPS, N, by_step, cut_back, on_f
 from tests.versions import TORCH_2_7
 
 pytest.importorskip("datasets")
-# Its images for evaluation are split off; test_every_recipe.py trains it.
+# Its evaluation images are split off; test_every_recipe.py trains it.
 SPLIT = {"imagefolder_small"}
 RECIPES = [name for name in streamed.recipes("") if name not in SPLIT]
 FORMATS = ["imagefolder", "imagenet_resnet50_shards", "hub", "hub, streaming"]
@@ -50,7 +50,7 @@ def trains(recipe, sets, folder):
 
 
 def goes_on(recipe, sets, folder, *words):
-    """A run that was killed in mid-epoch ends as the whole one did, and reads only what is left."""
+    """A run killed in mid-epoch ends like an undisturbed one, and reads only what is left."""
     whole, killed = f"{folder}/{recipe}", f"{folder}/{recipe} killed"
     on_first_rank(lambda: (shutil.copytree(whole, killed), cut_back(killed, 6)))
     log = Path(f"{killed}.{dist.get_rank()}.log")
@@ -67,7 +67,7 @@ def goes_on(recipe, sets, folder, *words):
 
 
 def with_bad(sets, folder):
-    """A copy of the image folder in which images were spoiled."""
+    """A copy of the image folder with spoiled images."""
     shutil.copytree(f"{sets}/folder", folder)
     content = [*bad_images().values()]
     for part, count in {"train": BAD, "val": 2}.items():
@@ -98,7 +98,7 @@ def skips_bad(sets, folder):
 
 @contextlib.contextmanager
 def weights_seen():
-    """The weights that the training loss was given, step by step."""
+    """The weights passed to the training loss, step by step."""
     from robust_dist.train import step
 
     seen, real = [], step.summed_loss
@@ -115,7 +115,7 @@ def weights_seen():
 
 
 def under_engine(engine, sets, folder):
-    """The run with bad images that DDP did, sharded; under FSDP2, killed in mid-epoch, it ends as the whole one did."""
+    """DDP's run with bad images, sharded; under FSDP2, killed in mid-epoch, it ends like the undisturbed one."""
     bad = ["--data.root", f"{folder}/bad", "--data.max_bad_share", "0.2"]
     whole, killed = f"{folder}/imagefolder {engine}", f"{folder}/imagefolder {engine} killed"
     run("imagefolder", sets, whole, *bad, engine=engine)
@@ -148,7 +148,7 @@ def too_many_bad(sets, folder):
 
 
 def another_set(sets, folder):
-    """An image more is another order, of which a run cannot take the rest."""
+    """One more image means another order, the rest of which a run cannot use."""
     run_dir, more = f"{folder}/another set", f"{folder}/more"
 
     def prepare():
@@ -160,7 +160,7 @@ def another_set(sets, folder):
 
     on_first_rank(prepare)
     out = run("imagefolder", sets, run_dir, "--data.root", more, fails=True)
-    assert dist.get_rank() or f"training on {N} images, and {more}/train has {N + 1}" in out, out
+    assert dist.get_rank() or f"training on {N} images, but {more}/train has {N + 1}" in out, out
     assert max(steps(run_dir)) == 6
 
 
@@ -206,7 +206,7 @@ def same_on_one(recipe, sets, folder, two):
 
 
 def one_takes_up(recipe, sets, folder, two):
-    """One rank takes up a run of two in mid-epoch, and reads the rest, each image once."""
+    """One rank resumes a run of two in mid-epoch, and reads the rest, each image once."""
     taken = f"{folder}/{recipe} taken"
     shutil.copytree(f"{two}/{recipe}", taken)
     cut_back(taken, 2)

@@ -1,4 +1,4 @@
-"""`robust-dist recipe` looks at a folder and writes a recipe that trains as it is."""
+"""`robust-dist recipe` inspects a folder and writes a recipe that trains as it is."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     pictures, file = tmp_path / "pictures", tmp_path / "recipe.yaml"
     assert write_pictures(pictures, 40) == 40
     assert main(["recipe", str(pictures), "--out", str(file)]) == 0
-    assert f"train it: robust-dist train --config {file}" in capsys.readouterr().out
+    assert f"train with: robust-dist train --config {file}" in capsys.readouterr().out
     assert main(["recipe", str(pictures), "--out", str(file)]) == 2
     assert "already exists; choose another path" in capsys.readouterr().err
     words = [
@@ -55,7 +55,7 @@ def test_what_it_writes_trains_as_it_is_and_notes_the_split_and_goes_on(tmp_path
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert ", the same)" in capsys.readouterr().out
     shutil.copyfile(pictures / "0" / "001.png", pictures / "0" / "more.png")
-    with pytest.raises(RunFolderError, match="holds a run on other data"):
+    with pytest.raises(RunFolderError, match="contains a run on other data"):
         train(recipe)
 
 
@@ -88,11 +88,11 @@ def test_parts_sizes_bad_files_copies_and_turned_images_are_seen(tmp_path, capsy
     told = "\n".join(said)
     for part in (
         "24 images of 2 classes",
-        "unbalanced: 'ant' is the class of 75% of them",
+        "unbalanced: 'ant' has 75% of them",
         "torn.jpg: not an image",
         "copy.jpg and",
         "width 48, height 40 pixels; 0 are grey",
-        "holds my pets alone",
+        "contains only my pets",
     ):
         assert part in told
 
@@ -131,9 +131,9 @@ def alone(folder):
     [
         (lambda folder: None, "is not there; name a folder"),
         (lambda folder: folder.write_text(""), "is a file; name a folder"),
-        (empty, "has no sub-folders, and no images"),
-        (loose, "1 images: put each into a sub-folder that is called as its class"),
-        (shards, "begin with the recipe imagenet_resnet50_shards"),
+        (empty, "has no sub-folders and no images"),
+        (loose, "1 images: put each into a sub-folder named after its class"),
+        (shards, "start from the recipe imagenet_resnet50_shards"),
         (unreadable, "none of 1 images can be read: "),
         (alone, "each class has one image, so none is left for evaluation"),
     ],

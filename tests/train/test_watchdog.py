@@ -37,7 +37,7 @@ def hang():
 def hold_the_interpreter():
     tick("step 7")
     time.sleep(TIMEOUT / 2)
-    # A function of a C library that does not let go of the lock.
+    # A function of a C library that does not release the lock.
     ctypes.PyDLL(None).sleep(int(2 * TIMEOUT))
 
 
@@ -64,13 +64,13 @@ def watched(name, folder):
     print_into(f"{folder}/{name}.out")
     place = folder / name
     if name == "be_without_a_disk":
-        # A pipe that nobody reads takes the opening for ever, as a dead file system does.
+        # Opening a pipe without a reader blocks forever, like a dead file system.
         (place / "stacks").mkdir(parents=True)
         os.mkfifo(place / "stacks" / "rank-0.txt")
     place.mkdir(exist_ok=True)
     with Watchdog(Rank(0, 1, "host", place), TIMEOUT, lambda reason: print(f"given up: {reason}")):
         CASES[name]()
-    # Nothing of it is left to go off.
+    # Nothing of it is left to trigger.
     time.sleep(TIMEOUT)
 
 
@@ -105,7 +105,7 @@ def test_a_patient_phase_is_dumped_but_not_ended(outcomes):
 def test_a_hang_is_dumped_then_ended_with_a_status_of_its_own(outcomes):
     code, output, dump = outcomes["hang"]
     assert code == HANG_STATUS
-    assert output.index("the stacks of its threads") < output.index("given up: nothing was done for")
+    assert output.index("the stacks of its threads") < output.index("given up: no progress for")
     assert "in hang" in dump
     assert "step 7" in dump
 

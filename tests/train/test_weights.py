@@ -1,4 +1,4 @@
-"""Samples of weight 0 count for nothing: in the loss, its gradients, and in evaluation."""
+"""Samples of weight 0 do not count in the loss, its gradients, or evaluation."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_good_samples(smoothing):
 
 
 def ordered(row):
-    """The classes of a row of logits, from the largest on, the earlier of equal ones first."""
+    """The classes of a row of logits in descending order, ties in class order."""
     return sorted(range(len(row)), key=lambda number: -row[number])
 
 
@@ -66,7 +66,7 @@ def test_top_5_and_every_class_s_accuracy_are_those_of_counting_by_hand(num_clas
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """The names of the operators called."""
 
     def __init__(self):
         super().__init__()

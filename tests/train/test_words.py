@@ -1,4 +1,4 @@
-"""What is wrong with a command line, a launcher's file or a model's options is said before anything is built."""
+"""Errors in a command line, a launcher's file or a model's options are reported before anything is built."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def test_a_start_without_a_recipe_lists_the_recipes(words, capsys):
         main(words)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "error: no recipe is given: name one with --config, a file or one of the package's: cifar" in said
+    assert "error: no recipe is given: set --config to a file or one of the package's: cifar" in said
     assert all(path.stem in said for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
 
 
@@ -77,9 +77,17 @@ def test_what_is_no_launcher_or_no_file_says_nothing(tmp_path):
     assert gpus_wanted(["accelerate", "launch", "--multi_gpu", "launch/train.py"]) is None
 
 
-def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """A process on a host without GPUs, started by a launcher's command; returns the command to fill in."""
+    words = []
     monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: launcher(CONFIGS / "ddp.yaml", "--num_processes", "8"))
+    monkeypatch.setattr(accelerate, "_launcher_words", lambda: words)
+    return words
+
+
+def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(launched, monkeypatch):
+    launched += launcher(CONFIGS / "ddp.yaml", "--num_processes", "8")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     cores = min(8, len(os.sched_getaffinity(0)))
@@ -90,22 +98,21 @@ def test_gpu_ranks_without_a_gpu_are_refused_with_the_processor_s_command(monkey
     check_launch()
 
 
-def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(monkeypatch):
-    monkeypatch.setattr(accelerate.torch.cuda, "is_available", lambda: False)
+def test_one_process_in_place_of_several_is_refused_with_the_processor_s_command(launched, monkeypatch):
     words = ["/bin/accelerate", "launch", "--num_processes=2", "launch/train.py", "--config", "R.yaml"]
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: words)
+    launched[:] = words
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(EngineError, match=r"asked for 2 processes and started ONE.*cpu.yaml --num_processes \d launch"):
         check_launch()
-    # The recipe's own key says nothing of the launcher.
-    monkeypatch.setattr(accelerate, "_launcher_words", lambda: [*words[:2], *words[3:], "--num_processes", "2"])
+    # The recipe's own key does not concern the launcher.
+    launched[:] = [*words[:2], *words[3:], "--num_processes", "2"]
     check_launch()
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: model.weights says it"),
+        ("timm/test_vit", {"pretrained": True}, "model.options.pretrained=True cannot be set: use model.weights"),
         ("resnet18", {"weights": "DEFAULT"}, "model.options.weights='DEFAULT' cannot be set"),
         ("resnet8", {"pretrained": True}, "model.options.pretrained=True cannot be set"),
         ("timm/test_vit", {"in_chans": 1}, "model.options.in_chans=1 cannot be set: it follows from the data"),

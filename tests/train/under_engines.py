@@ -1,6 +1,6 @@
-"""`launch/train.py` under every configs/accelerate/*.yaml, many runs in one launch of gloo ranks.
+"""`launch/train.py` under every configs/accelerate/*.yaml, with many runs in one launch of gloo ranks.
 
-Each run's environment is what `accelerate launch --config_file` makes of the file; its start of processes is left out.
+Each run's environment is the one `accelerate launch --config_file` makes from the file, without starting processes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def _forget_engine() -> None:
 
 @functools.cache
 def environment(name: str) -> dict[str, str]:
-    """What `accelerate launch --config_file configs/accelerate/NAME.yaml` puts into its processes' environment."""
+    """The environment that `accelerate launch --config_file configs/accelerate/NAME.yaml` gives its processes."""
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -47,7 +47,7 @@ def environment(name: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def engine(name: str):
-    """The process as `accelerate launch` would start it with this config, in the group that is there."""
+    """This process, as `accelerate launch` would start it with this config, in the existing group."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from tests.engines.deepspeed_on_cpu import get_ready
@@ -75,7 +75,7 @@ def engine(name: str):
 
 
 def train_under(name: str, run_dir: str, *words: str, deepspeed_json: Path | None = None) -> str:
-    """Train; returns what was printed, or the error that the user would read."""
+    """Train; returns the output, or the error shown to the user."""
     from robust_dist.train.main import main
 
     out = io.StringIO()
@@ -85,7 +85,7 @@ def train_under(name: str, run_dir: str, *words: str, deepspeed_json: Path | Non
         try:
             main([*WORDS, "--run_dir", run_dir, *words])
         except SystemExit as stop:
-            # 2: a user's error, 75: a stop by a signal; after it was printed.
+            # 2: a user error, 75: stopped by a signal; after it was printed.
             if stop.code not in (2, 75):
                 raise AssertionError(out.getvalue()) from stop
     return out.getvalue()
