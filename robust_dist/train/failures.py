@@ -157,7 +157,7 @@ def explain_loss(rank: Rank, loss: Record, seconds: float = SECONDS_FOR_WORD) ->
     """
     cause = _await_cause(rank, seconds)
     if cause is not None:
-        return f"{rank}: stopped because {cause.summary} (see errors/rank-{cause.rank}.json)"
+        return f"{rank}: stopped, because {cause.summary} (see errors/rank-{cause.rank}.json)"
     said = f"{loss.message.strip().splitlines()[0]} (see errors/rank-{rank.number}.json)"
     begun = "waited in vain for the other ranks" if loss.kind == "waited" else "lost another rank"
     if rank.folder is None:

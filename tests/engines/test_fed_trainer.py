@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from robust_dist.engines.transformers import RobustTrainerCallback
+from robust_dist.optim import RAdaBeliefW
 from tests.engines import fed_trainer
 from tests.engines.trainer_ranks import TOTAL, Classifier, forget_accelerate, make_trainer
 from tests.ranks import run_ranks
@@ -58,17 +59,32 @@ def _fresh_accelerate():
     forget_accelerate()
 
 
-def trainer_with(folder, schedule):
+def trainer_with(folder, schedule, **more):
     forget_accelerate()
     return make_trainer(
-        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.Measuring, save_strategy="no"
+        folder, RobustTrainerCallback(), schedule=schedule, cls=fed_trainer.Measuring, save_strategy="no", **more
     )[0]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "reduce_lr_on_plateau"])
 def test_a_schedule_that_lowers_the_rate_is_an_error_with_averaging(schedule, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 3} if schedule == "reduce_lr_on_plateau" else {}
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{schedule}' lowers the learning rate.*'constant'"):
-        trainer_with(tmp_path, schedule).train()
+        trainer_with(tmp_path, schedule, **more).train()
+
+
+class Guarded(RAdaBeliefW):
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, rate_guard=1.0, **settings)
+
+
+@pytest.mark.parametrize(("schedule", "more"), [("linear", {}), ("constant_with_warmup", {"warmup_steps": 2})])
+def test_a_schedule_is_an_error_with_an_optimizer_that_takes_no_rate(schedule, more, tmp_path):
+    forget_accelerate()
+    settings = {"schedule": schedule, "cls": Guarded, "save_strategy": "no", **more}
+    trainer = make_trainer(tmp_path, RobustTrainerCallback(), **settings)[0]
+    with pytest.raises(ValueError, match=f"lr_scheduler_type='{schedule}' sets .*rate_guard=1 takes none: set"):
+        trainer.train()
 
 
 @pytest.mark.filterwarnings("always::UserWarning")

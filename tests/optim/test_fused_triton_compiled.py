@@ -72,9 +72,14 @@ def width(kinds):
 
 
 @pytest.mark.parametrize(("kinds", "capability"), CASES, ids=lambda case: str(case).replace("'", ""))
-def test_step_moves_16_bytes_at_a_time_and_spills_nothing(kinds, capability, tmp_path):
+def test_step_moves_16_bytes_at_a_time_and_spills_fuses_and_flushes_nothing(kinds, capability, tmp_path):
     *types, has_master, _, averages = kinds
     found = compiled_step(kinds, capability)
+    assert not re.search(r"(add|sub|mul)\.\S*ftz", found.asm["ptx"])
+    assert "approx" not in found.asm["ptx"]
+    assert "div.full" not in found.asm["ptx"]
+    # float64's root and quotient are made of fused operations, correctly rounded
+    assert "fma.rn.f32" not in found.asm["ptx"]
     moves, (registers, stack, local) = disassembled(found, tmp_path)
     assert registers <= REGISTERS
     assert (stack, local) == (0, 0)
@@ -98,16 +103,6 @@ def test_an_odd_gradient_alone_is_read_narrowly():
     assert len(set(narrow)) == 1
     assert not set(narrow) & set(wide)
     assert len(re.findall(r"st\.global\.v4\.b32", loop)) == 6
-
-
-@pytest.mark.parametrize(("kinds", "capability"), CASES, ids=lambda case: str(case).replace("'", ""))
-def test_step_is_compiled_without_fusing_or_flushing(kinds, capability):
-    ptx = compiled_step(kinds, capability).asm["ptx"]
-    assert not re.search(r"(add|sub|mul)\.\S*ftz", ptx)
-    assert "approx" not in ptx
-    assert "div.full" not in ptx
-    # float64's root and quotient are made of fused operations, correctly rounded
-    assert "fma.rn.f32" not in ptx
 
 
 @pytest.mark.parametrize("averages", [False, True])

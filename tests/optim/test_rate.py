@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -264,33 +265,44 @@ def test_the_sum_of_absolute_values_is_the_same_at_each_number_of_threads(dtype)
     assert sum_abs([]) == 0.0
 
 
-def test_a_steady_step_reads_the_gradients_in_one_call_and_gathers_none(monkeypatch):
+def python_calls(function):
+    """How many functions of Python one call of `function` calls."""
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(frame) if event == "call" else None)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+def test_a_steady_step_takes_as_many_calls_for_fifty_tensors_as_for_five_and_has_the_bits_of_another():
     """Of hundreds of small tensors gathering costs more than the step."""
-    from robust_dist.optim import fused_cpu, rate
+    from robust_dist.optim import fused_cpu
 
     if fused_cpu.library() is None:
         pytest.skip("the C library is not built")
-    params = [torch.nn.Parameter(start((3,), dtype=torch.float32)) for _ in range(50)]
-    grads = [gradients((3,), 1, dtype=torch.float32)[0] for _ in params]
-    optimizer = guarded(params, [grads] * 7, losses(7), rate_guard=1.0)
-    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    twin = RAdaBeliefW(twins, rate_guard=1.0)
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    calls, call = [], fused_cpu._call_sum_abs
-    monkeypatch.setattr(fused_cpu, "_call_sum_abs", lambda *args: calls.append(args) or call(*args))
-    with monkeypatch.context() as patch:
-        patch.setattr(rate, "_with_gradient", None)
+    calls = {}
+    for number in (5, 50):
+        params = [torch.nn.Parameter(start((3,), dtype=torch.float32)) for _ in range(number)]
+        grads = [gradients((3,), 1, dtype=torch.float32)[0] for _ in params]
+        optimizer = guarded(params, [grads] * 7, losses(7), rate_guard=1.0)
+        twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        twin = RAdaBeliefW(twins, rate_guard=1.0)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for _ in range(3):
             optimizer.observe(1.0)
-            step(optimizer, params, grads)
-    assert [count for _, _, count, _ in calls] == [50] * 3
-    for _ in range(3):  # the gradients handed over, as where they are clipped
-        twin.observe(1.0)
-        for param, grad in zip(twins, grads, strict=True):
-            param.grad = grad.clone()
-        twin.observe_gradients()
-        twin.step()
-    assert list(map(bits, params)) == list(map(bits, twins))
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+            calls[number] = python_calls(optimizer.step)
+        for _ in range(3):  # the gradients handed over, as where they are clipped
+            twin.observe(1.0)
+            for param, grad in zip(twins, grads, strict=True):
+                param.grad = grad.clone()
+            twin.observe_gradients()
+            twin.step()
+        assert list(map(bits, params)) == list(map(bits, twins))
+    assert calls[5] == calls[50]
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -337,3 +349,14 @@ def test_the_options_may_be_set_in_a_group_between_two_steps():
     optimizer.eval()
     assert optimizer.measured_rate > 0.0
     assert param.tolist() != trained
+
+
+def test_a_skipped_batch_does_not_count_once_it_is_forgotten():
+    ours, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = RAdaBeliefW([ours], rate_guard=1.0)
+    optimizer.observe(float("nan"))
+    optimizer.forget_observed()
+    optimizer.observe(1.0)
+    step(optimizer, [ours], [torch.ones(3)])
+    guarded([other], [[torch.ones(3)]], [1.0], rate_guard=1.0)
+    assert bits(ours) == bits(other)

@@ -480,7 +480,7 @@ def a_group_of_two(pair):
     used = [train_step(optimizer, schedule)[0] for _ in range(8)]
     assert used == [wanted_decays(step, 8 + (rank in (0, 3))) for step in range(8)]
     meet = functools.partial(dist.barrier, pair) if rank in (1, 2) else lambda: None
-    return keeping_step(lambda _: _both(WeightDecaySwitch, make(), 8 + rank, process_group=pair), meet=meet)[0]
+    return keeping_step(lambda _: _both(WeightDecaySwitch, make(), 8 + rank, process_group=pair), 30, meet)[0]
 
 
 def four_ranks():
