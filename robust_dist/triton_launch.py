@@ -14,7 +14,7 @@ from triton.language import dtype
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-KNOWN = ((3, 6), (3, 8))  # oldest and newest release whose CompiledKernel is called directly
+KNOWN = ((3, 6), (3, 9))  # oldest and newest release whose CompiledKernel is called directly
 
 
 def _is_known() -> bool:

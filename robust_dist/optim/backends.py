@@ -85,7 +85,7 @@ class Backend:
 
 def has_no_values(group: Mapping[str, Any]) -> bool:
     """Whether the parameters are fake (FakeTensorMode), so that no value can be read."""
-    return bool(group["params"]) and is_fake(group["params"][0])
+    return len(group["params"]) > 0 and is_fake(group["params"][0])
 
 
 def on_host(group: Mapping[str, Any]) -> bool:

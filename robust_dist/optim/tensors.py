@@ -103,7 +103,8 @@ class TensorLists:
         for index, count in enumerate(counts):
             row = [column[index] for column in self.columns]
             dtypes = [tensor.dtype for tensor in row[:4]]
-            has_master = bool(self.masters) and row[4].dtype != row[0].dtype
+            # Not by `bool`, which torch 2.6's compiler does not know of lists.
+            has_master = len(self.masters) > 0 and row[4].dtype != row[0].dtype
             found.setdefault((row[0].device, *dtypes, has_master, count), []).append(index)
         return [self._batch(indices, key[-2], key[-1]) for key, indices in found.items()]
 
