@@ -13,6 +13,8 @@ from robust_dist.checkpoint.conversion import read
 from robust_dist.checkpoint.layout import ZERO, Layout, find_layout
 from robust_dist.checkpoint.store import MANIFEST, CheckpointError, verify
 from robust_dist.checkpoint.training_state import TrainingState
+from robust_dist.optim.rate import Measured
+from robust_dist.optim.settings import TRAINS
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,11 @@ def _group(group: dict[str, Any], state: TrainingState) -> str:
     names = group["params"]
     elements = sum(state.model[name].numel() for name in names if name in state.model)
     size = f" ({elements:,} elements)" if elements else ""
-    values = (f"{key} {float(group[key]):.6g}" for key in ("lr", "weight_decay") if key in group)
+    values = [f"{key} {float(group[key]):.6g}" for key in ("lr", "weight_decay") if key in group]
+    if group.get("rate_guard") is not None:
+        values[0] = f"measured lr {Measured([group]).rate_of(group):.6g}"
+    if group.get("averaging") is not None:
+        values.append(f"averaging, holds the {'trained weights' if group[TRAINS] else 'average'}")
     return f"{len(names)} parameters{size}, {', '.join(values)}"
 
 

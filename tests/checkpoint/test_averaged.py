@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_dist.checkpoint import TrainingState, convert, read
+from robust_dist.checkpoint import TrainingState, convert, inspect, read
 from robust_dist.checkpoint.plain import write_ddp
 from robust_dist.optim import RAdaBeliefW
 
@@ -48,3 +48,14 @@ def test_to_another_engine_and_back(saved, tmp_path, engine):
             assert torch.equal(found.optimizer[name][key], value), (name, key)
     measured = [key for key in wanted.groups[0] if key.startswith("rate_")] + ["train_mode", "averaging"]
     assert {key: found.groups[0][key] for key in measured} == {key: wanted.groups[0][key] for key in measured}
+
+
+def test_the_report_says_which_rate_was_measured_and_which_weights_are_held(saved):
+    folder, state = saved
+    optimizer = RAdaBeliefW([nn.Parameter(torch.zeros(1))], averaging="schedule_free", rate_guard=1.0)
+    optimizer.load_state_dict({"state": {}, "param_groups": [{**state.groups[0], "params": [0]}]})
+    rate = optimizer.measured_rate
+    assert rate > 0
+    assert f"(26 elements), measured lr {rate:.6g}, weight_decay 0.01, averaging, holds the average\n" in inspect(
+        folder
+    )
