@@ -307,9 +307,9 @@ def fit_rate(accelerator: Any, base: Any) -> None:
         )
     if used and accelerator.distributed_type.value == "DEEPSPEED":
         for wrapper in accelerator._optimizers:
-            held = wrapper.optimizer
+            held, is_ours = wrapper.optimizer, base_optimizer(wrapper) is base
             # Before 1.15 Accelerate's eval() and train() look no further than DeepSpeed's optimizer, which has neither.
-            if base_optimizer(held) is base and not hasattr(held, "eval"):
+            if is_ours and not hasattr(held, "eval"):
                 held.train, held.eval = base.train, base.eval
     if measures(base):
         feed(accelerator)
