@@ -175,7 +175,6 @@ def own_model(name: str) -> Builder:
     The class, or a function that returns a module, is called with the number of classes (as num_classes if it accepts
     that, otherwise as its first argument), with in_channels if it has that parameter, and with the options.
 
-
     Raises:
         OwnCodeError: The name cannot be imported (`own_code.load`), or is not such a class or function.
     """

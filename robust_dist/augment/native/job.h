@@ -14,7 +14,7 @@ enum {
     SOLARIZE, AUTOCONTRAST, EQUALIZE
 };
 
-/* What computes an operation, as robust_dist/augment/groups.py; from LEVELS on, a table from level to level does. */
+/* What computes an operation, as robust_dist/augment/trivial.py; from LEVELS on, a table from level to level does. */
 enum { NOTHING, WARP, GREYED, SHARPENED, LEVELS, CONTRASTED, STRETCHED, EQUALIZED };
 
 enum { NO_MIXING, OF_EACH, OF_BATCH };
