@@ -305,6 +305,12 @@ def fit_rate(accelerator: Any, base: Any) -> None:
             "under DeepSpeed RAdaBeliefW's averaging and rate_guard need robust_dist.register() (or import "
             "robust_dist.autoregister) on every rank before accelerator.prepare"
         )
+    if used and accelerator.distributed_type.value == "DEEPSPEED":
+        for wrapper in accelerator._optimizers:
+            held, is_ours = wrapper.optimizer, base_optimizer(wrapper) is base
+            # Before 1.15 Accelerate's eval() and train() look no further than DeepSpeed's optimizer, which has neither.
+            if is_ours and not hasattr(held, "eval"):
+                held.train, held.eval = base.train, base.eval
     if measures(base):
         feed(accelerator)
         for model in accelerator._models:
