@@ -113,7 +113,7 @@ class GroupValues:
 
     def _base_of(self, group: dict[str, Any]) -> float:
         value = float(group.get(self.key, 0.0))
-        # A nonzero value has not been switched off, so it is newer than the saved base value.
+        # A value other than 0 has not been switched off, so it is newer than the saved base value.
         return value if value != 0.0 else float(group.get(self.initial_key, value))
 
 

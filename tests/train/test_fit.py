@@ -29,12 +29,6 @@ WORDS = ["--model.name", "resnet8", "--batch_size", "128", "--epochs", "2", *QUI
 NAMED = [*WORDS, "--model.options", "{stem_stride: 2}"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_accelerate():
-    # Accelerate keeps the precision of the process's first run.
-    AcceleratorState._reset_state(True)
-
-
 def rows(result):
     return [without_measured(row) for row in result.rows]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,12 +20,6 @@ from robust_dist.train.weights import Weights, load
 
 QUIET = ["--tracking.trackers", "[]", "--tracking.progress", "false", "--optimizer.lr", "0.05", "--batch_size", "16"]
 SMALL = "squeezenet1_1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_accelerate():
-    # Accelerate keeps the precision of the process's first run.
-    AcceleratorState._reset_state(True)
 
 
 def tiny(classes):
