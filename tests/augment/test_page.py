@@ -83,9 +83,9 @@ def check_boxes(names):
 
 def test_the_page_has_a_piece_for_each_way_of_use():
     assert [title for title, _ in PIECES] == [
-        "An ordinary loop",
-        "Draws by key",
-        "A whole set in memory",
+        "A plain loop",
+        "Keyed draws",
+        "A dataset in memory",
         "Accelerate",
         "In the loader's workers",
         "Hugging Face datasets",
