@@ -210,6 +210,17 @@ def check_engine_config(engine: Any) -> None:
             setattr(config, f"{section}_params", normalized(section, params))
 
 
+def check_options_json(engine: Any, optimizer: RAdaBeliefW) -> None:
+    """Check that an engine's JSON supports `averaging` and `rate_guard` of its optimizer, also after a load.
+
+    Raises:
+        ValueError: As `check_config`.
+    """
+    written = getattr(getattr(engine, "_config", None), "_param_dict", None)
+    if isinstance(written, dict):
+        _refuse(_of_client(written, optimizer, ()))
+
+
 def _used_sections(engine: Any, config: Any) -> list[str]:
     by_name = engine.client_optimizer is None
     trains = not by_name or bool(config.optimizer_name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust_dist.engines.deepspeed.config import check_options_json
 from robust_dist.optim import RAdaBeliefW
 from robust_dist.ranks.talk import rank
 
@@ -124,16 +125,17 @@ def check_options(engine: Any) -> None:
     """
     base = engine.basic_optimizer
     for name, used in (("averaging", base.averages_weights), ("rate_guard", base.measures_rate)):
-        against = _against(engine, name) if used else None
+        against = _against(engine) if used else None
         if against is not None:
             raise ValueError(
                 f"rank {rank()}: RAdaBeliefW's {name} does not run under DeepSpeed with {against}: leave that out, or "
                 f"leave {name} out (in a recipe, give optimizer.lr as a number)"
             )
+    check_options_json(engine, base)
 
 
-def _against(engine: Any, name: str) -> str | None:
-    """The engine's feature that the option does not support, or None."""
+def _against(engine: Any) -> str | None:
+    """The engine's feature, of those that its JSON does not tell, that the options do not support, or None."""
     wrapper = engine.optimizer
     if type(engine).__name__ == "PipelineEngine":
         return "pipeline parallelism"
@@ -144,17 +146,7 @@ def _against(engine: Any, name: str) -> str | None:
             return f"{size}={getattr(engine, size)}"
     if wrapper is not engine.basic_optimizer and type(wrapper).__name__ not in WRAPPERS:
         return f"its {type(wrapper).__name__}"
-    for offload in (engine.zero_offload_optimizer(), engine.zero_offload_param()):
-        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-            return "offload to NVMe"
-    if engine.zero_elastic_checkpoint():
-        return "elastic_checkpoint, which leaves out what the param groups hold"
-    if engine.zero_hpz_partition_size() > 1:
-        return f"zero_hpz_partition_size={engine.zero_hpz_partition_size()}"
-    scaler = getattr(wrapper, "torch_autocast_gradscaler", None) or getattr(
-        engine, "torch_autocast_z0_gradscaler", None
-    )
-    return "torch_autocast in float16" if name == "rate_guard" and scaler is not None else None
+    return None
 
 
 def with_what_is_hidden(original: Callable[..., Any]) -> Callable[..., Any]:
