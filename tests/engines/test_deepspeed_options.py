@@ -109,7 +109,7 @@ def switched_by_a_load(folder):
     engine = started({}, config=zero | FLOAT16)
     with (
         pytest.warns(UserWarning, match="the loaded state has rate_guard"),
-        pytest.raises(ValueError, match=r"torch_autocast.dtype='float16'; RAdaBeliefW's rate_guard=1.0 cannot run with it"),
+        pytest.raises(ValueError, match=r"torch_autocast.dtype='float16'; .*rate_guard=1.0 cannot run with it"),
     ):
         engine.load_checkpoint(folder, tag="rate_guard")
 
